@@ -1,0 +1,5 @@
+"""Prune Vision Transformers: describe, score, plan, prune, distill."""
+
+from __future__ import annotations
+
+__version__ = "0.1.0"
