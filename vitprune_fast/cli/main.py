@@ -1,0 +1,101 @@
+"""`vitprune-fast`: finds the verb, runs it, turns our own errors into one sentence."""
+
+from __future__ import annotations
+
+import difflib
+import signal
+import sys
+from collections.abc import Sequence
+from importlib import import_module
+from types import FrameType
+
+from vitprune_fast.errors import VitpruneError
+
+VERBS = {
+    "run": "the whole chain in one resumable folder: dense, score, plan, prune, distill, evaluate",
+    "describe": "what can be removed from a model, and what it costs",
+    "score": "measure the importance of heads and neurons",
+    "plan": "choose what to keep within a budget",
+    "prune": "cut a plan out of a model",
+    "distill": "teach a pruned model with its dense teacher",
+    "eval": "top-1, top-5 and agreement on a data set",
+    "bench": "parameters, MACs and latency of a model",
+    "report": "write the report of a run folder again",
+    "doctor": "versions, devices, compilers and the backend every op takes",
+}
+
+
+class Interrupted(BaseException):
+    """SIGINT or SIGTERM arrived; no handler of ordinary errors may swallow it."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(number)
+        self.number = number
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one verb and returns the exit code: 0, 2 for bad input, 128 + signal when stopped."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    if not words or words[0] in ("-h", "--help", "help"):
+        print(_overview())
+        return 0
+    if words[0] == "--version":
+        import vitprune_fast
+
+        print(vitprune_fast.__version__)
+        return 0
+    verb = words.pop(0)
+    if verb not in VERBS:
+        near = difflib.get_close_matches(verb, VERBS, n=2)
+        hint = f"did you mean {' or '.join(near)}?" if near else f"known: {', '.join(VERBS)}"
+        return _fail(f"vitprune-fast: no verb {verb!r}; {hint}")
+    try:
+        _listen()
+        return import_module(f"vitprune_fast.cli.{verb}").main(words) or 0
+    except VitpruneError as error:
+        return _fail(str(error))
+    except (Interrupted, KeyboardInterrupt) as stop:
+        number = getattr(stop, "number", signal.SIGINT)
+        hint = "; the same command resumes the run" if verb == "run" else ""
+        print(f"\nstopped by {signal.Signals(number).name}{hint}", file=sys.stderr)
+        return 128 + number
+    except BrokenPipeError:
+        # the reader (head, less) went away: not our error
+        sys.stderr.close()
+        return 0
+
+
+def _fail(sentence: str) -> int:
+    print(f"error: {' '.join(sentence.split())}", file=sys.stderr)
+    return 2
+
+
+def _listen() -> None:
+    def stop(number: int, frame: FrameType | None) -> None:
+        # a second signal while we clean up ends the process at once
+        signal.signal(number, signal.SIG_DFL)
+        raise Interrupted(number)
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, stop)
+
+
+def _overview() -> str:
+    width = max(map(len, VERBS))
+    lines = [f"  {verb:<{width}}  {text}" for verb, text in VERBS.items()]
+    return "\n".join(
+        [
+            "usage: vitprune-fast VERB [options]",
+            "",
+            "Prune Vision Transformers to a budget, and distil what is left.",
+            "",
+            *lines,
+            "",
+            "vitprune-fast VERB --help shows the options of a verb. Without data or GPU:",
+            "vitprune-fast run",
+        ]
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())
