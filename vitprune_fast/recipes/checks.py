@@ -13,7 +13,6 @@ from torch import Tensor, nn
 import vitprune_fast as vp
 from vitprune_fast.errors import StageFailed
 from vitprune_fast.randomness import generator
-from vitprune_fast.recipes.models import input_shape
 
 TOLERANCE = 1e-5
 """Allowed difference of masked and pruned logits in fp32, relative to max(1, max |logits|)."""
@@ -117,4 +116,4 @@ def prune_and_prove(dense: nn.Module, plan: Any, images: Tensor) -> tuple[nn.Mod
 
 def random_images(model: nn.Module, count: int = 4) -> Tensor:
     """Normally distributed images (count, C, H, W) of the model's input size, always the same."""
-    return torch.randn(count, *input_shape(model), generator=generator(0, "probe"))
+    return torch.randn(count, *vp.describe(model).input_size, generator=generator(0, "probe"))

@@ -117,23 +117,31 @@ class RunFolder:
 
     # stages
 
+    def is_recorded(self, stage: str) -> bool:
+        """Whether this stage was finished once; `damage_of` tells whether that still holds."""
+        return (self / "stages" / f"{stage}.json").exists()
+
     def record_of(self, stage: str) -> dict[str, Any] | None:
         """The record of a finished stage, or None."""
         path = self / "stages" / f"{stage}.json"
-        return files.read_json(path) if path.exists() else None
+        if not path.exists():
+            return None
+        record = files.read_json(path)
+        if not (isinstance(record, dict) and {"outputs", "facts"} <= record.keys()):
+            raise DamagedFile(f"run: {path} must be the record of a stage")
+        return record
 
     def damage_of(self, stage: str) -> str | None:
         """What is wrong with the outputs of a finished stage, or None when all is as recorded."""
         try:
-            record = self.record_of(stage)
+            for name, digest in (self.record_of(stage) or {"outputs": {}})["outputs"].items():
+                path = files.inside(self.path, name)
+                if not path.is_file():
+                    return f"{name} is missing"
+                if files.sha256(path) != digest:
+                    return f"{name} was changed"
         except DamagedFile as error:
             return str(error)
-        for name, digest in (record or {}).get("outputs", {}).items():
-            path = self / name
-            if not path.is_file():
-                return f"{name} is missing"
-            if files.sha256(path) != digest:
-                return f"{name} was changed"
         return None
 
     def forget(self, stages: Sequence[str]) -> None:

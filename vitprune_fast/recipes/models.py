@@ -149,13 +149,6 @@ def load_weights(model: nn.Module, tensors: dict[str, Tensor], source: Path) -> 
     model.load_state_dict(tensors)
 
 
-def input_shape(model: nn.Module) -> tuple[int, int, int]:
-    """(channels, height, width) the model was built for, in pixels."""
-    embed: Any = model.patch_embed
-    height, width = embed.img_size
-    return embed.proj.in_channels, height, width
-
-
 def class_count(model: nn.Module) -> int:
     """Size of the model's classifier."""
     return int(model.num_classes)  # type: ignore[arg-type]

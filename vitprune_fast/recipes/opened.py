@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch import nn
 
+import vitprune_fast as vp
 from vitprune_fast.data import ImageData, open_data
 from vitprune_fast.recipes import models
 from vitprune_fast.recipes.config import DataConfig, ModelConfig
@@ -13,7 +14,7 @@ from vitprune_fast.recipes.stages import Setting
 
 def open_model_data(source: str, model: nn.Module, seed: int) -> ImageData:
     """The data set, read at the size and number of channels the model was built for."""
-    channels, height, width = models.input_shape(model)
+    channels, height, width = vp.describe(model).input_size
     return open_data(source, image_size=(height, width), channels=channels, seed=seed)
 
 

@@ -7,6 +7,7 @@ therefore computes with the same bits as an undisturbed one.
 from __future__ import annotations
 
 import platform
+import shutil
 import sys
 import time
 from collections.abc import Callable
@@ -183,12 +184,14 @@ def run_stages(job: Job, *, resumed: bool) -> None:
     for position, name in enumerate(names):
         job.stage = name
         outputs, function = STAGES[name]
-        if resumed and job.folder.record_of(name) is not None:
+        if resumed and job.folder.is_recorded(name):
             damage = job.folder.damage_of(name)
             if damage is None:
                 job.on_event({"event": "stage", "stage": name, "state": "kept"})
                 continue
             job.on_event({"event": "note", "text": f"{damage}: stage {name} is done again"})
+            for later in names[position + 1 :]:
+                shutil.rmtree(job.folder / "checkpoints" / later, ignore_errors=True)
         resumed = False
         job.folder.forget(names[position:])
         job.metrics.cut(names[position + 1 :])
@@ -256,6 +259,7 @@ def _score(job: Job) -> dict[str, Any]:
     return {
         "units": units,
         "samples": scores.samples,
+        "skipped": scores.skipped,
         "text": f"{units:,} units, {scores.samples:,} images",
     }
 
@@ -270,7 +274,7 @@ def _plan(job: Job) -> dict[str, Any]:
     axes = {
         name: {"kind": axis.kind, "size": axis.size, "kept": len(plan[name])}
         for name, axis in structure.axes.items()
-        if name in plan
+        if name in scores
     }
     kept = sum(axis["kept"] for axis in axes.values())
     total = sum(axis["size"] for axis in axes.values())
@@ -326,24 +330,27 @@ def _evaluate(job: Job) -> dict[str, Any]:
         "split_hashes": dict(job.data.split_hashes),
         "versions": versions(),
         "profile": job.profile.to_dict(),
-        "skipped_steps": {
-            name: (job.folder.record_of(name) or {})["facts"].get("skipped_steps", 0)
-            for name in ("dense", "distill")
+        "set_aside": {
+            "training steps (dense)": _fact(job, "dense", "skipped_steps", 0),
+            "training steps (distill)": _fact(job, "distill", "skipped_steps", 0),
+            "images scored": _fact(job, "score", "skipped", 0),
         },
         "checks": [
-            {"stage": name, **check}
-            for name in STAGES
-            if name != "report"
-            for check in _facts_of(job, name, facts).get("checks", [])
+            *(
+                {"stage": name, **check}
+                for name in list(STAGES)[: list(STAGES).index(job.stage)]
+                for check in _fact(job, name, "checks", [])
+            ),
+            *({"stage": job.stage, **check} for check in facts["checks"]),
         ],
     }
     files.write_json(job.folder / "summary.json", summary)
     return {**facts, "text": f"top-1 {before.top1:.2%} -> {after.top1:.2%}"}
 
 
-def _facts_of(job: Job, stage: str, current: dict[str, Any]) -> dict[str, Any]:
+def _fact(job: Job, stage: str, name: str, default: Any) -> Any:
     record = job.folder.record_of(stage)
-    return record["facts"] if record else current if stage == job.stage else {}
+    return record["facts"].get(name, default) if record else default
 
 
 def _row(model: nn.Module, result: Any, device: str) -> dict[str, Any]:

@@ -169,9 +169,8 @@ def cost_figure(summary: dict[str, Any]) -> str:
 def set_aside(record: dict[str, Any], summary: dict[str, Any]) -> list[str]:
     """What was left out of the run, one sentence each."""
     return [
-        f"{count} training step{'s' if count != 1 else ''} of stage {stage} skipped: the loss or "
-        "its gradient was not finite"
-        for stage, count in summary.get("skipped_steps", {}).items()
+        f"{what}: {count:,} left out, their loss, gradient or score was not finite"
+        for what, count in summary.get("set_aside", {}).items()
         if count
     ] + [
         f"The configuration was changed after the start: {'; '.join(lines)}"
