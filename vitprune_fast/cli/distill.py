@@ -39,13 +39,13 @@ def main(words: list[str]) -> int:
     import vitprune_fast as vp
     from vitprune_fast.cli.display import Display
     from vitprune_fast.recipes import models, stages
-    from vitprune_fast.recipes.opened import open_both
+    from vitprune_fast.recipes.opened import check_fit, open_both
 
     seed = options.schedule.seed
     model, data, setting = open_both(options.model, options.data, seed, options.device)
     in_timm = not Path(options.teacher).is_dir()
     teacher = models.open_model(ModelConfig(name=options.teacher, pretrained=in_timm))
-    models.check_classes(teacher, data.classes, options.teacher)
+    check_fit(teacher, data)
     with Display() as display:
         result = stages.train(
             model,

@@ -9,9 +9,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import tyro
 import yaml
-from tyro.conf import arg
+from tyro.conf import FlagCreatePairsOff, arg
 from tyro.constructors import PrimitiveConstructorSpec
 
 from vitprune_fast.distill.config import DistillConfig
@@ -64,8 +63,16 @@ class DataConfig:
 
     source: Annotated[str, arg(name="data", metavar="digits|folder:PATH")] = "digits"
     """`digits` (1,797 real 8x8 images, embedded) or `folder:PATH` (a folder per class)."""
-    augment: Annotated[str | None, arg(metavar="NAME")] = None
-    """Augmentation of training images; unset: the data set's own default, `none`: none."""
+    augment: bool = True
+    """Vary training images at random (digits: small affine maps; photographs: crops, flips)."""
+    mean: Annotated[tuple[float, ...] | None, arg(metavar="NUMBER ...")] = None
+    """Per channel, subtracted from pixels in 0..1; unset: what the weights were trained with."""
+    std: Annotated[tuple[float, ...] | None, arg(metavar="NUMBER ...")] = None
+    """Per channel, divides; unset: what the weights were trained with."""
+    crop_share: Amount = None
+    """Share of the shorter side that testing looks at; unset: the weights' own, or all."""
+    max_bad: Annotated[float, arg(metavar="SHARE")] = 0.01
+    """Largest share of unreadable images that may be set aside; above it the run stops."""
     workers: Count = None
     """Processes that read images; unset: chosen. Any number gives the same stream."""
 
@@ -127,7 +134,7 @@ class PlanConfig:
 class RunConfig:
     """Prune a Vision Transformer and distil what is left: the whole chain in one folder.
 
-    The stages are dense, score, plan, prune, distill, evaluate, report. The same command on the
+    The stages are data, dense, score, plan, prune, distill, evaluate, report. The same command on the
     same folder resumes after the last finished stage, and inside training at the last checkpoint.
     """
 
@@ -155,5 +162,5 @@ class RunConfig:
     """Resume although the configuration differs; the change is recorded, finished stages stay."""
 
 
-tyro_markers = (tyro.conf.FlagCreatePairsOff,)
+MARKERS = (FlagCreatePairsOff,)
 """How every verb turns a dataclass into flags."""

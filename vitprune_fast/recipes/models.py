@@ -147,17 +147,3 @@ def load_weights(model: nn.Module, tensors: dict[str, Tensor], source: Path) -> 
             "check --model and --model-args"
         )
     model.load_state_dict(tensors)
-
-
-def class_count(model: nn.Module) -> int:
-    """Size of the model's classifier."""
-    return int(model.num_classes)  # type: ignore[arg-type]
-
-
-def check_classes(model: nn.Module, classes: tuple[str, ...], name: str) -> None:
-    """Raises InvalidInput when the head and the data set disagree on the number of classes."""
-    if class_count(model) != len(classes):
-        raise InvalidInput(
-            f"model: {name} has a head of {class_count(model)} classes, but the data has "
-            f"{len(classes)}; use weights trained on these classes, or --train-dense"
-        )

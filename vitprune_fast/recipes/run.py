@@ -11,7 +11,7 @@ import shutil
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -20,13 +20,17 @@ from torch import nn
 
 import vitprune_fast as vp
 from vitprune_fast import files
-from vitprune_fast.data import ImageData
+from vitprune_fast.data import BadImage, ImageData
 from vitprune_fast.errors import InvalidInput, StageFailed
 from vitprune_fast.randomness import seeded
 from vitprune_fast.recipes import checks, models, stages
 from vitprune_fast.recipes.config import RunConfig
 from vitprune_fast.recipes.folder import Metrics, RunFolder
-from vitprune_fast.recipes.opened import open_model_data
+from vitprune_fast.recipes.opened import (
+    check_fit,
+    open_model_data,
+    remember_normalisation,
+)
 from vitprune_fast.recipes.presets import preset
 from vitprune_fast.recipes.profile import Profile, applied, choose_profile, versions
 from vitprune_fast.recipes.stages import OnEvent, Setting
@@ -45,7 +49,7 @@ class Job:
 
     config: RunConfig
     folder: RunFolder
-    data: ImageData
+    source: ImageData
     profile: Profile
     metrics: Metrics
     on_event: OnEvent
@@ -55,6 +59,13 @@ class Job:
     def setting(self) -> Setting:
         augment = self.config.data.augment
         return Setting(self.config.seed, self.profile.device, self.profile.workers, augment)
+
+    @cached_property
+    def data(self) -> ImageData:
+        """The images without the unreadable ones that the first stage set aside."""
+        listed = files.read_json(self.folder / "set_aside.json")["images"]
+        bad = [BadImage(**image) for image in listed]
+        return self.source.without(bad, max_bad=self.config.data.max_bad)
 
     @cached_property
     def images(self) -> Any:
@@ -111,8 +122,9 @@ def run(
     tell({"event": "profile", "profile": str(profile)})
     skeleton = check_inputs(config)
     with folder.claim(), applied(profile):
-        data = data or open_model_data(config.data.source, skeleton, config.seed)
-        check_head(config, skeleton, data)
+        data = data or open_model_data(config.data, skeleton, trained=not config.train_dense)
+        if not config.train_dense:
+            check_fit(skeleton, data)
         resumed = folder.begin(
             identity_of(config, data, profile),
             {
@@ -120,7 +132,6 @@ def run(
                 "command": command or sys.argv,
                 "platform": platform.platform(),
                 "classes": list(data.classes),
-                "split_sizes": {name: len(data.split(name)) for name in data.split_hashes},
             },
             allow_change=config.allow_config_change,
         )
@@ -150,12 +161,6 @@ def check_inputs(config: RunConfig) -> nn.Module:
             "--pretrained, or --train-dense to train it here first"
         )
     return skeleton
-
-
-def check_head(config: RunConfig, skeleton: nn.Module, data: ImageData) -> None:
-    """Refuses a head of another size, unless the head is going to be trained here anyway."""
-    if not config.train_dense:
-        models.check_classes(skeleton, data.classes, config.model.name)
 
 
 def identity_of(config: RunConfig, data: ImageData, profile: Profile) -> dict[str, Any]:
@@ -212,6 +217,18 @@ def run_stages(job: Job, *, resumed: bool) -> None:
         )
 
 
+def _data(job: Job) -> dict[str, Any]:
+    bad = job.source.find_bad_images(workers=job.profile.workers)
+    files.write_json(job.folder / "set_aside.json", {"images": [asdict(image) for image in bad]})
+    sizes = {name: len(job.data.split(name)) for name in job.data.split_hashes}
+    counts = ", ".join(f"{size:,} {name}" for name, size in sizes.items())
+    return {
+        "split_sizes": sizes,
+        "text": f"{counts}, {len(job.data.classes)} classes"
+        + (f"; {len(bad):,} unreadable images set aside" if bad else ""),
+    }
+
+
 def _dense(job: Job) -> dict[str, Any]:
     config = job.config
     with seeded(config.seed, "init"):
@@ -222,8 +239,9 @@ def _dense(job: Job) -> dict[str, Any]:
     if config.train_dense:
         model, facts = _train(job, model, None, config.dense)
     else:
-        models.check_classes(model, job.data.classes, config.model.name)
         facts["text"] = f"weights from {facts['source']}"
+    check_fit(model, job.data)
+    remember_normalisation(model, job.data)
     model = model.to(job.profile.device).eval()
     cost = vp.cost(model)
     proofs = [checks.finite(model, job.images), job.save(model, "dense")]
@@ -333,7 +351,8 @@ def _evaluate(job: Job) -> dict[str, Any]:
         "set_aside": {
             "training steps (dense)": _fact(job, "dense", "skipped_steps", 0),
             "training steps (distill)": _fact(job, "distill", "skipped_steps", 0),
-            "images scored": _fact(job, "score", "skipped", 0),
+            "scored images": _fact(job, "score", "skipped", 0),
+            "unreadable images": len(job.data.set_aside),
         },
         "checks": [
             *(
@@ -385,6 +404,7 @@ def _report(job: Job) -> dict[str, Any]:
 
 
 STAGES: dict[str, tuple[tuple[str, ...], Callable[[Job], dict[str, Any]]]] = {
+    "data": (("set_aside.json",), _data),
     "dense": (("dense",), _dense),
     "score": (("scores.safetensors",), _score),
     "plan": (("plan.json",), _plan),

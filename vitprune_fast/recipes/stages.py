@@ -29,7 +29,7 @@ class Setting:
     seed: int
     device: str
     workers: int
-    augment: str | None
+    augment: bool
 
 
 def train(
@@ -63,7 +63,7 @@ def train(
         data.split("train"),
         config.batch_size,
         shuffle=True,
-        augment=setting.augment,
+        augment=data.augmentation if setting.augment else None,
         seed=seed,
         workers=setting.workers,
     )

@@ -17,8 +17,10 @@ from vitprune_fast.recipes.comparison import comparison
 from vitprune_fast.recipes.folder import RunFolder, read_metrics
 from vitprune_fast.report import figures
 
-STAGES = ("dense", "score", "plan", "prune", "distill", "evaluate")
+STAGES = ("data", "dense", "score", "plan", "prune", "distill", "evaluate")
 KIND_NAMES = {"head": "attention heads", "neuron": "MLP neurons"}
+
+WHY_SET_ASIDE = {"unreadable images": "set aside before anything else (set_aside.json names them)"}
 
 
 def write_report(folder: Path | str) -> Path:
@@ -169,8 +171,8 @@ def cost_figure(summary: dict[str, Any]) -> str:
 def set_aside(record: dict[str, Any], summary: dict[str, Any]) -> list[str]:
     """What was left out of the run, one sentence each."""
     return [
-        f"{what}: {count:,} left out, their loss, gradient or score was not finite"
-        for what, count in summary.get("set_aside", {}).items()
+        f"{count:,} {what} {WHY_SET_ASIDE.get(what, 'left out: not finite')}"
+        for what, count in summary["set_aside"].items()
         if count
     ] + [
         f"The configuration was changed after the start: {'; '.join(lines)}"
