@@ -1,0 +1,50 @@
+// Which vector instructions this process may use, decided once at run time.
+#pragma once
+#include <cstdlib>
+#include <cstring>
+
+#if defined(__x86_64__) && defined(__GNUC__)
+#define VP_X86 1
+#define VP_TARGET(features) __attribute__((target(features)))
+#else
+#define VP_X86 0
+#endif
+#define VP_AVX2 "avx2,popcnt"
+#define VP_AVX512 "avx512f,avx512bw,avx512vl,avx512dq," VP_AVX2
+#define VP_AVX512_VBMI2 "avx512vbmi2," VP_AVX512
+
+#define VP_INLINE inline __attribute__((always_inline))
+
+namespace vitprune {
+
+enum class Isa { kBaseline, kAvx2, kAvx512, kAvx512Vbmi2 };
+
+inline const char* isa_name(Isa isa) {
+  static const char* const names[] = {"baseline", "avx2", "avx512", "avx512+vbmi2"};
+  return names[static_cast<int>(isa)];
+}
+
+inline Isa detect_isa() {
+#if VP_X86
+  // ATen's own switch lowers ours too: ATEN_CPU_CAPABILITY=default|avx2|avx512
+  const char* wanted = std::getenv("ATEN_CPU_CAPABILITY");
+  const bool at_most_baseline = wanted && std::strcmp(wanted, "default") == 0;
+  const bool at_most_avx2 = wanted && std::strcmp(wanted, "avx2") == 0;
+  __builtin_cpu_init();
+  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("popcnt");
+  if (at_most_baseline || !avx2) return Isa::kBaseline;
+  const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                      __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
+  if (at_most_avx2 || !avx512) return Isa::kAvx2;
+  return __builtin_cpu_supports("avx512vbmi2") ? Isa::kAvx512Vbmi2 : Isa::kAvx512;
+#else
+  return Isa::kBaseline;
+#endif
+}
+
+inline Isa isa() {
+  static const Isa chosen = detect_isa();
+  return chosen;
+}
+
+}  // namespace vitprune

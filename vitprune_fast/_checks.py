@@ -1,0 +1,60 @@
+"""Argument checks shared by the ops: one sentence that says what was wanted and what was got."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+
+import torch
+from torch import Tensor
+
+from vitprune_fast.errors import InvalidInput
+
+
+def require(condition: bool, op: str, argument: str, rule: str, got: object) -> None:
+    """Raise ``InvalidInput`` with ``<op>: <argument> must <rule>, got <got>`` unless it holds."""
+    if not condition:
+        raise InvalidInput(f"{op}: {argument} must {rule}, got {got}")
+
+
+def require_tensor(op: str, argument: str, value: object) -> None:
+    """Raise ``TypeError`` unless ``value`` is a tensor."""
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{op}: {argument} must be a tensor, got {type(value).__name__}")
+
+
+def require_dims(op: str, argument: str, value: Tensor, dims: int) -> None:
+    """Raise unless ``value`` has ``dims`` dimensions."""
+    require(value.dim() == dims, op, argument, f"have {dims} dimensions", tuple(value.shape))
+
+
+def require_dtype(op: str, argument: str, value: Tensor, dtypes: Collection[torch.dtype]) -> None:
+    """Raise unless the dtype of ``value`` is one of ``dtypes``."""
+    names = " or ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
+    require(value.dtype in dtypes, op, argument, f"be {names}", value.dtype)
+
+
+def require_like(op: str, argument: str, value: Tensor, other_name: str, other: Tensor) -> None:
+    """Raise unless ``value`` has the shape, dtype and device of ``other``."""
+    for what in ("shape", "dtype", "device"):
+        got, wanted = getattr(value, what), getattr(other, what)
+        if got != wanted:
+            if what == "shape":
+                got, wanted = tuple(got), tuple(wanted)
+            require(False, op, argument, f"have {what} {wanted} like {other_name}", got)
+
+
+def require_index(op: str, argument: str, index: Tensor, size: int, device: torch.device) -> None:
+    """Raise unless ``index`` is 1-D int64 on ``device`` with values from -1 to ``size - 1``.
+
+    The values are not read while a graph is traced; the native kernels check them again.
+    """
+    require_tensor(op, argument, index)
+    require_dims(op, argument, index, 1)
+    require_dtype(op, argument, index, (torch.int64,))
+    require(index.device == device, op, argument, f"be on {device} like the source", index.device)
+    if torch.compiler.is_compiling() or index.is_meta or index.numel() == 0:
+        return
+    low, high = (int(bound) for bound in index.aminmax())
+    rule = f"hold numbers from -1 to {size - 1}"
+    require(low >= -1, op, argument, rule, low)
+    require(high < size, op, argument, rule, high)

@@ -1,0 +1,122 @@
+"""Which implementation of an op runs: the first that can, or the one asked for by name."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+import torch
+
+from vitprune_fast import _extension
+from vitprune_fast.errors import BackendUnavailable, InvalidInput
+
+Backend = Literal["auto", "triton", "cuda", "cpu", "eager"]
+
+# the forms each op has
+IMPLEMENTED = {
+    "gather": ("cpu", "eager"),
+    "taylor_score": ("triton", "cpu", "eager"),
+}
+
+# read once: looking for a package is slow, and a traced graph cannot do it
+_HAS_TRITON = importlib.util.find_spec("triton") is not None
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The backend that ``auto`` takes for one op on one kind of device.
+
+    Args:
+        op: name of the op.
+        device: ``"cpu"`` or ``"cuda"``.
+        backend: the implementation chosen.
+        why: what it is, and why each faster one was passed over.
+    """
+
+    op: str
+    device: str
+    backend: str
+    why: str
+
+
+_MEANING = {
+    "cuda": "CUDA C++ kernel",
+    "triton": "Triton kernel",
+    "cpu": "C++ kernel",
+    "eager": "plain torch",
+}
+# fastest first
+_ORDER = {"cpu": ("cpu", "eager"), "cuda": ("cuda", "triton", "eager")}
+
+
+def _interpreting() -> bool:
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def _obstacle(op: str, backend: str, device: str) -> str | None:
+    """Why ``backend`` cannot run ``op`` on ``device``, or None when it can."""
+    if backend not in IMPLEMENTED[op]:
+        return f"there is no {_MEANING[backend]} of this op"
+    if backend == "cpu":
+        return _extension.OBSTACLE if device == "cpu" else "it runs on CPU tensors only"
+    if backend == "cuda":
+        return _extension.OBSTACLE if device == "cuda" else "it runs on CUDA tensors only"
+    if backend == "triton":
+        if not _HAS_TRITON:
+            return "the package triton is not installed"
+        if device != "cuda" and not _interpreting():
+            return "it runs on CUDA tensors only, or on CPU tensors under TRITON_INTERPRET=1"
+    return None
+
+
+def choose(op: str, device: torch.device, backend: str) -> str:
+    """Name the implementation to run.
+
+    Args:
+        op: name of the op.
+        device: where the tensors are.
+        backend: what the caller asked for; ``"auto"`` follows VITPRUNE_BACKEND, else takes the
+            fastest that can run.
+
+    Raises:
+        InvalidInput: no backend has that name.
+        BackendUnavailable: a backend was named, here or by VITPRUNE_BACKEND, and cannot run.
+    """
+    asked_by = "backend"
+    if backend == "auto":
+        backend = os.environ.get("VITPRUNE_BACKEND") or "auto"
+        asked_by = "VITPRUNE_BACKEND"
+    if backend not in get_args(Backend):
+        names = ", ".join(get_args(Backend))
+        raise InvalidInput(f"{op}: {asked_by} must be one of {names}, got {backend!r}")
+    if backend != "auto":
+        obstacle = _obstacle(op, backend, device.type)
+        if obstacle is not None:
+            raise BackendUnavailable(f"{op}: {asked_by} {backend!r} cannot run here: {obstacle}")
+        return backend
+    if device.type == "cpu" and not torch.compiler.is_compiling():
+        _extension.warn_when_missing()
+    for candidate in _ORDER.get(device.type, ("eager",)):
+        if _obstacle(op, candidate, device.type) is None:
+            return candidate
+    return "eager"
+
+
+def backends() -> list[Choice]:
+    """For each op and kind of device: the implementation that ``backend="auto"`` takes, and why."""
+    return [_explain(op, device) for op in IMPLEMENTED for device in _ORDER]
+
+
+def _explain(op: str, device: str) -> Choice:
+    try:
+        chosen = choose(op, torch.device(device), "auto")
+    except BackendUnavailable as error:
+        return Choice(op, device, "none", str(error))
+    forced = os.environ.get("VITPRUNE_BACKEND", "auto")
+    if forced != "auto":
+        return Choice(op, device, chosen, f"{_MEANING[chosen]}, forced by VITPRUNE_BACKEND")
+    faster = _ORDER[device][: _ORDER[device].index(chosen)]
+    passed_over = [f"not {name}: {_obstacle(op, name, device)}" for name in faster]
+    return Choice(op, device, chosen, "; ".join([_MEANING[chosen], *passed_over]))

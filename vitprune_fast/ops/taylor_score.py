@@ -1,0 +1,95 @@
+"""First-order importance of each unit, per sample: the sum of activation x gradient.
+
+B batch, N tokens, F columns, U units of ``group_size`` adjacent columns each.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from vitprune_fast import _checks
+from vitprune_fast.ops._dispatch import Backend, choose
+from vitprune_fast.reference.taylor_score import taylor_score as _eager
+
+DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+
+_library = torch.library.Library("vitprune_fast", "FRAGMENT")
+_library.define(
+    "taylor_score(Tensor activation_BNF, Tensor gradient_BNF, int group_size) -> Tensor",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+
+
+@torch.library.register_fake("vitprune_fast::taylor_score", lib=_library)
+def _fake(activation_BNF: Tensor, gradient_BNF: Tensor, group_size: int) -> Tensor:
+    batch, _, columns = activation_BNF.shape
+    dtype = torch.float64 if activation_BNF.dtype == torch.float64 else torch.float32
+    return activation_BNF.new_empty(batch, columns // group_size, dtype=dtype)
+
+
+# C++ and Triton cannot both hold the CUDA key of one op, so the twin has its own name
+@torch.library.custom_op("vitprune_fast::taylor_score_triton", mutates_args=())
+def _triton(activation_BNF: Tensor, gradient_BNF: Tensor, group_size: int) -> Tensor:
+    from vitprune_fast.kernels.taylor_score import taylor_score_fwd
+
+    return taylor_score_fwd(activation_BNF, gradient_BNF, group_size)
+
+
+_triton.register_fake(_fake)
+
+
+def taylor_score(
+    activation_BNF: Tensor,
+    gradient_BNF: Tensor,
+    group_size: int = 1,
+    *,
+    backend: Backend = "auto",
+) -> Tensor:
+    """First-order importance of each unit for each sample.
+
+    ``s[b, u] = sum_n sum_k a[b, n, u * group_size + k] * g[b, n, u * group_size + k]``, the
+    derivative of the loss along scaling unit ``u`` of sample ``b``. Not differentiable.
+
+    Reference: Molchanov et al., "Importance Estimation for Neural Network Pruning", CVPR 2019
+    (arXiv:1906.10771): the first-order criterion before its square, with a gate on each unit.
+
+    Args:
+        activation_BNF: activations, ``(B, N, F)``, fp32/fp64/bf16/fp16; samples and tokens may
+            lie anywhere, columns are copied together first when they are not adjacent.
+        gradient_BNF: gradient of the loss w.r.t. ``activation_BNF``; same shape, dtype, device.
+        group_size: adjacent columns that make one unit (1 for neurons, head_dim for heads).
+        backend: implementation to run (``"cpu"`` is the C++ kernel); an explicit choice never
+            falls back.
+
+    Returns:
+        ``(B, F // group_size)``, fp64 for fp64 inputs and else fp32, which is also what is
+        accumulated in; signed, in units of the loss. Row ``b`` depends on row ``b`` of the
+        inputs alone; its bits do not depend on the batch, the threads or the repetition.
+
+    Raises:
+        TypeError: an argument is not a tensor.
+        InvalidInput: shapes, dtypes or devices disagree, or ``group_size`` does not divide F.
+        BackendUnavailable: ``backend`` was named and cannot run here; the message says why.
+    """
+    op = "taylor_score"
+    _checks.require_tensor(op, "activation_BNF", activation_BNF)
+    _checks.require_tensor(op, "gradient_BNF", gradient_BNF)
+    _checks.require_dims(op, "activation_BNF", activation_BNF, 3)
+    _checks.require_dtype(op, "activation_BNF", activation_BNF, DTYPES)
+    _checks.require_like(op, "gradient_BNF", gradient_BNF, "activation_BNF", activation_BNF)
+    columns = activation_BNF.shape[2]
+    _checks.require(
+        group_size >= 1 and columns % group_size == 0,
+        op,
+        "group_size",
+        f"be at least 1 and divide the {columns} columns of activation_BNF",
+        group_size,
+    )
+    activation_BNF, gradient_BNF = activation_BNF.detach(), gradient_BNF.detach()
+    chosen = choose(op, activation_BNF.device, backend)
+    if chosen == "cpu":
+        return torch.ops.vitprune_fast.taylor_score(activation_BNF, gradient_BNF, group_size)
+    if chosen == "triton":
+        return _triton(activation_BNF, gradient_BNF, group_size)
+    return _eager(activation_BNF, gradient_BNF, group_size)

@@ -1,0 +1,16 @@
+"""Oracle of ``ops.taylor_score``."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def taylor_score(activation_BNF: Tensor, gradient_BNF: Tensor, group_size: int = 1) -> Tensor:
+    """``s[b, u]`` = sum over tokens and the unit's columns of activation x gradient.
+
+    In fp64 for fp64 inputs, else in fp32.
+    """
+    dtype = torch.float64 if activation_BNF.dtype == torch.float64 else torch.float32
+    product_BNF = activation_BNF.to(dtype) * gradient_BNF.to(dtype)
+    return product_BNF.sum(1).unflatten(1, (-1, group_size)).sum(2)
