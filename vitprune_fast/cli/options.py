@@ -12,7 +12,7 @@ from typing import Annotated, Any, TypeVar
 import tyro
 from tyro.conf import arg
 
-from vitprune_fast.recipes.config import MARKERS, DataConfig, ModelConfig
+from vitprune_fast.recipes.config import DataConfig, ModelConfig
 from vitprune_fast.recipes.yamlfile import from_yaml, to_yaml
 
 T = TypeVar("T")
@@ -81,7 +81,6 @@ def parse(
         args=list(words),
         prog=f"vitprune-fast {verb}",
         description=inspect.getdoc(type(options)),
-        config=MARKERS,
     )
     if parsed.files.print_config:
         print(to_yaml(parsed.options), end="")

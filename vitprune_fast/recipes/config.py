@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from tyro.conf import FlagCreatePairsOff, arg
+from tyro.conf import arg
 from tyro.constructors import PrimitiveConstructorSpec
 
 from vitprune_fast.distill.config import DistillConfig
@@ -134,8 +134,8 @@ class PlanConfig:
 class RunConfig:
     """Prune a Vision Transformer and distil what is left: the whole chain in one folder.
 
-    The stages are data, dense, score, plan, prune, distill, evaluate, report. The same command on the
-    same folder resumes after the last finished stage, and inside training at the last checkpoint.
+    The stages are data, dense, score, plan, prune, distill, evaluate, report. The same command on
+    the same folder resumes after the last finished stage, inside training at the last checkpoint.
     """
 
     out: Annotated[Path, arg(metavar="DIR")] = Path("runs/digits")
@@ -145,7 +145,7 @@ class RunConfig:
     score: Annotated[ScoreConfig, arg(name="")] = field(default_factory=ScoreConfig)
     plan: Annotated[PlanConfig, arg(name="")] = field(default_factory=PlanConfig)
     train_dense: bool = False
-    """Train the dense model here first (needed when no checkpoint is given)."""
+    """Train the dense model here first, unless its weights are given."""
     dense: DistillConfig = field(default_factory=DistillConfig)
     distill: DistillConfig = field(default_factory=DistillConfig)
     seed: Annotated[int, arg(metavar="N")] = 0
@@ -161,6 +161,8 @@ class RunConfig:
     allow_config_change: bool = False
     """Resume although the configuration differs; the change is recorded, finished stages stay."""
 
-
-MARKERS = (FlagCreatePairsOff,)
-"""How every verb turns a dataclass into flags."""
+    @property
+    def has_weights(self) -> bool:
+        """Whether the dense model comes trained."""
+        model = self.model
+        return bool(model.checkpoint or model.pretrained or Path(model.name).is_dir())

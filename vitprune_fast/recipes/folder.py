@@ -65,6 +65,7 @@ class RunFolder:
             handle.truncate(0)
             handle.write(f"process {os.getpid()} on {socket.gethostname()}\n")
             handle.flush()
+            files.remove_leftovers(self.path)
             yield
 
     # identity
@@ -204,7 +205,7 @@ class Metrics:
         kept = [
             line
             for line in read_metrics(self.path)
-            if line.get("stage") not in stages or line.get("step", 0) <= step > 0
+            if line.get("stage") not in stages or (step and line.get("step", 0) <= step)
         ]
         text = "".join(json.dumps(line, sort_keys=True) + "\n" for line in kept)
         files.write_text(self.path, text)

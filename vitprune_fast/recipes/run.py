@@ -122,8 +122,8 @@ def run(
     tell({"event": "profile", "profile": str(profile)})
     skeleton = check_inputs(config)
     with folder.claim(), applied(profile):
-        data = data or open_model_data(config.data, skeleton, trained=not config.train_dense)
-        if not config.train_dense:
+        data = data or open_model_data(config.data, skeleton, trained=config.has_weights)
+        if config.has_weights:
             check_fit(skeleton, data)
         resumed = folder.begin(
             identity_of(config, data, profile),
@@ -148,14 +148,11 @@ def check_inputs(config: RunConfig) -> nn.Module:
     config.plan.budget()
     skeleton = models.skeleton(replace(config.model, pretrained=False))
     vp.describe(skeleton)
-    has_weights = (
-        config.model.checkpoint or config.model.pretrained or models.is_folder(config.model)
-    )
     if config.model.checkpoint and not config.model.checkpoint.is_file():
         raise InvalidInput(
             f"run: checkpoint must be a file, got {config.model.checkpoint} (no such file)"
         )
-    if not has_weights and not config.train_dense:
+    if not config.has_weights and not config.train_dense:
         raise InvalidInput(
             f"run: {config.model.name} has no trained weights; give --checkpoint FILE or "
             "--pretrained, or --train-dense to train it here first"
@@ -233,10 +230,10 @@ def _dense(job: Job) -> dict[str, Any]:
     config = job.config
     with seeded(config.seed, "init"):
         model = models.open_model(
-            config.model, len(job.data.classes) if config.train_dense else None
+            config.model, None if config.has_weights else len(job.data.classes)
         )
     facts: dict[str, Any] = {"source": str(config.model.checkpoint or config.model.name)}
-    if config.train_dense:
+    if not config.has_weights:
         model, facts = _train(job, model, None, config.dense)
     else:
         facts["text"] = f"weights from {facts['source']}"

@@ -114,6 +114,7 @@ def score_spread(axes_facts: Sequence[dict[str, Any]], title: str) -> str:
     """Per block the scores of one unit kind, kept ones in colour, removed ones grey."""
 
     def draw(axes: Axes) -> None:
+        size = 36 if max(axis["size"] for axis in axes_facts) <= 32 else 7
         positive = [s for axis in axes_facts for s in axis["scores"] if s > 0]
         for row, axis in enumerate(axes_facts):
             alive = set(axis["units"])
@@ -126,12 +127,11 @@ def score_spread(axes_facts: Sequence[dict[str, Any]], title: str) -> str:
                 axes.scatter(
                     chosen,
                     shift,
-                    s=7,
+                    s=size,
                     color=colour,
                     alpha=0.65,
                     linewidth=0,
                     label=label,
-                    rasterized=False,
                 )
         if positive and max(positive) > 20 * min(positive):
             axes.set_xscale("symlog", linthresh=min(positive))
@@ -141,7 +141,7 @@ def score_spread(axes_facts: Sequence[dict[str, Any]], title: str) -> str:
         axes.set_ylim(len(axes_facts) - 0.4, -0.6)
         axes.set_ylabel("block")
         axes.set_xlabel(f"score of a {axes_facts[0]['kind']} (larger matters more)")
-        axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=2, markerscale=2)
+        axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=2, markerscale=1.2)
         axes.tick_params(length=0, which="both")
         axes.grid(axis="x", color=MUTED, linewidth=0.6)
         axes.spines[["left", "bottom"]].set_visible(False)
