@@ -32,7 +32,7 @@ EVENTS = [
     {"event": "stage", "stage": "dense", "state": "kept"},
     {"event": "stage", "stage": "distill", "state": "start"},
     {"event": "step", "stage": "distill", "epoch": 0, "epochs": 2, "step": 1, "loss": 2.0},
-    {"event": "epoch", "stage": "distill", "epoch": 1, "epochs": 2, "step": 9, "loss": 1.0},
+    {"event": "epoch", "stage": "distill", "epoch": 0, "epochs": 2, "step": 9, "loss": 1.0},
     {"event": "stage", "stage": "distill", "state": "done", "seconds": 3.0, "text": "2 epochs"},
     {"event": "unheard of"},
     {"event": "end", "seconds": 4.0, "summary": SUMMARY},

@@ -67,10 +67,15 @@ class Display:
             self._say(f"{name:<9} {event['seconds']:6.1f} s  {event.get('text', '')}".rstrip())
 
     def _on_resume(self, event: dict[str, Any]) -> None:
-        self._say(f"{event['stage']:<9} resumes at epoch {event.get('epoch', 0)}")
+        self._say(f"{event['stage']:<9} resumes at step {event['step']:,}")
 
-    def _on_skip(self, event: dict[str, Any]) -> None:
-        self._say(f"{event['stage']:<9} step {event.get('step')} was skipped: not finite")
+    def _on_damaged_checkpoint(self, event: dict[str, Any]) -> None:
+        self._say(
+            f"{event['stage']:<9} a damaged checkpoint is left out: {event.get('reason', '')}"
+        )
+
+    def _on_skipped_step(self, event: dict[str, Any]) -> None:
+        self._say(f"{event['stage']:<9} step {event['step']:,} is skipped: not finite")
 
     def _on_step(self, event: dict[str, Any]) -> None:
         if self.quiet:
@@ -86,7 +91,7 @@ class Display:
     def _line(self, event: dict[str, Any]) -> None:
         self._last_line = time.monotonic()
         done, total = _epochs(event)
-        self._say(f"{event.get('stage', ''):<9} epoch {done:.0f}/{total:.0f}  {_state(event)}")
+        self._say(f"{event.get('stage', ''):<9} epoch {done}/{total}  {_state(event)}")
 
     def _move_bar(self, event: dict[str, Any]) -> None:
         done, total = _epochs(event)
@@ -112,15 +117,18 @@ class Display:
         self.console.print(table)
 
 
-def _epochs(event: dict[str, Any]) -> tuple[float, float]:
-    total = float(event.get("epochs", 0)) or 1.0
-    return min(float(event.get("epoch", 0)), total), total
+def _epochs(event: dict[str, Any]) -> tuple[int, int]:
+    """(epochs done, epochs of the training); the loop counts epochs from 0."""
+    done = int(event.get("epoch", 0)) + (event.get("event") == "epoch")
+    return done, int(event.get("epochs", 0)) or 1
 
 
 def _state(event: dict[str, Any]) -> str:
     words = []
-    if "loss" in event:
+    if event.get("loss") is not None:
         words.append(f"loss {event['loss']:.4f}")
+    if event.get("val_top1") is not None:
+        words.append(f"validation top-1 {event['val_top1']:.2%}")
     if event.get("images_per_s"):
         words.append(f"{event['images_per_s']:,.0f} images/s")
     return "  ".join(words)

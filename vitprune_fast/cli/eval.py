@@ -22,10 +22,6 @@ class Eval:
     """Which part of the data."""
     teacher: Annotated[Path | None, arg(metavar="DIR")] = None
     """Saved model to count agreement with."""
-    batch_size: Annotated[int, arg(metavar="N")] = 128
-    """Images per step."""
-    seed: Annotated[int, arg(metavar="N")] = 0
-    """Seed of the splits, where the data has none of its own."""
     device: Annotated[str, arg(metavar="auto|cpu|cuda")] = "auto"
     """Where to compute."""
 
@@ -38,7 +34,7 @@ def main(words: list[str]) -> int:
     from vitprune_fast.recipes import models, stages
     from vitprune_fast.recipes.opened import open_both
 
-    model, data, setting = open_both(options.model, options.data, options.seed, options.device)
+    model, data, setting = open_both(options.model, options.data, 0, options.device)
     teacher = models.open_model(ModelConfig(name=str(options.teacher))) if options.teacher else None
     result = stages.evaluate(
         model,
@@ -46,7 +42,6 @@ def main(words: list[str]) -> int:
         setting,
         split=options.split,
         teacher=teacher,
-        batch_size=options.batch_size,
     )
     print(f"top-1 {result.top1:.2%} ({result.top1_count} of {result.samples})")
     print(f"top-5 {result.top5:.2%} ({result.top5_count} of {result.samples})")

@@ -7,8 +7,8 @@ import signal
 import sys
 from collections.abc import Sequence
 from importlib import import_module
-from types import FrameType
 
+from vitprune_fast.cli.signals import Interrupted, listen
 from vitprune_fast.errors import VitpruneError
 
 VERBS = {
@@ -23,14 +23,6 @@ VERBS = {
     "report": "write the report of a run folder again",
     "doctor": "versions, devices, compilers and the backend every op takes",
 }
-
-
-class Interrupted(BaseException):
-    """SIGINT or SIGTERM arrived; no handler of ordinary errors may swallow it."""
-
-    def __init__(self, number: int) -> None:
-        super().__init__(number)
-        self.number = number
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -50,15 +42,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         hint = f"did you mean {' or '.join(near)}?" if near else f"known: {', '.join(VERBS)}"
         return _fail(f"vitprune-fast: no verb {verb!r}; {hint}")
     try:
-        _listen()
+        listen()
         return import_module(f"vitprune_fast.cli.{verb}").main(words) or 0
     except VitpruneError as error:
         return _fail(str(error))
-    except (Interrupted, KeyboardInterrupt) as stop:
-        number = getattr(stop, "number", signal.SIGINT)
+    except Interrupted as stop:
         hint = "; the same command resumes the run" if verb == "run" else ""
-        print(f"\nstopped by {signal.Signals(number).name}{hint}", file=sys.stderr)
-        return 128 + number
+        print(f"stopped by {signal.Signals(stop.number).name}{hint}", file=sys.stderr)
+        return 128 + stop.number
     except BrokenPipeError:
         # the reader (head, less) went away: not our error
         sys.stderr.close()
@@ -68,16 +59,6 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _fail(sentence: str) -> int:
     print(f"error: {' '.join(sentence.split())}", file=sys.stderr)
     return 2
-
-
-def _listen() -> None:
-    def stop(number: int, frame: FrameType | None) -> None:
-        # a second signal while we clean up ends the process at once
-        signal.signal(number, signal.SIG_DFL)
-        raise Interrupted(number)
-
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, stop)
 
 
 def _overview() -> str:

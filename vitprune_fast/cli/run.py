@@ -21,8 +21,19 @@ def main(words: list[str]) -> int:
     if options is None:
         return 0
     from vitprune_fast.cli.display import Display
-    from vitprune_fast.recipes.run import run
+    from vitprune_fast.cli.signals import Interrupted, Stopper
+    from vitprune_fast.recipes.run import RunStopped, run
 
+    stop = Stopper()
     with Display(quiet=options.quiet) as display:
-        run(options, on_event=display, command=["vitprune-fast", "run", *words])
+
+        def on_event(event: dict) -> None:
+            stop.watch(event)
+            display(event)
+
+        try:
+            run(options, on_event=on_event, stop=stop, command=["vitprune-fast", "run", *words])
+        except RunStopped:
+            assert stop.number is not None
+            raise Interrupted(stop.number) from None
     return 0

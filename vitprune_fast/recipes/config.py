@@ -63,6 +63,8 @@ class DataConfig:
 
     source: Annotated[str, arg(name="data", metavar="digits|folder:PATH")] = "digits"
     """`digits` (1,797 real 8x8 images, embedded) or `folder:PATH` (a folder per class)."""
+    batch_size: Annotated[int, arg(metavar="N")] = 64
+    """Images per training step."""
     augment: bool = True
     """Vary training images at random (digits: small affine maps; photographs: crops, flips)."""
     mean: Annotated[tuple[float, ...] | None, arg(metavar="NUMBER ...")] = None
@@ -147,15 +149,15 @@ class RunConfig:
     train_dense: bool = False
     """Train the dense model here first, unless its weights are given."""
     dense: DistillConfig = field(default_factory=DistillConfig)
+    """How the dense model is trained, if it is (its teacher settings mean nothing)."""
     distill: DistillConfig = field(default_factory=DistillConfig)
+    """How the pruned model is taught."""
     seed: Annotated[int, arg(metavar="N")] = 0
     """All randomness of the run is derived from this number."""
     device: Annotated[str, arg(metavar="auto|cpu|cuda")] = "auto"
     """Where to compute."""
     threads: Count = None
     """Torch threads on the CPU; unset: one per available core."""
-    eval_batch_size: Annotated[int, arg(metavar="N")] = 128
-    """Images per step when testing."""
     quiet: bool = False
     """Print only the result and errors."""
     allow_config_change: bool = False

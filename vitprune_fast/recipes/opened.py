@@ -10,7 +10,7 @@ import vitprune_fast as vp
 from vitprune_fast.data import ImageData, open_data
 from vitprune_fast.recipes import models
 from vitprune_fast.recipes.config import DataConfig, ModelConfig
-from vitprune_fast.recipes.profile import choose_profile
+from vitprune_fast.recipes.profile import Profile, choose_profile
 from vitprune_fast.recipes.stages import Setting
 
 
@@ -68,4 +68,11 @@ def open_both(
     model = models.open_model(model_config)
     data = open_model_data(data_config, model, trained=True)
     check_fit(model, data)
-    return model, data, Setting(seed, profile.device, profile.workers, data_config.augment)
+    return model, data, setting_of(data_config, profile, seed)
+
+
+def setting_of(data_config: DataConfig, profile: Profile, seed: int) -> Setting:
+    """What every stage needs besides its inputs."""
+    return Setting(
+        seed, profile.device, profile.workers, data_config.augment, data_config.batch_size
+    )

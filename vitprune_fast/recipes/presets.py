@@ -25,8 +25,8 @@ DIGITS = RunConfig(
     data=DataConfig(source="digits"),
     score=ScoreConfig(samples=898),
     train_dense=True,
-    dense=DistillConfig(epochs=60, batch_size=64, lr=2e-3, warmup_epochs=5),
-    distill=DistillConfig(epochs=40, batch_size=64, lr=1e-3, warmup_epochs=2),
+    dense=DistillConfig(epochs=60, lr=2e-3, warmup_epochs=5),
+    distill=DistillConfig(epochs=40, lr=1e-3, warmup_epochs=2),
 )
 """The embedded digits: no download, no GPU, a few minutes on two cores."""
 
@@ -34,8 +34,8 @@ IMAGES = RunConfig(
     out=Path("runs/images"),
     model=ModelConfig(name="vit_tiny_patch16_224"),
     data=DataConfig(source="folder:PATH"),
-    distill=DistillConfig(),
-    dense=DistillConfig(),
+    dense=DistillConfig(epochs=50),
+    distill=DistillConfig(epochs=10, lr=5e-4, warmup_epochs=1),
 )
 """A folder of images and a trained model."""
 

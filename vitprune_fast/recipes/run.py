@@ -11,7 +11,7 @@ import shutil
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -30,6 +30,7 @@ from vitprune_fast.recipes.opened import (
     check_fit,
     open_model_data,
     remember_normalisation,
+    setting_of,
 )
 from vitprune_fast.recipes.presets import preset
 from vitprune_fast.recipes.profile import Profile, applied, choose_profile, versions
@@ -53,12 +54,13 @@ class Job:
     profile: Profile
     metrics: Metrics
     on_event: OnEvent
+    stop: Callable[[], bool]
     stage: str = ""
+    cut_back: set[str] = field(default_factory=set)
 
     @property
     def setting(self) -> Setting:
-        augment = self.config.data.augment
-        return Setting(self.config.seed, self.profile.device, self.profile.workers, augment)
+        return setting_of(self.config.data, self.profile, self.config.seed)
 
     @cached_property
     def data(self) -> ImageData:
@@ -82,12 +84,20 @@ class Job:
 
     def tell(self, event: dict[str, Any]) -> None:
         """Passes on an event of the training loop, and keeps the ones that make a curve."""
+        kind = event["event"]
         event = {**event, "stage": self.stage}
-        if event.get("event") == "resume":
-            self.metrics.cut([self.stage], int(event.get("step", 0)))
-        elif event.get("event") in ("epoch", "skip"):
+        if self.stage not in self.cut_back and kind != "damaged_checkpoint":
+            # lines of an attempt that was killed, beyond the checkpoint the loop goes on from
+            self.metrics.cut([self.stage], event["step"] if kind == "resume" else 0)
+            self.cut_back.add(self.stage)
+        if kind in ("epoch", "skipped_step"):
             self.metrics.add(event)
-        self.on_event(event)
+        schedule = self.config.dense if self.stage == "dense" else self.config.distill
+        self.on_event({**event, "epochs": schedule.epochs})
+
+
+class RunStopped(Exception):
+    """The run was asked to stop and did, with a checkpoint; the same call goes on from there."""
 
 
 def run(
@@ -95,6 +105,7 @@ def run(
     *,
     data: ImageData | None = None,
     on_event: OnEvent | None = None,
+    stop: Callable[[], bool] | None = None,
     command: list[str] | None = None,
 ) -> dict[str, Any]:
     """Prunes a model and distils what is left, in a folder that a killed run resumes from.
@@ -103,6 +114,7 @@ def run(
         config: the recipe, or the name of a preset.
         data: an opened data set to use instead of `config.data.source`.
         on_event: called with a dict for every stage, step and epoch.
+        stop: asked after every training step and stage; True ends the run with a checkpoint.
         command: the words that started the run, recorded for the report.
 
     Returns:
@@ -113,6 +125,7 @@ def run(
         InvalidInput: an argument, the data or the checkpoint cannot be used.
         RunFolderError: the folder is in use, is another run's, or cannot be written.
         StageFailed: a stage's own check did not hold; nothing after it was done.
+        RunStopped: `stop` said so.
     """
     config = preset(config) if isinstance(config, str) else config
     tell = on_event or (lambda event: None)
@@ -136,7 +149,8 @@ def run(
             allow_change=config.allow_config_change,
         )
         files.write_text(folder / "config.yaml", to_yaml(config))
-        job = Job(config, folder, data, profile, Metrics(folder / "metrics.jsonl"), tell)
+        metrics = Metrics(folder / "metrics.jsonl")
+        job = Job(config, folder, data, profile, metrics, tell, stop or (lambda: False))
         run_stages(job, resumed=resumed)
     summary = files.read_json(folder / "summary.json")
     tell({"event": "end", "seconds": time.perf_counter() - started, "summary": summary})
@@ -195,6 +209,8 @@ def run_stages(job: Job, *, resumed: bool) -> None:
             for later in names[position + 1 :]:
                 shutil.rmtree(job.folder / "checkpoints" / later, ignore_errors=True)
         resumed = False
+        if job.stop():
+            raise RunStopped
         job.folder.forget(names[position:])
         job.metrics.cut(names[position + 1 :])
         job.on_event({"event": "stage", "stage": name, "state": "start"})
@@ -259,7 +275,10 @@ def _train(job: Job, student: nn.Module, teacher: nn.Module | None, schedule: An
         purpose=job.stage,
         checkpoint_dir=job.folder / "checkpoints" / job.stage,
         on_event=job.tell,
+        stop=job.stop,
     )
+    if not result.finished:
+        raise RunStopped
     return result.model, {
         "epochs": schedule.epochs,
         "skipped_steps": result.skipped_steps,
@@ -324,17 +343,24 @@ def _distill(job: Job) -> dict[str, Any]:
 
 def _evaluate(job: Job) -> dict[str, Any]:
     dense, model = job.load("dense"), job.load("model")
-    size = job.config.eval_batch_size
-    before = stages.evaluate(dense, job.data, job.setting, batch_size=size)
-    after = stages.evaluate(model, job.data, job.setting, teacher=dense, batch_size=size)
+    before = stages.evaluate(dense, job.data, job.setting)
+    after = stages.evaluate(model, job.data, job.setting, teacher=dense)
     wanted = len(job.data.split("test"))
     proofs = [
-        checks.Check(
-            f"the {name} model saw every test image once",
-            result.samples == wanted,
-            f"{result.samples} of {wanted}",
-        )
+        proof
         for name, result in (("dense", before), ("pruned", after))
+        for proof in (
+            checks.Check(
+                f"the {name} model saw every test image once",
+                result.samples == wanted,
+                f"{result.samples} of {wanted}",
+            ),
+            checks.Check(
+                f"the {name} model's logits on the test images are finite",
+                result.nonfinite_count == 0,
+                f"{result.nonfinite_count} images without",
+            ),
+        )
     ]
     facts = {"checks": checks.require("evaluate", proofs)}
     summary = {

@@ -30,6 +30,7 @@ class Setting:
     device: str
     workers: int
     augment: bool
+    batch_size: int
 
 
 def train(
@@ -42,6 +43,7 @@ def train(
     purpose: str,
     checkpoint_dir: Any = None,
     on_event: OnEvent | None = None,
+    stop: Callable[[], bool] | None = None,
 ) -> Any:
     """Trains `student` on the training split, with the help of `teacher` if there is one.
 
@@ -50,10 +52,11 @@ def train(
         teacher: gives soft labels; None trains on the labels alone.
         data: `train` is learnt from; `validation` is only measured, or chooses the checkpoint.
         config: schedule and losses.
-        setting: seed, device, loader processes, augmentation.
+        setting: seed, device, loader processes, batch size, augmentation.
         purpose: keeps the randomness of two trainings with one seed apart.
         checkpoint_dir: where to checkpoint, and to resume from; None keeps nothing.
-        on_event: told about every step and epoch.
+        on_event: told about steps and epochs.
+        stop: asked after every step; True ends the training with a checkpoint.
 
     Returns:
         The `DistillResult` of the training loop.
@@ -61,13 +64,13 @@ def train(
     seed = derive_seed(setting.seed, purpose)
     train_loader = Loader(
         data.split("train"),
-        config.batch_size,
+        setting.batch_size,
         shuffle=True,
         augment=data.augmentation if setting.augment else None,
         seed=seed,
         workers=setting.workers,
     )
-    validation = Loader(data.split("validation"), config.batch_size, workers=setting.workers)
+    validation = Loader(data.split("validation"), setting.batch_size, workers=setting.workers)
     return vp.distill(
         student.to(setting.device),
         None if teacher is None else teacher.to(setting.device).eval(),
@@ -76,6 +79,7 @@ def train(
         replace(config, seed=seed),
         checkpoint_dir=checkpoint_dir,
         on_event=on_event,
+        stop=stop,
     )
 
 
@@ -139,10 +143,9 @@ def evaluate(
     *,
     split: str = "test",
     teacher: nn.Module | None = None,
-    batch_size: int = 128,
 ) -> Any:
     """`Evaluation` (integer counts) of the model on a split; this is the one reader of `test`."""
-    loader = Loader(data.split(split), batch_size, workers=setting.workers)
+    loader = Loader(data.split(split), setting.batch_size, workers=setting.workers)
     return vp.evaluate(
         model.to(setting.device), loader, teacher=teacher and teacher.to(setting.device)
     )

@@ -32,6 +32,8 @@ _STYLE = {
 }
 # small panels side by side: on a phone they stack and stay readable
 WIDTH = 4.4
+MOST_POINTS = 300
+"""Points of one colour in one block of a score picture; more would only blacken it."""
 
 
 def _figure(height: float) -> tuple[Figure, Axes]:
@@ -119,7 +121,9 @@ def score_spread(axes_facts: Sequence[dict[str, Any]], title: str) -> str:
         for row, axis in enumerate(axes_facts):
             alive = set(axis["units"])
             for keeps in (False, True):
-                chosen = [s for u, s in enumerate(axis["scores"]) if (u in alive) == keeps]
+                chosen = _thinned(
+                    [s for u, s in enumerate(axis["scores"]) if (u in alive) == keeps]
+                )
                 colour = KINDS[axis["kind"]] if keeps else BEFORE
                 # a fixed zigzag instead of random jitter: the same picture every time
                 shift = [row + ((u * 7) % 11 - 5) / 16 for u in range(len(chosen))]
@@ -147,6 +151,14 @@ def score_spread(axes_facts: Sequence[dict[str, Any]], title: str) -> str:
         axes.spines[["left", "bottom"]].set_visible(False)
 
     return drawn(title, 1.2 + 0.24 * len(axes_facts), draw)
+
+
+def _thinned(values: list[float]) -> list[float]:
+    if len(values) <= MOST_POINTS:
+        return values
+    ordered = sorted(values)
+    step = (len(ordered) - 1) / (MOST_POINTS - 1)
+    return [ordered[round(k * step)] for k in range(MOST_POINTS)]
 
 
 def _few_ticks(axes: Axes) -> Any:

@@ -70,6 +70,7 @@ def render(run: RunFolder) -> str:
         seconds={name: stages[name]["facts"].get("seconds") for name in STAGES},
         kept=kept_figures(run),
         scores=score_figures(run),
+        thinned=thinned_note(run),
         curves=curve_figures(run),
         costs=cost_figure(summary),
         set_aside=set_aside(record, summary),
@@ -134,6 +135,14 @@ def score_figures(run: RunFolder) -> list[tuple[str, str]]:
     ]
 
 
+def thinned_note(run: RunFolder) -> str:
+    """Says so where a picture shows only some of the units."""
+    most = max((a["size"] for axes in unit_facts(run).values() for a in axes), default=0)
+    if most <= figures.MOST_POINTS:
+        return ""
+    return f" (at most {figures.MOST_POINTS} of each colour per block, evenly spaced by rank)"
+
+
 def curve_figures(run: RunFolder) -> list[tuple[str, str]]:
     """(caption, svg) of loss and validation accuracy of every training stage."""
     lines = read_metrics(run / "metrics.jsonl")
@@ -142,9 +151,9 @@ def curve_figures(run: RunFolder) -> list[tuple[str, str]]:
         epochs = [e for e in lines if e.get("stage") == stage and e.get("event") == "epoch"]
         for key, label, scale in (
             ("loss", "training loss", 1.0),
-            ("top1", "validation top-1, %", 100.0),
+            ("val_top1", "validation top-1, %", 100.0),
         ):
-            points = [(e["epoch"], e[key] * scale) for e in epochs if e.get(key) is not None]
+            points = [(e["epoch"] + 1, e[key] * scale) for e in epochs if e.get(key) is not None]
             if len(points) > 1:
                 xs, ys = zip(*points, strict=True)
                 line = (heading, figures.AFTER, list(xs), list(ys))
