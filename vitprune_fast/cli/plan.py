@@ -31,13 +31,14 @@ def main(words: list[str]) -> int:
     if options is None:
         return 0
     import vitprune_fast as vp
+    from vitprune_fast.planning.cost import predict_cost
     from vitprune_fast.recipes import models, stages
 
     model = models.skeleton(options.model)
     plan = stages.plan(model, vp.Scores.load(options.scores), options.plan)
     plan.save(options.out)
     structure = vp.describe(model)
-    before, after = vp.cost(model), structure.cost(plan)
+    before, after = vp.cost(model), predict_cost(structure, plan)
     print(
         f"{options.out}: {after.macs:,} of {before.macs:,} MACs, "
         f"{after.params:,} of {before.params:,} params"

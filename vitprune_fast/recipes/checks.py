@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 import vitprune_fast as vp
 from vitprune_fast.errors import StageFailed
+from vitprune_fast.planning.cost import predict_cost
 from vitprune_fast.randomness import generator
 
 TOLERANCE = 1e-5
@@ -108,7 +109,7 @@ def prune_and_prove(dense: nn.Module, plan: Any, images: Tensor) -> tuple[nn.Mod
     """The pruned model in evaluation mode, and what was checked about it on these images."""
     pruned = vp.prune(dense, plan).eval()
     return pruned, [
-        same_cost(vp.describe(dense).cost(plan), vp.cost(pruned)),
+        same_cost(predict_cost(vp.describe(dense), plan), vp.cost(pruned)),
         finite(pruned, images),
         masked_equals_pruned(dense, pruned, plan, images),
     ]

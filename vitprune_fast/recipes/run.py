@@ -22,6 +22,7 @@ import vitprune_fast as vp
 from vitprune_fast import files
 from vitprune_fast.data import BadImage, ImageData
 from vitprune_fast.errors import InvalidInput, StageFailed
+from vitprune_fast.planning.cost import predict_cost
 from vitprune_fast.randomness import seeded
 from vitprune_fast.recipes import checks, models, stages
 from vitprune_fast.recipes.config import RunConfig
@@ -304,7 +305,7 @@ def _plan(job: Job) -> dict[str, Any]:
     plan = stages.plan(dense, scores, job.config.plan)
     plan.save(job.folder / "plan.json")
     structure = vp.describe(dense)
-    predicted = structure.cost(plan)
+    predicted = predict_cost(structure, plan)
     axes = {
         name: {"kind": axis.kind, "size": axis.size, "kept": len(plan[name])}
         for name, axis in structure.axes.items()

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 import vitprune_fast as vp
 from vitprune_fast.data import ImageData, Loader
 from vitprune_fast.distill.config import DistillConfig
+from vitprune_fast.distill.loop import distill
 from vitprune_fast.randomness import derive_seed
 from vitprune_fast.recipes.config import PlanConfig, ScoreConfig
 
@@ -71,7 +72,7 @@ def train(
         workers=setting.workers,
     )
     validation = Loader(data.split("validation"), setting.batch_size, workers=setting.workers)
-    return vp.distill(
+    return distill(
         student.to(setting.device),
         None if teacher is None else teacher.to(setting.device).eval(),
         train_loader,
