@@ -1,0 +1,388 @@
+"""Files that are either whole or not there, and readers that trust nothing they read.
+
+Writers put the bytes in a temporary file of the same folder, flush it, rename it over the old one
+and flush the folder, so a reader (or a restart after a power cut) meets the old content or the new.
+Readers have limits and raise ``DamagedFile``; nothing is ever unpickled.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import math
+import os
+import re
+import stat
+import threading
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+
+from vitprune_fast.errors import DamagedFile, InvalidInput, RunFolderError
+
+MANIFEST = "manifest.json"
+MAX_JSON_BYTES = 16 << 20
+MAX_JSON_DEPTH = 32
+MAX_HEADER_BYTES = 16 << 20
+_TEMPORARY = re.compile(r"\..+\.\d+-\d+\.tmp")
+_NUMBER_LIST = re.compile(r'\[\n([^\[\]{}"]*)\n\s*\]')
+_CHUNK = 1 << 20
+
+PathLike = str | os.PathLike[str]
+
+
+def write_bytes(path: PathLike, data: bytes) -> None:
+    """Replace ``path`` by ``data`` in one step; on any failure the old file stays as it was.
+
+    Raises:
+        RunFolderError: the folder is missing or read-only, or the disk is full.
+    """
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}-{threading.get_ident()}.tmp")
+    try:
+        try:
+            _write_and_flush(temporary, data)
+            os.replace(temporary, path)
+        except BaseException:
+            with contextlib.suppress(OSError):
+                os.unlink(temporary)
+            raise
+        _flush_folder(path.parent)
+    except OSError as error:
+        raise RunFolderError(
+            f"write_bytes: path must be writable, got {path}: {error.strerror or error}; "
+            "the earlier content is untouched: free space or fix the permission and start again"
+        ) from error
+
+
+def _write_and_flush(path: Path, data: bytes) -> None:
+    handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o666)
+    try:
+        rest = memoryview(data)
+        while rest:
+            rest = rest[os.write(handle, rest) :]
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _flush_folder(folder: Path) -> None:
+    """Make a rename in ``folder`` survive a power cut."""
+    handle = os.open(folder, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def remove_leftovers(folder: PathLike) -> None:
+    """Delete the temporary files that killed processes left in ``folder``; only its owner may."""
+    for path in Path(folder).iterdir():
+        if _TEMPORARY.fullmatch(path.name) and path.is_file():
+            with contextlib.suppress(OSError):
+                path.unlink()
+
+
+def write_text(path: PathLike, text: str) -> None:
+    """Replace ``path`` by ``text`` in UTF-8; see ``write_bytes``."""
+    write_bytes(path, text.encode())
+
+
+def write_json(path: PathLike, value: Any) -> None:
+    """Replace ``path`` by ``value`` as JSON, keys in the order given; see ``write_bytes``.
+
+    Raises:
+        InvalidInput: ``value`` holds NaN, an infinity, or something JSON has no form for.
+    """
+    try:
+        text = json.dumps(value, indent=2, allow_nan=False, ensure_ascii=False)
+    except (TypeError, ValueError) as error:
+        raise InvalidInput(
+            f"write_json: value must be plain finite JSON data for {path}, got {error}"
+        ) from error
+    # numbers of one list share a line; a raw line break never lies inside a JSON string
+    text = _NUMBER_LIST.sub(lambda match: "[" + " ".join(match[1].split()) + "]", text)
+    write_text(path, text + "\n")
+
+
+def read_json(path: PathLike, *, max_bytes: int = MAX_JSON_BYTES) -> Any:
+    """Read JSON that anyone may have written.
+
+    Args:
+        path: a regular file in UTF-8.
+        max_bytes: larger files are refused before they are read.
+
+    Raises:
+        DamagedFile: missing, too large, not UTF-8, not JSON, nested deeper than 32 levels, a key
+            twice in one object, NaN or an infinity, an integer of absurd length.
+    """
+    data = _read_limited(Path(path), max_bytes, "read_json")
+    try:
+        return parse_json(data)
+    except ValueError as error:
+        raise DamagedFile(f"read_json: {path} must be valid JSON, got {error}") from None
+
+
+def parse_json(data: bytes) -> Any:
+    """Parse JSON under the rules of ``read_json``.
+
+    Raises:
+        ValueError: with the reason.
+    """
+    try:
+        value = json.loads(
+            data.decode("utf-8"),
+            parse_constant=_refuse_constant,
+            parse_float=_finite_float,
+            object_pairs_hook=_object_without_duplicates,
+        )
+    except RecursionError:
+        raise ValueError("brackets nested without end") from None
+    level = [value]
+    for _ in range(MAX_JSON_DEPTH):
+        level = [child for parent in level for child in _children(parent)]
+        if not level:
+            return value
+    raise ValueError(f"more than {MAX_JSON_DEPTH} levels of nesting")
+
+
+def _children(value: Any) -> Iterable[Any]:
+    if isinstance(value, dict):
+        return value.values()
+    return value if isinstance(value, list) else ()
+
+
+def _refuse_constant(name: str) -> Any:
+    raise ValueError(f"{name}, which JSON does not have")
+
+
+def _finite_float(text: str) -> float:
+    value = float(text)
+    if not math.isfinite(value):
+        raise ValueError(f"the number {text[:32]}, which is too large")
+    return value
+
+
+def _object_without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    result = dict(pairs)
+    if len(result) != len(pairs):
+        raise ValueError("an object with the same key twice")
+    return result
+
+
+def write_tensors(
+    path: PathLike,
+    tensors: Mapping[str, torch.Tensor],
+    metadata: Mapping[str, str] | None = None,
+) -> None:
+    """Replace ``path`` by a safetensors file; equal content gives equal bytes.
+
+    Args:
+        path: the file.
+        tensors: any shapes, dtypes and devices; views are stored as what they show.
+        metadata: strings kept in the header.
+    """
+    plain = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
+    data = safetensors.torch.save(plain, dict(metadata or {}))
+    # the library writes the metadata in the random order of a hash map
+    length = int.from_bytes(data[:8], "little")
+    header = json.dumps(
+        json.loads(data[8 : 8 + length]), sort_keys=True, separators=(",", ":")
+    ).encode()
+    header += b" " * (-len(header) % 8)
+    start = len(header).to_bytes(8, "little") + header
+    write_bytes(path, b"".join([start, memoryview(data)[8 + length :]]))
+
+
+def read_tensors(path: PathLike) -> dict[str, torch.Tensor]:
+    """Read the tensors of a safetensors file into memory of their own.
+
+    Nothing in the file is executed; pickles and zip archives are refused whatever their name.
+
+    Returns:
+        Name to CPU tensor, sorted by name.
+
+    Raises:
+        DamagedFile: missing, truncated, another format, a header over 16 MiB or that does not match
+            the data.
+    """
+    data, _ = _read_safetensors(Path(path))
+    try:
+        tensors = safetensors.torch.load(data)
+    except Exception as error:  # the library's own error, and KeyError for a new dtype
+        raise DamagedFile(f"read_tensors: {path} must be safetensors, got {error}") from None
+    del data
+    # memory of torch's own alignment: matrix products may round by address
+    return {name: tensors.pop(name).clone() for name in sorted(tensors)}
+
+
+def read_metadata(path: PathLike) -> dict[str, str]:
+    """Read the metadata strings of a safetensors file; same limits as ``read_tensors``."""
+    _, header = _read_safetensors(Path(path), header_only=True)
+    metadata = header.get("__metadata__", {})
+    if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
+        raise DamagedFile(f"read_metadata: {path} must map names to strings in its metadata")
+    return metadata
+
+
+def _read_safetensors(path: Path, *, header_only: bool = False) -> tuple[bytes, dict[str, Any]]:
+    size = _regular_size(path, "read_tensors")
+    try:
+        with open(path, "rb") as file:
+            start = file.read(8)
+            _refuse_pickle(path, start)
+            length = int.from_bytes(start, "little")
+            if len(start) < 8 or length > size - 8:
+                raise DamagedFile(
+                    f"read_tensors: {path} must be a whole safetensors file, got {size} bytes "
+                    "that do not start with a header that fits; copy or download it again"
+                )
+            if length > MAX_HEADER_BYTES:
+                raise DamagedFile(
+                    f"read_tensors: the header of {path} must have at most {MAX_HEADER_BYTES} "
+                    f"bytes, got {length}"
+                )
+            header = file.read(length)
+            file.seek(0)
+            data = b"" if header_only else file.read()
+    except OSError as error:
+        raise _unreadable("read_tensors", path, error) from error
+    try:
+        parsed = parse_json(header)
+        if not isinstance(parsed, dict):
+            raise ValueError("a header that is not an object")
+    except ValueError as error:
+        raise DamagedFile(f"read_tensors: {path} must be safetensors, got {error}") from None
+    return data, parsed
+
+
+def _refuse_pickle(path: Path, start: bytes) -> None:
+    kind = None
+    if start[:4] == b"PK\x03\x04":
+        kind = "a zip archive (what torch.save writes)"
+    # a header length may begin with the same two bytes, but then ends in zeros
+    elif start[:1] == b"\x80" and start[1:2] <= b"\x05" and any(start[3:]):
+        kind = "a pickle"
+    if kind:
+        raise DamagedFile(
+            f"read_tensors: {path} must be safetensors, got {kind}, which can hold code and is "
+            "never opened; convert it with safetensors.torch.save_file where you trust it"
+        )
+
+
+def sha256(path: PathLike) -> str:
+    """SHA-256 of a regular file as 64 lower-case hexadecimal digits."""
+    path = Path(path)
+    _regular_size(path, "sha256")
+    digest = hashlib.sha256()
+    try:
+        with open(path, "rb") as file:
+            while chunk := file.read(_CHUNK):
+                digest.update(chunk)
+    except OSError as error:
+        raise _unreadable("sha256", path, error) from error
+    return digest.hexdigest()
+
+
+def inside(folder: PathLike, name: str) -> Path:
+    """Return the path of ``name`` in ``folder``, for names that came out of a file.
+
+    Raises:
+        DamagedFile: ``name`` is absolute, climbs out with ``..``, or leads out through a link.
+    """
+    root = Path(folder).resolve()
+    try:
+        path = (root / name).resolve()
+    except (OSError, ValueError, RuntimeError):
+        path = root.parent
+    if "\0" in name or path == root or root not in path.parents:
+        raise DamagedFile(f"inside: a file name must stay in {folder}, got {name[:200]!r}")
+    return path
+
+
+def write_manifest(folder: PathLike, names: Iterable[str] | None = None) -> None:
+    """Write ``manifest.json``: size and SHA-256 of each file. Written last, it seals the folder.
+
+    Args:
+        folder: the folder.
+        names: paths relative to ``folder``; None takes every file in it.
+    """
+    root = Path(folder)
+    listed = _file_names(root) if names is None else sorted(names)
+    files = {}
+    for name in listed:
+        path = inside(root, name)
+        files[name] = {"bytes": _regular_size(path, "write_manifest"), "sha256": sha256(path)}
+    write_json(root / MANIFEST, {"format": 1, "files": files})
+
+
+def check_manifest(folder: PathLike) -> list[str]:
+    """Compare every file with ``manifest.json``.
+
+    Returns:
+        The names the manifest lists; files it does not list are not looked at.
+
+    Raises:
+        DamagedFile: the manifest or a file is missing or differs in any bit.
+    """
+    root = Path(folder)
+    manifest = read_json(root / MANIFEST)
+    files = manifest.get("files") if isinstance(manifest, dict) else None
+    if not isinstance(files, dict) or set(manifest) != {"format", "files"}:
+        raise DamagedFile(f"check_manifest: {root / MANIFEST} must hold `format` and `files`")
+    if manifest["format"] != 1 or isinstance(manifest["format"], bool):
+        raise DamagedFile(
+            f"check_manifest: {root / MANIFEST} must have format 1, got {manifest['format']!r}"
+        )
+    for name, wanted in files.items():
+        path = inside(root, name)
+        size = _regular_size(path, "check_manifest")
+        found = {"bytes": size, "sha256": sha256(path)}
+        if wanted != found:
+            raise DamagedFile(
+                f"check_manifest: {path} must have the sha256 and size of {MANIFEST}, "
+                f"got {found}; copy or download the folder again"
+            )
+    return list(files)
+
+
+def _file_names(root: Path) -> list[str]:
+    return sorted(
+        path.relative_to(root).as_posix()
+        for path in root.rglob("*")
+        if path.is_file() and path.name != MANIFEST and not _TEMPORARY.fullmatch(path.name)
+    )
+
+
+def _read_limited(path: Path, max_bytes: int, function: str) -> bytes:
+    size = _regular_size(path, function)
+    if size > max_bytes:
+        raise DamagedFile(f"{function}: {path} must have at most {max_bytes} bytes, got {size}")
+    try:
+        with open(path, "rb") as file:
+            data = file.read(max_bytes + 1)
+    except OSError as error:
+        raise _unreadable(function, path, error) from error
+    if len(data) > max_bytes:
+        raise DamagedFile(f"{function}: {path} must have at most {max_bytes} bytes, got more")
+    return data
+
+
+def _regular_size(path: Path, function: str) -> int:
+    try:
+        status = os.stat(path)
+    except (OSError, ValueError) as error:
+        raise _unreadable(function, path, error) from error
+    # a pipe or a device would block or never end
+    if not stat.S_ISREG(status.st_mode):
+        raise DamagedFile(f"{function}: {path} must be a regular file")
+    return status.st_size
+
+
+def _unreadable(function: str, path: Path, error: Exception) -> DamagedFile:
+    reason = getattr(error, "strerror", None) or str(error)
+    return DamagedFile(f"{function}: {path} must be a readable file, got: {reason}")
