@@ -1,0 +1,695 @@
+"""Data: fixed splits, streams that depend on nothing but their arguments, bad files named."""
+
+from __future__ import annotations
+
+import io
+import itertools
+import os
+import random
+import struct
+import zlib
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+
+from vitprune_fast.data import (
+    Affine,
+    ImageData,
+    Loader,
+    RandomCrop,
+    digits,
+    open_data,
+)
+from vitprune_fast.data.splits import stratified
+from vitprune_fast.errors import DamagedFile, InvalidInput, StageFailed
+from vitprune_fast.files import read_json
+
+SPLITS = ("train", "validation", "test")
+
+
+@pytest.fixture(scope="module")
+def digit_data() -> ImageData:
+    return open_data("digits", image_size=8, channels=1)
+
+
+def _save_images(folder: Path, count: int, seed: int = 0) -> None:
+    folder.mkdir(parents=True)
+    rng = np.random.default_rng(seed)
+    for index in range(count):
+        height, width = rng.integers(9, 40, 2)
+        pixels = rng.integers(0, 256, (height, width, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(folder / f"{index:03}.jpg")
+
+
+@pytest.fixture
+def photos(tmp_path: Path) -> Path:
+    root = tmp_path / "photos"
+    for seed, name in enumerate(("cat", "dog", "eel")):
+        _save_images(root / name, 20, seed)
+    return root
+
+
+def _photo_data(root: Path, **options: object) -> ImageData:
+    return open_data(f"folder:{root}", image_size=16, channels=3, **options)  # type: ignore[arg-type]
+
+
+# splits
+
+
+def test_committed_digit_splits_are_what_the_code_derives() -> None:
+    assert digits.derive_splits() == read_json(digits.SPLIT_FILE)
+
+
+def test_digit_splits_are_disjoint_complete_and_stratified(digit_data: ImageData) -> None:
+    splits = {name: digit_data.split(name) for name in SPLITS}
+    ids = torch.cat([split.ids for split in splits.values()])
+    assert sorted(ids.tolist()) == list(range(1797))
+    assert len(splits["test"]) == 1797 // 3
+    totals = torch.bincount(torch.cat([split.labels for split in splits.values()]))
+    for name, share in digits.SHARES.items():
+        counts = torch.bincount(splits[name].labels)
+        # a class is cut at the nearest whole image
+        assert (counts - totals * share).abs().max() <= 0.5
+
+
+def test_other_digits_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    pixels, labels = digits.load_digits()
+    pixels[0, 0, 0] += 1
+    monkeypatch.setattr(digits, "load_digits", lambda: (pixels, labels))
+    with pytest.raises(DamagedFile, match="scikit-learn's digits must have the sha256"):
+        digits.committed_splits()
+
+
+@given(st.lists(st.integers(0, 4), max_size=60), st.integers(0, 3))
+def test_stratified_cuts_every_class(labels: list[int], seed: int) -> None:
+    names = [f"image {index}" for index in range(len(labels))]
+    splits = stratified(names, labels, {"test": 1 / 3, "validation": 0.1}, seed)
+    assert sorted(itertools.chain(*splits.values())) == list(range(len(labels)))
+    assert {labels[index] for index in splits["train"]} == set(labels)
+    for split, share in (("test", 1 / 3), ("validation", 0.1)):
+        for label in set(labels):
+            count = sum(labels[index] == label for index in splits[split])
+            total = labels.count(label)
+            assert abs(count - total * share) <= 0.5 or total < 3
+
+
+def test_stratified_does_not_depend_on_the_order_of_the_files() -> None:
+    names = [f"{index}.jpg" for index in range(100)]
+    labels = [index % 3 for index in range(100)]
+    shuffled = list(range(100))
+    random.Random(0).shuffle(shuffled)
+    shares = {"test": 0.2}
+    plain = stratified(names, labels, shares)["test"]
+    other = stratified([names[i] for i in shuffled], [labels[i] for i in shuffled], shares)["test"]
+    assert {names[i] for i in plain} == {names[shuffled[i]] for i in other}
+
+
+def test_one_more_file_hardly_moves_the_splits() -> None:
+    names = [f"{index}.jpg" for index in range(101)]
+    before = stratified(names[:100], [0] * 100, {"test": 0.2})
+    after = stratified(names, [0] * 101, {"test": 0.2})
+    assert len(set(before["test"]) ^ set(after["test"])) <= 2
+
+
+def test_flat_folder_gets_three_splits(photos: Path) -> None:
+    data = _photo_data(photos)
+    assert data.classes == ("cat", "dog", "eel")
+    assert [len(data.split(name)) for name in SPLITS] == [42, 6, 12]
+    assert torch.bincount(data.split("test").labels).tolist() == [4, 4, 4]
+    assert _photo_data(photos).split_hashes == data.split_hashes
+    assert _photo_data(photos, seed=1).split_hashes != data.split_hashes
+
+
+@pytest.mark.parametrize(
+    ("held_out", "own"),
+    [
+        pytest.param([], set(), id="train-only"),
+        pytest.param(["val"], {"test"}, id="one-held-out-is-the-test"),
+        pytest.param(["test"], {"test"}, id="test"),
+        pytest.param(["validation", "test"], {"validation", "test"}, id="both"),
+    ],
+)
+def test_split_folders(tmp_path: Path, held_out: list[str], own: set[str]) -> None:
+    for part in ("train", *held_out):
+        for name in ("a", "b"):
+            _save_images(tmp_path / part / name, 10)
+    data = _photo_data(tmp_path)
+    names = {split: [data.source.names[i] for i in data.split_ids[split]] for split in SPLITS}
+    assert sorted(itertools.chain(*names.values())) == sorted(data.source.names)
+    for split in ("validation", "test"):
+        outside = [name for name in names[split] if not name.startswith("train/")]
+        assert len(outside) == (len(names[split]) if split in own else 0)
+        assert names[split]
+
+
+def test_split_hashes_change_with_names_and_labels(photos: Path) -> None:
+    before = _photo_data(photos).split_hashes
+    moved = next(iter((photos / "cat").iterdir()))
+    moved.rename(photos / "dog" / "moved.jpg")
+    after = _photo_data(photos).split_hashes
+    assert before["train"] != after["train"]
+
+
+def test_split_rejects_unknown_names(digit_data: ImageData) -> None:
+    with pytest.raises(InvalidInput, match="split: name must be one of train, validation, test"):
+        digit_data.split("val")
+
+
+# streams
+
+
+def _stream(loader: Loader, epoch: int, start: int = 0) -> list:
+    return list(loader.epoch(epoch, start))
+
+
+def _equal(first: list, second: list) -> bool:
+    return len(first) == len(second) and all(
+        torch.equal(a, b)
+        for one, two in zip(first, second, strict=True)
+        for a, b in zip(one, two, strict=True)
+    )
+
+
+def _training_loader(data: ImageData, workers: int = 0, seed: int = 5) -> Loader:
+    return Loader(
+        data.split("train"),
+        7,
+        shuffle=True,
+        augment=data.augmentation,
+        seed=seed,
+        workers=workers,
+    )
+
+
+@pytest.mark.parametrize("workers", [1, 2, pytest.param(8, marks=pytest.mark.slow)])
+def test_workers_do_not_change_the_stream(photos: Path, workers: int) -> None:
+    data = _photo_data(photos)
+    for epoch in (0, 2):
+        plain = _stream(_training_loader(data), epoch)
+        assert _equal(plain, _stream(_training_loader(data, workers), epoch))
+
+
+def test_workers_do_not_change_the_digits(digit_data: ImageData) -> None:
+    plain = _stream(_training_loader(digit_data), 3)
+    assert _equal(plain, _stream(_training_loader(digit_data, 2), 3))
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("start", [1, 4, 6])
+def test_starting_later_gives_the_tail(photos: Path, start: int, workers: int) -> None:
+    data = _photo_data(photos)
+    whole = _stream(_training_loader(data), 2)
+    assert _equal(whole[start:], _stream(_training_loader(data, workers), 2, start))
+
+
+def test_starting_at_the_end_gives_nothing(digit_data: ImageData) -> None:
+    loader = _training_loader(digit_data)
+    assert _stream(loader, 0, len(loader)) == []
+
+
+def test_epochs_and_seeds_give_other_orders_and_views(digit_data: ImageData) -> None:
+    streams = [
+        _stream(_training_loader(digit_data, seed=seed), epoch)
+        for seed, epoch in [(5, 0), (5, 1), (6, 0)]
+    ]
+    for stream in streams:
+        ids = torch.cat([batch[2] for batch in stream])
+        assert torch.equal(ids.sort().values, digit_data.split("train").ids)
+    for one, two in [(0, 1), (0, 2)]:
+        assert not torch.equal(streams[one][0][2], streams[two][0][2])
+        views = []
+        for stream in (streams[one], streams[two]):
+            ids = torch.cat([batch[2] for batch in stream])
+            images = torch.cat([batch[0] for batch in stream])
+            views.append(images[ids.argsort()])
+        same = (views[0] == views[1]).flatten(1).all(1)
+        assert same.float().mean() < 0.01
+
+
+@pytest.mark.parametrize("kind", ["digits", "photos"])
+def test_a_sample_does_not_depend_on_its_batch(
+    kind: str, digit_data: ImageData, photos: Path
+) -> None:
+    data = digit_data if kind == "digits" else _photo_data(photos)
+    images = data.split("train")
+    rows = torch.tensor([4, 0, 31, 4])
+    batch, labels, ids = images.batch(rows, 3, augment=data.augmentation, seed=1)
+    for place, row in enumerate(rows.tolist()):
+        item, label = images.item(row, 3, augment=data.augmentation, seed=1)
+        assert torch.equal(item, batch[place])
+        assert label == labels[place] == data.source.labels[int(ids[place])]
+
+
+def test_global_generators_are_neither_read_nor_moved(photos: Path) -> None:
+    data = _photo_data(photos)
+    streams = []
+    for seed in (1, 2):
+        torch.manual_seed(seed)
+        np.random.seed(seed)
+        random.seed(seed)
+        before = (torch.get_rng_state(), str(np.random.get_state()), random.getstate())
+        streams.append(_stream(_training_loader(data, workers=1), 0))
+        assert torch.equal(torch.get_rng_state(), before[0])
+        assert str(np.random.get_state()) == before[1]
+        assert random.getstate() == before[2]
+    assert _equal(*streams)
+
+
+def test_evaluation_order_is_as_listed_with_a_short_last_batch(digit_data: ImageData) -> None:
+    images = digit_data.split("test")
+    loader = Loader(images, 100)
+    batches = list(loader)
+    assert len(loader) == len(batches) == 6 and len(batches[-1][0]) == 99
+    assert torch.equal(torch.cat([batch[2] for batch in batches]), images.ids)
+    assert len(Loader(images, 100, drop_last=True)) == 5
+    assert batches[0][0].dtype == torch.float32 and batches[0][0].shape == (100, 1, 8, 8)
+
+
+def test_training_pixels_are_normalised(digit_data: ImageData) -> None:
+    pixels = torch.cat([batch[0] for batch in Loader(digit_data.split("train"), 64)])
+    assert abs(pixels.mean().item()) < 1e-5 and abs(pixels.std().item() - 1) < 1e-5
+
+
+@pytest.mark.parametrize(("size", "channels"), [((8, 8), 3), ((12, 20), 1), ((32, 32), 3)])
+def test_digits_take_any_size(size: tuple[int, int], channels: int) -> None:
+    data = open_data("digits", image_size=size, channels=channels)
+    image, label = data.split("validation")[0]
+    assert image.shape == (channels, *size) and label in range(10)
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        ({"batch_size": 0}, "Loader: batch_size must be at least 1, got 0"),
+        ({"batch_size": 4, "workers": -1}, "Loader: workers must be at least 0, got -1"),
+        ({"batch_size": 600, "drop_last": True}, "must fill at least one batch of 600, got 599"),
+    ],
+)
+def test_loader_rejects(digit_data: ImageData, options: dict, sentence: str) -> None:
+    with pytest.raises(InvalidInput, match=sentence):
+        Loader(digit_data.split("test"), **options)
+
+
+# augmentation
+
+
+def test_affine_of_nothing_changes_nothing() -> None:
+    images = torch.rand(3, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+    still = Affine(degrees=0, scale=0, shear=0, shift=0)
+    # bilinear weights of the pixel centres are off by a rounding
+    assert (still(images, np.random.rand(3, 6)) - images).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize(
+    ("change", "draw", "wanted"),
+    [
+        pytest.param({"shift": 0.25}, [0, 0, 0, 0, 1, 0.5], lambda x: (x, 0, -2), id="shift-x"),
+        pytest.param({"shift": 0.25}, [0, 0, 0, 0, 0.5, 1], lambda x: (x, -2, 0), id="shift-y"),
+    ],
+)
+def test_affine_shifts_by_the_share_asked_for(
+    change: dict, draw: list, wanted: Callable[[int], tuple]
+) -> None:
+    image = torch.zeros(1, 1, 8, 8)
+    image[0, 0, 4, 4] = 1
+    moved = Affine(degrees=0, scale=0, shear=0, **change)(image, np.array([draw]))
+    _, rows, columns = wanted(0)
+    assert moved[0, 0, 4 + rows, 4 + columns] == pytest.approx(1, abs=1e-5)
+    assert moved.sum() == pytest.approx(1, abs=1e-5)
+
+
+def test_affine_rotates_by_the_angle_asked_for() -> None:
+    image = torch.rand(1, 1, 9, 9, generator=torch.Generator().manual_seed(0))
+    turn = Affine(degrees=90, scale=0, shear=0, shift=0)
+    turned = turn(image, np.array([[1, 0.5, 0.5, 0.5, 0.5, 0.5]]))
+    assert torch.allclose(turned, image.rot90(1, (2, 3)), atol=1e-5)
+
+
+@given(
+    st.lists(st.floats(0, 1, exclude_max=True), min_size=5, max_size=5),
+    st.integers(1, 500),
+    st.integers(1, 500),
+)
+def test_crop_windows_lie_inside(draw: list[float], width: int, height: int) -> None:
+    (left, top, right, bottom), _ = RandomCrop().window(np.array(draw), width, height)
+    assert -1e-9 <= left < right <= width + 1e-9
+    assert -1e-9 <= top < bottom <= height + 1e-9
+
+
+def test_crop_areas_cover_the_range_and_half_are_mirrored() -> None:
+    draws = np.random.default_rng(0).random((2000, 5))
+    windows = [RandomCrop().window(draw, 300, 300) for draw in draws]
+    areas = np.array([(r - x) * (b - y) / 90000 for (x, y, r, b), _ in windows])
+    # the widest windows are cut off at the photograph's border
+    assert areas.min() == pytest.approx(0.35, abs=0.01) and areas.max() > 0.95
+    assert np.mean([flip for _, flip in windows]) == pytest.approx(0.5, abs=0.05)
+
+
+def test_evaluation_shows_the_centre(tmp_path: Path) -> None:
+    pixels = np.zeros((20, 40, 3), np.uint8)
+    # the bicubic filter sees a little more than the window of 20, and half of it, 10
+    pixels[:, 13:27] = 255
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        for index in range(10):
+            Image.fromarray(pixels).save(tmp_path / name / f"{index}.png")
+    plain = {"mean": (0.0,) * 3, "std": (1.0,) * 3}
+    half, _ = _photo_data(tmp_path, crop_share=0.5, **plain).split("test")[0]
+    assert torch.equal(half, torch.ones(3, 16, 16))
+    whole, _ = _photo_data(tmp_path, **plain).split("test")[0]
+    assert torch.equal(whole, whole.flip(2))
+    white = (whole > 0.5).float().mean(2)
+    assert torch.allclose(white, torch.full_like(white, 14 / 20), atol=1 / 16)
+
+
+def test_mirrored_view_is_the_mirror_image(photos: Path) -> None:
+    data = _photo_data(photos)
+    images = data.split("train")
+    plain = images.item(0, augment=RandomCrop(flip=0.0))[0]
+    mirrored = images.item(0, augment=RandomCrop(flip=1.0))[0]
+    assert torch.equal(plain.flip(2), mirrored)
+
+
+def test_digits_refuse_crops_of_photographs(digit_data: ImageData) -> None:
+    loader = Loader(digit_data.split("train"), 8, augment=RandomCrop())
+    with pytest.raises(InvalidInput, match="augment must be None or Affine"):
+        next(iter(loader))
+
+
+# image kinds
+
+
+def _grey_gradient(mode: str) -> Image.Image:
+    ramp = np.linspace(0, 255, 16).astype(np.uint8)
+    grey = Image.fromarray(np.tile(ramp, (16, 1)))
+    if mode == "I;16":
+        return Image.fromarray(np.tile(ramp, (16, 1)).astype(np.uint16) * 257)
+    if mode == "P":
+        return grey.convert("RGB").quantize(256)
+    return grey.convert(mode)
+
+
+@pytest.mark.parametrize(
+    ("mode", "suffix", "tolerance"),
+    [
+        ("L", "png", 0),
+        ("RGB", "png", 0),
+        ("RGBA", "png", 0),
+        ("LA", "png", 0),
+        ("I;16", "png", 0),
+        ("P", "png", 1),
+        ("CMYK", "jpg", 6),
+        ("L", "jpg", 6),
+    ],
+)
+@pytest.mark.parametrize("channels", [1, 3])
+def test_image_kinds_decode_to_the_same_picture(
+    tmp_path: Path, mode: str, suffix: str, tolerance: int, channels: int
+) -> None:
+    _grey_gradient(mode).save(tmp_path / f"x.{suffix}")
+    image = _decode(tmp_path / f"x.{suffix}", channels)
+    wanted = np.asarray(_grey_gradient("L"), dtype=int)
+    found = np.asarray(image, dtype=int).reshape(16, 16, channels)
+    assert np.abs(found - wanted[:, :, None]).max() <= tolerance
+
+
+def test_exif_orientation_is_applied(tmp_path: Path) -> None:
+    pixels = np.zeros((10, 20, 3), np.uint8)
+    pixels[:, :10] = 255
+    image = Image.fromarray(pixels)
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    image.save(tmp_path / "x.png", exif=exif)
+    upright = np.asarray(_decode(tmp_path / "x.png"))
+    assert upright.shape == (20, 10, 3)
+    assert (upright[:10] == 255).all() and (upright[10:] == 0).all()
+
+
+def test_animation_gives_its_first_frame(tmp_path: Path) -> None:
+    frames = [Image.new("L", (8, 8), value) for value in (255, 0, 0)]
+    frames[0].save(tmp_path / "x.gif", save_all=True, append_images=frames[1:])
+    assert (np.asarray(_decode(tmp_path / "x.gif")) == 255).all()
+
+
+def _decode(path: Path, channels: int = 3) -> Image.Image:
+    from vitprune_fast.data.decode import decode
+
+    return decode(lambda: open(path, "rb"), str(path), channels=channels)
+
+
+# bad files
+
+
+def _bomb(width: int, height: int) -> bytes:
+    """A PNG of a few bytes that says it is huge."""
+
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return (
+            struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+        )
+
+    header = struct.pack(">IIBBBBB", width, height, 8, 0, 0, 0, 0)
+    body = zlib.compress(bytes(1000))
+    return (
+        b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", body) + chunk(b"IEND", b"")
+    )
+
+
+def _jpeg() -> bytes:
+    buffer = io.BytesIO()
+    noise = np.random.default_rng(0).integers(0, 256, (32, 32, 3), dtype=np.uint8)
+    Image.fromarray(noise).save(buffer, "jpeg")
+    return buffer.getvalue()
+
+
+def _float_tiff() -> bytes:
+    buffer = io.BytesIO()
+    Image.fromarray(np.zeros((8, 8), np.float32)).save(buffer, "tiff")
+    return buffer.getvalue()
+
+
+_BAD = {
+    "truncated.jpg": _jpeg()[:400],
+    "zero bytes.jpg": b"",
+    "text.png": b"not an image\n",
+    "bomb.png": _bomb(50_000, 50_000),
+    "small bomb.png": _bomb(10_000, 8_000),
+    "float.jpg": _float_tiff(),
+    "header only.png": b"\x89PNG\r\n\x1a\n",
+}
+
+
+def _add_bad_files(folder: Path) -> set[str]:
+    for name, content in _BAD.items():
+        (folder / name).write_bytes(content)
+    (folder / "dangling.jpg").symlink_to(folder / "nowhere.jpg")
+    (folder / "locked.jpg").write_bytes(_jpeg())
+    return {*_BAD, "dangling.jpg", "locked.jpg"}
+
+
+def _add_odd_good_files(folder: Path) -> None:
+    _grey_gradient("CMYK").save(folder / "cmyk.jpg")
+    _grey_gradient("I;16").save(folder / "deep.png")
+    _grey_gradient("P").save(folder / "palette.png")
+    (folder / "png inside.jpg").write_bytes((folder / "deep.png").read_bytes())
+    Image.new("RGB", (1, 300)).save(folder / "ünicode\nname 1x300.PNG")
+
+
+@pytest.fixture
+def lock(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Refuse to open ``locked.jpg``; root could open it whatever its mode."""
+    import builtins
+
+    real = builtins.open
+
+    def guarded(path: object, *arguments: object, **options: object) -> object:
+        if str(path).endswith("locked.jpg"):
+            raise PermissionError(13, "Permission denied")
+        return real(path, *arguments, **options)  # type: ignore[call-overload]
+
+    monkeypatch.setattr("builtins.open", guarded)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.usefixtures("lock")
+def test_quarantine_is_exact(photos: Path, workers: int) -> None:
+    wanted = {f"cat/{name}" for name in _add_bad_files(photos / "cat")}
+    _add_odd_good_files(photos / "dog")
+    data = _photo_data(photos)
+    bad = data.find_bad_images(workers=workers)
+    assert {each.name for each in bad} == wanted and len(bad) == len(wanted)
+    assert bad == sorted(bad, key=lambda each: each.id)
+    reasons = {Path(each.name).name: each.reason for each in bad}
+    assert "exceeds limit" in reasons["bomb.png"]
+    assert reasons["small bomb.png"] == "10000 x 8000 pixels, more than 67108864"
+    assert reasons["locked.jpg"] == "Permission denied"
+    assert reasons["dangling.jpg"] == "No such file or directory"
+    assert "truncated" in reasons["truncated.jpg"]
+
+    clean = data.without(bad, max_bad=0.2)
+    assert clean.set_aside == tuple(bad) and clean.find_bad_images() == []
+    total = 0
+    for split in SPLITS:
+        before, after = data.split_ids[split], clean.split_ids[split]
+        gone = {each.id for each in bad if each.split == split}
+        # nothing takes the place of what went
+        assert after == [sample for sample in before if sample not in gone]
+        loaded = [ids for _, _, ids in Loader(clean.split(split), 5, workers=workers)]
+        assert torch.cat(loaded).tolist() == after
+        total += len(after)
+    assert total == 65
+    assert clean.split_hashes["train"] != data.split_hashes["train"]
+
+
+def test_too_many_bad_images_stop_the_run(photos: Path) -> None:
+    (photos / "cat" / "text.jpg").write_text("no")
+    data = _photo_data(photos)
+    bad = data.find_bad_images()
+    with pytest.raises(StageFailed, match=r"at most 1\.00% of 61 images .* got 1: cat/text.jpg"):
+        data.without(bad)
+    assert len(data.without(bad, max_bad=1 / 61).set_aside) == 1
+    assert data.without([]) is data
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_an_unreadable_image_is_named_and_never_replaced(photos: Path, workers: int) -> None:
+    data = _photo_data(photos)
+    sample = data.split_ids["validation"][1]
+    (photos / data.source.names[sample]).write_bytes(b"")
+    with pytest.raises(DamagedFile) as caught:
+        list(Loader(data.split("validation"), 3, workers=workers))
+    message = str(caught.value)
+    assert message.startswith(f"decode: image must be readable, got {photos}")
+    assert data.source.names[sample] in message and "\n" not in message
+
+
+def test_losing_a_class_is_an_error(tmp_path: Path) -> None:
+    _save_images(tmp_path / "a", 20)
+    _save_images(tmp_path / "b", 20)
+    data = _photo_data(tmp_path)
+    for path in (tmp_path / "b").iterdir():
+        path.write_bytes(b"")
+    with pytest.raises(InvalidInput, match=r"every class of .* must have a training image.*b"):
+        data.without(data.find_bad_images(), max_bad=1.0)
+
+
+# bad input
+
+
+def _empty(root: Path) -> None:
+    root.mkdir()
+
+
+def _loose_images(root: Path) -> None:
+    _save_images(root, 3)
+
+
+def _one_class(root: Path) -> None:
+    _save_images(root / "only", 5)
+
+
+def _empty_class(root: Path) -> None:
+    _save_images(root / "a", 5)
+    _save_images(root / "b", 5)
+    (root / "void").mkdir()
+
+
+def _both_validations(root: Path) -> None:
+    for part in ("train", "val", "validation"):
+        _save_images(root / part / "a", 5)
+        _save_images(root / part / "b", 5)
+
+
+def _new_class_in_test(root: Path) -> None:
+    for part, names in (("train", "ab"), ("test", "abc")):
+        for name in names:
+            _save_images(root / part / name, 5)
+
+
+def _too_few(root: Path) -> None:
+    _save_images(root / "a", 2)
+    _save_images(root / "b", 2)
+
+
+def _file(root: Path) -> None:
+    root.write_text("")
+
+
+def _nothing(root: Path) -> None:
+    return None
+
+
+@pytest.mark.parametrize(
+    ("make", "sentence"),
+    [
+        (_nothing, "the data folder must exist, got"),
+        (_file, "the data folder must exist, got"),
+        (_empty, r"must hold images \(.jpg, .jpeg, .png\) in class folders, got none"),
+        (_loose_images, "every image must lie in a class folder"),
+        (_one_class, r"must hold at least two classes \(a folder each\), got \['only'\]"),
+        (_empty_class, "every class folder must hold images, got none in .*void"),
+        (_both_validations, "must have one validation folder"),
+        (_new_class_in_test, r"must have the classes of the training part, got also \['c'\]"),
+        (_too_few, "must have enough images for train, validation and test, got none for"),
+    ],
+    ids=lambda value: getattr(value, "__name__", ""),
+)
+def test_bad_folders_are_one_sentence(
+    tmp_path: Path, make: Callable[[Path], None], sentence: str
+) -> None:
+    make(tmp_path / "data")
+    with pytest.raises(InvalidInput, match=sentence) as caught:
+        _photo_data(tmp_path / "data")
+    message = str(caught.value)
+    assert message.startswith("open_data: ") and str(tmp_path) in message and "\n" not in message
+
+
+@pytest.mark.parametrize(
+    ("spec", "options", "sentence"),
+    [
+        ("digit", {}, "spec must be `digits` or `folder:PATH`, got 'digit'"),
+        ("folder:", {}, "spec must be `digits` or `folder:PATH`, got 'folder:'"),
+        ("digits", {"channels": 2}, "channels must be 1 or 3, got 2"),
+        ("digits", {"image_size": 0}, "image_size must be at least 1 pixel, got 0"),
+        ("digits", {"crop_share": 0.0}, r"crop_share must be in \(0, 1\], got 0.0"),
+        ("digits", {"mean": (0.5, 0.5, 0.5)}, "mean must have 1 numbers"),
+        ("digits", {"std": (0.0,)}, "std must have 1 positive numbers"),
+    ],
+)
+def test_open_data_rejects(spec: str, options: dict, sentence: str) -> None:
+    with pytest.raises(InvalidInput, match=sentence):
+        open_data(spec, **{"image_size": 8, "channels": 1, **options})
+
+
+def test_check_model(digit_data: ImageData) -> None:
+    digit_data.check_model(num_classes=10, patch_size=8)
+    with pytest.raises(InvalidInput, match="must have 10 classes like digits, got 1000"):
+        digit_data.check_model(num_classes=1000)
+    with pytest.raises(InvalidInput, match="at least one patch, 16 x 16 pixels, got 8 x 8"):
+        digit_data.check_model(num_classes=10, patch_size=16)
+
+
+def test_digits_without_scikit_learn_say_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(__import__("sys").modules, "sklearn", None)
+    with pytest.raises(InvalidInput, match=r"pip install 'vitprune_fast\[digits\]'"):
+        open_data("digits", image_size=8, channels=1)
+
+
+def test_photographs_can_be_grey(photos: Path) -> None:
+    data = open_data(f"folder:{photos}", image_size=(12, 20), channels=1)
+    images, _, _ = next(_training_loader(data).epoch(0))
+    assert images.shape == (7, 1, 12, 20)
+    assert len(data.mean) == len(data.std) == 1
+
+
+def test_the_reader_ignores_other_files(photos: Path) -> None:
+    (photos / "README.txt").write_text("mine")
+    (photos / "cat" / "notes.txt").write_text("mine")
+    os.mkdir(photos / ".cache")
+    assert sum(len(_photo_data(photos).split(name)) for name in SPLITS) == 60

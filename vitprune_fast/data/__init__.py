@@ -1,0 +1,226 @@
+"""Images with labels, cut into three fixed splits: train, validation, test.
+
+Scoring and training read train, choices read validation, only the before/after table reads test.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import torch
+
+from vitprune_fast.data.augment import Affine, Augment, RandomCrop
+from vitprune_fast.data.digits import Digits, committed_splits
+from vitprune_fast.data.folder import Folder
+from vitprune_fast.data.images import Images, Source, check_normalisation
+from vitprune_fast.data.loader import Batch, Loader
+from vitprune_fast.data.quarantine import BadImage, find_bad_images, refuse_too_many
+from vitprune_fast.data.splits import SPLIT_SEED, split_hash
+from vitprune_fast.errors import InvalidInput
+
+__all__ = [
+    "Affine",
+    "Augment",
+    "BadImage",
+    "Batch",
+    "ImageData",
+    "Images",
+    "Loader",
+    "RandomCrop",
+    "open_data",
+]
+
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+
+
+@dataclass(frozen=True)
+class ImageData:
+    """A data set and its splits.
+
+    Attributes:
+        name: the spec it was opened with.
+        classes: class names in label order.
+        image_size: (height, width) of every image, in pixels.
+        channels: 1 or 3.
+        mean: per channel, of pixels in ``[0, 1]``.
+        std: per channel.
+        augmentation: what training on this data uses unless told otherwise.
+        split_hashes: SHA-256 of each split's ids, labels and names.
+        set_aside: the unreadable images that were taken out.
+    """
+
+    name: str
+    classes: tuple[str, ...]
+    image_size: tuple[int, int]
+    channels: int
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    augmentation: Augment
+    source: Source = field(repr=False)
+    split_ids: dict[str, list[int]] = field(repr=False)
+    set_aside: tuple[BadImage, ...] = ()
+
+    def split(self, name: str) -> Images:
+        """Return the ``train``, ``validation`` or ``test`` images."""
+        if name not in self.split_ids:
+            raise InvalidInput(
+                f"split: name must be one of {', '.join(self.split_ids)}, got {name!r}"
+            )
+        return Images(self.source, name, self.split_ids[name], self.mean, self.std)
+
+    @property
+    def split_hashes(self) -> dict[str, str]:
+        labels, names = self.source.labels, self.source.names
+        return {
+            split: split_hash((sample, labels[sample], names[sample]) for sample in ids)
+            for split, ids in self.split_ids.items()
+        }
+
+    def check_model(self, *, num_classes: int, patch_size: int | tuple[int, int] = 1) -> None:
+        """Refuse a model that cannot take this data.
+
+        Args:
+            num_classes: outputs of the model's head.
+            patch_size: of the model's patch embedding, in pixels.
+
+        Raises:
+            InvalidInput: the head has another number of classes, or an image is smaller than a
+                patch.
+        """
+        if num_classes != len(self.classes):
+            raise InvalidInput(
+                f"check_model: the model's head must have {len(self.classes)} classes like "
+                f"{self.name}, got {num_classes}; build it with num_classes={len(self.classes)}"
+            )
+        patch = (patch_size, patch_size) if isinstance(patch_size, int) else patch_size
+        if self.image_size[0] < patch[0] or self.image_size[1] < patch[1]:
+            raise InvalidInput(
+                f"check_model: images must be at least one patch, {patch[0]} x {patch[1]} pixels, "
+                f"got {self.image_size[0]} x {self.image_size[1]}; open the data with a larger "
+                "image_size"
+            )
+
+    def find_bad_images(self, *, workers: int = 0) -> list[BadImage]:
+        """Decode every image once and list those that cannot be read, in the order of their ids.
+
+        Args:
+            workers: processes that decode; the list does not depend on it.
+        """
+        return find_bad_images(self.source, self.split_ids, workers)
+
+    def without(self, bad: Sequence[BadImage], *, max_bad: float = 0.01) -> ImageData:
+        """Return the data without these images; no other image takes their place.
+
+        Args:
+            bad: as ``find_bad_images`` lists them.
+            max_bad: largest share of all images that may be set aside.
+
+        Raises:
+            StageFailed: more than ``max_bad`` are bad.
+            InvalidInput: a split, or a class of the training part, is left without images.
+        """
+        if not bad:
+            return self
+        refuse_too_many(bad, sum(map(len, self.split_ids.values())), max_bad)
+        gone = {each.id for each in bad}
+        rest = {
+            split: [sample for sample in ids if sample not in gone]
+            for split, ids in self.split_ids.items()
+        }
+        data = replace(self, split_ids=rest, set_aside=(*self.set_aside, *bad))
+        _check_splits(data)
+        return data
+
+
+def open_data(
+    spec: str,
+    *,
+    image_size: int | tuple[int, int],
+    channels: int,
+    seed: int = SPLIT_SEED,
+    mean: tuple[float, ...] | None = None,
+    std: tuple[float, ...] | None = None,
+    crop_share: float = 1.0,
+) -> ImageData:
+    """Open a data set with its three splits.
+
+    Args:
+        spec: ``digits``, the 1,797 images of scikit-learn, or ``folder:PATH``, class folders:
+            ``PATH/<class>/...``, or ``PATH/train/<class>/...`` with ``val`` or ``validation`` and
+            ``test`` beside ``train``. Splits that are not there are cut from the others: test
+            takes 20 % of a flat folder, validation 10 %. A single held-out folder is the test
+            split, whatever its name.
+        image_size: height and width of the model's input, in pixels.
+        channels: 3, or 1 for grey.
+        seed: of the splits cut from a folder; those of the digits are committed.
+        mean: per channel of pixels in ``[0, 1]``; default: the training part's for the digits,
+            ImageNet's for photographs.
+        std: per channel, likewise.
+        crop_share: share of the shorter side that evaluation's centre window covers, ``(0, 1]``;
+            for photographs only.
+
+    Raises:
+        InvalidInput: the spec is unknown, or the folder is missing, empty, has one class, an empty
+            class, images outside classes, or too few images for three splits.
+        DamagedFile: scikit-learn's digits are not those of the committed splits.
+    """
+    height, width = (image_size, image_size) if isinstance(image_size, int) else image_size
+    size = (height, width)
+    if min(size) < 1:
+        raise InvalidInput(f"open_data: image_size must be at least 1 pixel, got {image_size}")
+    if channels not in (1, 3):
+        raise InvalidInput(f"open_data: channels must be 1 or 3, got {channels}")
+    if not 0 < crop_share <= 1:
+        raise InvalidInput(f"open_data: crop_share must be in (0, 1], got {crop_share}")
+    kind, _, path = spec.partition(":")
+    if kind == "digits" and not path:
+        source, splits = Digits(size, channels), committed_splits()
+        train = source.images[splits["train"]].double()
+        default_mean = tuple(train.mean((0, 2, 3)).tolist())
+        default_std = tuple(train.std((0, 2, 3)).tolist())
+        augmentation: Augment = Affine()
+    elif kind == "folder" and path:
+        source = Folder(Path(path), size, channels, seed=seed, crop_share=crop_share)
+        splits = source.splits
+        luma = torch.tensor([0.299, 0.587, 0.114])
+        default_mean, default_std = IMAGENET_MEAN, IMAGENET_STD
+        if channels == 1:
+            default_mean = (float(luma @ torch.tensor(IMAGENET_MEAN)),)
+            default_std = (float(luma @ torch.tensor(IMAGENET_STD)),)
+        augmentation = RandomCrop()
+    else:
+        raise InvalidInput(f"open_data: spec must be `digits` or `folder:PATH`, got {spec!r}")
+    mean, std = mean or default_mean, std or default_std
+    check_normalisation(mean, std, channels)
+    data = ImageData(
+        name=spec,
+        classes=source.classes,
+        image_size=size,
+        channels=channels,
+        mean=tuple(mean),
+        std=tuple(std),
+        augmentation=augmentation,
+        source=source,
+        split_ids={name: splits[name] for name in ("train", "validation", "test")},
+    )
+    _check_splits(data)
+    return data
+
+
+def _check_splits(data: ImageData) -> None:
+    for split, ids in data.split_ids.items():
+        if not ids:
+            raise InvalidInput(
+                f"open_data: {data.name} must have enough images for train, validation and test, "
+                f"got none for {split}; add images or a {split} folder"
+            )
+    present = {data.source.labels[sample] for sample in data.split_ids["train"]}
+    lost = [name for label, name in enumerate(data.classes) if label not in present]
+    if lost:
+        raise InvalidInput(
+            f"open_data: every class of {data.name} must have a training image, got none for "
+            f"{', '.join(lost[:5])}"
+        )

@@ -1,0 +1,78 @@
+"""Augmentations as functions of an image and of that sample's own uniform numbers."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+
+@dataclass(frozen=True)
+class Affine:
+    """Rotate, scale, stretch, shear and shift each image; what comes in from outside is 0.
+
+    Attributes:
+        degrees: rotation, uniform in ``[-degrees, degrees]``.
+        scale: factor, ``exp`` of uniform in ``[-scale, scale]``; so is the stretch.
+        shear: horizontal shear, uniform in ``[-shear, shear]``.
+        shift: shift as a share of the image's size, uniform in ``[-shift, shift]``.
+    """
+
+    degrees: float = 12.0
+    scale: float = 0.12
+    shear: float = 0.15
+    shift: float = 0.1
+
+    # uniform numbers one sample needs
+    draws = 6
+
+    def __call__(self, images: torch.Tensor, uniforms: np.ndarray) -> torch.Tensor:
+        """Transform ``(B, C, H, W)`` fp32 images by ``(B, 6)`` numbers in ``[0, 1)``, bilinear.
+
+        Image b depends on image b and row b only.
+        """
+        u = torch.from_numpy(2 * uniforms - 1)
+        angle = u[:, 0] * math.radians(self.degrees)
+        scale, stretch = torch.exp(u[:, 1] * self.scale), torch.exp(u[:, 2] * self.scale)
+        cos, sin = angle.cos() * scale, angle.sin() * scale
+        shear, shift = u[:, 3] * self.shear * scale, 2 * self.shift * u[:, 4:6]
+        rows = [cos * stretch, shear - sin, shift[:, 0], sin, cos / stretch, shift[:, 1]]
+        theta = torch.stack(rows, dim=1).view(-1, 2, 3).to(images.dtype)
+        grid = F.affine_grid(theta, list(images.shape), align_corners=False)
+        return F.grid_sample(images, grid, align_corners=False)
+
+
+@dataclass(frozen=True)
+class RandomCrop:
+    """A random window of the photograph, resized to the model's input, mirrored half of the time.
+
+    Attributes:
+        scale: smallest share of the photograph's area a window has; the largest is 1.
+        ratio: largest stretch of the window's width against its height, and of height against
+            width.
+        flip: probability of mirroring left and right.
+    """
+
+    scale: float = 0.35
+    ratio: float = 4 / 3
+    flip: float = 0.5
+
+    draws = 5
+
+    def window(
+        self, uniforms: np.ndarray, width: int, height: int
+    ) -> tuple[tuple[float, float, float, float], bool]:
+        """Choose (left, top, right, bottom) in pixels and whether to mirror, from five numbers."""
+        area, ratio, x, y, flip = uniforms.tolist()
+        area = width * height * (self.scale + (1 - self.scale) * area)
+        ratio = math.exp((2 * ratio - 1) * math.log(self.ratio))
+        wide = min(math.sqrt(area * ratio), width)
+        high = min(math.sqrt(area / ratio), height)
+        left, top = x * (width - wide), y * (height - high)
+        return (left, top, left + wide, top + high), flip < self.flip
+
+
+Augment = Affine | RandomCrop

@@ -1,0 +1,100 @@
+"""One split of a data set: which samples, and how a batch of them is made."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+import numpy as np
+import torch
+
+from vitprune_fast.data.augment import Augment
+from vitprune_fast.errors import InvalidInput
+from vitprune_fast.randomness import derive_seed, uniforms
+
+
+class Source(Protocol):
+    """All samples of a data set; a sample's id is its place in these lists."""
+
+    names: list[str]
+    labels: list[int]
+    classes: tuple[str, ...]
+
+    def pixels(self, ids: torch.Tensor, augment: Augment | None, draws: np.ndarray) -> torch.Tensor:
+        """Return ``(B, C, H, W)`` fp32 in ``[0, 1]``; sample b depends on id and draws b only."""
+        ...
+
+
+class Images:
+    """A map-style split.
+
+    Attributes:
+        name: ``train``, ``validation`` or ``test``.
+        ids: ``(n,)`` int64, each sample's number in the whole data set, ascending.
+        labels: ``(n,)`` int64, in ``[0, len(classes))``.
+        mean: per channel, subtracted from pixels in ``[0, 1]``.
+        std: per channel, divides.
+    """
+
+    def __init__(
+        self,
+        source: Source,
+        name: str,
+        ids: Sequence[int],
+        mean: tuple[float, ...],
+        std: tuple[float, ...],
+    ) -> None:
+        self.source = source
+        self.name = name
+        self.ids = torch.tensor(ids, dtype=torch.int64)
+        self.labels = torch.tensor([source.labels[sample] for sample in ids], dtype=torch.int64)
+        self.mean = mean
+        self.std = std
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def batch(
+        self, rows: torch.Tensor, epoch: int = 0, *, augment: Augment | None = None, seed: int = 0
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Make one batch.
+
+        Args:
+            rows: ``(B,)`` int64 places in this split.
+            epoch: with ``seed`` and a sample's id, all its augmentation depends on.
+            augment: None shows each image as evaluation sees it.
+            seed: the run's seed.
+
+        Returns:
+            Normalised images ``(B, C, H, W)`` fp32, labels ``(B,)`` int64, ids ``(B,)`` int64.
+        """
+        ids = self.ids[rows]
+        key = derive_seed(seed, "augment", epoch)
+        draws = uniforms(key, ids.numpy(), augment.draws if augment else 0)
+        pixels = self.source.pixels(ids, augment, draws)
+        mean = torch.tensor(self.mean).view(-1, 1, 1)
+        std = torch.tensor(self.std).view(-1, 1, 1)
+        return (pixels - mean) / std, self.labels[rows], ids
+
+    def item(
+        self, index: int, epoch: int = 0, *, augment: Augment | None = None, seed: int = 0
+    ) -> tuple[torch.Tensor, int]:
+        """Return one image, ``(C, H, W)`` fp32, and its label: row ``index`` of any batch."""
+        if not 0 <= index < len(self):
+            raise IndexError(f"item: index must be in [0, {len(self)}), got {index}")
+        rows = torch.tensor([index])
+        images, labels, _ = self.batch(rows, epoch, augment=augment, seed=seed)
+        return images[0], int(labels[0])
+
+    def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
+        return self.item(index)
+
+
+def check_normalisation(mean: tuple[float, ...], std: tuple[float, ...], channels: int) -> None:
+    """Refuse a mean or std that does not fit the channels."""
+    for name, values in (("mean", mean), ("std", std)):
+        if len(values) != channels or (name == "std" and min(values) <= 0):
+            raise InvalidInput(
+                f"open_data: {name} must have {channels} "
+                f"{'positive ' if name == 'std' else ''}numbers, got {values}"
+            )

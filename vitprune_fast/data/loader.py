@@ -1,0 +1,125 @@
+"""Batches in an order without state: epoch e and batch k are functions of (seed, e, k)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+from vitprune_fast.data.augment import Augment
+from vitprune_fast.data.images import Images
+from vitprune_fast.errors import InvalidInput, VitpruneError
+from vitprune_fast.randomness import generator
+
+Batch = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+
+
+class Loader:
+    """Iterates over a split; the same batches for any number of workers, from any start.
+
+    Args:
+        images: the split.
+        batch_size: samples per batch.
+        shuffle: take the samples in the order of a permutation derived from (seed, epoch);
+            otherwise as listed.
+        augment: how training changes each image; None for evaluation and scoring.
+        seed: the run's seed.
+        workers: processes that prepare batches; 0 prepares them in the caller's.
+        drop_last: leave out the last batch when it is smaller.
+
+    Raises:
+        InvalidInput: ``batch_size`` is below 1, ``workers`` below 0, or no batch is left.
+    """
+
+    def __init__(
+        self,
+        images: Images,
+        batch_size: int,
+        *,
+        shuffle: bool = False,
+        augment: Augment | None = None,
+        seed: int = 0,
+        workers: int = 0,
+        drop_last: bool = False,
+    ) -> None:
+        if batch_size < 1:
+            raise InvalidInput(f"Loader: batch_size must be at least 1, got {batch_size}")
+        if workers < 0:
+            raise InvalidInput(f"Loader: workers must be at least 0, got {workers}")
+        self.images = images
+        self.batch_size = batch_size
+        self.shuffle = shuffle
+        self.augment = augment
+        self.seed = seed
+        self.workers = workers
+        self.drop_last = drop_last
+        if len(self) == 0:
+            raise InvalidInput(
+                f"Loader: images must fill at least one batch of {batch_size}, "
+                f"got {len(images)} in {images.name}"
+            )
+
+    def __len__(self) -> int:
+        whole, rest = divmod(len(self.images), self.batch_size)
+        return whole + (rest > 0 and not self.drop_last)
+
+    def __iter__(self) -> Iterator[Batch]:
+        return self.epoch(0)
+
+    def epoch(self, epoch: int, start: int = 0) -> Iterator[Batch]:
+        """Yield (images ``(B, C, H, W)`` fp32, labels ``(B,)``, ids ``(B,)`` int64) of one epoch.
+
+        Args:
+            epoch: from 0.
+            start: the number of batches to leave out; the rest is what it would have been.
+        """
+        batches = _EpochBatches(self, epoch)
+        remaining = range(start, len(self))
+        if self.workers == 0:
+            for index in remaining:
+                yield _unwrap(batches[index])
+            return
+        loader = DataLoader(
+            batches,
+            batch_size=None,
+            sampler=remaining,
+            num_workers=min(self.workers, max(len(remaining), 1)),
+            # without it a seed for the workers is taken from the global generator
+            generator=generator(self.seed, "workers", epoch),
+        )
+        for batch in loader:
+            yield _unwrap(batch)
+
+
+class _EpochBatches(Dataset):
+    """The batches of one epoch by number; what a worker process gets."""
+
+    def __init__(self, loader: Loader, epoch: int) -> None:
+        count = len(loader.images)
+        self.order = torch.arange(count)
+        if loader.shuffle:
+            self.order = torch.randperm(count, generator=generator(loader.seed, "order", epoch))
+        self.loader = loader
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return len(self.loader)
+
+    def __getitem__(self, index: int) -> Batch | VitpruneError:
+        size = self.loader.batch_size
+        rows = self.order[index * size : (index + 1) * size]
+        try:
+            return self.loader.images.batch(
+                rows, self.epoch, augment=self.loader.augment, seed=self.loader.seed
+            )
+        # raised here it would come out of a worker as a page of traceback
+        except VitpruneError as error:
+            return error
+
+
+def _unwrap(batch: Batch | list | VitpruneError) -> Batch:
+    if isinstance(batch, VitpruneError):
+        raise batch
+    images, labels, ids = batch
+    return images, labels, ids
