@@ -98,5 +98,7 @@ def taylor_score_fwd(activation_BNF: Tensor, gradient_BNF: Tensor, group_size: i
             BLOCK_U=block_u,
             BLOCK_K=block_k,
             num_warps=4,
+            # named, because its default is not the same in every Triton
+            enable_fp_fusion=True,
         )
     return score_BU

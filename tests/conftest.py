@@ -1,0 +1,42 @@
+"""Seeds, threads, the Triton interpreter, and the guard over skipped tests."""
+
+from __future__ import annotations
+
+import os
+import random
+
+import numpy as np
+import pytest
+import torch
+from skip_guard import SkipGuard, is_controller
+
+# before any test imports triton; on a GPU the kernels run for real
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
+os.environ.pop("VITPRUNE_BACKEND", None)
+# workers share the cores, so each has one thread; child processes inherit it
+os.environ["OMP_NUM_THREADS"] = "1"
+torch.set_num_threads(1)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if is_controller(config):
+        config.pluginmanager.register(SkipGuard(config.rootpath), "skip-guard")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Deselect what needs a GPU where there is none: it is counted, and never looks like a pass."""
+    if torch.cuda.is_available():
+        return
+    needs_gpu = [item for item in items if item.get_closest_marker("gpu")]
+    if needs_gpu:
+        items[:] = [item for item in items if item not in set(needs_gpu)]
+        config.hook.pytest_deselected(items=needs_gpu)
+
+
+@pytest.fixture(autouse=True)
+def fixed_seeds():
+    """Every test starts from the same generators, whatever ran before it."""
+    random.seed(0)
+    np.random.seed(0)
+    torch.manual_seed(0)

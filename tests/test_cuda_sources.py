@@ -1,0 +1,81 @@
+"""CUDA sources compile where a toolkit is found, with the flags that the build uses."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+
+from vitprune_fast._toolkit import cuda_home
+
+ROOT = Path(__file__).parent.parent
+# named one by one, so that a source cannot vanish from the test unseen
+CUDA_SOURCES: list[str] = []
+
+needs_nvcc = pytest.mark.skipif(cuda_home() is None, reason="no CUDA toolkit with nvcc and headers")
+
+# what the first lines of every CUDA op look like
+CHECKS_PROBE = """
+#include <torch/csrc/stable/tensor.h>
+#include "checks.h"
+
+__global__ void fill(float* x, int n) {
+  const int i = blockIdx.x * blockDim.x + threadIdx.x;
+  if (i < n) x[i] = 1.0f;
+}
+
+void launch(const torch::stable::Tensor& x) {
+  VP_CHECK(x.dim() == 1, "fill", "x", "have 1 dimension", x.dim());
+  fill<<<1, 32>>>(static_cast<float*>(x.data_ptr()), static_cast<int>(x.numel()));
+}
+"""
+
+
+def compile_with_nvcc(source: Path, target: Path) -> None:
+    home = cuda_home()
+    assert home is not None
+    include = Path(torch.__file__).parent / "include"
+    command = [str(home / "bin" / "nvcc"), "-c", str(source), "-o", str(target)]
+    command += ["-std=c++20", "-arch=sm_90", "-DTORCH_TARGET_VERSION=0x020a000000000000"]
+    command += ["-DUSE_CUDA", f"-I{include}", f"-I{ROOT / 'csrc'}"]
+    result = subprocess.run(command, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    assert target.stat().st_size > 0
+
+
+def test_cuda_sources_are_the_declared_ones():
+    found = [path.relative_to(ROOT).as_posix() for path in ROOT.glob("csrc/cuda/*.cu")]
+    assert sorted(found) == CUDA_SOURCES
+
+
+@needs_nvcc
+def test_checks_header_compiles_with_nvcc(tmp_path):
+    source = tmp_path / "probe.cu"
+    source.write_text(CHECKS_PROBE)
+    compile_with_nvcc(source, tmp_path / "probe.o")
+
+
+@needs_nvcc
+@pytest.mark.slow
+def test_every_cuda_source_compiles(tmp_path):
+    for name in CUDA_SOURCES:
+        compile_with_nvcc(ROOT / name, tmp_path / "source.o")
+
+
+def test_toolkit_needs_nvcc_and_headers(tmp_path, monkeypatch):
+    """A wrapper script on the PATH is not a toolkit."""
+    wrapper = tmp_path / "bin" / "nvcc"
+    wrapper.parent.mkdir()
+    wrapper.write_text("#!/bin/sh\n")
+    wrapper.chmod(0o755)
+    monkeypatch.setenv("PATH", str(wrapper.parent))
+    assert shutil.which("nvcc") == str(wrapper)
+    monkeypatch.delenv("CUDA_HOME", raising=False)
+    monkeypatch.delenv("CUDA_PATH", raising=False)
+    assert cuda_home() != tmp_path
+    (tmp_path / "include").mkdir()
+    (tmp_path / "include" / "cuda_runtime.h").write_text("")
+    assert cuda_home() == tmp_path

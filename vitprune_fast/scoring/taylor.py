@@ -1,0 +1,140 @@
+"""First-order Taylor scores of every sample from one batched backward.
+
+With ``g(b, u)`` the sum over tokens and the unit's dims of activation x gradient, for the loss
+summed over samples, ``g`` is the derivative of sample b's loss by a gate on unit u at 1 (Michel et
+al. 2019, arXiv:1905.10650, section 4.1; Molchanov et al. 2017, arXiv:1611.06440, section 2.2). No
+operation of a ViT mixes samples, so one backward of the summed loss gives it for every sample.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from .. import ops
+from ..errors import InvalidInput
+from ..structure import Structure
+from ..structure.axes import Axis
+from ..structure.paths import get
+from .scores import Accumulator
+
+
+def accumulate(
+    model: nn.Module,
+    structure: Structure,
+    batches: Iterable[Sequence[Any]],
+    axes: Sequence[Axis],
+    accumulator: Accumulator,
+    device: torch.device,
+) -> None:
+    """Add the per-sample scores of every batch to ``accumulator``."""
+    with scoring_mode(model), taps(model, structure, axes) as captured, torch.enable_grad():
+        for batch in batches:
+            images, labels = checked_batch(batch)
+            logits = model(images.to(device))
+            check_labels(labels, logits)
+            # summed, so that the score of a sample does not depend on the batch it came in
+            loss = F.cross_entropy(logits.float(), labels.to(device), reduction="sum")
+            if not logits.requires_grad:
+                raise InvalidInput(
+                    "score: model must have a unit of the asked kinds left, got one without any"
+                )
+            loss.backward()
+            accumulator.add({axis.name: captured[axis.name] for axis in axes})
+            captured.clear()
+
+
+@contextmanager
+def scoring_mode(model: nn.Module) -> Iterator[None]:
+    """Weights frozen, dropout and drop path off; everything as before afterwards, also on errors.
+
+    Frozen weights mean that no weight gradient exists at any time: forward and input gradients are
+    all that is computed.
+    """
+    training = {module: module.training for module in model.modules()}
+    requires_grad = {p: p.requires_grad for p in model.parameters()}
+    try:
+        model.eval()
+        model.requires_grad_(False)
+        yield
+    finally:
+        for module, flag in training.items():
+            module.training = flag
+        for parameter, flag in requires_grad.items():
+            parameter.requires_grad_(flag)
+
+
+@contextmanager
+def taps(
+    model: nn.Module, structure: Structure, axes: Sequence[Axis]
+) -> Iterator[dict[str, Tensor]]:
+    """Hooks that reduce activation x gradient to per-sample unit scores as the backward passes.
+
+    Yields:
+        A dictionary the backward fills: axis name -> (samples, units), fp32 (fp64 in fp64 models).
+    """
+    captured: dict[str, Tensor] = {}
+    by_module: dict[str, list[Axis]] = {}
+    for axis in axes:
+        by_module.setdefault(structure.taps[axis.name].module, []).append(axis)
+
+    def watch(units: list[Axis]):
+        def before_forward(module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+            activation = inputs[0]
+            if not activation.requires_grad:
+                # the first tap is the leaf of the graph: nothing below it needs a backward
+                activation = activation.detach().requires_grad_()
+            value = activation.detach()
+
+            def reduce(gradient: Tensor) -> None:
+                for axis in units:
+                    group = value.shape[-1] // axis.size
+                    captured[axis.name] = ops.taylor_score(value, gradient, group)
+
+            activation.register_hook(reduce)
+            return (activation, *inputs[1:])
+
+        return before_forward
+
+    handles = []
+    try:
+        for path, units in by_module.items():
+            handles.append(get(model, path).register_forward_pre_hook(watch(units)))
+        yield captured
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def checked_batch(batch: Sequence[Any]) -> tuple[Tensor, Tensor]:
+    """The images and labels of a batch that may carry more.
+
+    Raises:
+        InvalidInput: the batch is not (images, labels, ...) of equal length.
+    """
+    if isinstance(batch, (Tensor, Mapping)) or len(batch) < 2:
+        raise InvalidInput(
+            f"score: batches must yield (images, labels) pairs, got {type(batch).__name__}"
+        )
+    images, labels = batch[0], torch.as_tensor(batch[1])
+    if labels.shape != images.shape[:1] or labels.is_floating_point():
+        raise InvalidInput(
+            f"score: labels must be {len(images)} class numbers, one per image, "
+            f"got {tuple(labels.shape)} {labels.dtype}"
+        )
+    return images, labels.long()
+
+
+def check_labels(labels: Tensor, logits: Tensor) -> None:
+    """Raise InvalidInput for a label the head has no class for."""
+    classes = logits.shape[-1]
+    if len(labels) and not 0 <= int(labels.min()) <= int(labels.max()) < classes:
+        raise InvalidInput(
+            f"score: labels must lie in 0..{classes - 1} like the classes of the model, "
+            f"got {int(labels.min())}..{int(labels.max())}"
+        )

@@ -1,0 +1,129 @@
+"""What adapters call to fill a Structure; sizes are read from the model and checked here."""
+
+from __future__ import annotations
+
+from types import EllipsisType
+
+from torch import Tensor, nn
+
+from ..errors import UnsupportedArchitecture
+from .axes import Axis, Dim, SoftmaxScale, Structure, Tap, Work, Write, as_dim
+from .paths import get
+
+Size = Axis | Dim | int
+
+
+class Table:
+    """Builds a Structure for one model. Absent optional parts (no bias, Identity) are skipped."""
+
+    def __init__(self, model: nn.Module, family: str, input_size: tuple[int, int, int]):
+        self.model = model
+        self.structure = Structure(family, input_size)
+
+    def axis(self, name: str, size: int, kind: str, parent: Axis | None = None) -> Axis:
+        """Declare an axis; ``size`` counts all its units."""
+        axis = Axis(name, size, kind, parent)
+        self.structure.axes[name] = axis
+        return axis
+
+    def has(self, tensor: str) -> bool:
+        """Whether this tensor was declared, that is, whether the model has it."""
+        return tensor in self.structure.tensors
+
+    def tensor(self, name: str, *dims: Size | EllipsisType) -> None:
+        """Declare the layout of a parameter or buffer; ``...`` and what is not given are fixed."""
+        value = get(self.model, name)
+        if not isinstance(value, Tensor):
+            return
+        sizes = (*dims, *value.shape[len(dims) :])
+        layout = tuple(
+            as_dim(fixed if isinstance(d, EllipsisType) else d)
+            for d, fixed in zip(sizes, value.shape, strict=False)
+        )
+        declared = tuple(d.length() for d in layout)
+        if declared != tuple(value.shape):
+            raise UnsupportedArchitecture(
+                f"describe: {name} must have shape {declared} in a {self.structure.family}, "
+                f"got {tuple(value.shape)}"
+            )
+        self.structure.tensors[name] = layout
+
+    def linear(self, path: str, out: Size, in_: Size, positions: int) -> None:
+        """A Linear or Conv layer applied at ``positions`` places of one sample."""
+        self.tensor(f"{path}.weight", out, in_)
+        self.tensor(f"{path}.bias", out)
+        if self.has(f"{path}.weight"):
+            self.work(path, positions, *self.structure.tensors[f"{path}.weight"])
+
+    def work(self, module: str, positions: int, *dims: Size) -> None:
+        """Count ``positions * prod(dims)`` multiply-accumulates for this module."""
+        self.structure.work.append(Work(module, positions, tuple(as_dim(d) for d in dims)))
+
+    def norm(self, path: str, over: Size) -> None:
+        """A normalisation whose statistics run over ``over``."""
+        if getattr(get(self.model, path), "normalized_shape", None):
+            self.tensor(f"{path}.weight", over)
+            self.tensor(f"{path}.bias", over)
+            # declared apart from the weight: a norm without affine part has none to tell
+            self.structure.attrs[f"{path}.normalized_shape"] = as_dim(over)
+
+    def attr(self, path: str, **sizes: Size) -> None:
+        """Attributes of the module at ``path`` that repeat a size."""
+        for name, size in sizes.items():
+            full = f"{path}.{name}" if path else name
+            if get(self.model, full) is not None:
+                self.structure.attrs[full] = as_dim(size)
+
+    def box(self, *axes: Axis, unpaddable: tuple[Axis, ...] = ()) -> None:
+        """These axes share one stored width, filled with zero rows except where a norm forbids."""
+        self.structure.boxes.append(axes)
+        self.structure.unpaddable |= {axis.name for axis in unpaddable}
+
+    def scale(self, module: str, width: Axis, *queries: str) -> None:
+        """The softmax temperature follows ``width``; these rows make up for a change of it."""
+        present = tuple(f"{module}.{q}" for q in queries if self.has(f"{module}.{q}"))
+        self.structure.scales.append(SoftmaxScale(module, width, present))
+
+    def tap(self, axis: Axis, module: str, dim: Size) -> None:
+        """The units of ``axis`` are gated on the input of the Linear at ``module``."""
+        self.structure.taps[axis.name] = Tap(module, as_dim(dim))
+
+    def stem(self, *bias: str) -> None:
+        """Open the residual stream."""
+        self.structure.stream.append(Write("stem", bias))
+
+    def branch(
+        self, path: str, inner: Size, *, out: str, norm: str, gain: str, post_norm: bool, drop: str
+    ) -> None:
+        """``x + gain * out(inner)``, or ``x + norm(out(inner))`` where ``post_norm``."""
+        bias, weight = f"{path}.{out}.bias", f"{path}.{out}.weight"
+        helpers = (norm, gain.removesuffix(".gamma"), drop)
+        if post_norm:
+            write = Write(path, (f"{norm}.bias",), None, None, (bias, norm), as_dim(inner), helpers)
+        else:
+            gain_or_none = gain if self.has(gain) else None
+            write = Write(path, (bias,), weight, gain_or_none, None, as_dim(inner), helpers)
+        self.structure.stream.append(write)
+
+    def branch_axes(self) -> None:
+        """Declare the axes of whole branches and blocks, one unit each."""
+        s = self.structure
+        for name, kind in (("attn", "attn_branch"), ("mlp", "mlp_branch")):
+            paths = tuple(w.name for w in s.writes() if w.name.endswith(f".{name}"))
+            if paths:
+                self.axis(f"{name}_branches", len(paths), kind)
+                s.branches[f"{name}_branches"] = paths
+        if s.blocks:
+            self.axis("blocks", len(s.blocks), "block")
+
+    def finish(self) -> Structure:
+        """Check that every parameter and buffer has a layout, and hand the table over."""
+        parameters = {name for name, _ in self.model.named_parameters(remove_duplicate=False)}
+        buffers = {name for name, _ in self.model.named_buffers(remove_duplicate=False)}
+        if missing := sorted((parameters | buffers) - self.structure.tensors.keys()):
+            shown = ", ".join(missing[:4]) + (", ..." if len(missing) > 4 else "")
+            raise UnsupportedArchitecture(
+                f"describe: {type(self.model).__name__} has parts without a layout: {shown}"
+            )
+        self.structure.buffers = buffers
+        return self.structure

@@ -1,0 +1,86 @@
+"""Make a model behave as if pruned, without building the smaller one: the reference for surgery."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from ..planning.plan import Plan
+from ..structure import describe
+from ..structure.index import Index
+from ..structure.paths import get
+
+
+@contextmanager
+def mask(model: nn.Module, plan: Plan) -> Iterator[nn.Module]:
+    """Inside the context ``model`` computes what the pruned model would.
+
+    A masked unit contributes nothing: its entries are set to zero (so NaN or Inf in them has no
+    effect), and every normalisation that runs over its axis takes its statistics over the kept
+    units, with the original eps. A removed branch adds nothing, not even its bias.
+
+    The tensors are exchanged, not multiplied: what is written into masked parameters inside the
+    context is lost, and on leaving it, also by an exception, the model is bit for bit what it was.
+
+    Args:
+        model: a supported model.
+        plan: made for this model.
+
+    Raises:
+        InvalidInput: the plan belongs to another model.
+    """
+    structure = describe(model)
+    plan = plan.check(structure)
+    index = Index(structure, plan, plan.removed)
+    with ExitStack() as restore:
+        for name, layout in structure.tensors.items():
+            tensor = get(model, name)
+            masked = tensor.data
+            for axis, dim in enumerate(layout):
+                lost = np.setdiff1d(np.arange(dim.length()), index.kept_positions(dim))
+                if len(lost):
+                    positions = torch.from_numpy(lost).to(tensor.device)
+                    masked = masked.index_fill(axis, positions, 0)
+            if masked is not tensor.data:
+                restore.callback(setattr, tensor, "data", tensor.data)
+                tensor.data = masked
+        for path, dim in structure.attrs.items():
+            if not path.endswith(".normalized_shape"):
+                continue
+            kept = index.kept_positions(dim)
+            if len(kept) < dim.length():
+                norm = get(model, path.removesuffix(".normalized_shape"))
+                weight = torch.zeros(dim.length())
+                weight[torch.from_numpy(kept)] = 1
+                norm.forward = partial(_norm_over_kept, norm, weight)
+                restore.callback(delattr, norm, "forward")
+        for write in structure.writes():
+            if write.name in plan.removed:
+                silent = get(model, write.tail[1] if write.tail else write.name)
+                restore.callback(silent.register_forward_hook(_zeros).remove)
+        yield model
+
+
+def _zeros(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
+    return torch.zeros_like(output)
+
+
+def _norm_over_kept(norm: Any, kept: Tensor, x: Tensor) -> Tensor:
+    """LayerNorm or RMSNorm of ``x`` with statistics over the entries where ``kept`` is 1."""
+    kept = kept.to(x)
+    count = kept.sum().clamp(min=1)
+    if isinstance(norm, nn.LayerNorm):
+        x = x - (x * kept).sum(-1, keepdim=True) / count
+    x = x * kept
+    eps = norm.eps if norm.eps is not None else torch.finfo(x.dtype).eps
+    x = x * torch.rsqrt(x.square().sum(-1, keepdim=True) / count + eps)
+    if norm.weight is not None:
+        x = x * norm.weight
+    bias = getattr(norm, "bias", None)
+    return x if bias is None else x + bias

@@ -1,0 +1,209 @@
+"""Build the pruned model: gather, attributes, softmax scale, constants, block classes."""
+
+from __future__ import annotations
+
+import copy
+import math
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from .. import ops
+from ..errors import UnsupportedArchitecture
+from ..modeling_pruned import AttentionBlock, Constant, MlpBlock
+from ..planning.cost import constant_dim, gone
+from ..planning.plan import Plan
+from ..structure import Structure, describe
+from ..structure.axes import Dim, SoftmaxScale, Write
+from ..structure.index import Index
+from ..structure.paths import get, put
+
+
+@torch.no_grad()
+def prune(model: nn.Module, plan: Plan) -> nn.Module:
+    """A new, smaller, dense model that computes what ``model`` computes under ``plan``.
+
+    The logits equal those of the masked model (:func:`vitprune_fast.mask`) to rounding; a plan
+    that keeps everything changes no bit. The result is made of stock timm modules; only a block
+    that lost one branch becomes an ``AttentionBlock`` or ``MlpBlock``.
+
+    A branch that lost all its units computes a constant. It goes, and the constant is added to the
+    last live writer of the residual stream before it. In training with drop path that constant is
+    then dropped together with the branch that took it over.
+
+    Args:
+        model: a supported model; it is left untouched and shares no memory with the result.
+        plan: made for this model.
+
+    Returns:
+        The pruned model, with the device, dtypes, training modes and ``requires_grad`` of
+        ``model``.
+
+    Raises:
+        InvalidInput: the plan belongs to another model, or would fill zeros under a norm.
+        UnsupportedArchitecture: the model has no layout, or head dims go under a q/k norm without
+            weight, where the softmax scale has no place.
+    """
+    structure = describe(model)
+    plan = plan.check(structure)
+    index = Index(structure, plan, plan.removed)
+    new = _gathered_copy(model, structure, index)
+    for path, dim in structure.attrs.items():
+        _resize_attr(new, path, index.length(dim))
+    for module in new.modules():
+        _refresh_leaf(module)
+    for scale in structure.scales:
+        _keep_softmax_scale(new, structure, index, scale)
+    for write in index.dead.values():
+        fate, target = index.fates[write.name]
+        if fate == "constant":
+            put(new, write.name, Constant(_projected(new, write, structure, index)))
+        elif fate == "folded" and target is not None:
+            _fold(new, target, _constant(new, write, structure, index))
+    _drop_branches(new, structure, index)
+    return new
+
+
+def _gathered_copy(model: nn.Module, structure: Structure, index: Index) -> nn.Module:
+    """A copy of the modules whose tensors are the surviving entries; no full copy ever exists."""
+    dying = gone(index)
+    memo: dict[int, Tensor] = {}
+    for name, layout in structure.tensors.items():
+        old = get(model, name)
+        if name.startswith(dying) and old.ndim > 1:
+            # its module is taken out below; only vectors are still needed, for the constant
+            new = old.new_empty((0,) * old.ndim)
+        else:
+            new = gather_tensor(old, index, layout)
+        if isinstance(old, nn.Parameter):
+            new = nn.Parameter(new, requires_grad=old.requires_grad)
+        memo[id(old)] = new
+    return copy.deepcopy(model, memo)
+
+
+def gather_tensor(old: Tensor, index: Index, layout: tuple[Dim, ...]) -> Tensor:
+    """The surviving entries of one tensor, as a fresh contiguous tensor of the same dtype.
+
+    Args:
+        old: any tensor with this layout (a parameter, its optimizer moment, its EMA).
+        index: of the plan.
+        layout: one Dim per dimension of ``old``.
+    """
+    if old.ndim == 0:
+        return old.detach().clone()
+    shape = tuple(index.length(dim) for dim in layout)
+    rows = _selection(index, layout[:1])
+    columns = _selection(index, layout[1:])
+    if rows is None and columns is None:
+        return old.detach().clone(memory_format=torch.contiguous_format)
+    device = old.device
+    flat = old.detach().reshape(old.shape[0], -1)
+    return ops.gather(
+        flat,
+        None if rows is None else torch.from_numpy(rows).to(device),
+        None if columns is None else torch.from_numpy(columns).to(device),
+    ).view(shape)
+
+
+def _selection(index: Index, dims: tuple[Dim, ...]) -> np.ndarray | None:
+    """Old positions along flattened dimensions, None where all stay."""
+    positions, identity = np.zeros(1, dtype=np.int64), True
+    for dim in dims:
+        size, one = dim.length(), index.gather(dim)
+        identity &= len(one) == size and bool((one == np.arange(size)).all())
+        lost = (positions[:, None] < 0) | (one < 0)
+        positions = np.where(lost, -1, positions[:, None] * size + one).ravel()
+    return None if identity else positions
+
+
+def _resize_attr(new: nn.Module, path: str, size: int) -> None:
+    old = get(new, path)
+    if (old if isinstance(old, int) else old[0]) != size:
+        put(new, path, size if isinstance(old, int) else (size,))
+
+
+def _refresh_leaf(module: nn.Module) -> None:
+    """Sizes that stock leaf modules repeat follow from their weight."""
+    if isinstance(module, nn.Linear):
+        module.out_features, module.in_features = module.weight.shape or (0, 0)
+    elif isinstance(module, nn.Conv2d):
+        module.out_channels = len(module.weight)
+        module.in_channels = module.weight.shape[1] * module.groups
+
+
+def _keep_softmax_scale(
+    new: nn.Module, structure: Structure, index: Index, scale: SoftmaxScale
+) -> None:
+    """The temperature stays that of the original width.
+
+    The fused path derives it from the width and ignores ``.scale``, the unfused path reads
+    ``.scale``: so the factor goes into the query rows and ``.scale`` follows the new width.
+    """
+    width, old_width = index.extent[scale.width.name], scale.width.width
+    if width in (0, old_width) or scale.module in index.dead:
+        return
+    if not scale.queries:
+        raise UnsupportedArchitecture(
+            f"prune: {scale.module} must have query weights or an affine q_norm to carry the "
+            "softmax scale when head dims go, got neither; keep all qk dims and v dims"
+        )
+    factor = math.sqrt(width / old_width)
+    put(new, f"{scale.module}.scale", width**-0.5)
+    for name in scale.queries:
+        first = Dim(structure.tensors[name][0].parts[:1])
+        get(new, name)[: index.length(first)] *= factor
+
+
+def _projected(new: nn.Module, write: Write, structure: Structure, index: Index) -> Tensor:
+    """What the output projection of an emptied branch writes: its bias."""
+    bias = get(new, write.tail[0] if write.tail else write.bias[0])
+    if bias is not None:
+        return bias.detach().clone()
+    reference = next(new.parameters())
+    return reference.new_zeros(index.length(constant_dim(structure, write)))
+
+
+def _constant(new: nn.Module, write: Write, structure: Structure, index: Index) -> Tensor:
+    """What an emptied branch adds to every token."""
+    value = _projected(new, write, structure, index)
+    if write.tail:
+        return get(new, write.tail[1])(value)
+    return value * get(new, write.gain) if write.gain else value
+
+
+def _fold(new: nn.Module, target: Write, constant: Tensor) -> None:
+    """Add a constant vector to a live writer of the stream."""
+    if target.gain:
+        # absorb the gain: dividing the constant by it would fail where it is zero
+        gain = get(new, target.gain)
+        get(new, target.weight or "").mul_(gain[:, None])
+        get(new, target.bias[0]).mul_(gain)
+        gain.fill_(1)
+    for name in target.bias:
+        get(new, name).add_(constant)
+
+
+def _drop_branches(new: Any, structure: Structure, index: Index) -> None:
+    """Blocks without one branch change class, blocks without any go, and the rest move up."""
+    absent = {name for name, (fate, _) in index.fates.items() if fate in ("removed", "folded")}
+    if not absent:
+        return
+    blocks, infos = nn.Sequential(), []
+    blocks.training = new.blocks.training
+    for i, block in enumerate(new.blocks):
+        rest = [
+            branch
+            for branch in ("attn", "mlp")
+            if hasattr(block, branch) and f"blocks.{i}.{branch}" not in absent
+        ]
+        if not rest:
+            continue
+        if len(rest) == 1:
+            half = AttentionBlock(block) if rest == ["attn"] else MlpBlock(block)
+            half.training = block.training
+            block = half
+        infos.append({**new.feature_info[i], "module": f"blocks.{len(blocks)}"})
+        blocks.append(block)
+    new.blocks, new.feature_info = blocks, infos

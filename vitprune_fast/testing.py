@@ -1,0 +1,84 @@
+"""Small random models of every configuration the tests and benches go through."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from timm.layers import RmsNorm, SwiGLU, SwiGLUPacked
+from timm.models.deit import VisionTransformerDistilled
+from timm.models.vision_transformer import ResPostBlock, VisionTransformer
+from torch import nn
+
+SMALL: dict[str, Any] = {
+    "img_size": 16,
+    "patch_size": 8,
+    "embed_dim": 24,
+    "depth": 3,
+    "num_heads": 3,
+    "num_classes": 5,
+}
+_vit = partial(VisionTransformer, **SMALL)
+
+VITS: dict[str, Callable[..., VisionTransformer]] = {
+    "plain": _vit,
+    "layerscale-registers-no_embed_class": partial(
+        _vit, init_values=0.1, reg_tokens=4, no_embed_class=True
+    ),
+    "pre_norm-avg-fc_norm-no_qkv_bias": partial(
+        _vit, pre_norm=True, global_pool="avg", qkv_bias=False
+    ),
+    "no_class_token-no_pos_embed": partial(
+        _vit, class_token=False, global_pool="avg", pos_embed="none"
+    ),
+    "qk_norm": partial(_vit, qk_norm=True),
+    "qk_norm-rms": partial(_vit, qk_norm=True, norm_layer=RmsNorm),
+    "scale_attn_norm-scale_mlp_norm": partial(_vit, scale_attn_norm=True, scale_mlp_norm=True),
+    "swiglu_packed-layerscale": partial(_vit, mlp_layer=SwiGLUPacked, init_values=0.1),
+    "swiglu": partial(_vit, mlp_layer=SwiGLU),
+    "no_proj_bias": partial(_vit, proj_bias=False),
+    "res_post_norm": partial(_vit, block_fn=ResPostBlock),
+    "res_post_norm-rms": partial(_vit, block_fn=ResPostBlock, norm_layer=RmsNorm),
+    "deit_distilled": partial(VisionTransformerDistilled, **SMALL),
+}
+
+
+def random_vit(
+    config: str = "plain", *, seed: int = 0, dtype: torch.dtype = torch.float64, **args: Any
+) -> VisionTransformer:
+    """One of ``VITS`` with random weights everywhere, norms, biases and LayerScale included.
+
+    Args:
+        config: a key of ``VITS``.
+        seed: of the weights.
+        dtype: of the model.
+        args: constructor arguments that override those of the configuration.
+
+    Returns:
+        The model in eval mode.
+    """
+    model = VITS[config](**args).to(dtype).eval()
+    return randomise(model, seed)
+
+
+def randomise(model: nn.Module, seed: int) -> Any:
+    """Fill every parameter with random values of about unit scale; returns the model."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, tensor in model.named_parameters():
+            scale = 0.5 if tensor.ndim < 2 else 1.5 / max(tensor.shape[-1], 1) ** 0.5
+            noise = torch.randn(tensor.shape, generator=generator, dtype=torch.float64)
+            shift = 1.0 if "norm" in name and name.endswith("weight") else 0.0
+            tensor.copy_(noise * scale + shift)
+    return model
+
+
+def random_images(model: VisionTransformer, batch: int = 2, *, seed: int = 0) -> torch.Tensor:
+    """(batch, channels, height, width) normal noise of the model's input size and dtype."""
+    generator = torch.Generator().manual_seed(seed)
+    size = model.patch_embed.img_size
+    assert size is not None
+    images = torch.randn(batch, model.in_chans, *size, generator=generator, dtype=torch.float64)
+    return images.to(next(model.parameters()).dtype)
