@@ -51,9 +51,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"stopped by {signal.Signals(stop.number).name}{hint}", file=sys.stderr)
         return 128 + stop.number
     except BrokenPipeError:
-        # the reader (head, less) went away: not our error
+        # the reader of our output (head, less) went away: not our error, but not a success
         sys.stderr.close()
-        return 0
+        return 128 + signal.SIGPIPE
 
 
 def _fail(sentence: str) -> int:

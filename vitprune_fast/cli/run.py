@@ -22,7 +22,7 @@ def main(words: list[str]) -> int:
         return 0
     from vitprune_fast.cli.display import Display
     from vitprune_fast.cli.signals import Interrupted, Stopper
-    from vitprune_fast.recipes.run import RunStopped, run
+    from vitprune_fast.recipes.chain import RunStopped, run
 
     stop = Stopper()
     with Display(quiet=options.quiet) as display:

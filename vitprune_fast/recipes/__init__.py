@@ -9,19 +9,18 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from vitprune_fast.recipes.chain import run
     from vitprune_fast.recipes.config import RunConfig
     from vitprune_fast.recipes.presets import preset
-    from vitprune_fast.recipes.run import run
 
 __all__ = ["RunConfig", "preset", "run"]
 
-_HOMES = {"RunConfig": "config", "preset": "presets", "run": "run"}
+_HOMES = {"RunConfig": "config", "preset": "presets", "run": "chain"}
 
 
 def __getattr__(name: str) -> Any:
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     value = getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
-    # `run` is both a module and the function people want: the function wins
     globals()[name] = value
     return value

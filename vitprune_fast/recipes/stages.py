@@ -152,9 +152,13 @@ def evaluate(
     )
 
 
-def measure(model: nn.Module, device: str, batch_sizes: tuple[int, ...] = (1, 64)) -> list[Any]:
+def measure(
+    model: nn.Module, device: str, batch_sizes: tuple[int, ...] = (1, 64), *, seconds: float = 1.0
+) -> list[Any]:
     """`Latency` of the model at each batch size, in evaluation mode on `device`."""
-    return [vp.latency(model.to(device), batch_size=size, device=device) for size in batch_sizes]
+    return [
+        vp.latency(model, batch_size=size, device=device, seconds=seconds) for size in batch_sizes
+    ]
 
 
 def synchronise(device: str) -> None:

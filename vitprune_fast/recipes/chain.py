@@ -42,7 +42,7 @@ BATCH_SIZES = (1, 64)
 """Batch sizes at which latency is measured; the second one gives the throughput."""
 
 # fields that say where and how to run, not what to compute
-_NOT_IDENTITY = ("out", "quiet", "allow_config_change")
+_NOT_IDENTITY = ("out", "quiet", "allow_config_change", "latency_seconds")
 
 
 @dataclass
@@ -365,8 +365,8 @@ def _evaluate(job: Job) -> dict[str, Any]:
     ]
     facts = {"checks": checks.require("evaluate", proofs)}
     summary = {
-        "before": _row(dense, before, job.profile.device),
-        "after": {**_row(model, after, job.profile.device), "agreement": after.agreement},
+        "before": _row(job, dense, before),
+        "after": {**_row(job, model, after), "agreement": after.agreement},
         "seed": job.config.seed,
         "data": job.data.name,
         "split_hashes": dict(job.data.split_hashes),
@@ -396,9 +396,11 @@ def _fact(job: Job, stage: str, name: str, default: Any) -> Any:
     return record["facts"].get(name, default) if record else default
 
 
-def _row(model: nn.Module, result: Any, device: str) -> dict[str, Any]:
+def _row(job: Job, model: nn.Module, result: Any) -> dict[str, Any]:
     cost = vp.cost(model)
-    single, batch = stages.measure(model, device, BATCH_SIZES)
+    single, batch = stages.measure(
+        model, job.profile.device, BATCH_SIZES, seconds=job.config.latency_seconds
+    )
     return {
         "params": cost.params,
         "macs": cost.macs,
