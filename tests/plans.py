@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
 
 from vitprune_fast.planning.plan import Plan
 from vitprune_fast.structure import Structure
@@ -38,6 +37,5 @@ def draw_plan(structure: Structure, kind: str, rng: random.Random) -> Plan:
 
 def _boxed_under_norm(structure: Structure, axis) -> bool:
     return any(
-        axis in box and any(a.name in structure.unpaddable for a in box)
-        for box in structure.boxes
+        axis in box and any(a.name in structure.unpaddable for a in box) for box in structure.boxes
     )

@@ -91,9 +91,7 @@ def vits(draw: st.DrawFn) -> VisionTransformer:
 
 
 @settings(max_examples=60, deadline=None)
-@given(
-    model=vits(), kind=st.sampled_from(KINDS), seed=st.integers(0, 999), batch=st.integers(1, 3)
-)
+@given(model=vits(), kind=st.sampled_from(KINDS), seed=st.integers(0, 999), batch=st.integers(1, 3))
 def test_any_shape_prunes_exactly(
     model: VisionTransformer, kind: str, seed: int, batch: int
 ) -> None:
@@ -189,9 +187,7 @@ def test_zero_heads_and_zero_neurons(config: str) -> None:
     emptied = {a.name: [] for kind in ("head", "neuron") for a in structure.units(kind)}
     names = list(emptied)
     for chosen in ([names[0]], [names[3]], [names[1], names[4]], names[1:], names):
-        pruned = assert_prunes_exactly(
-            model, Plan.of(structure, {name: [] for name in chosen})
-        )
+        pruned = assert_prunes_exactly(model, Plan.of(structure, {name: [] for name in chosen}))
         if len(chosen) == 6 and config != "res_post_norm-rms":
             assert len(pruned.blocks) == 0
 
@@ -317,9 +313,7 @@ def test_head_dims_without_a_place_for_the_scale_are_refused() -> None:
     model = random_vit("qk_norm", norm_layer=partial(LayerNorm, affine=False))
     kept = [0, 1, 2]
     units = [h * 8 + j for h in range(3) for j in kept]
-    plan = Plan.of(
-        describe(model), {"blocks.0.attn.qk_dims": kept, "blocks.0.attn.v_dims": units}
-    )
+    plan = Plan.of(describe(model), {"blocks.0.attn.qk_dims": kept, "blocks.0.attn.v_dims": units})
     with pytest.raises(UnsupportedArchitecture, match="softmax scale"):
         prune(model, plan)
 
