@@ -1,0 +1,126 @@
+"""Evaluation: whole numbers that do not depend on the batching; models come back as they were."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+
+from vitprune_fast.errors import InvalidInput
+from vitprune_fast.evaluation import Evaluation, evaluate
+
+
+class _Logits(nn.Module):
+    """Returns its input as logits; the parameter only tells the device."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(1))
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return images * self.scale
+
+
+class _Teacher(_Logits):
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return images.flip(1)
+
+
+def _batches(logits: torch.Tensor, labels: torch.Tensor, size: int) -> list:
+    return list(zip(logits.split(size), labels.split(size), strict=True))
+
+
+@given(st.integers(1, 40), st.integers(1, 12), st.integers(0, 1000), st.integers(1, 40))
+def test_counts_match_a_count_by_hand(
+    samples: int, classes: int, seed: int, batch_size: int
+) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    logits = torch.randn(samples, classes, generator=generator)
+    labels = torch.randint(classes, (samples,), generator=generator)
+    found = evaluate(_Logits(), _batches(logits, labels, batch_size), _Teacher())
+    top1 = top5 = agreement = 0
+    loss = 0.0
+    for row, label in zip(logits.tolist(), labels.tolist(), strict=True):
+        better = sum(value > row[label] for value in row)
+        top1 += better == 0
+        top5 += better < 5
+        agreement += row.index(max(row)) == row[::-1].index(max(row))
+        loss += math.log(sum(map(math.exp, row))) - row[label]
+    assert (found.samples, found.top1_count, found.top5_count) == (samples, top1, top5)
+    assert found.agreement_count == agreement and found.nonfinite_count == 0
+    # fp32 logits: a few roundings per sample
+    assert found.loss_sum == pytest.approx(loss, rel=1e-5, abs=1e-5)
+    assert found.top1 == top1 / samples and found.loss == found.loss_sum / samples
+
+
+def test_result_does_not_depend_on_the_batch_size() -> None:
+    logits = torch.randn(101, 7, generator=torch.Generator().manual_seed(0))
+    labels = torch.arange(101) % 7
+    whole = evaluate(_Logits(), _batches(logits, labels, 101))
+    assert isinstance(whole, Evaluation)
+    for size in (1, 3, 50):
+        assert evaluate(_Logits(), _batches(logits, labels, size)) == whole
+
+
+def test_without_teacher_there_is_no_agreement() -> None:
+    found = evaluate(_Logits(), [(torch.eye(3), torch.arange(3), torch.arange(3))])
+    assert found.agreement is None and found.agreement_count is None
+    # fewer classes than five: every label is among all
+    assert found.top1 == found.top5 == 1.0
+
+
+def test_nonfinite_logits_count_as_wrong() -> None:
+    logits = torch.tensor([[math.nan, 0.0], [0.0, math.inf], [math.nan, math.nan], [0.0, 1.0]])
+    found = evaluate(_Logits(), [(logits, torch.tensor([0, 1, 0, 1]))], _Logits())
+    assert found.top1_count == found.top5_count == found.agreement_count == 1
+    assert found.nonfinite_count == 3 and math.isfinite(found.loss_sum)
+    assert found.loss == found.loss_sum
+    assert evaluate(_Logits(), [(logits[:3], torch.zeros(3).long())]).loss is None
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_models_come_back_as_they_were(fails: bool) -> None:
+    def model() -> nn.Sequential:
+        made = nn.Sequential(nn.Linear(4, 4), nn.Dropout(0.5), nn.BatchNorm1d(4)).train()
+        made[1].eval()
+        return made
+
+    student, teacher = model(), model()
+    before = {name: t.clone() for name, t in student.state_dict().items()}
+    labels = torch.full((8,), 4 if fails else 1)
+    batches = [(torch.randn(8, 4), labels)]
+    if fails:
+        with pytest.raises(InvalidInput):
+            evaluate(student, batches, teacher)
+    else:
+        assert evaluate(student, batches, teacher) == evaluate(student, batches, teacher)
+    for each in (student, teacher):
+        assert [m.training for m in each.modules()] == [True, True, False, True]
+    assert all(torch.equal(before[n], t) for n, t in student.state_dict().items())
+    assert all(p.grad is None and p.requires_grad for p in student.parameters())
+
+
+@pytest.mark.parametrize(
+    ("batches", "teacher", "sentence"),
+    [
+        ([], None, "batches must hold at least one sample, got none"),
+        (
+            [(torch.eye(3), torch.tensor([0, 1, 3]))],
+            None,
+            r"labels must be in \[0, 3\).*got 0 to 3",
+        ),
+        ([(torch.eye(3), torch.tensor([-1, 1, 2]))], None, r"labels must be in \[0, 3\)"),
+        (
+            [(torch.eye(3), torch.arange(3))],
+            nn.Linear(3, 4),
+            r"teacher must give logits of shape \(3, 3\), got \(3, 4\)",
+        ),
+    ],
+)
+def test_evaluate_rejects(batches: list, teacher: nn.Module | None, sentence: str) -> None:
+    with pytest.raises(InvalidInput, match=sentence):
+        evaluate(_Logits(), batches, teacher)

@@ -1,0 +1,124 @@
+"""How often a model is right, and how often it agrees with another one, in whole numbers."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from vitprune_fast.errors import InvalidInput
+from vitprune_fast.modes import evaluating
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Counts over the samples of one pass.
+
+    Attributes:
+        samples: how many were seen.
+        top1_count: the label has the largest logit.
+        top5_count: the label is among the five largest logits, or among all when there are fewer.
+        agreement_count: the largest logit is that of the teacher; None without a teacher.
+        loss_sum: cross-entropy in nats, summed in fp64 over the samples with finite logits.
+        nonfinite_count: samples with a NaN or infinite logit; they count as wrong.
+    """
+
+    samples: int
+    top1_count: int
+    top5_count: int
+    agreement_count: int | None
+    loss_sum: float
+    nonfinite_count: int = 0
+
+    @property
+    def top1(self) -> float:
+        """Share of samples in ``[0, 1]``."""
+        return self.top1_count / self.samples
+
+    @property
+    def top5(self) -> float:
+        """Share of samples in ``[0, 1]``."""
+        return self.top5_count / self.samples
+
+    @property
+    def agreement(self) -> float | None:
+        """Share of samples in ``[0, 1]``."""
+        return None if self.agreement_count is None else self.agreement_count / self.samples
+
+    @property
+    def loss(self) -> float | None:
+        """Mean cross-entropy in nats; None when no logits were finite."""
+        finite = self.samples - self.nonfinite_count
+        return self.loss_sum / finite if finite else None
+
+
+def evaluate(
+    model: nn.Module,
+    batches: Iterable[Sequence[torch.Tensor]],
+    teacher: nn.Module | None = None,
+) -> Evaluation:
+    """Run a model over labelled images; both models come back in the modes they had.
+
+    Args:
+        model: maps images to logits ``(B, C)``.
+        batches: (images, labels, ...); images go to the device of the model's parameters, labels
+            are ``(B,)`` integers in ``[0, C)``.
+        teacher: another model on the same device and classes, to agree with.
+
+    Returns:
+        The counts; they do not depend on how the samples are batched, up to the rounding of logits.
+
+    Raises:
+        InvalidInput: no samples, a label outside the classes, or another number of classes in the
+            teacher.
+    """
+    device = next(model.parameters()).device
+    samples = top1 = top5 = agreement = nonfinite = 0
+    losses: list[float] = []
+    with evaluating(model, teacher):
+        for images, labels, *_ in batches:
+            images, labels = images.to(device), labels.to(device)
+            with torch.inference_mode():
+                logits = model(images).float()
+                other = teacher(images).float() if teacher is not None else None
+            _check(logits, labels, other)
+            finite = logits.isfinite().all(1)
+            ranked = logits.topk(min(5, logits.shape[1]), dim=1).indices
+            hits = (ranked == labels[:, None]) & finite[:, None]
+            samples += len(labels)
+            top1 += int(hits[:, 0].sum())
+            top5 += int(hits.sum())
+            nonfinite += int((~finite).sum())
+            losses += F.cross_entropy(logits[finite], labels[finite], reduction="none").tolist()
+            if other is not None:
+                both = finite & other.isfinite().all(1)
+                agreement += int(((ranked[:, 0] == other.argmax(1)) & both).sum())
+    if samples == 0:
+        raise InvalidInput("evaluate: batches must hold at least one sample, got none")
+    return Evaluation(
+        samples=samples,
+        top1_count=top1,
+        top5_count=top5,
+        agreement_count=agreement if teacher is not None else None,
+        # exact, so that another batch size gives the same sum
+        loss_sum=math.fsum(losses),
+        nonfinite_count=nonfinite,
+    )
+
+
+def _check(logits: torch.Tensor, labels: torch.Tensor, other: torch.Tensor | None) -> None:
+    classes = logits.shape[1]
+    if labels.numel() and not 0 <= int(labels.min()) <= int(labels.max()) < classes:
+        raise InvalidInput(
+            f"evaluate: labels must be in [0, {classes}) like the model's head, "
+            f"got {int(labels.min())} to {int(labels.max())}"
+        )
+    if other is not None and other.shape != logits.shape:
+        raise InvalidInput(
+            f"evaluate: teacher must give logits of shape {tuple(logits.shape)}, "
+            f"got {tuple(other.shape)}"
+        )

@@ -1,0 +1,30 @@
+"""Training and evaluation mode, module by module, put back as it was."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from torch import nn
+
+
+@contextmanager
+def evaluating(*models: nn.Module | None) -> Iterator[None]:
+    """Put models in evaluation mode; after the block every module has the mode it had."""
+    with keeping_modes(*models):
+        for model in models:
+            if model is not None:
+                model.eval()
+        yield
+
+
+@contextmanager
+def keeping_modes(*models: nn.Module | None) -> Iterator[None]:
+    """Put the mode of every module back after the block, also after an exception."""
+    modules = [module for model in models if model is not None for module in model.modules()]
+    modes = [module.training for module in modules]
+    try:
+        yield
+    finally:
+        for module, mode in zip(modules, modes, strict=True):
+            module.training = mode

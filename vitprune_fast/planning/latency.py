@@ -1,0 +1,124 @@
+"""How long one forward pass takes, as a median over repetitions."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import nn
+
+from vitprune_fast.errors import InvalidInput
+from vitprune_fast.modes import evaluating
+
+
+@dataclass(frozen=True)
+class Latency:
+    """Times of one forward pass.
+
+    Attributes:
+        batch_size: images per pass.
+        median_s: seconds, half of the passes took at most this.
+        p90_s: seconds, nine of ten passes took at most this.
+        images_per_s: ``batch_size / median_s``.
+        runs: measured passes.
+    """
+
+    batch_size: int
+    median_s: float
+    p90_s: float
+    images_per_s: float
+    runs: int
+
+
+def latency(
+    model: nn.Module,
+    batch_size: int = 1,
+    input_size: int | tuple[int, ...] | None = None,
+    device: torch.device | str | None = None,
+    *,
+    seconds: float = 1.0,
+    min_runs: int = 10,
+    warmup_runs: int = 3,
+) -> Latency:
+    """Measure forward passes on random images, in evaluation and inference mode.
+
+    The model comes back with the modes and on the device it had. On CUDA the times are those of
+    events on the current stream; elsewhere wall time.
+
+    Args:
+        model: maps images to anything.
+        batch_size: images per pass.
+        input_size: side, (height, width) or (channels, height, width) in pixels; default: what a
+            timm model says of itself.
+        device: where to measure; default: where the model is.
+        seconds: measure for about this long.
+        min_runs: but at least this many passes.
+        warmup_runs: passes before the measured ones.
+
+    Raises:
+        InvalidInput: ``batch_size``, ``min_runs`` below 1, or an input size that cannot be told.
+    """
+    if batch_size < 1:
+        raise InvalidInput(f"latency: batch_size must be at least 1, got {batch_size}")
+    if min_runs < 1:
+        raise InvalidInput(f"latency: min_runs must be at least 1, got {min_runs}")
+    parameter = next(model.parameters())
+    home = parameter.device
+    target = torch.device(device) if device is not None else home
+    shape = (batch_size, *_image_shape(model, input_size))
+    images = torch.rand(shape, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    images = images.to(target, parameter.dtype)
+    clock = _time_on_cuda if target.type == "cuda" else _time_on_cpu
+    times: list[float] = []
+    try:
+        model.to(target)
+        with evaluating(model), torch.inference_mode():
+            for _ in range(warmup_runs):
+                clock(model, images)
+            start = time.perf_counter()
+            while len(times) < min_runs or time.perf_counter() - start < seconds:
+                times.append(clock(model, images))
+    finally:
+        model.to(home)
+    median, p90 = np.quantile(times, [0.5, 0.9]).tolist()
+    return Latency(batch_size, median, p90, batch_size / median, len(times))
+
+
+def _time_on_cpu(model: Callable[[torch.Tensor], object], images: torch.Tensor) -> float:
+    start = time.perf_counter()
+    model(images)
+    return time.perf_counter() - start
+
+
+def _time_on_cuda(model: Callable[[torch.Tensor], object], images: torch.Tensor) -> float:
+    start = torch.cuda.Event(enable_timing=True)
+    end = torch.cuda.Event(enable_timing=True)
+    # events belong to the device of the images, which need not be the current one
+    with torch.cuda.device(images.device):
+        start.record()
+        model(images)
+        end.record()
+        end.synchronize()
+    return start.elapsed_time(end) / 1000
+
+
+def _image_shape(
+    model: nn.Module, input_size: int | tuple[int, ...] | None
+) -> tuple[int, int, int]:
+    """Complete (channels, height, width) with what a timm model says of itself."""
+    embed = getattr(model, "patch_embed", None)
+    proj = getattr(embed, "proj", None)
+    config = (getattr(model, "pretrained_cfg", None) or {}).get("input_size") or (3,)
+    channels: int = proj.in_channels if isinstance(proj, nn.Conv2d) else config[0]
+    size = input_size or getattr(embed, "img_size", None) or config[1:]
+    shape = (size, size) if isinstance(size, int) else tuple(size)
+    shape = (channels, *shape) if len(shape) == 2 else shape
+    if len(shape) != 3 or min(shape) < 1:
+        raise InvalidInput(
+            "latency: input_size must be a side, (height, width) or (channels, height, width), "
+            f"got {input_size!r} for a model that does not state its own"
+        )
+    return (shape[0], shape[1], shape[2])
