@@ -53,7 +53,7 @@ def test_budgets_are_met_to_one_step(
     made = plan(
         STRUCTURE,
         scores,
-        Budget(**{measure: share}),
+        Budget(macs=share) if measure == "macs" else Budget(params=share),
         allocation,
         normalization,
         round_to={"neuron": step},
