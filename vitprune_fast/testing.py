@@ -47,7 +47,7 @@ VITS: dict[str, Callable[..., VisionTransformer]] = {
 
 def random_vit(
     config: str = "plain", *, seed: int = 0, dtype: torch.dtype = torch.float64, **args: Any
-) -> VisionTransformer:
+) -> Any:
     """One of ``VITS`` with random weights everywhere, norms, biases and LayerScale included.
 
     Args:
@@ -75,7 +75,7 @@ def randomise(model: nn.Module, seed: int) -> Any:
     return model
 
 
-def random_images(model: VisionTransformer, batch: int = 2, *, seed: int = 0) -> torch.Tensor:
+def random_images(model: Any, batch: int = 2, *, seed: int = 0) -> torch.Tensor:
     """(batch, channels, height, width) normal noise of the model's input size and dtype."""
     generator = torch.Generator().manual_seed(seed)
     size = model.patch_embed.img_size

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from typing import Any
 
 import pytest
 import torch
@@ -26,13 +27,13 @@ def gap(got: torch.Tensor, want: torch.Tensor) -> float:
     return ((got - want).abs().max() / want.abs().max().clamp(min=1)).item()
 
 
-def set_fused(model: nn.Module, fused: bool) -> None:
+def set_fused(model: Any, fused: bool) -> None:
     for module in model.modules():
         if hasattr(module, "fused_attn"):
             module.fused_attn = fused
 
 
-def assert_prunes_exactly(model: VisionTransformer, plan: Plan, batch: int = 2) -> nn.Module:
+def assert_prunes_exactly(model: Any, plan: Plan, batch: int = 2) -> Any:
     """Masked == pruned on both attention paths, and predicted == counted."""
     images = random_images(model, batch)
     with torch.no_grad():
@@ -92,9 +93,7 @@ def vits(draw: st.DrawFn) -> VisionTransformer:
 
 @settings(max_examples=60, deadline=None)
 @given(model=vits(), kind=st.sampled_from(KINDS), seed=st.integers(0, 999), batch=st.integers(1, 3))
-def test_any_shape_prunes_exactly(
-    model: VisionTransformer, kind: str, seed: int, batch: int
-) -> None:
+def test_any_shape_prunes_exactly(model: Any, kind: str, seed: int, batch: int) -> None:
     plan = draw_plan(describe(model), kind, random.Random(seed))
     assert_prunes_exactly(model, plan, batch)
 
@@ -132,7 +131,7 @@ def test_the_model_given_is_left_untouched(config: str) -> None:
     assert all(torch.equal(t, before[name]) for name, t in model.state_dict().items())
 
 
-def hook_reference(model: VisionTransformer, plan: Plan, images: torch.Tensor) -> torch.Tensor:
+def hook_reference(model: Any, plan: Plan, images: torch.Tensor) -> torch.Tensor:
     """From the definitions, without the table: gates in front of proj and fc2, zero query rows."""
 
     def gate(module: nn.Module, keep: torch.Tensor):

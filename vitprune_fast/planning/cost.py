@@ -10,6 +10,7 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from ..modes import evaluating
 from ..structure import Structure, describe
 from ..structure.axes import Dim, Write
 from ..structure.index import Index
@@ -46,14 +47,9 @@ def cost(model: nn.Module, input_size: int | tuple[int, ...] | None = None) -> C
     size = describe(model, input_size).input_size
     reference = next(model.parameters())
     counter = FlopCounterMode(display=False)
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        with torch.no_grad(), counter:
-            model(torch.zeros(1, *size, device=reference.device, dtype=reference.dtype))
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
+    image = torch.zeros(1, *size, device=reference.device, dtype=reference.dtype)
+    with evaluating(model), torch.no_grad(), counter:
+        model(image)
     macs = counter.get_total_flops() // 2
     return Cost(sum(p.numel() for p in model.parameters()), macs, macs)
 

@@ -174,7 +174,7 @@ class Plan(Mapping[str, list[int]]):
 
 
 def _checked_units(axis: str, units: Sequence[int], size: int) -> tuple[int, ...]:
-    if isinstance(units, (str, bytes)) or not hasattr(units, "__len__"):
+    if not isinstance(units, Sequence) or isinstance(units, (str, bytes)):
         raise InvalidInput(f"Plan: kept units of {axis!r} must be a list of numbers, got {units!r}")
     if len(units) > size:
         raise InvalidInput(f"Plan: kept units of {axis!r} must be at most {size}, got {len(units)}")

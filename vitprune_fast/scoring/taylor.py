@@ -18,6 +18,7 @@ from torch.nn import functional as F
 
 from .. import ops
 from ..errors import InvalidInput
+from ..modes import evaluating
 from ..structure import Structure
 from ..structure.axes import Axis
 from ..structure.paths import get
@@ -56,17 +57,14 @@ def scoring_mode(model: nn.Module) -> Iterator[None]:
     Frozen weights mean that no weight gradient exists at any time: forward and input gradients are
     all that is computed.
     """
-    training = {module: module.training for module in model.modules()}
-    requires_grad = {p: p.requires_grad for p in model.parameters()}
-    try:
-        model.eval()
-        model.requires_grad_(False)
-        yield
-    finally:
-        for module, flag in training.items():
-            module.training = flag
-        for parameter, flag in requires_grad.items():
-            parameter.requires_grad_(flag)
+    requires_grad = {parameter: parameter.requires_grad for parameter in model.parameters()}
+    with evaluating(model):
+        try:
+            model.requires_grad_(False)
+            yield
+        finally:
+            for parameter, flag in requires_grad.items():
+                parameter.requires_grad_(flag)
 
 
 @contextmanager

@@ -23,12 +23,17 @@ BLOCKS = (Block, ResPostBlock, AttentionBlock, MlpBlock)
 
 def describe(model: Any, image: tuple[int, int] | None) -> Structure:
     """The table of a ViT whose input is ``image`` (height, width); None is its own size."""
-    patches = model.patch_embed.dynamic_feat_size(image or image_size(model))
-    num_patches = patches[0] * patches[1]
+    height, width = image or image_size(model)
+    rows, columns = model.patch_embed.dynamic_feat_size((height, width))
+    num_patches = rows * columns
+    if num_patches == 0:
+        patch = " x ".join(map(str, model.patch_embed.patch_size))
+        raise InvalidInput(
+            f"describe: input_size must be at least one patch ({patch}), got {height} x {width}"
+        )
     tokens = num_patches + model.num_prefix_tokens
     pooled = tokens if model.global_pool == "" else 1
 
-    height, width = image or image_size(model)
     t = Table(model, type(model).__name__, (model.in_chans, height, width))
     embed = t.axis("embed", model.embed_dim, "embed")
     for name in ("cls_token", "dist_token", "reg_token", "pos_embed"):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -20,9 +20,11 @@ from ..structure.axes import Dim, SoftmaxScale, Write
 from ..structure.index import Index
 from ..structure.paths import get, put
 
+Model = TypeVar("Model", bound=nn.Module)
+
 
 @torch.no_grad()
-def prune(model: nn.Module, plan: Plan) -> nn.Module:
+def prune(model: Model, plan: Plan) -> Model:
     """A new, smaller, dense model that computes what ``model`` computes under ``plan``.
 
     The logits equal those of the masked model (:func:`vitprune_fast.mask`) to rounding; a plan
@@ -66,7 +68,7 @@ def prune(model: nn.Module, plan: Plan) -> nn.Module:
     return new
 
 
-def _gathered_copy(model: nn.Module, structure: Structure, index: Index) -> nn.Module:
+def _gathered_copy(model: Model, structure: Structure, index: Index) -> Model:
     """A copy of the modules whose tensors are the surviving entries; no full copy ever exists."""
     dying = gone(index)
     memo: dict[int, Tensor] = {}

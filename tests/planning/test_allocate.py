@@ -1,0 +1,232 @@
+"""Allocations meet their budget as closely as a step allows, and keep the best units."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from vitprune_fast.errors import InfeasibleBudget, InvalidInput
+from vitprune_fast.planning import Budget, Plan, cost, plan, predict_cost
+from vitprune_fast.planning.allocate import ALLOCATIONS, NORMALIZATIONS, macs_per_unit
+from vitprune_fast.scoring import Scores
+from vitprune_fast.structure import Structure, describe
+from vitprune_fast.surgery import prune
+from vitprune_fast.testing import random_vit
+
+MODEL = random_vit(dtype=torch.float32)
+STRUCTURE = describe(MODEL)
+
+
+def random_scores(structure: Structure, seed: int = 0, kinds=("head", "neuron")) -> Scores:
+    generator = torch.Generator().manual_seed(seed)
+    values = {
+        axis.name: torch.rand(axis.size, generator=generator)
+        for kind in kinds
+        for axis in structure.units(kind)
+    }
+    return Scores(values, "taylor", "abs", 1)
+
+
+SCORES = random_scores(STRUCTURE)
+FULL = predict_cost(STRUCTURE)
+LATENCY = {name: 1e-3 for name in SCORES}
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    share=st.floats(0.35, 1.0),
+    measure=st.sampled_from(["macs", "params"]),
+    allocation=st.sampled_from(ALLOCATIONS),
+    normalization=st.sampled_from(NORMALIZATIONS),
+    seed=st.integers(0, 99),
+    step=st.sampled_from([1, 4, 8]),
+)
+def test_budgets_are_met_to_one_step(
+    share: float, measure: str, allocation: Any, normalization: Any, seed: int, step: int
+) -> None:
+    scores = random_scores(STRUCTURE, seed)
+    made = plan(
+        STRUCTURE,
+        scores,
+        Budget(macs=share) if measure == "macs" else Budget(params=share),
+        allocation,
+        normalization,
+        round_to={"neuron": step},
+        latency_saved=LATENCY,
+    )
+    predicted = getattr(predict_cost(STRUCTURE, made), measure)
+    whole = getattr(FULL, measure)
+    assert predicted <= share * whole
+    assert all(len(made[name]) % step == 0 for name in made if name.endswith("neurons"))
+    assert all(len(made[name]) >= 1 for name in scores)
+    # no axis (for uniform: no kind) can take another step
+    kinds = (
+        [[n] for n in scores]
+        if allocation == "global"
+        else [[n for n in scores if n.endswith(kind)] for kind in ("heads", "neurons")]
+    )
+    for names in kinds:
+        more = {n: _one_more(made, n, step if n.endswith("neurons") else 1) for n in names}
+        if all(more[n] == made[n] for n in names):
+            continue
+        kept = {n: made[n] for n in scores} | more
+        # a head of this model weighs more than a step of neurons, so it may stay out
+        assert getattr(predict_cost(STRUCTURE, Plan.of(STRUCTURE, kept)), measure) > share * whole
+
+
+def _one_more(made: Plan, name: str, step: int) -> list[int]:
+    lost = sorted(set(range(made.size(name))) - set(made[name]))
+    return sorted(made[name] + lost[:step])
+
+
+@pytest.mark.parametrize("allocation", ALLOCATIONS)
+def test_the_best_units_of_an_axis_stay(allocation: Any) -> None:
+    made = plan(STRUCTURE, SCORES, Budget(macs=0.5), allocation)
+    for name, score in SCORES.items():
+        lost = sorted(set(range(made.size(name))) - set(made[name]))
+        if lost:
+            assert score[made[name]].min() >= score[lost].max()
+
+
+def test_uniform_keeps_the_same_share_everywhere() -> None:
+    made = plan(STRUCTURE, SCORES, Budget(macs=0.6), "uniform")
+    for kind in ("head", "neuron"):
+        assert len({len(made[axis.name]) for axis in STRUCTURE.units(kind)}) == 1
+
+
+def test_keep_ratios() -> None:
+    budget = Budget(keep={"head": 2 / 3, "neuron": 0.25})
+    uniform = plan(STRUCTURE, SCORES, budget, "uniform")
+    assert [len(uniform[a.name]) for a in STRUCTURE.units("head")] == [2, 2, 2]
+    assert [len(uniform[a.name]) for a in STRUCTURE.units("neuron")] == [24, 24, 24]
+    everywhere = plan(STRUCTURE, SCORES, budget, "global")
+    assert sum(len(everywhere[a.name]) for a in STRUCTURE.units("head")) == 6
+    assert sum(len(everywhere[a.name]) for a in STRUCTURE.units("neuron")) == 72
+    only_heads = plan(STRUCTURE, SCORES, Budget(keep={"head": 1 / 3}), "uniform")
+    assert [len(only_heads[a.name]) for a in STRUCTURE.units("neuron")] == [96, 96, 96]
+
+
+def test_absolute_budgets_and_shares_agree() -> None:
+    share = plan(STRUCTURE, SCORES, Budget(params=0.5))
+    absolute = plan(STRUCTURE, SCORES, Budget(params=int(0.5 * FULL.params)))
+    assert share == absolute
+    assert plan(STRUCTURE, SCORES, Budget(macs=1.0)).keeps_everything
+
+
+def test_at_least_one_unit_by_default_and_zero_on_request() -> None:
+    scores = Scores(
+        {n: torch.zeros_like(v) if "blocks.1" in n else v for n, v in SCORES.items()},
+        "taylor", "abs", 1,
+    )  # fmt: skip
+    budget = Budget(macs=0.4)
+    default = plan(STRUCTURE, scores, budget, normalization="none")
+    assert len(default["blocks.1.attn.heads"]) == len(default["blocks.1.mlp.neurons"]) == 1
+    zero = plan(STRUCTURE, scores, budget, normalization="none", min_units=0)
+    assert zero["blocks.1.attn.heads"] == zero["blocks.1.mlp.neurons"] == []
+    only_heads = plan(STRUCTURE, scores, budget, normalization="none", min_units={"head": 0})
+    assert only_heads["blocks.1.attn.heads"] == []
+    assert len(only_heads["blocks.1.mlp.neurons"]) == 1
+    pruned = prune(MODEL, zero)
+    assert cost(pruned).macs == predict_cost(STRUCTURE, zero).macs <= 0.4 * FULL.macs
+
+
+def test_larger_budgets_keep_more() -> None:
+    kept = [
+        sum(len(plan(STRUCTURE, SCORES, Budget(macs=share))[n]) for n in SCORES)
+        for share in (0.3, 0.5, 0.7, 0.9)
+    ]
+    assert kept == sorted(kept)
+
+
+def test_signed_scores_rank_by_magnitude() -> None:
+    values = {n: v.clone() for n, v in SCORES.items()}
+    signed = Scores({n: -v for n, v in values.items()}, "taylor", "signed", 1)
+    assert plan(STRUCTURE, signed, Budget(macs=0.5)) == plan(STRUCTURE, SCORES, Budget(macs=0.5))
+
+
+def test_ties_keep_the_lower_numbers() -> None:
+    flat = Scores({n: torch.ones_like(v) for n, v in SCORES.items()}, "magnitude", "l2", 0)
+    made = plan(STRUCTURE, flat, Budget(keep={"neuron": 0.5}), "uniform")
+    assert made["blocks.0.mlp.neurons"] == list(range(48))
+
+
+def test_isomorphic_cuts_kinds_by_the_same_share() -> None:
+    made = plan(random_vit(num_heads=6), random_scores(describe(random_vit(num_heads=6))),
+                Budget(macs=0.5), normalization="isomorphic")  # fmt: skip
+    heads = sum(len(made[f"blocks.{i}.attn.heads"]) for i in range(3)) / 18
+    neurons = sum(len(made[f"blocks.{i}.mlp.neurons"]) for i in range(3)) / 288
+    assert abs(heads - neurons) <= 1 / 18
+
+
+def test_per_mac_divides_by_what_a_unit_saves() -> None:
+    axis = STRUCTURE.axes["blocks.0.mlp.neurons"]
+    # a row of fc1 and a column of fc2 at five tokens of width 24
+    assert macs_per_unit(STRUCTURE, axis) == 2 * 5 * 24
+
+
+def test_lamp_scores_as_published() -> None:
+    from vitprune_fast.planning.allocate import _lamp
+
+    got = _lamp(np.array([3.0, 1.0, 2.0]))
+    assert got == pytest.approx([9 / 9, 1 / 14, 4 / 13])
+
+
+@pytest.mark.parametrize("allocation", ALLOCATIONS)
+def test_a_budget_that_cannot_be_met_names_the_smallest(allocation: Any) -> None:
+    with pytest.raises(InfeasibleBudget) as error:
+        plan(STRUCTURE, SCORES, Budget(macs=0.05), allocation)
+    smallest = Plan.of(STRUCTURE, {n: [0] for n in SCORES})
+    assert f"{predict_cost(STRUCTURE, smallest).macs:,} macs" in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        ({}, "exactly one"),
+        ({"macs": 0.5, "params": 0.5}, "exactly one"),
+        ({"macs": 0}, "share in"),
+        ({"macs": -1}, "share in"),
+        ({"macs": 50.0}, "50 % is 0.5"),
+        ({"macs": float("nan")}, "share in"),
+        ({"macs": "half"}, "share in"),
+        ({"keep": {}}, "map unit kinds"),
+        ({"keep": {"heads": 0.5}}, "must name unit kinds"),
+        ({"keep": {"head": 1.5}}, r"share in \[0, 1\]"),
+    ],
+)
+def test_budgets_that_say_nothing_possible_are_refused(args: dict, message: str) -> None:
+    with pytest.raises(InvalidInput, match=message):
+        Budget(**args)
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        ({"allocation": "random"}, "allocation must be one of"),
+        ({"normalization": "l3"}, "normalization must be one of"),
+        ({"min_units": -1}, "min_units must be a whole number >= 0"),
+        ({"round_to": 0}, "round_to must be a whole number >= 1"),
+        ({"normalization": "latency"}, "latency_saved must give"),
+    ],
+)
+def test_wrong_arguments_are_refused(args: dict, message: str) -> None:
+    with pytest.raises(InvalidInput, match=message):
+        plan(STRUCTURE, SCORES, Budget(macs=0.5), **args)
+
+
+def test_scores_of_another_model_are_refused() -> None:
+    other = random_scores(describe(random_vit(mlp_ratio=2.0)))
+    with pytest.raises(InvalidInput, match="scores must belong to this model"):
+        plan(STRUCTURE, other, Budget(macs=0.5))
+    broken = Scores(
+        {**SCORES, "blocks.0.attn.heads": torch.full((3,), float("nan"))}, "t", "abs", 1
+    )
+    with pytest.raises(InvalidInput, match="must be finite"):
+        plan(STRUCTURE, broken, Budget(macs=0.5))
+    with pytest.raises(InvalidInput, match="cover the unit kinds"):
+        plan(STRUCTURE, random_scores(STRUCTURE, kinds=("neuron",)), Budget(keep={"head": 0.5}))

@@ -1,0 +1,286 @@
+"""Scores are the exact per-sample derivatives by gates, and the model comes back as it was."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from vitprune_fast.errors import DamagedFile, InvalidInput
+from vitprune_fast.scoring import Scores, score
+from vitprune_fast.structure import describe
+from vitprune_fast.testing import VITS, random_images, random_vit
+
+
+def batch_of(model: Any, size: int = 6, seed: int = 0) -> tuple[Tensor, Tensor]:
+    labels = torch.arange(size) % model.num_classes
+    return random_images(model, size, seed=seed), labels
+
+
+def gate_derivatives(model: Any, images: Tensor, labels: Tensor) -> dict[str, Tensor]:
+    """One backward per sample by real gates on every unit: slow, and true by definition."""
+    rows: dict[str, list[Tensor]] = {}
+    for image, label in zip(images, labels, strict=True):
+        gates, handles = {}, []
+
+        def gate(module: nn.Module, name: str, units: int, gates=gates, handles=handles) -> None:
+            gates[name] = torch.ones(units, dtype=images.dtype, requires_grad=True)
+
+            def multiply(_: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor]:
+                each = inputs[0].shape[-1] // units
+                return (inputs[0] * gates[name].repeat_interleave(each),)
+
+            handles.append(module.register_forward_pre_hook(multiply))
+
+        for i, block in enumerate(model.blocks):
+            gate(block.attn.proj, f"blocks.{i}.attn.heads", block.attn.num_heads)
+            gate(block.mlp.fc2, f"blocks.{i}.mlp.neurons", block.mlp.fc2.in_features)
+        loss = F.cross_entropy(model(image[None]), label[None])
+        for name, gradient in zip(
+            gates, torch.autograd.grad(loss, list(gates.values())), strict=True
+        ):
+            rows.setdefault(name, []).append(gradient)
+        for handle in handles:
+            handle.remove()
+    return {name: torch.stack(values) for name, values in rows.items()}
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=["fp64", "fp32"])
+@pytest.mark.parametrize("config", VITS)
+def test_per_sample_scores_are_gate_derivatives(config: str, dtype: torch.dtype) -> None:
+    model = random_vit(config, dtype=dtype)
+    images, labels = batch_of(model)
+    got = score(model, [(images, labels)], per_sample=True).per_sample
+    want = gate_derivatives(model.double(), images.double(), labels)
+    assert got.keys() == want.keys()
+    for name, value in want.items():
+        # the scores are handed back in fp32
+        error = (got[name].double() - value).norm() / value.norm()
+        assert error < (1e-6 if dtype == torch.float64 else 1e-4), name
+
+
+@pytest.mark.parametrize("reduction", ["abs", "square", "signed"])
+def test_reductions(reduction: Any) -> None:
+    model = random_vit()
+    batch = batch_of(model)
+    scores = score(model, [batch], reduction=reduction, per_sample=True)
+    how = {"abs": Tensor.abs, "square": Tensor.square, "signed": Tensor.clone}[reduction]
+    for name, value in scores.items():
+        each = how(scores.per_sample[name].double())
+        assert value.dtype == torch.float32
+        # the terms were rounded to fp32, and signed ones cancel: half an ulp of each, summed
+        bound = 2**-22 * each.abs().mean(0)
+        assert ((value.double() - each.mean(0)).abs() <= bound).all()
+    assert scores.samples == 6 and scores.skipped == 0
+
+
+@pytest.mark.parametrize("config", ["plain", "deit_distilled", "swiglu", "qk_norm"])
+def test_batch_sums_are_weight_times_gradient(config: str) -> None:
+    """Identity: the sum over samples of a neuron's signed score is the column sum of W2 * dW2."""
+    model = random_vit(config)
+    images, labels = batch_of(model)
+    sums = {
+        name: value.double().sum(0)
+        for name, value in score(model, [(images, labels)], per_sample=True).per_sample.items()
+    }
+    F.cross_entropy(model(images), labels, reduction="sum").backward()
+    for i, block in enumerate(model.blocks):
+        fc2, proj = block.mlp.fc2.weight, block.attn.proj.weight
+        columns = (fc2 * fc2.grad).sum(0)
+        error = (sums[f"blocks.{i}.mlp.neurons"] - columns).norm() / columns.norm()
+        heads = (proj * proj.grad).sum(0).view(block.attn.num_heads, -1).sum(1)
+        head_error = (sums[f"blocks.{i}.attn.heads"] - heads).norm() / heads.norm()
+        assert max(error, head_error) < 1e-6
+
+
+@settings(max_examples=20, deadline=None)
+@given(
+    cut=st.lists(st.integers(1, 4), min_size=1, max_size=6),
+    dtype=st.sampled_from([torch.float32, torch.float64]),
+)
+def test_another_split_of_the_same_samples(cut: list[int], dtype: torch.dtype) -> None:
+    model = random_vit(dtype=dtype)
+    images, labels = batch_of(model, sum(cut))
+    whole = score(model, [(images, labels)])
+    parts = list(zip(images.split(cut), labels.split(cut), strict=True))
+    split = score(model, parts)
+    # fp64 scores are handed back rounded to fp32
+    tolerance = 1e-5 if dtype == torch.float32 else 2e-7
+    for name in whole:
+        error = (split[name].double() - whole[name].double()).norm() / whole[name].double().norm()
+        assert error <= tolerance
+
+
+def test_same_batches_same_bits() -> None:
+    model = random_vit(dtype=torch.float32)
+    batches = [batch_of(model, 3, seed) for seed in range(3)]
+    first, second = (score(model, batches, per_sample=True) for _ in range(2))
+    for name in first:
+        assert torch.equal(first[name], second[name])
+        assert torch.equal(first.per_sample[name], second.per_sample[name])
+
+
+class Surprise(Exception):
+    pass
+
+
+@pytest.mark.parametrize("fails", [False, True], ids=["normally", "after an exception"])
+def test_the_model_comes_back_exactly_as_it_was(fails: bool) -> None:
+    model = random_vit(drop_path_rate=0.5, proj_drop_rate=0.5, attn_drop_rate=0.5)
+    model.train()
+    model.blocks[1].eval()
+    model.norm.weight.requires_grad_(False)
+    seen: list[int] = []
+    handle = model.blocks[0].mlp.fc2.register_forward_pre_hook(lambda *_: seen.append(1))
+    model.head.weight.grad = torch.ones_like(model.head.weight)
+    before = {
+        "state": {n: t.clone() for n, t in model.state_dict().items()},
+        "modes": [m.training for m in model.modules()],
+        "grads": [p.requires_grad for p in model.parameters()],
+        "hooks": [
+            (len(m._forward_pre_hooks), len(m._forward_hooks), len(m._backward_hooks))
+            for m in model.modules()
+        ],
+        "random": torch.random.get_rng_state(),
+    }
+
+    def batches():
+        yield batch_of(model)
+        if fails:
+            raise Surprise
+
+    if fails:
+        with pytest.raises(Surprise):
+            score(model, batches())
+    else:
+        score(model, batches())
+    assert seen
+    handle.remove()
+    model.blocks[0].mlp.fc2.register_forward_pre_hook(lambda *_: None)
+    assert all(torch.equal(t, before["state"][n]) for n, t in model.state_dict().items())
+    assert [m.training for m in model.modules()] == before["modes"]
+    assert [p.requires_grad for p in model.parameters()] == before["grads"]
+    assert [
+        (len(m._forward_pre_hooks), len(m._forward_hooks), len(m._backward_hooks))
+        for m in model.modules()
+    ] == before["hooks"]
+    assert torch.equal(torch.random.get_rng_state(), before["random"])
+    assert torch.equal(model.head.weight.grad, torch.ones_like(model.head.weight))
+    assert [n for n, p in model.named_parameters() if p.grad is not None] == ["head.weight"]
+
+
+def test_dropout_is_off() -> None:
+    model = random_vit(drop_path_rate=0.9, proj_drop_rate=0.9)
+    batch = batch_of(model)
+    still = score(model.eval(), [batch])
+    moving = score(model.train(), [batch])
+    assert all(torch.equal(still[name], moving[name]) for name in still)
+
+
+def test_no_weight_gradient_exists_during_the_backward() -> None:
+    model = random_vit()
+    alive: list[bool] = []
+    model.blocks[0].attn.proj.register_full_backward_hook(
+        lambda *_: alive.append(
+            any(p.requires_grad or p.grad is not None for p in model.parameters())
+        )
+    )
+    score(model, [batch_of(model)])
+    assert alive == [False]
+
+
+def test_a_sample_with_nan_is_set_aside_and_counted() -> None:
+    model = random_vit()
+    images, labels = batch_of(model)
+    clean = score(model, [(images[[0, 1, 3, 4, 5]], labels[[0, 1, 3, 4, 5]])])
+    images[2] = float("nan")
+    scores = score(model, [(images, labels)])
+    assert (scores.samples, scores.skipped) == (5, 1)
+    for name in clean:
+        assert torch.allclose(scores[name], clean[name], rtol=1e-6)
+
+
+def test_v_dims_sum_to_their_head() -> None:
+    model = random_vit()
+    scores = score(model, [batch_of(model)], units=("head", "v_dim"), per_sample=True)
+    dims = scores.per_sample["blocks.1.attn.v_dims"].view(6, 3, 8).sum(-1)
+    assert torch.allclose(dims, scores.per_sample["blocks.1.attn.heads"], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("norm", ["l1", "l2"])
+def test_magnitude_is_the_norm_of_what_a_unit_owns(norm: Any) -> None:
+    model = random_vit()
+    scores = score(model, criterion="magnitude", norm=norm)
+    block = model.blocks[1]
+    p = {"l1": 1, "l2": 2}[norm]
+    neuron = torch.cat([block.mlp.fc1.weight[7], block.mlp.fc2.weight[:, 7]])
+    qkv = block.attn.qkv.weight.view(3, 3, 8, 24)[:, 2].flatten()
+    head = torch.cat([qkv, block.attn.proj.weight[:, 16:24].flatten()])
+    assert scores["blocks.1.mlp.neurons"][7].item() == pytest.approx(neuron.norm(p).item(), 1e-6)
+    assert scores["blocks.1.attn.heads"][2].item() == pytest.approx(head.norm(p).item(), 1e-6)
+    assert (scores.criterion, scores.reduction) == ("magnitude", norm)
+
+
+def test_magnitude_of_packed_gates_counts_both_halves() -> None:
+    model = random_vit("swiglu_packed-layerscale")
+    mlp = model.blocks[0].mlp
+    width = mlp.fc2.in_features
+    owned = [mlp.fc1.weight[3], mlp.fc1.weight[3 + width], mlp.fc2.weight[:, 3]]
+    got = score(model, criterion="magnitude")["blocks.0.mlp.neurons"][3].item()
+    assert got == pytest.approx(torch.cat(owned).norm().item(), 1e-6)
+
+
+def test_scores_survive_a_file(tmp_path: Path) -> None:
+    model = random_vit()
+    scores = score(model, [batch_of(model)], per_sample=True)
+    scores.save(tmp_path / "scores.safetensors")
+    again = Scores.load(tmp_path / "scores.safetensors")
+    assert list(again) == list(scores)
+    assert all(torch.equal(again[n], scores[n]) for n in scores)
+    assert all(torch.equal(again.per_sample[n], scores.per_sample[n]) for n in scores)
+    assert (again.criterion, again.reduction, again.samples) == ("taylor", "abs", 6)
+    assert again.provenance == scores.provenance
+
+
+def test_a_file_without_scores_is_refused(tmp_path: Path) -> None:
+    from safetensors.torch import save_file
+
+    save_file({"a": torch.zeros(2)}, tmp_path / "other.safetensors")
+    with pytest.raises(DamagedFile, match="must hold scores"):
+        Scores.load(tmp_path / "other.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        ({"criterion": "random"}, "criterion must be one of"),
+        ({"reduction": "mean"}, "reduction must be one of"),
+        ({"units": "head"}, "a list of unit kinds"),
+        ({"units": ("heads",)}, "kind must be one of"),
+        ({"units": ("embed",)}, "must be among head, v_dim, neuron"),
+        ({"criterion": "magnitude", "norm": "l3"}, "norm must be one of"),
+        ({"batches": None}, "batches must be given"),
+        ({"batches": []}, "at least one sample"),
+        ({"batches": [torch.zeros(2, 3, 16, 16)]}, r"\(images, labels\) pairs"),
+        ({"batches": [(torch.zeros(2, 3, 16, 16), torch.tensor([0, 9]))]}, r"lie in 0\.\.4"),
+        ({"batches": [(torch.zeros(2, 3, 16, 16), torch.tensor([0]))]}, "one per image"),
+    ],
+)
+def test_wrong_arguments_are_refused(args: dict, message: str) -> None:
+    model = random_vit(dtype=torch.float32)
+    given: dict[str, Any] = {"batches": [batch_of(model)]} | args
+    with pytest.raises(InvalidInput, match=message):
+        score(model, **given)
+
+
+def test_scores_of_every_axis_in_model_order() -> None:
+    model = random_vit()
+    scores = score(model, [batch_of(model)])
+    order = [n for n, a in describe(model).axes.items() if a.kind in ("head", "neuron")]
+    assert list(scores) == order

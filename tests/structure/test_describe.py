@@ -1,0 +1,131 @@
+"""The table: complete, right in size, and a clear refusal for what has no layout."""
+
+from __future__ import annotations
+
+import time
+
+import pytest
+import timm
+import torch
+from timm.models.vision_transformer import ParallelScalingBlock, VisionTransformer
+from torch import nn
+
+from vitprune_fast.errors import InvalidInput, UnsupportedArchitecture
+from vitprune_fast.planning import cost, predict_cost
+from vitprune_fast.structure import describe
+from vitprune_fast.structure.index import Index
+from vitprune_fast.testing import SMALL, VITS, random_vit
+
+
+@pytest.mark.parametrize("config", VITS)
+def test_every_tensor_has_a_layout_of_its_shape(config: str) -> None:
+    model = random_vit(config)
+    structure = describe(model)
+    shapes = {name: tuple(t.shape) for name, t in model.state_dict().items()}
+    assert {n: tuple(d.length() for d in dims) for n, dims in structure.tensors.items()} == shapes
+
+
+@pytest.mark.parametrize("config", VITS)
+def test_predicted_cost_of_the_whole_model_is_the_counted_one(config: str) -> None:
+    model = random_vit(config)
+    assert predict_cost(describe(model)) == cost(model)
+
+
+@pytest.mark.parametrize(
+    ("name", "params", "macs"),
+    [
+        ("deit_tiny_patch16_224", 5_717_416, 1_253_683_200),
+        ("deit_small_patch16_224", 22_050_664, 4_598_882_304),
+        ("deit_base_patch16_224", 86_567_656, 17_563_828_224),
+    ],
+)
+def test_published_sizes(name: str, params: int, macs: int) -> None:
+    with torch.device("meta"):
+        model = timm.create_model(name)
+    predicted = predict_cost(describe(model))
+    # published: 5.7 M / 1.3 G, 22.1 M / 4.6 G, 86.6 M / 17.6 G; exact by the closed form by hand
+    assert (predicted.params, predicted.macs) == (params, macs)
+
+
+def test_axis_names_and_sizes() -> None:
+    structure = describe(random_vit())
+    sizes = {name: axis.size for name, axis in structure.axes.items()}
+    assert sizes["embed"] == 24
+    assert sizes["blocks.2.attn.heads"] == 3
+    assert sizes["blocks.2.attn.qk_dims"] == sizes["blocks.2.attn.v_dims"] == 24
+    assert sizes["blocks.2.mlp.neurons"] == 96
+    assert sizes["attn_branches"] == sizes["mlp_branches"] == sizes["blocks"] == 3
+    assert [a.name for a in structure.units("head")] == [f"blocks.{i}.attn.heads" for i in range(3)]
+    assert "96" in str(structure)
+
+
+def test_dims_shared_by_heads_under_a_qk_norm() -> None:
+    structure = describe(random_vit("qk_norm"))
+    assert structure.axes["blocks.0.attn.qk_dims"].size == 8
+    assert structure.axes["blocks.0.attn.v_dims"].size == 24
+
+
+def test_owners_name_the_unit_of_every_entry() -> None:
+    structure = describe(random_vit(depth=1))
+    index = Index(structure, {})
+    heads, v = structure.axes["blocks.0.attn.heads"], structure.axes["blocks.0.attn.v_dims"]
+    rows = structure.tensors["blocks.0.attn.qkv.weight"][0]
+    assert index.owners(rows, heads).tolist() == [
+        h for _ in range(3) for h in (0, 1, 2) for _ in range(8)
+    ]
+    assert index.owners(rows, v).tolist() == [-1] * 48 + list(range(24))
+
+
+@pytest.mark.parametrize("size", [(24, 40), (3, 24, 40)])
+def test_cost_of_another_input_size(size: tuple[int, ...]) -> None:
+    model = random_vit(dynamic_img_size=True)
+    assert predict_cost(describe(model, size)) == cost(model, size)
+    assert predict_cost(describe(model, size)).macs > predict_cost(describe(model)).macs
+
+
+@pytest.mark.parametrize("size", [(0, 3), (1,), "16", (2.5, 3)])
+def test_a_wrong_input_size_is_refused(size: object) -> None:
+    with pytest.raises(InvalidInput, match="input_size must be"):
+        describe(random_vit(), size)  # pyright: ignore[reportArgumentType]
+
+
+def test_an_input_smaller_than_a_patch_is_refused() -> None:
+    with pytest.raises(InvalidInput, match="at least one patch"):
+        describe(random_vit(dynamic_img_size=True), 5)
+
+
+@pytest.mark.parametrize(
+    "model",
+    [
+        pytest.param(lambda: nn.Linear(3, 3), id="linear"),
+        pytest.param(lambda: timm.create_model("resnet18"), id="resnet"),
+        pytest.param(lambda: timm.create_model("swin_tiny_patch4_window7_224"), id="swin"),
+    ],
+)
+def test_unsupported_families_are_refused_at_once(model) -> None:
+    built = model()
+    start = time.perf_counter()
+    with pytest.raises(UnsupportedArchitecture, match="timm VisionTransformer"):
+        describe(built)
+    # a second is the promise; nothing here depends on the speed of the machine
+    assert time.perf_counter() - start < 1
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        ({"block_fn": ParallelScalingBlock}, "got ParallelScalingBlock"),
+        ({"global_pool": "map", "class_token": False}, "attn_pool"),
+        ({"attn_layer": "diff"}, "timm Attention with fused qkv"),
+    ],
+)
+def test_parts_without_a_layout_are_named(args: dict, message: str) -> None:
+    with pytest.raises(UnsupportedArchitecture, match=message):
+        describe(VisionTransformer(**{**SMALL, "num_heads": 4, **args}))
+
+
+def test_a_foreign_parameter_is_named() -> None:
+    model = random_vit()
+    model.blocks[0].extra = nn.Parameter(torch.zeros(2))
+    with pytest.raises(UnsupportedArchitecture, match=r"blocks\.0\.extra"):
+        describe(model)
