@@ -10,6 +10,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+__version__ = "0.1.0"
+
 from . import ops
 from .checkpoint import load, save
 from .data import Loader, open_data
@@ -72,7 +74,6 @@ __all__ = [
     "score",
 ]
 
-__version__ = "0.1.0"
 
 
 def __getattr__(name: str) -> Any:

@@ -8,6 +8,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+
 from vitprune_fast.distill.losses import cross_entropy, soft_kd
 
 _SHAPES = st.tuples(st.integers(1, 5), st.integers(1, 7), st.integers(0, 1000))

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from vitprune_fast.distill.config import DistillConfig
 
+from vitprune_fast.distill.config import DistillConfig
 from vitprune_fast.recipes.chain import run
 from vitprune_fast.recipes.config import (
     DataConfig,

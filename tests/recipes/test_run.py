@@ -295,7 +295,10 @@ def test_selection_never_reads_the_test_images(keep: Any, tiny: RunConfig) -> No
     assert {stage: set(counts) for stage, counts in source.read.items()} == allowed
     # both models see every test image once
     assert source.read["evaluate"]["test"] == 2 * len(data.split("test"))
-    assert source.read["score"]["train"] == TINY.score.samples
+    # the second batch of 64 is read whole and cut short
+    assert source.read["score"]["train"] == 128
+    record = json.loads((tiny.out / "stages" / "score.json").read_text())
+    assert record["facts"]["samples"] == TINY.score.samples == 100
 
 
 def test_poisoned_test_images_change_nothing_but_the_table(finished: Path, tiny: RunConfig) -> None:

@@ -18,6 +18,8 @@ class Bench:
     model: Annotated[ModelConfig, arg(name="")] = field(default_factory=required_model)
     batch_sizes: tuple[int, ...] = (1, 64)
     """Batch sizes to time."""
+    seconds: Annotated[float, arg(metavar="SECONDS")] = 1.0
+    """How long each batch size is measured."""
     device: Annotated[str, arg(metavar="auto|cpu|cuda")] = "auto"
     """Where to compute."""
     threads: Annotated[int | None, arg(metavar="N")] = None
@@ -47,7 +49,9 @@ def main(words: list[str]) -> int:
                 f"{result.p90_s * 1e3:.2f}",
                 f"{result.images_per_s:,.0f}",
             )
-            for result in stages.measure(model, profile.device, options.batch_sizes)
+            for result in stages.measure(
+                model, profile.device, options.batch_sizes, seconds=options.seconds
+            )
         ]
     print_table(("batch", "median ms", "p90 ms", "images/s"), rows)
     return 0

@@ -61,7 +61,7 @@ class Display:
         if state == "start":
             self._last_line = time.monotonic()
         elif state == "kept":
-            self._say(f"{name:<9} done earlier")
+            self._say(f"{name:<9} done earlier  {event.get('text', '')}".rstrip())
         else:
             self._drop_bar()
             self._say(f"{name:<9} {event['seconds']:6.1f} s  {event.get('text', '')}".rstrip())

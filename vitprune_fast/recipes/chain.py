@@ -204,7 +204,8 @@ def run_stages(job: Job, *, resumed: bool) -> None:
         if resumed and job.folder.is_recorded(name):
             damage = job.folder.damage_of(name)
             if damage is None:
-                job.on_event({"event": "stage", "stage": name, "state": "kept"})
+                text = _fact(job, name, "text", "")
+                job.on_event({"event": "stage", "stage": name, "state": "kept", "text": text})
                 continue
             job.on_event({"event": "note", "text": f"{damage}: stage {name} is done again"})
             for later in names[position + 1 :]:

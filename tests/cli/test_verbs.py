@@ -1,0 +1,137 @@
+"""Every verb on files, one after the other, and the run itself through the command line."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import vitprune_fast as vp
+from vitprune_fast.cli.main import main
+
+TINY = [
+    *("--model-args", "img_size=8", "patch_size=4", "in_chans=1", "embed_dim=24", "depth=2"),
+    *("num_heads=3", "--dense.epochs", "1", "--dense.warmup-epochs", "0", "--distill.epochs", "1"),
+    *("--distill.warmup-epochs", "0", "--score-samples", "100", "--threads", "1"),
+    *("--latency-seconds", "0.01"),
+]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished tiny run made by the command line."""
+    out = tmp_path_factory.mktemp("cli") / "run"
+    assert main(["run", "--out", str(out), *TINY]) == 0
+    return out
+
+
+def test_run_prints_profile_stages_table_and_path(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["run", "--out", str(folder), *TINY]) == 0
+    text = capsys.readouterr().out
+    assert text.startswith("profile   cpu: ")
+    assert text.count("done earlier") == 8
+    for row in ("parameters", "MACs", "top-1", "agreement with dense", "latency, batch 1 (ms)"):
+        assert row in text
+    assert str(folder / "report.html") in text
+
+
+def test_quiet_run_prints_the_table_only(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["run", "--out", str(folder), *TINY, "--quiet"]) == 0
+    text = capsys.readouterr().out
+    assert "profile" not in text and "top-1" in text
+
+
+def test_verbs_make_the_chain(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    dense, here = str(folder / "dense"), tmp_path
+    scores, plan, pruned = here / "s.safetensors", here / "p.json", here / "pruned"
+
+    def do(*words: object) -> str:
+        assert main([str(word) for word in words]) == 0
+        return capsys.readouterr().out
+
+    assert "blocks.1.attn.heads" in do("describe", "--model", dense)
+    do("score", "--model", dense, "--data", "digits", "--score-samples", 100, "--out", scores)
+    # the run scored the same images with the same seed
+    assert scores.read_bytes() == (folder / "scores.safetensors").read_bytes()
+    do("plan", "--model", dense, "--scores", scores, "--macs", 0.5, "--out", plan)
+    assert json.loads(plan.read_text()) == json.loads((folder / "plan.json").read_text())
+    text = do("prune", "--model", dense, "--plan", plan, "--out", pruned)
+    assert "masked model equals pruned model" in text
+    assert vp.cost(vp.load(pruned)) == vp.cost(vp.load(folder / "model"))
+    training = ("--epochs", 1, "--warmup-epochs", 0, "--batch-size", 256)
+    do(
+        *("distill", "--model", pruned, "--teacher", dense, "--data", "digits", *training),
+        *("--out", here / "taught"),
+    )
+    text = do("eval", "--model", here / "taught", "--data", "digits", "--teacher", dense)
+    assert re.search(r"top-1 .*\(\d+ of 599\)", text) and "agreement" in text
+    text = do("bench", "--model", pruned, "--batch-sizes", 1, 2, "--seconds", 0.01)
+    assert "MACs" in text and "median ms" in text
+    assert str(folder / "report.html") in do("report", folder)
+    assert "torch" in do("doctor")
+
+
+def test_eval_of_the_result_repeats_the_summary(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["--data", "digits", "--teacher", str(folder / "dense")]
+    assert main(["eval", "--model", str(folder / "model"), *words]) == 0
+    after = json.loads((folder / "summary.json").read_text())["after"]
+    text = capsys.readouterr().out
+    assert f"({after['top1_count']} of 599)" in text
+    assert f"agreement {after['agreement']:.2%}" in text
+
+
+@pytest.mark.parametrize(
+    ("number", "when"),
+    [
+        pytest.param(signal.SIGTERM, "distill", id="SIGTERM-in-training"),
+        pytest.param(signal.SIGINT, "dense", id="SIGINT-in-training"),
+    ],
+)
+def test_a_signal_ends_the_run_with_one_line_and_it_resumes(
+    number: signal.Signals, when: str, tmp_path: Path
+) -> None:
+    out = tmp_path / "run"
+    command = [sys.executable, "-m", "vitprune_fast.cli.main", "run", "--out", str(out), *TINY]
+    # long enough to be met inside training, short enough to wait for
+    command += [f"--{when}.epochs", "400"]
+    process = subprocess.Popen(
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+    )
+    steps = out / "checkpoints" / when
+    while process.poll() is None and not list(steps.glob("*.json")):
+        pass
+    process.send_signal(number)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 128 + number, err
+    assert err == f"stopped by {number.name}; the same command resumes the run\n"
+    done = subprocess.run([*command, "--print-config"], capture_output=True, text=True, check=True)
+    assert "epochs: 400" in done.stdout
+    events: list[dict] = []
+    from vitprune_fast.recipes.chain import RunStopped, run
+    from vitprune_fast.recipes.presets import preset
+    from vitprune_fast.recipes.yamlfile import from_yaml
+
+    with pytest.raises(RunStopped):
+        run(
+            from_yaml(out / "config.yaml", preset("digits")),
+            on_event=events.append,
+            stop=lambda: any(event["event"] == "resume" for event in events),
+        )
+    resumed = [e["step"] for e in events if e["event"] == "resume" and e["stage"] == when]
+    assert resumed and resumed[0] > 0
