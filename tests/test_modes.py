@@ -9,9 +9,9 @@ from vitprune_fast.modes import evaluating, keeping_modes
 
 
 def test_each_module_gets_its_own_mode_back() -> None:
-    model = nn.Sequential(nn.Dropout(), nn.Sequential(nn.Dropout(), nn.Identity()))
-    model[1].eval()
-    model[1][1].train()
+    inner = nn.Sequential(nn.Dropout(), nn.Identity()).eval()
+    model = nn.Sequential(nn.Dropout(), inner)
+    inner[1].train()
     before = [module.training for module in model.modules()]
     with pytest.raises(KeyError), evaluating(model, None):
         assert not any(module.training for module in model.modules())
