@@ -10,6 +10,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+# before the imports: they may read it
+__version__ = "0.1.0"
+
 from . import ops
 from .checkpoint import load, save
 from .data import Loader, open_data
@@ -71,8 +74,6 @@ __all__ = [
     "save",
     "score",
 ]
-
-__version__ = "0.1.0"
 
 
 def __getattr__(name: str) -> Any:
