@@ -21,7 +21,7 @@ torch.set_num_threads(1)
 
 def pytest_configure(config: pytest.Config) -> None:
     if is_controller(config):
-        config.pluginmanager.register(SkipGuard(config.rootpath), "skip-guard")
+        config.pluginmanager.register(SkipGuard(), "skip-guard")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

@@ -103,6 +103,11 @@ void copy_indexed(const char* source, char* target, const ColumnPlan& plan) {
 }
 
 #if VP_X86
+template <typename Mask>
+VP_INLINE Mask first_lanes(int64_t count) {
+  return static_cast<Mask>(count >= 64 ? ~uint64_t{0} : (uint64_t{1} << count) - 1);
+}
+
 // pack keeps the lanes of `mask`, load and store touch only theirs
 #define VP_LANES(T, FEATURES, MASK, SUFFIX)                                    \
   VP_TARGET(FEATURES) VP_INLINE __m512i load(const T* p, MASK mask) {          \
@@ -120,29 +125,31 @@ VP_LANES(uint32_t, VP_AVX512, __mmask16, epi32)
 VP_LANES(uint64_t, VP_AVX512, __mmask8, epi64)
 #undef VP_LANES
 
-#define VP_COPY_COMPRESS(NAME, T, FEATURES, MASK)                                             \
-  VP_TARGET(FEATURES) void NAME(const char* source, char* target, const ColumnPlan& p) {      \
-    constexpr int64_t lanes = 64 / sizeof(T);                                                 \
-    constexpr MASK all = static_cast<MASK>(~uint64_t{0});                                     \
-    const T* from = reinterpret_cast<const T*>(source);                                       \
-    T* to = reinterpret_cast<T*>(target);                                                     \
-    T* const end = to + p.count;                                                              \
-    for (int64_t c = 0; c < p.source_count; c += lanes) {                                     \
-      MASK kept;                                                                              \
-      std::memcpy(&kept, p.kept.data() + c / 8, sizeof kept);                                 \
-      const int64_t left = p.source_count - c;                                                \
-      const MASK inside = left >= lanes ? all : static_cast<MASK>((uint64_t{1} << left) - 1); \
-      const int64_t n = __builtin_popcountll(kept);                                           \
-      const __m512i packed = pack(from, kept, load(from + c, inside));                        \
-      /* a whole vector is the cheaper store; what it writes too much comes next */           \
-      if (end - to >= lanes) {                                                                \
-        _mm512_storeu_si512(to, packed);                                                      \
-      } else {                                                                                \
-        store(to, static_cast<MASK>((uint64_t{1} << n) - 1), packed);                         \
-      }                                                                                       \
-      to += n;                                                                                \
-    }                                                                                         \
-    std::memset(to, 0, reinterpret_cast<char*>(end) - reinterpret_cast<char*>(to));           \
+#define VP_COPY_COMPRESS(NAME, T, FEATURES, MASK)                                           \
+  VP_TARGET(FEATURES) void NAME(const char* source, char* target, const ColumnPlan& plan) { \
+    constexpr int64_t lanes = 64 / sizeof(T);                                               \
+    const uint8_t* kept_bits = plan.kept.data();                                            \
+    const T* from = reinterpret_cast<const T*>(source);                                     \
+    const T* const from_end = from + plan.source_count;                                     \
+    T* to = reinterpret_cast<T*>(target);                                                   \
+    T* const end = to + plan.count;                                                         \
+    /* whole vectors in and out; what a store writes too much is overwritten by the next */ \
+    for (; from_end - from >= lanes && end - to >= lanes; from += lanes) {                  \
+      MASK kept;                                                                            \
+      std::memcpy(&kept, kept_bits, sizeof kept);                                           \
+      kept_bits += sizeof kept;                                                             \
+      _mm512_storeu_si512(to, pack(from, kept, _mm512_loadu_si512(from)));                  \
+      to += __builtin_popcountll(kept);                                                     \
+    }                                                                                       \
+    for (; from < from_end; from += lanes) {                                                \
+      MASK kept;                                                                            \
+      std::memcpy(&kept, kept_bits, sizeof kept);                                           \
+      kept_bits += sizeof kept;                                                             \
+      const int64_t n = __builtin_popcountll(kept);                                         \
+      store(to, first_lanes<MASK>(n), pack(from, kept, load(from, kept)));                  \
+      to += n;                                                                              \
+    }                                                                                       \
+    std::memset(to, 0, reinterpret_cast<char*>(end) - reinterpret_cast<char*>(to));         \
   }
 VP_COPY_COMPRESS(copy_compress8, uint8_t, VP_AVX512_VBMI2, __mmask64)
 VP_COPY_COMPRESS(copy_compress16, uint16_t, VP_AVX512_VBMI2, __mmask32)
@@ -205,7 +212,11 @@ void gather_rows(const Tensor& source,  // (R, C), columns adjacent
       if (row < 0) {
         std::memset(to + i * to_stride, 0, to_stride);
       } else if (adjacent) {
-        while (next < end && (rows ? rows[next] : next) == row + next - i) ++next;
+        // up to a limit: memcpy bypasses the caches when it is given many megabytes
+        while (next < end && (rows ? rows[next] : next) == row + next - i &&
+               (next - i) * to_stride < kBytesPerTask) {
+          ++next;
+        }
         std::memcpy(to + i * to_stride, from + row * from_stride, (next - i) * to_stride);
       } else {
         copy_row(from + row * from_stride, to + i * to_stride, plan);

@@ -1,0 +1,57 @@
+# For everybody:  make prune   the environment, then the main job on the embedded digits
+#                 make test    the quick tests, no GPU needed
+# Developers:     make test-slow lint ext bench gpu clean
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+CXX_FILES := $(wildcard csrc/*.h csrc/*.cpp csrc/cpu/*.h csrc/cpu/*.cpp csrc/cuda/*.h csrc/cuda/*.cu)
+# native builds get the toolkit that has headers, not whatever nvcc happens to be on the PATH
+WITH_TOOLKIT = CUDA_HOME="$$($(BIN)/python vitprune_fast/_toolkit.py)"; export CUDA_HOME; \
+	if [ -z "$$CUDA_HOME" ]; then VITPRUNE_WITH_CUDA="$${VITPRUNE_WITH_CUDA:-0}"; export VITPRUNE_WITH_CUDA; fi;
+PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q
+
+.PHONY: prune test test-slow lint ext bench gpu clean
+.DELETE_ON_ERROR:
+
+prune: $(VENV)/.package
+	$(BIN)/vitprune-fast run --out runs/digits
+
+test: $(VENV)/.package
+	$(PYTEST) -n 2 -m "not slow and not gpu"
+
+test-slow: $(VENV)/.package
+	$(PYTEST) -n 2 -m "slow and not gpu"
+
+lint: $(VENV)/.package
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright
+	$(BIN)/clang-format --dry-run -Werror $(CXX_FILES)
+
+ext: $(VENV)/.package
+	$(WITH_TOOLKIT) $(BIN)/python setup.py build_ext --inplace
+
+bench: $(VENV)/.package
+	$(PYTEST) bench -m "not gpu" -p no:xdist
+	$(BIN)/python bench/table.py
+
+# installs nothing: runs with the interpreter it is given, on a machine that has a GPU
+gpu:
+	$(PYTHON) bench/run_gpu.py
+
+clean:
+	rm -rf build dist *.egg-info vitprune_fast/*.so .pytest_cache .ruff_cache .hypothesis
+
+# torch and the build requirements come first and the build uses them (no isolation): torch is
+# fetched once, and the native code is compiled against the torch it will run with
+$(VENV)/.torch:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
+		{ echo "make: PYTHON must be Python 3.10 or newer, got $$($(PYTHON) --version 2>&1)"; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install -q --upgrade pip
+	$(BIN)/python -m pip install -q torch torchvision "setuptools>=77" wheel ninja "pybind11>=2.13"
+	touch $@
+
+$(VENV)/.package: $(VENV)/.torch pyproject.toml setup.py csrc/host.cpp $(CXX_FILES)
+	$(WITH_TOOLKIT) $(BIN)/python -m pip install -q --no-build-isolation -e '.[report,digits,test,lint]'
+	touch $@

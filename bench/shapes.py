@@ -1,0 +1,20 @@
+"""Shapes of real ViTs: (tokens, width, MLP hidden, heads, head dim) at 224 pixels, patch 16."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+
+class Shape(NamedTuple):
+    """Sizes of one model."""
+
+    tokens: int
+    width: int
+    hidden: int
+    heads: int
+    head_dim: int
+
+
+VIT_TINY = Shape(197, 192, 768, 3, 64)
+VIT_SMALL = Shape(197, 384, 1536, 6, 64)
+VIT_BASE = Shape(197, 768, 3072, 12, 64)
