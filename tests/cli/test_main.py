@@ -1,0 +1,84 @@
+from __future__ import annotations
+
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+
+from vitprune_fast.cli.main import VERBS, main
+from vitprune_fast.recipes.presets import preset
+from vitprune_fast.recipes.yamlfile import to_plain
+
+
+def test_overview_lists_every_verb(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([]) == 0 == main(["--help"])
+    text = capsys.readouterr().out
+    assert all(f"\n  {verb} " in text for verb in VERBS)
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_help_explains_every_option(verb: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        main([verb, "--help"])
+    assert stop.value.code == 0
+    text = capsys.readouterr().out
+    assert f"usage: vitprune-fast {verb}" in text
+    assert "--print-config" in text
+    # an option whose help is its default only has lost its docstring
+    bare = [line for line in text.splitlines() if line.strip().startswith("--(default")]
+    assert not bare
+
+
+def test_help_is_quick_and_imports_no_torch() -> None:
+    code = (
+        "import sys\n"
+        "from vitprune_fast.cli.main import main\n"
+        "try: main(['run', '--help'])\n"
+        "except SystemExit: pass\n"
+        "print('torch' in sys.modules, file=sys.stderr)\n"
+    )
+    started = time.perf_counter()
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stderr.strip() == "False"
+    # twenty times what it takes; catches a second import of everything, not a busy machine
+    assert time.perf_counter() - started < 20
+
+
+def test_unknown_verb_shows_near_ones(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["prunes"]) == 2
+    assert "no verb 'prunes'; did you mean prune" in capsys.readouterr().err
+
+
+def test_print_config_is_a_config(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["run", "--macs", "0.3", "--distill.epochs", "7", "--print-config"]) == 0
+    text = capsys.readouterr().out
+    plain = yaml.safe_load(text)
+    assert (plain["plan"]["macs"], plain["distill"]["epochs"]) == (0.3, 7)
+    path = tmp_path / "run.yaml"
+    path.write_text(text, encoding="utf-8")
+    assert main(["run", "--config", str(path), "--seed", "5", "--print-config"]) == 0
+    again = yaml.safe_load(capsys.readouterr().out)
+    assert again == {**plain, "seed": 5}
+
+
+def test_data_chooses_the_preset(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["run", "--data", "folder:somewhere", "--print-config"]) == 0
+    photographs = yaml.safe_load(capsys.readouterr().out)
+    assert main(["run", "--print-config"]) == 0
+    digits = yaml.safe_load(capsys.readouterr().out)
+    assert digits == to_plain(preset("digits"))
+    assert photographs["data"]["source"] == "folder:somewhere"
+    assert photographs["model"]["name"] == "vit_tiny_patch16_224"
+    assert photographs["train_dense"] is False
+
+
+def test_flags_given_in_words_reach_the_model(capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["run", "--model-args", "img_size=32", "patch_size=[4,4]", "--print-config"]
+    assert main(words) == 0
+    assert yaml.safe_load(capsys.readouterr().out)["model"]["args"] == {
+        "img_size": 32,
+        "patch_size": [4, 4],
+    }

@@ -1,0 +1,83 @@
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from vitprune_fast.distill.config import DistillConfig
+
+from vitprune_fast.recipes.chain import run
+from vitprune_fast.recipes.config import (
+    DataConfig,
+    ModelConfig,
+    RunConfig,
+    ScoreConfig,
+)
+
+SCHEDULE = DistillConfig(epochs=2, warmup_epochs=0, log_steps=1)
+TINY = RunConfig(
+    model=ModelConfig(
+        name="vit_tiny_patch16_224",
+        args={
+            "img_size": 8,
+            "patch_size": 4,
+            "in_chans": 1,
+            "embed_dim": 24,
+            "depth": 2,
+            "num_heads": 3,
+        },
+    ),
+    data=DataConfig(batch_size=256),
+    score=ScoreConfig(samples=100),
+    train_dense=True,
+    dense=SCHEDULE,
+    distill=SCHEDULE,
+    threads=1,
+    latency_seconds=0.01,
+)
+"""The digits job in about a second: all stages, nothing learnt."""
+
+
+@pytest.fixture
+def tiny(tmp_path: Path) -> RunConfig:
+    """The tiny job in a folder of its own."""
+    return replace(TINY, out=tmp_path / "run")
+
+
+@pytest.fixture(scope="session")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished tiny run nobody disturbed; not to be written to."""
+    out = tmp_path_factory.mktemp("finished") / "run"
+    run(replace(TINY, out=out))
+    return out
+
+
+@pytest.fixture
+def copied(finished: Path, tiny: RunConfig) -> RunConfig:
+    """The tiny job whose folder holds a copy of the finished run."""
+    shutil.copytree(finished, tiny.out)
+    return tiny
+
+
+class Recorder:
+    """Collects the events of a run; `at` may act, e.g. raise, when one matches."""
+
+    def __init__(self, at: Callable[[dict[str, Any]], None] | None = None) -> None:
+        self.events: list[dict[str, Any]] = []
+        self.at = at
+
+    def __call__(self, event: dict[str, Any]) -> None:
+        self.events.append(event)
+        if self.at is not None:
+            self.at(event)
+
+    def stages(self, state: str) -> list[str]:
+        """Names of the stages that reached this state, in order."""
+        return [
+            event["stage"]
+            for event in self.events
+            if event["event"] == "stage" and event["state"] == state
+        ]

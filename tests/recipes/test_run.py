@@ -1,0 +1,307 @@
+from __future__ import annotations
+
+import json
+import shutil
+from collections import Counter
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import vitprune_fast as vp
+from tests.recipes.conftest import TINY, Recorder
+from tests.recipes.same import assert_same_run, summary_without_times
+from vitprune_fast.data import ImageData, open_data
+from vitprune_fast.errors import RunFolderError, StageFailed
+from vitprune_fast.recipes import chain, checks
+from vitprune_fast.recipes.chain import STAGES, RunStopped, run
+from vitprune_fast.recipes.config import PlanConfig, RunConfig
+
+
+class Killed(BaseException):
+    """Stands for a process that ends at this very point."""
+
+
+def kill_at(**wanted: Any) -> Recorder:
+    """A recorder that ends the run at the first event with these values."""
+
+    def at(event: dict[str, Any]) -> None:
+        if all(event.get(name) == value for name, value in wanted.items()):
+            raise Killed
+
+    return Recorder(at)
+
+
+def test_a_run_leaves_everything_that_is_promised(finished: Path) -> None:
+    names = {p.name for p in finished.iterdir() if not p.name.startswith(".")}
+    assert names == {
+        *("config.yaml", "run.json", "stages", "checkpoints", "metrics.jsonl", "set_aside.json"),
+        *("dense", "scores.safetensors", "plan.json", "pruned", "model"),
+        *("summary.json", "report.html"),
+    }
+    summary = json.loads((finished / "summary.json").read_text())
+    for half in ("before", "after"):
+        row = summary[half]
+        assert {"params", "macs", "top1", "top5", "latency_ms", "images_per_s"} <= row.keys()
+        assert 0 <= row["top1"] <= 1 and row["samples"] == 599
+        assert 0 < row["latency_ms"] <= row["latency_p90_ms"]
+        assert row["images_per_s"] == pytest.approx(64e3 / row["latency_ms_batch64"])
+    assert 0 <= summary["after"]["agreement"] <= 1
+    assert summary["after"]["macs"] <= 0.5 * summary["before"]["macs"]
+    assert summary["split_hashes"].keys() == {"train", "validation", "test"}
+    assert {"torch", "timm", "vitprune_fast"} <= summary["versions"].keys()
+    assert summary["seed"] == 0
+    assert all(check["holds"] for check in summary["checks"])
+    assert {check["stage"] for check in summary["checks"]} == {
+        *("dense", "prune", "distill", "evaluate")
+    }
+
+
+def test_the_saved_model_is_the_one_in_the_table(finished: Path) -> None:
+    summary = json.loads((finished / "summary.json").read_text())
+    model = vp.load(finished / "model")
+    cost = vp.cost(model)
+    assert (cost.params, cost.macs) == (summary["after"]["params"], summary["after"]["macs"])
+    data = open_data("digits", image_size=(8, 8), channels=1)
+    images, labels, _ = data.split("test").batch(torch.arange(599))
+    with torch.no_grad():
+        hits = int((model(images).argmax(1) == labels).sum())
+    assert hits == summary["after"]["top1_count"]
+    # the saved model says how its images must be prepared
+    assert tuple(model.pretrained_cfg["mean"]) == data.mean
+
+
+def test_the_same_configuration_gives_the_same_bits(finished: Path, tiny: RunConfig) -> None:
+    run(tiny)
+    assert_same_run(finished, tiny.out)
+
+
+def test_another_seed_gives_another_run(finished: Path, tiny: RunConfig) -> None:
+    run(replace(tiny, seed=1))
+    for name in ("dense", "model"):
+        one, other = (p / name / "model.safetensors" for p in (finished, tiny.out))
+        assert one.read_bytes() != other.read_bytes()
+    assert (finished / "plan.json").read_bytes() != (tiny.out / "plan.json").read_bytes()
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_run_killed_before_a_stage_goes_on_there(
+    stage: str, finished: Path, tiny: RunConfig
+) -> None:
+    with pytest.raises(Killed):
+        run(tiny, on_event=kill_at(event="stage", stage=stage, state="start"))
+    recorder = Recorder()
+    run(tiny, on_event=recorder)
+    names = list(STAGES)
+    assert recorder.stages("kept") == names[: names.index(stage)]
+    assert recorder.stages("done") == names[names.index(stage) :]
+    assert_same_run(finished, tiny.out)
+
+
+@pytest.mark.parametrize("stage", ["dense", "distill"])
+@pytest.mark.parametrize("step", [2, 4, 6], ids=lambda step: f"step{step}")
+def test_a_run_killed_inside_training_goes_on_at_its_checkpoint(
+    stage: str, step: int, finished: Path, tiny: RunConfig
+) -> None:
+    with pytest.raises(Killed):
+        run(tiny, on_event=kill_at(event="step", stage=stage, step=step))
+    recorder = Recorder()
+    run(tiny, on_event=recorder)
+    resumed = [e["step"] for e in recorder.events if e["event"] == "resume"]
+    # four steps an epoch, and a checkpoint after each epoch
+    assert resumed == ([] if step <= 4 else [4])
+    assert_same_run(finished, tiny.out)
+
+
+def test_metrics_of_a_killed_attempt_are_not_counted_twice(finished: Path, tiny: RunConfig) -> None:
+    # the line of the epoch is written, its checkpoint is not
+    with pytest.raises(Killed):
+        run(tiny, on_event=kill_at(event="epoch", stage="distill", epoch=1))
+    run(tiny)
+    lines = (tiny.out / "metrics.jsonl").read_text().splitlines()
+    epochs = Counter((json.loads(line)["stage"], json.loads(line)["epoch"]) for line in lines)
+    assert set(epochs.values()) == {1} and len(epochs) == 4
+    assert_same_run(finished, tiny.out)
+
+
+def test_a_run_asked_to_stop_writes_a_checkpoint_first(finished: Path, tiny: RunConfig) -> None:
+    recorder = Recorder()
+
+    def stop() -> bool:
+        return any(e["event"] == "step" and e["stage"] == "distill" for e in recorder.events)
+
+    with pytest.raises(RunStopped):
+        run(tiny, on_event=recorder, stop=stop)
+    again = Recorder()
+    run(tiny, on_event=again)
+    assert [e["step"] for e in again.events if e["event"] == "resume"] == [1]
+    assert_same_run_but_checkpoints(finished, tiny.out)
+
+
+def assert_same_run_but_checkpoints(one: Path, other: Path) -> None:
+    """Stopping adds a checkpoint; what counts is the same."""
+    for name in ("plan.json", "metrics.jsonl", "model/model.safetensors"):
+        assert (one / name).read_bytes() == (other / name).read_bytes(), name
+    assert summary_without_times(one) == summary_without_times(other)
+
+
+def test_a_finished_run_does_nothing_again(copied: RunConfig) -> None:
+    before = {p: p.stat().st_mtime_ns for p in copied.out.rglob("*") if p.suffix != ".yaml"}
+    recorder = Recorder()
+    summary = run(copied, on_event=recorder)
+    assert recorder.stages("kept") == list(STAGES) and recorder.stages("done") == []
+    assert summary == json.loads((copied.out / "summary.json").read_text())
+    changed = {p.name for p, at in before.items() if p.is_file() and p.stat().st_mtime_ns != at}
+    assert changed <= {".lock", "run.json"}
+
+
+def test_an_altered_output_is_noticed_and_done_again(finished: Path, copied: RunConfig) -> None:
+    path = copied.out / "plan.json"
+    path.write_bytes(path.read_bytes().replace(b"kept", b"kepT"))
+    recorder = Recorder()
+    run(copied, on_event=recorder)
+    notes = [e["text"] for e in recorder.events if e["event"] == "note"]
+    assert notes == ["plan.json was changed: stage plan is done again"]
+    assert recorder.stages("kept") == ["data", "dense", "score"]
+    assert_same_run(finished, copied.out)
+
+
+def test_another_configuration_is_refused_and_nothing_is_touched(
+    finished: Path, copied: RunConfig
+) -> None:
+    other = replace(copied, plan=PlanConfig(macs=0.4), seed=3)
+    with pytest.raises(RunFolderError, match=r"config\.plan\.macs: None -> 0\.4"):
+        run(other)
+    assert_same_run(finished, copied.out)
+    assert (finished / "config.yaml").read_text() == (
+        (copied.out / "config.yaml").read_text().replace(str(copied.out), str(finished))
+    )
+
+
+def test_an_allowed_change_is_recorded_and_reported(copied: RunConfig) -> None:
+    (copied.out / "stages" / "report.json").unlink()
+    run(replace(copied, plan=PlanConfig(macs=0.4), allow_config_change=True))
+    record = json.loads((copied.out / "run.json").read_text())
+    assert record["changes"] == [["config.plan.macs: None -> 0.4"]]
+    page = (copied.out / "report.html").read_text()
+    assert "config.plan.macs: None -&gt; 0.4" in page
+
+
+def test_where_and_how_to_run_is_no_part_of_the_identity(copied: RunConfig) -> None:
+    moved = copied.out.with_name("moved")
+    shutil.move(copied.out, moved)
+    recorder = Recorder()
+    run(replace(copied, out=moved, quiet=True), on_event=recorder)
+    assert recorder.stages("done") == []
+
+
+# a stage whose own check fails
+
+
+def failing(name: str) -> checks.Check:
+    return checks.Check(name, False, "broken on purpose")
+
+
+@pytest.mark.parametrize(
+    ("function", "stage"),
+    [("finite", "dense"), ("same_cost", "prune"), ("masked_equals_pruned", "prune")],
+)
+def test_a_failed_check_ends_the_run(
+    function: str, stage: str, tiny: RunConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(checks, function, lambda *args: failing(function))
+        with pytest.raises(StageFailed, match=rf"stage {stage} failed its own check: {function}"):
+            run(tiny)
+    assert not (tiny.out / "stages" / f"{stage}.json").exists()
+    # mended, the same folder goes on
+    recorder = Recorder()
+    run(tiny, on_event=recorder)
+    assert recorder.stages("done")[0] == stage
+
+
+def test_a_model_that_does_not_reload_is_noticed(
+    tiny: RunConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def forgetful(folder: Path) -> torch.nn.Module:
+        model = vp.load(folder)
+        with torch.no_grad():
+            model.head.bias += 1e-6  # type: ignore[operator]
+        return model
+
+    fake = type("fake", (), {**{n: getattr(vp, n) for n in ("cost", "describe", "prune", "mask")}})
+    fake.load = staticmethod(forgetful)  # type: ignore[attr-defined]
+    monkeypatch.setattr(checks, "vp", fake)
+    with pytest.raises(StageFailed, match="saved model reloads bit-equal"):
+        run(tiny)
+
+
+def test_weights_that_are_not_finite_end_the_run(
+    tiny: RunConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original = chain._train
+
+    def broken(job: Any, *args: Any) -> Any:
+        model, facts = original(job, *args)
+        with torch.no_grad():
+            model.head.weight[0, 0] = float("nan")
+        return model, facts
+
+    monkeypatch.setattr(chain, "_train", broken)
+    with pytest.raises(StageFailed, match="stage dense failed its own check: logits are finite"):
+        run(tiny)
+
+
+# which split a stage reads
+
+
+class Watched:
+    """A data source that notes for which stage each sample was read."""
+
+    def __init__(self, data: ImageData, split_of: dict[int, str]) -> None:
+        self.inner = data.source
+        self.names, self.labels = data.source.names, data.source.labels
+        self.classes = data.source.classes
+        self.split_of = split_of
+        self.stage = "none"
+        self.read: dict[str, Counter[str]] = {}
+
+    def pixels(self, ids: torch.Tensor, *rest: Any) -> torch.Tensor:
+        counts = self.read.setdefault(self.stage, Counter())
+        counts.update(self.split_of[int(sample)] for sample in ids)
+        return self.inner.pixels(ids, *rest)
+
+    def __call__(self, event: dict[str, Any]) -> None:
+        if event["event"] == "stage" and event["state"] == "start":
+            self.stage = event["stage"]
+
+
+@pytest.mark.parametrize("keep", ["last", "best"])
+def test_selection_never_reads_the_test_images(keep: Any, tiny: RunConfig) -> None:
+    """The stages not named here read no image (the images a check looks at are read once)."""
+    data = open_data("digits", image_size=(8, 8), channels=1)
+    split_of = {sample: name for name, ids in data.split_ids.items() for sample in ids}
+    source = Watched(data, split_of)
+    config = replace(tiny, distill=replace(tiny.distill, keep=keep))
+    run(config, data=replace(data, source=source), on_event=source)
+    allowed = {
+        "dense": {"train", "validation"},
+        "score": {"train"},
+        "distill": {"train", "validation"},
+        "evaluate": {"test"},
+    }
+    assert {stage: set(counts) for stage, counts in source.read.items()} == allowed
+    # both models see every test image once
+    assert source.read["evaluate"]["test"] == 2 * len(data.split("test"))
+    assert source.read["score"]["train"] == TINY.score.samples
+
+
+def test_poisoned_test_images_change_nothing_but_the_table(finished: Path, tiny: RunConfig) -> None:
+    data = open_data("digits", image_size=(8, 8), channels=1)
+    data.source.images[data.split_ids["test"]] = 0.5  # type: ignore[attr-defined]
+    run(tiny, data=data)
+    for name in ("scores.safetensors", "plan.json", "metrics.jsonl", "model/model.safetensors"):
+        assert (finished / name).read_bytes() == (tiny.out / name).read_bytes(), name
+    assert summary_without_times(finished) != summary_without_times(tiny.out)

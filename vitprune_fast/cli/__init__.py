@@ -1,0 +1,1 @@
+"""The command line: `vitprune-fast VERB`, one file per verb."""

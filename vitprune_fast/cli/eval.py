@@ -1,0 +1,50 @@
+"""`vitprune-fast eval`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Literal
+
+from tyro.conf import arg
+
+from vitprune_fast.cli.options import parse, required_data, required_model
+from vitprune_fast.recipes.config import DataConfig, ModelConfig
+
+
+@dataclass(frozen=True)
+class Eval:
+    """Count how often a model is right on a data set."""
+
+    model: Annotated[ModelConfig, arg(name="")] = field(default_factory=required_model)
+    data: Annotated[DataConfig, arg(name="")] = field(default_factory=required_data)
+    split: Literal["test", "validation", "train"] = "test"
+    """Which part of the data."""
+    teacher: Annotated[Path | None, arg(metavar="DIR")] = None
+    """Saved model to count agreement with."""
+    device: Annotated[str, arg(metavar="auto|cpu|cuda")] = "auto"
+    """Where to compute."""
+
+
+def main(words: list[str]) -> int:
+    """Evaluates the model and prints the counts."""
+    options = parse("eval", words, lambda chosen: Eval())
+    if options is None:
+        return 0
+    from vitprune_fast.recipes import models, stages
+    from vitprune_fast.recipes.opened import open_both
+
+    model, data, setting = open_both(options.model, options.data, 0, options.device)
+    teacher = models.open_model(ModelConfig(name=str(options.teacher))) if options.teacher else None
+    result = stages.evaluate(
+        model,
+        data,
+        setting,
+        split=options.split,
+        teacher=teacher,
+    )
+    print(f"top-1 {result.top1:.2%} ({result.top1_count} of {result.samples})")
+    print(f"top-5 {result.top5:.2%} ({result.top5_count} of {result.samples})")
+    if teacher is not None:
+        print(f"agreement {result.agreement:.2%} ({result.agreement_count} of {result.samples})")
+    return 0

@@ -1,0 +1,82 @@
+"""`vitprune-fast`: finds the verb, runs it, turns our own errors into one sentence."""
+
+from __future__ import annotations
+
+import difflib
+import signal
+import sys
+from collections.abc import Sequence
+from importlib import import_module
+
+from vitprune_fast.cli.signals import Interrupted, listen
+from vitprune_fast.errors import VitpruneError
+
+VERBS = {
+    "run": "the whole chain in one resumable folder: dense, score, plan, prune, distill, evaluate",
+    "describe": "what can be removed from a model, and what it costs",
+    "score": "measure the importance of heads and neurons",
+    "plan": "choose what to keep within a budget",
+    "prune": "cut a plan out of a model",
+    "distill": "teach a pruned model with its dense teacher",
+    "eval": "top-1, top-5 and agreement on a data set",
+    "bench": "parameters, MACs and latency of a model",
+    "report": "write the report of a run folder again",
+    "doctor": "versions, devices, compilers and the backend every op takes",
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one verb and returns the exit code: 0, 2 for bad input, 128 + signal when stopped."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    if not words or words[0] in ("-h", "--help", "help"):
+        print(_overview())
+        return 0
+    if words[0] == "--version":
+        import vitprune_fast
+
+        print(vitprune_fast.__version__)
+        return 0
+    verb = words.pop(0)
+    if verb not in VERBS:
+        near = difflib.get_close_matches(verb, VERBS, n=2)
+        hint = f"did you mean {' or '.join(near)}?" if near else f"known: {', '.join(VERBS)}"
+        return _fail(f"vitprune-fast: no verb {verb!r}; {hint}")
+    try:
+        listen()
+        return import_module(f"vitprune_fast.cli.{verb}").main(words) or 0
+    except VitpruneError as error:
+        return _fail(str(error))
+    except Interrupted as stop:
+        hint = "; the same command resumes the run" if verb == "run" else ""
+        print(f"stopped by {signal.Signals(stop.number).name}{hint}", file=sys.stderr)
+        return 128 + stop.number
+    except BrokenPipeError:
+        # the reader of our output (head, less) went away: not our error, but not a success
+        sys.stderr.close()
+        return 128 + signal.SIGPIPE
+
+
+def _fail(sentence: str) -> int:
+    print(f"error: {' '.join(sentence.split())}", file=sys.stderr)
+    return 2
+
+
+def _overview() -> str:
+    width = max(map(len, VERBS))
+    lines = [f"  {verb:<{width}}  {text}" for verb, text in VERBS.items()]
+    return "\n".join(
+        [
+            "usage: vitprune-fast VERB [options]",
+            "",
+            "Prune Vision Transformers to a budget, and distil what is left.",
+            "",
+            *lines,
+            "",
+            "vitprune-fast VERB --help shows the options of a verb. Without data or GPU:",
+            "vitprune-fast run",
+        ]
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,88 @@
+"""From words to a verb's dataclass: defaults, then a YAML file, then flags."""
+
+from __future__ import annotations
+
+import argparse
+import inspect
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, make_dataclass
+from pathlib import Path
+from typing import Annotated, Any, TypeVar
+
+import tyro
+from tyro.conf import arg
+
+from vitprune_fast.recipes.config import DataConfig, ModelConfig
+from vitprune_fast.recipes.yamlfile import from_yaml, to_yaml
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class FileFlags:
+    """Where the options come from."""
+
+    config: Annotated[Path | None, arg(metavar="FILE")] = None
+    """YAML file with any of these options; flags given beside it win."""
+    print_config: bool = False
+    """Print the options as YAML, ready for --config, and do nothing else."""
+
+
+@dataclass(frozen=True)
+class PresetFlags(FileFlags):
+    """Where the options come from."""
+
+    preset: Annotated[str | None, arg(metavar="digits|images")] = None
+    """Recipe to start from; unset: `images` when --data names a folder, otherwise `digits`."""
+
+
+def required_model() -> ModelConfig:
+    """The model options of a verb that cannot do without a model."""
+    return ModelConfig(name=tyro.MISSING)
+
+
+def required_data() -> DataConfig:
+    """The data options of a verb that cannot do without data."""
+    return DataConfig(source=tyro.MISSING)
+
+
+def parse(
+    verb: str,
+    words: Sequence[str],
+    default: Callable[[argparse.Namespace], T],
+    flags: type[FileFlags] = FileFlags,
+) -> T | None:
+    """The options of a verb, or None when they were only to be printed.
+
+    Args:
+        verb: for the usage line.
+        words: the command line after the verb.
+        default: gives the default options; it sees the words that choose them (`config`,
+            `preset`, `data`; None where not given).
+        flags: which of the choosing words this verb takes.
+    """
+    early = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    for name in ("config", "preset", "data"):
+        early.add_argument(f"--{name}", nargs="?")
+    chosen, _ = early.parse_known_args(list(words))
+    options = default(chosen)
+    if chosen.config:
+        options = from_yaml(Path(chosen.config), options)
+    wrapper = make_dataclass(
+        "Options",
+        [
+            ("options", Annotated[type(options), arg(name="")], field(default=options)),
+            ("files", Annotated[flags, arg(name="")], field(default=flags())),
+        ],
+        frozen=True,
+    )
+    parsed: Any = tyro.cli(
+        wrapper,
+        args=list(words),
+        prog=f"vitprune-fast {verb}",
+        description=inspect.getdoc(type(options)),
+    )
+    if parsed.files.print_config:
+        print(to_yaml(parsed.options), end="")
+        return None
+    return parsed.options

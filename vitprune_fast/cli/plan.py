@@ -1,0 +1,46 @@
+"""`vitprune-fast plan`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+from tyro.conf import arg
+
+from vitprune_fast.cli.options import parse, required_model
+from vitprune_fast.recipes.config import ModelConfig, PlanConfig
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Choose which heads and neurons stay, so that the model meets a budget."""
+
+    scores: Annotated[Path, arg(metavar="FILE")] = tyro.MISSING
+    """Scores written by `vitprune-fast score`."""
+    out: Annotated[Path, arg(metavar="FILE")] = Path("plan.json")
+    """Where the plan goes (JSON)."""
+    model: Annotated[ModelConfig, arg(name="")] = field(default_factory=required_model)
+    plan: Annotated[PlanConfig, arg(name="")] = field(default_factory=PlanConfig)
+
+
+def main(words: list[str]) -> int:
+    """Plans within the budget and saves the plan."""
+    options = parse("plan", words, lambda chosen: Plan())
+    if options is None:
+        return 0
+    import vitprune_fast as vp
+    from vitprune_fast.planning.cost import predict_cost
+    from vitprune_fast.recipes import models, stages
+
+    model = models.skeleton(options.model)
+    plan = stages.plan(model, vp.Scores.load(options.scores), options.plan)
+    plan.save(options.out)
+    structure = vp.describe(model)
+    before, after = vp.cost(model), predict_cost(structure, plan)
+    print(
+        f"{options.out}: {after.macs:,} of {before.macs:,} MACs, "
+        f"{after.params:,} of {before.params:,} params"
+    )
+    return 0

@@ -1,0 +1,46 @@
+"""`vitprune-fast prune`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+from tyro.conf import arg
+
+from vitprune_fast.cli.options import parse, required_model
+from vitprune_fast.recipes.config import ModelConfig
+
+
+@dataclass(frozen=True)
+class Prune:
+    """Cut a plan out of a model: a smaller dense model, checked against the masked one."""
+
+    plan: Annotated[Path, arg(metavar="FILE")] = tyro.MISSING
+    """Plan written by `vitprune-fast plan`."""
+    out: Annotated[Path, arg(metavar="DIR")] = Path("pruned")
+    """Folder for the pruned model."""
+    model: Annotated[ModelConfig, arg(name="")] = field(default_factory=required_model)
+
+
+def main(words: list[str]) -> int:
+    """Prunes, proves the result on random images, and saves it."""
+    options = parse("prune", words, lambda chosen: Prune())
+    if options is None:
+        return 0
+    import vitprune_fast as vp
+    from vitprune_fast.recipes import checks, models
+
+    model = models.open_model(options.model)
+    plan = vp.Plan.load(options.plan)
+    pruned, proofs = checks.prune_and_prove(model, plan, checks.random_images(model))
+    checks.require("prune", proofs)
+    vp.save(pruned, options.out)
+    before, after = vp.cost(model), vp.cost(pruned)
+    print(
+        f"{options.out}: {after.macs:,} of {before.macs:,} MACs, "
+        f"{after.params:,} of {before.params:,} params; checked: "
+        + "; ".join(proof.name for proof in proofs)
+    )
+    return 0

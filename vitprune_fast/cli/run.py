@@ -1,0 +1,39 @@
+"""`vitprune-fast run`."""
+
+from __future__ import annotations
+
+from argparse import Namespace
+
+from vitprune_fast.cli.options import PresetFlags, parse
+from vitprune_fast.recipes.config import RunConfig
+from vitprune_fast.recipes.presets import preset
+
+
+def _default(chosen: Namespace) -> RunConfig:
+    if chosen.preset:
+        return preset(chosen.preset)
+    return preset("images" if (chosen.data or "").startswith("folder:") else "digits")
+
+
+def main(words: list[str]) -> int:
+    """Parses the options and runs the chain, showing its progress."""
+    options = parse("run", words, _default, PresetFlags)
+    if options is None:
+        return 0
+    from vitprune_fast.cli.display import Display
+    from vitprune_fast.cli.signals import Interrupted, Stopper
+    from vitprune_fast.recipes.chain import RunStopped, run
+
+    stop = Stopper()
+    with Display(quiet=options.quiet) as display:
+
+        def on_event(event: dict) -> None:
+            stop.watch(event)
+            display(event)
+
+        try:
+            run(options, on_event=on_event, stop=stop, command=["vitprune-fast", "run", *words])
+        except RunStopped:
+            assert stop.number is not None
+            raise Interrupted(stop.number) from None
+    return 0

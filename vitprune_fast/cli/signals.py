@@ -1,0 +1,64 @@
+"""SIGINT and SIGTERM: training finishes its step and writes a checkpoint, all else ends at once."""
+
+from __future__ import annotations
+
+import signal
+from types import FrameType
+
+PATIENCE_S = 20.0
+"""Seconds a step may still take after the signal, before the run ends without a new checkpoint."""
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+
+class Interrupted(BaseException):
+    """SIGINT or SIGTERM arrived; no handler of ordinary errors may swallow it."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(number)
+        self.number = number
+
+
+def listen() -> None:
+    """Makes both signals end the command at once, by raising `Interrupted`."""
+
+    def end(number: int, frame: FrameType | None) -> None:
+        # a second signal while we clean up ends the process
+        signal.signal(number, signal.SIG_DFL)
+        raise Interrupted(number)
+
+    for number in SIGNALS:
+        signal.signal(number, end)
+
+
+class Stopper:
+    """Tells a run to stop: pass it as `stop`, and its `watch` as (part of) `on_event`.
+
+    While a training stage steps, the first signal only sets a flag, so that the loop can write its
+    checkpoint; a second one, or a step longer than `PATIENCE_S`, ends the run at once.
+    """
+
+    def __init__(self) -> None:
+        self.number: int | None = None
+        self._training = False
+        for number in SIGNALS:
+            signal.signal(number, self._arrived)
+        signal.signal(signal.SIGALRM, self._too_slow)
+
+    def __call__(self) -> bool:
+        return self.number is not None
+
+    def watch(self, event: dict) -> None:
+        """Notes from the events of a run whether it is training."""
+        self._training = event.get("event") in ("resume", "step", "epoch", "checkpoint")
+
+    def _arrived(self, number: int, frame: FrameType | None) -> None:
+        if self._training and self.number is None:
+            self.number = number
+            signal.setitimer(signal.ITIMER_REAL, PATIENCE_S)
+            return
+        signal.signal(number, signal.SIG_DFL)
+        raise Interrupted(number)
+
+    def _too_slow(self, number: int, frame: FrameType | None) -> None:
+        raise Interrupted(self.number or number)

@@ -1,0 +1,442 @@
+"""`run`: the stages in order, in a folder that can be resumed.
+
+Every stage reads its inputs from the folder, also when nothing was interrupted: a resumed run
+therefore computes with the same bits as an undisturbed one.
+"""
+
+from __future__ import annotations
+
+import platform
+import shutil
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+import vitprune_fast as vp
+from vitprune_fast import files
+from vitprune_fast.data import BadImage, ImageData
+from vitprune_fast.errors import InvalidInput, StageFailed
+from vitprune_fast.planning.cost import predict_cost
+from vitprune_fast.randomness import seeded
+from vitprune_fast.recipes import checks, models, stages
+from vitprune_fast.recipes.config import RunConfig
+from vitprune_fast.recipes.folder import Metrics, RunFolder
+from vitprune_fast.recipes.opened import (
+    check_fit,
+    open_model_data,
+    remember_normalisation,
+    setting_of,
+)
+from vitprune_fast.recipes.presets import preset
+from vitprune_fast.recipes.profile import Profile, applied, choose_profile, versions
+from vitprune_fast.recipes.stages import OnEvent, Setting
+from vitprune_fast.recipes.yamlfile import to_plain, to_yaml
+
+BATCH_SIZES = (1, 64)
+"""Batch sizes at which latency is measured; the second one gives the throughput."""
+
+# fields that say where and how to run, not what to compute
+_NOT_IDENTITY = ("out", "quiet", "allow_config_change", "latency_seconds")
+
+
+@dataclass
+class Job:
+    """One run at work: its configuration, its folder, and what earlier stages left there."""
+
+    config: RunConfig
+    folder: RunFolder
+    source: ImageData
+    profile: Profile
+    metrics: Metrics
+    on_event: OnEvent
+    stop: Callable[[], bool]
+    stage: str = ""
+    cut_back: set[str] = field(default_factory=set)
+
+    @property
+    def setting(self) -> Setting:
+        return setting_of(self.config.data, self.profile, self.config.seed)
+
+    @cached_property
+    def data(self) -> ImageData:
+        """The images without the unreadable ones that the first stage set aside."""
+        listed = files.read_json(self.folder / "set_aside.json")["images"]
+        bad = [BadImage(**image) for image in listed]
+        return self.source.without(bad, max_bad=self.config.data.max_bad)
+
+    @cached_property
+    def images(self) -> Any:
+        return stages.probe_images(self.data).to(self.profile.device)
+
+    def load(self, name: str) -> nn.Module:
+        return vp.load(self.folder / name).to(self.profile.device).eval()
+
+    def save(self, model: nn.Module, name: str) -> checks.Check:
+        """Saves the model as a folder of the run, and reports whether it reloads bit-equal."""
+        with self.folder.replacing(name) as fresh:
+            vp.save(model, fresh)
+        return checks.reloads(model, self.folder / name, self.images)
+
+    def tell(self, event: dict[str, Any]) -> None:
+        """Passes on an event of the training loop, and keeps the ones that make a curve."""
+        kind = event["event"]
+        event = {**event, "stage": self.stage}
+        if self.stage not in self.cut_back and kind != "damaged_checkpoint":
+            # lines of an attempt that was killed, beyond the checkpoint the loop goes on from
+            self.metrics.cut([self.stage], event["step"] if kind == "resume" else 0)
+            self.cut_back.add(self.stage)
+        if kind in ("epoch", "skipped_step"):
+            self.metrics.add(event)
+        schedule = self.config.dense if self.stage == "dense" else self.config.distill
+        self.on_event({**event, "epochs": schedule.epochs})
+
+
+class RunStopped(Exception):
+    """The run was asked to stop and did, with a checkpoint; the same call goes on from there."""
+
+
+def run(
+    config: RunConfig | str = "digits",
+    *,
+    data: ImageData | None = None,
+    on_event: OnEvent | None = None,
+    stop: Callable[[], bool] | None = None,
+    command: list[str] | None = None,
+) -> dict[str, Any]:
+    """Prunes a model and distils what is left, in a folder that a killed run resumes from.
+
+    Args:
+        config: the recipe, or the name of a preset.
+        data: an opened data set to use instead of `config.data.source`.
+        on_event: called with a dict for every stage, step and epoch.
+        stop: asked after every training step and stage; True ends the run with a checkpoint.
+        command: the words that started the run, recorded for the report.
+
+    Returns:
+        The contents of `summary.json`: "before" and "after" with params, macs, top1 (fraction),
+        latency_ms (batch 1, median) and images_per_s, plus seed, split hashes, versions, checks.
+
+    Raises:
+        InvalidInput: an argument, the data or the checkpoint cannot be used.
+        RunFolderError: the folder is in use, is another run's, or cannot be written.
+        StageFailed: a stage's own check did not hold; nothing after it was done.
+        RunStopped: `stop` said so.
+    """
+    config = preset(config) if isinstance(config, str) else config
+    tell = on_event or (lambda event: None)
+    folder = RunFolder(config.out)
+    started = time.perf_counter()
+    profile = choose_profile(config.device, config.threads, config.data.workers)
+    tell({"event": "profile", "profile": str(profile)})
+    skeleton = check_inputs(config)
+    with folder.claim(), applied(profile):
+        data = data or open_model_data(config.data, skeleton, trained=config.has_weights)
+        if config.has_weights:
+            check_fit(skeleton, data)
+        resumed = folder.begin(
+            identity_of(config, data, profile),
+            {
+                "profile": profile.to_dict(),
+                "command": command or sys.argv,
+                "platform": platform.platform(),
+                "classes": list(data.classes),
+            },
+            allow_change=config.allow_config_change,
+        )
+        files.write_text(folder / "config.yaml", to_yaml(config))
+        metrics = Metrics(folder / "metrics.jsonl")
+        job = Job(config, folder, data, profile, metrics, tell, stop or (lambda: False))
+        run_stages(job, resumed=resumed)
+    summary = files.read_json(folder / "summary.json")
+    tell({"event": "end", "seconds": time.perf_counter() - started, "summary": summary})
+    return summary
+
+
+def check_inputs(config: RunConfig) -> nn.Module:
+    """Refuses, before any work, what cannot succeed; returns the model without its weights."""
+    config.plan.budget()
+    skeleton = models.skeleton(replace(config.model, pretrained=False))
+    vp.describe(skeleton)
+    if config.model.checkpoint and not config.model.checkpoint.is_file():
+        raise InvalidInput(
+            f"run: checkpoint must be a file, got {config.model.checkpoint} (no such file)"
+        )
+    if not config.has_weights and not config.train_dense:
+        raise InvalidInput(
+            f"run: {config.model.name} has no trained weights; give --checkpoint FILE or "
+            "--pretrained, or --train-dense to train it here first"
+        )
+    return skeleton
+
+
+def identity_of(config: RunConfig, data: ImageData, profile: Profile) -> dict[str, Any]:
+    """Everything that decides the results of a run: the same identity gives the same bits."""
+    plain = to_plain(config)
+    for name in _NOT_IDENTITY:
+        plain.pop(name)
+    # any number of loader processes gives the same stream; threads and device are in the profile
+    for section, name in ((plain, "device"), (plain, "threads"), (plain["data"], "workers")):
+        section.pop(name)
+    if config.model.checkpoint:
+        plain["model"]["checkpoint"] = f"sha256:{files.sha256(config.model.checkpoint)}"
+    return {
+        "config": plain,
+        "data": {"name": data.name, "split_hashes": dict(data.split_hashes)},
+        "versions": versions(),
+        "device": profile.device,
+        "dtype": profile.dtype,
+        "threads": profile.threads,
+    }
+
+
+def run_stages(job: Job, *, resumed: bool) -> None:
+    """Runs every stage that is not finished; a damaged output redoes its stage and all after."""
+    names = list(STAGES)
+    for position, name in enumerate(names):
+        job.stage = name
+        outputs, function = STAGES[name]
+        if resumed and job.folder.is_recorded(name):
+            damage = job.folder.damage_of(name)
+            if damage is None:
+                job.on_event({"event": "stage", "stage": name, "state": "kept"})
+                continue
+            job.on_event({"event": "note", "text": f"{damage}: stage {name} is done again"})
+            for later in names[position + 1 :]:
+                shutil.rmtree(job.folder / "checkpoints" / later, ignore_errors=True)
+        resumed = False
+        if job.stop():
+            raise RunStopped
+        job.folder.forget(names[position:])
+        job.metrics.cut(names[position + 1 :])
+        job.on_event({"event": "stage", "stage": name, "state": "start"})
+        started = time.perf_counter()
+        facts = function(job)
+        stages.synchronise(job.profile.device)
+        seconds = time.perf_counter() - started
+        job.folder.finish(name, outputs, {**facts, "seconds": seconds})
+        job.on_event(
+            {
+                "event": "stage",
+                "stage": name,
+                "state": "done",
+                "seconds": seconds,
+                "text": facts.get("text", ""),
+            }
+        )
+
+
+def _data(job: Job) -> dict[str, Any]:
+    bad = job.source.find_bad_images(workers=job.profile.workers)
+    files.write_json(job.folder / "set_aside.json", {"images": [asdict(image) for image in bad]})
+    sizes = {name: len(job.data.split(name)) for name in job.data.split_hashes}
+    counts = ", ".join(f"{size:,} {name}" for name, size in sizes.items())
+    return {
+        "split_sizes": sizes,
+        "text": f"{counts}, {len(job.data.classes)} classes"
+        + (f"; {len(bad):,} unreadable images set aside" if bad else ""),
+    }
+
+
+def _dense(job: Job) -> dict[str, Any]:
+    config = job.config
+    with seeded(config.seed, "init"):
+        model = models.open_model(
+            config.model, None if config.has_weights else len(job.data.classes)
+        )
+    facts: dict[str, Any] = {"source": str(config.model.checkpoint or config.model.name)}
+    if not config.has_weights:
+        model, facts = _train(job, model, None, config.dense)
+    else:
+        facts["text"] = f"weights from {facts['source']}"
+    check_fit(model, job.data)
+    remember_normalisation(model, job.data)
+    model = model.to(job.profile.device).eval()
+    cost = vp.cost(model)
+    proofs = [checks.finite(model, job.images), job.save(model, "dense")]
+    return {
+        **facts,
+        "cost": {"params": cost.params, "macs": cost.macs},
+        "checks": checks.require("dense", proofs),
+    }
+
+
+def _train(job: Job, student: nn.Module, teacher: nn.Module | None, schedule: Any) -> Any:
+    result = stages.train(
+        student,
+        teacher,
+        job.data,
+        schedule,
+        job.setting,
+        purpose=job.stage,
+        checkpoint_dir=job.folder / "checkpoints" / job.stage,
+        on_event=job.tell,
+        stop=job.stop,
+    )
+    if not result.finished:
+        raise RunStopped
+    return result.model, {
+        "epochs": schedule.epochs,
+        "skipped_steps": result.skipped_steps,
+        "text": f"{schedule.epochs} epochs",
+    }
+
+
+def _score(job: Job) -> dict[str, Any]:
+    scores = stages.score(job.load("dense"), job.data, job.config.score, job.setting)
+    scores.save(job.folder / "scores.safetensors")
+    units = sum(len(values) for values in scores.values())
+    return {
+        "units": units,
+        "samples": scores.samples,
+        "skipped": scores.skipped,
+        "text": f"{units:,} units, {scores.samples:,} images",
+    }
+
+
+def _plan(job: Job) -> dict[str, Any]:
+    dense = job.load("dense")
+    scores = vp.Scores.load(job.folder / "scores.safetensors")
+    plan = stages.plan(dense, scores, job.config.plan)
+    plan.save(job.folder / "plan.json")
+    structure = vp.describe(dense)
+    predicted = predict_cost(structure, plan)
+    axes = {
+        name: {"kind": axis.kind, "size": axis.size, "kept": len(plan[name])}
+        for name, axis in structure.axes.items()
+        if name in scores
+    }
+    kept = sum(axis["kept"] for axis in axes.values())
+    total = sum(axis["size"] for axis in axes.values())
+    return {
+        "budget": job.config.plan.budget(),
+        "axes": axes,
+        "predicted": {"params": predicted.params, "macs": predicted.macs},
+        "text": f"{kept:,} of {total:,} units kept",
+    }
+
+
+def _prune(job: Job) -> dict[str, Any]:
+    dense = job.load("dense")
+    plan = vp.Plan.load(job.folder / "plan.json")
+    pruned, proofs = checks.prune_and_prove(dense, plan, job.images)
+    counted = vp.cost(pruned)
+    proofs += checks.within_budget(counted, vp.cost(dense), job.config.plan.budget())
+    proofs.append(job.save(pruned, "pruned"))
+    return {
+        "cost": {"params": counted.params, "macs": counted.macs},
+        "checks": checks.require("prune", proofs),
+        "text": f"{counted.macs:,} MACs, {counted.params:,} params",
+    }
+
+
+def _distill(job: Job) -> dict[str, Any]:
+    model, facts = _train(job, job.load("pruned"), job.load("dense"), job.config.distill)
+    model = model.to(job.profile.device).eval()
+    proofs = [checks.finite(model, job.images), job.save(model, "model")]
+    return {**facts, "checks": checks.require("distill", proofs)}
+
+
+def _evaluate(job: Job) -> dict[str, Any]:
+    dense, model = job.load("dense"), job.load("model")
+    before = stages.evaluate(dense, job.data, job.setting)
+    after = stages.evaluate(model, job.data, job.setting, teacher=dense)
+    wanted = len(job.data.split("test"))
+    proofs = [
+        proof
+        for name, result in (("dense", before), ("pruned", after))
+        for proof in (
+            checks.Check(
+                f"the {name} model saw every test image once",
+                result.samples == wanted,
+                f"{result.samples} of {wanted}",
+            ),
+            checks.Check(
+                f"the {name} model's logits on the test images are finite",
+                result.nonfinite_count == 0,
+                f"{result.nonfinite_count} images without",
+            ),
+        )
+    ]
+    facts = {"checks": checks.require("evaluate", proofs)}
+    summary = {
+        "before": _row(job, dense, before),
+        "after": {**_row(job, model, after), "agreement": after.agreement},
+        "seed": job.config.seed,
+        "data": job.data.name,
+        "split_hashes": dict(job.data.split_hashes),
+        "versions": versions(),
+        "profile": job.profile.to_dict(),
+        "set_aside": {
+            "training steps (dense)": _fact(job, "dense", "skipped_steps", 0),
+            "training steps (distill)": _fact(job, "distill", "skipped_steps", 0),
+            "scored images": _fact(job, "score", "skipped", 0),
+            "unreadable images": len(job.data.set_aside),
+        },
+        "checks": [
+            *(
+                {"stage": name, **check}
+                for name in list(STAGES)[: list(STAGES).index(job.stage)]
+                for check in _fact(job, name, "checks", [])
+            ),
+            *({"stage": job.stage, **check} for check in facts["checks"]),
+        ],
+    }
+    files.write_json(job.folder / "summary.json", summary)
+    return {**facts, "text": f"top-1 {before.top1:.2%} -> {after.top1:.2%}"}
+
+
+def _fact(job: Job, stage: str, name: str, default: Any) -> Any:
+    record = job.folder.record_of(stage)
+    return record["facts"].get(name, default) if record else default
+
+
+def _row(job: Job, model: nn.Module, result: Any) -> dict[str, Any]:
+    cost = vp.cost(model)
+    single, batch = stages.measure(
+        model, job.profile.device, BATCH_SIZES, seconds=job.config.latency_seconds
+    )
+    return {
+        "params": cost.params,
+        "macs": cost.macs,
+        "top1": result.top1,
+        "top5": result.top5,
+        "top1_count": result.top1_count,
+        "samples": result.samples,
+        "latency_ms": single.median_s * 1e3,
+        "latency_p90_ms": single.p90_s * 1e3,
+        "latency_ms_batch64": batch.median_s * 1e3,
+        "images_per_s": batch.images_per_s,
+    }
+
+
+def _report(job: Job) -> dict[str, Any]:
+    try:
+        from vitprune_fast.report import write_report
+    except ModuleNotFoundError as error:
+        if error.name not in ("matplotlib", "jinja2"):
+            raise
+        raise StageFailed(
+            f"run: the report needs {error.name}; install vitprune_fast[report] and run the same "
+            "command again"
+        ) from None
+    path: Path = write_report(job.folder.path)
+    return {"text": str(path)}
+
+
+STAGES: dict[str, tuple[tuple[str, ...], Callable[[Job], dict[str, Any]]]] = {
+    "data": (("set_aside.json",), _data),
+    "dense": (("dense",), _dense),
+    "score": (("scores.safetensors",), _score),
+    "plan": (("plan.json",), _plan),
+    "prune": (("pruned",), _prune),
+    "distill": (("model",), _distill),
+    "evaluate": (("summary.json",), _evaluate),
+    "report": (("report.html",), _report),
+}
+"""Name -> (files and folders it leaves, function). The order is the chain's."""

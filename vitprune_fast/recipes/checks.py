@@ -1,0 +1,120 @@
+"""What a stage must prove about its own result before the run goes on."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import vitprune_fast as vp
+from vitprune_fast.errors import StageFailed
+from vitprune_fast.planning.cost import predict_cost
+from vitprune_fast.randomness import generator
+
+TOLERANCE = 1e-5
+"""Allowed difference of masked and pruned logits in fp32, relative to max(1, max |logits|)."""
+
+
+@dataclass(frozen=True)
+class Check:
+    """One claim, whether it holds, and what was measured."""
+
+    name: str
+    holds: bool
+    measured: str
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def require(stage: str, checks: Iterable[Check]) -> list[dict[str, Any]]:
+    """The checks as plain values.
+
+    Raises:
+        StageFailed: naming every check that does not hold.
+    """
+    checks = list(checks)
+    failed = [f"{check.name} ({check.measured})" for check in checks if not check.holds]
+    if failed:
+        raise StageFailed(f"run: stage {stage} failed its own check: {'; '.join(failed)}")
+    return [check.to_dict() for check in checks]
+
+
+@torch.no_grad()
+def logits(model: nn.Module, images: Tensor) -> Tensor:
+    """Logits (B, classes) of the model in evaluation mode; its training mode is restored."""
+    training = model.training
+    model.eval()
+    try:
+        return model(images)
+    finally:
+        model.train(training)
+
+
+def finite(model: nn.Module, images: Tensor) -> Check:
+    """All logits on these images are finite."""
+    bad = int((~torch.isfinite(logits(model, images))).sum())
+    return Check("logits are finite", bad == 0, f"{bad} of them are not")
+
+
+def same_cost(predicted: Any, counted: Any) -> Check:
+    """The planner's closed form equals what the built model really costs, exactly."""
+    wanted = (int(predicted.params), int(predicted.macs))
+    got = (int(counted.params), int(counted.macs))
+    return Check(
+        "predicted cost equals counted cost",
+        wanted == got,
+        f"predicted {wanted[0]:,} params and {wanted[1]:,} MACs, counted {got[0]:,} and {got[1]:,}",
+    )
+
+
+def within_budget(counted: Any, dense: Any, budget: dict[str, Any]) -> list[Check]:
+    """The built model meets the budget that was asked for (a keep ratio has no cost limit)."""
+    checks = []
+    for name, asked in budget.items():
+        if name in ("macs", "params"):
+            limit = asked * getattr(dense, name) if asked <= 1 else asked
+            cost = getattr(counted, name)
+            checks.append(
+                Check(f"{name} are within the budget", cost <= limit, f"{cost:,} of {limit:,.0f}")
+            )
+    return checks
+
+
+def masked_equals_pruned(dense: nn.Module, pruned: nn.Module, plan: Any, images: Tensor) -> Check:
+    """Removing the units equals silencing them, up to rounding."""
+    with vp.mask(dense, plan):
+        wanted = logits(dense, images)
+    difference = float((wanted - logits(pruned, images)).abs().max())
+    limit = TOLERANCE * max(1.0, float(wanted.abs().max()))
+    # a NaN compares false, so it fails here too
+    return Check(
+        "masked model equals pruned model",
+        difference <= limit,
+        f"largest difference {difference:.3g}, allowed {limit:.3g}",
+    )
+
+
+def reloads(model: nn.Module, folder: Path, images: Tensor) -> Check:
+    """The model saved in `folder` gives the same bits as the one in memory."""
+    same = torch.equal(logits(vp.load(folder).to(images.device), images), logits(model, images))
+    return Check("saved model reloads bit-equal", same, "logits differ" if not same else "equal")
+
+
+def prune_and_prove(dense: nn.Module, plan: Any, images: Tensor) -> tuple[nn.Module, list[Check]]:
+    """The pruned model in evaluation mode, and what was checked about it on these images."""
+    pruned = vp.prune(dense, plan).eval()
+    return pruned, [
+        same_cost(predict_cost(vp.describe(dense), plan), vp.cost(pruned)),
+        finite(pruned, images),
+        masked_equals_pruned(dense, pruned, plan, images),
+    ]
+
+
+def random_images(model: nn.Module, count: int = 4) -> Tensor:
+    """Normally distributed images (count, C, H, W) of the model's input size, always the same."""
+    return torch.randn(count, *vp.describe(model).input_size, generator=generator(0, "probe"))

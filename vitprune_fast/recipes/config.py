@@ -1,0 +1,172 @@
+"""The recipe as plain values: the one source of flags, YAML files and the Python API.
+
+A field's docstring is its `--help` text. Nothing here imports torch, so `--help` stays quick.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from tyro.conf import arg
+from tyro.constructors import PrimitiveConstructorSpec
+
+from vitprune_fast.distill.config import DistillConfig
+from vitprune_fast.errors import InvalidInput
+
+
+def _parse_pairs(words: list[str]) -> dict[str, Any]:
+    pairs = {}
+    for word in words:
+        key, equals, value = word.partition("=")
+        if not (key and equals):
+            raise ValueError(f"must look like KEY=VALUE, got {word!r}")
+        pairs[key] = yaml.safe_load(value)
+    return pairs
+
+
+Pairs = Annotated[
+    dict[str, Any],
+    PrimitiveConstructorSpec(
+        nargs="*",
+        metavar="KEY=VALUE ...",
+        instance_from_str=_parse_pairs,
+        is_instance=lambda value: isinstance(value, dict),
+        str_from_instance=lambda pairs: [f"{key}={value}" for key, value in pairs.items()],
+    ),
+]
+"""A mapping typed as `key=value` words on the command line; values are read as YAML."""
+
+Amount = Annotated[float | None, arg(metavar="SHARE|NUMBER")]
+Count = Annotated[int | None, arg(metavar="N")]
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Which model, and where its weights come from."""
+
+    name: Annotated[str, arg(name="model")] = "vit_tiny_patch16_224"
+    """Model name of timm, or a folder written by `prune`, `distill` or `run`."""
+    args: Annotated[Pairs, arg(name="model-args")] = field(default_factory=dict)
+    """Arguments for the timm constructor, e.g. img_size=32 patch_size=4 embed_dim=192."""
+    checkpoint: Annotated[Path | None, arg(metavar="FILE")] = None
+    """Trained weights: .safetensors, or a torch file (read with weights_only, never unpickled)."""
+    pretrained: bool = False
+    """Download timm's own weights for this model."""
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Which images, and how they are read."""
+
+    source: Annotated[str, arg(name="data", metavar="digits|folder:PATH")] = "digits"
+    """`digits` (1,797 real 8x8 images, embedded) or `folder:PATH` (a folder per class)."""
+    batch_size: Annotated[int, arg(metavar="N")] = 64
+    """Images per training step."""
+    augment: bool = True
+    """Vary training images at random (digits: small affine maps; photographs: crops, flips)."""
+    mean: Annotated[tuple[float, ...] | None, arg(metavar="NUMBER ...")] = None
+    """Per channel, subtracted from pixels in 0..1; unset: what the weights were trained with."""
+    std: Annotated[tuple[float, ...] | None, arg(metavar="NUMBER ...")] = None
+    """Per channel, divides; unset: what the weights were trained with."""
+    crop_share: Amount = None
+    """Share of the shorter side that testing looks at; unset: the weights' own, or all."""
+    max_bad: Annotated[float, arg(metavar="SHARE")] = 0.01
+    """Largest share of unreadable images that may be set aside; above it the run stops."""
+    workers: Count = None
+    """Processes that read images; unset: chosen. Any number gives the same stream."""
+
+
+@dataclass(frozen=True)
+class ScoreConfig:
+    """How the importance of heads and neurons is measured."""
+
+    criterion: Literal["taylor", "magnitude"] = "taylor"
+    """`taylor`: activation x gradient on training images; `magnitude`: weight norms, no data."""
+    reduction: Literal["abs", "square", "signed"] = "abs"
+    """How per-sample scores become one number per unit."""
+    units: tuple[str, ...] = ("head", "neuron")
+    """Which unit kinds may be removed."""
+    samples: Annotated[int, arg(metavar="N", name="score-samples")] = 1024
+    """Training images to score on (all of them when there are fewer)."""
+    batch_size: Annotated[int, arg(metavar="N", name="score-batch-size")] = 64
+    """Images per scoring step."""
+
+
+@dataclass(frozen=True)
+class PlanConfig:
+    """What the smaller model may cost; half of the MACs when no budget is given."""
+
+    macs: Amount = None
+    """Budget in multiply-accumulates: a share of the dense model up to 1, or a number above 1."""
+    params: Amount = None
+    """Budget in parameters: a share up to 1, or a number above 1."""
+    keep: Pairs = field(default_factory=dict)
+    """Share of units to keep per kind instead of a cost budget, e.g. head=0.5 neuron=0.7."""
+    allocation: Literal["global", "uniform"] = "global"
+    """`global`: the least important units anywhere; `uniform`: the same share in every block."""
+    normalization: Annotated[str | None, arg(metavar="NAME")] = None
+    """How scores of different blocks are made comparable; unset: the planner's default."""
+    min_units: Annotated[int, arg(metavar="N")] = 1
+    """Units every layer keeps at least; 0 allows emptied layers."""
+    round_to: Annotated[int, arg(metavar="N")] = 1
+    """Keep a multiple of this many neurons (e.g. 8 for tensor cores)."""
+
+    def budget(self) -> dict[str, Any]:
+        """The one budget asked for, as the keyword `vp.Budget` takes.
+
+        Raises:
+            InvalidInput: more than one budget is given.
+        """
+        given = {
+            name: value
+            for name, value in (("macs", self.macs), ("params", self.params), ("keep", self.keep))
+            if value not in (None, {})
+        }
+        if len(given) > 1:
+            raise InvalidInput(
+                f"plan: give one budget, got {' and '.join(given)}; drop all but one of them"
+            )
+        return given or {"macs": 0.5}
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """Prune a Vision Transformer and distil what is left: the whole chain in one folder.
+
+    The stages are data, dense, score, plan, prune, distill, evaluate, report. The same command on
+    the same folder resumes after the last finished stage, inside training at the last checkpoint.
+    """
+
+    out: Annotated[Path, arg(metavar="DIR")] = Path("runs/digits")
+    """Run folder: everything the run makes, and what it needs to resume."""
+    model: Annotated[ModelConfig, arg(name="")] = field(default_factory=ModelConfig)
+    data: Annotated[DataConfig, arg(name="")] = field(default_factory=DataConfig)
+    score: Annotated[ScoreConfig, arg(name="")] = field(default_factory=ScoreConfig)
+    plan: Annotated[PlanConfig, arg(name="")] = field(default_factory=PlanConfig)
+    train_dense: bool = False
+    """Train the dense model here first, unless its weights are given."""
+    dense: DistillConfig = field(default_factory=DistillConfig)
+    """How the dense model is trained, if it is (its teacher settings mean nothing)."""
+    distill: DistillConfig = field(default_factory=DistillConfig)
+    """How the pruned model is taught."""
+    seed: Annotated[int, arg(metavar="N")] = 0
+    """All randomness of the run is derived from this number."""
+    device: Annotated[str, arg(metavar="auto|cpu|cuda")] = "auto"
+    """Where to compute."""
+    threads: Count = None
+    """Torch threads on the CPU; unset: one per available core."""
+    latency_seconds: Annotated[float, arg(metavar="SECONDS")] = 1.0
+    """How long each latency is measured; two models at batch 1 and 64 make four of them."""
+    quiet: bool = False
+    """Print only the result and errors."""
+    allow_config_change: bool = False
+    """Resume although the configuration differs; the change is recorded, finished stages stay."""
+
+    @property
+    def has_weights(self) -> bool:
+        """Whether the dense model comes trained."""
+        model = self.model
+        return bool(model.checkpoint or model.pretrained or Path(model.name).is_dir())

@@ -1,0 +1,149 @@
+"""From a model's name to a model with weights: every way this can go wrong is one sentence."""
+
+from __future__ import annotations
+
+import difflib
+import warnings
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from torch import Tensor, nn
+
+from vitprune_fast import files
+from vitprune_fast.errors import DamagedFile, InvalidInput
+from vitprune_fast.recipes.config import ModelConfig
+
+
+def is_folder(config: ModelConfig) -> bool:
+    """Whether the model is one of our own saved folders rather than a name of timm."""
+    return Path(config.name).is_dir()
+
+
+def skeleton(config: ModelConfig) -> nn.Module:
+    """The model without memory for its weights: enough to read sizes and check the family.
+
+    Raises:
+        InvalidInput: unknown name (near matches are shown) or arguments it does not take.
+    """
+    if is_folder(config):
+        return open_model(config)
+    with torch.device("meta"):
+        return _create(config)
+
+
+def open_model(config: ModelConfig, classes: int | None = None) -> nn.Module:
+    """The model with its weights, in evaluation mode, on the CPU.
+
+    Args:
+        config: a name of timm with arguments, or a folder made by `vp.save`.
+        classes: size of the head for a model whose weights are not given; weights decide otherwise.
+
+    Raises:
+        InvalidInput: unknown model, bad arguments, or a checkpoint of another shape.
+        DamagedFile: the checkpoint is no tensor file (pickled code is never executed).
+    """
+    if is_folder(config):
+        import vitprune_fast as vp
+
+        if config.args or config.checkpoint or config.pretrained:
+            raise InvalidInput(
+                f"model: the folder {config.name} holds its own weights and sizes; "
+                "drop --model-args, --checkpoint and --pretrained"
+            )
+        return vp.load(config.name).eval()
+    extra: dict[str, Any] = {}
+    if classes is not None and "num_classes" not in config.args:
+        extra["num_classes"] = classes
+    if config.checkpoint is None:
+        return _create(config, **extra).eval()
+    tensors = read_checkpoint(config.checkpoint)
+    model = _create(config, **extra)
+    load_weights(model, tensors, config.checkpoint)
+    return model.eval()
+
+
+def _create(config: ModelConfig, **extra: Any) -> nn.Module:
+    name = config.name
+    # "vit_tiny_patch16_224.augreg_in21k": the tag after the dot picks pretrained weights
+    if not timm.is_model(name.partition(".")[0]):
+        near = difflib.get_close_matches(name, timm.list_models(), n=4, cutoff=0.5)
+        hint = f"; did you mean {', '.join(near)}?" if near else "; see timm.list_models()"
+        raise InvalidInput(f"model: {name!r} is neither a model of timm nor a folder{hint}")
+    arguments = {**config.args, **extra}
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return timm.create_model(name, pretrained=config.pretrained, **arguments)
+    except InvalidInput:
+        raise
+    except Exception as error:
+        # timm and the hub raise anything from KeyError to URLError here
+        reason = " ".join(str(error).split()) or type(error).__name__
+        shown = " ".join(f"{key}={value}" for key, value in arguments.items()) or "no arguments"
+        raise InvalidInput(f"model: cannot create {name} with {shown}: {reason}") from error
+
+
+def read_checkpoint(path: Path) -> dict[str, Tensor]:
+    """The named tensors of a checkpoint: safetensors, or a torch file read with weights_only.
+
+    Raises:
+        InvalidInput: the file is missing.
+        DamagedFile: the file holds pickled code (never executed), no tensors, or is damaged.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise InvalidInput(f"model: checkpoint must be a file, got {path} (no such file)")
+    if path.suffix == ".safetensors":
+        return files.read_tensors(path)
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:
+        # the unpickler refuses with many types; all of them mean the same to the user
+        raise DamagedFile(
+            f"model: checkpoint {path} is no plain tensor file ({type(error).__name__}); nothing "
+            "in it was executed: convert it to .safetensors where you trust it"
+        ) from None
+    for key in ("state_dict_ema", "model_ema", "state_dict", "model"):
+        if isinstance(content, dict) and isinstance(content.get(key), dict):
+            content = content[key]
+            break
+    tensors = (
+        {k: v for k, v in content.items() if isinstance(v, Tensor)}
+        if (isinstance(content, dict))
+        else {}
+    )
+    if not tensors:
+        raise DamagedFile(f"model: checkpoint {path} must hold named tensors, found none")
+    return tensors
+
+
+def load_weights(model: nn.Module, tensors: dict[str, Tensor], source: Path) -> None:
+    """Copies a checkpoint into the model; names and shapes must agree exactly.
+
+    Raises:
+        InvalidInput: the first missing, unknown or differently shaped tensor, and how many more.
+    """
+    tensors = {name.removeprefix("module."): tensor for name, tensor in tensors.items()}
+    wanted = model.state_dict()
+    head = next((n for n in ("head.weight", "head.l.weight") if n in wanted and n in tensors), None)
+    if head and wanted[head].shape[0] != tensors[head].shape[0]:
+        raise InvalidInput(
+            f"model: checkpoint {source} was trained for {tensors[head].shape[0]} classes, but "
+            f"{wanted[head].shape[0]} are needed; give data or a checkpoint with the same classes"
+        )
+    problems = [
+        f"{name} must be {tuple(wanted[name].shape)}, got {tuple(tensors[name].shape)}"
+        for name in wanted
+        if name in tensors and wanted[name].shape != tensors[name].shape
+    ]
+    problems += [f"{name} is missing" for name in wanted if name not in tensors]
+    problems += [f"{name} is unknown" for name in tensors if name not in wanted]
+    if problems:
+        more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
+        raise InvalidInput(
+            f"model: checkpoint {source} does not fit the model: {problems[0]}{more}; "
+            "check --model and --model-args"
+        )
+    model.load_state_dict(tensors)

@@ -1,0 +1,53 @@
+"""Named recipes: complete configurations that a flag or a YAML file then changes."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+from vitprune_fast.distill.config import DistillConfig
+from vitprune_fast.errors import InvalidInput
+from vitprune_fast.recipes.config import DataConfig, ModelConfig, RunConfig, ScoreConfig
+
+DIGITS = RunConfig(
+    out=Path("runs/digits"),
+    model=ModelConfig(
+        name="vit_tiny_patch16_224",
+        args={
+            "img_size": 8,
+            "patch_size": 2,
+            "in_chans": 1,
+            "embed_dim": 96,
+            "depth": 6,
+            "num_heads": 6,
+        },
+    ),
+    data=DataConfig(source="digits"),
+    score=ScoreConfig(samples=898),
+    train_dense=True,
+    dense=DistillConfig(epochs=60, lr=2e-3, warmup_epochs=5),
+    distill=DistillConfig(epochs=40, lr=1e-3, warmup_epochs=2),
+)
+"""The embedded digits: no download, no GPU, a few minutes on two cores."""
+
+IMAGES = RunConfig(
+    out=Path("runs/images"),
+    model=ModelConfig(name="vit_tiny_patch16_224"),
+    data=DataConfig(source="folder:PATH"),
+    dense=DistillConfig(epochs=50),
+    distill=DistillConfig(epochs=10, lr=5e-4, warmup_epochs=1),
+)
+"""A folder of images and a trained model."""
+
+PRESETS = {"digits": DIGITS, "images": IMAGES}
+
+
+def preset(name: str) -> RunConfig:
+    """The configuration of this name, a fresh value.
+
+    Raises:
+        InvalidInput: there is no such preset.
+    """
+    if name not in PRESETS:
+        raise InvalidInput(f"run: preset must be one of {', '.join(PRESETS)}, got {name!r}")
+    return replace(PRESETS[name])

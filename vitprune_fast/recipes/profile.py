@@ -1,0 +1,119 @@
+"""What this machine offers, and what the run makes of it."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import platform
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+
+from vitprune_fast.errors import BackendUnavailable, InvalidInput
+
+
+@dataclass(frozen=True)
+class Profile:
+    """Where and how a run computes."""
+
+    name: str
+    device: str
+    hardware: str
+    dtype: str
+    threads: int
+    workers: int
+
+    def __str__(self) -> str:
+        return (
+            f"{self.name}: {self.hardware}, {self.dtype}, "
+            f"{self.threads} thread{'s' if self.threads != 1 else ''}, "
+            f"{self.workers} loader process{'es' if self.workers != 1 else ''}"
+        )
+
+    def to_dict(self) -> dict[str, str | int]:
+        return asdict(self)
+
+
+def available_cores() -> int:
+    """Cores this process may use (its affinity, not the whole machine)."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def choose_profile(
+    device: str = "auto", threads: int | None = None, workers: int | None = None
+) -> Profile:
+    """Device, dtype, threads and loader processes for this machine; explicit values are obeyed.
+
+    Raises:
+        InvalidInput: an unknown device or a count out of range.
+        BackendUnavailable: CUDA is asked for and there is none.
+    """
+    import torch
+
+    if threads is not None and threads < 1:
+        raise InvalidInput(f"run: threads must be at least 1, got {threads}")
+    if workers is not None and workers < 0:
+        raise InvalidInput(f"run: workers must be 0 or more, got {workers}")
+    cores = available_cores()
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    kind = device.partition(":")[0]
+    if kind == "cuda":
+        if not torch.cuda.is_available():
+            raise BackendUnavailable(
+                "run: device cuda was asked for, but torch sees no GPU; use --device cpu"
+            )
+        hardware = torch.cuda.get_device_name(device)
+        default_workers = max(1, min(8, cores - 1))
+    elif kind == "cpu":
+        hardware = _cpu_name()
+        default_workers = 0
+    else:
+        raise InvalidInput(f"run: device must be auto, cpu or cuda, got {device!r}")
+    return Profile(
+        name="gpu" if kind == "cuda" else "cpu",
+        device=device,
+        hardware=hardware,
+        dtype="float32",
+        threads=threads or cores,
+        workers=default_workers if workers is None else workers,
+    )
+
+
+def _cpu_name() -> str:
+    with contextlib.suppress(OSError), open("/proc/cpuinfo", encoding="utf-8") as lines:
+        for line in lines:
+            if line.startswith("model name"):
+                return " ".join(line.partition(":")[2].split())
+    return platform.processor() or platform.machine()
+
+
+@contextlib.contextmanager
+def applied(profile: Profile) -> Iterator[None]:
+    """Sets torch's thread count for the body, then restores it."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(profile.threads)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def versions() -> dict[str, str]:
+    """Versions that decide the bits of a run."""
+    import numpy
+    import timm
+    import torch
+
+    import vitprune_fast
+
+    return {
+        "vitprune_fast": vitprune_fast.__version__,
+        "torch": str(torch.__version__),
+        "timm": timm.__version__,
+        "numpy": numpy.__version__,
+        "python": platform.python_version(),
+    }

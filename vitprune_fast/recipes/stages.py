@@ -1,0 +1,167 @@
+"""The stages as functions of plain values: the command line's verbs and `run` both call these.
+
+Which split a stage may read is fixed here: training and scoring read `train`, the choice of a
+checkpoint reads `validation`, and `evaluate` alone reads `test`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import vitprune_fast as vp
+from vitprune_fast.data import ImageData, Loader
+from vitprune_fast.distill.config import DistillConfig
+from vitprune_fast.distill.loop import distill
+from vitprune_fast.randomness import derive_seed
+from vitprune_fast.recipes.config import PlanConfig, ScoreConfig
+
+OnEvent = Callable[[dict[str, Any]], None]
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What every stage needs besides its inputs."""
+
+    seed: int
+    device: str
+    workers: int
+    augment: bool
+    batch_size: int
+
+
+def train(
+    student: nn.Module,
+    teacher: nn.Module | None,
+    data: ImageData,
+    config: DistillConfig,
+    setting: Setting,
+    *,
+    purpose: str,
+    checkpoint_dir: Any = None,
+    on_event: OnEvent | None = None,
+    stop: Callable[[], bool] | None = None,
+) -> Any:
+    """Trains `student` on the training split, with the help of `teacher` if there is one.
+
+    Args:
+        student: trained in place, on the setting's device.
+        teacher: gives soft labels; None trains on the labels alone.
+        data: `train` is learnt from; `validation` is only measured, or chooses the checkpoint.
+        config: schedule and losses.
+        setting: seed, device, loader processes, batch size, augmentation.
+        purpose: keeps the randomness of two trainings with one seed apart.
+        checkpoint_dir: where to checkpoint, and to resume from; None keeps nothing.
+        on_event: told about steps and epochs.
+        stop: asked after every step; True ends the training with a checkpoint.
+
+    Returns:
+        The `DistillResult` of the training loop.
+    """
+    seed = derive_seed(setting.seed, purpose)
+    train_loader = Loader(
+        data.split("train"),
+        setting.batch_size,
+        shuffle=True,
+        augment=data.augmentation if setting.augment else None,
+        seed=seed,
+        workers=setting.workers,
+    )
+    validation = Loader(data.split("validation"), setting.batch_size, workers=setting.workers)
+    return distill(
+        student.to(setting.device),
+        None if teacher is None else teacher.to(setting.device).eval(),
+        train_loader,
+        validation,
+        replace(config, seed=seed),
+        checkpoint_dir=checkpoint_dir,
+        on_event=on_event,
+        stop=stop,
+    )
+
+
+def score(model: nn.Module, data: ImageData, config: ScoreConfig, setting: Setting) -> Any:
+    """`Scores` of the model on the first `config.samples` of a seeded order of the train split."""
+    loader = Loader(
+        data.split("train"),
+        config.batch_size,
+        shuffle=True,
+        seed=derive_seed(setting.seed, "score"),
+        workers=setting.workers,
+    )
+    return vp.score(
+        model.to(setting.device),
+        first_samples(loader.epoch(0), config.samples),
+        criterion=config.criterion,
+        units=config.units,
+        reduction=config.reduction,
+        device=setting.device,
+    )
+
+
+def first_samples(batches: Iterator[tuple[Tensor, ...]], count: int) -> Iterator[tuple]:
+    """The batches up to exactly `count` samples, the last one cut short if need be."""
+    left = count
+    for batch in batches:
+        if left < len(batch[0]):
+            batch = tuple(part[:left] for part in batch)
+        left -= len(batch[0])
+        yield batch
+        if left == 0:
+            return
+
+
+def plan(model: nn.Module, scores: Any, config: PlanConfig) -> Any:
+    """The `Plan` that meets the configured budget."""
+    options: dict[str, Any] = {}
+    if config.normalization is not None:
+        options["normalization"] = config.normalization
+    return vp.plan(
+        model,
+        scores,
+        budget=vp.Budget(**config.budget()),
+        allocation=config.allocation,
+        min_units=config.min_units,
+        round_to=config.round_to,
+        **options,
+    )
+
+
+def probe_images(data: ImageData, count: int = 8) -> Tensor:
+    """A few training images (count, C, H, W) on which a stage checks its own result."""
+    batches = iter(Loader(data.split("train"), count))
+    return next(batches)[0]
+
+
+def evaluate(
+    model: nn.Module,
+    data: ImageData,
+    setting: Setting,
+    *,
+    split: str = "test",
+    teacher: nn.Module | None = None,
+) -> Any:
+    """`Evaluation` (integer counts) of the model on a split; this is the one reader of `test`."""
+    loader = Loader(data.split(split), setting.batch_size, workers=setting.workers)
+    return vp.evaluate(
+        model.to(setting.device), loader, teacher=teacher and teacher.to(setting.device)
+    )
+
+
+def measure(
+    model: nn.Module, device: str, batch_sizes: tuple[int, ...] = (1, 64), *, seconds: float = 1.0
+) -> list[Any]:
+    """`Latency` of the model at each batch size, in evaluation mode on `device`."""
+    return [
+        vp.latency(model, batch_size=size, device=device, seconds=seconds) for size in batch_sizes
+    ]
+
+
+def synchronise(device: str) -> None:
+    """Waits for the device, so that an error of a stage is raised inside that stage."""
+    if torch.device(device).type == "cuda":
+        torch.cuda.synchronize(device)

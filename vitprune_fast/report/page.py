@@ -1,0 +1,189 @@
+"""From a run folder to `report.html`."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from importlib.resources import files as resources
+from pathlib import Path
+from typing import Any
+
+import jinja2
+
+import vitprune_fast as vp
+from vitprune_fast import files
+from vitprune_fast.errors import RunFolderError
+from vitprune_fast.recipes.comparison import comparison
+from vitprune_fast.recipes.folder import RunFolder, read_metrics
+from vitprune_fast.report import figures
+
+STAGES = ("data", "dense", "score", "plan", "prune", "distill", "evaluate")
+KIND_NAMES = {"head": "attention heads", "neuron": "MLP neurons"}
+
+WHY_SET_ASIDE = {"unreadable images": "set aside before anything else (set_aside.json names them)"}
+
+
+def write_report(folder: Path | str) -> Path:
+    """Writes `report.html` into a finished run folder and returns its path.
+
+    Raises:
+        RunFolderError: the folder holds no run, or the run has not come to its evaluation.
+        DamagedFile: a file of the run is damaged.
+    """
+    run = RunFolder(folder)
+    for name in ("run.json", "summary.json"):
+        if not (run / name).is_file():
+            raise RunFolderError(
+                f"report: {run.path} must be the folder of a finished run, it has no {name}"
+            )
+    path = run / "report.html"
+    files.write_text(path, render(run))
+    return path
+
+
+def render(run: RunFolder) -> str:
+    """The page as text."""
+    record = files.read_json(run / "run.json")
+    summary = files.read_json(run / "summary.json")
+    stages = {name: run.record_of(name) or {"facts": {}} for name in STAGES}
+    environment = jinja2.Environment(
+        autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
+    )
+    environment.filters["percent"] = lambda value, digits=2: f"{value:.{digits}%}"
+    environment.filters["count"] = lambda value: f"{value:,}"
+    template = environment.from_string(
+        (resources("vitprune_fast.report") / "page.html.j2").read_text(encoding="utf-8")
+    )
+    config = record["identity"]["config"]
+    return template.render(
+        title=run.path.resolve().name,
+        config=config,
+        config_yaml=(run / "config.yaml").read_text(encoding="utf-8"),
+        budget=budget_text(stages["plan"]["facts"].get("budget", {})),
+        command=shlex.join(record.get("command", [])),
+        record=record,
+        summary=summary,
+        before=summary["before"],
+        after=summary["after"],
+        rows=comparison(summary["before"], summary["after"]),
+        stages=stages,
+        seconds={name: stages[name]["facts"].get("seconds") for name in STAGES},
+        kept=kept_figures(run),
+        scores=score_figures(run),
+        thinned=thinned_note(run),
+        curves=curve_figures(run),
+        costs=cost_figure(summary),
+        set_aside=set_aside(record, summary),
+    )
+
+
+def budget_text(budget: dict[str, Any]) -> str:
+    """The budget in words."""
+    words = {"macs": "multiply-accumulates", "params": "parameters"}
+    parts = []
+    for name, value in budget.items():
+        if name == "keep":
+            parts += [f"{share:.0%} of the {KIND_NAMES[kind]}" for kind, share in value.items()]
+        elif value <= 1:
+            parts.append(f"{value:.0%} of the {words[name]}")
+        else:
+            parts.append(f"{value:,.0f} {words[name]}")
+    return " and ".join(parts)
+
+
+def unit_facts(run: RunFolder) -> dict[str, list[dict[str, Any]]]:
+    """Per unit kind the axes in order: block, size, kept units, scores."""
+    plan_facts = (run.record_of("plan") or {"facts": {"axes": {}}})["facts"]["axes"]
+    plan = vp.Plan.load(run / "plan.json")
+    scores = vp.Scores.load(run / "scores.safetensors")
+    kinds: dict[str, list[dict[str, Any]]] = {}
+    for name, axis in plan_facts.items():
+        if axis["kind"] not in figures.KINDS:
+            continue
+        number = re.search(r"\d+", name)
+        kinds.setdefault(axis["kind"], []).append(
+            {
+                "kind": axis["kind"],
+                "block": int(number[0]) if number else 0,
+                "size": axis["size"],
+                "units": list(plan[name]),
+                "scores": scores[name].tolist() if name in scores else [],
+            }
+        )
+    return kinds
+
+
+def kept_figures(run: RunFolder) -> list[tuple[str, str]]:
+    """(caption, svg) of what stayed, per unit kind."""
+    result = []
+    for kind, axes in unit_facts(run).items():
+        kept, total = sum(len(a["units"]) for a in axes), sum(a["size"] for a in axes)
+        caption = f"{kept:,} of {total:,} {KIND_NAMES[kind]} kept"
+        result.append((caption, figures.kept_units(axes, f"kept {KIND_NAMES[kind]} per block")))
+    return result
+
+
+def score_figures(run: RunFolder) -> list[tuple[str, str]]:
+    """(caption, svg) of the score distributions, per unit kind."""
+    return [
+        (
+            f"Scores of {KIND_NAMES[kind]}, per block",
+            figures.score_spread(axes, f"scores of {KIND_NAMES[kind]} per block"),
+        )
+        for kind, axes in unit_facts(run).items()
+        if all(axis["scores"] for axis in axes)
+    ]
+
+
+def thinned_note(run: RunFolder) -> str:
+    """Says so where a picture shows only some of the units."""
+    most = max((a["size"] for axes in unit_facts(run).values() for a in axes), default=0)
+    if most <= figures.MOST_POINTS:
+        return ""
+    return f" (at most {figures.MOST_POINTS} of each colour per block, evenly spaced by rank)"
+
+
+def curve_figures(run: RunFolder) -> list[tuple[str, str]]:
+    """(caption, svg) of loss and validation accuracy of every training stage."""
+    lines = read_metrics(run / "metrics.jsonl")
+    result = []
+    for stage, heading in (("dense", "Training of the dense model"), ("distill", "Distillation")):
+        epochs = [e for e in lines if e.get("stage") == stage and e.get("event") == "epoch"]
+        for key, label, scale in (
+            ("loss", "training loss", 1.0),
+            ("val_top1", "validation top-1, %", 100.0),
+        ):
+            points = [(e["epoch"] + 1, e[key] * scale) for e in epochs if e.get(key) is not None]
+            if len(points) > 1:
+                xs, ys = zip(*points, strict=True)
+                line = (heading, figures.AFTER, list(xs), list(ys))
+                caption = f"{heading}: {label}"
+                result.append((caption, figures.curves([line], label, caption)))
+    return result
+
+
+def cost_figure(summary: dict[str, Any]) -> str:
+    """The svg of cost and latency before and after."""
+    before, after = summary["before"], summary["after"]
+    rows = [
+        (name, before[key], after[key], style.format(after[key]))
+        for name, key, style in (
+            ("parameters", "params", "{:,.0f}"),
+            ("MACs", "macs", "{:,.0f}"),
+            ("latency,\nbatch 1", "latency_ms", "{:.2f} ms"),
+            ("latency,\nbatch 64", "latency_ms_batch64", "{:.2f} ms"),
+        )
+    ]
+    return figures.bars(rows, "cost and latency before and after")
+
+
+def set_aside(record: dict[str, Any], summary: dict[str, Any]) -> list[str]:
+    """What was left out of the run, one sentence each."""
+    return [
+        f"{count:,} {what} {WHY_SET_ASIDE.get(what, 'left out: not finite')}"
+        for what, count in summary["set_aside"].items()
+        if count
+    ] + [
+        f"The configuration was changed after the start: {'; '.join(lines)}"
+        for lines in record.get("changes", [])
+    ]
