@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+# before the imports: they may read it
 __version__ = "0.1.0"
 
 from . import ops
@@ -73,7 +74,6 @@ __all__ = [
     "save",
     "score",
 ]
-
 
 
 def __getattr__(name: str) -> Any:

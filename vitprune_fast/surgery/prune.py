@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import copy
 import math
-from typing import Any, TypeVar
+from typing import Any, TypeVar, overload
 
-import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
-from .. import ops
 from ..errors import UnsupportedArchitecture
 from ..modeling_pruned import AttentionBlock, Constant, MlpBlock
 from ..planning.cost import constant_dim, gone
@@ -19,12 +18,30 @@ from ..structure import Structure, describe
 from ..structure.axes import Dim, SoftmaxScale, Write
 from ..structure.index import Index
 from ..structure.paths import get, put
+from .carry import Cut, carry_optimizer
+from .gather import gather_tensor
 
 Model = TypeVar("Model", bound=nn.Module)
+Ema = TypeVar("Ema", bound=nn.Module)
 
 
+@overload
+def prune(model: Model, plan: Plan) -> Model: ...
+@overload
+def prune(model: Model, plan: Plan, optimizer: Optimizer) -> tuple[Model, Optimizer]: ...
+@overload
+def prune(model: Model, plan: Plan, *, ema: Ema) -> tuple[Model, Ema]: ...
+@overload
+def prune(
+    model: Model, plan: Plan, optimizer: Optimizer, ema: Ema
+) -> tuple[Model, Optimizer, Ema]: ...
 @torch.no_grad()
-def prune(model: Model, plan: Plan) -> Model:
+def prune(
+    model: nn.Module,
+    plan: Plan,
+    optimizer: Optimizer | None = None,
+    ema: nn.Module | None = None,
+) -> Any:
     """A new, smaller, dense model that computes what ``model`` computes under ``plan``.
 
     The logits equal those of the masked model (:func:`vitprune_fast.mask`) to rounding; a plan
@@ -38,40 +55,61 @@ def prune(model: Model, plan: Plan) -> Model:
     Args:
         model: a supported model; it is left untouched and shares no memory with the result.
         plan: made for this model.
+        optimizer: of ``model``; it is left untouched. Its moments come along: the surviving
+            entries bit for bit, except where pruning rescales a weight row by f (softmax scale,
+            absorbed LayerScale): there first moments are divided by f and second ones by f^2.
+        ema: an averaged copy of ``model``, or a wrapper with one as ``.module``; left untouched
+            and pruned by the same plan.
 
     Returns:
         The pruned model, with the device, dtypes, training modes and ``requires_grad`` of
-        ``model``.
+        ``model``. With ``optimizer`` or ``ema`` a tuple: the model, then each of them that was
+        given, in this order.
 
     Raises:
-        InvalidInput: the plan belongs to another model, or would fill zeros under a norm.
+        InvalidInput: the plan, optimizer or EMA belongs to another model, or the plan would fill
+            zeros under a norm.
         UnsupportedArchitecture: the model has no layout, or head dims go under a q/k norm without
             weight, where the softmax scale has no place.
     """
     structure = describe(model)
     plan = plan.check(structure)
     index = Index(structure, plan, plan.removed)
-    new = _gathered_copy(model, structure, index)
+    cut = operate(model, structure, index)
+    results: list[Any] = [cut.model]
+    if optimizer is not None:
+        results.append(carry_optimizer(optimizer, model, structure, index, cut))
+    if ema is not None:
+        averaged: Any = getattr(ema, "module", ema)
+        pruned = prune(averaged, plan)
+        results.append(copy.deepcopy(ema, {id(averaged): pruned}))
+    return tuple(results) if len(results) > 1 else cut.model
+
+
+def operate(model: nn.Module, structure: Structure, index: Index) -> Cut:
+    """Prune ``model``; also tells which new tensor each old one became, for what goes with it."""
+    cut = _gathered_copy(model, structure, index)
+    new = cut.model
     for path, dim in structure.attrs.items():
         _resize_attr(new, path, index.length(dim))
     for module in new.modules():
         _refresh_leaf(module)
     for scale in structure.scales:
-        _keep_softmax_scale(new, structure, index, scale)
+        _keep_softmax_scale(cut, structure, index, scale)
     for write in index.dead.values():
         fate, target = index.fates[write.name]
         if fate == "constant":
             put(new, write.name, Constant(_projected(new, write, structure, index)))
         elif fate == "folded" and target is not None:
-            _fold(new, target, _constant(new, write, structure, index))
+            _fold(cut, target, _constant(new, write, structure, index))
     _drop_branches(new, structure, index)
-    return new
+    return cut
 
 
-def _gathered_copy(model: Model, structure: Structure, index: Index) -> Model:
+def _gathered_copy(model: nn.Module, structure: Structure, index: Index) -> Cut:
     """A copy of the modules whose tensors are the surviving entries; no full copy ever exists."""
     dying = gone(index)
-    memo: dict[int, Tensor] = {}
+    tensors, memo = {}, {}
     for name, layout in structure.tensors.items():
         old = get(model, name)
         if name.startswith(dying) and old.ndim > 1:
@@ -81,43 +119,8 @@ def _gathered_copy(model: Model, structure: Structure, index: Index) -> Model:
             new = gather_tensor(old, index, layout)
         if isinstance(old, nn.Parameter):
             new = nn.Parameter(new, requires_grad=old.requires_grad)
-        memo[id(old)] = new
-    return copy.deepcopy(model, memo)
-
-
-def gather_tensor(old: Tensor, index: Index, layout: tuple[Dim, ...]) -> Tensor:
-    """The surviving entries of one tensor, as a fresh contiguous tensor of the same dtype.
-
-    Args:
-        old: any tensor with this layout (a parameter, its optimizer moment, its EMA).
-        index: of the plan.
-        layout: one Dim per dimension of ``old``.
-    """
-    if old.ndim == 0:
-        return old.detach().clone()
-    shape = tuple(index.length(dim) for dim in layout)
-    rows = _selection(index, layout[:1])
-    columns = _selection(index, layout[1:])
-    if rows is None and columns is None:
-        return old.detach().clone(memory_format=torch.contiguous_format)
-    device = old.device
-    flat = old.detach().reshape(old.shape[0], -1)
-    return ops.gather(
-        flat,
-        None if rows is None else torch.from_numpy(rows).to(device),
-        None if columns is None else torch.from_numpy(columns).to(device),
-    ).view(shape)
-
-
-def _selection(index: Index, dims: tuple[Dim, ...]) -> np.ndarray | None:
-    """Old positions along flattened dimensions, None where all stay."""
-    positions, identity = np.zeros(1, dtype=np.int64), True
-    for dim in dims:
-        size, one = dim.length(), index.gather(dim)
-        identity &= len(one) == size and bool((one == np.arange(size)).all())
-        lost = (positions[:, None] < 0) | (one < 0)
-        positions = np.where(lost, -1, positions[:, None] * size + one).ravel()
-    return None if identity else positions
+        tensors[name] = memo[id(old)] = new
+    return Cut(copy.deepcopy(model, memo), tensors)
 
 
 def _resize_attr(new: nn.Module, path: str, size: int) -> None:
@@ -135,9 +138,7 @@ def _refresh_leaf(module: nn.Module) -> None:
         module.in_channels = module.weight.shape[1] * module.groups
 
 
-def _keep_softmax_scale(
-    new: nn.Module, structure: Structure, index: Index, scale: SoftmaxScale
-) -> None:
+def _keep_softmax_scale(cut: Cut, structure: Structure, index: Index, scale: SoftmaxScale) -> None:
     """The temperature stays that of the original width.
 
     The fused path derives it from the width and ignores ``.scale``, the unfused path reads
@@ -152,10 +153,11 @@ def _keep_softmax_scale(
             "softmax scale when head dims go, got neither; keep all qk dims and v dims"
         )
     factor = math.sqrt(width / old_width)
-    put(new, f"{scale.module}.scale", width**-0.5)
+    put(cut.model, f"{scale.module}.scale", width**-0.5)
     for name in scale.queries:
-        first = Dim(structure.tensors[name][0].parts[:1])
-        get(new, name)[: index.length(first)] *= factor
+        rows = torch.ones(index.length(structure.tensors[name][0]), dtype=torch.float64)
+        rows[: index.length(Dim(structure.tensors[name][0].parts[:1]))] = factor
+        cut.rescale(name, rows)
 
 
 def _projected(new: nn.Module, write: Write, structure: Structure, index: Index) -> Tensor:
@@ -175,16 +177,17 @@ def _constant(new: nn.Module, write: Write, structure: Structure, index: Index) 
     return value * get(new, write.gain) if write.gain else value
 
 
-def _fold(new: nn.Module, target: Write, constant: Tensor) -> None:
+def _fold(cut: Cut, target: Write, constant: Tensor) -> None:
     """Add a constant vector to a live writer of the stream."""
     if target.gain:
         # absorb the gain: dividing the constant by it would fail where it is zero
-        gain = get(new, target.gain)
-        get(new, target.weight or "").mul_(gain[:, None])
-        get(new, target.bias[0]).mul_(gain)
-        gain.fill_(1)
+        gain = cut.tensors[target.gain].detach().clone()
+        for name in (target.weight or "", target.bias[0]):
+            cut.rescale(name, gain)
+        cut.tensors[target.gain].fill_(1)
+        cut.note_rescale(target.gain, 1 / gain.double())
     for name in target.bias:
-        get(new, name).add_(constant)
+        cut.tensors[name].add_(constant)
 
 
 def _drop_branches(new: Any, structure: Structure, index: Index) -> None:
