@@ -10,6 +10,7 @@ import subprocess
 import sys
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 import timm
@@ -112,7 +113,7 @@ def test_every_command_runs(
             image = Image.new("RGB", (40, 30), (120 * label, 15 * index, 0))
             image.save(tmp_path / "photos" / name / f"{index}.jpg")
     torch.manual_seed(0)
-    sizes = {"num_classes": 2, "img_size": 32}
+    sizes: dict[str, Any] = {"num_classes": 2, "img_size": 32}
     model = timm.create_model("vit_tiny_patch16_224", **sizes)
     files.write_tensors("dense.safetensors", model.state_dict())
     for command in COMMANDS:

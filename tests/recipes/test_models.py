@@ -3,6 +3,7 @@ from __future__ import annotations
 import pickle
 from collections import OrderedDict
 from pathlib import Path
+from typing import Any
 
 import pytest
 import timm
@@ -14,7 +15,7 @@ from vitprune_fast.recipes.config import ModelConfig
 from vitprune_fast.recipes.models import open_model, skeleton
 
 NAME = "vit_tiny_patch16_224"
-SMALL = {
+SMALL: dict[str, Any] = {
     "img_size": 16,
     "patch_size": 8,
     "embed_dim": 24,
