@@ -52,6 +52,6 @@ $(VENV)/.torch:
 	$(BIN)/python -m pip install -q torch torchvision "setuptools>=77" wheel ninja "pybind11>=2.13"
 	touch $@
 
-$(VENV)/.package: $(VENV)/.torch pyproject.toml setup.py csrc/host.cpp $(CXX_FILES)
+$(VENV)/.package: $(VENV)/.torch pyproject.toml setup.py $(CXX_FILES)
 	$(WITH_TOOLKIT) $(BIN)/python -m pip install -q --no-build-isolation -e '.[report,digits,test,lint]'
 	touch $@

@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import datetime
 import json
+import os
 import platform
 import re
+import shlex
 import statistics
 import subprocess
 import time
@@ -58,13 +60,15 @@ def write(config: pytest.Config, device: str) -> None:
     )
     report = doctor()
     content = {
-        "command": "python -m pytest " + " ".join(config.invocation_params.args),
+        "command": "python -m pytest " + shlex.join(config.invocation_params.args),
         "date": f"{now:%Y-%m-%d}",
         "commit": commit(),
         "device": report.devices["cuda:0" if device == "cuda" else "cpu"],
         "instructions": report.native.get("built with cpu_instructions", "unknown"),
         "versions": {**report.versions, "vitprune_fast": __version__},
         "system": platform.system(),
+        # above the number of cores the caches were shared with others
+        "load_average": round(os.getloadavg()[0], 1),
         "records": config.stash[RECORDS],
     }
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -18,13 +18,20 @@ COLUMNS = (
 )
 
 
+def load_note(content: dict) -> str:
+    """A warning where other work ran beside the measurement."""
+    load = content.get("load_average", 0)
+    return f", load average {load}: other work shared the caches" if load > 1.5 else ""
+
+
 def table(content: dict) -> str:
     """The table of one results file."""
     versions = content["versions"]
     title = f"## {content['device']}\n"
     facts = (
         f"`{content['command']}`, commit {content['commit']}, {content['date']}, "
-        f"torch {versions['torch']}, Triton {versions['triton']}.\n"
+        f"torch {versions['torch']}, Triton {versions['triton']}"
+        f"{load_note(content)}.\n"
     )
     rows = [
         f"| {r['op']} | {r['case']} | {r['form']} | {r['min_us']} | {r['gb_per_s']} "

@@ -688,6 +688,14 @@ def test_photographs_can_be_grey(photos: Path) -> None:
     assert len(data.mean) == len(data.std) == 1
 
 
+def test_class_folders_may_be_links(photos: Path, tmp_path: Path) -> None:
+    (tmp_path / "linked" / "eel").mkdir(parents=True)
+    for link in ("cat", "dog", "eel/europe"):
+        (tmp_path / "linked" / link).symlink_to(photos / link.partition("/")[0])
+    # the reader names a class after the folder that holds the image
+    assert _photo_data(tmp_path / "linked").classes == ("cat", "dog", "europe")
+
+
 def test_the_reader_ignores_other_files(photos: Path) -> None:
     (photos / "README.txt").write_text("mine")
     (photos / "cat" / "notes.txt").write_text("mine")

@@ -130,6 +130,12 @@ def test_json_round_trip_keeps_every_bit(tmp_path: Path, value: object) -> None:
     assert repr(back) == repr(value)
 
 
+def test_file_names_that_are_no_text_survive(tmp_path: Path) -> None:
+    names = [os.fsdecode(b"caf\xe9.jpg"), "ünicode\nname"]
+    files.write_json(tmp_path / "value.json", names)
+    assert files.read_json(tmp_path / "value.json") == names
+
+
 def test_number_lists_share_a_line(tmp_path: Path) -> None:
     files.write_json(tmp_path / "value.json", {"kept": [1, 2, 3], "text": "[\n1,\n2\n]"})
     text = (tmp_path / "value.json").read_text()

@@ -99,7 +99,7 @@ def write_json(path: PathLike, value: Any) -> None:
         InvalidInput: ``value`` holds NaN, an infinity, or something JSON has no form for.
     """
     try:
-        text = json.dumps(value, indent=2, allow_nan=False, ensure_ascii=False)
+        text = json.dumps(value, indent=2, allow_nan=False)
     except (TypeError, ValueError) as error:
         raise InvalidInput(
             f"write_json: value must be plain finite JSON data for {path}, got {error}"

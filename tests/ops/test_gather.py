@@ -227,3 +227,13 @@ def test_gather_native_checks_bounds():
             op(source, bad, None)
     with pytest.raises(RuntimeError, match="columns must be a 1-D int64 tensor"):
         op(source, None, torch.tensor([0], dtype=torch.int32))
+
+
+@pytest.mark.gpu
+def test_gather_on_cuda_matches_the_cpu():
+    source = torch.randn(30, 197)
+    rows, columns = index("ascending-then-zeros", 30), index("any-order", 197)
+    got = ops.gather(source.cuda(), rows.cuda(), columns.cuda())
+    assert_same_bits(got.cpu(), reference(source, rows, columns))
+    with pytest.raises(InvalidInput, match=r"rows must be on cuda:0 like the source, got cpu"):
+        ops.gather(source.cuda(), rows)

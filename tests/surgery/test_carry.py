@@ -109,8 +109,9 @@ def test_moments_of_rows_rescaled_by_a_fold_follow() -> None:
     pruned, carried = prune(model, plan, optimizer)
     pruned(images).square().mean().backward()
     for parameter, state in carried.state.items():
-        assert torch.allclose(state["exp_avg"], parameter.grad, rtol=1e-9, atol=1e-12)
-        assert torch.allclose(state["exp_avg_sq"], parameter.grad**2, rtol=1e-9, atol=1e-15)
+        gradient: Any = parameter.grad
+        assert torch.allclose(state["exp_avg"], gradient, rtol=1e-9, atol=1e-12)
+        assert torch.allclose(state["exp_avg_sq"], gradient**2, rtol=1e-9, atol=1e-15)
 
 
 def test_moments_follow_an_absorbed_layer_scale() -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import os
 from pathlib import Path
 from typing import BinaryIO
 
@@ -46,11 +46,11 @@ class Folder:
         self.channels = channels
         self.seed = seed
         self.crop_share = crop_share
-        self.paths: list[Path] = []
+        # relative to the root, as plain text: a data set may have millions
+        self.names: list[str] = []
         self.labels: list[int] = []
         self.classes: tuple[str, ...] = ()
         self.splits = self._list()
-        self.names = [path.relative_to(root).as_posix() for path in self.paths]
 
     def pixels(self, ids: torch.Tensor, augment: Augment | None, draws: np.ndarray) -> torch.Tensor:
         """Return ``(B, C, H, W)`` fp32 in ``[0, 1]``.
@@ -69,12 +69,16 @@ class Folder:
 
     def image(self, sample: int) -> Image.Image:
         """Decode one whole image."""
-        path = self.paths[sample]
+        path = self.path(sample)
 
         def open_file() -> BinaryIO:
             return open(path, "rb")
 
-        return decode(open_file, str(path), channels=self.channels)
+        return decode(open_file, path, channels=self.channels)
+
+    def path(self, sample: int) -> str:
+        """Where an image lies."""
+        return os.path.join(self.root, self.names[sample])
 
     def _view(self, image: Image.Image, augment: Augment | None, draw: np.ndarray) -> np.ndarray:
         """Cut a window and resize it to the model's input: random, or the centre to evaluate."""
@@ -98,7 +102,7 @@ class Folder:
         if not (root / "train").is_dir():
             self._add(root)
             shares = {"test": TEST_SHARE, "validation": VALIDATION_SHARE}
-            return self._derived(range(len(self.paths)), shares)
+            return self._derived(range(len(self.names)), shares)
         splits = {"train": self._add(root / "train")}
         held_out = [name for name in _HELD_OUT if (root / name).is_dir()]
         for name in held_out:
@@ -116,7 +120,7 @@ class Folder:
         self, samples: range | list[int], shares: dict[str, float]
     ) -> dict[str, list[int]]:
         """Cut ``shares`` out of ``samples``; names and a fixed seed decide, see ``stratified``."""
-        names = [self.paths[sample].relative_to(self.root).as_posix() for sample in samples]
+        names = [self.names[sample] for sample in samples]
         labels = [self.labels[sample] for sample in samples]
         chosen = stratified(names, labels, shares, self.seed)
         return {split: [samples[index] for index in part] for split, part in chosen.items()}
@@ -149,22 +153,28 @@ class Folder:
                 f"open_data: {folder} must have the classes of the training part, "
                 f"got also {unknown[:5]}"
             )
-        first = len(self.paths)
-        self.paths += [Path(path) for path, _ in reader.samples]
+        first = len(self.names)
+        prefix = os.path.join(self.root, "")
+        self.names += [path.removeprefix(prefix) for path, _ in reader.samples]
         self.labels += [self.classes.index(found[label]) for _, label in reader.samples]
-        return list(range(first, len(self.paths)))
+        return list(range(first, len(self.names)))
 
 
 def _check_class_folders(folder: Path) -> None:
     """Refuse a class folder without images: the reader would drop it and number the rest anew."""
     for each in sorted(folder.iterdir()):
-        if each.is_dir() and not each.name.startswith(".") and not any(_image_files(each)):
+        if each.is_dir() and not each.name.startswith(".") and not _has_images(each):
             raise InvalidInput(
                 f"open_data: every class folder must hold images, got none in {each}; "
                 "fill it or remove it"
             )
 
 
-def _image_files(folder: Path) -> Iterator[Path]:
+def _has_images(folder: Path) -> bool:
     suffixes = get_img_extensions(as_set=True)
-    return (path for path in folder.rglob("*") if path.suffix.lower() in suffixes)
+    # like the reader, which follows links
+    return any(
+        Path(name).suffix.lower() in suffixes
+        for _, _, names in os.walk(folder, followlinks=True)
+        for name in names
+    )

@@ -65,7 +65,7 @@ class _Reasons(Dataset):
         try:
             self.source.image(sample)
         except DamagedFile as error:
-            return str(error).partition(f"{self.source.paths[sample]}: ")[2] or str(error)
+            return str(error).partition(f"{self.source.path(sample)}: ")[2] or str(error)
         return ""
 
 

@@ -13,6 +13,7 @@ from vitprune_fast import _extension
 from vitprune_fast.errors import BackendUnavailable, InvalidInput
 
 Backend = Literal["auto", "triton", "cuda", "cpu", "eager"]
+_NAMES = get_args(Backend)
 
 # the forms each op has
 IMPLEMENTED = {
@@ -88,8 +89,8 @@ def choose(op: str, device: torch.device, backend: str) -> str:
     if backend == "auto":
         backend = os.environ.get("VITPRUNE_BACKEND") or "auto"
         asked_by = "VITPRUNE_BACKEND"
-    if backend not in get_args(Backend):
-        names = ", ".join(get_args(Backend))
+    if backend not in _NAMES:
+        names = ", ".join(_NAMES)
         raise InvalidInput(f"{op}: {asked_by} must be one of {names}, got {backend!r}")
     if backend != "auto":
         obstacle = _obstacle(op, backend, device.type)
