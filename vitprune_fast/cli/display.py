@@ -115,6 +115,7 @@ class Display:
             table.add_row(*row)
         self.console.print()
         self.console.print(table)
+        self.console.print(f"\nreport: {event['report']}", markup=False)
 
 
 def _epochs(event: dict[str, Any]) -> tuple[int, int]:

@@ -154,7 +154,9 @@ def run(
         job = Job(config, folder, data, profile, metrics, tell, stop or (lambda: False))
         run_stages(job, resumed=resumed)
     summary = files.read_json(folder / "summary.json")
-    tell({"event": "end", "seconds": time.perf_counter() - started, "summary": summary})
+    seconds = time.perf_counter() - started
+    report = str(folder / "report.html")
+    tell({"event": "end", "seconds": seconds, "summary": summary, "report": report})
     return summary
 
 
