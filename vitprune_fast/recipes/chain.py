@@ -242,7 +242,7 @@ def _data(job: Job) -> dict[str, Any]:
     return {
         "split_sizes": sizes,
         "text": f"{counts}, {len(job.data.classes)} classes"
-        + (f"; {len(bad):,} unreadable images set aside" if bad else ""),
+        + (f"; {len(bad):,} unreadable image{'s' * (len(bad) > 1)} set aside" if bad else ""),
     }
 
 
