@@ -25,8 +25,6 @@ DIGITS = RunConfig(
     data=DataConfig(source="digits", batch_size=128),
     score=ScoreConfig(samples=1019),
     train_dense=True,
-    # matrices this small gain nothing from a second thread, and lose much when a core is busy
-    threads=1,
     dense=DistillConfig(epochs=150, lr=3e-3, warmup_epochs=5, label_smoothing=0.1),
     distill=DistillConfig(epochs=80, lr=1.5e-3, warmup_epochs=2),
     # matrices this small gain little from a second thread, and one thread gives the same bits
