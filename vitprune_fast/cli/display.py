@@ -39,7 +39,7 @@ class Display:
         return self
 
     def __exit__(self, *error: object) -> None:
-        self._bars.stop()
+        self._drop_bar()
 
     def __call__(self, event: dict[str, Any]) -> None:
         handler = getattr(self, f"_on_{event.get('event')}", None)
