@@ -600,6 +600,12 @@ def _empty_class(root: Path) -> None:
     (root / "void").mkdir()
 
 
+def _superscript(root: Path) -> None:
+    _save_images(root / "a", 5)
+    _save_images(root / "b", 5)
+    (root / "a" / "1²1.jpg").write_bytes(b"")
+
+
 def _both_validations(root: Path) -> None:
     for part in ("train", "val", "validation"):
         _save_images(root / part / "a", 5)
@@ -634,7 +640,8 @@ def _nothing(root: Path) -> None:
         (_loose_images, "every image must lie in a class folder"),
         (_one_class, r"must hold at least two classes \(a folder each\), got \['only'\]"),
         (_empty_class, "every class folder must hold images, got none in .*void"),
-        (_both_validations, "must have one validation folder"),
+        (_superscript, "must have plain digits, .*; rename the file"),
+        (_both_validations, "must have one validation part"),
         (_new_class_in_test, r"must have the classes of the training part, got also \['c'\]"),
         (_too_few, "must have enough images for train, validation and test, got none for"),
     ],
@@ -653,8 +660,16 @@ def test_bad_folders_are_one_sentence(
 @pytest.mark.parametrize(
     ("spec", "options", "sentence"),
     [
-        ("digit", {}, "spec must be `digits` or `folder:PATH`, got 'digit'"),
-        ("folder:", {}, "spec must be `digits` or `folder:PATH`, got 'folder:'"),
+        (
+            "digit",
+            {},
+            "`tar:PATH` or `wds:PATH`, got 'digit'",
+        ),
+        (
+            "folder:",
+            {},
+            "spec must be `digits`, `folder:PATH`, .*, got 'folder:'",
+        ),
         ("digits", {"channels": 2}, "channels must be 1 or 3, got 2"),
         ("digits", {"image_size": 0}, "image_size must be at least 1 pixel, got 0"),
         ("digits", {"crop_share": 0.0}, r"crop_share must be in \(0, 1\], got 0.0"),
