@@ -124,12 +124,12 @@ def test_classes_and_order_are_those_of_timms_reader(tmp_path: Path) -> None:
 
 
 def test_shards_hold_what_webdataset_reads(tmp_path: Path) -> None:
-    import webdataset
+    from webdataset.compat import WebDataset
 
     root = _write_shards(tmp_path / "shards")
     data = _open("wds", root)
     shards = [str(path) for path in sorted(root.iterdir())]
-    samples = list(webdataset.WebDataset(shards, shardshuffle=False))
+    samples = list(WebDataset(shards, shardshuffle=False))
     assert [int(sample["cls"]) for sample in samples] == data.source.labels
     for number, sample in enumerate(samples):
         with data.source.open(number) as file:  # type: ignore[attr-defined]

@@ -14,7 +14,7 @@ import tarfile
 from array import array
 from collections.abc import Iterator
 from pathlib import Path
-from typing import BinaryIO, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 from timm.data.readers.img_extensions import get_img_extensions
 
@@ -87,6 +87,7 @@ def _members(file: BinaryIO) -> Iterator[Member]:
     total = os.fstat(file.fileno()).st_size
     seen: set[str] = set()
     end = 0
+    tar: Any
     with tarfile.open(fileobj=file, mode="r:", tarinfo=_Header) as tar:
         while (header := tar.next()) is not None:
             # it would keep every header

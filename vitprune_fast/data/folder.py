@@ -62,11 +62,30 @@ def _check_class_folders(folder: Path) -> None:
             )
 
 
-def _has_images(folder: Path) -> bool:
+def _has_images(top: Path) -> bool:
+    """Whether the reader will find images; refuses what it would silently skip or never end on."""
     suffixes = get_img_extensions(as_set=True)
+    found = False
     # like the reader, which follows links
-    return any(
-        Path(name).suffix.lower() in suffixes
-        for _, _, names in os.walk(folder, followlinks=True)
-        for name in names
+    for folder, inner, names in os.walk(top, followlinks=True, onerror=_refuse_unreadable):
+        found = found or any(Path(name).suffix.lower() in suffixes for name in names)
+        for path in (os.path.join(folder, name) for name in inner):
+            if os.path.islink(path) and _above(path, folder, top):
+                raise InvalidInput(
+                    f"open_data: links must not lead in a circle, got {path}; remove it"
+                )
+    return found
+
+
+def _above(link: str, folder: str, top: Path) -> bool:
+    """Whether ``link``, found in ``folder``, leads to a folder on the way to it."""
+    walked = [Path(folder), *(each for each in Path(folder).parents if each.is_relative_to(top))]
+    way = {place for each in walked for place in (each.resolve(), *each.resolve().parents)}
+    return Path(link).resolve() in way
+
+
+def _refuse_unreadable(error: OSError) -> None:
+    raise InvalidInput(
+        f"open_data: every folder must be readable, got {error.filename}: {error.strerror}; "
+        "fix its permission"
     )
