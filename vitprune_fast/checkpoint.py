@@ -36,6 +36,8 @@ from .modeling_pruned import ACTIVATIONS, MLPS, NORMS, PLAIN, Constant
 from .structure import describe
 
 FORMAT_VERSION = 1
+# a line of text can ask for a block, which takes a millisecond to build
+MAX_BLOCKS = 1 << 10
 # timm's names for the two classes; every argument of theirs is given, so the size in it is moot
 _ENTRYPOINTS = {
     "VisionTransformer": "vit_base_patch16_224",
@@ -103,6 +105,8 @@ def load(folder: str | Path) -> nn.Module:
             f"{FORMAT_VERSION}, got {spec.get('version') if isinstance(spec, dict) else None!r}"
         )
     try:
+        if len(spec["blocks"]) > MAX_BLOCKS:
+            raise ValueError(f"{len(spec['blocks'])} blocks, more than {MAX_BLOCKS}")
         model = modeling_pruned.build(spec)
     except (
         # whatever a hostile description makes constructors do, the answer is one typed error
@@ -115,7 +119,7 @@ def load(folder: str | Path) -> nn.Module:
         ValueError,
     ) as error:
         raise DamagedFile(
-            f"load: {folder / 'config.json'} must describe a model, got {error!r}"
+            f"load: {folder / 'config.json'} must describe a model, got {error!r:.500}"
         ) from error
     fill(model, tensors, str(folder / "model.safetensors"))
     model.pretrained_cfg = model.default_cfg = config.get("pretrained_cfg", {})

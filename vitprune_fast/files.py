@@ -27,6 +27,10 @@ from vitprune_fast.errors import DamagedFile, InvalidInput, RunFolderError
 MANIFEST = "manifest.json"
 MAX_JSON_BYTES = 16 << 20
 MAX_JSON_DEPTH = 32
+# a value may take a hundred times the memory of the three characters that make it
+MAX_JSON_VALUES = 1 << 20
+MAX_DIGITS = 100
+MAX_NAME = 4096
 MAX_HEADER_BYTES = 16 << 20
 _TEMPORARY = re.compile(r"\..+\.\d+-\d+\.tmp")
 _NUMBER_LIST = re.compile(r'\[\n([^\[\]{}"]*)\n\s*\]')
@@ -117,8 +121,9 @@ def read_json(path: PathLike, *, max_bytes: int = MAX_JSON_BYTES) -> Any:
         max_bytes: larger files are refused before they are read.
 
     Raises:
-        DamagedFile: missing, too large, not UTF-8, not JSON, nested deeper than 32 levels, a key
-            twice in one object, NaN or an infinity, an integer of absurd length.
+        DamagedFile: missing, too large, not UTF-8, not JSON, nested deeper than 32 levels, over a
+            million values, a key twice in one object, NaN or an infinity, an integer of absurd
+            length.
     """
     data = _read_limited(Path(path), max_bytes, "read_json")
     try:
@@ -133,11 +138,14 @@ def parse_json(data: bytes) -> Any:
     Raises:
         ValueError: with the reason.
     """
+    if sum(map(data.count, (b",", b":", b"[", b"{"))) > MAX_JSON_VALUES:
+        raise ValueError(f"more than {MAX_JSON_VALUES} values")
     try:
         value = json.loads(
             data.decode("utf-8"),
             parse_constant=_refuse_constant,
             parse_float=_finite_float,
+            parse_int=_short_integer,
             object_pairs_hook=_object_without_duplicates,
         )
     except RecursionError:
@@ -165,6 +173,13 @@ def _finite_float(text: str) -> float:
     if not math.isfinite(value):
         raise ValueError(f"the number {text[:32]}, which is too large")
     return value
+
+
+def _short_integer(text: str) -> int:
+    # reading digits takes the square of their number
+    if len(text) > MAX_DIGITS:
+        raise ValueError(f"a number of {len(text)} digits")
+    return int(text)
 
 
 def _object_without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -299,7 +314,7 @@ def inside(folder: PathLike, name: str) -> Path:
         path = (root / name).resolve()
     except (OSError, ValueError, RuntimeError):
         path = root.parent
-    if "\0" in name or path == root or root not in path.parents:
+    if "\0" in name or len(name) > MAX_NAME or path == root or root not in path.parents:
         raise DamagedFile(f"inside: a file name must stay in {folder}, got {name[:200]!r}")
     return path
 
@@ -327,7 +342,8 @@ def check_manifest(folder: PathLike) -> list[str]:
         The names the manifest lists; files it does not list are not looked at.
 
     Raises:
-        DamagedFile: the manifest or a file is missing or differs in any bit.
+        DamagedFile: the manifest or a file is missing or differs in any bit, or a file is listed
+            twice.
     """
     root = Path(folder)
     manifest = read_json(root / MANIFEST)
@@ -338,8 +354,13 @@ def check_manifest(folder: PathLike) -> list[str]:
         raise DamagedFile(
             f"check_manifest: {root / MANIFEST} must have format 1, got {manifest['format']!r}"
         )
+    seen: set[Path] = set()
     for name, wanted in files.items():
         path = inside(root, name)
+        # else a thousand spellings of one large file would keep us busy
+        if path in seen:
+            raise DamagedFile(f"check_manifest: {root / MANIFEST} must list {path} once")
+        seen.add(path)
         size = _regular_size(path, "check_manifest")
         found = {"bytes": size, "sha256": sha256(path)}
         if wanted != found:

@@ -17,7 +17,9 @@ from vitprune_fast.data.folder import Folder
 from vitprune_fast.data.images import Images, Source, check_normalisation
 from vitprune_fast.data.loader import Batch, Loader
 from vitprune_fast.data.quarantine import BadImage, find_bad_images, refuse_too_many
+from vitprune_fast.data.shards import Shards
 from vitprune_fast.data.splits import SPLIT_SEED, split_hash
+from vitprune_fast.data.tar import Tar
 from vitprune_fast.errors import InvalidInput
 
 __all__ = [
@@ -34,6 +36,7 @@ __all__ = [
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
+PHOTOGRAPHS = {"folder": Folder, "tar": Tar, "wds": Shards}
 
 
 @dataclass(frozen=True)
@@ -150,8 +153,10 @@ def open_data(
     Args:
         spec: ``digits``, the 1,797 images of scikit-learn, or ``folder:PATH``, class folders:
             ``PATH/<class>/...``, or ``PATH/train/<class>/...`` with ``val`` or ``validation`` and
-            ``test`` beside ``train``. Splits that are not there are cut from the others: test
-            takes 20 % of a flat folder, validation 10 %. A single held-out folder is the test
+            ``test`` beside ``train``. ``tar:PATH`` is a plain tar of such folders, or a folder
+            with ``train.tar`` and so on. ``wds:PATH`` is a webdataset shard or a folder of them
+            whose names tell the split. Splits that are not there are cut from the others: test
+            takes 20 % of a flat folder, validation 10 %. A single held-out part is the test
             split, whatever its name.
         image_size: height and width of the model's input, in pixels.
         channels: 3, or 1 for grey.
@@ -165,7 +170,8 @@ def open_data(
     Raises:
         InvalidInput: the spec is unknown, or the folder is missing, empty, has one class, an empty
             class, images outside classes, or too few images for three splits.
-        DamagedFile: scikit-learn's digits are not those of the committed splits.
+        DamagedFile: scikit-learn's digits are not those of the committed splits, or an archive is
+            truncated, damaged, or holds links or names that leave it.
     """
     height, width = (image_size, image_size) if isinstance(image_size, int) else image_size
     size = (height, width)
@@ -182,8 +188,8 @@ def open_data(
         default_mean = tuple(train.mean((0, 2, 3)).tolist())
         default_std = tuple(train.std((0, 2, 3)).tolist())
         augmentation: Augment = Affine()
-    elif kind == "folder" and path:
-        source = Folder(Path(path), size, channels, seed=seed, crop_share=crop_share)
+    elif kind in PHOTOGRAPHS and path:
+        source = PHOTOGRAPHS[kind](Path(path), size, channels, seed=seed, crop_share=crop_share)
         splits = source.splits
         luma = torch.tensor([0.299, 0.587, 0.114])
         default_mean, default_std = IMAGENET_MEAN, IMAGENET_STD
@@ -192,7 +198,10 @@ def open_data(
             default_std = (float(luma @ torch.tensor(IMAGENET_STD)),)
         augmentation = RandomCrop()
     else:
-        raise InvalidInput(f"open_data: spec must be `digits` or `folder:PATH`, got {spec!r}")
+        raise InvalidInput(
+            f"open_data: spec must be `digits`, `folder:PATH`, `tar:PATH` or `wds:PATH`, "
+            f"got {spec!r}"
+        )
     mean, std = mean or default_mean, std or default_std
     check_normalisation(mean, std, channels)
     data = ImageData(

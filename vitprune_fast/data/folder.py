@@ -1,4 +1,4 @@
-"""Photographs in class folders, listed by timm's reader and cut into fixed splits."""
+"""Photographs in class folders, listed by timm's reader."""
 
 from __future__ import annotations
 
@@ -6,127 +6,33 @@ import os
 from pathlib import Path
 from typing import BinaryIO
 
-import numpy as np
-import torch
-from PIL import Image
 from timm.data.readers.img_extensions import get_img_extensions
 from timm.data.readers.reader_image_folder import ReaderImageFolder
 
-from vitprune_fast.data.augment import Affine, Augment, RandomCrop
-from vitprune_fast.data.decode import decode
-from vitprune_fast.data.splits import stratified
+from vitprune_fast.data.photographs import PARTS, Part, Photographs
 from vitprune_fast.errors import InvalidInput
 
-TEST_SHARE = 0.2
-VALIDATION_SHARE = 0.1
-_HELD_OUT = {"val": "validation", "validation": "validation", "test": "test"}
 
+class Folder(Photographs):
+    """``ROOT/<class>/...`` or ``ROOT/train/<class>/...`` with held-out folders beside ``train``."""
 
-class Folder:
-    """The images of a folder; sample ids count through train, validation, test, or the one folder.
-
-    Args:
-        root: ``ROOT/<class>/...`` or ``ROOT/train/<class>/...`` with ``val`` or ``validation``
-            and ``test`` beside it.
-        image_size: (height, width) of the model's input in pixels.
-        channels: 3, or 1 for grey.
-        seed: of the splits that have no folder.
-        crop_share: share of the shorter side that the centre window of evaluation covers.
-
-    Raises:
-        InvalidInput: the folder is missing or empty, or has no classes, one class, an empty one,
-            or one that the training part lacks.
-    """
-
-    def __init__(
-        self, root: Path, image_size: tuple[int, int], channels: int, seed: int, crop_share: float
-    ) -> None:
-        self.root = root
-        self.image_size = image_size
-        self.channels = channels
-        self.seed = seed
-        self.crop_share = crop_share
-        # relative to the root, as plain text: a data set may have millions
-        self.names: list[str] = []
-        self.labels: list[int] = []
-        self.classes: tuple[str, ...] = ()
-        self.splits = self._list()
-
-    def pixels(self, ids: torch.Tensor, augment: Augment | None, draws: np.ndarray) -> torch.Tensor:
-        """Return ``(B, C, H, W)`` fp32 in ``[0, 1]``.
-
-        Raises:
-            DamagedFile: an image cannot be read; the message names it.
-        """
-        images = [
-            self._view(self.image(sample), augment, draw)
-            for sample, draw in zip(ids.tolist(), draws, strict=True)
-        ]
-        height, width = self.image_size
-        pixels = torch.from_numpy(np.stack(images)).view(-1, height, width, self.channels)
-        pixels = pixels.permute(0, 3, 1, 2).float() / 255
-        return augment(pixels, draws) if isinstance(augment, Affine) else pixels.contiguous()
-
-    def image(self, sample: int) -> Image.Image:
-        """Decode one whole image."""
-        path = self.path(sample)
-
-        def open_file() -> BinaryIO:
-            return open(path, "rb")
-
-        return decode(open_file, path, channels=self.channels)
+    def open(self, sample: int) -> BinaryIO:
+        """Open the file of one image."""
+        return open(self.path(sample), "rb")
 
     def path(self, sample: int) -> str:
         """Where an image lies."""
         return os.path.join(self.root, self.names[sample])
 
-    def _view(self, image: Image.Image, augment: Augment | None, draw: np.ndarray) -> np.ndarray:
-        """Cut a window and resize it to the model's input: random, or the centre to evaluate."""
-        height, width = self.image_size
-        flip = False
-        if isinstance(augment, RandomCrop):
-            window, flip = augment.window(draw, *image.size)
-        else:
-            # the largest window of the input's shape, shrunk by crop_share
-            share = min(image.width / width, image.height / height) * self.crop_share
-            wide, high = width * share, height * share
-            left, top = (image.width - wide) / 2, (image.height - high) / 2
-            window = (left, top, left + wide, top + high)
-        view = image.resize((width, height), Image.Resampling.BICUBIC, box=window)
-        return np.asarray(view)[:, ::-1] if flip else np.asarray(view)
-
-    def _list(self) -> dict[str, list[int]]:
+    def _parts(self) -> dict[str, Part]:
         root = self.root
         if not root.is_dir():
             raise InvalidInput(f"open_data: the data folder must exist, got {root}")
         if not (root / "train").is_dir():
-            self._add(root)
-            shares = {"test": TEST_SHARE, "validation": VALIDATION_SHARE}
-            return self._derived(range(len(self.names)), shares)
-        splits = {"train": self._add(root / "train")}
-        held_out = [name for name in _HELD_OUT if (root / name).is_dir()]
-        for name in held_out:
-            split = "test" if len(held_out) == 1 else _HELD_OUT[name]
-            if split in splits:
-                raise InvalidInput(
-                    f"open_data: {root} must have one validation folder, got val and validation"
-                )
-            splits[split] = self._add(root / name)
-        shares = {"test": TEST_SHARE, "validation": VALIDATION_SHARE}
-        missing = {split: share for split, share in shares.items() if split not in splits}
-        return {**splits, **self._derived(splits["train"], missing)}
+            return {"": self._listed(root)}
+        return {name: self._listed(root / name) for name in PARTS if (root / name).is_dir()}
 
-    def _derived(
-        self, samples: range | list[int], shares: dict[str, float]
-    ) -> dict[str, list[int]]:
-        """Cut ``shares`` out of ``samples``; names and a fixed seed decide, see ``stratified``."""
-        names = [self.names[sample] for sample in samples]
-        labels = [self.labels[sample] for sample in samples]
-        chosen = stratified(names, labels, shares, self.seed)
-        return {split: [samples[index] for index in part] for split, part in chosen.items()}
-
-    def _add(self, folder: Path) -> list[int]:
-        """Append the images of one folder of classes and return their ids."""
+    def _listed(self, folder: Path) -> Part:
         _check_class_folders(folder)
         try:
             reader = ReaderImageFolder(str(folder))
@@ -135,29 +41,15 @@ class Folder:
                 f"open_data: {folder} must hold images (.jpg, .jpeg, .png) in class folders, "
                 "got none"
             ) from None
-        found = tuple(sorted(reader.class_to_idx, key=reader.class_to_idx.__getitem__))
-        if "" in found:
+        except ValueError as error:
+            # the reader sorts names by their numbers and takes a superscript for one
             raise InvalidInput(
-                f"open_data: every image must lie in a class folder, got images in {folder} itself"
-            )
-        if not self.classes:
-            self.classes = found
-        if len(self.classes) < 2:
-            raise InvalidInput(
-                f"open_data: {folder} must hold at least two classes (a folder each), "
-                f"got {list(found)}"
-            )
-        unknown = sorted(set(found) - set(self.classes))
-        if unknown:
-            raise InvalidInput(
-                f"open_data: {folder} must have the classes of the training part, "
-                f"got also {unknown[:5]}"
-            )
-        first = len(self.names)
+                f"open_data: names in {folder} must have plain digits, got {error}; rename the file"
+            ) from None
+        classes = tuple(sorted(reader.class_to_idx, key=reader.class_to_idx.__getitem__))
         prefix = os.path.join(self.root, "")
-        self.names += [path.removeprefix(prefix) for path, _ in reader.samples]
-        self.labels += [self.classes.index(found[label]) for _, label in reader.samples]
-        return list(range(first, len(self.names)))
+        names = [path.removeprefix(prefix) for path, _ in reader.samples]
+        return Part(str(folder), classes, names, [label for _, label in reader.samples])
 
 
 def _check_class_folders(folder: Path) -> None:
@@ -170,11 +62,30 @@ def _check_class_folders(folder: Path) -> None:
             )
 
 
-def _has_images(folder: Path) -> bool:
+def _has_images(top: Path) -> bool:
+    """Whether the reader will find images; refuses what it would silently skip or never end on."""
     suffixes = get_img_extensions(as_set=True)
+    found = False
     # like the reader, which follows links
-    return any(
-        Path(name).suffix.lower() in suffixes
-        for _, _, names in os.walk(folder, followlinks=True)
-        for name in names
+    for folder, inner, names in os.walk(top, followlinks=True, onerror=_refuse_unreadable):
+        found = found or any(Path(name).suffix.lower() in suffixes for name in names)
+        for path in (os.path.join(folder, name) for name in inner):
+            if os.path.islink(path) and _above(path, folder, top):
+                raise InvalidInput(
+                    f"open_data: links must not lead in a circle, got {path}; remove it"
+                )
+    return found
+
+
+def _above(link: str, folder: str, top: Path) -> bool:
+    """Whether ``link``, found in ``folder``, leads to a folder on the way to it."""
+    walked = [Path(folder), *(each for each in Path(folder).parents if each.is_relative_to(top))]
+    way = {place for each in walked for place in (each.resolve(), *each.resolve().parents)}
+    return Path(link).resolve() in way
+
+
+def _refuse_unreadable(error: OSError) -> None:
+    raise InvalidInput(
+        f"open_data: every folder must be readable, got {error.filename}: {error.strerror}; "
+        "fix its permission"
     )

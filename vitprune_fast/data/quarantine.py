@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 from torch.utils.data import DataLoader, Dataset
 
-from vitprune_fast.data.folder import Folder
 from vitprune_fast.data.images import Source
+from vitprune_fast.data.photographs import Photographs
 from vitprune_fast.errors import DamagedFile, StageFailed
 from vitprune_fast.randomness import generator
 
@@ -34,7 +34,7 @@ def find_bad_images(
     source: Source, split_ids: dict[str, list[int]], workers: int = 0
 ) -> list[BadImage]:
     """Decode every image once; see ``ImageData.find_bad_images``."""
-    if not isinstance(source, Folder):
+    if not isinstance(source, Photographs):
         return []
     samples = sorted((sample, split) for split, ids in split_ids.items() for sample in ids)
     reasons = DataLoader(
@@ -53,7 +53,7 @@ def find_bad_images(
 class _Reasons(Dataset):
     """Why each sample cannot be read, or an empty text."""
 
-    def __init__(self, source: Folder, samples: list[int]) -> None:
+    def __init__(self, source: Photographs, samples: list[int]) -> None:
         self.source = source
         self.samples = samples
 

@@ -13,6 +13,8 @@ from ..structure.axes import Structure
 
 FORMAT = "vitprune_fast.plan"
 VERSION = 1
+# a plan lists its units, so a size out of a file must be one that memory can hold
+MAX_SIZE = 1 << 20
 
 
 class Plan(Mapping[str, list[int]]):
@@ -153,15 +155,17 @@ class Plan(Mapping[str, list[int]]):
         try:
             return cls._from_json(data)
         except (InvalidInput, KeyError, TypeError, AttributeError) as error:
-            raise DamagedFile(f"Plan.load: {path} must be a plan, got {error}") from error
+            # the file may have put a megabyte of itself into the message
+            raise DamagedFile(f"Plan.load: {path} must be a plan, got {error!s:.500}") from None
 
     @classmethod
     def _from_json(cls, data: Any) -> Plan:
         if data["format"] != FORMAT or data["version"] != VERSION:
             raise InvalidInput(f"format {data['format']!r} version {data['version']!r}")
         sizes = {str(name): size for name, size in data["sizes"].items()}
-        if bad := [n for n, size in sizes.items() if type(size) is not int or size < 0]:
-            raise InvalidInput(f"a size of {bad[0]!r} that is not a count")
+        counts = range(MAX_SIZE + 1)
+        if bad := [n for n, size in sizes.items() if type(size) is not int or size not in counts]:
+            raise InvalidInput(f"a size of {bad[0]!r} that is no count up to {MAX_SIZE}")
         kept = {}
         for name, units in data["kept"].items():
             if name not in sizes:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import difflib
+import mmap
 import warnings
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -97,6 +99,7 @@ def read_checkpoint(path: Path) -> dict[str, Tensor]:
         raise InvalidInput(f"model: checkpoint must be a file, got {path} (no such file)")
     if path.suffix == ".safetensors":
         return files.read_tensors(path)
+    _refuse_bombs(path)
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
@@ -117,6 +120,35 @@ def read_checkpoint(path: Path) -> dict[str, Tensor]:
     if not tensors:
         raise DamagedFile(f"model: checkpoint {path} must hold named tensors, found none")
     return tensors
+
+
+def _refuse_bombs(path: Path) -> None:
+    """Refuse a torch file that asks for more memory than it has bytes.
+
+    torch.save never compresses, and never writes a ``bytearray``, the one thing that torch's reader
+    makes in any size a number asks for.
+    """
+    try:
+        with (
+            open(path, "rb") as file,
+            mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content,
+        ):
+            bomb = content.find(b"bytearray") >= 0
+            if content[:4] == b"PK\x03\x04":
+                with zipfile.ZipFile(file) as archive:
+                    entries = archive.infolist()
+                bomb |= any(entry.compress_type != zipfile.ZIP_STORED for entry in entries)
+                bomb |= sum(entry.file_size for entry in entries) > len(content)
+    except Exception as error:
+        # zipfile raises anything from BadZipFile to struct.error
+        raise DamagedFile(
+            f"model: checkpoint {path} must be a whole file, got {error}; download it again"
+        ) from None
+    if bomb:
+        raise DamagedFile(
+            f"model: checkpoint {path} must not unpack to more than its size; "
+            "save it again with torch.save or as .safetensors"
+        )
 
 
 def load_weights(model: nn.Module, tensors: dict[str, Tensor], source: Path) -> None:

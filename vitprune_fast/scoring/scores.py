@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ..errors import DamagedFile, InvalidInput
-from ..files import read_metadata, read_tensors, write_tensors
+from ..files import parse_json, read_metadata, read_tensors, write_tensors
 
 FORMAT = "vitprune_fast.scores"
 REDUCTIONS = ("abs", "square", "signed")
@@ -90,14 +90,17 @@ class Scores(Mapping[str, Tensor]):
             return cls._from_file(tensors, metadata)
         except (KeyError, ValueError, TypeError) as error:
             raise DamagedFile(
-                f"Scores.load: {path} must hold scores, got a file without {error}"
-            ) from error
+                f"Scores.load: {path} must hold scores, got a file without {error!s:.500}"
+            ) from None
 
     @classmethod
     def _from_file(cls, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> Scores:
         if metadata["format"] != FORMAT:
             raise ValueError(f"format {FORMAT}")
-        axes = json.loads(metadata["axes"])
+        axes = parse_json(metadata["axes"].encode())
+        provenance = parse_json(metadata["provenance"].encode())
+        if not isinstance(axes, list) or not isinstance(provenance, dict):
+            raise ValueError("a list of axes and named facts about where they come from")
         per_sample = {
             name.removeprefix("per_sample/"): value
             for name, value in tensors.items()
@@ -110,7 +113,7 @@ class Scores(Mapping[str, Tensor]):
             int(metadata["samples"]),
             int(metadata["skipped"]),
             per_sample,
-            json.loads(metadata["provenance"]),
+            provenance,
         )
 
 

@@ -1,0 +1,247 @@
+"""Unreadable images: each one found, no other accused, none replaced, all of them counted."""
+
+from __future__ import annotations
+
+import io
+import json
+import multiprocessing
+import os
+import struct
+import tempfile
+import zlib
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from tests.recipes.conftest import TINY
+from vitprune_fast.data import BadImage, ImageData, Loader, open_data
+from vitprune_fast.errors import DamagedFile, InvalidInput, StageFailed
+from vitprune_fast.recipes.chain import run
+from vitprune_fast.recipes.config import DataConfig
+
+SPLITS = ("train", "validation", "test")
+NOBODY = 65534
+
+
+def _encoded(image: Image.Image, kind: str = "jpeg", **options: Any) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, kind, **options)
+    return buffer.getvalue()
+
+
+def _noise(seed: int = 0) -> Image.Image:
+    pixels = np.random.default_rng(seed).integers(0, 256, (32, 32, 3), dtype=np.uint8)
+    return Image.fromarray(pixels)
+
+
+def _bomb(width: int, height: int) -> bytes:
+    """A PNG of a few bytes that says it is huge."""
+
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return (
+            struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+        )
+
+    header = struct.pack(">IIBBBBB", width, height, 8, 0, 0, 0, 0)
+    body = zlib.compress(bytes(1000))
+    return (
+        b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", body) + chunk(b"IEND", b"")
+    )
+
+
+_JPEG = _encoded(_noise())
+_BAD = {
+    "truncated.jpg": _JPEG[:-300],
+    "zero bytes.jpg": b"",
+    "text.png": b"not an image\n",
+    "bomb.png": _bomb(50_000, 50_000),
+    "small bomb.png": _bomb(10_000, 8_000),
+    "float.jpg": _encoded(Image.fromarray(np.zeros((8, 8), np.float32)), "tiff"),
+    "header only.png": b"\x89PNG\r\n\x1a\n",
+    "ünicode\ntext 1.jpg": b"no",
+}
+
+
+def _add_bad_files(folder: Path) -> set[str]:
+    for name, content in _BAD.items():
+        (folder / name).write_bytes(content)
+    (folder / "dangling.jpg").symlink_to(folder / "nowhere.jpg")
+    (folder / "locked.jpg").write_bytes(_JPEG)
+    (folder / "locked.jpg").chmod(0)
+    return {*_BAD, "dangling.jpg", "locked.jpg"}
+
+
+def _add_odd_good_files(folder: Path) -> int:
+    deep = Image.fromarray(np.arange(256, dtype=np.uint16).reshape(16, 16) * 257)
+    frames = [Image.new("L", (8, 8), value) for value in (255, 0, 9)]
+    upside_down = Image.Exif()
+    upside_down[0x0112] = 3
+    good = {
+        "cmyk.jpg": _encoded(_noise().convert("CMYK")),
+        "deep.png": _encoded(deep, "png"),
+        "palette.png": _encoded(_noise().quantize(16), "png"),
+        "clear palette.png": _encoded(_noise().quantize(16), "png", transparency=3),
+        "png inside.jpg": _encoded(_noise(), "png"),
+        "animated.jpg": _encoded(frames[0], "gif", save_all=True, append_images=frames[1:]),
+        "turned.JPEG": _encoded(_noise(), exif=upside_down),
+        "ünicode\nname 1x300.PNG": _encoded(Image.new("RGB", (1, 300)), "png"),
+        " space .jpg": _JPEG,
+    }
+    for name, content in good.items():
+        (folder / name).write_bytes(content)
+    (folder / "linked.jpg").symlink_to(folder / "cmyk.jpg")
+    (folder / "folder.jpg").mkdir()
+    return len(good) + 1
+
+
+@pytest.fixture
+def photos() -> Iterator[Path]:
+    """Three classes of twenty photographs where any user may look."""
+    with tempfile.TemporaryDirectory() as name:
+        root = Path(name) / "photos"
+        for label, kind in enumerate(("cat", "dog", "eel")):
+            (root / kind).mkdir(parents=True)
+            for index in range(20):
+                path = root / kind / f"{index}.jpg"
+                path.write_bytes(_encoded(_noise(100 * label + index)))
+        Path(name).chmod(0o755)
+        yield root
+
+
+def _open(root: Path) -> ImageData:
+    return open_data(f"folder:{root}", image_size=16, channels=3)
+
+
+def _drop_rights() -> None:
+    os.setgroups([])
+    os.setgid(NOBODY)
+    os.setuid(NOBODY)
+
+
+def _unprivileged(function: Callable[..., Any], *arguments: Any) -> Any:
+    """Call in a process that file permissions bind; root's ignore them."""
+    if os.getuid() != 0:
+        return function(*arguments)
+    # decoders are imported now, from places that only root may be able to read
+    Image.init()
+    context = multiprocessing.get_context("fork")
+    with ProcessPoolExecutor(1, mp_context=context, initializer=_drop_rights) as pool:
+        return pool.submit(function, *arguments).result()
+
+
+def _find_bad(data: ImageData, workers: int) -> list[BadImage]:
+    return data.find_bad_images(workers=workers)
+
+
+def _attempt(root: Path) -> str:
+    try:
+        _open(root)
+    except InvalidInput as error:
+        return str(error)
+    return "opened"
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_quarantine_is_exact(photos: Path, workers: int) -> None:
+    wanted = {f"cat/{name}" for name in _add_bad_files(photos / "cat")}
+    good = _add_odd_good_files(photos / "dog")
+    data = _open(photos)
+    bad = _unprivileged(_find_bad, data, workers)
+    assert {each.name for each in bad} == wanted and len(bad) == len(wanted)
+    assert bad == sorted(bad, key=lambda each: each.id)
+    reasons = {Path(each.name).name: each.reason for each in bad}
+    assert "exceeds limit" in reasons["bomb.png"]
+    assert reasons["small bomb.png"] == "10000 x 8000 pixels, more than 67108864"
+    assert reasons["locked.jpg"] == "Permission denied"
+    assert reasons["dangling.jpg"] == "No such file or directory"
+    assert "truncated" in reasons["truncated.jpg"]
+
+    clean = data.without(bad, max_bad=0.2)
+    assert clean.set_aside == tuple(bad) and clean.find_bad_images() == []
+    total = 0
+    for split in SPLITS:
+        before, after = data.split_ids[split], clean.split_ids[split]
+        gone = {each.id for each in bad if each.split == split}
+        # nothing takes the place of what went
+        assert after == [sample for sample in before if sample not in gone]
+        loaded = [ids for _, _, ids in Loader(clean.split(split), 5, workers=workers)]
+        assert torch.cat(loaded).tolist() == after
+        total += len(after)
+    assert total == 60 + good
+    assert clean.split_hashes["train"] != data.split_hashes["train"]
+
+
+def test_too_many_bad_images_stop_the_run(photos: Path) -> None:
+    (photos / "cat" / "text.jpg").write_text("no")
+    data = _open(photos)
+    bad = data.find_bad_images()
+    with pytest.raises(StageFailed, match=r"at most 1\.00% of 61 images .* got 1: cat/text.jpg"):
+        data.without(bad)
+    assert len(data.without(bad, max_bad=1 / 61).set_aside) == 1
+    assert data.without([]) is data
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_an_unreadable_image_is_named_and_never_replaced(photos: Path, workers: int) -> None:
+    data = _open(photos)
+    sample = data.split_ids["validation"][1]
+    (photos / data.source.names[sample]).write_bytes(b"")
+    with pytest.raises(DamagedFile) as caught:
+        list(Loader(data.split("validation"), 3, workers=workers))
+    message = str(caught.value)
+    assert message.startswith(f"decode: image must be readable, got {photos}")
+    assert data.source.names[sample] in message and "\n" not in message
+
+
+def test_a_folder_that_cannot_be_listed_is_an_error(photos: Path) -> None:
+    assert _unprivileged(_attempt, photos) == "opened"
+    (photos / "cat" / "more").mkdir()
+    (photos / "cat" / "more").chmod(0)
+    message = _unprivileged(_attempt, photos)
+    assert message.startswith("open_data: every folder must be readable, got ")
+    assert f"{photos}/cat/more: Permission denied" in message
+
+
+@pytest.mark.parametrize("target", [".", "..", "../cat"])
+@pytest.mark.timeout(20)
+def test_links_in_a_circle_are_an_error(photos: Path, target: str) -> None:
+    for name in ("one", "two"):
+        (photos / "cat" / name).symlink_to(target)
+    with pytest.raises(InvalidInput, match=r"links must not lead in a circle, got .*/cat/"):
+        _open(photos)
+
+
+@pytest.mark.timeout(20)
+def test_links_in_a_wider_circle_are_an_error(photos: Path) -> None:
+    for name in ("one", "two"):
+        (photos / "cat" / name).symlink_to("../dog")
+        (photos / "dog" / name).symlink_to("../cat")
+    with pytest.raises(InvalidInput, match="links must not lead in a circle"):
+        _open(photos)
+
+
+def test_the_run_counts_what_it_set_aside(photos: Path, tmp_path: Path) -> None:
+    (photos / "cat" / "text.jpg").write_text("no")
+    (photos / "eel" / "empty.jpg").write_text("")
+    data = DataConfig(source=f"folder:{photos}", batch_size=16, max_bad=0.05, workers=0)
+    config = replace(TINY, out=tmp_path / "run", data=data)
+    run(config)
+    summary = json.loads((config.out / "summary.json").read_text())
+    assert summary["set_aside"]["unreadable images"] == 2
+    listed = json.loads((config.out / "set_aside.json").read_text())["images"]
+    assert [image["name"] for image in listed] == ["cat/text.jpg", "eel/empty.jpg"]
+    assert all("cannot identify image file" in image["reason"] for image in listed)
+    page = (config.out / "report.html").read_text()
+    assert "2 unreadable images" in page or "unreadable images: 2" in page
+
+    strict = replace(config, out=tmp_path / "strict", data=replace(data, max_bad=0.01))
+    with pytest.raises(StageFailed, match=r"at most 1\.00% of 62 images may be unreadable, got 2"):
+        run(strict)
+    assert not (strict.out / "scores.safetensors").exists()

@@ -1,0 +1,166 @@
+"""Image files with a class each, wherever they lie: decoded when asked for, in fixed splits."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+import torch
+from PIL import Image
+
+from vitprune_fast.data.augment import Affine, Augment, RandomCrop
+from vitprune_fast.data.decode import decode
+from vitprune_fast.data.splits import stratified
+from vitprune_fast.errors import InvalidInput
+
+SHARES = {"test": 0.2, "validation": 0.1}
+_HELD_OUT = {"val": "validation", "validation": "validation", "test": "test"}
+PARTS = ("train", *_HELD_OUT)
+
+
+@dataclass(frozen=True)
+class Part:
+    """What one listing found.
+
+    Attributes:
+        where: the folder or archive, for error messages.
+        classes: in the order of the labels.
+        names: one per image, all different.
+        labels: one per image, in ``[0, len(classes))``.
+    """
+
+    where: str
+    classes: tuple[str, ...]
+    names: list[str]
+    labels: list[int]
+
+
+class Photographs(ABC):
+    """The images of a data set; sample ids count through its parts in the order of the listing.
+
+    Args:
+        root: the folder or archive.
+        image_size: (height, width) of the model's input in pixels.
+        channels: 3, or 1 for grey.
+        seed: of the splits that the data set does not bring.
+        crop_share: share of the shorter side that the centre window of evaluation covers.
+
+    Raises:
+        InvalidInput: nothing is there, or no classes, one class, an empty one, or one that the
+            training part lacks.
+        DamagedFile: an archive cannot be trusted.
+    """
+
+    def __init__(
+        self, root: Path, image_size: tuple[int, int], channels: int, seed: int, crop_share: float
+    ) -> None:
+        self.root = root
+        self.image_size = image_size
+        self.channels = channels
+        self.seed = seed
+        self.crop_share = crop_share
+        # relative to the root, as plain text: a data set may have millions
+        self.names: list[str] = []
+        self.labels: list[int] = []
+        self.classes: tuple[str, ...] = ()
+        self.splits = self._cut(self._parts())
+
+    @abstractmethod
+    def _parts(self) -> Mapping[str, Part]:
+        """List the images: ``train`` and held-out parts by name, or one part without a name."""
+
+    @abstractmethod
+    def open(self, sample: int) -> BinaryIO:
+        """Open the file of one image. No handle is kept, so processes share none."""
+
+    @abstractmethod
+    def path(self, sample: int) -> str:
+        """Where an image lies, for people."""
+
+    def pixels(self, ids: torch.Tensor, augment: Augment | None, draws: np.ndarray) -> torch.Tensor:
+        """Return ``(B, C, H, W)`` fp32 in ``[0, 1]``.
+
+        Raises:
+            DamagedFile: an image cannot be read; the message names it.
+        """
+        images = [
+            self._view(self.image(sample), augment, draw)
+            for sample, draw in zip(ids.tolist(), draws, strict=True)
+        ]
+        height, width = self.image_size
+        pixels = torch.from_numpy(np.stack(images)).view(-1, height, width, self.channels)
+        pixels = pixels.permute(0, 3, 1, 2).float() / 255
+        return augment(pixels, draws) if isinstance(augment, Affine) else pixels.contiguous()
+
+    def image(self, sample: int) -> Image.Image:
+        """Decode one whole image."""
+        return decode(lambda: self.open(sample), self.path(sample), channels=self.channels)
+
+    def _view(self, image: Image.Image, augment: Augment | None, draw: np.ndarray) -> np.ndarray:
+        """Cut a window and resize it to the model's input: random, or the centre to evaluate."""
+        height, width = self.image_size
+        flip = False
+        if isinstance(augment, RandomCrop):
+            window, flip = augment.window(draw, *image.size)
+        else:
+            # the largest window of the input's shape, shrunk by crop_share
+            share = min(image.width / width, image.height / height) * self.crop_share
+            wide, high = width * share, height * share
+            left, top = (image.width - wide) / 2, (image.height - high) / 2
+            window = (left, top, left + wide, top + high)
+        view = image.resize((width, height), Image.Resampling.BICUBIC, box=window)
+        return np.asarray(view)[:, ::-1] if flip else np.asarray(view)
+
+    def _cut(self, parts: Mapping[str, Part]) -> dict[str, list[int]]:
+        if "train" not in parts:
+            (only,) = parts.values()
+            return self._derived(self._add(only), SHARES)
+        if {"val", "validation"} <= parts.keys():
+            raise InvalidInput(
+                f"open_data: {self.root} must have one validation part, got val and validation"
+            )
+        splits = {}
+        for name, part in parts.items():
+            if name != "train":
+                # a single held-out part is what the result is measured on
+                name = "test" if len(parts) == 2 else _HELD_OUT[name]
+            splits[name] = self._add(part)
+        missing = {split: share for split, share in SHARES.items() if split not in splits}
+        return {**splits, **self._derived(splits["train"], missing)}
+
+    def _derived(self, samples: Sequence[int], shares: Mapping[str, float]) -> dict[str, list[int]]:
+        """Cut ``shares`` out of ``samples``; names and a fixed seed decide, see ``stratified``."""
+        names = [self.names[sample] for sample in samples]
+        labels = [self.labels[sample] for sample in samples]
+        chosen = stratified(names, labels, shares, self.seed)
+        return {split: [samples[index] for index in part] for split, part in chosen.items()}
+
+    def _add(self, part: Part) -> list[int]:
+        """Append the images of one part and return their ids."""
+        if "" in part.classes:
+            raise InvalidInput(
+                f"open_data: every image must lie in a class folder, got images in {part.where} "
+                "itself"
+            )
+        if not self.classes:
+            self.classes = part.classes
+        if len(self.classes) < 2:
+            raise InvalidInput(
+                f"open_data: {part.where} must hold at least two classes (a folder each), "
+                f"got {list(part.classes)}"
+            )
+        unknown = sorted(set(part.classes) - set(self.classes))
+        if unknown:
+            raise InvalidInput(
+                f"open_data: {part.where} must have the classes of the training part, "
+                f"got also {unknown[:5]}"
+            )
+        first = len(self.names)
+        number = {name: label for label, name in enumerate(self.classes)}
+        self.names += part.names
+        self.labels += [number[part.classes[label]] for label in part.labels]
+        return list(range(first, len(self.names)))
