@@ -200,6 +200,11 @@ def identity_of(config: RunConfig, data: ImageData, profile: Profile) -> dict[st
 def run_stages(job: Job, *, resumed: bool) -> None:
     """Runs every stage that is not finished; a damaged output redoes its stage and all after."""
     names = list(STAGES)
+    # a change that was allowed belongs into the summary, also when all else stays as it is
+    if resumed and job.folder.is_recorded("evaluate") and not job.folder.damage_of("evaluate"):
+        summary = files.read_json(job.folder / "summary.json")
+        if summary.get("changes") != job.folder.changes():
+            job.folder.forget(names[names.index("evaluate") :])
     for position, name in enumerate(names):
         job.stage = name
         outputs, function = STAGES[name]
@@ -367,9 +372,12 @@ def _evaluate(job: Job) -> dict[str, Any]:
         )
     ]
     facts = {"checks": checks.require("evaluate", proofs)}
+    slow, fast = stages.measure(
+        (dense, model), job.profile.device, BATCH_SIZES, seconds=job.config.latency_seconds
+    )
     summary = {
-        "before": _row(job, dense, before),
-        "after": {**_row(job, model, after), "agreement": after.agreement},
+        "before": _row(dense, before, slow),
+        "after": {**_row(model, after, fast), "agreement": after.agreement},
         "seed": job.config.seed,
         "data": job.data.name,
         "split_hashes": dict(job.data.split_hashes),
@@ -381,6 +389,7 @@ def _evaluate(job: Job) -> dict[str, Any]:
             "scored images": _fact(job, "score", "skipped", 0),
             "unreadable images": len(job.data.set_aside),
         },
+        "changes": job.folder.changes(),
         "checks": [
             *(
                 {"stage": name, **check}
@@ -399,11 +408,9 @@ def _fact(job: Job, stage: str, name: str, default: Any) -> Any:
     return record["facts"].get(name, default) if record else default
 
 
-def _row(job: Job, model: nn.Module, result: Any) -> dict[str, Any]:
+def _row(model: nn.Module, result: Any, latency: list[Any]) -> dict[str, Any]:
     cost = vp.cost(model)
-    single, batch = stages.measure(
-        model, job.profile.device, BATCH_SIZES, seconds=job.config.latency_seconds
-    )
+    single, batch = latency
     return {
         "params": cost.params,
         "macs": cost.macs,
