@@ -93,8 +93,12 @@ def latencies(
 
     Args:
         models: at least one; all of them are on the device at the same time.
-        batch_size, input_size, device, min_runs, warmup_runs: as for ``latency``, for each model.
+        batch_size: images per pass.
+        input_size: as for ``latency``; default: what each timm model says of itself.
+        device: where to measure; default: where each model is.
         seconds: measure for about this long per model.
+        min_runs: but at least this many passes of each.
+        warmup_runs: passes of each before the measured ones.
 
     Returns:
         One ``Latency`` per model, in order.
