@@ -187,7 +187,8 @@ class _Run:
             images_seen += len(images)
             if config.log_steps and progress.step % config.log_steps == 0:
                 rate = images_seen / (time.perf_counter() - clock)
-                self._tell("step", epoch, lr=lr, images_per_s=rate, **parts)
+                steps = self.steps_per_epoch * config.epochs
+                self._tell("step", epoch, steps=steps, lr=lr, images_per_s=rate, **parts)
             if index + 1 == self.steps_per_epoch:
                 self._end_epoch(epoch, lr)
             stopping = self.stop()
