@@ -55,7 +55,7 @@ def write_bytes(path: PathLike, data: bytes) -> None:
             with contextlib.suppress(OSError):
                 os.unlink(temporary)
             raise
-        _flush_folder(path.parent)
+        flush_folder(path.parent)
     except OSError as error:
         raise RunFolderError(
             f"write_bytes: path must be writable, got {path}: {error.strerror or error}; "
@@ -66,15 +66,50 @@ def write_bytes(path: PathLike, data: bytes) -> None:
 def _write_and_flush(path: Path, data: bytes) -> None:
     handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o666)
     try:
-        rest = memoryview(data)
-        while rest:
-            rest = rest[os.write(handle, rest) :]
+        _write_all(handle, data)
         os.fsync(handle)
     finally:
         os.close(handle)
 
 
-def _flush_folder(folder: Path) -> None:
+def _write_all(handle: int, data: bytes) -> None:
+    rest = memoryview(data)
+    while rest:
+        rest = rest[os.write(handle, rest) :]
+
+
+def append_line(path: PathLike, line: str) -> None:
+    """Add one line at the end of a text file and flush it; a failed attempt leaves nothing.
+
+    A kill may still leave a part of the line, which a reader must expect at the end of the file.
+
+    Raises:
+        RunFolderError: the file cannot be written, or the disk is full.
+    """
+    path = Path(path)
+    try:
+        handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o666)
+        try:
+            before = os.fstat(handle).st_size
+            try:
+                _write_all(handle, f"{line}\n".encode())
+                os.fsync(handle)
+            except BaseException:
+                with contextlib.suppress(OSError):
+                    os.ftruncate(handle, before)
+                raise
+        finally:
+            os.close(handle)
+        if before == 0:
+            flush_folder(path.parent)
+    except OSError as error:
+        raise RunFolderError(
+            f"append_line: path must be writable, got {path}: {error.strerror or error}; "
+            "the earlier lines are untouched: free space or fix the permission and start again"
+        ) from error
+
+
+def flush_folder(folder: Path) -> None:
     """Make a rename in ``folder`` survive a power cut."""
     handle = os.open(folder, os.O_RDONLY | os.O_CLOEXEC)
     try:
@@ -84,8 +119,11 @@ def _flush_folder(folder: Path) -> None:
 
 
 def remove_leftovers(folder: PathLike) -> None:
-    """Delete the temporary files that killed processes left in ``folder``; only its owner may."""
-    for path in Path(folder).iterdir():
+    """Delete the temporary files that killed processes left in ``folder`` and below it.
+
+    Only for the owner of the folder: another process may be about to rename its own.
+    """
+    for path in list(Path(folder).rglob(".*.tmp")):
         if _TEMPORARY.fullmatch(path.name) and path.is_file():
             with contextlib.suppress(OSError):
                 path.unlink()

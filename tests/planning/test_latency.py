@@ -12,7 +12,10 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
 from vitprune_fast.errors import InvalidInput
-from vitprune_fast.planning.latency import latency
+from vitprune_fast.planning.latency import latencies, latency
+
+# the package has the function under the name of the module
+module = sys.modules["vitprune_fast.planning.latency"]
 
 
 class _Sleeper(nn.Module):
@@ -38,8 +41,6 @@ def test_statistics_of_known_times(monkeypatch: pytest.MonkeyPatch) -> None:
         model(images)
         return float(next(times))
 
-    # the package has the function under the name of the module
-    module = sys.modules["vitprune_fast.planning.latency"]
     monkeypatch.setattr(module, "_time_on_cpu", clock)
     model = _Sleeper([0.0]).train()
     found = latency(model, 4, (1, 5, 6), seconds=0.0, min_runs=11, warmup_runs=2)
@@ -48,6 +49,29 @@ def test_statistics_of_known_times(monkeypatch: pytest.MonkeyPatch) -> None:
     assert found.batch_size == 4 and found.images_per_s == 0.5
     assert model.calls == [((4, 1, 5, 6), torch.float64, False, True)] * 13
     assert model.training
+
+
+def test_models_are_measured_in_turns(monkeypatch: pytest.MonkeyPatch) -> None:
+    order: list[nn.Module] = []
+
+    def clock(model: nn.Module, images: torch.Tensor) -> float:
+        order.append(model)
+        # the machine is ten times slower in every other turn
+        return (1 + models.index(model)) * (10 if len(order) // 10 % 2 else 1)
+
+    monkeypatch.setattr(module, "_time_on_cpu", clock)
+    models: list[nn.Module] = [_Sleeper([0.0]).train(), _Sleeper([0.0])]
+    one, other = latencies(models, 2, 3, seconds=0.0, min_runs=20, warmup_runs=0)
+    assert order == 4 * ([models[0]] * 5 + [models[1]] * 5)
+    assert one.runs == other.runs == 20
+    # both met the same load, so the ratio is that of the models
+    assert other.median_s == 2 * one.median_s and other.p90_s == 2 * one.p90_s
+    assert models[0].training
+
+
+def test_measuring_no_model_is_refused() -> None:
+    with pytest.raises(InvalidInput, match="at least one model"):
+        latencies([], 1)
 
 
 def test_measured_times_are_those_of_the_passes() -> None:

@@ -1,13 +1,14 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from tests.recipes.attempts import Attempts
 from vitprune_fast.distill.config import DistillConfig
 from vitprune_fast.recipes.chain import run
 from vitprune_fast.recipes.config import (
@@ -16,6 +17,7 @@ from vitprune_fast.recipes.config import (
     RunConfig,
     ScoreConfig,
 )
+from vitprune_fast.recipes.yamlfile import to_yaml
 
 SCHEDULE = DistillConfig(epochs=2, warmup_epochs=0, log_steps=1)
 TINY = RunConfig(
@@ -60,6 +62,29 @@ def copied(finished: Path, tiny: RunConfig) -> RunConfig:
     """The tiny job whose folder holds a copy of the finished run."""
     shutil.copytree(finished, tiny.out)
     return tiny
+
+
+@pytest.fixture(scope="session")
+def attempts(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Attempts]:
+    """Starts runs in processes of their own, quickly."""
+    with Attempts(tmp_path_factory.mktemp("attempts")) as started:
+        yield started
+
+
+def command(config: RunConfig, folder: Path) -> list[str]:
+    """The words that start this job in this folder."""
+    file = folder.with_name(f"{folder.name}.yaml")
+    file.write_text(to_yaml(replace(config, out=folder)))
+    return ["run", "--config", str(file), "--out", str(folder)]
+
+
+@pytest.fixture(scope="session")
+def short(attempts: Attempts, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[str]]:
+    """The tiny job, undisturbed, and what it did to its folder."""
+    folder = tmp_path_factory.mktemp("short") / "run"
+    outcome = attempts.finish(command(TINY, folder))
+    assert outcome.status == 0, outcome
+    return folder, outcome.operations
 
 
 class Recorder:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import contextlib
 import json
 import shutil
 from collections import Counter
@@ -182,12 +183,71 @@ def test_another_configuration_is_refused_and_nothing_is_touched(
 
 
 def test_an_allowed_change_is_recorded_and_reported(copied: RunConfig) -> None:
-    (copied.out / "stages" / "report.json").unlink()
-    run(replace(copied, plan=PlanConfig(macs=0.4), allow_config_change=True))
-    record = json.loads((copied.out / "run.json").read_text())
-    assert record["changes"] == [["config.plan.macs: None -> 0.4"]]
+    recorder = Recorder()
+    changed = replace(copied, plan=PlanConfig(macs=0.4), allow_config_change=True)
+    run(changed, on_event=recorder)
+    # what was finished stays; the summary and the report say what was changed
+    assert recorder.stages("done") == ["evaluate", "report"]
+    lines = [["config.plan.macs: None -> 0.4"]]
+    assert json.loads((copied.out / "run.json").read_text())["changes"] == lines
+    assert json.loads((copied.out / "summary.json").read_text())["changes"] == lines
     page = (copied.out / "report.html").read_text()
     assert "config.plan.macs: None -&gt; 0.4" in page
+
+
+def test_a_kill_right_after_an_allowed_change_does_not_hide_it(copied: RunConfig) -> None:
+    changed = replace(copied, seed=9, allow_config_change=True)
+    with pytest.raises(Killed):
+        run(changed, on_event=kill_at(event="stage", stage="data"))
+    run(replace(changed, allow_config_change=False))
+    summary = json.loads((copied.out / "summary.json").read_text())
+    assert summary["changes"] == [["config.seed: 0 -> 9"]]
+
+
+def test_another_data_set_is_refused_showing_the_difference(copied: RunConfig) -> None:
+    data = open_data("digits", image_size=(8, 8), channels=1)
+    other = replace(data, split_hashes={**data.split_hashes, "train": "0" * 64})
+    with pytest.raises(RunFolderError, match=r"data\.split_hashes\.train: \w{64} -> 0{64}"):
+        run(copied, data=other)
+
+
+def test_another_version_is_refused_showing_the_difference(
+    copied: RunConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    newer = {**chain.versions(), "torch": "9.9"}
+    monkeypatch.setattr(chain, "versions", lambda: newer)
+    with pytest.raises(RunFolderError, match=r"versions\.torch: \S+ -> 9\.9"):
+        run(copied)
+
+
+def test_a_resumed_run_reads_the_images_in_the_same_order(tmp_path: Path) -> None:
+    """Killed in its third epoch and in its fourth: the samples that follow are the same."""
+    config = replace(TINY, dense=replace(TINY.dense, epochs=5), out=tmp_path / "run")
+    data = open_data("digits", image_size=(8, 8), channels=1)
+    split_of = {sample: name for name, ids in data.split_ids.items() for sample in ids}
+
+    def read(config: RunConfig, recorder: Recorder) -> list[tuple[int, ...]]:
+        source = Ordered(data, split_of)
+
+        def on_event(event: dict[str, Any]) -> None:
+            source(event)
+            recorder(event)
+
+        with contextlib.suppress(Killed):
+            run(config, data=replace(data, source=source), on_event=on_event)
+        return source.ids["dense"]
+
+    whole = read(replace(config, out=tmp_path / "whole"), Recorder())
+    training = [ids for ids in whole if split_of[ids[0]] == "train" and len(ids) > 100]
+    # every epoch has an order of its own
+    assert len(training) == len(set(training)) == 5 * 4
+    for step in (10, 15):
+        read(config, kill_at(event="step", stage="dense", step=step))
+    rest = read(config, recorder := Recorder())
+    assert next(e["step"] for e in recorder.events if e["event"] == "resume") == 12
+    assert [ids for ids in rest if ids in training] == training[12:]
+    assert rest == whole[-len(rest) :]
+    assert_same_run(tmp_path / "whole", tmp_path / "run")
 
 
 def test_where_and_how_to_run_is_no_part_of_the_identity(copied: RunConfig) -> None:
@@ -277,6 +337,18 @@ class Watched:
     def __call__(self, event: dict[str, Any]) -> None:
         if event["event"] == "stage" and event["state"] == "start":
             self.stage = event["stage"]
+
+
+class Ordered(Watched):
+    """A data source that notes per stage which samples were read together, in order."""
+
+    def __init__(self, data: ImageData, split_of: dict[int, str]) -> None:
+        super().__init__(data, split_of)
+        self.ids: dict[str, list[tuple[int, ...]]] = {}
+
+    def pixels(self, ids: torch.Tensor, *rest: Any) -> torch.Tensor:
+        self.ids.setdefault(self.stage, []).append(tuple(ids.tolist()))
+        return super().pixels(ids, *rest)
 
 
 @pytest.mark.parametrize("keep", ["last", "best"])

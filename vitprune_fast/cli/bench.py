@@ -13,9 +13,11 @@ from vitprune_fast.recipes.config import ModelConfig
 
 @dataclass(frozen=True)
 class Bench:
-    """Measure a model: parameters, MACs, latency and images per second."""
+    """Measure a model, alone or against another: parameters, MACs, latency, images per second."""
 
     model: Annotated[ModelConfig, arg(name="")] = field(default_factory=required_model)
+    against: Annotated[str | None, arg(metavar="DIR|NAME")] = None
+    """A second model (a saved folder, or a name of timm), measured in turns with the first."""
     batch_sizes: tuple[int, ...] = (1, 64)
     """Batch sizes to time."""
     seconds: Annotated[float, arg(metavar="SECONDS")] = 1.0
@@ -38,20 +40,26 @@ def main(words: list[str]) -> int:
 
     profile = choose_profile(options.device, options.threads)
     print(f"profile {profile}")
-    model = models.open_model(options.model)
-    cost = vp.cost(model)
-    print(f"{cost.params:,} params, {cost.macs:,} MACs")
+    configs = [options.model, *([ModelConfig(name=options.against)] if options.against else [])]
+    opened = [models.open_model(config) for config in configs]
+    names = [config.name for config in configs]
+    for name, model in zip(names, opened, strict=True):
+        cost = vp.cost(model)
+        print(f"{name}: {cost.params:,} params, {cost.macs:,} MACs")
     with applied(profile):
-        rows = [
-            (
-                str(result.batch_size),
-                f"{result.median_s * 1e3:.2f}",
-                f"{result.p90_s * 1e3:.2f}",
-                f"{result.images_per_s:,.0f}",
-            )
-            for result in stages.measure(
-                model, profile.device, options.batch_sizes, seconds=options.seconds
-            )
-        ]
-    print_table(("batch", "median ms", "p90 ms", "images/s"), rows)
+        measured = stages.measure(
+            opened, profile.device, options.batch_sizes, seconds=options.seconds
+        )
+    rows = [
+        (
+            name,
+            str(result.batch_size),
+            f"{result.median_s * 1e3:.2f}",
+            f"{result.p90_s * 1e3:.2f}",
+            f"{result.images_per_s:,.0f}",
+        )
+        for name, results in zip(names, measured, strict=True)
+        for result in results
+    ]
+    print_table(("model", "batch", "median ms", "p90 ms", "images/s"), rows)
     return 0

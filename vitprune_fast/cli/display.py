@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, Progress, TaskID, TextColumn
 from rich.table import Table
 
 from vitprune_fast.recipes.comparison import comparison
@@ -25,15 +25,14 @@ class Display:
         self.quiet = quiet
         self._bars = Progress(
             TextColumn("  {task.description:<9}"),
-            BarColumn(bar_width=30),
-            TextColumn("{task.completed:.0f}/{task.total:.0f} epochs"),
-            TimeRemainingColumn(compact=True),
+            BarColumn(bar_width=24),
             TextColumn("{task.fields[text]}"),
             console=self.console,
             transient=True,
         )
         self._bar: TaskID | None = None
         self._last_line = -math.inf
+        self._pace = Pace()
 
     def __enter__(self) -> Display:
         return self
@@ -60,7 +59,10 @@ class Display:
         name, state = event["stage"], event["state"]
         if state == "start":
             self._last_line = time.monotonic()
+            self._pace = Pace()
+            self._show_bar(name)
         elif state == "kept":
+            self._drop_bar()
             self._say(f"{name:<9} done earlier  {event.get('text', '')}".rstrip())
         else:
             self._drop_bar()
@@ -78,27 +80,29 @@ class Display:
         self._say(f"{event['stage']:<9} step {event['step']:,} is skipped: not finite")
 
     def _on_step(self, event: dict[str, Any]) -> None:
+        self._pace.update(event, time.monotonic())
         if self.quiet:
             return
-        if self.console.is_terminal:
-            self._move_bar(event)
+        if self._bar is not None:
+            self._bars.update(
+                self._bar,
+                completed=event["step"],
+                total=self._pace.steps,
+                text=self._pace.text(),
+            )
         elif time.monotonic() - self._last_line > LINE_EVERY_S:
-            self._line(event)
+            self._last_line = time.monotonic()
+            self._say(f"{event.get('stage', ''):<9} {self._pace.text()}")
 
     def _on_epoch(self, event: dict[str, Any]) -> None:
         self._on_step(event)
 
-    def _line(self, event: dict[str, Any]) -> None:
-        self._last_line = time.monotonic()
-        done, total = _epochs(event)
-        self._say(f"{event.get('stage', ''):<9} epoch {done}/{total}  {_state(event)}")
-
-    def _move_bar(self, event: dict[str, Any]) -> None:
-        done, total = _epochs(event)
-        if self._bar is None:
-            self._bar = self._bars.add_task(event.get("stage", ""), total=total, text="")
+    def _show_bar(self, name: str) -> None:
+        self._drop_bar()
+        if self.console.is_terminal and not self.quiet:
+            # without a total the bar pulses, until the first step tells it
+            self._bar = self._bars.add_task(name, total=None, text="")
             self._bars.start()
-        self._bars.update(self._bar, completed=done, total=total, text=_state(event))
 
     def _drop_bar(self) -> None:
         if self._bar is not None:
@@ -118,21 +122,44 @@ class Display:
         self.console.print(f"\nreport: {event['report']}", markup=False)
 
 
-def _epochs(event: dict[str, Any]) -> tuple[int, int]:
-    """(epochs done, epochs of the training); the loop counts epochs from 0."""
-    done = int(event.get("epoch", 0)) + (event.get("event") == "epoch")
-    return done, int(event.get("epochs", 0)) or 1
+class Pace:
+    """Where a training is, how fast, and how long it still takes."""
 
+    def __init__(self) -> None:
+        self.steps: int | None = None
+        self._event: dict[str, Any] = {}
+        self._first: tuple[int, float] | None = None
+        self._left_s: float | None = None
 
-def _state(event: dict[str, Any]) -> str:
-    words = []
-    if event.get("loss") is not None:
-        words.append(f"loss {event['loss']:.4f}")
-    if event.get("val_top1") is not None:
-        words.append(f"validation top-1 {event['val_top1']:.2%}")
-    if event.get("images_per_s"):
-        words.append(f"{event['images_per_s']:,.0f} images/s")
-    return "  ".join(words)
+    def update(self, event: dict[str, Any], now: float) -> None:
+        """Takes in a `step` or `epoch` event; what it does not say stays as it was."""
+        self.steps = event.get("steps", self.steps)
+        self._event = {**self._event, "val_top1": None, **event}
+        done = event["step"]
+        if self._first is None:
+            self._first = done, now
+        elif self.steps and done > self._first[0]:
+            per_step = (now - self._first[1]) / (done - self._first[0])
+            self._left_s = per_step * (self.steps - done)
+
+    def text(self) -> str:
+        """One line: epoch, step, loss, validation, images per second, time left."""
+        event = self._event
+        # the loop counts epochs from 0
+        epoch = int(event.get("epoch", 0)) + 1
+        words = [f"epoch {epoch}/{event['epochs']}" if event.get("epochs") else f"epoch {epoch}"]
+        words.append(f"step {event['step']:,}" + (f"/{self.steps:,}" if self.steps else ""))
+        if event.get("loss") is not None:
+            words.append(f"loss {event['loss']:.4f}")
+        if event.get("val_top1") is not None:
+            words.append(f"validation top-1 {event['val_top1']:.2%}")
+        if event.get("images_per_s"):
+            words.append(f"{event['images_per_s']:,.0f} images/s")
+        if self._left_s is not None:
+            minutes, seconds = divmod(round(self._left_s), 60)
+            hours, minutes = divmod(minutes, 60)
+            words.append(f"{hours}:{minutes:02}:{seconds:02} left")
+        return "  ".join(words)
 
 
 def print_table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> None:

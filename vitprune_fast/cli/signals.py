@@ -1,4 +1,7 @@
-"""SIGINT and SIGTERM: training finishes its step and writes a checkpoint, all else ends at once."""
+"""SIGINT, SIGTERM and SIGUSR1 (a scheduler's warning) end a command.
+
+Training finishes its step and writes a checkpoint; all else ends at once.
+"""
 
 from __future__ import annotations
 
@@ -8,11 +11,11 @@ from types import FrameType
 PATIENCE_S = 20.0
 """Seconds a step may still take after the signal, before the run ends without a new checkpoint."""
 
-SIGNALS = (signal.SIGINT, signal.SIGTERM)
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 
 
 class Interrupted(BaseException):
-    """SIGINT or SIGTERM arrived; no handler of ordinary errors may swallow it."""
+    """One of `SIGNALS` arrived; no handler of ordinary errors may swallow it."""
 
     def __init__(self, number: int) -> None:
         super().__init__(number)
@@ -20,7 +23,7 @@ class Interrupted(BaseException):
 
 
 def listen() -> None:
-    """Makes both signals end the command at once, by raising `Interrupted`."""
+    """Makes these signals end the command at once, by raising `Interrupted`."""
 
     def end(number: int, frame: FrameType | None) -> None:
         # a second signal while we clean up ends the process

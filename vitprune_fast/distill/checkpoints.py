@@ -52,11 +52,21 @@ def write_checkpoint(folder: Path, checkpoint: Checkpoint) -> None:
     write_tensors(tensors, checkpoint.tensors)
     body = {"step": checkpoint.step, "tensors_sha256": sha256(tensors), **checkpoint.state}
     write_json(folder / f"{stem}.json", {"sha256": _digest(body), "body": body})
-    for old in _steps(folder)[_KEPT:]:
-        # the voucher goes first: tensors without one are no checkpoint
-        for suffix in ("json", "safetensors"):
+    tidy(folder, checkpoint.step)
+
+
+def tidy(folder: Path, step: int) -> None:
+    """Delete all but the last two checkpoints up to ``step``, where the run now is.
+
+    Later ones were passed over as damaged, and tensors without a voucher are what a kill left.
+    """
+    kept = [each for each in _steps(folder) if each <= step][:_KEPT]
+    keep = {f"step-{each:08}" for each in kept}
+    # the voucher goes first: tensors without one are no checkpoint
+    for path in sorted(folder.glob("step-*"), key=lambda path: path.suffix != ".json"):
+        if path.stem not in keep:
             with contextlib.suppress(OSError):
-                (folder / f"step-{old:08}.{suffix}").unlink()
+                path.unlink()
 
 
 def read_newest(

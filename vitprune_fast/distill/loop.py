@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from vitprune_fast.distill.checkpoints import Checkpoint, read_newest, write_checkpoint
+from vitprune_fast.distill.checkpoints import Checkpoint, read_newest, tidy, write_checkpoint
 from vitprune_fast.distill.config import DistillConfig
 from vitprune_fast.distill.losses import cross_entropy, soft_kd
 from vitprune_fast.errors import DamagedFile, InvalidInput, RunFolderError, StageFailed
@@ -187,7 +187,8 @@ class _Run:
             images_seen += len(images)
             if config.log_steps and progress.step % config.log_steps == 0:
                 rate = images_seen / (time.perf_counter() - clock)
-                self._tell("step", epoch, lr=lr, images_per_s=rate, **parts)
+                steps = self.steps_per_epoch * config.epochs
+                self._tell("step", epoch, steps=steps, lr=lr, images_per_s=rate, **parts)
             if index + 1 == self.steps_per_epoch:
                 self._end_epoch(epoch, lr)
             stopping = self.stop()
@@ -350,6 +351,8 @@ class _Run:
                     # the step count stays on the CPU, where AdamW keeps it
                     state[key] = value if key == "step" else value.to(parameter.device)
         progress = _Progress(**stored.state["progress"])
+        # a kill may have come between the newest checkpoint and the end of the oldest
+        tidy(self.folder, progress.step)
         self.progress = progress
         self._tell("resume", progress.step // self.steps_per_epoch)
         return progress

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -12,6 +12,9 @@ from torch import nn
 
 from vitprune_fast.errors import InvalidInput
 from vitprune_fast.modes import evaluating
+
+_TURN = 5
+"""Passes of one model before it is the next one's turn."""
 
 
 @dataclass(frozen=True)
@@ -61,28 +64,83 @@ def latency(
     Raises:
         InvalidInput: ``batch_size``, ``min_runs`` below 1, or an input size that cannot be told.
     """
+    return latencies(
+        [model],
+        batch_size,
+        input_size,
+        device,
+        seconds=seconds,
+        min_runs=min_runs,
+        warmup_runs=warmup_runs,
+    )[0]
+
+
+def latencies(
+    models: Sequence[nn.Module],
+    batch_size: int = 1,
+    input_size: int | tuple[int, ...] | None = None,
+    device: torch.device | str | None = None,
+    *,
+    seconds: float = 1.0,
+    min_runs: int = 10,
+    warmup_runs: int = 3,
+) -> list[Latency]:
+    """Measure several models in turns, so that a change of the machine's load meets them all.
+
+    Times of models that are measured one after the other cannot be divided by each other on a
+    machine that does something else besides. Here each turn is a few passes of every model: short
+    against any change of load, long enough that caches are warm for most of them.
+
+    Args:
+        models: at least one; all of them are on the device at the same time.
+        batch_size: images per pass.
+        input_size: as for ``latency``; default: what each timm model says of itself.
+        device: where to measure; default: where each model is.
+        seconds: measure for about this long per model.
+        min_runs: but at least this many passes of each.
+        warmup_runs: passes of each before the measured ones.
+
+    Returns:
+        One ``Latency`` per model, in order.
+
+    Raises:
+        InvalidInput: as ``latency``; no models.
+    """
     if batch_size < 1:
         raise InvalidInput(f"latency: batch_size must be at least 1, got {batch_size}")
     if min_runs < 1:
         raise InvalidInput(f"latency: min_runs must be at least 1, got {min_runs}")
-    parameter = next(model.parameters())
-    home = parameter.device
-    target = torch.device(device) if device is not None else home
-    shape = (batch_size, *_image_shape(model, input_size))
-    images = torch.rand(shape, generator=torch.Generator().manual_seed(0)) * 2 - 1
-    images = images.to(target, parameter.dtype)
-    clock = _time_on_cuda if target.type == "cuda" else _time_on_cpu
-    times: list[float] = []
+    if not models:
+        raise InvalidInput("latencies: models must hold at least one model, got none")
+    homes = [next(model.parameters()).device for model in models]
+    targets = [home if device is None else torch.device(device) for home in homes]
+    inputs = []
+    for model, target in zip(models, targets, strict=True):
+        shape = (batch_size, *_image_shape(model, input_size))
+        images = torch.rand(shape, generator=torch.Generator().manual_seed(0)) * 2 - 1
+        inputs.append(images.to(target, next(model.parameters()).dtype))
+    clocks = [_time_on_cuda if each.type == "cuda" else _time_on_cpu for each in targets]
+    contestants = list(zip(clocks, models, inputs, strict=True))
+    times: list[list[float]] = [[] for _ in models]
+    passes = _TURN if len(models) > 1 else 1
     try:
-        model.to(target)
-        with evaluating(model), torch.inference_mode():
-            for _ in range(warmup_runs):
-                clock(model, images)
+        for model, target in zip(models, targets, strict=True):
+            model.to(target)
+        with evaluating(*models), torch.inference_mode():
+            for clock, model, images in contestants:
+                for _ in range(warmup_runs):
+                    clock(model, images)
             start = time.perf_counter()
-            while len(times) < min_runs or time.perf_counter() - start < seconds:
-                times.append(clock(model, images))
+            while len(times[0]) < min_runs or time.perf_counter() - start < seconds * len(models):
+                for own, (clock, model, images) in zip(times, contestants, strict=True):
+                    own += [clock(model, images) for _ in range(passes)]
     finally:
-        model.to(home)
+        for model, home in zip(models, homes, strict=True):
+            model.to(home)
+    return [_summary(batch_size, own) for own in times]
+
+
+def _summary(batch_size: int, times: list[float]) -> Latency:
     median, p90 = np.quantile(times, [0.5, 0.9]).tolist()
     return Latency(batch_size, median, p90, batch_size / median, len(times))
 

@@ -6,6 +6,7 @@ therefore computes with the same bits as an undisturbed one.
 
 from __future__ import annotations
 
+import contextlib
 import platform
 import shutil
 import sys
@@ -25,8 +26,9 @@ from vitprune_fast.errors import InvalidInput, StageFailed
 from vitprune_fast.planning.cost import predict_cost
 from vitprune_fast.randomness import seeded
 from vitprune_fast.recipes import checks, models, stages
+from vitprune_fast.recipes.board import Board
 from vitprune_fast.recipes.config import RunConfig
-from vitprune_fast.recipes.folder import Metrics, RunFolder
+from vitprune_fast.recipes.folder import Metrics, RunFolder, read_metrics
 from vitprune_fast.recipes.opened import (
     check_fit,
     open_model_data,
@@ -42,7 +44,7 @@ BATCH_SIZES = (1, 64)
 """Batch sizes at which latency is measured; the second one gives the throughput."""
 
 # fields that say where and how to run, not what to compute
-_NOT_IDENTITY = ("out", "quiet", "allow_config_change", "latency_seconds")
+_NOT_IDENTITY = ("out", "quiet", "tensorboard", "allow_config_change", "latency_seconds")
 
 
 @dataclass
@@ -56,6 +58,7 @@ class Job:
     metrics: Metrics
     on_event: OnEvent
     stop: Callable[[], bool]
+    board: Board | None = None
     stage: str = ""
     cut_back: set[str] = field(default_factory=set)
 
@@ -91,8 +94,12 @@ class Job:
             # lines of an attempt that was killed, beyond the checkpoint the loop goes on from
             self.metrics.cut([self.stage], event["step"] if kind == "resume" else 0)
             self.cut_back.add(self.stage)
+            if self.board is not None:
+                self.board.restart(self.stage, read_metrics(self.metrics.path))
         if kind in ("epoch", "skipped_step"):
             self.metrics.add(event)
+            if self.board is not None:
+                self.board.add(event)
         schedule = self.config.dense if self.stage == "dense" else self.config.distill
         self.on_event({**event, "epochs": schedule.epochs})
 
@@ -131,6 +138,7 @@ def run(
     config = preset(config) if isinstance(config, str) else config
     tell = on_event or (lambda event: None)
     folder = RunFolder(config.out)
+    board = Board(folder / "tensorboard") if config.tensorboard else None
     started = time.perf_counter()
     profile = choose_profile(config.device, config.threads, config.data.workers)
     tell({"event": "profile", "profile": str(profile)})
@@ -151,8 +159,10 @@ def run(
         )
         files.write_text(folder / "config.yaml", to_yaml(config))
         metrics = Metrics(folder / "metrics.jsonl")
-        job = Job(config, folder, data, profile, metrics, tell, stop or (lambda: False))
-        run_stages(job, resumed=resumed)
+        with contextlib.closing(board) if board else contextlib.nullcontext():
+            stop = stop or (lambda: False)
+            job = Job(config, folder, data, profile, metrics, tell, stop, board)
+            run_stages(job, resumed=resumed)
     summary = files.read_json(folder / "summary.json")
     seconds = time.perf_counter() - started
     report = str(folder / "report.html")
@@ -200,6 +210,11 @@ def identity_of(config: RunConfig, data: ImageData, profile: Profile) -> dict[st
 def run_stages(job: Job, *, resumed: bool) -> None:
     """Runs every stage that is not finished; a damaged output redoes its stage and all after."""
     names = list(STAGES)
+    # a change that was allowed belongs into the summary, also when all else stays as it is
+    if resumed and job.folder.is_recorded("evaluate") and not job.folder.damage_of("evaluate"):
+        summary = files.read_json(job.folder / "summary.json")
+        if summary.get("changes") != job.folder.changes():
+            job.folder.forget(names[names.index("evaluate") :])
     for position, name in enumerate(names):
         job.stage = name
         outputs, function = STAGES[name]
@@ -367,9 +382,12 @@ def _evaluate(job: Job) -> dict[str, Any]:
         )
     ]
     facts = {"checks": checks.require("evaluate", proofs)}
+    slow, fast = stages.measure(
+        (dense, model), job.profile.device, BATCH_SIZES, seconds=job.config.latency_seconds
+    )
     summary = {
-        "before": _row(job, dense, before),
-        "after": {**_row(job, model, after), "agreement": after.agreement},
+        "before": _row(dense, before, slow),
+        "after": {**_row(model, after, fast), "agreement": after.agreement},
         "seed": job.config.seed,
         "data": job.data.name,
         "split_hashes": dict(job.data.split_hashes),
@@ -381,6 +399,7 @@ def _evaluate(job: Job) -> dict[str, Any]:
             "scored images": _fact(job, "score", "skipped", 0),
             "unreadable images": len(job.data.set_aside),
         },
+        "changes": job.folder.changes(),
         "checks": [
             *(
                 {"stage": name, **check}
@@ -399,11 +418,9 @@ def _fact(job: Job, stage: str, name: str, default: Any) -> Any:
     return record["facts"].get(name, default) if record else default
 
 
-def _row(job: Job, model: nn.Module, result: Any) -> dict[str, Any]:
+def _row(model: nn.Module, result: Any, latency: list[Any]) -> dict[str, Any]:
     cost = vp.cost(model)
-    single, batch = stages.measure(
-        model, job.profile.device, BATCH_SIZES, seconds=job.config.latency_seconds
-    )
+    single, batch = latency
     return {
         "params": cost.params,
         "macs": cost.macs,

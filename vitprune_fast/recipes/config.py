@@ -160,6 +160,8 @@ class RunConfig:
     """Torch threads on the CPU; unset: one per available core."""
     latency_seconds: Annotated[float, arg(metavar="SECONDS")] = 1.0
     """How long each latency is measured; two models at batch 1 and 64 make four of them."""
+    tensorboard: bool = False
+    """Also write the curves for TensorBoard, into the run folder's `tensorboard/`."""
     quiet: bool = False
     """Print only the result and errors."""
     allow_config_change: bool = False

@@ -12,11 +12,13 @@ record is written last, so a stage that was killed, or whose check failed, is si
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import json
 import os
 import shutil
 import socket
+import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -26,6 +28,23 @@ from vitprune_fast.errors import DamagedFile, RunFolderError
 from vitprune_fast.recipes.yamlfile import differences
 
 SCHEMA = 1
+
+PATIENCE_S = 1.0
+"""Seconds a start waits for the lock of a process that was just killed and is not quite gone."""
+
+_CANNOT_WRITE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG)
+
+_held: set[int] = set()
+
+
+def _let_go() -> None:
+    """In a forked child: a loader process must not keep the lock of a run that was killed."""
+    for handle in _held:
+        os.close(handle)
+    _held.clear()
+
+
+os.register_at_fork(after_in_child=_let_go)
 
 
 class RunFolder:
@@ -44,29 +63,56 @@ class RunFolder:
         """Holds the folder's lock for the body; the lock dies with the process.
 
         Raises:
-            RunFolderError: the folder cannot be written, or another process works in it.
+            RunFolderError: the folder cannot be written, now or later in the body, or another
+                process works in it.
         """
-        try:
+        with self._explained():
             self.path.mkdir(parents=True, exist_ok=True)
-            handle = open(self / ".lock", "a+", encoding="utf-8")  # noqa: SIM115
-        except OSError as error:
-            raise RunFolderError(
-                f"run: cannot write the run folder {self.path}: {error.strerror}"
-            ) from None
-        with handle:
+            handle = os.open(self / ".lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
             try:
-                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError:
-                handle.seek(0)
-                owner = handle.read(200).strip() or "another process"
+                self._lock(handle)
+                _held.add(handle)
+                os.ftruncate(handle, 0)
+                os.write(handle, f"process {os.getpid()} on {socket.gethostname()}\n".encode())
+                files.remove_leftovers(self.path)
+                yield
+            finally:
+                _held.discard(handle)
+                os.close(handle)
+
+    def _lock(self, handle: int) -> None:
+        deadline = time.monotonic() + PATIENCE_S
+        while True:
+            try:
+                return fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                if time.monotonic() < deadline:
+                    time.sleep(0.05)
+                    continue
+            except OSError as error:
                 raise RunFolderError(
-                    f"run: {self.path} is in use by {owner}; wait for it or choose another --out"
-                ) from None
-            handle.truncate(0)
-            handle.write(f"process {os.getpid()} on {socket.gethostname()}\n")
-            handle.flush()
-            files.remove_leftovers(self.path)
+                    f"run: {self.path} must be on a file system that can lock files, got "
+                    f"{error.strerror}; choose another --out"
+                ) from error
+            owner = os.pread(handle, 200, 0).decode(errors="replace").strip() or "another process"
+            raise RunFolderError(
+                f"run: {self.path} is in use by {owner}; wait for it or choose another --out"
+            )
+
+    @contextlib.contextmanager
+    def _explained(self) -> Iterator[None]:
+        """Turns a full disk or a missing permission into one sentence."""
+        try:
             yield
+        except OSError as error:
+            named = Path(error.filename) if isinstance(error.filename, str) else Path()
+            ours = self.path == named or self.path in named.parents
+            if not (ours or error.errno in _CANNOT_WRITE):
+                raise
+            raise RunFolderError(
+                f"run: cannot write the run folder {self.path}: {error.strerror}; what is finished "
+                "is intact: free space or fix the permission, and the same command goes on"
+            ) from error
 
     # identity
 
@@ -115,6 +161,10 @@ class RunFolder:
         if lines or known.get("command") != facts.get("command"):
             files.write_json(record, {**known, "command": facts.get("command")})
         return True
+
+    def changes(self) -> list[list[str]]:
+        """The differences that `begin` was allowed to go on with, one list per occasion."""
+        return files.read_json(self / "run.json")["changes"]
 
     # stages
 
@@ -174,6 +224,7 @@ class RunFolder:
         if (self / name).exists():
             (self / name).rename(old)
         fresh.rename(self / name)
+        files.flush_folder(self.path)
         shutil.rmtree(old, ignore_errors=True)
 
 
@@ -195,8 +246,7 @@ class Metrics:
 
     def add(self, event: dict[str, Any]) -> None:
         kept = {key: value for key, value in event.items() if key not in self.MEASURED}
-        with open(self.path, "a", encoding="utf-8") as handle:
-            handle.write(json.dumps(kept, sort_keys=True) + "\n")
+        files.append_line(self.path, json.dumps(kept, sort_keys=True))
 
     def cut(self, stages: Sequence[str], step: int = 0) -> None:
         """Drops lines of these stages that lie after `step`, and a torn last line."""

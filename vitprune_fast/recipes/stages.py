@@ -6,7 +6,7 @@ checkpoint reads `validation`, and `evaluate` alone reads `test`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -17,6 +17,7 @@ import vitprune_fast as vp
 from vitprune_fast.data import ImageData, Loader
 from vitprune_fast.distill.config import DistillConfig
 from vitprune_fast.distill.loop import distill
+from vitprune_fast.planning.latency import latencies
 from vitprune_fast.randomness import derive_seed
 from vitprune_fast.recipes.config import PlanConfig, ScoreConfig
 
@@ -153,12 +154,17 @@ def evaluate(
 
 
 def measure(
-    model: nn.Module, device: str, batch_sizes: tuple[int, ...] = (1, 64), *, seconds: float = 1.0
-) -> list[Any]:
-    """`Latency` of the model at each batch size, in evaluation mode on `device`."""
-    return [
-        vp.latency(model, batch_size=size, device=device, seconds=seconds) for size in batch_sizes
+    models: Sequence[nn.Module],
+    device: str,
+    batch_sizes: tuple[int, ...] = (1, 64),
+    *,
+    seconds: float = 1.0,
+) -> list[list[Any]]:
+    """`Latency` of each model at each batch size, the models in turns, on `device`."""
+    by_size = [
+        latencies(models, batch_size=size, device=device, seconds=seconds) for size in batch_sizes
     ]
+    return [list(of_model) for of_model in zip(*by_size, strict=True)]
 
 
 def synchronise(device: str) -> None:

@@ -1,0 +1,83 @@
+"""A disk that is full or read-only: one sentence, nothing lost, and the same command goes on."""
+
+from __future__ import annotations
+
+import errno
+import os
+import random
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from tests.recipes.attempts import NEEDS_SPACE, Attempts, Fault
+from tests.recipes.conftest import TINY, command
+from tests.recipes.same import assert_same_run
+from vitprune_fast.distill.checkpoints import read_newest
+from vitprune_fast.errors import DamagedFile
+
+
+def refuse(error: DamagedFile) -> None:
+    raise error
+
+
+def fail_and_resume(
+    attempts: Attempts,
+    short: tuple[Path, list[str]],
+    places: list[int],
+    number: int,
+    tmp_path: Path,
+) -> None:
+    for at in places:
+        folder = tmp_path / f"{errno.errorcode[number]}-{at}"
+        words = command(TINY, folder)
+        fault = Fault(at, "error", number, kinds=NEEDS_SPACE)
+        outcome = attempts.finish(words, fault=fault)
+        assert outcome.status == 2, (at, outcome)
+        assert outcome.err.startswith("error: ") and outcome.err.count("\n") == 1, outcome.err
+        assert os.strerror(number) in outcome.err and str(folder) in outcome.err
+        for stage in ("dense", "distill"):
+            # whatever was written before is whole
+            read_newest(folder / "checkpoints" / stage, refuse)
+        outcome = attempts.finish(words)
+        assert outcome.status == 0, (at, outcome.err)
+        assert_same_run(short[0], folder)
+
+
+def places(short: tuple[Path, list[str]]) -> list[int]:
+    return list(range(sum(line.split()[0] in NEEDS_SPACE for line in short[1])))
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES])
+def test_some_operations_fail(
+    number: int, attempts: Attempts, short: tuple[Path, list[str]], tmp_path: Path
+) -> None:
+    some = random.Random(number).sample(places(short), 3)
+    fail_and_resume(attempts, short, some, number, tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3000)
+@pytest.mark.parametrize("part", range(4))
+def test_every_operation_fails(
+    part: int, attempts: Attempts, short: tuple[Path, list[str]], tmp_path: Path
+) -> None:
+    fail_and_resume(attempts, short, places(short)[part::4], errno.ENOSPC, tmp_path)
+
+
+@pytest.mark.parametrize(("first", "size"), [("full", "300k"), ("read-only", "64m")])
+def test_a_real_small_disk(
+    first: str, size: str, attempts: Attempts, short: tuple[Path, list[str]], tmp_path: Path
+) -> None:
+    if subprocess.run(["unshare", "--mount", "true"], capture_output=True).returncode:
+        pytest.skip("this user may not mount")
+    folder, copy = tmp_path / "disk", tmp_path / "copy"
+    folder.mkdir()
+    outcome = attempts.finish(
+        command(TINY, folder),
+        disk={"folder": str(folder), "first": first, "size": size, "copy": str(copy)},
+    )
+    assert outcome.status == 0, outcome
+    reason = {"full": errno.ENOSPC, "read-only": errno.EROFS}[first]
+    assert os.strerror(reason) in outcome.err and outcome.err.count("\n") == 1
+    assert_same_run(short[0], copy)

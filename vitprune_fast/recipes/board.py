@@ -1,0 +1,59 @@
+"""The curves of `metrics.jsonl` for TensorBoard, each point once however often the run was killed.
+
+A stage's event files are written anew from the metrics file whenever the stage is taken up, after
+that file was cut back to the checkpoint, and then grow with it.
+"""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+from vitprune_fast.errors import BackendUnavailable
+
+CURVES = ("loss", "ce", "kd", "lr", "val_loss", "val_top1", "val_agreement")
+
+
+class Board:
+    """Event files in `folder/STAGE`, so that TensorBoard shows the stages as curves of one plot."""
+
+    def __init__(self, folder: Path) -> None:
+        """Raises BackendUnavailable without the tensorboard package."""
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ModuleNotFoundError as error:
+            raise BackendUnavailable(
+                f"run: --tensorboard needs {error.name}; install vitprune_fast[tensorboard], or "
+                "leave the flag out: report.html has the same curves"
+            ) from None
+        self.folder = folder
+        self._open = SummaryWriter
+        self._stage, self._writer = "", None
+
+    def restart(self, stage: str, lines: list[dict[str, Any]]) -> None:
+        """Writes the stage's points anew from the lines of the metrics file."""
+        self.close()
+        shutil.rmtree(self.folder / stage, ignore_errors=True)
+        self._stage, self._writer = stage, self._open(str(self.folder / stage))
+        for line in lines:
+            if line.get("stage") == stage:
+                self._add(line)
+        self._writer.flush()
+
+    def add(self, line: dict[str, Any]) -> None:
+        """Adds the point of one more line; the stage was restarted before."""
+        self._add(line)
+        self._writer.flush()
+
+    def close(self) -> None:
+        """Ends the open stage; without one it does nothing."""
+        if self._writer is not None:
+            self._writer.close()
+            self._writer = None
+
+    def _add(self, line: dict[str, Any]) -> None:
+        if line.get("event") == "epoch":
+            for name in CURVES:
+                if line.get(name) is not None:
+                    self._writer.add_scalar(name, line[name], line["step"])
