@@ -160,3 +160,10 @@ def test_no_gpu(sentence: Callable[..., str]) -> None:
     else:
         assert "torch sees no GPU" in sentence("run", "--device", "cuda")
     assert "device must be auto, cpu or cuda" in sentence("run", "--device", "tpu")
+
+
+def test_a_pair_that_is_no_yaml_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        main(["describe", "--model", NAME, "--model-args", "img_size=["])
+    assert stop.value.code == 2
+    assert "YAML value after img_size=" in " ".join(capsys.readouterr().err.split())

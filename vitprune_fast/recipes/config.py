@@ -23,7 +23,10 @@ def _parse_pairs(words: list[str]) -> dict[str, Any]:
         key, equals, value = word.partition("=")
         if not (key and equals):
             raise ValueError(f"must look like KEY=VALUE, got {word!r}")
-        pairs[key] = yaml.safe_load(value)
+        try:
+            pairs[key] = yaml.safe_load(value)
+        except yaml.YAMLError:
+            raise ValueError(f"must have a YAML value after {key}=, got {value!r}") from None
     return pairs
 
 
