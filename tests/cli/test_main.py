@@ -81,3 +81,14 @@ def test_flags_given_in_words_reach_the_model(capsys: pytest.CaptureFixture[str]
         "img_size": 32,
         "patch_size": [4, 4],
     }
+
+
+def test_a_model_asked_for_by_name_takes_no_arguments_of_the_preset() -> None:
+    from argparse import Namespace
+
+    from vitprune_fast.cli.run import _default
+
+    unset = {"preset": None, "data": None, "config": None, "model": None}
+    assert _default(Namespace(**unset)).model.args["embed_dim"] == 64
+    assert _default(Namespace(**{**unset, "model": "folder"})).model.args == {}
+    assert _default(Namespace(**{**unset, "data": "tar:photos.tar"})).data.source != "digits"

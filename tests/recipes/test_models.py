@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import timm
 import torch
+from safetensors.torch import save_file
 
 from vitprune_fast import files
 from vitprune_fast.errors import DamagedFile, InvalidInput
@@ -138,3 +139,17 @@ def test_a_saved_folder_brings_its_own_sizes(tmp_path: Path) -> None:
     assert open_model(ModelConfig(name=str(tmp_path / "model"))).num_classes == 5
     with pytest.raises(InvalidInput, match="holds its own weights and sizes"):
         open_model(ModelConfig(name=str(tmp_path / "model"), args={"depth": 3}))
+
+
+def test_the_head_follows_the_checkpoint(tmp_path: Path) -> None:
+    """The classes of the weights decide where no num_classes was asked for."""
+    args: dict[str, Any] = {"img_size": 16, "patch_size": 8, "embed_dim": 24, "depth": 1}
+    trained = timm.create_model(NAME, num_classes=2, num_heads=3, **args)
+    save_file(trained.state_dict(), tmp_path / "two.safetensors")
+    config = ModelConfig(NAME, {**args, "num_heads": 3}, tmp_path / "two.safetensors")
+    assert skeleton(config).num_classes == open_model(config).num_classes == 2
+
+
+def test_an_empty_name_is_no_folder() -> None:
+    with pytest.raises(InvalidInput, match="neither a model of timm nor a folder"):
+        skeleton(ModelConfig(name=""))

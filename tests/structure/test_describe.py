@@ -140,3 +140,10 @@ def test_a_tensor_with_two_names_is_refused(what: str) -> None:
         model.blocks[1] = model.blocks[0]
     with pytest.raises(UnsupportedArchitecture, match=r"both blocks\.0\..* and blocks\.1\."):
         describe(model)
+
+
+def test_a_norm_the_mask_does_not_know_is_refused() -> None:
+    from timm.layers.norm import SimpleNorm
+
+    with pytest.raises(UnsupportedArchitecture, match=r"blocks\.0\.norm1 must be one of"):
+        describe(VisionTransformer(**SMALL, norm_layer=SimpleNorm, final_norm=False))

@@ -33,7 +33,7 @@ class PresetFlags(FileFlags):
     """Where the options come from."""
 
     preset: Annotated[str | None, arg(metavar="digits|images")] = None
-    """Recipe to start from; unset: `images` when --data names a folder, otherwise `digits`."""
+    """Recipe to start from; unset: `images` when --data names other images, otherwise `digits`."""
 
 
 def required_model() -> ModelConfig:
@@ -58,11 +58,11 @@ def parse(
         verb: for the usage line.
         words: the command line after the verb.
         default: gives the default options; it sees the words that choose them (`config`,
-            `preset`, `data`; None where not given).
+            `preset`, `data`, `model`; None where not given).
         flags: which of the choosing words this verb takes.
     """
     early = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    for name in ("config", "preset", "data"):
+    for name in ("config", "preset", "data", "model"):
         early.add_argument(f"--{name}", nargs="?")
     chosen, _ = early.parse_known_args(list(words))
     options = default(chosen)

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from argparse import Namespace
+from dataclasses import replace
 
 from vitprune_fast.cli.options import PresetFlags, parse
-from vitprune_fast.recipes.config import RunConfig
+from vitprune_fast.recipes.config import ModelConfig, RunConfig
 from vitprune_fast.recipes.presets import preset
 
 
 def _default(chosen: Namespace) -> RunConfig:
-    if chosen.preset:
-        return preset(chosen.preset)
-    return preset("images" if (chosen.data or "").startswith("folder:") else "digits")
+    digits = chosen.data in (None, "digits")
+    options = preset(chosen.preset or ("digits" if digits else "images"))
+    # the arguments of a preset belong to its own model, not to one that was asked for by name
+    return replace(options, model=ModelConfig()) if chosen.model else options
 
 
 def main(words: list[str]) -> int:

@@ -72,7 +72,8 @@ def plan(
 
     Returns:
         A Plan. The cost predicted for it is exactly that of the pruned model, and at most the
-        budget; it misses the budget by less than one step of an axis (``round_to`` units).
+        budget. ``global`` misses it by less than one step of an axis (``round_to`` units), unless
+        all steps left are larger; ``uniform`` by less than one step of all axes of a kind.
 
     Raises:
         InfeasibleBudget: even the smallest plan allowed costs more; the message names its cost.

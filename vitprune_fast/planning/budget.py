@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from numbers import Integral, Real
+from typing import Any
 
 from ..errors import InvalidInput
 from ..structure.axes import UNIT_KINDS
@@ -41,22 +43,18 @@ class Budget:
             self._check_keep(self.keep)
             return
         value = getattr(self, given[0])
-        if (
-            isinstance(value, bool)
-            or not isinstance(value, (int, float))
-            or not 0 < value < math.inf
-        ):
+        if isinstance(value, bool) or not isinstance(value, Real) or not 0 < value < math.inf:
             raise InvalidInput(
                 f"Budget: {given[0]} must be a share in (0, 1] or a positive number, got {value!r}"
             )
-        if isinstance(value, float) and 1 < value < 1000:
+        if not isinstance(value, Integral) and 1 < value < 1000:
             raise InvalidInput(
                 f"Budget: {given[0]} must be a share in (0, 1] or an absolute count, "
                 f"got {value!r}; 50 % is 0.5"
             )
 
     @staticmethod
-    def _check_keep(keep: Mapping[str, float]) -> None:
+    def _check_keep(keep: Mapping[str, Any]) -> None:
         if not isinstance(keep, Mapping) or not keep:
             raise InvalidInput(
                 f"Budget: keep must map unit kinds to shares, got {keep!r}; "
@@ -67,11 +65,7 @@ class Budget:
                 raise InvalidInput(
                     f"Budget: keep must name unit kinds ({', '.join(UNIT_KINDS)}), got {kind!r}"
                 )
-            if (
-                isinstance(share, bool)
-                or not isinstance(share, (int, float))
-                or not 0 <= share <= 1
-            ):
+            if isinstance(share, bool) or not isinstance(share, Real) or not 0 <= share <= 1:
                 raise InvalidInput(
                     f"Budget: keep[{kind!r}] must be a share in [0, 1], got {share!r}"
                 )
@@ -84,5 +78,6 @@ class Budget:
     def limit(self, full: Cost) -> int:
         """The largest count allowed, for a model that costs ``full`` unpruned."""
         value = getattr(self, self.measure)
-        whole = getattr(full, self.measure)
-        return int(value * whole) if isinstance(value, float) and value <= 1 else int(value)
+        if not isinstance(value, Integral) and value <= 1:
+            return int(float(value) * getattr(full, self.measure))
+        return int(value)

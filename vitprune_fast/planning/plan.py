@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import pairwise
+from numbers import Integral
 from pathlib import Path
 from typing import Any
 
@@ -182,10 +183,10 @@ def _checked_units(axis: str, units: Sequence[int], size: int) -> tuple[int, ...
         raise InvalidInput(f"Plan: kept units of {axis!r} must be a list of numbers, got {units!r}")
     if len(units) > size:
         raise InvalidInput(f"Plan: kept units of {axis!r} must be at most {size}, got {len(units)}")
-    values = tuple(units)
-    if not all(type(u) is int for u in values):
-        wrong = next(u for u in values if type(u) is not int)
-        raise InvalidInput(f"Plan: kept units of {axis!r} must be whole numbers, got {wrong!r}")
+    for unit in units:
+        if isinstance(unit, bool) or not isinstance(unit, Integral):
+            raise InvalidInput(f"Plan: kept units of {axis!r} must be whole numbers, got {unit!r}")
+    values = tuple(int(unit) for unit in units)
     if any(b <= a for a, b in pairwise(values)):
         raise InvalidInput(
             f"Plan: kept units of {axis!r} must be sorted without duplicates, got {_some(values)}"

@@ -71,15 +71,13 @@ def same_cost(predicted: Any, counted: Any) -> Check:
 
 def within_budget(counted: Any, dense: Any, budget: dict[str, Any]) -> list[Check]:
     """The built model meets the budget that was asked for (a keep ratio has no cost limit)."""
-    checks = []
-    for name, asked in budget.items():
-        if name in ("macs", "params"):
-            limit = asked * getattr(dense, name) if asked <= 1 else asked
-            cost = getattr(counted, name)
-            checks.append(
-                Check(f"{name} are within the budget", cost <= limit, f"{cost:,} of {limit:,.0f}")
-            )
-    return checks
+    asked = vp.Budget(**budget)
+    if asked.measure == "keep":
+        return []
+    limit, cost = asked.limit(dense), getattr(counted, asked.measure)
+    return [
+        Check(f"{asked.measure} are within the budget", cost <= limit, f"{cost:,} of {limit:,}")
+    ]
 
 
 def masked_equals_pruned(dense: nn.Module, pruned: nn.Module, plan: Any, images: Tensor) -> Check:

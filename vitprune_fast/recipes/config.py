@@ -97,6 +97,11 @@ class ScoreConfig:
     batch_size: Annotated[int, arg(metavar="N", name="score-batch-size")] = 64
     """Images per scoring step."""
 
+    def __post_init__(self) -> None:
+        for name in ("samples", "batch_size"):
+            if getattr(self, name) < 1:
+                raise InvalidInput(f"score: {name} must be at least 1, got {getattr(self, name)}")
+
 
 @dataclass(frozen=True)
 class PlanConfig:

@@ -20,7 +20,7 @@ from vitprune_fast.recipes.config import ModelConfig
 
 def is_folder(config: ModelConfig) -> bool:
     """Whether the model is one of our own saved folders rather than a name of timm."""
-    return Path(config.name).is_dir()
+    return bool(config.name) and Path(config.name).is_dir()
 
 
 def skeleton(config: ModelConfig) -> nn.Module:
@@ -32,7 +32,7 @@ def skeleton(config: ModelConfig) -> nn.Module:
     if is_folder(config):
         return open_model(config)
     with torch.device("meta"):
-        return _create(config)
+        return _create(config, **_head_of_checkpoint(config))
 
 
 def open_model(config: ModelConfig, classes: int | None = None) -> nn.Module:
@@ -40,7 +40,8 @@ def open_model(config: ModelConfig, classes: int | None = None) -> nn.Module:
 
     Args:
         config: a name of timm with arguments, or a folder made by `vp.save`.
-        classes: size of the head for a model whose weights are not given; weights decide otherwise.
+        classes: size of the head for a model whose weights are not given. A checkpoint's own head
+            decides otherwise, and ``num_classes`` among the arguments before both.
 
     Raises:
         InvalidInput: unknown model, bad arguments, or a checkpoint of another shape.
@@ -55,15 +56,21 @@ def open_model(config: ModelConfig, classes: int | None = None) -> nn.Module:
                 "drop --model-args, --checkpoint and --pretrained"
             )
         return vp.load(config.name).eval()
-    extra: dict[str, Any] = {}
-    if classes is not None and "num_classes" not in config.args:
-        extra["num_classes"] = classes
     if config.checkpoint is None:
-        return _create(config, **extra).eval()
-    tensors = read_checkpoint(config.checkpoint)
-    model = _create(config, **extra)
-    load_weights(model, tensors, config.checkpoint)
+        unset = classes is not None and "num_classes" not in config.args
+        return _create(config, **({"num_classes": classes} if unset else {})).eval()
+    model = _create(config, **_head_of_checkpoint(config))
+    load_weights(model, read_checkpoint(config.checkpoint), config.checkpoint)
     return model.eval()
+
+
+def _head_of_checkpoint(config: ModelConfig) -> dict[str, int]:
+    """The number of classes the checkpoint was trained for, unless the arguments say one."""
+    if config.checkpoint is None or "num_classes" in config.args:
+        return {}
+    tensors = read_checkpoint(config.checkpoint)
+    heads = [tensors[n] for n in ("head.weight", "module.head.weight") if n in tensors]
+    return {"num_classes": len(heads[0])} if heads else {}
 
 
 def _create(config: ModelConfig, **extra: Any) -> nn.Module:

@@ -127,7 +127,7 @@ def plan(model: nn.Module, scores: Any, config: PlanConfig) -> Any:
         budget=vp.Budget(**config.budget()),
         allocation=config.allocation,
         min_units=config.min_units,
-        round_to=config.round_to,
+        round_to={"neuron": config.round_to},
         **options,
     )
 

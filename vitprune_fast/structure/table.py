@@ -7,6 +7,7 @@ from types import EllipsisType
 from torch import Tensor, nn
 
 from ..errors import UnsupportedArchitecture
+from ..modeling_pruned import NORMS
 from .axes import Axis, Dim, SoftmaxScale, Structure, Tap, Work, Write, as_dim
 from .paths import get
 
@@ -61,7 +62,13 @@ class Table:
 
     def norm(self, path: str, over: Size) -> None:
         """A normalisation whose statistics run over ``over``."""
-        if getattr(get(self.model, path), "normalized_shape", None):
+        module = get(self.model, path)
+        if getattr(module, "normalized_shape", None):
+            if type(module) not in NORMS.values():
+                raise UnsupportedArchitecture(
+                    f"describe: {path} must be one of {', '.join(NORMS)}, "
+                    f"got {type(module).__name__}"
+                )
             self.tensor(f"{path}.weight", over)
             self.tensor(f"{path}.bias", over)
             # declared apart from the weight: a norm without affine part has none to tell

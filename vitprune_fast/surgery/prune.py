@@ -45,8 +45,8 @@ def prune(
     """A new, smaller, dense model that computes what ``model`` computes under ``plan``.
 
     The logits equal those of the masked model (:func:`vitprune_fast.mask`) to rounding; a plan
-    that keeps everything changes no bit. The result is made of stock timm modules; only a block
-    that lost one branch becomes an ``AttentionBlock`` or ``MlpBlock``.
+    that keeps everything changes no bit of any tensor. The result is made of stock timm modules;
+    only a block that lost one branch becomes an ``AttentionBlock`` or ``MlpBlock``.
 
     A branch that lost all its units computes a constant. It goes, and the constant is added to the
     last live writer of the residual stream before it. In training with drop path that constant is
