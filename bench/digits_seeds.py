@@ -80,7 +80,8 @@ def table(results: dict[str, Any]) -> str:
     lines += [
         "",
         f"Real 8x8 digit images, {samples} of them for the test; {len(runs)} seeds fixed in "
-        f"advance. {profile['hardware']}, {profile['threads']} threads, {profile['dtype']}, torch "
+        f"advance. {profile['hardware']}, {profile['threads']} "
+        f"thread{'s' if profile['threads'] != 1 else ''}, {profile['dtype']}, torch "
         f"{versions['torch']}, timm {versions['timm']}. Made by `{results['command']}`.",
     ]
     return "\n".join(lines)

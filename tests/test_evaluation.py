@@ -124,3 +124,12 @@ def test_models_come_back_as_they_were(fails: bool) -> None:
 def test_evaluate_rejects(batches: list, teacher: nn.Module | None, sentence: str) -> None:
     with pytest.raises(InvalidInput, match=sentence):
         evaluate(_Logits(), batches, teacher)
+
+
+@pytest.mark.parametrize("classes", [3, 10, 1000])
+def test_a_model_agrees_with_itself_also_on_equal_logits(classes: int) -> None:
+    logits, labels = torch.zeros(6, classes), torch.tensor([0, 0, 1, 2, 2, 2])
+    found = evaluate(_Logits(), [(logits, labels)], _Logits())
+    assert found.agreement == 1.0
+    # among equals the lowest class number counts as the answer
+    assert (found.top1_count, found.top5_count) == (2, 6)

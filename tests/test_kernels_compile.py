@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -15,7 +16,8 @@ SCRIPT = Path(__file__).parent / "compiled_kernels.py"
 def test_kernels_compile_without_spills(tmp_path, monkeypatch, capability):
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
-    monkeypatch.setenv("PYTHONPATH", str(SCRIPT.parent.parent))
+    path = [str(SCRIPT.parent.parent), os.environ.get("PYTHONPATH", "")]
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(path))
     command = [sys.executable, str(SCRIPT), capability]
     result = subprocess.run(command, capture_output=True, text=True)
     assert result.returncode == 0, result.stdout + result.stderr

@@ -8,34 +8,68 @@ Each stage is a function of plain values and returns a plain value that can be s
 
 from __future__ import annotations
 
+import sys
+from importlib import import_module
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
-# before the imports: they may read it
 __version__ = "0.1.0"
 
-from . import ops
-from .checkpoint import load, save
-from .data import Loader, open_data
-from .distill import DistillConfig, DistillResult, distill
-from .doctor import doctor
-from .errors import (
-    BackendUnavailable,
-    DamagedFile,
-    InfeasibleBudget,
-    InvalidInput,
-    RunFolderError,
-    StageFailed,
-    UnsupportedArchitecture,
-    VitpruneError,
-)
-from .evaluation import Evaluation, evaluate
-from .planning import Budget, Cost, Latency, Plan, cost, latency, plan, predict_cost
-from .scoring import Scores, score
-from .structure import Structure, describe
-from .surgery import mask, prune
-
 if TYPE_CHECKING:
+    from . import ops
+    from .checkpoint import load, save
+    from .data import Loader, open_data
+    from .distill import DistillConfig, DistillResult, distill
+    from .doctor import doctor
+    from .errors import (
+        BackendUnavailable,
+        DamagedFile,
+        InfeasibleBudget,
+        InvalidInput,
+        RunFolderError,
+        StageFailed,
+        UnsupportedArchitecture,
+        VitpruneError,
+    )
+    from .evaluation import Evaluation, evaluate
+    from .planning import Budget, Cost, Latency, Plan, cost, latency, plan, predict_cost
     from .recipes import RunConfig, run
+    from .scoring import Scores, score
+    from .structure import Structure, describe
+    from .surgery import mask, prune
+
+_HOMES = {
+    "checkpoint": ("load", "save"),
+    "data": ("Loader", "open_data"),
+    "distill": ("DistillConfig", "DistillResult", "distill"),
+    "doctor": ("doctor",),
+    "errors": (
+        "BackendUnavailable",
+        "DamagedFile",
+        "InfeasibleBudget",
+        "InvalidInput",
+        "RunFolderError",
+        "StageFailed",
+        "UnsupportedArchitecture",
+        "VitpruneError",
+    ),
+    "evaluation": ("Evaluation", "evaluate"),
+    "planning": (
+        "Budget",
+        "Cost",
+        "Latency",
+        "Plan",
+        "cost",
+        "latency",
+        "plan",
+        "predict_cost",
+    ),
+    "recipes": ("RunConfig", "run"),
+    "scoring": ("Scores", "score"),
+    "structure": ("Structure", "describe"),
+    "surgery": ("mask", "prune"),
+}
+_HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 
 __all__ = [
     "BackendUnavailable",
@@ -76,10 +110,28 @@ __all__ = [
 ]
 
 
-def __getattr__(name: str) -> Any:
-    # the run needs packages that scoring and pruning inside another library do not
-    if name in ("RunConfig", "run"):
-        from . import recipes
+class _Package(ModuleType):
+    """Imports public names at first use, so that ``import vitprune_fast`` and ``--help`` are quick.
 
-        return getattr(recipes, name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    Two functions share their name with the module they come from (``distill``, ``doctor``). The
+    import system writes an imported module into its package; here the function keeps the name.
+    """
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "ops":
+            return import_module(f"{__name__}.ops")
+        if name not in _HOME_OF:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        value = getattr(import_module(f"{__name__}.{_HOME_OF[name]}"), name)
+        setattr(self, name, value)
+        return value
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if not (isinstance(value, ModuleType) and name in _HOME_OF):
+            super().__setattr__(name, value)
+
+    def __dir__(self) -> list[str]:
+        return sorted({*super().__dir__(), *__all__})
+
+
+sys.modules[__name__].__class__ = _Package

@@ -87,7 +87,7 @@ def evaluate(
                 other = teacher(images).float() if teacher is not None else None
             _check(logits, labels, other)
             finite = logits.isfinite().all(1)
-            ranked = logits.topk(min(5, logits.shape[1]), dim=1).indices
+            ranked = _ranked(logits)[:, :5]
             hits = (ranked == labels[:, None]) & finite[:, None]
             samples += len(labels)
             top1 += int(hits[:, 0].sum())
@@ -96,7 +96,7 @@ def evaluate(
             losses += F.cross_entropy(logits[finite], labels[finite], reduction="none").tolist()
             if other is not None:
                 both = finite & other.isfinite().all(1)
-                agreement += int(((ranked[:, 0] == other.argmax(1)) & both).sum())
+                agreement += int(((ranked[:, 0] == _ranked(other)[:, 0]) & both).sum())
     if samples == 0:
         raise InvalidInput("evaluate: batches must hold at least one sample, got none")
     return Evaluation(
@@ -108,6 +108,11 @@ def evaluate(
         loss_sum=math.fsum(losses),
         nonfinite_count=nonfinite,
     )
+
+
+def _ranked(logits: torch.Tensor) -> torch.Tensor:
+    """Classes by falling logit; equal ones by number, which ``topk`` and ``argmax`` leave open."""
+    return logits.sort(dim=1, descending=True, stable=True).indices
 
 
 def _check(logits: torch.Tensor, labels: torch.Tensor, other: torch.Tensor | None) -> None:

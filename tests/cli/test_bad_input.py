@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import timm
@@ -14,7 +15,13 @@ from vitprune_fast import files
 from vitprune_fast.cli.main import main
 
 NAME = "vit_tiny_patch16_224"
-SMALL = {"img_size": 16, "patch_size": 8, "embed_dim": 24, "depth": 2, "num_heads": 3}
+SMALL: dict[str, Any] = {
+    "img_size": 16,
+    "patch_size": 8,
+    "embed_dim": 24,
+    "depth": 2,
+    "num_heads": 3,
+}
 WORDS = [f"{key}={value}" for key, value in SMALL.items()]
 MODEL = ["--model", NAME, "--model-args", *WORDS]
 

@@ -35,7 +35,7 @@ EVENTS = [
     {"event": "epoch", "stage": "distill", "epoch": 0, "epochs": 2, "step": 9, "loss": 1.0},
     {"event": "stage", "stage": "distill", "state": "done", "seconds": 3.0, "text": "2 epochs"},
     {"event": "unheard of"},
-    {"event": "end", "seconds": 4.0, "summary": SUMMARY},
+    {"event": "end", "seconds": 4.0, "summary": SUMMARY, "report": "runs/x/report.html"},
 ]
 
 
@@ -69,6 +69,7 @@ def test_the_table_shows_before_after_and_change() -> None:
     assert "2.00x faster" in rows["latency, batch 1 (ms)"]
     assert "99.00%" in rows["agreement with dense"]
     assert "2.00x" in rows["images/s, batch 64"]
+    assert text.endswith("report: runs/x/report.html\n")
 
 
 def test_quiet_prints_only_the_result() -> None:

@@ -8,12 +8,16 @@ import re
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 
 import vitprune_fast as vp
 from vitprune_fast.cli.main import main
+from vitprune_fast.recipes.chain import RunStopped, run
+from vitprune_fast.recipes.presets import preset
+from vitprune_fast.recipes.yamlfile import from_yaml
 
 TINY = [
     *("--model-args", "img_size=8", "patch_size=4", "in_chans=1", "embed_dim=24", "depth=2"),
@@ -96,7 +100,7 @@ def test_eval_of_the_result_repeats_the_summary(
     ("number", "when"),
     [
         pytest.param(signal.SIGTERM, "distill", id="SIGTERM-in-training"),
-        pytest.param(signal.SIGINT, "dense", id="SIGINT-in-training"),
+        pytest.param(signal.SIGINT, "dense", id="SIGINT-in-training", marks=pytest.mark.slow),
     ],
 )
 def test_a_signal_ends_the_run_with_one_line_and_it_resumes(
@@ -115,18 +119,12 @@ def test_a_signal_ends_the_run_with_one_line_and_it_resumes(
     )
     steps = out / "checkpoints" / when
     while process.poll() is None and not list(steps.glob("*.json")):
-        pass
+        time.sleep(0.05)
     process.send_signal(number)
     _, err = process.communicate(timeout=60)
     assert process.returncode == 128 + number, err
     assert err == f"stopped by {number.name}; the same command resumes the run\n"
-    done = subprocess.run([*command, "--print-config"], capture_output=True, text=True, check=True)
-    assert "epochs: 400" in done.stdout
     events: list[dict] = []
-    from vitprune_fast.recipes.chain import RunStopped, run
-    from vitprune_fast.recipes.presets import preset
-    from vitprune_fast.recipes.yamlfile import from_yaml
-
     with pytest.raises(RunStopped):
         run(
             from_yaml(out / "config.yaml", preset("digits")),

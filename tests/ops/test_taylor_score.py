@@ -98,10 +98,13 @@ def test_taylor_score_handles_more_than_2_31_elements():
 def test_taylor_score_reads_every_fp16_and_bf16_number(backend):
     bits = torch.arange(2**16, dtype=torch.int32).to(torch.int16)
     for dtype in (FP16, BF16):
-        # 65,536 columns: every one goes through the vector path; then 15 through the scalar tail
-        values = torch.cat([bits.view(dtype), bits.view(dtype)[:15]])[None, None]
-        got = ops.taylor_score(values, torch.ones_like(values), backend=backend)
-        assert torch.equal(got.nan_to_num(3.0), values[:, 0].float().nan_to_num(3.0))
+        # four tokens and a multiple of 16 columns: every number goes through the vector path;
+        # 15 columns less, and the last ones go through the scalar tail; one token is scalar too
+        numbers = bits.view(dtype)
+        values = torch.stack([numbers, *[torch.zeros_like(numbers)] * 3])[None]
+        for part in (values, values[..., 15:], values[:, :1]):
+            got = ops.taylor_score(part, torch.ones_like(part), backend=backend)
+            assert torch.equal(got.nan_to_num(3.0), part[:, 0].float().nan_to_num(3.0))
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -192,6 +195,21 @@ def test_taylor_score_nan_stays_in_its_unit(backend):
     assert got.isnan().nonzero().tolist() == [[1, 2]]
     want[1, 2] = got[1, 2] = 0
     assert torch.equal(got, want)
+
+
+def test_taylor_score_launches_nothing_for_an_empty_result(monkeypatch):
+    """A grid of zero programs is an error on a GPU, and silently fine in the interpreter."""
+    from vitprune_fast.kernels import taylor_score as kernels
+
+    class Refuse:
+        def __getitem__(self, grid):
+            raise AssertionError(f"launched with grid {grid}")
+
+    monkeypatch.setattr(kernels, "_taylor_score_fwd_kernel", Refuse())
+    for shape in ((0, 5, 8), (2, 5, 0)):
+        assert kernels.taylor_score_fwd(torch.ones(shape), torch.ones(shape), 1).numel() == 0
+    with pytest.raises(AssertionError, match="launched"):
+        kernels.taylor_score_fwd(torch.ones(1, 1, 1), torch.ones(1, 1, 1), 1)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -193,6 +193,7 @@ def test_a_budget_that_cannot_be_met_names_the_smallest(allocation: Any) -> None
         ({"macs": -1}, "share in"),
         ({"macs": 50.0}, "50 % is 0.5"),
         ({"macs": float("nan")}, "share in"),
+        ({"macs": float("inf")}, "share in"),
         ({"macs": "half"}, "share in"),
         ({"keep": {}}, "map unit kinds"),
         ({"keep": {"heads": 0.5}}, "must name unit kinds"),

@@ -3,6 +3,7 @@ from __future__ import annotations
 import pickle
 from collections import OrderedDict
 from pathlib import Path
+from typing import Any
 
 import pytest
 import timm
@@ -14,7 +15,7 @@ from vitprune_fast.recipes.config import ModelConfig
 from vitprune_fast.recipes.models import open_model, skeleton
 
 NAME = "vit_tiny_patch16_224"
-SMALL = {
+SMALL: dict[str, Any] = {
     "img_size": 16,
     "patch_size": 8,
     "embed_dim": 24,
@@ -112,14 +113,14 @@ def test_checkpoint_of_another_shape(args: dict, sentence: str, tmp_path: Path) 
 
 
 def test_unknown_model_shows_near_matches() -> None:
-    with pytest.raises(InvalidInput, match="did you mean .*vit_tiny_patch16_224"):
+    with pytest.raises(InvalidInput, match=r"did you mean .*vit_tiny_patch16_224"):
         skeleton(ModelConfig(name="vit_tinny_patch16_224"))
     with pytest.raises(InvalidInput, match=r"neither a model of timm nor a folder; see timm"):
         skeleton(ModelConfig(name="!!!"))
 
 
 def test_arguments_the_model_does_not_take() -> None:
-    with pytest.raises(InvalidInput, match="with colour=red: .*unexpected keyword"):
+    with pytest.raises(InvalidInput, match=r"with colour=red: .*unexpected keyword"):
         skeleton(ModelConfig(name=NAME, args={"colour": "red"}))
 
 

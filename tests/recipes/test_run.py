@@ -70,7 +70,8 @@ def test_the_saved_model_is_the_one_in_the_table(finished: Path) -> None:
         hits = int((model(images).argmax(1) == labels).sum())
     assert hits == summary["after"]["top1_count"]
     # the saved model says how its images must be prepared
-    assert tuple(model.pretrained_cfg["mean"]) == data.mean
+    prepared: Any = model.pretrained_cfg
+    assert tuple(prepared["mean"]) == data.mean
 
 
 def test_the_same_configuration_gives_the_same_bits(finished: Path, tiny: RunConfig) -> None:

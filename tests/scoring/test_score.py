@@ -264,6 +264,7 @@ def test_a_file_without_scores_is_refused(tmp_path: Path) -> None:
         ({"units": "head"}, "a list of unit kinds"),
         ({"units": ("heads",)}, "kind must be one of"),
         ({"units": ("embed",)}, "must be among head, v_dim, neuron"),
+        ({"criterion": "magnitude", "units": ("block",)}, "got 'block'"),
         ({"criterion": "magnitude", "norm": "l3"}, "norm must be one of"),
         ({"batches": None}, "batches must be given"),
         ({"batches": []}, "at least one sample"),

@@ -129,3 +129,14 @@ def test_a_foreign_parameter_is_named() -> None:
     model.blocks[0].extra = nn.Parameter(torch.zeros(2))
     with pytest.raises(UnsupportedArchitecture, match=r"blocks\.0\.extra"):
         describe(model)
+
+
+@pytest.mark.parametrize("what", ["weight", "block"])
+def test_a_tensor_with_two_names_is_refused(what: str) -> None:
+    model = random_vit()
+    if what == "weight":
+        model.blocks[1].mlp.fc1.weight = model.blocks[0].mlp.fc1.weight
+    else:
+        model.blocks[1] = model.blocks[0]
+    with pytest.raises(UnsupportedArchitecture, match=r"both blocks\.0\..* and blocks\.1\."):
+        describe(model)

@@ -39,7 +39,7 @@ class Display:
         return self
 
     def __exit__(self, *error: object) -> None:
-        self._bars.stop()
+        self._drop_bar()
 
     def __call__(self, event: dict[str, Any]) -> None:
         handler = getattr(self, f"_on_{event.get('event')}", None)
@@ -115,6 +115,7 @@ class Display:
             table.add_row(*row)
         self.console.print()
         self.console.print(table)
+        self.console.print(f"\nreport: {event['report']}", markup=False)
 
 
 def _epochs(event: dict[str, Any]) -> tuple[int, int]:

@@ -154,7 +154,9 @@ def run(
         job = Job(config, folder, data, profile, metrics, tell, stop or (lambda: False))
         run_stages(job, resumed=resumed)
     summary = files.read_json(folder / "summary.json")
-    tell({"event": "end", "seconds": time.perf_counter() - started, "summary": summary})
+    seconds = time.perf_counter() - started
+    report = str(folder / "report.html")
+    tell({"event": "end", "seconds": seconds, "summary": summary, "report": report})
     return summary
 
 
@@ -240,7 +242,7 @@ def _data(job: Job) -> dict[str, Any]:
     return {
         "split_sizes": sizes,
         "text": f"{counts}, {len(job.data.classes)} classes"
-        + (f"; {len(bad):,} unreadable images set aside" if bad else ""),
+        + (f"; {len(bad):,} unreadable image{'s' * (len(bad) > 1)} set aside" if bad else ""),
     }
 
 

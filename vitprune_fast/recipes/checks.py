@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 import vitprune_fast as vp
 from vitprune_fast.errors import StageFailed
+from vitprune_fast.modes import evaluating
 from vitprune_fast.planning.cost import predict_cost
 from vitprune_fast.randomness import generator
 
@@ -46,13 +47,9 @@ def require(stage: str, checks: Iterable[Check]) -> list[dict[str, Any]]:
 
 @torch.no_grad()
 def logits(model: nn.Module, images: Tensor) -> Tensor:
-    """Logits (B, classes) of the model in evaluation mode; its training mode is restored."""
-    training = model.training
-    model.eval()
-    try:
+    """Logits (B, classes) of the model in evaluation mode; the modes come back as they were."""
+    with evaluating(model):
         return model(images)
-    finally:
-        model.train(training)
 
 
 def finite(model: nn.Module, images: Tensor) -> Check:

@@ -37,5 +37,6 @@ def _points(heading: str, before: float, after: float) -> Row:
 
 
 def _faster(heading: str, before: dict[str, Any], after: dict[str, Any], key: str) -> Row:
-    speedup = f"{before[key] / after[key]:.2f}x faster"
-    return heading, f"{before[key]:.2f}", f"{after[key]:.2f}", speedup
+    ratio = before[key] / after[key]
+    change = f"{ratio:.2f}x faster" if ratio >= 1 else f"{1 / ratio:.2f}x slower"
+    return heading, f"{before[key]:.2f}", f"{after[key]:.2f}", change

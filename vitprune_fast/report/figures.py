@@ -16,7 +16,7 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 BEFORE, AFTER, MUTED, INK = "#9aa5b1", "#1f6f8b", "#e4e7eb", "#323f4b"
 KINDS = {"head": "#1f6f8b", "neuron": "#c8553d"}
-_STYLE = {
+_STYLE: Any = {
     "svg.fonttype": "none",
     "font.family": "sans-serif",
     "font.size": 9,

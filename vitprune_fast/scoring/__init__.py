@@ -94,7 +94,8 @@ def scored_axes(structure: Structure, units: Sequence[str], criterion: str) -> l
         else {
             axis.name: axis
             for axis in structure.axes.values()
-            if axis.name not in structure.branches
+            # whole branches and blocks own no entries of a tensor
+            if axis.kind not in ("attn_branch", "mlp_branch", "block")
         }
     )
     if unscored := sorted({axis.kind for axis in axes if axis.name not in scorable}):

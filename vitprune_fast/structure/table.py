@@ -118,12 +118,20 @@ class Table:
 
     def finish(self) -> Structure:
         """Check that every parameter and buffer has a layout, and hand the table over."""
-        parameters = {name for name, _ in self.model.named_parameters(remove_duplicate=False)}
-        buffers = {name for name, _ in self.model.named_buffers(remove_duplicate=False)}
-        if missing := sorted((parameters | buffers) - self.structure.tensors.keys()):
+        parameters = dict(self.model.named_parameters(remove_duplicate=False))
+        buffers = dict(self.model.named_buffers(remove_duplicate=False))
+        # one tensor under two names belongs to units of two axes, which a plan may cut differently
+        names: dict[int, str] = {}
+        for name, tensor in (parameters | buffers).items():
+            if (first := names.setdefault(id(tensor), name)) != name:
+                raise UnsupportedArchitecture(
+                    f"describe: every tensor must have one name, got one that is both {first} and "
+                    f"{name}; untie them first"
+                )
+        if missing := sorted((parameters | buffers).keys() - self.structure.tensors.keys()):
             shown = ", ".join(missing[:4]) + (", ..." if len(missing) > 4 else "")
             raise UnsupportedArchitecture(
                 f"describe: {type(self.model).__name__} has parts without a layout: {shown}"
             )
-        self.structure.buffers = buffers
+        self.structure.buffers = set(buffers)
         return self.structure
