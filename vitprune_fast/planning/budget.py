@@ -42,7 +42,7 @@ class Budget:
         if self.keep is not None:
             self._check_keep(self.keep)
             return
-        value = getattr(self, given[0])
+        value: Any = getattr(self, given[0])
         if isinstance(value, bool) or not isinstance(value, Real) or not 0 < value < math.inf:
             raise InvalidInput(
                 f"Budget: {given[0]} must be a share in (0, 1] or a positive number, got {value!r}"
