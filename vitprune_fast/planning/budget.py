@@ -5,12 +5,16 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from numbers import Integral, Real
 from typing import Any
+
+import numpy as np
 
 from ..errors import InvalidInput
 from ..structure.axes import UNIT_KINDS
 from .cost import Cost
+
+WHOLE = (int, np.integer)
+NUMBER = (*WHOLE, float, np.floating)
 
 
 @dataclass(frozen=True)
@@ -43,11 +47,11 @@ class Budget:
             self._check_keep(self.keep)
             return
         value: Any = getattr(self, given[0])
-        if isinstance(value, bool) or not isinstance(value, Real) or not 0 < value < math.inf:
+        if isinstance(value, bool) or not isinstance(value, NUMBER) or not 0 < value < math.inf:
             raise InvalidInput(
                 f"Budget: {given[0]} must be a share in (0, 1] or a positive number, got {value!r}"
             )
-        if not isinstance(value, Integral) and 1 < value < 1000:
+        if not isinstance(value, WHOLE) and 1 < value < 1000:
             raise InvalidInput(
                 f"Budget: {given[0]} must be a share in (0, 1] or an absolute count, "
                 f"got {value!r}; 50 % is 0.5"
@@ -65,7 +69,7 @@ class Budget:
                 raise InvalidInput(
                     f"Budget: keep must name unit kinds ({', '.join(UNIT_KINDS)}), got {kind!r}"
                 )
-            if isinstance(share, bool) or not isinstance(share, Real) or not 0 <= share <= 1:
+            if isinstance(share, bool) or not isinstance(share, NUMBER) or not 0 <= share <= 1:
                 raise InvalidInput(
                     f"Budget: keep[{kind!r}] must be a share in [0, 1], got {share!r}"
                 )
@@ -78,6 +82,6 @@ class Budget:
     def limit(self, full: Cost) -> int:
         """The largest count allowed, for a model that costs ``full`` unpruned."""
         value = getattr(self, self.measure)
-        if not isinstance(value, Integral) and value <= 1:
+        if not isinstance(value, WHOLE) and value <= 1:
             return int(float(value) * getattr(full, self.measure))
         return int(value)
