@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import re
 from collections.abc import Sequence
+from itertools import cycle
 from typing import Any
 
 import matplotlib
@@ -175,8 +176,9 @@ def curves(
     """Lines over epochs: (name, colour, epochs, values)."""
 
     def draw(axes: Axes) -> None:
-        for name, colour, epochs, values in lines:
-            axes.plot(epochs, values, color=colour, linewidth=1.6, label=name)
+        # equal curves lie on each other: a broken line shows the one below it
+        for (name, colour, epochs, values), style in zip(lines, cycle(("-", "--", ":", "-."))):
+            axes.plot(epochs, values, style, color=colour, linewidth=1.6, label=name)
         axes.set_xlabel("epoch")
         axes.set_ylabel(label)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
