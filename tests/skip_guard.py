@@ -8,7 +8,9 @@ nobody declared, is a failure.
 from __future__ import annotations
 
 import importlib.util
+import os
 import shutil
+import subprocess
 import sys
 from collections.abc import Iterable
 from pathlib import Path
@@ -32,8 +34,14 @@ def conditions() -> dict[str, bool]:
         "no-cuda-sources": not any(HERE.parent.glob("csrc/cuda/*.cu")),
         "no-native": OBSTACLE is not None,
         "no-triton": importlib.util.find_spec("triton") is None,
+        "no-tensorboard": importlib.util.find_spec("tensorboard") is None,
+        "no-mount": os.geteuid() != 0 or not _succeeds("unshare", "--mount", "true"),
         "no-compiler": not any(shutil.which(name) for name in ("c++", "g++", "clang++")),
     }
+
+
+def _succeeds(*command: str) -> bool:
+    return bool(shutil.which(command[0])) and subprocess.run(command).returncode == 0
 
 
 def read_declared(lines: Iterable[str]) -> dict[str, str]:

@@ -2,9 +2,11 @@ from __future__ import annotations
 
 import io
 
+import pytest
 from rich.console import Console
 
-from vitprune_fast.cli.display import Display
+from vitprune_fast.cli import display
+from vitprune_fast.cli.display import Display, Pace
 
 HALF = {
     "params": 1000,
@@ -31,7 +33,10 @@ EVENTS = [
     {"event": "profile", "profile": "cpu: some processor"},
     {"event": "stage", "stage": "dense", "state": "kept"},
     {"event": "stage", "stage": "distill", "state": "start"},
-    {"event": "step", "stage": "distill", "epoch": 0, "epochs": 2, "step": 1, "loss": 2.0},
+    {
+        **{"event": "step", "stage": "distill", "epoch": 0, "epochs": 2, "step": 1, "steps": 18},
+        **{"loss": 2.0, "images_per_s": 1234.5},
+    },
     {"event": "epoch", "stage": "distill", "epoch": 0, "epochs": 2, "step": 9, "loss": 1.0},
     {"event": "stage", "stage": "distill", "state": "done", "seconds": 3.0, "text": "2 epochs"},
     {"event": "unheard of"},
@@ -39,12 +44,22 @@ EVENTS = [
 ]
 
 
+class Clock:
+    """Stands for the clock; every look at it is ten seconds later."""
+
+    now = 0.0
+
+    def monotonic(self) -> float:
+        self.now += 10
+        return self.now
+
+
 def shown(*, terminal: bool, quiet: bool = False) -> str:
     stream = io.StringIO()
     console = Console(file=stream, force_terminal=terminal, width=100, highlight=False)
-    with Display(quiet=quiet, console=console) as display:
+    with Display(quiet=quiet, console=console) as shows:
         for event in EVENTS:
-            display(event)
+            shows(event)
     return stream.getvalue()
 
 
@@ -56,9 +71,28 @@ def test_a_log_gets_plain_lines_without_control_characters() -> None:
     assert "distill      3.0 s  2 epochs" in text
 
 
+def test_a_log_says_where_the_training_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(display, "time", Clock())
+    lines = [line for line in shown(terminal=False).splitlines() if "step" in line]
+    assert lines == [
+        "distill   epoch 1/2  step 1/18  loss 2.0000  1,234 images/s",
+        "distill   epoch 1/2  step 9/18  loss 1.0000  1,234 images/s  0:00:34 left",
+    ]
+
+
+def test_time_left_counts_from_where_a_resumed_training_began() -> None:
+    pace = Pace()
+    pace.update({"event": "step", "epoch": 4, "epochs": 10, "step": 500, "steps": 1000}, 100.0)
+    assert "left" not in pace.text()
+    pace.update({"event": "step", "epoch": 4, "epochs": 10, "step": 510, "steps": 1000}, 120.0)
+    assert pace.text() == "epoch 5/10  step 510/1,000  0:16:20 left"
+
+
 def test_a_terminal_gets_a_bar() -> None:
     text = shown(terminal=True)
-    assert "\x1b" in text and "epochs" in text and "3.0 s" in text
+    assert "\x1b" in text and "3.0 s" in text
+    # the bar of a stage is there before its first step
+    assert "distill" in text and "step 9/18" in text
 
 
 def test_the_table_shows_before_after_and_change() -> None:

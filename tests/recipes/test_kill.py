@@ -77,13 +77,16 @@ def test_a_run_killed_twenty_times_in_a_row(
 
 
 def points(operations: list[str]) -> list[Fault]:
-    """Before and after each operation, and in the middle of each write."""
-    return [
-        Fault(at, when)
-        for at, operation in enumerate(operations)
-        for when in ("before", "after", "torn")
-        if when != "torn" or operation.startswith("write ")
-    ]
+    """Between any two operations, and in the middle of each write.
+
+    After one operation is before the next: the process does nothing to the folder between them.
+    """
+    faults = []
+    for at, operation in enumerate(operations):
+        faults.append(Fault(at, "before"))
+        if operation.startswith("write "):
+            faults.append(Fault(at, "torn"))
+    return [*faults, Fault(len(operations) - 1, "after")]
 
 
 def kill_and_resume(

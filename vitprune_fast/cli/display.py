@@ -89,6 +89,8 @@ class Display:
                 completed=event["step"],
                 total=self._pace.steps,
                 text=self._pace.text(),
+                # steps come faster than anyone reads, epochs may be minutes apart
+                refresh=event["event"] == "epoch",
             )
         elif time.monotonic() - self._last_line > LINE_EVERY_S:
             self._last_line = time.monotonic()

@@ -14,18 +14,23 @@ from vitprune_fast.cli.options import parse
 
 @dataclass(frozen=True)
 class Report:
-    """Write report.html of a run folder again, from what the run left there."""
+    """Write report.html of a run folder again; with several folders, compare the runs."""
 
-    folder: Annotated[Positional[Path], arg(metavar="DIR")] = tyro.MISSING
-    """Run folder."""
+    folders: Annotated[Positional[tuple[Path, ...]], arg(metavar="DIR ...")] = tyro.MISSING
+    """Run folders."""
+    out: Annotated[Path, arg(metavar="FILE")] = Path("comparison.html")
+    """Where the comparison of several runs is written."""
 
 
 def main(words: list[str]) -> int:
-    """Writes the report and prints its path."""
+    """Writes the report or the comparison and prints its path."""
     options = parse("report", words, lambda chosen: Report())
     if options is None:
         return 0
-    from vitprune_fast.report import write_report
+    from vitprune_fast.report import write_comparison, write_report
 
-    print(write_report(options.folder))
+    if len(options.folders) == 1:
+        print(write_report(options.folders[0]))
+    else:
+        print(write_comparison(options.folders, options.out))
     return 0

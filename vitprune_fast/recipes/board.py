@@ -29,13 +29,13 @@ class Board:
             ) from None
         self.folder = folder
         self._open = SummaryWriter
-        self._stage, self._writer = "", None
+        self._writer: Any = None
 
     def restart(self, stage: str, lines: list[dict[str, Any]]) -> None:
         """Writes the stage's points anew from the lines of the metrics file."""
         self.close()
         shutil.rmtree(self.folder / stage, ignore_errors=True)
-        self._stage, self._writer = stage, self._open(str(self.folder / stage))
+        self._writer = self._open(str(self.folder / stage))
         for line in lines:
             if line.get("stage") == stage:
                 self._add(line)

@@ -223,6 +223,8 @@ def run_stages(job: Job, *, resumed: bool) -> None:
             if damage is None:
                 text = _fact(job, name, "text", "")
                 job.on_event({"event": "stage", "stage": name, "state": "kept", "text": text})
+                if job.board is not None and name in ("dense", "distill"):
+                    job.board.restart(name, read_metrics(job.metrics.path))
                 continue
             job.on_event({"event": "note", "text": f"{damage}: stage {name} is done again"})
             for later in names[position + 1 :]:

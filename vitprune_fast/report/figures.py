@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import re
 from collections.abc import Sequence
+from itertools import cycle
 from typing import Any
 
 import matplotlib
@@ -15,6 +16,8 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 BEFORE, AFTER, MUTED, INK = "#9aa5b1", "#1f6f8b", "#e4e7eb", "#323f4b"
+LINES = ("#1f6f8b", "#c8553d", "#6b7f2a", "#8e5ea2", "#d69e2e", "#4a5568")
+"""Colours of the runs in a comparison, in turn."""
 KINDS = {"head": "#1f6f8b", "neuron": "#c8553d"}
 _STYLE: Any = {
     "svg.fonttype": "none",
@@ -173,8 +176,9 @@ def curves(
     """Lines over epochs: (name, colour, epochs, values)."""
 
     def draw(axes: Axes) -> None:
-        for name, colour, epochs, values in lines:
-            axes.plot(epochs, values, color=colour, linewidth=1.6, label=name)
+        # equal curves lie on each other: a broken line shows the one below it
+        for (name, colour, epochs, values), style in zip(lines, cycle(("-", "--", ":", "-."))):
+            axes.plot(epochs, values, style, color=colour, linewidth=1.6, label=name)
         axes.set_xlabel("epoch")
         axes.set_ylabel(label)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
@@ -184,7 +188,7 @@ def curves(
         axes.tick_params(length=0)
         axes.spines[["left", "bottom"]].set_visible(False)
         if len(lines) > 1:
-            axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=len(lines))
+            axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=min(len(lines), 3))
 
     return drawn(title, 2.7, draw)
 

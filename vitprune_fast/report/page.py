@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import shlex
+from collections.abc import Sequence
 from importlib.resources import files as resources
 from pathlib import Path
 from typing import Any
@@ -30,15 +31,21 @@ def write_report(folder: Path | str) -> Path:
         RunFolderError: the folder holds no run, or the run has not come to its evaluation.
         DamagedFile: a file of the run is damaged.
     """
+    run = finished_run(folder)
+    path = run / "report.html"
+    files.write_text(path, render(run))
+    return path
+
+
+def finished_run(folder: Path | str) -> RunFolder:
+    """The run in this folder; RunFolderError where none came to its evaluation."""
     run = RunFolder(folder)
     for name in ("run.json", "summary.json"):
         if not (run / name).is_file():
             raise RunFolderError(
                 f"report: {run.path} must be the folder of a finished run, it has no {name}"
             )
-    path = run / "report.html"
-    files.write_text(path, render(run))
-    return path
+    return run
 
 
 def render(run: RunFolder) -> str:
@@ -46,16 +53,8 @@ def render(run: RunFolder) -> str:
     record = files.read_json(run / "run.json")
     summary = files.read_json(run / "summary.json")
     stages = {name: run.record_of(name) or {"facts": {}} for name in STAGES}
-    environment = jinja2.Environment(
-        autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
-    )
-    environment.filters["percent"] = lambda value, digits=2: f"{value:.{digits}%}"
-    environment.filters["count"] = lambda value: f"{value:,}"
-    template = environment.from_string(
-        (resources("vitprune_fast.report") / "page.html.j2").read_text(encoding="utf-8")
-    )
     config = record["identity"]["config"]
-    return template.render(
+    return template("page.html.j2").render(
         title=run.path.resolve().name,
         config=config,
         config_yaml=(run / "config.yaml").read_text(encoding="utf-8"),
@@ -75,6 +74,22 @@ def render(run: RunFolder) -> str:
         costs=cost_figure(summary),
         set_aside=set_aside(record, summary),
     )
+
+
+def template(name: str) -> jinja2.Template:
+    """One of the templates that lie beside this file; text put into it is escaped."""
+    environment = jinja2.Environment(
+        loader=jinja2.FunctionLoader(
+            lambda each: (resources("vitprune_fast.report") / each).read_text(encoding="utf-8")
+        ),
+        autoescape=True,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        undefined=jinja2.StrictUndefined,
+    )
+    environment.filters["percent"] = lambda value, digits=2: f"{value:.{digits}%}"
+    environment.filters["count"] = lambda value: f"{value:,}"
+    return environment.get_template(name)
 
 
 def budget_text(budget: dict[str, Any]) -> str:
@@ -145,20 +160,34 @@ def thinned_note(run: RunFolder) -> str:
 
 def curve_figures(run: RunFolder) -> list[tuple[str, str]]:
     """(caption, svg) of loss and validation accuracy of every training stage."""
-    lines = read_metrics(run / "metrics.jsonl")
+    return overlaid_curves([("", figures.AFTER, read_metrics(run / "metrics.jsonl"))])
+
+
+def overlaid_curves(
+    runs: Sequence[tuple[str, str, list[dict[str, Any]]]],
+) -> list[tuple[str, str]]:
+    """(caption, svg) per training stage and quantity, a line for each (name, colour, metrics)."""
     result = []
     for stage, heading in (("dense", "Training of the dense model"), ("distill", "Distillation")):
-        epochs = [e for e in lines if e.get("stage") == stage and e.get("event") == "epoch"]
         for key, label, scale in (
             ("loss", "training loss", 1.0),
             ("val_top1", "validation top-1, %", 100.0),
         ):
-            points = [(e["epoch"] + 1, e[key] * scale) for e in epochs if e.get(key) is not None]
-            if len(points) > 1:
-                xs, ys = zip(*points, strict=True)
-                line = (heading, figures.AFTER, list(xs), list(ys))
+            drawn = []
+            for name, colour, lines in runs:
+                points = [
+                    (e["epoch"] + 1, e[key] * scale)
+                    for e in lines
+                    if e.get("stage") == stage
+                    and e.get("event") == "epoch"
+                    and e.get(key) is not None
+                ]
+                if len(points) > 1:
+                    xs, ys = zip(*points, strict=True)
+                    drawn.append((name, colour, list(xs), list(ys)))
+            if drawn:
                 caption = f"{heading}: {label}"
-                result.append((caption, figures.curves([line], label, caption)))
+                result.append((caption, figures.curves(drawn, label, caption)))
     return result
 
 
