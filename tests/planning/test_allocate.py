@@ -237,6 +237,6 @@ def test_numbers_of_numpy_are_numbers() -> None:
     share, count = Budget(macs=np.float32(0.5)), Budget(params=np.int64(9000))  # pyright: ignore
     assert plan(STRUCTURE, SCORES, share) == plan(STRUCTURE, SCORES, Budget(macs=0.5))
     assert count.limit(FULL) == 9000
-    kept = np.arange(0, 96, 2).tolist() + [np.int64(95)]
+    kept = [*np.arange(0, 96, 2).tolist(), np.int64(95)]
     made = Plan.of(STRUCTURE, {"blocks.0.mlp.neurons": kept})
     assert type(made["blocks.0.mlp.neurons"][-1]) is int
