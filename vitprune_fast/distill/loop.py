@@ -105,8 +105,8 @@ def distill(
         stop: asked after every step; True writes a checkpoint and returns.
 
     Raises:
-        InvalidInput: no training batches or none of that form, nothing to train, ``keep="best"``
-            without ``val``, or outputs that do not fit each other.
+        InvalidInput: no training batches or none of that form, nothing to train or in float16,
+            ``keep="best"`` without ``val``, or outputs that do not fit each other.
         RunFolderError: the checkpoint is of another config or model, or cannot be written.
         StageFailed: more than ``max_bad_steps`` steps in a row were not finite.
     """
@@ -163,6 +163,12 @@ class _Run:
             raise InvalidInput(
                 "distill: student must have a parameter that requires a gradient, got all frozen; "
                 "call student.requires_grad_(True) or on the part to train"
+            )
+        if any(parameter.dtype == torch.float16 for parameter in self.named.values()):
+            raise InvalidInput(
+                "distill: student must have parameters of float32, float64 or bfloat16, got "
+                "float16, in which AdamW divides by squared gradients that have become 0; "
+                "train student.float() and call .half() afterwards"
             )
         self.optimizer = _adamw(self.named, config)
         self.progress = _Progress()
