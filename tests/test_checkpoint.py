@@ -16,7 +16,7 @@ from torch import nn
 
 from tests.plans import draw_plan
 from vitprune_fast.checkpoint import load, save
-from vitprune_fast.errors import DamagedFile, UnsupportedArchitecture
+from vitprune_fast.errors import DamagedFile, InvalidInput, RunFolderError, UnsupportedArchitecture
 from vitprune_fast.planning import Plan
 from vitprune_fast.structure import describe
 from vitprune_fast.surgery import prune
@@ -155,3 +155,41 @@ def test_what_cannot_be_written_down_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UnsupportedArchitecture, match="act"):
         save(model, tmp_path / "model")
     assert not (tmp_path / "model").exists()
+
+
+def test_a_place_that_cannot_be_written_is_one_sentence(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, taken = random_vit(dtype=torch.float32, depth=1), tmp_path / "file"
+    taken.write_text("mine")
+    for folder in (taken, taken / "deeper" / "model"):
+        with pytest.raises(RunFolderError, match=f"got {folder}: {taken} is no folder"):
+            save(model, folder)
+    (tmp_path / "link").symlink_to(tmp_path / "gone")
+    with pytest.raises(RunFolderError, match="link is no folder"):
+        save(model, tmp_path / "link")
+    # a name that no file system takes shows only when the folder is made
+    with pytest.raises(RunFolderError, match="make_folder: path must be a folder"):
+        save(model, tmp_path / ("x" * 300))
+    with monkeypatch.context() as patch:
+        patch.setattr("os.access", lambda *_: False)
+        with pytest.raises(RunFolderError, match=f"{tmp_path} is read-only"):
+            save(model, tmp_path / "new" / "model")
+    assert taken.read_text() == "mine" and not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize("content", ['{"architecture": "resnet50"}', "[1]", "not json"])
+def test_a_folder_of_something_else_is_not_overwritten(content: str, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(content)
+    with pytest.raises(InvalidInput, match=f"got {tmp_path}, whose config.json is of something"):
+        save(random_vit(dtype=torch.float32, depth=1), tmp_path)
+    assert (tmp_path / "config.json").read_text() == content
+    assert [path.name for path in tmp_path.iterdir()] == ["config.json"]
+
+
+def test_a_damaged_model_may_be_saved_again(tmp_path: Path) -> None:
+    model = random_vit(dtype=torch.float32, depth=1)
+    save(model, tmp_path)
+    (tmp_path / "config.json").write_text("{")
+    save(model, tmp_path)
+    assert torch.equal(load(tmp_path)(random_images(model)), model(random_images(model)))

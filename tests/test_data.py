@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 import os
 import random
 from collections.abc import Callable
@@ -547,8 +548,11 @@ def test_bad_folders_are_one_sentence(
         ("digits", {"channels": 2}, "channels must be 1 or 3, got 2"),
         ("digits", {"image_size": 0}, "image_size must be at least 1 pixel, got 0"),
         ("digits", {"crop_share": 0.0}, r"crop_share must be in \(0, 1\], got 0.0"),
-        ("digits", {"mean": (0.5, 0.5, 0.5)}, "mean must have 1 numbers"),
-        ("digits", {"std": (0.0,)}, "std must have 1 positive numbers"),
+        ("digits", {"mean": (0.5, 0.5, 0.5)}, "mean must have 1 finite numbers"),
+        ("digits", {"mean": (math.nan,)}, r"mean must have 1 finite numbers, got \(nan,\)"),
+        ("digits", {"std": (math.inf,)}, "std must have 1 positive finite numbers"),
+        ("digits", {"std": (math.nan,)}, "std must have 1 positive finite numbers"),
+        ("digits", {"std": (0.0,)}, "std must have 1 positive finite numbers"),
     ],
 )
 def test_open_data_rejects(spec: str, options: dict, sentence: str) -> None:

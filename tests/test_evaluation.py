@@ -15,23 +15,27 @@ from vitprune_fast.evaluation import Evaluation, evaluate
 
 
 class _Logits(nn.Module):
-    """Returns its input as logits; the parameter only tells the device."""
+    """Returns its images (B, C, 1, 1) as logits; the parameter only tells the device."""
 
     def __init__(self) -> None:
         super().__init__()
         self.scale = nn.Parameter(torch.ones(1))
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
-        return images * self.scale
+        return images.flatten(1) * self.scale
 
 
 class _Teacher(_Logits):
     def forward(self, images: torch.Tensor) -> torch.Tensor:
-        return images.flip(1)
+        return images.flatten(1).flip(1)
+
+
+def _images(logits: torch.Tensor) -> torch.Tensor:
+    return logits[:, :, None, None]
 
 
 def _batches(logits: torch.Tensor, labels: torch.Tensor, size: int) -> list:
-    return list(zip(logits.split(size), labels.split(size), strict=True))
+    return list(zip(_images(logits).split(size), labels.split(size), strict=True))
 
 
 @given(st.integers(1, 40), st.integers(1, 12), st.integers(0, 1000), st.integers(1, 40))
@@ -67,7 +71,7 @@ def test_result_does_not_depend_on_the_batch_size() -> None:
 
 
 def test_without_teacher_there_is_no_agreement() -> None:
-    found = evaluate(_Logits(), [(torch.eye(3), torch.arange(3), torch.arange(3))])
+    found = evaluate(_Logits(), [(_images(torch.eye(3)), torch.arange(3), torch.arange(3))])
     assert found.agreement is None and found.agreement_count is None
     # fewer classes than five: every label is among all
     assert found.top1 == found.top5 == 1.0
@@ -75,31 +79,33 @@ def test_without_teacher_there_is_no_agreement() -> None:
 
 def test_nonfinite_logits_count_as_wrong() -> None:
     logits = torch.tensor([[math.nan, 0.0], [0.0, math.inf], [math.nan, math.nan], [0.0, 1.0]])
-    found = evaluate(_Logits(), [(logits, torch.tensor([0, 1, 0, 1]))], _Logits())
+    found = evaluate(_Logits(), [(_images(logits), torch.tensor([0, 1, 0, 1]))], _Logits())
     assert found.top1_count == found.top5_count == found.agreement_count == 1
     assert found.nonfinite_count == 3 and math.isfinite(found.loss_sum)
     assert found.loss == found.loss_sum
-    assert evaluate(_Logits(), [(logits[:3], torch.zeros(3).long())]).loss is None
+    assert evaluate(_Logits(), [(_images(logits[:3]), torch.zeros(3).long())]).loss is None
 
 
 @pytest.mark.parametrize("fails", [False, True])
 def test_models_come_back_as_they_were(fails: bool) -> None:
     def model() -> nn.Sequential:
-        made = nn.Sequential(nn.Linear(4, 4), nn.Dropout(0.5), nn.BatchNorm1d(4)).train()
-        made[1].eval()
+        made = nn.Sequential(
+            nn.Flatten(), nn.Linear(4, 4), nn.Dropout(0.5), nn.BatchNorm1d(4)
+        ).train()
+        made[2].eval()
         return made
 
     student, teacher = model(), model()
     before = {name: t.clone() for name, t in student.state_dict().items()}
     labels = torch.full((8,), 4 if fails else 1)
-    batches = [(torch.randn(8, 4), labels)]
+    batches = [(torch.randn(8, 4, 1, 1), labels)]
     if fails:
         with pytest.raises(InvalidInput):
             evaluate(student, batches, teacher)
     else:
         assert evaluate(student, batches, teacher) == evaluate(student, batches, teacher)
     for each in (student, teacher):
-        assert [m.training for m in each.modules()] == [True, True, False, True]
+        assert [m.training for m in each.modules()] == [True, True, True, False, True]
     assert all(torch.equal(before[n], t) for n, t in student.state_dict().items())
     assert all(p.grad is None and p.requires_grad for p in student.parameters())
 
@@ -109,14 +115,18 @@ def test_models_come_back_as_they_were(fails: bool) -> None:
     [
         ([], None, "batches must hold at least one sample, got none"),
         (
-            [(torch.eye(3), torch.tensor([0, 1, 3]))],
+            [(_images(torch.eye(3)), torch.tensor([0, 1, 3]))],
             None,
-            r"labels must be in \[0, 3\).*got 0 to 3",
+            "labels must lie in 0..2 .*got 0..3",
         ),
-        ([(torch.eye(3), torch.tensor([-1, 1, 2]))], None, r"labels must be in \[0, 3\)"),
         (
-            [(torch.eye(3), torch.arange(3))],
-            nn.Linear(3, 4),
+            [(_images(torch.eye(3)), torch.tensor([-1, 1, 2]))],
+            None,
+            "labels must lie in 0..2 .*got -1..2",
+        ),
+        (
+            [(_images(torch.eye(3)), torch.arange(3))],
+            nn.Sequential(nn.Flatten(), nn.Linear(3, 4)),
             r"teacher must give logits of shape \(3, 3\), got \(3, 4\)",
         ),
     ],
@@ -129,7 +139,7 @@ def test_evaluate_rejects(batches: list, teacher: nn.Module | None, sentence: st
 @pytest.mark.parametrize("classes", [3, 10, 1000])
 def test_a_model_agrees_with_itself_also_on_equal_logits(classes: int) -> None:
     logits, labels = torch.zeros(6, classes), torch.tensor([0, 0, 1, 2, 2, 2])
-    found = evaluate(_Logits(), [(logits, labels)], _Logits())
+    found = evaluate(_Logits(), [(_images(logits), labels)], _Logits())
     assert found.agreement == 1.0
     # among equals the lowest class number counts as the answer
     assert (found.top1_count, found.top5_count) == (2, 6)

@@ -11,6 +11,7 @@ A saved model is a folder:
 from __future__ import annotations
 
 import inspect
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -22,9 +23,12 @@ from timm.models.vision_transformer import Attention, ResPostBlock
 from torch import Tensor, nn
 
 from . import modeling_pruned
-from .errors import DamagedFile, UnsupportedArchitecture
+from .errors import DamagedFile, InvalidInput, UnsupportedArchitecture
 from .files import (
+    MANIFEST,
     check_manifest,
+    make_folder,
+    probe_folder,
     read_json,
     read_tensors,
     write_json,
@@ -56,16 +60,19 @@ def save(model: nn.Module, folder: str | Path) -> None:
 
     Args:
         model: a supported model, pruned or not.
-        folder: created if absent.
+        folder: created if absent; a model saved there is replaced.
 
     Raises:
+        InvalidInput: the folder holds a ``config.json`` of something else.
+        RunFolderError: the folder cannot be created or written.
         UnsupportedArchitecture: a part of the model cannot be written down as plain values.
     """
     folder = Path(folder)
+    check_folder(folder)
     spec = spec_of(model)
     plain = _timm_config(model, spec)
     config = {**(plain or _config(model, "vit_pruned", {})), "vitprune_fast": spec}
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     names = ["config.json", "model.safetensors"]
     tensors = {name: t.detach().cpu().contiguous() for name, t in model.state_dict().items()}
     write_tensors(folder / "model.safetensors", tensors, {"format": "pt"})
@@ -76,6 +83,33 @@ def save(model: nn.Module, folder: str | Path) -> None:
     else:
         (folder / "modeling_pruned.py").unlink(missing_ok=True)
     write_manifest(folder, names)
+
+
+def check_folder(folder: str | Path) -> None:
+    """Ask whether :func:`save` may write to a folder, before the work whose result goes there.
+
+    Args:
+        folder: need not be there; nothing is created.
+
+    Raises:
+        InvalidInput: it holds a ``config.json`` of something else.
+        RunFolderError: it cannot be created or written.
+    """
+    folder = Path(folder)
+    probe_folder(folder)
+    path = folder / "config.json"
+    if not os.path.lexists(path):
+        return
+    try:
+        config = read_json(path)
+    except DamagedFile:
+        # a model whose saving or copying went wrong may be saved again
+        config = None if (folder / MANIFEST).exists() else {}
+    if config is not None and not (isinstance(config, dict) and "vitprune_fast" in config):
+        raise InvalidInput(
+            f"save: folder must be new, empty or a model saved here before, got {folder}, whose "
+            "config.json is of something else; take another folder"
+        )
 
 
 def load(folder: str | Path) -> nn.Module:

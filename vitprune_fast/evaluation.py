@@ -5,11 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
+from vitprune_fast.batches import as_input, check_logits, checked
 from vitprune_fast.errors import InvalidInput
 from vitprune_fast.modes import evaluating
 
@@ -58,34 +60,38 @@ class Evaluation:
 
 def evaluate(
     model: nn.Module,
-    batches: Iterable[Sequence[torch.Tensor]],
+    batches: Iterable[Sequence[Any]],
     teacher: nn.Module | None = None,
 ) -> Evaluation:
     """Run a model over labelled images; both models come back in the modes they had.
 
     Args:
         model: maps images to logits ``(B, C)``.
-        batches: (images, labels, ...); images go to the device of the model's parameters, labels
-            are ``(B,)`` integers in ``[0, C)``.
+        batches: (images ``(B, C, H, W)`` floating, labels: B integers in ``[0, C)``, ...); images
+            go to the device and dtype of each model's parameters.
         teacher: another model on the same device and classes, to agree with.
 
     Returns:
         The counts; they do not depend on how the samples are batched, up to the rounding of logits.
 
     Raises:
-        InvalidInput: no samples, a label outside the classes, or another number of classes in the
-            teacher.
+        InvalidInput: no samples, a batch or logits of another form, a label outside the classes, or
+            another number of classes in the teacher.
     """
-    device = next(model.parameters()).device
     samples = top1 = top5 = agreement = nonfinite = 0
     losses: list[float] = []
     with evaluating(model, teacher):
-        for images, labels, *_ in batches:
-            images, labels = images.to(device), labels.to(device)
+        for images, labels in checked("evaluate", batches, model, teacher):
             with torch.inference_mode():
-                logits = model(images).float()
-                other = teacher(images).float() if teacher is not None else None
-            _check(logits, labels, other)
+                logits = model(as_input(model, images))
+                other = teacher(as_input(teacher, images)) if teacher is not None else None
+            check_logits("evaluate", logits, labels)
+            if other is not None and other.shape != logits.shape:
+                raise InvalidInput(
+                    f"evaluate: teacher must give logits of shape {tuple(logits.shape)}, "
+                    f"got {tuple(other.shape)}"
+                )
+            logits, labels = logits.float(), labels.to(logits.device)
             finite = logits.isfinite().all(1)
             ranked = _ranked(logits)[:, :5]
             hits = (ranked == labels[:, None]) & finite[:, None]
@@ -95,6 +101,7 @@ def evaluate(
             nonfinite += int((~finite).sum())
             losses += F.cross_entropy(logits[finite], labels[finite], reduction="none").tolist()
             if other is not None:
+                other = other.float()
                 both = finite & other.isfinite().all(1)
                 agreement += int(((ranked[:, 0] == _ranked(other)[:, 0]) & both).sum())
     if samples == 0:
@@ -113,17 +120,3 @@ def evaluate(
 def _ranked(logits: torch.Tensor) -> torch.Tensor:
     """Classes by falling logit; equal ones by number, which ``topk`` and ``argmax`` leave open."""
     return logits.sort(dim=1, descending=True, stable=True).indices
-
-
-def _check(logits: torch.Tensor, labels: torch.Tensor, other: torch.Tensor | None) -> None:
-    classes = logits.shape[1]
-    if labels.numel() and not 0 <= int(labels.min()) <= int(labels.max()) < classes:
-        raise InvalidInput(
-            f"evaluate: labels must be in [0, {classes}) like the model's head, "
-            f"got {int(labels.min())} to {int(labels.max())}"
-        )
-    if other is not None and other.shape != logits.shape:
-        raise InvalidInput(
-            f"evaluate: teacher must give logits of shape {tuple(logits.shape)}, "
-            f"got {tuple(other.shape)}"
-        )

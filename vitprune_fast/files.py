@@ -78,6 +78,45 @@ def _write_all(handle: int, data: bytes) -> None:
         rest = rest[os.write(handle, rest) :]
 
 
+def make_folder(path: PathLike) -> None:
+    """Create a folder and its parents, where they are not there.
+
+    Raises:
+        RunFolderError: a file is in the way, or the place is read-only.
+    """
+    try:
+        Path(path).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise _no_folder("make_folder", path, error.strerror or str(error)) from error
+
+
+def probe_folder(path: PathLike) -> None:
+    """Ask whether a folder can be created or written, before the work whose result goes there.
+
+    Nothing is created.
+
+    Raises:
+        RunFolderError: a file is in the way, or the place is read-only.
+    """
+    path = Path(path)
+    try:
+        # the part of the path that is there decides about the rest
+        there = next(place for place in (path, *path.absolute().parents) if os.path.lexists(place))
+        if not there.is_dir():
+            raise _no_folder("probe_folder", path, f"{there} is no folder")
+        if not os.access(there, os.W_OK | os.X_OK):
+            raise _no_folder("probe_folder", path, f"{there} is read-only")
+    except OSError as error:
+        raise _no_folder("probe_folder", path, error.strerror or str(error)) from error
+
+
+def _no_folder(function: str, path: PathLike, reason: str) -> RunFolderError:
+    return RunFolderError(
+        f"{function}: path must be a folder that can be created or written, got {path}: {reason}; "
+        "take another or fix the permission"
+    )
+
+
 def append_line(path: PathLike, line: str) -> None:
     """Add one line at the end of a text file and flush it; a failed attempt leaves nothing.
 

@@ -12,6 +12,7 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 
 import vitprune_fast as vp
 from vitprune_fast.cli.main import main
@@ -19,11 +20,14 @@ from vitprune_fast.recipes.chain import RunStopped, run
 from vitprune_fast.recipes.presets import preset
 from vitprune_fast.recipes.yamlfile import from_yaml
 
-TINY = [
-    *("--model-args", "img_size=8", "patch_size=4", "in_chans=1", "embed_dim=24", "depth=2"),
-    *("num_heads=3", "--dense.epochs", "1", "--dense.warmup-epochs", "0", "--distill.epochs", "1"),
+TRAINING = [
+    *("--dense.epochs", "1", "--dense.warmup-epochs", "0", "--distill.epochs", "1"),
     *("--distill.warmup-epochs", "0", "--score-samples", "100", "--threads", "1"),
     *("--latency-seconds", "0.01"),
+]
+TINY = [
+    *("--model-args", "img_size=8", "patch_size=4", "in_chans=1", "embed_dim=24", "depth=2"),
+    *("num_heads=3", *TRAINING),
 ]
 
 
@@ -86,6 +90,47 @@ def test_verbs_make_the_chain(
     assert text.count(f"{pruned} ") == text.count(f"{dense} ") == 2, text
     assert str(folder / "report.html") in do("report", folder)
     assert "torch" in do("doctor")
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_verbs_take_a_model_of_another_dtype(
+    dtype: torch.dtype, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model, plan, taught = tmp_path / "m", folder / "plan.json", tmp_path / "taught"
+    vp.save(vp.load(folder / "dense").to(dtype), model)
+    data, training = ("--data", "digits"), ("--epochs", 1, "--warmup-epochs", 0)
+    for words in (
+        ("score", "--model", model, *data, "--score-samples", 50, "--out", tmp_path / "s"),
+        ("prune", "--model", model, "--plan", plan, "--out", tmp_path / "pruned"),
+        (
+            *("distill", "--model", tmp_path / "pruned", "--teacher", model, *data, *training),
+            *("--out", taught),
+        ),
+        ("eval", "--model", taught, *data, "--teacher", model),
+        (
+            *("run", "--preset", "images", "--model", model, *data, *TRAINING, "--quiet"),
+            *("--out", tmp_path / "run"),
+        ),
+    ):
+        assert main([str(word) for word in words]) == 0, capsys.readouterr().err
+    for made in (taught, tmp_path / "run" / "model"):
+        assert {tensor.dtype for tensor in vp.load(made).parameters()} == {dtype}
+
+
+@pytest.mark.parametrize("verb", ["prune", "distill"])
+def test_out_is_checked_before_the_work(
+    verb: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    taken, foreign = tmp_path / "file", tmp_path / "foreign"
+    taken.write_text("mine")
+    foreign.mkdir()
+    (foreign / "config.json").write_text("{}")
+    more = {"prune": ["--plan", "none"], "distill": ["--teacher", "none", "--data", "digits"]}[verb]
+    for out, sentence in ((taken, "is no folder"), (foreign, "is of something else")):
+        # the model is missing too: the first complaint tells what was looked at first
+        assert main([verb, "--model", "none", *more, "--out", str(out)]) == 2
+        error = capsys.readouterr().err
+        assert sentence in error and str(out) in error and error.count("\n") == 1
 
 
 def test_eval_of_the_result_repeats_the_summary(

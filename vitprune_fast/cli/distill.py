@@ -37,10 +37,12 @@ def main(words: list[str]) -> int:
     if options is None:
         return 0
     import vitprune_fast as vp
+    from vitprune_fast.checkpoint import check_folder
     from vitprune_fast.cli.display import Display
     from vitprune_fast.recipes import models, stages
     from vitprune_fast.recipes.opened import check_fit, open_both
 
+    check_folder(options.out)
     seed = options.schedule.seed
     model, data, setting = open_both(options.model, options.data, seed, options.device)
     in_timm = not Path(options.teacher).is_dir()

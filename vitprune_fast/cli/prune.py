@@ -30,8 +30,10 @@ def main(words: list[str]) -> int:
     if options is None:
         return 0
     import vitprune_fast as vp
+    from vitprune_fast.checkpoint import check_folder
     from vitprune_fast.recipes import checks, models
 
+    check_folder(options.out)
     model = models.open_model(options.model)
     plan = vp.Plan.load(options.plan)
     pruned, proofs = checks.prune_and_prove(model, plan, checks.random_images(model))

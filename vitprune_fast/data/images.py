@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Protocol
 
@@ -93,8 +94,9 @@ class Images:
 def check_normalisation(mean: tuple[float, ...], std: tuple[float, ...], channels: int) -> None:
     """Refuse a mean or std that does not fit the channels."""
     for name, values in (("mean", mean), ("std", std)):
-        if len(values) != channels or (name == "std" and min(values) <= 0):
+        usable = all(math.isfinite(value) and (name == "mean" or value > 0) for value in values)
+        if len(values) != channels or not usable:
             raise InvalidInput(
                 f"open_data: {name} must have {channels} "
-                f"{'positive ' if name == 'std' else ''}numbers, got {values}"
+                f"{'positive ' if name == 'std' else ''}finite numbers, got {values}"
             )

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from vitprune_fast.batches import as_input, check_logits, unpack
 from vitprune_fast.distill.checkpoints import Checkpoint, read_newest, tidy, write_checkpoint
 from vitprune_fast.distill.config import DistillConfig
 from vitprune_fast.distill.losses import cross_entropy, soft_kd
@@ -22,7 +23,7 @@ from vitprune_fast.modes import evaluating, keeping_modes
 from vitprune_fast.randomness import seeded
 
 Event = dict[str, Any]
-Batches = Iterable[Sequence[torch.Tensor]]
+Batches = Iterable[Sequence[Any]]
 
 
 @dataclass(frozen=True)
@@ -91,7 +92,8 @@ def distill(
         student: maps images to logits ``(B, C)``; its modes come back as they were.
         teacher: likewise, on the same device; evaluated without gradients and left as it was. None
             trains on labels alone.
-        train: (images, labels, ...) with a length, read once per epoch.
+        train: (images ``(B, C, H, W)`` floating, labels: B integers, ...) with a length, read once
+            per epoch; images go to the device and dtype of each model.
         val: likewise, read again after every epoch; it decides only with ``keep="best"``.
         config: the settings.
         checkpoint_dir: written after every epoch and ``checkpoint_steps``; the newest whole
@@ -103,8 +105,8 @@ def distill(
         stop: asked after every step; True writes a checkpoint and returns.
 
     Raises:
-        InvalidInput: no training batches, ``keep="best"`` without ``val``, or outputs that do not
-            fit each other.
+        InvalidInput: no training batches or none of that form, nothing to train or in float16,
+            ``keep="best"`` without ``val``, or outputs that do not fit each other.
         RunFolderError: the checkpoint is of another config or model, or cannot be written.
         StageFailed: more than ``max_bad_steps`` steps in a row were not finite.
     """
@@ -156,8 +158,18 @@ class _Run:
         self.steps_per_epoch = len(train) if hasattr(train, "__len__") else 0  # type: ignore[arg-type]
         if self.steps_per_epoch == 0:
             raise InvalidInput("distill: train must have a length of at least one batch, got none")
-        self.device = next(student.parameters()).device
         self.named = {n: p for n, p in student.named_parameters() if p.requires_grad}
+        if not self.named:
+            raise InvalidInput(
+                "distill: student must have a parameter that requires a gradient, got all frozen; "
+                "call student.requires_grad_(True) or on the part to train"
+            )
+        if any(parameter.dtype == torch.float16 for parameter in self.named.values()):
+            raise InvalidInput(
+                "distill: student must have parameters of float32, float64 or bfloat16, got "
+                "float16, in which AdamW divides by squared gradients that have become 0; "
+                "train student.float() and call .half() afterwards"
+            )
         self.optimizer = _adamw(self.named, config)
         self.progress = _Progress()
         self.best: dict[str, torch.Tensor] = {}
@@ -178,11 +190,12 @@ class _Run:
         progress, config = self.progress, self.config
         self.student.train()
         clock, images_seen = time.perf_counter(), 0
-        for index, (images, labels) in _batches(self.train, config.seed, epoch, start):
+        for index, batch in _batches(self.train, config.seed, epoch, start):
+            images, labels = unpack("distill", batch, self.student, self.teacher)
             lr = learning_rate(progress.step, self.steps_per_epoch, config)
             for group in self.optimizer.param_groups:
                 group["lr"] = lr
-            parts = self._step(images.to(self.device), labels.to(self.device))
+            parts = self._step(images, labels)
             progress.step += 1
             images_seen += len(images)
             if config.log_steps and progress.step % config.log_steps == 0:
@@ -228,13 +241,14 @@ class _Run:
         self, images: torch.Tensor, labels: torch.Tensor
     ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         config = self.config
-        outputs = self.student(images)
+        outputs = self.student(as_input(self.student, images))
         class_logits, teacher_logits = outputs if isinstance(outputs, tuple) else (outputs, outputs)
-        ce = cross_entropy(class_logits, labels, config.label_smoothing)
+        check_logits("distill", class_logits, labels)
+        ce = cross_entropy(class_logits, labels.to(class_logits.device), config.label_smoothing)
         if self.teacher is None:
             return ce, {"loss": ce.detach(), "ce": ce.detach()}
         with torch.no_grad():
-            wanted = self.teacher(images)
+            wanted = self.teacher(as_input(self.teacher, images))
         if wanted.shape != teacher_logits.shape:
             raise InvalidInput(
                 f"distill: teacher must give logits of shape {tuple(teacher_logits.shape)} like "
@@ -380,13 +394,10 @@ def _adamw(named: dict[str, nn.Parameter], config: DistillConfig) -> torch.optim
     return torch.optim.AdamW([group for group in groups if group["params"]], lr=config.lr)
 
 
-def _batches(
-    train: Batches, seed: int, epoch: int, start: int
-) -> Iterator[tuple[int, tuple[torch.Tensor, torch.Tensor]]]:
-    """Yield (number, (images, labels)) of an epoch from batch ``start`` on."""
+def _batches(train: Batches, seed: int, epoch: int, start: int) -> Iterator[tuple[int, Any]]:
+    """Yield (number, batch) of an epoch from batch ``start`` on."""
     if hasattr(train, "epoch"):
-        for index, (images, labels, *_) in enumerate(train.epoch(epoch, start), start):  # type: ignore[attr-defined]
-            yield index, (images, labels)
+        yield from enumerate(train.epoch(epoch, start), start)  # type: ignore[attr-defined]
         return
     # a plain loader draws its order and its samples' augmentation from the global generators
     with seeded(seed, "order", epoch):
@@ -397,5 +408,4 @@ def _batches(
         if batch is None:
             return
         if index >= start:
-            images, labels, *_ = batch
-            yield index, (images, labels)
+            yield index, batch

@@ -11,13 +11,21 @@ import torch
 from torch import Tensor, nn
 
 import vitprune_fast as vp
+from vitprune_fast.batches import as_input
 from vitprune_fast.errors import StageFailed
 from vitprune_fast.modes import evaluating
 from vitprune_fast.planning.cost import predict_cost
 from vitprune_fast.randomness import generator
 
-TOLERANCE = 1e-5
-"""Allowed difference of masked and pruned logits in fp32, relative to max(1, max |logits|)."""
+TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-12}
+"""Allowed difference of masked and pruned logits, relative to max(1, max |logits|)."""
+HALF_PRECISION_ROUNDINGS = 8
+"""The same in half precision, in units of the dtype's eps.
+
+Products accumulate wider than they are stored, so what differs is where a stored value falls: by
+eps / 2 for each branch added to the residual stream, with either sign. The 48 branches of 24 blocks
+make sqrt(48) / 2 = 3.5 eps of that; 8 is twice as much.
+"""
 
 
 @dataclass(frozen=True)
@@ -47,9 +55,17 @@ def require(stage: str, checks: Iterable[Check]) -> list[dict[str, Any]]:
 
 @torch.no_grad()
 def logits(model: nn.Module, images: Tensor) -> Tensor:
-    """Logits (B, classes) of the model in evaluation mode; the modes come back as they were."""
+    """Logits (B, classes) in evaluation mode, of images on any device and in any floating dtype.
+
+    The modes of the model come back as they were.
+    """
     with evaluating(model):
-        return model(images)
+        return model(as_input(model, images))
+
+
+def tolerance(dtype: torch.dtype) -> float:
+    """Allowed difference of masked and pruned logits, relative to max(1, max |logits|)."""
+    return TOLERANCE.get(dtype) or HALF_PRECISION_ROUNDINGS * torch.finfo(dtype).eps
 
 
 def finite(model: nn.Module, images: Tensor) -> Check:
@@ -84,8 +100,9 @@ def masked_equals_pruned(dense: nn.Module, pruned: nn.Module, plan: Any, images:
     """Removing the units equals silencing them, up to rounding."""
     with vp.mask(dense, plan):
         wanted = logits(dense, images)
-    difference = float((wanted - logits(pruned, images)).abs().max())
-    limit = TOLERANCE * max(1.0, float(wanted.abs().max()))
+    # in fp64, so that the comparison itself rounds nothing
+    difference = float((wanted.double() - logits(pruned, images).double()).abs().max())
+    limit = tolerance(wanted.dtype) * max(1.0, float(wanted.abs().max()))
     # a NaN compares false, so it fails here too
     return Check(
         "masked model equals pruned model",
@@ -111,5 +128,9 @@ def prune_and_prove(dense: nn.Module, plan: Any, images: Tensor) -> tuple[nn.Mod
 
 
 def random_images(model: nn.Module, count: int = 4) -> Tensor:
-    """Normally distributed images (count, C, H, W) of the model's input size, always the same."""
-    return torch.randn(count, *vp.describe(model).input_size, generator=generator(0, "probe"))
+    """Normally distributed images (count, C, H, W), always the same.
+
+    They have the model's input size, device and dtype.
+    """
+    size = vp.describe(model).input_size
+    return as_input(model, torch.randn(count, *size, generator=generator(0, "probe")))

@@ -100,7 +100,6 @@ def score(model: nn.Module, data: ImageData, config: ScoreConfig, setting: Setti
         criterion=config.criterion,
         units=config.units,
         reduction=config.reduction,
-        device=setting.device,
     )
 
 

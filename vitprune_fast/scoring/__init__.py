@@ -27,7 +27,6 @@ def score(
     reduction: Literal["abs", "square", "signed"] = "abs",
     per_sample: bool = False,
     norm: Literal["l1", "l2"] = "l2",
-    device: torch.device | str | None = None,
 ) -> Scores:
     """How much the loss would change without each unit.
 
@@ -39,21 +38,22 @@ def score(
 
     Args:
         model: a supported model.
-        batches: yields (images (B, C, H, W), labels (B,) int, ...); not needed for ``magnitude``.
+        batches: yields (images (B, C, H, W) floating, labels: B integers, ...); images go to the
+            device and dtype of the model. Not needed for ``magnitude``.
         criterion: ``"taylor"`` or ``"magnitude"``.
         units: unit kinds to score. ``taylor`` scores ``head``, ``v_dim`` and ``neuron``.
         reduction: of the samples, for ``taylor``: ``abs`` = mean |g|, ``square`` = mean g^2,
             ``signed`` = mean g.
         per_sample: keep g itself, as ``.per_sample[axis]`` (samples, units) fp32.
         norm: for ``magnitude``: ``"l1"`` or ``"l2"``.
-        device: where to run; None is where the model is. The model is not moved.
 
     Returns:
         Scores in fp32. Reduced per sample in fp32, summed over samples in fp64 in stream order:
         the same batches give the same bits.
 
     Raises:
-        InvalidInput: an argument or a batch has a value that cannot be used.
+        InvalidInput: an argument or a batch has a value that cannot be used, or ``taylor`` is
+            asked for inside ``torch.inference_mode()``.
         UnsupportedArchitecture: the model has no layout.
     """
     structure = describe(model)
@@ -68,8 +68,7 @@ def score(
     if batches is None:
         raise InvalidInput("score: batches must be given for the criterion 'taylor', got None")
     accumulator = Accumulator(reduction, per_sample)
-    place = torch.device(device) if device else next(model.parameters()).device
-    accumulate(model, structure, batches, axes, accumulator, place)
+    accumulate(model, structure, batches, axes, accumulator)
     return accumulator.result(criterion, provenance)
 
 

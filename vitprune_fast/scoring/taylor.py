@@ -8,7 +8,7 @@ operation of a ViT mixes samples, so one backward of the summed loss gives it fo
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .. import ops
+from ..batches import as_input, check_logits, checked
 from ..errors import InvalidInput
 from ..modes import evaluating
 from ..structure import Structure
@@ -31,16 +32,23 @@ def accumulate(
     batches: Iterable[Sequence[Any]],
     axes: Sequence[Axis],
     accumulator: Accumulator,
-    device: torch.device,
 ) -> None:
-    """Add the per-sample scores of every batch to ``accumulator``."""
+    """Add the per-sample scores of every batch to ``accumulator``.
+
+    Raises:
+        InvalidInput: a batch or the logits cannot be used, or gradients cannot exist here.
+    """
+    if torch.is_inference_mode_enabled():
+        raise InvalidInput(
+            "score: the criterion 'taylor' must be called outside torch.inference_mode(), which "
+            "records no gradients even where they are asked for; leave it, torch.no_grad() is fine"
+        )
     with scoring_mode(model), taps(model, structure, axes) as captured, torch.enable_grad():
-        for batch in batches:
-            images, labels = checked_batch(batch)
-            logits = model(images.to(device))
-            check_labels(labels, logits)
+        for images, labels in checked("score", batches, model):
+            logits = model(as_input(model, images))
+            check_logits("score", logits, labels)
             # summed, so that the score of a sample does not depend on the batch it came in
-            loss = F.cross_entropy(logits.float(), labels.to(device), reduction="sum")
+            loss = F.cross_entropy(logits.float(), labels.to(logits.device), reduction="sum")
             if not logits.requires_grad:
                 raise InvalidInput(
                     "score: model must have a unit of the asked kinds left, got one without any"
@@ -107,32 +115,3 @@ def taps(
     finally:
         for handle in handles:
             handle.remove()
-
-
-def checked_batch(batch: Sequence[Any]) -> tuple[Tensor, Tensor]:
-    """The images and labels of a batch that may carry more.
-
-    Raises:
-        InvalidInput: the batch is not (images, labels, ...) of equal length.
-    """
-    if isinstance(batch, (Tensor, Mapping)) or len(batch) < 2:
-        raise InvalidInput(
-            f"score: batches must yield (images, labels) pairs, got {type(batch).__name__}"
-        )
-    images, labels = batch[0], torch.as_tensor(batch[1])
-    if labels.shape != images.shape[:1] or labels.is_floating_point():
-        raise InvalidInput(
-            f"score: labels must be {len(images)} class numbers, one per image, "
-            f"got {tuple(labels.shape)} {labels.dtype}"
-        )
-    return images, labels.long()
-
-
-def check_labels(labels: Tensor, logits: Tensor) -> None:
-    """Raise InvalidInput for a label the head has no class for."""
-    classes = logits.shape[-1]
-    if len(labels) and not 0 <= int(labels.min()) <= int(labels.max()) < classes:
-        raise InvalidInput(
-            f"score: labels must lie in 0..{classes - 1} like the classes of the model, "
-            f"got {int(labels.min())}..{int(labels.max())}"
-        )

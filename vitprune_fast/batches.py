@@ -1,0 +1,137 @@
+"""What a batch must be, and how it reaches a model: one answer for all who read batches."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from vitprune_fast.errors import InvalidInput
+
+
+def checked(
+    function: str, batches: Iterable[Any], *models: nn.Module | None
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """The images and labels of every batch, checked before a model sees them.
+
+    Args:
+        function: the caller's name, for the error sentence.
+        batches: yields (images, labels, ...).
+        models: that will see the images; None is nobody.
+
+    Yields:
+        Images as they came, and labels ``(B,)`` int64.
+
+    Raises:
+        InvalidInput: as :func:`unpack`, or ``batches`` cannot be iterated.
+    """
+    if not hasattr(batches, "__iter__") and not hasattr(batches, "__getitem__"):
+        raise InvalidInput(
+            f"{function}: batches must be an iterable of (images, labels), "
+            f"got {type(batches).__name__}"
+        )
+    for batch in batches:
+        yield unpack(function, batch, *models)
+
+
+def unpack(function: str, batch: Any, *models: nn.Module | None) -> tuple[Tensor, Tensor]:
+    """The images and labels of one batch that may carry more.
+
+    Args:
+        function: the caller's name, for the error sentence.
+        batch: (images ``(B, C, H, W)`` floating, labels: B integers in a list or tensor, ...).
+        models: that will see the images; None is nobody.
+
+    Returns:
+        Images as they came, and labels ``(B,)`` int64.
+
+    Raises:
+        InvalidInput: the batch is something else, or a model that states the size of its images
+            takes others.
+    """
+    if isinstance(batch, str) or not isinstance(batch, Sequence) or len(batch) < 2:
+        shown = type(batch).__name__
+        if isinstance(batch, Sequence) and not isinstance(batch, str):
+            shown += f" of length {len(batch)}"
+        raise InvalidInput(f"{function}: batches must yield (images, labels) pairs, got {shown}")
+    images = batch[0]
+    if not isinstance(images, Tensor) or images.ndim != 4 or not images.is_floating_point():
+        raise InvalidInput(
+            f"{function}: images must be a floating tensor (B, C, H, W), got {_shown(images)}"
+        )
+    for model in models:
+        if model is not None:
+            _check_size(function, model, images)
+    return images, _labels(function, batch[1], len(images))
+
+
+def as_input(model: nn.Module, images: Tensor) -> Tensor:
+    """Images on the device and in the floating dtype of the model's parameters."""
+    weight = next((p for p in model.parameters() if p.is_floating_point()), None)
+    return images if weight is None else images.to(weight.device, weight.dtype)
+
+
+def check_logits(function: str, logits: Tensor, labels: Tensor) -> None:
+    """Refuse logits that are not one row per label, and labels they have no class for.
+
+    Args:
+        function: the caller's name, for the error sentence.
+        logits: what the model returned.
+        labels: ``(B,)`` int64.
+
+    Raises:
+        InvalidInput: as said.
+    """
+    if not isinstance(logits, Tensor) or logits.ndim != 2 or len(logits) != len(labels):
+        raise InvalidInput(
+            f"{function}: model must give logits ({len(labels)}, classes), got {_shown(logits)}; "
+            "a timm model without pooling needs global_pool='token' or 'avg'"
+        )
+    classes = logits.shape[1]
+    if len(labels) and not 0 <= int(labels.min()) <= int(labels.max()) < classes:
+        raise InvalidInput(
+            f"{function}: labels must lie in 0..{classes - 1} like the classes of the model, "
+            f"got {int(labels.min())}..{int(labels.max())}"
+        )
+
+
+def _labels(function: str, labels: Any, count: int) -> Tensor:
+    rule = f"{function}: labels must be {count} class numbers, one per image"
+    try:
+        found = torch.as_tensor(labels)
+    except (TypeError, ValueError, RuntimeError, OverflowError) as error:
+        raise InvalidInput(f"{rule}, got {type(labels).__name__}: {error}") from None
+    whole = not (found.is_floating_point() or found.is_complex() or found.dtype == torch.bool)
+    if found.shape != (count,) or not whole:
+        raise InvalidInput(f"{rule}, got {_shown(found)}")
+    return found.long()
+
+
+def _check_size(function: str, model: Any, images: Tensor) -> None:
+    """Compare with what a timm model says of its images; another model is taken at its word."""
+    embed: Any = getattr(model, "patch_embed", None)
+    patch, weight = getattr(embed, "patch_size", None), getattr(embed, "proj", None)
+    if patch is None or weight is None:
+        return
+    channels, size = weight.in_channels, embed.img_size
+    height, width = images.shape[2:]
+    if size is not None and not getattr(model, "dynamic_img_size", False):
+        fits, rule = (height, width) == tuple(size), f"{size[0]}, {size[1]}"
+    elif embed.dynamic_img_pad:
+        fits, rule = min(height, width) > 0, "H, W"
+    else:
+        fits = min(height, width) > 0 and height % patch[0] == 0 and width % patch[1] == 0
+        rule = f"multiples of {patch[0]}, multiples of {patch[1]}"
+    if images.shape[1] != channels or not fits:
+        raise InvalidInput(
+            f"{function}: images must be (B, {channels}, {rule}) like the model takes them, "
+            f"got {tuple(images.shape)}"
+        )
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, Tensor):
+        return f"{tuple(value.shape)} {value.dtype}"
+    return type(value).__name__
