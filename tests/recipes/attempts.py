@@ -312,11 +312,23 @@ def _child(request: dict[str, Any]) -> int:
 
 
 def _serve() -> None:
+    import contextlib
+    import io
+
     import sklearn.datasets  # noqa: F401
     import torch
 
+    import vitprune_fast
+    import vitprune_fast.cli.display
+    import vitprune_fast.recipes.chain
+    from vitprune_fast.cli.run import main as parse_and_run
     from vitprune_fast.report import figures
 
+    # public names are imported at first use, and so is the parser of options
+    for name in vitprune_fast.__all__:
+        getattr(vitprune_fast, name)
+    with contextlib.redirect_stdout(io.StringIO()):
+        parse_and_run(["--print-config"])
     # pictures cost as much as all the rest, and are not what is looked at here
     figures.drawn = lambda title, height, draw: "<svg></svg>"
     torch.set_num_threads(1)

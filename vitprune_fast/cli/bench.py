@@ -42,23 +42,22 @@ def main(words: list[str]) -> int:
     print(f"profile {profile}")
     configs = [options.model, *([ModelConfig(name=options.against)] if options.against else [])]
     opened = [models.open_model(config) for config in configs]
-    names = [config.name for config in configs]
-    for name, model in zip(names, opened, strict=True):
+    for number, (config, model) in enumerate(zip(configs, opened, strict=True), 1):
         cost = vp.cost(model)
-        print(f"{name}: {cost.params:,} params, {cost.macs:,} MACs")
+        print(f"model {number}: {config.name}, {cost.params:,} params, {cost.macs:,} MACs")
     with applied(profile):
         measured = stages.measure(
             opened, profile.device, options.batch_sizes, seconds=options.seconds
         )
     rows = [
         (
-            name,
+            str(number),
             str(result.batch_size),
             f"{result.median_s * 1e3:.2f}",
             f"{result.p90_s * 1e3:.2f}",
             f"{result.images_per_s:,.0f}",
         )
-        for name, results in zip(names, measured, strict=True)
+        for number, results in enumerate(measured, 1)
         for result in results
     ]
     print_table(("model", "batch", "median ms", "p90 ms", "images/s"), rows)
