@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from tests.recipes.conftest import TINY
-from vitprune_fast.errors import RunFolderError
+from vitprune_fast.errors import DamagedFile, RunFolderError
 from vitprune_fast.recipes.chain import run
 from vitprune_fast.report import figures, write_report
 from vitprune_fast.report.page import budget_text
@@ -146,3 +146,29 @@ def test_thinned_scores_keep_the_ends() -> None:
     thin = figures._thinned(values[::-1])
     assert len(thin) == figures.MOST_POINTS and (thin[0], thin[-1]) == (0.0, 9999.0)
     assert figures._thinned(values[:5]) == values[:5]
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("summary.json", b"{}"),
+        ("summary.json", b"[1]"),
+        ("run.json", b'{"identity": 3}'),
+        ("stages/plan.json", b'{"outputs": 3, "facts": 4}'),
+        ("stages/plan.json", b'{"outputs": {}, "facts": {"axes": 4}}'),
+    ],
+)
+def test_a_damaged_run_is_one_sentence(
+    folder: Path, tmp_path: Path, name: str, content: bytes
+) -> None:
+    shutil.copytree(folder, tmp_path / "run")
+    (tmp_path / "run" / name).write_bytes(content)
+    with pytest.raises(DamagedFile):
+        write_report(tmp_path / "run")
+
+
+def test_metrics_that_are_no_text_are_left_out(folder: Path, tmp_path: Path) -> None:
+    shutil.copytree(folder, tmp_path / "run")
+    with open(tmp_path / "run" / "metrics.jsonl", "ab") as metrics:
+        metrics.write(b"\xff\xfe\n" + b'{"loss": NaN}\n' + b'{"torn": ')
+    assert write_report(tmp_path / "run").is_file()

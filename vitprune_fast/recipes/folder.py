@@ -178,7 +178,9 @@ class RunFolder:
         if not path.exists():
             return None
         record = files.read_json(path)
-        if not (isinstance(record, dict) and {"outputs", "facts"} <= record.keys()):
+        if not isinstance(record, dict) or not all(
+            isinstance(record.get(part), dict) for part in ("outputs", "facts")
+        ):
             raise DamagedFile(f"run: {path} must be the record of a stage")
         return record
 
@@ -265,9 +267,9 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     """The lines of a metrics file; a torn last line (the process was killed) is left out."""
     lines = []
     if path.exists():
-        for line in path.read_text(encoding="utf-8").splitlines():
+        for line in path.read_bytes().splitlines():
             with contextlib.suppress(ValueError):
-                value = json.loads(line)
+                value = files.parse_json(line)
                 if isinstance(value, dict):
                     lines.append(value)
     return lines

@@ -11,9 +11,15 @@ from typing import Any
 from vitprune_fast import files
 from vitprune_fast.errors import InvalidInput
 from vitprune_fast.recipes.comparison import comparison
-from vitprune_fast.recipes.folder import read_metrics
+from vitprune_fast.recipes.folder import RunFolder, read_metrics
 from vitprune_fast.report import figures
-from vitprune_fast.report.page import budget_text, finished_run, overlaid_curves, template
+from vitprune_fast.report.page import (
+    budget_text,
+    finished_run,
+    overlaid_curves,
+    template,
+    whole_run_expected,
+)
 
 
 def write_comparison(folders: Sequence[Path | str], path: Path | str) -> Path:
@@ -31,12 +37,20 @@ def write_comparison(folders: Sequence[Path | str], path: Path | str) -> Path:
     if len(folders) < 2:
         raise InvalidInput(f"report: a comparison must have at least two runs, got {len(folders)}")
     runs = [finished_run(folder) for folder in folders]
+    with whole_run_expected():
+        page = render_comparison(runs)
+    files.write_text(path, page)
+    return Path(path)
+
+
+def render_comparison(runs: Sequence[RunFolder]) -> str:
+    """The page as text."""
     summaries = [files.read_json(run / "summary.json") for run in runs]
     identities = [files.read_json(run / "run.json")["identity"] for run in runs]
     plans = [run.record_of("plan") or {"facts": {}} for run in runs]
     names = names_of([run.path for run in runs])
     metrics = [read_metrics(run / "metrics.jsonl") for run in runs]
-    page = template("compare.html.j2").render(
+    return template("compare.html.j2").render(
         names=names,
         models=[identity["config"]["model"]["name"] for identity in identities],
         data=[summary["data"] for summary in summaries],
@@ -46,8 +60,6 @@ def write_comparison(folders: Sequence[Path | str], path: Path | str) -> Path:
         curves=overlaid_curves(list(zip(names, cycle(figures.LINES), metrics, strict=False))),
         hardware=[summary["profile"]["hardware"] for summary in summaries],
     )
-    files.write_text(path, page)
-    return Path(path)
 
 
 def names_of(folders: Sequence[Path]) -> list[str]:

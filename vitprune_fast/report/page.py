@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 import shlex
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from importlib.resources import files as resources
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ import jinja2
 
 import vitprune_fast as vp
 from vitprune_fast import files
-from vitprune_fast.errors import RunFolderError
+from vitprune_fast.errors import DamagedFile, RunFolderError
 from vitprune_fast.recipes.comparison import comparison
 from vitprune_fast.recipes.folder import RunFolder, read_metrics
 from vitprune_fast.report import figures
@@ -33,8 +34,22 @@ def write_report(folder: Path | str) -> Path:
     """
     run = finished_run(folder)
     path = run / "report.html"
-    files.write_text(path, render(run))
+    with whole_run_expected():
+        page = render(run)
+    files.write_text(path, page)
     return path
+
+
+@contextlib.contextmanager
+def whole_run_expected() -> Iterator[None]:
+    """Say that a run folder is damaged where its files lack what a page shows."""
+    try:
+        yield
+    except (LookupError, TypeError, AttributeError, jinja2.UndefinedError) as error:
+        raise DamagedFile(
+            "report: run.json, summary.json and the stage records must be those of a finished run, "
+            f"got files without {error}; run the same command again"
+        ) from error
 
 
 def finished_run(folder: Path | str) -> RunFolder:
