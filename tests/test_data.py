@@ -538,7 +538,7 @@ def test_bad_folders_are_one_sentence(
         (
             "digit",
             {},
-            "`tar:PATH` or `wds:PATH`, got 'digit'",
+            "`wds:PATH` or `hfds:NAME`, got 'digit'",
         ),
         (
             "folder:",

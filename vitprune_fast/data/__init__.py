@@ -14,6 +14,7 @@ import torch
 from vitprune_fast.data.augment import Affine, Augment, RandomCrop
 from vitprune_fast.data.digits import Digits, committed_splits
 from vitprune_fast.data.folder import Folder
+from vitprune_fast.data.hub import Hub
 from vitprune_fast.data.images import Images, Source, check_normalisation
 from vitprune_fast.data.loader import Batch, Loader
 from vitprune_fast.data.quarantine import BadImage, find_bad_images, refuse_too_many
@@ -36,7 +37,7 @@ __all__ = [
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
-PHOTOGRAPHS = {"folder": Folder, "tar": Tar, "wds": Shards}
+PHOTOGRAPHS = {"folder": Folder, "tar": Tar, "wds": Shards, "hfds": Hub}
 
 
 @dataclass(frozen=True)
@@ -155,9 +156,10 @@ def open_data(
             ``PATH/<class>/...``, or ``PATH/train/<class>/...`` with ``val`` or ``validation`` and
             ``test`` beside ``train``. ``tar:PATH`` is a plain tar of such folders, or a folder
             with ``train.tar`` and so on. ``wds:PATH`` is a webdataset shard or a folder of them
-            whose names tell the split. Splits that are not there are cut from the others: test
-            takes 20 % of a flat folder, validation 10 %. A single held-out part is the test
-            split, whatever its name.
+            whose names tell the split. ``hfds:NAME`` is a data set of the Hugging Face hub, or a
+            folder written by its ``save_to_disk``, with columns ``image`` and ``label``. Splits
+            that are not there are cut from the others: test takes 20 % of a flat folder,
+            validation 10 %. A single held-out part is the test split, whatever its name.
         image_size: height and width of the model's input, in pixels.
         channels: 3, or 1 for grey.
         seed: of the splits cut from a folder; those of the digits are committed.
@@ -172,6 +174,7 @@ def open_data(
             class, images outside classes, or too few images for three splits.
         DamagedFile: scikit-learn's digits are not those of the committed splits, or an archive is
             truncated, damaged, or holds links or names that leave it.
+        BackendUnavailable: the package that a spec needs is not installed.
     """
     height, width = (image_size, image_size) if isinstance(image_size, int) else image_size
     size = (height, width)
@@ -199,8 +202,8 @@ def open_data(
         augmentation = RandomCrop()
     else:
         raise InvalidInput(
-            f"open_data: spec must be `digits`, `folder:PATH`, `tar:PATH` or `wds:PATH`, "
-            f"got {spec!r}"
+            f"open_data: spec must be `digits`, `folder:PATH`, `tar:PATH`, `wds:PATH` or "
+            f"`hfds:NAME`, got {spec!r}"
         )
     mean, std = mean or default_mean, std or default_std
     check_normalisation(mean, std, channels)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import reprlib
 import types
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
@@ -13,6 +14,11 @@ import yaml
 from vitprune_fast.errors import InvalidInput
 
 T = TypeVar("T")
+
+MAX_BYTES = 1 << 20
+# aliases of aliases grow like powers
+MAX_ALIASES = 16
+_MAX_REASON = 300
 
 
 def to_plain(value: Any) -> Any:
@@ -35,19 +41,47 @@ def from_yaml(path: Path, default: T) -> T:
     """`default` with the fields named in the YAML file replaced.
 
     Raises:
-        InvalidInput: the file cannot be read, is no mapping, names an unknown field, or a value
-            has the wrong type.
+        InvalidInput: the file cannot be read, has more than 1 MiB or 16 aliases, is no mapping,
+            names an unknown field, or a value has the wrong type.
     """
     try:
-        text = Path(path).read_text(encoding="utf-8")
+        with open(path, "rb") as file:
+            content = file.read(MAX_BYTES + 1)
+        text = content.decode("utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise InvalidInput(f"config: cannot read {path}: {error}") from None
+    if len(content) > MAX_BYTES:
+        raise InvalidInput(f"config: {path} must have at most {MAX_BYTES} bytes, got more")
     try:
-        plain = yaml.safe_load(text)
-    except (yaml.YAMLError, RecursionError) as error:
-        reason = " ".join(str(error).split())
+        # a safe loader: it makes plain values and nothing else
+        plain = yaml.load(text, _Loader)
+    # its constructors leave bad dates, numbers and tags to whatever they call
+    except (yaml.YAMLError, RecursionError, ValueError, LookupError, AttributeError) as error:
+        reason = " ".join(str(error).split())[:_MAX_REASON]
         raise InvalidInput(f"config: {path} is not YAML: {reason}") from None
     return from_plain({} if plain is None else plain, default)
+
+
+class _Loader(yaml.SafeLoader):
+    """Limits what a short text can grow to."""
+
+    aliases = 0
+
+    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
+        self.aliases += self.check_event(yaml.AliasEvent)
+        if self.aliases > MAX_ALIASES:
+            raise yaml.YAMLError(f"more than {MAX_ALIASES} aliases")
+        return super().compose_node(parent, index)
+
+    def integer(self, node: yaml.ScalarNode) -> int:
+        """Hexadecimal has no limit of its own, and its decimals could not be shown."""
+        value = self.construct_yaml_int(node)
+        if value.bit_length() > 64:
+            raise yaml.YAMLError("an integer of more than 64 bits")
+        return value
+
+
+_Loader.add_constructor("tag:yaml.org,2002:int", _Loader.integer)
 
 
 def from_plain(plain: Any, default: T, where: str = "config") -> T:
@@ -59,9 +93,9 @@ def from_plain(plain: Any, default: T, where: str = "config") -> T:
     changes = {}
     for key, value in plain.items():
         if key not in names:
-            near = difflib.get_close_matches(str(key), names, n=3)
+            near = difflib.get_close_matches(str(key)[:100], names, n=3)
             hint = f"did you mean {', '.join(near)}?" if near else f"known: {', '.join(names)}"
-            raise InvalidInput(f"{where} has no field {key!r}; {hint}")
+            raise InvalidInput(f"{where} has no field {_short(key)}; {hint}")
         current = getattr(default, key)
         if dataclasses.is_dataclass(current):
             changes[key] = from_plain(value, current, f"{where}.{key}")
@@ -81,7 +115,7 @@ def _convert(value: Any, hint: Any, where: str) -> Any:
     if origin is Literal:
         if value not in arguments:
             wanted = ", ".join(map(str, arguments))
-            raise InvalidInput(f"{where} must be one of {wanted}, got {value!r}")
+            raise InvalidInput(f"{where} must be one of {wanted}, got {_short(value)}")
         return value
     if origin is tuple:
         if not isinstance(value, list):
@@ -111,8 +145,13 @@ def _convert(value: Any, hint: Any, where: str) -> Any:
 _NAMES = {int: "an integer", float: "a number", bool: "true or false", str: "text", Path: "a path"}
 
 
+_brief = reprlib.Repr()
+_brief.maxstring = _brief.maxother = 100
+_short = _brief.repr
+
+
 def _kind(value: Any) -> str:
-    return "nothing" if value is None else f"{value!r} ({type(value).__name__})"
+    return "nothing" if value is None else f"{_short(value)} ({type(value).__name__})"
 
 
 def differences(before: Any, after: Any, where: str = "") -> list[str]:
