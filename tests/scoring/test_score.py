@@ -14,6 +14,8 @@ from torch.nn import functional as F
 
 from vitprune_fast.errors import DamagedFile, InvalidInput
 from vitprune_fast.scoring import Scores, score
+from vitprune_fast.scoring.scores import Accumulator
+from vitprune_fast.scoring.taylor import accumulate
 from vitprune_fast.structure import describe
 from vitprune_fast.testing import VITS, random_images, random_vit
 
@@ -115,6 +117,28 @@ def test_another_split_of_the_same_samples(cut: list[int], dtype: torch.dtype) -
     for name in whole:
         error = (split[name].double() - whole[name].double()).norm() / whole[name].double().norm()
         assert error <= tolerance
+
+
+def test_sums_of_another_split_in_fp64() -> None:
+    """Before they are rounded to fp32, sums over another split agree to fp64 rounding."""
+    model = random_vit(dtype=torch.float64)
+    structure = describe(model)
+    axes = [axis for kind in ("head", "neuron") for axis in structure.units(kind)]
+    images, labels = batch_of(model, 7)
+    sums = []
+    for cut in ([7], [1, 2, 4]):
+        accumulator = Accumulator("abs")
+        batches = list(zip(images.split(cut), labels.split(cut), strict=True))
+        accumulate(model, structure, batches, axes, accumulator)
+        assert accumulator._sum is not None
+        sums.append(accumulator._sum)
+    whole, split = sums
+    assert (split - whole).norm() / whole.norm() <= 1e-12
+    # units trade places only where they differ by less than that
+    order = whole.argsort()
+    steps = whole[order].diff()
+    swapped = split[order].diff() < 0
+    assert (steps[swapped] <= 1e-12 * whole.norm()).all()
 
 
 def test_same_batches_same_bits() -> None:
