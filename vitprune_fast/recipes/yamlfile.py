@@ -53,8 +53,7 @@ def from_yaml(path: Path, default: T) -> T:
     if len(content) > MAX_BYTES:
         raise InvalidInput(f"config: {path} must have at most {MAX_BYTES} bytes, got more")
     try:
-        # a safe loader: it makes plain values and nothing else
-        plain = yaml.load(text, _Loader)
+        plain = _Loader(text).get_single_data()
     # its constructors leave bad dates, numbers and tags to whatever they call
     except (yaml.YAMLError, RecursionError, ValueError, LookupError, AttributeError) as error:
         reason = " ".join(str(error).split())[:_MAX_REASON]
@@ -63,7 +62,7 @@ def from_yaml(path: Path, default: T) -> T:
 
 
 class _Loader(yaml.SafeLoader):
-    """Limits what a short text can grow to."""
+    """The safe loader, which makes plain values only, with limits to what a text grows to."""
 
     aliases = 0
 
