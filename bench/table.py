@@ -41,12 +41,12 @@ def table(content: dict) -> str:
     return "\n".join([title, facts, COLUMNS, *rows, ""])
 
 
-def main() -> None:
-    """Write the README of the results, newest file first."""
-    files = sorted(RESULTS.glob("*.json"), reverse=True)
-    tables = [table(json.loads(path.read_text())) for path in files]
-    (RESULTS / "README.md").write_text("\n".join([INTRODUCTION, *tables]))
+def page() -> str:
+    """The README of the results: a table for every file that holds timings of ops, newest first."""
+    contents = [json.loads(path.read_text()) for path in sorted(RESULTS.glob("*.json"))[::-1]]
+    tables = [table(content) for content in contents if "records" in content]
+    return "\n".join([INTRODUCTION, *tables])
 
 
 if __name__ == "__main__":
-    main()
+    (RESULTS / "README.md").write_text(page())
