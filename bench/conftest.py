@@ -46,10 +46,14 @@ def device_name(device: str) -> str:
 
 
 def commit() -> str:
-    """Short name of the commit, marked when files differ from it."""
-    command = ["git", "describe", "--always", "--dirty", "--exclude=*"]
-    result = subprocess.run(command, cwd=HERE, capture_output=True, text=True)
-    return result.stdout.strip() or "unknown"
+    """Short name of the commit, marked when files other than the results differ from it."""
+
+    def git(*words: str) -> str:
+        result = subprocess.run(["git", *words], cwd=HERE, capture_output=True, text=True)
+        return result.stdout.strip()
+
+    changed = git("status", "--porcelain", "--untracked-files=no", "--", ":/", ":!results")
+    return (git("rev-parse", "--short", "HEAD") or "unknown") + ("-dirty" if changed else "")
 
 
 def write(config: pytest.Config, device: str) -> None:
