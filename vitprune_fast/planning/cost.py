@@ -5,10 +5,11 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import FlopCounterMode, flop_registry, sdpa_flop_count
 
 from ..modes import evaluating
 from ..structure import Structure, describe
@@ -46,12 +47,22 @@ def cost(model: nn.Module, input_size: int | tuple[int, ...] | None = None) -> C
     """
     size = describe(model, input_size).input_size
     reference = next(model.parameters())
-    counter = FlopCounterMode(display=False)
+    counter = FlopCounterMode(display=False, custom_mapping=_uncounted())
     image = torch.zeros(1, *size, device=reference.device, dtype=reference.dtype)
     with evaluating(model), torch.no_grad(), counter:
         model(image)
     macs = counter.get_total_flops() // 2
     return Cost(sum(p.numel() for p in model.parameters()), macs, macs)
+
+
+def _uncounted() -> dict[Any, Any]:
+    """Attention on the CPU, which the flop counter of PyTorch before 2.15 passes over."""
+    packet = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+
+    def flops(query: Any, key: Any, value: Any, *args: Any, out_shape: Any, **kwargs: Any) -> int:
+        return sdpa_flop_count(query, key, value)
+
+    return {} if packet in flop_registry else {packet: flops}
 
 
 def predict_cost(structure: Structure, plan: Plan | None = None) -> Cost:
