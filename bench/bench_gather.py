@@ -30,6 +30,7 @@ def bench_gather_columns_of_neurons(race, dtype):
         },
         device="cpu",
         bytes_moved=weight.nbytes + weight.nbytes // 2,
+        exact=True,
     )
 
 
@@ -46,6 +47,7 @@ def bench_gather_columns_of_heads(race):
         },
         device="cpu",
         bytes_moved=weight.nbytes,
+        exact=True,
     )
 
 
@@ -62,6 +64,7 @@ def bench_gather_rows(race):
         },
         device="cpu",
         bytes_moved=weight.nbytes,
+        exact=True,
     )
 
 
@@ -78,4 +81,5 @@ def bench_gather_rows_and_columns(race):
         },
         device="cpu",
         bytes_moved=weight.nbytes // 2 + weight.nbytes // 4,
+        exact=True,
     )

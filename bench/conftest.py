@@ -2,6 +2,7 @@
 
 On a CPU: time of one thread on the processor, so that a busy machine does not count. On a GPU:
 time between events on the stream. What is stated is the minimum; median and spread show the noise.
+The limit is a plain copy that moves as many bytes, raced beside the forms in the same process.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import shlex
 import statistics
 import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import pytest
@@ -29,6 +30,9 @@ ROUNDS = 30
 MEASUREMENT_S = 4e-3
 HERE = Path(__file__).parent
 RECORDS = pytest.StashKey[list]()
+# races of whole scoring steps, and the memory of one
+SCORING = pytest.StashKey[list]()
+MEMORY = pytest.StashKey[list]()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -36,7 +40,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    config.stash[RECORDS] = []
+    for key in (RECORDS, SCORING, MEMORY):
+        config.stash[key] = []
 
 
 def device_name(device: str) -> str:
@@ -74,9 +79,26 @@ def write(config: pytest.Config, device: str) -> None:
         # above the number of cores the caches were shared with others
         "load_average": round(os.getloadavg()[0], 1),
         "records": config.stash[RECORDS],
+        "scoring": config.stash[SCORING],
+        "memory": config.stash[MEMORY],
     }
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(content, indent=1) + "\n")
+
+
+def note_race(config: pytest.Config, case: str, device: str, entries: list[dict]) -> None:
+    """Record the race of whole scoring steps."""
+    config.stash[SCORING].append({"case": case, "device": device, "entries": entries})
+    for entry in entries:
+        print(f"{case} {entry['name']}: {entry['seconds'] * 1e3:.1f} ms")
+    write(config, device)
+
+
+def note_memory(config: pytest.Config, case: str, device: str, found: dict[str, int]) -> None:
+    """Record bytes of peak memory, by what needed them."""
+    config.stash[MEMORY].append({"case": case, "device": device, **found})
+    print(case, found)
+    write(config, device)
 
 
 def measure(call: Callable, device: str, repeats: int) -> float:
@@ -95,22 +117,70 @@ def measure(call: Callable, device: str, repeats: int) -> float:
     return (time.thread_time() - start) / repeats
 
 
+# how far forms may differ, as a share of the largest number: rounding of the shortest dtype among
+# the results, and for fp32 of sums over a few thousand products
+TOLERANCES = {torch.float64: 1e-10, torch.float32: 1e-4, torch.float16: 4e-3, torch.bfloat16: 3e-2}
+
+
+def tensors(result: torch.Tensor | Iterable[torch.Tensor | None]) -> list[torch.Tensor]:
+    """The tensors of a result that is one of them, or several with None for what is not made."""
+    if isinstance(result, torch.Tensor):
+        return [result]
+    return [tensor for tensor in result if tensor is not None]
+
+
+def check_same(label: str, ours: list[torch.Tensor], others: list[torch.Tensor], exact: bool):
+    """Fail, saying where, unless two forms have the same result."""
+    if len(ours) != len(others):
+        raise AssertionError(f"{label} must have {len(ours)} results like ours, got {len(others)}")
+    tolerance = 0.0 if exact else max(TOLERANCES[our.dtype] for our in ours)
+    for number, (our, other) in enumerate(zip(ours, others, strict=True)):
+        if our.shape != other.shape:
+            shapes = f"{tuple(our.shape)} like ours, got {tuple(other.shape)}"
+            raise AssertionError(f"{label} must have result {number} of shape {shapes}")
+        wanted, got = our.double(), other.double()
+        limit = tolerance * wanted.abs().max().item()
+        error = (got - wanted).abs().max().item()
+        # also false for NaN
+        if not error <= limit:
+            raise AssertionError(
+                f"{label} must have result {number} within {limit:.2e} of ours, got {error:.2e}"
+            )
+
+
 @pytest.fixture
 def race(request: pytest.FixtureRequest):
-    """Function that checks, times and records the forms of one op; the first is ours."""
+    """Function that checks, times and records the forms of one op; the first is ours.
 
-    def run(op: str, case: str, forms: dict[str, Callable], *, device: str, bytes_moved: int):
+    With ``exact`` the results must be equal, else within the rounding of their dtype.
+    """
+
+    def run(
+        op: str,
+        case: str,
+        forms: dict[str, Callable],
+        *,
+        device: str,
+        bytes_moved: int,
+        exact: bool = False,
+    ):
         torch.set_num_threads(1)
-        ours, *others = (call() for call in forms.values())
-        for other in others:
-            torch.testing.assert_close(other.to(ours.dtype), ours, rtol=1e-4, atol=1e-3)
+        ours, *others = (tensors(call()) for call in forms.values())
+        for name, other in zip(list(forms)[1:], others, strict=True):
+            check_same(f"{op}: form {name!r} of case {case!r}", ours, other, exact)
+        del ours, others
+        # read and written once each, like the bytes that the op has to move
+        source = torch.zeros(bytes_moved // 2, dtype=torch.uint8, device=device)
+        target = torch.zeros_like(source)
+        calls = {**forms, None: lambda: target.copy_(source)}
         repeats = {}
-        for name, call in forms.items():
+        for name, call in calls.items():
             repeats[name] = max(1, int(MEASUREMENT_S / max(measure(call, device, 3), 1e-7)))
-        times: dict[str, list[float]] = {name: [] for name in forms}
+        times: dict[str | None, list[float]] = {name: [] for name in calls}
         for _ in range(ROUNDS):
-            for name, call in forms.items():
+            for name, call in calls.items():
                 times[name].append(measure(call, device, repeats[name]))
+        limit = min(times.pop(None))
         best_of_ours = min(times[next(iter(forms))])
         for name, taken in times.items():
             best, median = min(taken), statistics.median(taken)
@@ -124,6 +194,7 @@ def race(request: pytest.FixtureRequest):
                 "spread": round(median / best - 1, 3),
                 "rounds": ROUNDS,
                 "gb_per_s": round(bytes_moved / best / 1e9, 1),
+                "of_copy": round(limit / best, 3),
                 "times_ours": round(best / best_of_ours, 2),
             }
             request.config.stash[RECORDS].append(record)

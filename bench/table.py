@@ -1,20 +1,32 @@
-"""Turn bench/results/*.json into the tables of bench/results/README.md."""
+"""Turn bench/results/*.json into the tables of bench/results/README.md and of the README.
+
+python bench/table.py
+"""
 
 from __future__ import annotations
 
 import json
+import re
+from collections.abc import Iterable
 from pathlib import Path
 
-RESULTS = Path(__file__).parent / "results"
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "bench" / "results"
+README = ROOT / "README.md"
+MARKS = {
+    name: (f"<!-- {name}:begin -->", f"<!-- {name}:end -->") for name in ("kernels", "scoring")
+}
 INTRODUCTION = """# Measured results
 
 Written by `make bench` and `make gpu` from the JSON files beside it; not edited by hand. Each line
 is the minimum over interleaved rounds, after the outputs were checked to be equal. CPU numbers are
-the processor time of one thread. "times ours" above 1 means that our form is the faster one;
+the processor time of one thread. "times ours" above 1 means that our form is the faster one; "of
+copy" is the speed as a share of that of a plain copy that moves as many bytes, raced beside it;
 "spread" is how far the median lies above the minimum.
 """
 COLUMNS = (
-    "| op | case | form | min us | GB/s | times ours | spread |\n|---|---|---|--:|--:|--:|--:|"
+    "| op | case | form | min us | GB/s | of copy | times ours | spread |\n"
+    "|---|---|---|--:|--:|--:|--:|--:|"
 )
 
 
@@ -24,29 +36,149 @@ def load_note(content: dict) -> str:
     return f", load average {load}: other work shared the caches" if load > 1.5 else ""
 
 
-def table(content: dict) -> str:
-    """The table of one results file."""
+def facts(content: dict) -> str:
+    """Command, commit, date and versions of one results file, and what went wrong in it."""
     versions = content["versions"]
-    title = f"## {content['device']}\n"
-    facts = (
+    failed = [name for name, case in content.get("cases", {}).items() if case["status"] == "failed"]
+    return (
         f"`{content['command']}`, commit {content['commit']}, {content['date']}, "
         f"torch {versions['torch']}, Triton {versions['triton']}"
-        f"{load_note(content)}.\n"
+        f"{load_note(content)}{''.join(f', FAILED: {name}' for name in failed)}."
     )
+
+
+def share_of_copy(record: dict) -> str:
+    """In per cent; a dash where it was not measured."""
+    return f"{100 * record['of_copy']:.0f} %" if "of_copy" in record else "-"
+
+
+def table(content: dict) -> str:
+    """The table of one results file."""
     rows = [
         f"| {r['op']} | {r['case']} | {r['form']} | {r['min_us']} | {r['gb_per_s']} "
-        f"| {r['times_ours']} | {100 * r['spread']:.0f} % |"
+        f"| {share_of_copy(r)} | {r['times_ours']} | {100 * r['spread']:.0f} % |"
         for r in content["records"]
     ]
-    return "\n".join([title, facts, COLUMNS, *rows, ""])
+    return "\n".join([f"## {content['device']}\n", facts(content) + "\n", COLUMNS, *rows, ""])
+
+
+def races(content: dict) -> str:
+    """The table of whole scoring steps of one results file; empty where there are none."""
+    if not content.get("scoring"):
+        return ""
+    lines = [
+        "| case | form | ms | images/s | times ours | of limit | spread |",
+        "|---|---|--:|--:|--:|--:|--:|",
+    ]
+    for found in content["scoring"]:
+        for entry in found["entries"]:
+            form = f"{entry['name']} ({entry['note']})" if entry["note"] else entry["name"]
+            limit = f"{100 * entry['of_limit']:.0f} %" if entry["of_limit"] else "-"
+            lines.append(
+                f"| {found['case']} | {form} | {1e3 * entry['seconds']:,.1f} "
+                f"| {entry['images_per_s']:,.1f} | {entry['times_ours']:.2f} | {limit} "
+                f"| {100 * entry['spread']:.0f} % |"
+            )
+    lines += ["", "Of limit: the matrix products at the best rate measured beside them."]
+    lines += [
+        f"Peak memory, {found['case']}: {found['score'] / 2**20:,.0f} MiB to score, "
+        f"{found['full'] / 2**20:,.0f} MiB for a full backward, whose gradients are "
+        f"{found['gradients'] / 2**20:,.0f} MiB."
+        for found in content.get("memory", [])
+    ]
+    return "\n".join([*lines, ""])
+
+
+def contents() -> list[dict]:
+    """What the files with timings of ops hold, newest first."""
+    found = [json.loads(path.read_text()) for path in sorted(RESULTS.glob("*.json"))[::-1]]
+    return [content for content in found if content.get("records")]
 
 
 def page() -> str:
-    """The README of the results: a table for every file that holds timings of ops, newest first."""
-    contents = [json.loads(path.read_text()) for path in sorted(RESULTS.glob("*.json"))[::-1]]
-    tables = [table(content) for content in contents if "records" in content]
-    return "\n".join([INTRODUCTION, *tables])
+    """The README of the results: a table for every file that holds timings of ops."""
+    parts = [part for c in contents() for part in (table(c), races(c)) if part]
+    return "\n".join([INTRODUCTION, *parts])
+
+
+def newest(found: list[dict]) -> dict:
+    """The newest results of a GPU, or where there are none those of a CPU."""
+    on_gpu = [c for c in found if any(record["device"] == "cuda" for record in c["records"])]
+    return (on_gpu or found)[0]
+
+
+def cases(records: Iterable[dict]) -> dict[str, list[list[dict]]]:
+    """For every op its cases, each as the records of its forms; ours comes first."""
+    by_case: dict[str, dict[str, list[dict]]] = {}
+    for record in records:
+        by_case.setdefault(record["op"], {}).setdefault(record["case"], []).append(record)
+    return {op: list(found.values()) for op, found in by_case.items()}
+
+
+def span(values: list[float], unit: str, digits: int) -> str:
+    """Smallest and largest of some numbers, as one where they do not differ."""
+    low, high = (f"{value:,.{digits}f}" for value in (min(values), max(values)))
+    return f"{low} {unit}" if low == high else f"{low} to {high} {unit}"
+
+
+def kernels(content: dict) -> str:
+    """The table of the README: one line per op, from one results file."""
+    lines = [
+        "| op | example | ours | fastest other form | faster than it | of copy speed |",
+        "|---|---|--:|--:|--:|--:|",
+    ]
+    for op, found in cases(content["records"]).items():
+        others = [min(forms[1:], key=lambda form: form["min_us"]) for forms in found]
+        ratios = [
+            other["min_us"] / forms[0]["min_us"] for forms, other in zip(found, others, strict=True)
+        ]
+        shares = [100 * forms[0]["of_copy"] for forms in found if "of_copy" in forms[0]]
+        lines.append(
+            f"| `{op}` | {found[0][0]['case']} | {found[0][0]['min_us']:,.0f} us "
+            f"| {others[0]['min_us']:,.0f} us ({others[0]['form']}) "
+            f"| {span(ratios, 'x', 1)} | {span(shares, '%', 0) if shares else '-'} |"
+        )
+    if any(record["device"] == "cuda" for record in content["records"]):
+        where = content["device"]
+    else:
+        where = f"On the CPU; no GPU was measured yet. {content['device']}"
+    lines += [
+        "",
+        "One line per op, with its first case as the example; the last two columns span all cases, "
+        "the lost ones too. Each case is in `bench/results/README.md`.",
+        "",
+        f"{where}: {facts(content)}",
+    ]
+    return "\n".join(lines)
+
+
+def scoring(content: dict) -> str:
+    """The other table of the README: whole scoring steps, from one results file."""
+    return "\n".join([races(content), f"{content['device']}: {facts(content)}"])
+
+
+def filled(readme: str, rows: str, marks: str = "kernels") -> str:
+    """The README's text with the table between its marks replaced."""
+    begin, end = MARKS[marks]
+    pattern = re.compile(f"({re.escape(begin)}\n).*?({re.escape(end)})", re.DOTALL)
+    text, count = pattern.subn(lambda match: f"{match[1]}{rows}\n{match[2]}", readme)
+    if count != 1:
+        raise SystemExit(f"error: README must have {begin} and {end} once, found {count}")
+    return text
+
+
+def main() -> None:
+    """Write both."""
+    (RESULTS / "README.md").write_text(page())
+    README.write_text(readme(README.read_text()))
+
+
+def readme(text: str) -> str:
+    """The README with both tables as the committed results say."""
+    latest = newest(contents())
+    text = filled(text, kernels(latest))
+    return filled(text, scoring(latest), "scoring") if latest.get("scoring") else text
 
 
 if __name__ == "__main__":
-    (RESULTS / "README.md").write_text(page())
+    main()

@@ -14,9 +14,19 @@ def run_fresh(script: str) -> subprocess.CompletedProcess[str]:
 
 
 def test_kernels_refuse_a_second_name():
-    result = run_fresh("import kernels")
-    assert result.returncode != 0
-    assert "ImportError: import vitprune_fast.kernels, not kernels" in result.stderr
+    for script in ("import kernels.taylor_score", "from kernels import taylor_score"):
+        result = run_fresh(script)
+        assert result.returncode != 0
+        assert "ImportError" in result.stderr or "ModuleNotFoundError" in result.stderr
+    result = run_fresh("import kernels; kernels.taylor_score")
+    assert "import vitprune_fast.kernels, not kernels" in result.stderr
+
+
+def test_transformers_can_be_used_from_the_root_of_a_clone():
+    """It looks for Hugging Face's package ``kernels``, and meets our folder of that name."""
+    pytest.importorskip("transformers")
+    result = run_fresh("from transformers import ViTForImageClassification as V; print(V.__name__)")
+    assert result.stdout.strip() == "ViTForImageClassification", result.stderr
 
 
 def test_kernels_are_one_package():

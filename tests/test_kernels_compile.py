@@ -2,23 +2,191 @@
 
 from __future__ import annotations
 
+import ast
+import dataclasses
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-SCRIPT = Path(__file__).parent / "compiled_kernels.py"
+from tests.compiled import machine
+from tests.compiled.case import Case
+from tests.compiled.machine import Code, faults
+
+ROOT = Path(__file__).parent.parent
+GOOD = Code(64, 0, 1024, ("LDG.E.128", "FFMA", "STG.E.128"))
 
 
-@pytest.mark.parametrize("capability", ["80", "90", "100"], ids=lambda name: f"sm_{name}")
-def test_kernels_compile_without_spills(tmp_path, monkeypatch, capability):
-    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
-    path = [str(SCRIPT.parent.parent), os.environ.get("PYTHONPATH", "")]
-    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(path))
-    command = [sys.executable, str(SCRIPT), capability]
-    result = subprocess.run(command, capture_output=True, text=True)
+def table(*arguments: str, environment: dict[str, str] | None = None):
+    """Run the table in a process of its own: under TRITON_INTERPRET=1 nothing is compiled."""
+    inherited = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    command = [sys.executable, "-m", "tests.compiled", *arguments]
+    environment = {**inherited, **(environment or {})}
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+
+
+@pytest.mark.parametrize(
+    "target",
+    [
+        # the quick suite compiles for the GPU that the speed is claimed for
+        pytest.param(target, id=f"sm_{target}", marks=[] if target == 90 else pytest.mark.slow)
+        for target in machine.TARGETS
+    ],
+)
+@pytest.mark.parametrize("stem", machine.stems())
+def test_kernels_compile_to_what_they_must_be(request, stem, target):
+    cache = request.config.cache.mkdir("triton")
+    environment = {"TRITON_CACHE_DIR": str(cache)}
+    result = table(stem, "--target", str(target), environment=environment)
     assert result.returncode == 0, result.stdout + result.stderr
-    assert result.stdout.count("registers") == 10
+    assert result.stdout.count(f"| sm_{target} |") == len(machine.cases(stem, target)) > 0
+
+
+def test_the_table_needs_the_compiler():
+    result = table("taylor_score", environment={"TRITON_INTERPRET": "1"})
+    assert result.returncode == 2
+    assert "TRITON_INTERPRET must not be set" in result.stdout
+
+
+def jitted(tree: ast.Module) -> set[str]:
+    """Names of the jit functions of a file."""
+    return {
+        node.name
+        for node in tree.body
+        if isinstance(node, ast.FunctionDef)
+        and any("triton.jit" in ast.unparse(decorator) for decorator in node.decorator_list)
+    }
+
+
+def calls(tree: ast.Module) -> tuple[set[str], set[str]]:
+    """What a file starts on a grid, ``name[grid](...)``, and what it calls by its name."""
+    found = [call.func for call in ast.walk(tree) if isinstance(call, ast.Call)]
+    started = {
+        function.value.id
+        for function in found
+        if isinstance(function, ast.Subscript) and isinstance(function.value, ast.Name)
+    }
+    return started, {function.id for function in found if isinstance(function, ast.Name)}
+
+
+def test_every_kernel_with_a_launcher_is_compiled():
+    trees = [ast.parse(path.read_text()) for path in (ROOT / "kernels").glob("*.py")]
+    kernels = set().union(*(jitted(tree) for tree in trees))
+    started = set().union(*(calls(tree)[0] for tree in trees))
+    called = set().union(*(calls(tree)[1] for tree in trees))
+    assert kernels - started - called == set(), "these are never used"
+    launched = kernels & started
+    assert {"_taylor_score_fwd_kernel", "_norm_score_bwd_kernel", "_add_parts_kernel"} <= launched
+    covered = {case.kernel.fn.__name__ for stem in machine.stems() for case in machine.cases(stem)}
+    assert launched - covered == set(), "these need a Case in tests/compiled"
+
+
+def test_every_target_has_cases_and_every_case_a_target():
+    for stem in machine.stems():
+        for case in machine.cases(stem):
+            assert set(case.targets) <= set(machine.TARGETS), case.label
+        some = [machine.cases(stem, target) for target in machine.TARGETS]
+        assert all(some) and {case.label for cases in some for case in cases} == {
+            case.label for case in machine.cases(stem)
+        }
+
+
+def test_cases_are_told_apart_by_their_labels():
+    labels = [case.label for stem in machine.stems() for case in machine.cases(stem)]
+    assert len(labels) == len(set(labels))
+
+
+def test_types_and_constants_name_every_argument_once():
+    for stem in machine.stems():
+        for case in machine.cases(stem):
+            names = [*case.types, *case.constants]
+            assert sorted(names) == sorted(case.kernel.arg_names), case.label
+            assert case.aligned <= set(case.types), case.label
+            assert set(case.expects) <= {"LDG.128", "STG.128", "MMA"}, case.label
+
+
+def example(**changes) -> Case:
+    case = Case("a kernel", None, {}, {}, frozenset(), 64, ("LDG.128", "STG.128"))
+    return dataclasses.replace(case, **changes)
+
+
+def test_disassembly_is_read_as_operations():
+    text = """
+.text.kernel:
+        /*0000*/                   LDC R1, c[0x0][0x28] ;
+        /*0010*/              @!P0 BRA `(.L_x_1) ;
+        /*0020*/               @P1 LDG.E.128.CONSTANT R4, desc[UR4][R2.64] ;
+        /*0030*/             @!UP0 UIADD3 UR4, UR4, 0x1, URZ ;
+.L_x_1:
+        /*1a40*/                   HGMMA.64x64x16.F32.BF16 R24, gdesc[UR4], R24 ;
+"""
+    wanted = ("LDC", "BRA", "LDG.E.128.CONSTANT", "UIADD3", "HGMMA.64x64x16.F32.BF16")
+    assert machine.instructions(text) == wanted
+
+
+def test_good_code_has_no_faults():
+    for target in machine.TARGETS:
+        assert faults(example(), target, GOOD) == []
+    harmless = ("REDUX.SUM", "LDGDEPBAR", "ATOMS.OR", "UTCATOMSWS.AND")
+    code = dataclasses.replace(GOOD, instructions=GOOD.instructions + harmless)
+    assert faults(example(), 100, code) == []
+
+
+@pytest.mark.parametrize(
+    ("changes", "added", "fault"),
+    [
+        ({"stack": 8}, (), "registers spill: 8 bytes of stack"),
+        ({}, ("LDL.64",), "registers spill: .* 1 local"),
+        ({}, ("STL",), "registers spill: .* 1 local"),
+        ({"registers": 65}, (), "65 registers are more than the recorded 64"),
+        ({"shared": 99 * 1024 + 1}, (), "bytes of shared memory are more than"),
+        ({}, ("RED.E.ADD.F32.FTZ.RN.STRONG.GPU",), "an atomic frees the order of sums: RED"),
+        ({}, ("REDG.E.ADD.F32.FTZ.RN",), "an atomic frees"),
+        ({}, ("ATOMG.E.ADD.F32.FTZ.RN.STRONG.GPU",), "an atomic frees"),
+        ({}, ("ATOM.E.CAS",), "an atomic frees"),
+        ({}, ("ATOMS.CAST.SPIN",), "an atomic frees"),
+        ({}, ("ATOMS.OR",), "an atomic frees"),
+        ({}, ("UTMAREDG.1D.ADD",), "an atomic frees"),
+    ],
+)
+def test_every_check_can_fail(changes, added, fault):
+    code = dataclasses.replace(GOOD, instructions=GOOD.instructions + added, **changes)
+    (found,) = faults(example(), 90, code)
+    assert re.search(fault, found)
+
+
+def test_bound_of_registers_may_differ_by_target():
+    case = example(registers={80: 96, 90: 63, 100: 64})
+    assert faults(case, 80, GOOD) == faults(case, 100, GOOD) == []
+    assert faults(case, 90, GOOD) == ["64 registers are more than the recorded 63"]
+
+
+@pytest.mark.parametrize(
+    ("expected", "present", "not_it"),
+    [
+        ("LDG.128", ("LDG.E.128", "LDGSTS.E.BYPASS.128", "LDG.E.256"), ("LDG.E.64", "LDS.128")),
+        ("STG.128", ("STG.E.128", "STG.E.EF.128"), ("STG.E", "STS.128", "STG.E.U16")),
+    ],
+)
+def test_missing_wide_access_is_found(expected, present, not_it):
+    case = example(expects=(expected,))
+    for instruction in present:
+        assert faults(case, 90, Code(1, 0, 0, (instruction,))) == []
+    found = faults(case, 90, Code(1, 0, 0, not_it))
+    assert found == [f"{expected} is expected and missing"]
+
+
+def test_tensor_cores_are_those_of_the_target():
+    operations = {80: "HMMA.16816.F32.BF16", 90: "HGMMA.64x64x16.F32.BF16", 100: "UTCHMMA"}
+    case = example(expects=("MMA",))
+    for target in machine.TARGETS:
+        for other, operation in operations.items():
+            found = faults(case, target, Code(1, 0, 0, (operation,)))
+            assert found == ([] if other == target else ["MMA is expected and missing"])
+
+
+def test_empty_disassembly_is_a_fault():
+    assert "there is no code" in faults(example(), 90, Code(1, 0, 0, ()))

@@ -103,7 +103,7 @@ for _ in range(3):
     assert torch.equal(ops.taylor_score(x, x, 2), (x * x).sum(1).unflatten(1, (2, 2)).sum(2))
     picked = ops.gather(x[0], torch.tensor([2, -1]), torch.tensor([1, 3]))
     assert torch.equal(picked, torch.tensor([[9.0, 11.0], [0.0, 0.0]]))
-assert [c.backend for c in ops.backends() if c.device == "cpu"] == ["eager", "eager"]
+assert {c.backend for c in ops.backends() if c.device == "cpu"} == {"eager"}
 try:
     ops.gather(x[0], backend="cpu")
 except BackendUnavailable as error:

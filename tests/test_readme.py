@@ -39,7 +39,8 @@ SHORTER = {
         *("--distill.epochs", "1", "--distill.warmup-epochs", "0", "--latency-seconds", "0.01"),
     ),
     "run --model": ("--distill.epochs", "1", "--latency-seconds", "0.01"),
-    "bench": ("--seconds", "0.05"),
+    "bench --model": ("--seconds", "0.05"),
+    "bench scoring": ("--rounds", "1", "--batch-size", "2"),
 }
 
 

@@ -2,10 +2,81 @@
 
 from __future__ import annotations
 
+import pytest
+
 from bench import table
+
+
+def record(op: str, case: str, form: str, min_us: float, device: str = "cpu", **more) -> dict:
+    more = {"gb_per_s": 1.0, "times_ours": 1.0, "spread": 0.1, **more}
+    return {"op": op, "case": case, "form": form, "min_us": min_us, "device": device, **more}
+
+
+def results(*records: dict, **more) -> dict:
+    versions = {"torch": "2.15", "triton": "3.9"}
+    facts = {"command": "make it", "commit": "abc", "date": "2026-11-22", "device": "a device"}
+    return {**facts, "versions": versions, "records": list(records), **more}
 
 
 def test_tables_are_made_from_the_committed_files() -> None:
     page = table.page()
     assert (table.RESULTS / "README.md").read_text() == page
     assert page.count("| gather |") >= 3 and page.count("| taylor_score |") >= 3
+
+
+def test_readme_shows_the_newest_results() -> None:
+    """`python bench/table.py` puts this right."""
+    text = table.README.read_text()
+    assert table.readme(text) == text
+    assert "| `gather` |" in text and "| `taylor_score` |" in text
+
+
+def test_readme_takes_the_newest_gpu_and_a_cpu_only_without_one() -> None:
+    cpu, old = results(record("a", "b", "vitprune", 1.0)), results(record("a", "b", "x", 1, "cuda"))
+    new = results(record("a", "b", "x", 2.0, "cuda"))
+    assert table.newest([cpu, new, old]) is new
+    assert table.newest([cpu]) is cpu
+    records = [record("a", "b", "vitprune", 1.0), record("a", "b", "torch", 2.0)]
+    assert "no GPU was measured yet. a device" in table.kernels(results(*records))
+    on_gpu = [{**one, "device": "cuda"} for one in records]
+    assert "no GPU" not in table.kernels(results(*on_gpu))
+
+
+def test_a_line_spans_all_cases_and_the_fastest_other_form() -> None:
+    content = results(
+        record("a", "big", "vitprune", 10.0, of_copy=0.8),
+        record("a", "big", "slow", 40.0, of_copy=0.2),
+        record("a", "big", "fast", 20.0, of_copy=0.4),
+        record("a", "small", "vitprune", 10.0, of_copy=0.5),
+        record("a", "small", "fast", 5.0, of_copy=1.0),
+        record("c", "one", "vitprune", 3.0),
+        record("c", "one", "torch", 9.0),
+    )
+    lines = table.kernels(content).splitlines()[2:4]
+    assert lines[0] == "| `a` | big | 10 us | 20 us (fast) | 0.5 to 2.0 x | 50 to 80 % |"
+    assert lines[1] == "| `c` | one | 3 us | 9 us (torch) | 3.0 x | - |"
+
+
+def test_failures_are_told_beside_the_numbers() -> None:
+    cases = {"tests of ops": {"status": "failed"}, "bench": {"status": "passed"}}
+    content = results(record("a", "b", "x", 1, "cuda"), cases=cases)
+    assert "FAILED: tests of ops." in table.facts(content)
+    assert "FAILED" not in table.facts(results())
+
+
+def test_a_race_of_scoring_steps_is_a_line_per_form() -> None:
+    entry = {"name": "ours", "seconds": 0.25, "images_per_s": 32.0, "times_ours": 1.0}
+    entry |= {"of_limit": 0.75, "spread": 0.02, "note": ""}
+    other = {**entry, "name": "theirs", "of_limit": None, "note": "2 of 8 timed"}
+    memory = {"case": "m", "score": 2**20, "full": 3 * 2**20, "gradients": 2**20}
+    race = {"case": "tiny", "entries": [entry, other]}
+    lines = table.races(results(scoring=[race], memory=[memory])).splitlines()
+    assert lines[2] == "| tiny | ours | 250.0 | 32.0 | 1.00 | 75 % | 2 % |"
+    assert lines[3] == "| tiny | theirs (2 of 8 timed) | 250.0 | 32.0 | 1.00 | - | 2 % |"
+    assert lines[-1].startswith("Peak memory, m: 1 MiB to score, 3 MiB for a full backward")
+    assert table.races(results()) == ""
+
+
+def test_readme_without_its_marks_is_refused() -> None:
+    with pytest.raises(SystemExit, match="once, found 0"):
+        table.filled("no marks", "rows")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -27,17 +28,35 @@ def test_run_case_tells_how_it_ended(tmp_path, status):
     )
     (tmp_path / "pytest.ini").write_text("[pytest]\n")
     limit_s = 4.0 if status == "stopped by the budget" else 60.0
-    case = run_gpu.run_case([str(tmp_path / "test_one.py")], limit_s)
+    command = (*run_gpu.PYTEST, "-m", "gpu", str(tmp_path / "test_one.py"))
+    case = run_gpu.run_case(command, limit_s)
     assert case["status"] == status, case["output"]
     assert 0 < case["seconds"] < 30
 
 
+def test_run_case_tells_what_is_not_installed(capsys):
+    assert run_gpu.run_case(["no-such-program"], 60.0) == {"status": "not installed"}
+    assert capsys.readouterr().out == "no-such-program is not installed\n"
+
+
+def test_the_memory_watcher_gets_allocations_of_their_own(tmp_path, monkeypatch):
+    watcher = tmp_path / "compute-sanitizer"
+    watcher.write_text('#!/bin/sh\necho "caching $PYTORCH_NO_CUDA_MEMORY_CACHING" "$@"\nexit 1\n')
+    watcher.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    case = run_gpu.run_case(run_gpu.cases()["memory of the kernels"], 60.0)
+    assert case["status"] == "failed"
+    assert case["output"].startswith("caching 1 --tool memcheck --error-exitcode 1")
+    assert case["output"].endswith("-m bench.one_launch\n")
+
+
 def test_combined_keeps_every_case_and_all_records():
-    cases = {
+    done = {
         "bench": {"status": "passed", "seconds": 1.0, "output": "", "records": [{"op": "a"}]},
         "tests": {"status": "not started"},
     }
-    content = run_gpu.combined(cases, "a GPU", 60.0)
+    content = run_gpu.combined(done, {"device": "a GPU", "budget_s": 60.0})
+    assert content["device"] == "a GPU"
     assert content["records"] == [{"op": "a"}]
     assert {name: case["status"] for name, case in content["cases"].items()} == {
         "bench": "passed",
@@ -46,10 +65,26 @@ def test_combined_keeps_every_case_and_all_records():
     assert json.loads(json.dumps(content)) == content
 
 
-def test_every_case_names_existing_files():
-    for arguments in run_gpu.CASES.values():
-        paths = [name.removeprefix("--ignore=") for name in arguments]
-        assert all((run_gpu.ROOT / path).exists() for path in paths), arguments
+def test_every_case_names_existing_files_and_every_bench_has_one():
+    commands = run_gpu.cases().values()
+    paths = [
+        word.removeprefix("--ignore=")
+        for command in commands
+        for word in command
+        if word.removeprefix("--ignore=").startswith(("tests", "bench/"))
+    ]
+    assert all((run_gpu.ROOT / path).exists() for path in paths)
+    benches = {f"bench/{path.name}" for path in run_gpu.HERE.glob("bench_*.py")}
+    assert len(benches) >= 2 and benches <= set(paths)
+
+
+def test_gpu_facts_are_empty_without_the_driver(monkeypatch, tmp_path):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert run_gpu.gpu_facts() == ""
+    program = tmp_path / "nvidia-smi"
+    program.write_text("#!/bin/sh\necho 'A GPU, 580.1, 1980 MHz, 3201 MHz, 700.00 W'\n")
+    program.chmod(0o755)
+    assert run_gpu.gpu_facts().startswith("name A GPU, driver_version 580.1, clocks.max.sm 1980")
 
 
 def test_run_gpu_refuses_without_a_gpu_in_one_sentence():

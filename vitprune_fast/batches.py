@@ -89,7 +89,20 @@ def check_logits(function: str, logits: Tensor, labels: Tensor) -> None:
             f"{function}: model must give logits ({len(labels)}, classes), got {_shown(logits)}; "
             "a timm model without pooling needs global_pool='token' or 'avg'"
         )
-    classes = logits.shape[1]
+    check_labels(function, labels, logits.shape[1])
+
+
+def check_labels(function: str, labels: Tensor, classes: int) -> None:
+    """Refuse labels that the model has no class for.
+
+    Args:
+        function: the caller's name, for the error sentence.
+        labels: ``(B,)`` int64.
+        classes: of the model.
+
+    Raises:
+        InvalidInput: as said.
+    """
     if len(labels) and not 0 <= int(labels.min()) <= int(labels.max()) < classes:
         raise InvalidInput(
             f"{function}: labels must lie in 0..{classes - 1} like the classes of the model, "

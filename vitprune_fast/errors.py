@@ -23,6 +23,10 @@ class BackendUnavailable(VitpruneError, RuntimeError):
     """A backend was asked for by name and cannot run here; the message says why."""
 
 
+class NotEnoughMemory(VitpruneError, MemoryError):
+    """Memory does not hold the smallest piece of work there is."""
+
+
 class DamagedFile(VitpruneError, ValueError):
     """A file is truncated, altered, of another format, or outside the limits."""
 

@@ -9,11 +9,13 @@
 #else
 #define VP_X86 0
 #endif
-#define VP_AVX2 "avx2,popcnt"
+#define VP_AVX2 "avx2,fma,popcnt"
 #define VP_AVX512 "avx512f,avx512bw,avx512vl,avx512dq," VP_AVX2
 #define VP_AVX512_VBMI2 "avx512vbmi2," VP_AVX512
 
-#define VP_INLINE inline __attribute__((always_inline))
+// after the parameters of a lambda, which would otherwise be compiled for the baseline
+#define VP_ALWAYS_INLINE __attribute__((always_inline))
+#define VP_INLINE inline VP_ALWAYS_INLINE
 
 namespace vitprune {
 
@@ -31,7 +33,8 @@ inline Isa detect_isa() {
   const bool at_most_baseline = wanted && std::strcmp(wanted, "default") == 0;
   const bool at_most_avx2 = wanted && std::strcmp(wanted, "avx2") == 0;
   __builtin_cpu_init();
-  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("popcnt");
+  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
+                    __builtin_cpu_supports("popcnt");
   if (at_most_baseline || !avx2) return Isa::kBaseline;
   const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                       __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");

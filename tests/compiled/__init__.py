@@ -1,1 +1,1 @@
-"""Triton kernels compiled ahead of time for real GPUs, and what their machine code must look like."""
+"""Triton kernels compiled ahead of time for real GPUs, and what their code must look like."""

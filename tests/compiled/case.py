@@ -22,6 +22,7 @@ class Case:
             ``"MMA"`` (tensor cores: wgmma on sm_90, mma on sm_80, tcgen05 on sm_100).
         num_warps: of one program.
         num_stages: of its pipelined loops.
+        targets: compute capabilities that a launcher starts it on; all of them when empty.
     """
 
     label: str
@@ -33,3 +34,4 @@ class Case:
     expects: tuple[str, ...] = ()
     num_warps: int = 4
     num_stages: int = 2
+    targets: tuple[int, ...] = ()

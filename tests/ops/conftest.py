@@ -12,6 +12,7 @@ def poisoned_memory():
     before = torch.are_deterministic_algorithms_enabled()
     torch.use_deterministic_algorithms(True, warn_only=True)
     # on by default, and needed here
-    assert torch.empty(3).isnan().all()
+    for device in ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]:
+        assert torch.empty(3, device=device).isnan().all()
     yield
     torch.use_deterministic_algorithms(before)

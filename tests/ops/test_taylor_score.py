@@ -21,6 +21,7 @@ ON_GPU = torch.cuda.is_available()
 
 native = pytest.mark.skipif(OBSTACLE is not None, reason=str(OBSTACLE))
 # every backend that can run here; a missing one is seen by the tests declared to need it
+PER_TOKEN = pytest.mark.parametrize("per_token", [False, True], ids=["sum", "per-token"])
 BACKENDS = ["triton", "eager"] if OBSTACLE else ["cpu", "triton", "eager"]
 SHAPES = [
     pytest.param((2, 197, 384), 1, id="B2-N197-F384-neurons"),
@@ -47,42 +48,62 @@ def inputs(shape, dtype, backend="cpu"):
     return tuple(torch.randn(shape, dtype=FP64).to(dtype).to(device) for _ in range(2))
 
 
-def exact(activation, gradient, group_size):
-    """The score as the correctly rounded fp64 value of the exact sum."""
-    batch, _, columns = activation.shape
+def exact(activation, gradient, group_size, per_token=False):
+    """The score as the correctly rounded fp64 value of the exact sum (of magnitudes of sums)."""
+    batch, num_tokens, columns = activation.shape
+    units = columns // group_size
     # exact for fp32 and shorter numbers; for fp64 each product carries one rounding
     product = activation.double() * gradient.double()
-    groups = product.cpu().unflatten(2, (-1, group_size)).permute(0, 2, 1, 3).flatten(2)
-    sums = [[math.fsum(unit) for unit in sample] for sample in groups.tolist()]
-    return torch.tensor(sums, dtype=FP64).reshape(batch, columns // group_size)
+    groups = product.cpu().unflatten(2, (-1, group_size)).permute(0, 2, 1, 3)
+    if per_token:
+        tokens = groups.reshape(-1, group_size).tolist()
+        shares = torch.tensor([abs(math.fsum(token)) for token in tokens], dtype=FP64)
+        groups = shares.reshape(batch, units, num_tokens, 1)
+    sums = [[math.fsum(unit) for unit in sample] for sample in groups.flatten(2).tolist()]
+    return torch.tensor(sums, dtype=FP64).reshape(batch, units)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("dtype", [FP32, FP16, FP64], ids=["fp32", "fp16", "fp64"])
 @pytest.mark.parametrize(("shape", "group_size"), SHAPES)
-def test_taylor_score_matches_reference(shape, group_size, dtype, backend):
+@PER_TOKEN
+def test_taylor_score_matches_reference(shape, group_size, dtype, backend, per_token):
     activation, gradient = inputs(shape, dtype, backend)
-    got = ops.taylor_score(activation, gradient, group_size, backend=backend)
+    got = ops.taylor_score(activation, gradient, group_size, per_token=per_token, backend=backend)
     assert got.dtype == (FP64 if dtype == FP64 else FP32)
     assert got.shape == (shape[0], shape[2] // group_size)
-    eager = reference(activation, gradient, group_size).cpu()
-    assert_within_budget(got.cpu(), eager, exact(activation, gradient, group_size))
+    eager = reference(activation, gradient, group_size, per_token=per_token).cpu()
+    assert_within_budget(got.cpu(), eager, exact(activation, gradient, group_size, per_token))
 
 
 @pytest.mark.parametrize("backend", [name for name in BACKENDS if name != "triton"])
-def test_taylor_score_bf16_matches_reference(backend):
+@pytest.mark.parametrize("group_size", [1, 21])
+@PER_TOKEN
+def test_taylor_score_bf16_matches_reference(backend, group_size, per_token):
     activation, gradient = inputs((2, 197, 147), BF16)
-    got = ops.taylor_score(activation, gradient, backend=backend)
-    assert_within_budget(got, reference(activation, gradient), exact(activation, gradient, 1))
+    got = ops.taylor_score(activation, gradient, group_size, per_token=per_token, backend=backend)
+    eager = reference(activation, gradient, group_size, per_token=per_token)
+    assert_within_budget(got, eager, exact(activation, gradient, group_size, per_token))
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("group_size", [1, 64], ids=["neurons", "heads"])
-def test_taylor_score_triton_bf16_matches_reference(group_size):
+@PER_TOKEN
+def test_taylor_score_triton_bf16_matches_reference(group_size, per_token):
     activation, gradient = inputs((4, 197, 768), BF16, "triton")
-    got = ops.taylor_score(activation, gradient, group_size, backend="triton")
-    eager = reference(activation, gradient, group_size).cpu()
-    assert_within_budget(got.cpu(), eager, exact(activation, gradient, group_size))
+    got = ops.taylor_score(activation, gradient, group_size, per_token=per_token, backend="triton")
+    eager = reference(activation, gradient, group_size, per_token=per_token).cpu()
+    assert_within_budget(got.cpu(), eager, exact(activation, gradient, group_size, per_token))
+
+
+def test_taylor_score_per_token_lets_no_token_cancel_another():
+    activation = torch.tensor([[[1.0, 2.0], [-1.0, -2.0]]])
+    gradient = torch.ones_like(activation)
+    assert ops.taylor_score(activation, gradient).tolist() == [[0.0, 0.0]]
+    assert ops.taylor_score(activation, gradient, per_token=True).tolist() == [[2.0, 4.0]]
+    # the columns of a unit do cancel
+    activation[0, 1] = torch.tensor([-2.0, 2.0])
+    assert ops.taylor_score(activation, gradient, 2, per_token=True).tolist() == [[3.0]]
 
 
 @pytest.mark.gpu
@@ -109,16 +130,19 @@ def test_taylor_score_reads_every_fp16_and_bf16_number(backend):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("dtype", [FP32, FP16], ids=["fp32", "fp16"])
-def test_taylor_score_same_bits_alone_repeated_and_in_a_batch(dtype, backend):
+@PER_TOKEN
+def test_taylor_score_same_bits_alone_repeated_and_in_a_batch(dtype, backend, per_token):
     for group_size in (1, 48):
         activation, gradient = inputs((5, 131, 3 * 48), dtype, backend)
-        whole = ops.taylor_score(activation, gradient, group_size, backend=backend)
-        again = ops.taylor_score(activation, gradient, group_size, backend=backend)
-        assert torch.equal(whole, again)
+
+        def score(rows, group_size=group_size, activation=activation, gradient=gradient):
+            arguments = (activation[rows], gradient[rows], group_size)
+            return ops.taylor_score(*arguments, per_token=per_token, backend=backend)
+
+        whole = score(slice(None))
+        assert torch.equal(whole, score(slice(None)))
         for b in range(len(whole)):
-            alone = ops.taylor_score(
-                activation[b : b + 1], gradient[b : b + 1], group_size, backend=backend
-            )
+            alone = score(slice(b, b + 1))
             if backend != "eager":
                 assert torch.equal(whole[b : b + 1], alone)
             else:
@@ -127,13 +151,15 @@ def test_taylor_score_same_bits_alone_repeated_and_in_a_batch(dtype, backend):
 
 
 @pytest.mark.parametrize("backend", [name for name in BACKENDS if name == "cpu"] or ["eager"])
-def test_taylor_score_same_bits_for_any_number_of_threads(backend):
+@PER_TOKEN
+def test_taylor_score_same_bits_for_any_number_of_threads(backend, per_token):
     activation, gradient = inputs((3, 197, 3072), FP32)
     results = []
     try:
         for threads in (1, 2, 3, 7):
             torch.set_num_threads(threads)
-            results.append(ops.taylor_score(activation, gradient, 64, backend=backend))
+            got = ops.taylor_score(activation, gradient, 64, per_token=per_token, backend=backend)
+            results.append(got)
     finally:
         torch.set_num_threads(1)
     assert all(torch.equal(results[0], other) for other in results[1:])
@@ -146,8 +172,9 @@ def test_taylor_score_bits_are_the_same_for_every_instruction_set(tmp_path, capa
 import sys, torch
 from vitprune_fast import ops
 a, g = torch.load(sys.argv[1], weights_only=True)
-scores = [ops.taylor_score(a.to(t), g.to(t), k, backend="cpu")
-          for t in (torch.float32, torch.float64, torch.bfloat16, torch.float16) for k in (1, 21)]
+scores = [ops.taylor_score(a.to(t), g.to(t), k, per_token=p, backend="cpu")
+          for t in (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+          for k in (1, 21) for p in (False, True)]
 torch.save(scores, sys.argv[2])
 """
     torch.save(inputs((2, 131, 21 * 7), FP32), tmp_path / "inputs.pt")
@@ -187,11 +214,12 @@ def test_taylor_score_handles_any_layout(backend):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_taylor_score_nan_stays_in_its_unit(backend):
+@PER_TOKEN
+def test_taylor_score_nan_stays_in_its_unit(backend, per_token):
     activation, gradient = inputs((3, 20, 40), FP32, backend)
-    want = ops.taylor_score(activation, gradient, 8, backend=backend)
+    want = ops.taylor_score(activation, gradient, 8, per_token=per_token, backend=backend)
     activation[1, 19, 17] = torch.nan
-    got = ops.taylor_score(activation, gradient, 8, backend=backend)
+    got = ops.taylor_score(activation, gradient, 8, per_token=per_token, backend=backend)
     assert got.isnan().nonzero().tolist() == [[1, 2]]
     want[1, 2] = got[1, 2] = 0
     assert torch.equal(got, want)
@@ -207,9 +235,9 @@ def test_taylor_score_launches_nothing_for_an_empty_result(monkeypatch):
 
     monkeypatch.setattr(kernels, "_taylor_score_fwd_kernel", Refuse())
     for shape in ((0, 5, 8), (2, 5, 0)):
-        assert kernels.taylor_score_fwd(torch.ones(shape), torch.ones(shape), 1).numel() == 0
+        assert kernels.taylor_score_fwd(torch.ones(shape), torch.ones(shape), 1, False).numel() == 0
     with pytest.raises(AssertionError, match="launched"):
-        kernels.taylor_score_fwd(torch.ones(1, 1, 1), torch.ones(1, 1, 1), 1)
+        kernels.taylor_score_fwd(torch.ones(1, 1, 1), torch.ones(1, 1, 1), 1, False)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -227,14 +255,17 @@ def test_taylor_score_opcheck():
     for op in registered:
         device = device_of("triton") if "triton" in str(op) else "cpu"
         for a, group_size in ((activation, 1), (activation, 4), (odd, 3)):
-            arguments = (a.to(device), gradient.to(device), group_size)
+            arguments = (a.to(device), gradient.to(device), group_size, group_size == 4)
             torch.library.opcheck(op.default, arguments)
 
 
 @pytest.mark.parametrize("backend", ["auto", *BACKENDS])
 def test_taylor_score_compiles_fullgraph(backend):
     def scaled(activation, gradient):
-        return ops.taylor_score(activation * 2, gradient, 4, backend=backend) + 1
+        score = ops.taylor_score(activation * 2, gradient, 4, backend=backend)
+        return (
+            score + ops.taylor_score(activation, gradient, per_token=True, backend=backend)[:, :3]
+        )
 
     activation, gradient = inputs((2, 13, 12), FP32, backend)
     compiled = torch.compile(scaled, fullgraph=True, backend="aot_eager")
@@ -263,9 +294,9 @@ def test_taylor_score_native_checks_memory_safety():
     op, x = torch.ops.vitprune_fast.taylor_score, torch.ones(2, 3, 4)
     for arguments in ((x[0], x[0], 1), (x, x[:, :2], 1), (x, x.double(), 1), (x, x, 3), (x, x, 0)):
         with pytest.raises(RuntimeError, match=r"taylor_score: .* must .*, got"):
-            op(*arguments)
+            op(*arguments, False)
     with pytest.raises(RuntimeError, match="activation_BNF must be float32"):
-        op(x.long(), x.long(), 1)
+        op(x.long(), x.long(), 1, False)
 
 
 def test_taylor_score_named_backend_never_falls_back(monkeypatch):

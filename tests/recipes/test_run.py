@@ -381,3 +381,37 @@ def test_poisoned_test_images_change_nothing_but_the_table(finished: Path, tiny:
     for name in ("scores.safetensors", "plan.json", "metrics.jsonl", "model/model.safetensors"):
         assert (finished / name).read_bytes() == (tiny.out / name).read_bytes(), name
     assert summary_without_times(finished) != summary_without_times(tiny.out)
+
+
+def stopped_in_scoring(config: RunConfig) -> Path:
+    """The sums that a run leaves which was asked to stop after the first images scored."""
+    recorder = Recorder()
+
+    def stop() -> bool:
+        return any(e["event"] == "step" and e["stage"] == "score" for e in recorder.events)
+
+    with pytest.raises(RunStopped):
+        run(config, on_event=recorder, stop=stop)
+    return config.out / "checkpoints" / "score" / "sums.safetensors"
+
+
+def test_a_run_stopped_inside_scoring_goes_on_from_its_sums(
+    finished: Path, tiny: RunConfig
+) -> None:
+    assert stopped_in_scoring(tiny).is_file()
+    again = Recorder()
+    run(tiny, on_event=again)
+    # 100 images in batches of 64: the first one is not done again
+    assert [e["step"] for e in again.events if e.get("stage") == "score" and "step" in e] == [100]
+    assert_same_run_but_checkpoints(finished, tiny.out)
+    assert not (tiny.out / "checkpoints" / "score" / "sums.safetensors").exists()
+
+
+def test_damaged_sums_are_left_out_and_the_run_says_so(finished: Path, tiny: RunConfig) -> None:
+    sums = stopped_in_scoring(tiny)
+    sums.write_bytes(sums.read_bytes()[:-8])
+    again = Recorder()
+    run(tiny, on_event=again)
+    notes = [e["text"] for e in again.events if e["event"] == "note"]
+    assert len(notes) == 1 and notes[0].startswith("scoring starts anew: score: checkpoint")
+    assert_same_run_but_checkpoints(finished, tiny.out)

@@ -13,7 +13,10 @@ from vitprune_fast.recipes.config import ModelConfig
 
 @dataclass(frozen=True)
 class Bench:
-    """Measure a model, alone or against another: parameters, MACs, latency, images per second."""
+    """Measure a model, alone or against another: parameters, MACs, latency, images per second.
+
+    `vitprune-fast bench scoring` races the scoring instead.
+    """
 
     model: Annotated[ModelConfig, arg(name="")] = field(default_factory=required_model)
     against: Annotated[str | None, arg(metavar="DIR|NAME")] = None
@@ -30,6 +33,10 @@ class Bench:
 
 def main(words: list[str]) -> int:
     """Times the model and prints a table."""
+    if words[:1] == ["scoring"]:
+        from vitprune_fast.cli import bench_scoring
+
+        return bench_scoring.main(words[1:])
     options = parse("bench", words, lambda chosen: Bench())
     if options is None:
         return 0

@@ -125,7 +125,7 @@ class Display:
 
 
 class Pace:
-    """Where a training is, how fast, and how long it still takes."""
+    """Where a training or a scoring is, how fast, and how long it still takes."""
 
     def __init__(self) -> None:
         self.steps: int | None = None
@@ -147,6 +147,9 @@ class Pace:
     def text(self) -> str:
         """One line: epoch, step, loss, validation, images per second, time left."""
         event = self._event
+        if event.get("stage") == "score":
+            words = [f"{event['step']:,}" + (f"/{self.steps:,}" if self.steps else "") + " images"]
+            return "  ".join([*words, *self._rates()])
         # the loop counts epochs from 0
         epoch = int(event.get("epoch", 0)) + 1
         words = [f"epoch {epoch}/{event['epochs']}" if event.get("epochs") else f"epoch {epoch}"]
@@ -155,20 +158,37 @@ class Pace:
             words.append(f"loss {event['loss']:.4f}")
         if event.get("val_top1") is not None:
             words.append(f"validation top-1 {event['val_top1']:.2%}")
-        if event.get("images_per_s"):
-            words.append(f"{event['images_per_s']:,.0f} images/s")
+        return "  ".join([*words, *self._rates()])
+
+    def _rates(self) -> list[str]:
+        words = []
+        if self._event.get("images_per_s"):
+            words.append(rate_text(self._event["images_per_s"]))
         if self._left_s is not None:
             minutes, seconds = divmod(round(self._left_s), 60)
             hours, minutes = divmod(minutes, 60)
             words.append(f"{hours}:{minutes:02}:{seconds:02} left")
-        return "  ".join(words)
+        return words
+
+
+def rate_text(images_per_s: float) -> str:
+    """Images per second, with two digits where there are few."""
+    return f"{images_per_s:,.0f} images/s" if images_per_s >= 10 else f"{images_per_s:.2g} images/s"
 
 
 def print_table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """A table of text: the first column to the left, the others to the right."""
+    """A table of text: the first column to the left, wrapped where it must, others to the right."""
     table = Table(show_edge=False, pad_edge=False)
     for position, heading in enumerate(headings):
-        table.add_column(heading, justify="left" if position == 0 else "right", no_wrap=True)
+        # a number that is cut off is worse than a long line
+        width = max(len(text) for text in (heading, *(row[position] for row in rows)))
+        table.add_column(
+            heading,
+            justify="left" if position == 0 else "right",
+            no_wrap=position > 0,
+            overflow="fold",
+            min_width=width if position else None,
+        )
     for row in rows:
         table.add_row(*row)
     Console(highlight=False).print(table)

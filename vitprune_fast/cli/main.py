@@ -14,7 +14,7 @@ from vitprune_fast.errors import VitpruneError
 VERBS = {
     "run": "the whole chain in one resumable folder: dense, score, plan, prune, distill, evaluate",
     "describe": "what can be removed from a model, and what it costs",
-    "score": "measure the importance of heads and neurons",
+    "score": "measure the importance of heads, neurons and every other unit",
     "plan": "choose what to keep within a budget",
     "prune": "cut a plan out of a model",
     "distill": "teach a pruned model with its dense teacher",

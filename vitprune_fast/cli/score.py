@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 from tyro.conf import arg
 
@@ -14,7 +15,10 @@ from vitprune_fast.recipes.config import DataConfig, ModelConfig, ScoreConfig
 
 @dataclass(frozen=True)
 class Score:
-    """Measure how much every head and neuron matters, on the training split."""
+    """Measure how much every unit of a model matters, on the training split.
+
+    A stopped scoring goes on where it was: the same command takes its sums up again.
+    """
 
     out: Annotated[Path, arg(metavar="FILE")] = Path("scores.safetensors")
     """Where the scores go (safetensors, one vector per axis)."""
@@ -32,11 +36,64 @@ def main(words: list[str]) -> int:
     options = parse("score", words, lambda chosen: Score())
     if options is None:
         return 0
+    from vitprune_fast.cli.display import Display, print_table, rate_text
+    from vitprune_fast.cli.signals import Interrupted, Stopper
+    from vitprune_fast.errors import InvalidInput
+    from vitprune_fast.files import make_folder
     from vitprune_fast.recipes import stages
     from vitprune_fast.recipes.opened import open_both
+    from vitprune_fast.scoring import ScoringStopped
 
+    if options.out.is_dir():
+        raise InvalidInput(f"score: out must be a file, got the folder {options.out}")
+    make_folder(options.out.parent)
     model, data, setting = open_both(options.model, options.data, options.seed, options.device)
-    scores = stages.score(model, data, options.score, setting)
+    stop = Stopper()
+    with Display() as display:
+
+        def on_event(event: dict) -> None:
+            stop.watch(event)
+            display(event)
+
+        display({"event": "stage", "stage": "score", "state": "start"})
+        started = time.perf_counter()
+        try:
+            scores = stages.score(
+                model,
+                data,
+                options.score,
+                setting,
+                checkpoint=options.out.with_suffix(".partial.safetensors"),
+                on_event=on_event,
+                stop=stop,
+            )
+        except ScoringStopped:
+            assert stop.number is not None
+            raise Interrupted(stop.number) from None
+        seconds = time.perf_counter() - started
     scores.save(options.out)
-    print(f"{options.out}: {len(scores)} axes, {scores.samples:,} images, {scores.criterion}")
+    rate = f", {rate_text(scores.samples / seconds)}" if scores.samples else ""
+    aside = f", {scores.skipped:,} set aside" if scores.skipped else ""
+    print(
+        f"{options.out}: {len(scores)} axes, {scores.samples:,} images{rate}{aside}, "
+        f"{scores.criterion} {scores.reduction}"
+    )
+    print_table(("unit kind", "axes", "units", "least", "median", "most"), _summary(model, scores))
     return 0
+
+
+def _summary(model: Any, scores: Any) -> list[tuple[str, ...]]:
+    """A line per unit kind: how many, and how their scores lie."""
+    import torch
+
+    import vitprune_fast as vp
+
+    axes = vp.describe(model).axes
+    rows = []
+    for kind in dict.fromkeys(axes[name].kind for name in scores):
+        values = [scores.ranking(name) for name in scores if axes[name].kind == kind]
+        together = torch.cat(values)
+        spread = (together.min(), together.median(), together.max())
+        counts = (str(len(values)), f"{len(together):,}")
+        rows.append((kind, *counts, *(f"{value.item():.3g}" for value in spread)))
+    return rows

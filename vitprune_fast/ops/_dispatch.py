@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -17,7 +18,11 @@ _NAMES = get_args(Backend)
 
 # the forms each op has
 IMPLEMENTED = {
+    "activation_score": ("triton", "cpu", "eager"),
+    "attention_score": ("triton", "cpu", "eager"),
     "gather": ("cpu", "eager"),
+    "glu_score": ("triton", "cpu", "eager"),
+    "norm_score": ("triton", "cpu", "eager"),
     "taylor_score": ("triton", "cpu", "eager"),
 }
 
@@ -72,7 +77,9 @@ def _obstacle(op: str, backend: str, device: str) -> str | None:
     return None
 
 
-def choose(op: str, device: torch.device, backend: str) -> str:
+def choose(
+    op: str, device: torch.device, backend: str, unable: Mapping[str, str] | None = None
+) -> str:
     """Name the implementation to run.
 
     Args:
@@ -80,6 +87,7 @@ def choose(op: str, device: torch.device, backend: str) -> str:
         device: where the tensors are.
         backend: what the caller asked for; ``"auto"`` follows VITPRUNE_BACKEND, else takes the
             fastest that can run.
+        unable: implementations that cannot take these arguments, and why.
 
     Raises:
         InvalidInput: no backend has that name.
@@ -92,15 +100,16 @@ def choose(op: str, device: torch.device, backend: str) -> str:
     if backend not in _NAMES:
         names = ", ".join(_NAMES)
         raise InvalidInput(f"{op}: {asked_by} must be one of {names}, got {backend!r}")
+    unable = unable or {}
     if backend != "auto":
-        obstacle = _obstacle(op, backend, device.type)
+        obstacle = _obstacle(op, backend, device.type) or unable.get(backend)
         if obstacle is not None:
             raise BackendUnavailable(f"{op}: {asked_by} {backend!r} cannot run here: {obstacle}")
         return backend
     if device.type == "cpu" and not torch.compiler.is_compiling():
         _extension.warn_when_missing()
     for candidate in _ORDER.get(device.type, ("eager",)):
-        if _obstacle(op, candidate, device.type) is None:
+        if candidate not in unable and _obstacle(op, candidate, device.type) is None:
             return candidate
     return "eager"
 

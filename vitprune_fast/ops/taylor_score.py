@@ -16,13 +16,14 @@ DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 _library = torch.library.Library("vitprune_fast", "FRAGMENT")
 _library.define(
-    "taylor_score(Tensor activation_BNF, Tensor gradient_BNF, int group_size) -> Tensor",
+    "taylor_score(Tensor activation_BNF, Tensor gradient_BNF, int group_size, bool per_token)"
+    " -> Tensor",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
 
 
 @torch.library.register_fake("vitprune_fast::taylor_score", lib=_library)
-def _fake(activation_BNF: Tensor, gradient_BNF: Tensor, group_size: int) -> Tensor:
+def _fake(activation_BNF: Tensor, gradient_BNF: Tensor, group_size: int, per_token: bool) -> Tensor:
     batch, _, columns = activation_BNF.shape
     dtype = torch.float64 if activation_BNF.dtype == torch.float64 else torch.float32
     return activation_BNF.new_empty(batch, columns // group_size, dtype=dtype)
@@ -30,10 +31,12 @@ def _fake(activation_BNF: Tensor, gradient_BNF: Tensor, group_size: int) -> Tens
 
 # C++ and Triton cannot both hold the CUDA key of one op, so the twin has its own name
 @torch.library.custom_op("vitprune_fast::taylor_score_triton", mutates_args=())
-def _triton(activation_BNF: Tensor, gradient_BNF: Tensor, group_size: int) -> Tensor:
+def _triton(
+    activation_BNF: Tensor, gradient_BNF: Tensor, group_size: int, per_token: bool
+) -> Tensor:
     from vitprune_fast.kernels.taylor_score import taylor_score_fwd
 
-    return taylor_score_fwd(activation_BNF, gradient_BNF, group_size)
+    return taylor_score_fwd(activation_BNF, gradient_BNF, group_size, per_token)
 
 
 _triton.register_fake(_fake)
@@ -44,28 +47,34 @@ def taylor_score(
     gradient_BNF: Tensor,
     group_size: int = 1,
     *,
+    per_token: bool = False,
     backend: Backend = "auto",
 ) -> Tensor:
     """First-order importance of each unit for each sample.
 
     ``s[b, u] = sum_n sum_k a[b, n, u * group_size + k] * g[b, n, u * group_size + k]``, the
-    derivative of the loss along scaling unit ``u`` of sample ``b``. Not differentiable.
+    derivative of the loss along scaling unit ``u`` of sample ``b``. With ``per_token`` the tokens
+    cannot cancel each other: ``sum_n |sum_k a * g|``. Not differentiable.
 
     Reference: Molchanov et al., "Importance Estimation for Neural Network Pruning", CVPR 2019
-    (arXiv:1906.10771): the first-order criterion before its square, with a gate on each unit.
+    (arXiv:1906.10771): the first-order criterion before its square, with a gate on each unit. Per
+    token as in the code of Michel et al., "Are Sixteen Heads Really Better than One?", NeurIPS
+    2019 (arXiv:1905.10650).
 
     Args:
         activation_BNF: activations, ``(B, N, F)``, fp32/fp64/bf16/fp16; samples and tokens may
             lie anywhere, columns are copied together first when they are not adjacent.
         gradient_BNF: gradient of the loss w.r.t. ``activation_BNF``; same shape, dtype, device.
         group_size: adjacent columns that make one unit (1 for neurons, head_dim for heads).
+        per_token: sum the magnitude of each token's share instead of the share.
         backend: implementation to run (``"cpu"`` is the C++ kernel); an explicit choice never
             falls back.
 
     Returns:
         ``(B, F // group_size)``, fp64 for fp64 inputs and else fp32, which is also what is
-        accumulated in; signed, in units of the loss. Row ``b`` depends on row ``b`` of the
-        inputs alone; its bits do not depend on the batch, the threads or the repetition.
+        accumulated in; signed (>= 0 with ``per_token``), in units of the loss. Row ``b`` depends
+        on row ``b`` of the inputs alone; its bits do not depend on the batch, the threads or the
+        repetition.
 
     Raises:
         TypeError: an argument is not a tensor.
@@ -89,7 +98,9 @@ def taylor_score(
     activation_BNF, gradient_BNF = activation_BNF.detach(), gradient_BNF.detach()
     chosen = choose(op, activation_BNF.device, backend)
     if chosen == "cpu":
-        return torch.ops.vitprune_fast.taylor_score(activation_BNF, gradient_BNF, group_size)
+        return torch.ops.vitprune_fast.taylor_score(
+            activation_BNF, gradient_BNF, group_size, per_token
+        )
     if chosen == "triton":
-        return _triton(activation_BNF, gradient_BNF, group_size)
-    return _eager(activation_BNF, gradient_BNF, group_size)
+        return _triton(activation_BNF, gradient_BNF, group_size, per_token)
+    return _eager(activation_BNF, gradient_BNF, group_size, per_token=per_token)

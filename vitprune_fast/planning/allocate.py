@@ -26,6 +26,8 @@ NORMALIZATIONS = (
     "lamp",
     "latency",
 )
+# kinds whose saving depends on how many units go, and not on which
+PLANNED_KINDS = ("head", "neuron", "embed")
 ALLOCATIONS = ("global", "uniform")
 Normalization = Literal[
     "none", "l2_per_layer", "mean_per_group", "isomorphic", "per_mac", "lamp", "latency"
@@ -41,6 +43,7 @@ def plan(
     normalization: Normalization = "isomorphic",
     min_units: PerKind = 1,
     round_to: PerKind = 1,
+    units: Sequence[str] = ("head", "neuron"),
     latency_saved: Mapping[str, float] | None = None,
     latency_weight: float = 1.0,
 ) -> Plan:
@@ -67,6 +70,8 @@ def plan(
         min_units: at least so many units stay in every axis, or by kind ``{"head": 0}``.
         round_to: kept counts are multiples of this, or by kind ``{"neuron": 8}``; an axis with
             fewer units than that is kept whole.
+        units: unit kinds to cut, among ``head``, ``neuron`` and ``embed``; the scores may hold
+            others, whose units all stay (what a budget saves by them is not a matter of counts).
         latency_saved: axis name -> seconds saved by one unit of it, for ``latency``.
         latency_weight: score per second, for ``latency``.
 
@@ -89,7 +94,7 @@ def plan(
         raise InvalidInput(
             f"plan: normalization must be one of {', '.join(NORMALIZATIONS)}, got {normalization!r}"
         )
-    axes = _scored_axes(structure, scores)
+    axes = _scored_axes(structure, scores, units)
     ladders = [
         _ladder(axis, scores, _per_kind("min_units", min_units, axis), _step(round_to, axis))
         for axis in axes
@@ -140,7 +145,11 @@ def _ladder(axis: Axis, scores: Scores, least: int, step: int) -> _Ladder:
     return _Ladder(axis, order, rungs)
 
 
-def _scored_axes(structure: Structure, scores: Scores) -> list[Axis]:
+def _scored_axes(structure: Structure, scores: Scores, units: Sequence[str]) -> list[Axis]:
+    if isinstance(units, str) or not set(units) <= set(PLANNED_KINDS) or not units:
+        raise InvalidInput(
+            f"plan: units must be a list of kinds among {', '.join(PLANNED_KINDS)}, got {units!r}"
+        )
     for name, value in scores.items():
         axis = structure.axes.get(name)
         if axis is None or len(value) != axis.size:
@@ -152,7 +161,13 @@ def _scored_axes(structure: Structure, scores: Scores) -> list[Axis]:
             raise InvalidInput(f"plan: scores must be finite, got NaN or Inf in {name!r}")
     if not len(scores):
         raise InvalidInput("plan: scores must cover at least one axis, got none")
-    return [axis for axis in structure.axes.values() if axis.name in scores]
+    axes = [axis for axis in structure.axes.values() if axis.name in scores and axis.kind in units]
+    if not axes:
+        kinds = sorted({structure.axes[name].kind for name in scores})
+        raise InvalidInput(
+            f"plan: scores must cover a unit kind of {', '.join(units)}, got {', '.join(kinds)}"
+        )
+    return axes
 
 
 def _per_kind(argument: str, value: PerKind, axis: Axis) -> int:

@@ -39,6 +39,8 @@ from vitprune_fast.recipes.presets import preset
 from vitprune_fast.recipes.profile import Profile, applied, choose_profile, versions
 from vitprune_fast.recipes.stages import OnEvent, Setting
 from vitprune_fast.recipes.yamlfile import to_plain, to_yaml
+from vitprune_fast.scoring import ScoringStopped
+from vitprune_fast.scoring.resume import CheckpointRefused
 
 BATCH_SIZES = (1, 64)
 """Batch sizes at which latency is measured; the second one gives the throughput."""
@@ -308,7 +310,31 @@ def _train(job: Job, student: nn.Module, teacher: nn.Module | None, schedule: An
 
 
 def _score(job: Job) -> dict[str, Any]:
-    scores = stages.score(job.load("dense"), job.data, job.config.score, job.setting)
+    folder = job.folder / "checkpoints" / "score"
+    files.make_folder(folder)
+    sums = folder / "sums.safetensors"
+    model = job.load("dense")
+
+    def score() -> Any:
+        return stages.score(
+            model,
+            job.data,
+            job.config.score,
+            job.setting,
+            checkpoint=sums,
+            on_event=job.on_event,
+            stop=job.stop,
+        )
+
+    try:
+        try:
+            scores = score()
+        except CheckpointRefused as error:
+            job.on_event({"event": "note", "text": f"scoring starts anew: {error}"})
+            sums.unlink()
+            scores = score()
+    except ScoringStopped:
+        raise RunStopped from None
     scores.save(job.folder / "scores.safetensors")
     units = sum(len(values) for values in scores.values())
     return {

@@ -89,21 +89,30 @@ class DataConfig:
 
 @dataclass(frozen=True)
 class ScoreConfig:
-    """How the importance of heads and neurons is measured."""
+    """How the importance of units is measured."""
 
-    criterion: Literal["taylor", "magnitude"] = "taylor"
-    """`taylor`: activation x gradient on training images; `magnitude`: weight norms, no data."""
-    reduction: Literal["abs", "square", "signed"] = "abs"
-    """How per-sample scores become one number per unit."""
+    criterion: Literal["taylor", "fisher", "loss", "kl", "activation", "magnitude"] = "taylor"
+    """`taylor`: activation x gradient on training images; `fisher`: its square with labels drawn
+    from the model; `loss` and `kl`: exact, every unit left out in turn (slow); `activation`: what a
+    unit puts out; `magnitude`: weight norms, no data."""
+    reduction: Literal["abs", "square", "signed", "token_abs", "l1", "l2", "group"] | None = None
+    """How per-sample scores (or weights) become one number per unit; unset: the criterion's own."""
     units: tuple[str, ...] = ("head", "neuron")
-    """Which unit kinds may be removed."""
+    """Unit kinds to score: head, qk_dim, v_dim, neuron, embed, attn_branch, mlp_branch, block; or
+    `all`. Budgets cut heads and neurons."""
     samples: Annotated[int, arg(metavar="N", name="score-samples")] = 1024
     """Training images to score on (all of them when there are fewer)."""
     batch_size: Annotated[int, arg(metavar="N", name="score-batch-size")] = 64
-    """Images per scoring step."""
+    """Images per scoring step; halved where memory does not hold so many."""
+    draws: Annotated[int, arg(metavar="N")] = 1
+    """Labels drawn per image, for `fisher`."""
+    candidates: Annotated[int, arg(metavar="N")] = 32
+    """Units left out at once, for `loss` and `kl`."""
+    loss_scale: Annotated[float | None, arg(metavar="FACTOR")] = None
+    """Keeps gradients of float16 models from underflow; unset: 1024 for those, 1 for all others."""
 
     def __post_init__(self) -> None:
-        for name in ("samples", "batch_size"):
+        for name in ("samples", "batch_size", "draws", "candidates"):
             if getattr(self, name) < 1:
                 raise InvalidInput(f"score: {name} must be at least 1, got {getattr(self, name)}")
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -85,8 +86,33 @@ def train(
     )
 
 
-def score(model: nn.Module, data: ImageData, config: ScoreConfig, setting: Setting) -> Any:
-    """`Scores` of the model on the first `config.samples` of a seeded order of the train split."""
+def score(
+    model: nn.Module,
+    data: ImageData,
+    config: ScoreConfig,
+    setting: Setting,
+    *,
+    checkpoint: Path | None = None,
+    on_event: OnEvent | None = None,
+    stop: Callable[[], bool] | None = None,
+) -> Any:
+    """`Scores` of the model on the first `config.samples` of a seeded order of the train split.
+
+    Args:
+        model: is moved to the setting's device.
+        data: its `train` split is read.
+        config: criterion, units, how many images.
+        setting: seed, device, loader processes.
+        checkpoint: where the sums are kept; a stopped scoring goes on from there.
+        on_event: told how many images are done.
+        stop: asked after every step; True ends the scoring with a checkpoint.
+
+    Raises:
+        ScoringStopped: `stop` said so.
+    """
+    total = min(config.samples, len(data.split("train")))
+    half = any(parameter.dtype == torch.float16 for parameter in model.parameters())
+    scale = 1024.0 if config.loss_scale is None and half else config.loss_scale
     loader = Loader(
         data.split("train"),
         config.batch_size,
@@ -98,8 +124,15 @@ def score(model: nn.Module, data: ImageData, config: ScoreConfig, setting: Setti
         model.to(setting.device),
         first_samples(loader.epoch(0), config.samples),
         criterion=config.criterion,
-        units=config.units,
+        units="all" if config.units == ("all",) else config.units,
         reduction=config.reduction,
+        seed=derive_seed(setting.seed, "score labels"),
+        draws=config.draws,
+        candidates=config.candidates,
+        loss_scale=scale,
+        checkpoint=checkpoint,
+        on_event=on_event and (lambda event: on_event({**event, "steps": total})),
+        stop=stop,
     )
 
 

@@ -6,11 +6,16 @@ import torch
 from torch import Tensor
 
 
-def taylor_score(activation_BNF: Tensor, gradient_BNF: Tensor, group_size: int = 1) -> Tensor:
+def taylor_score(
+    activation_BNF: Tensor, gradient_BNF: Tensor, group_size: int = 1, *, per_token: bool = False
+) -> Tensor:
     """``s[b, u]`` = sum over tokens and the unit's columns of activation x gradient.
 
-    In fp64 for fp64 inputs, else in fp32.
+    With ``per_token`` the magnitude of each token's share is summed. In fp64 for fp64 inputs, else
+    in fp32.
     """
     dtype = torch.float64 if activation_BNF.dtype == torch.float64 else torch.float32
     product_BNF = activation_BNF.to(dtype) * gradient_BNF.to(dtype)
+    if per_token:
+        return product_BNF.unflatten(2, (-1, group_size)).sum(3).abs().sum(1)
     return product_BNF.sum(1).unflatten(1, (-1, group_size)).sum(2)

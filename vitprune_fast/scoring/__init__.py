@@ -2,106 +2,237 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import ExitStack
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ..errors import InvalidInput
-from ..structure import Axis, Structure, describe
+from ..structure import UNIT_KINDS, Axis, Structure, describe
+from . import stream
+from .ablation import leave_one_out
+from .activation import activation
 from .magnitude import NORMS, magnitude
-from .scores import Accumulator, Scores
-from .taylor import accumulate
+from .ranks import Ranks
+from .resume import Checkpoint, fingerprint
+from .scores import Accumulator, Rows, Scores
+from .stream import OnEvent, ScoringStopped
+from .taylor import check_per_token, scorer
 
-__all__ = ["Scores", "score"]
+__all__ = ["CRITERIA", "Scores", "ScoringStopped", "score"]
 
-CRITERIA = ("taylor", "magnitude")
+# the reductions a criterion can be put together by, its own first
+CRITERIA = {
+    "taylor": ("abs", "square", "signed", "token_abs"),
+    "fisher": ("square",),
+    "loss": ("mean",),
+    "kl": ("mean",),
+    "activation": ("mean",),
+    "magnitude": tuple(NORMS),
+}
+Criterion = Literal["taylor", "fisher", "loss", "kl", "activation", "magnitude"]
+Reduction = Literal["abs", "square", "signed", "token_abs", "mean", "l1", "l2", "group"]
 
 
 def score(
     model: nn.Module,
     batches: Iterable[Sequence[Any]] | None = None,
-    criterion: Literal["taylor", "magnitude"] = "taylor",
-    units: Sequence[str] = ("head", "neuron"),
-    reduction: Literal["abs", "square", "signed"] = "abs",
+    criterion: Criterion = "taylor",
+    units: Sequence[str] | Literal["all"] = ("head", "neuron"),
+    reduction: Reduction | None = None,
     per_sample: bool = False,
-    norm: Literal["l1", "l2"] = "l2",
+    *,
+    micro_batch: int | None = None,
+    seed: int = 0,
+    draws: int = 1,
+    candidates: int = 32,
+    loss_scale: float | None = None,
+    path: Literal["auto", "fused", "taps"] = "auto",
+    cuda_graph: bool = False,
+    structure: Structure | None = None,
+    checkpoint: str | Path | None = None,
+    on_event: OnEvent | None = None,
+    stop: Callable[[], bool] | None = None,
 ) -> Scores:
-    """How much the loss would change without each unit.
+    """How much the model would lose without each unit; larger always means keep.
 
-    ``taylor``: with g(b, u) the sum over tokens and the unit's dims of activation x gradient of the
-    summed cross-entropy, exact for every sample from one batched backward with frozen weights.
-    ``magnitude``: the norm of all weights that go with the unit; needs no data.
+    With ``g(b, u)`` the derivative of sample b's loss by a gate on unit u (``scoring/sites.py`` has
+    the formula of every unit kind), exact for every sample from one batched backward with frozen
+    weights:
 
-    Dropout and drop path are off. The model comes back exactly as it was, also after an error.
+    * ``taylor``: ``abs`` = mean |g|, ``square`` = mean g^2, ``signed`` = mean g, of the
+      cross-entropy with the given labels (Michel et al. 2019, arXiv:1905.10650; Molchanov et al.
+      2019, arXiv:1906.10771, equation 8 for the square). ``token_abs`` = mean over samples and
+      tokens of |g of the token|, which is what the code of Michel et al. computes.
+    * ``fisher``: mean g^2 with labels drawn from the model's own prediction: the diagonal of the
+      Fisher information, and twice the second-order term of the KL divergence to the model without
+      the unit (whose first-order term is zero). Needs no labels: what stands in their place is
+      only checked for its length.
+    * ``loss``, ``kl``: exact, by leaving out every unit in turn: mean over samples of the rise of
+      the cross-entropy, or of KL(model || model without the unit) (Yu & Wu 2021, arXiv:2111.15127).
+      Thousands of times dearer; the ground truth for the others.
+    * ``activation``: how much a unit puts out, forward only (``scoring/activation.py``).
+    * ``magnitude``: norms of its weights, no data (``scoring/magnitude.py``).
+
+    Dropout and drop path are off. The model comes back exactly as it was, also after an error or an
+    interrupt. Where torch.distributed is initialised, its processes share the work and all get the
+    scores; each must be given the same stream.
 
     Args:
-        model: a supported model.
+        model: a supported model; another one needs ``structure``.
         batches: yields (images (B, C, H, W) floating, labels: B integers, ...); images go to the
             device and dtype of the model. Not needed for ``magnitude``.
-        criterion: ``"taylor"`` or ``"magnitude"``.
-        units: unit kinds to score. ``taylor`` scores ``head``, ``v_dim`` and ``neuron``.
-        reduction: of the samples, for ``taylor``: ``abs`` = mean |g|, ``square`` = mean g^2,
-            ``signed`` = mean g.
+        criterion: see above.
+        units: unit kinds to score, or ``"all"`` that the model has.
+        reduction: for ``taylor`` and ``magnitude`` (``group``, ``l1``, ``l2``); None is the first
+            that the criterion has.
         per_sample: keep g itself, as ``.per_sample[axis]`` (samples, units) fp32.
-        norm: for ``magnitude``: ``"l1"`` or ``"l2"``.
+        micro_batch: samples at once; None takes the batches as they come. What does not fit into
+            memory is halved and done again.
+        seed: of the labels drawn for ``fisher``; a label depends on it and on the place of its
+            sample in the stream alone.
+        draws: labels per sample for ``fisher``; g^2 is averaged over them.
+        candidates: units left out at once for ``loss`` and ``kl``.
+        loss_scale: for models in float16: the loss is multiplied and the scores divided by it.
+        path: ``fused`` exchanges the forward of known modules, ``taps`` uses hooks alone, ``auto``
+            is fused where a module is known.
+        cuda_graph: for ``taylor`` and ``fisher`` on a GPU: replay the step as a CUDA graph, one per
+            shape of the micro-batches; worth it where launches take longer than kernels.
+        structure: where the units are, for a model of another library.
+        checkpoint: a file that keeps the sums twice a minute; the same call goes on from it, and it
+            is gone at the end.
+        on_event: told ``{"event": "step", "step": samples done, "images_per_s": ...}``.
+        stop: asked after every micro-batch; True writes the checkpoint and raises ScoringStopped.
 
     Returns:
-        Scores in fp32. Reduced per sample in fp32, summed over samples in fp64 in stream order:
-        the same batches give the same bits.
+        Scores in fp32. Per sample in fp32 (fp64 in fp64 models), summed over the samples of a
+        micro-batch and over micro-batches in fp64, in stream order: the same batches give the same
+        bits. Samples with a score that is not finite are left out and counted in ``.skipped``.
 
     Raises:
-        InvalidInput: an argument or a batch has a value that cannot be used, or ``taylor`` is
-            asked for inside ``torch.inference_mode()``.
+        InvalidInput: an argument or a batch has a value that cannot be used.
+        NotEnoughMemory: not even one sample fits.
         UnsupportedArchitecture: the model has no layout.
     """
-    structure = describe(model)
+    structure = describe(model) if structure is None else structure
     axes = scored_axes(structure, units, criterion)
+    chosen = _reduction(criterion, reduction)
     provenance = {"model": structure.family, "torch": torch.__version__}
     if criterion == "magnitude":
-        if norm not in NORMS:
-            raise InvalidInput(f"score: norm must be one of {', '.join(NORMS)}, got {norm!r}")
-        return Scores(
-            magnitude(model, structure, axes, norm), criterion, norm, 0, provenance=provenance
-        )
+        by_axis = magnitude(model, structure, axes, chosen)
+        return Scores(by_axis, criterion, chosen, 0, provenance=provenance)
     if batches is None:
-        raise InvalidInput("score: batches must be given for the criterion 'taylor', got None")
-    accumulator = Accumulator(reduction, per_sample)
-    accumulate(model, structure, batches, axes, accumulator)
+        raise InvalidInput(
+            f"score: batches must be given for the criterion {criterion!r}, got None"
+        )
+    for name, value in (("micro_batch", micro_batch), ("draws", draws), ("candidates", candidates)):
+        if not (value is None and name == "micro_batch") and (type(value) is not int or value < 1):
+            raise InvalidInput(f"score: {name} must be a whole number >= 1, got {value!r}")
+    if per_sample and draws > 1:
+        raise InvalidInput(f"score: draws must be 1 where samples are kept, got {draws}")
+    if chosen == "token_abs":
+        check_per_token(axes)
+    accumulator = Accumulator({axis.name: axis.size for axis in axes}, chosen, per_sample)
+    with ExitStack() as stack:
+        if criterion in ("taylor", "fisher"):
+            score_batch = stack.enter_context(
+                scorer(
+                    model,
+                    structure,
+                    axes,
+                    path=path,
+                    per_token=chosen == "token_abs",
+                    loss_scale=loss_scale,
+                    fisher=(seed, draws) if criterion == "fisher" else None,
+                    cuda_graph=cuda_graph,
+                )
+            )
+        else:
+            score_batch = _forward_only(model, structure, axes, criterion, candidates)
+        kept = None
+        if checkpoint is not None:
+            identity = {
+                "weights": fingerprint(model),
+                "criterion": criterion,
+                "reduction": chosen,
+                "axes": accumulator.axes,
+                "per_sample": per_sample,
+                "micro_batch": micro_batch,
+                "seed": seed,
+                "draws": draws,
+                "loss_scale": loss_scale,
+            }
+            kept = Checkpoint(Path(checkpoint), identity)
+        stream.run(
+            score_batch,
+            model,
+            batches,
+            accumulator,
+            micro_batch=micro_batch,
+            ranks=Ranks.current(),
+            checkpoint=kept,
+            on_event=on_event,
+            stop=stop,
+        )
     return accumulator.result(criterion, provenance)
 
 
-def scored_axes(structure: Structure, units: Sequence[str], criterion: str) -> list[Axis]:
+def _forward_only(
+    model: nn.Module,
+    structure: Structure,
+    axes: Sequence[Axis],
+    criterion: Literal["loss", "kl", "activation"],
+    candidates: int,
+) -> stream.ScoreBatch:
+    """The criteria that need no gradient, one batch at a time."""
+
+    def score_batch(images: Tensor, labels: Tensor, first: int) -> list[Rows]:
+        batch = [(images, labels)]
+        if criterion == "activation":
+            return list(activation(model, structure, axes, batch))
+        return list(leave_one_out(model, structure, axes, batch, criterion, candidates))
+
+    return score_batch
+
+
+def _reduction(criterion: str, reduction: str | None) -> str:
+    allowed = CRITERIA[criterion]
+    if reduction is None:
+        return allowed[0]
+    if reduction not in allowed:
+        raise InvalidInput(
+            f"score: reduction must be one of {', '.join(allowed)} for the criterion "
+            f"{criterion!r}, got {reduction!r}"
+        )
+    return reduction
+
+
+def scored_axes(structure: Structure, units: Sequence[str] | str, criterion: str) -> list[Axis]:
     """The axes of the asked unit kinds, in model order.
 
     Raises:
-        InvalidInput: the criterion is unknown, or cannot score one of the kinds.
+        InvalidInput: the criterion is unknown, or the model has none of the units.
     """
     if criterion not in CRITERIA:
         raise InvalidInput(
             f"score: criterion must be one of {', '.join(CRITERIA)}, got {criterion!r}"
         )
+    if units == "all":
+        units = [kind for kind in UNIT_KINDS if structure.units(kind)]
     if isinstance(units, str) or not units:
         raise InvalidInput(
-            f"score: units must be a list of unit kinds such as ('head', 'neuron'), got {units!r}"
+            "score: units must be a list of unit kinds such as ('head', 'neuron'), or 'all', "
+            f"got {units!r}"
         )
     axes = [axis for kind in dict.fromkeys(units) for axis in structure.units(kind)]
-    scorable = (
-        structure.taps
-        if criterion == "taylor"
-        else {
-            axis.name: axis
-            for axis in structure.axes.values()
-            # whole branches and blocks own no entries of a tensor
-            if axis.kind not in ("attn_branch", "mlp_branch", "block")
-        }
-    )
-    if unscored := sorted({axis.kind for axis in axes if axis.name not in scorable}):
-        kinds = dict.fromkeys(structure.axes[name].kind for name in scorable)
+    axes = [axis for axis in axes if axis.size]
+    if missing := [kind for kind in dict.fromkeys(units) if not structure.units(kind)]:
+        has = ", ".join(kind for kind in UNIT_KINDS if structure.units(kind))
         raise InvalidInput(
-            f"score: units must be among {', '.join(kinds)} for the criterion {criterion!r}, "
-            f"got {unscored[0]!r}"
+            f"score: units must be among {has} for this {structure.family}, got {missing[0]!r}"
         )
     if not axes:
         raise InvalidInput(

@@ -1,4 +1,4 @@
-"""Group magnitude: the norm of every weight that goes with a unit. Needs no data."""
+"""Magnitude: the norm of the weights that make a unit, or of all that go with it. Needs no data."""
 
 from __future__ import annotations
 
@@ -7,41 +7,67 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
+from ..errors import InvalidInput
 from ..structure import Structure
 from ..structure.axes import Axis
 from ..structure.index import Index
 from ..structure.paths import get
 
-NORMS = {"l1": 1, "l2": 2}
+# the power that is summed; the first is what `score` takes unless told otherwise
+NORMS = {"group": 2, "l1": 1, "l2": 2}
 
 
 def magnitude(
-    model: nn.Module, structure: Structure, axes: Sequence[Axis], norm: str
+    model: nn.Module, structure: Structure, axes: Sequence[Axis], norm: str = "group"
 ) -> Mapping[str, Tensor]:
-    """``(sum |w|^p) ** (1/p)`` over all weight matrices' entries that a unit owns, p = 1 or 2.
+    """``(sum |w|^p) ** (1/p)`` over weights of a unit; biases, norms and LayerScale are left out.
 
-    A head owns its rows of qkv and its columns of proj, a neuron its row of fc1 and its column of
-    fc2 (Li et al. 2017, arXiv:1608.08710, applied to dependency groups as in Fang et al. 2023,
-    arXiv:2301.12900). Biases and norms are left out.
+    ``l1`` (p = 1) and ``l2`` (p = 2) are taken over the rows that produce the unit, as Li et al.
+    (2017, arXiv:1608.08710, section 3.1) do with the filters that produce a feature map:
+
+    =========  =============================================================================
+    head       its rows of the query, key and value matrices (and of attention's gate)
+    qk_dim     its row of the query and of the key matrix; of every head where a q/k norm shares it
+    v_dim      its row of the value matrix (and of attention's gate)
+    neuron     its row of fc1; of the gate and of the value half or matrix in a gated MLP
+    embed      its row in everything that writes into the channel: patch embedding, proj, fc2
+    =========  =============================================================================
+
+    ``group`` (p = 2) is taken over every weight that goes when the unit goes, the columns that read
+    it included (dependency groups as in Fang et al. 2023, arXiv:2301.12900): for a head also its
+    columns of proj, for a neuron its column of fc2, for an embedding channel also its entry of the
+    tokens and the position embedding and its column in everything that reads the stream.
+
+    Branches and blocks have no rows of their own: with every norm it is taken over all weight
+    matrices in the branch or block.
+
+    Args:
+        model: a supported model.
+        structure: of the model.
+        axes: of the structure, of any unit kind.
+        norm: ``"l1"``, ``"l2"`` or ``"group"``.
 
     Returns:
         axis name -> (units,) fp32, >= 0; summed in fp64, deterministic.
+
+    Raises:
+        InvalidInput: the norm is another one.
     """
-    index = Index(structure, {})
-    p = NORMS[norm]
+    if norm not in NORMS:
+        raise InvalidInput(f"score: norm must be one of {', '.join(NORMS)}, got {norm!r}")
+    index, p = Index(structure, {}), NORMS[norm]
     sums = {axis.name: torch.zeros(axis.size, dtype=torch.float64) for axis in axes}
     for name, layout in structure.tensors.items():
         if len(layout) < 2 or name in structure.buffers:
             continue
-        powers = None
+        powers = get(model, name).detach().double().cpu().abs() ** p
         for axis in axes:
-            for at, dim in enumerate(layout):
+            for unit, branches in enumerate(structure.held(axis)):
+                if name.startswith(tuple(f"{branch}." for branch in branches)):
+                    sums[axis.name][unit] += powers.sum()
+            for at, dim in enumerate(layout if norm == "group" else layout[:1]):
                 owner = torch.from_numpy(index.owners(dim, axis))
-                if (owner < 0).all():
-                    continue
-                if powers is None:
-                    powers = get(model, name).detach().double().cpu().abs() ** p
-                others = [d for d in range(powers.ndim) if d != at]
-                line = powers.sum(dim=others)
-                sums[axis.name].index_add_(0, owner[owner >= 0], line[owner >= 0])
+                if (owner >= 0).any():
+                    line = powers.sum(dim=[d for d in range(powers.ndim) if d != at])
+                    sums[axis.name].index_add_(0, owner[owner >= 0], line[owner >= 0])
     return {name: (total ** (1 / p)).float() for name, total in sums.items()}

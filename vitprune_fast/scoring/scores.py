@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ from ..errors import DamagedFile, InvalidInput
 from ..files import parse_json, read_metadata, read_tensors, write_tensors
 
 FORMAT = "vitprune_fast.scores"
-REDUCTIONS = ("abs", "square", "signed")
+REDUCTIONS = ("abs", "square", "signed", "token_abs", "mean")
 
 
 @dataclass(frozen=True, repr=False)
@@ -25,9 +25,11 @@ class Scores(Mapping[str, Tensor]):
     Args:
         by_axis: axis name -> (units,) fp32. Larger means keep, except that ``signed`` values are
             ranked by magnitude (see :meth:`ranking`).
-        criterion: ``"taylor"`` or ``"magnitude"``.
+        criterion: ``"taylor"``, ``"fisher"``, ``"kl"``, ``"loss"``, ``"activation"`` or
+            ``"magnitude"``.
         reduction: how samples were put together: ``abs`` = mean |g|, ``square`` = mean g^2,
-            ``signed`` = mean g; for magnitude the norm, ``l1`` or ``l2``.
+            ``signed`` = mean g, ``token_abs`` = mean over samples and tokens of |g of a token|,
+            ``mean`` = the mean as it is; for magnitude the norm, ``l1``, ``l2`` or ``group``.
         samples: how many samples were counted.
         skipped: samples set aside because a score of theirs was not finite.
         per_sample: axis name -> (samples, units) fp32, the g themselves, where they were asked for.
@@ -117,64 +119,109 @@ class Scores(Mapping[str, Tensor]):
         )
 
 
-class Accumulator:
-    """Sums of per-sample scores over a stream of samples, in fp64 and in stream order.
+Rows = Mapping[str, Tensor]
+"""Axis name -> (samples, units): the per-sample scores of one batch."""
 
-    Rows are added one by one, so the sum of given per-sample scores does not depend on how the
-    stream was cut into batches.
+
+@dataclass
+class Partial:
+    """What one micro-batch adds to the sums.
+
+    Args:
+        sums: (units of all axes,) fp64.
+        counts: samples counted and samples set aside, (2,) int64.
+        rows: (samples, units of all axes) fp32 and fp64 in fp64 models, where they are kept.
     """
 
-    def __init__(self, reduction: str, keep_samples: bool = False):
+    sums: Tensor
+    counts: Tensor
+    rows: Tensor | None = None
+
+
+class Accumulator:
+    """Sums of per-sample scores over a stream of micro-batches, in fp64 and in stream order.
+
+    Nothing here waits for the device: samples with a score that is not finite count as zero in the
+    sums and are told apart by the counts.
+
+    Args:
+        axes: names and sizes of the axes, in the order of the rows.
+        reduction: of the samples.
+        keep_samples: keep the rows themselves.
+    """
+
+    def __init__(self, axes: Mapping[str, int], reduction: str, keep_samples: bool = False):
         if reduction not in REDUCTIONS:
             raise InvalidInput(
                 f"score: reduction must be one of {', '.join(REDUCTIONS)}, got {reduction!r}"
             )
+        self.axes = dict(axes)
         self.reduction = reduction
-        self.samples = 0
-        self.skipped = 0
-        self._sum: Tensor | None = None
-        self._axes: dict[str, int] = {}
-        self._rows: list[Tensor] | None = [] if keep_samples else None
+        self.sums: Tensor | None = None
+        self.counts = torch.zeros(2, dtype=torch.int64)
+        self.rows: list[Tensor] | None = [] if keep_samples else None
 
-    def add(self, batch: Mapping[str, Tensor]) -> None:
-        """Add (samples, units) scores of every axis for one batch."""
-        self._axes = {name: value.shape[1] for name, value in batch.items()}
-        rows = torch.cat(list(batch.values()), dim=1)
-        finite = rows.isfinite().all(dim=1)
-        self.skipped += int((~finite).sum())
-        rows = rows[finite]
-        if self._rows is not None:
-            self._rows.append(rows.float().cpu())
-        wide = rows.double()
-        terms = {"abs": wide.abs, "square": wide.square, "signed": wide.clone}[self.reduction]()
-        if self._sum is None:
-            self._sum = terms.new_zeros(terms.shape[1])
-        for row in terms:
-            self._sum += row
-        self.samples += len(rows)
+    def partial(self, draws: Sequence[Rows]) -> Partial:
+        """Reduce the rows of one micro-batch; several draws of its labels count as their mean."""
+        wide = [torch.cat([rows[name] for name in self.axes], dim=1) for rows in draws]
+        finite = torch.stack([rows.isfinite().all(dim=1) for rows in wide]).all(dim=0)
+        counts = torch.stack([finite.sum(), (~finite).sum()])
+        terms = [self._terms(rows.double()) for rows in wide]
+        mean = terms[0] if len(terms) == 1 else torch.stack(terms).mean(0)
+        sums = mean.where(finite[:, None], 0.0).sum(0)
+        kept = None
+        if self.rows is not None:
+            # a row of NaN marks a sample that was set aside
+            kept = wide[0].where(finite[:, None], torch.nan)
+        return Partial(sums, counts, kept)
+
+    def _terms(self, rows: Tensor) -> Tensor:
+        if self.reduction == "square":
+            return rows.square()
+        return rows.abs() if self.reduction in ("abs", "token_abs") else rows
+
+    def add(self, partial: Partial) -> None:
+        """Add one micro-batch; call in stream order."""
+        if self.sums is None:
+            self.sums = torch.zeros_like(partial.sums)
+        self.sums = self.sums.to(partial.sums.device) + partial.sums
+        self.counts = self.counts.to(partial.counts.device) + partial.counts
+        if self.rows is not None and partial.rows is not None:
+            self.rows.append(partial.rows.float().cpu())
+
+    def restore(self, sums: Tensor, counts: Tensor, rows: Tensor | None) -> None:
+        """Go on from the sums of an earlier accumulator with the same axes and reduction."""
+        self.sums, self.counts = sums, counts
+        if self.rows is not None:
+            self.rows = [] if rows is None else [rows]
 
     def result(self, criterion: str, provenance: Mapping[str, Any]) -> Scores:
-        """The mean over the samples counted."""
-        if not self.samples or self._sum is None:
+        """The mean over the samples counted.
+
+        Raises:
+            InvalidInput: no sample was counted.
+        """
+        samples, skipped = (int(count) for count in self.counts)
+        if not samples or self.sums is None:
             raise InvalidInput(
                 "score: batches must hold at least one sample with finite scores, "
-                f"got none ({self.skipped} set aside)"
+                f"got none ({skipped} set aside)"
             )
-        mean = (self._sum / self.samples).float().cpu()
-        widths = list(self._axes.values())
+        mean = (self.sums / samples).float().cpu()
         per_sample = {}
-        if self._rows is not None:
-            per_sample = dict(zip(self._axes, _split(torch.cat(self._rows), widths), strict=True))
+        if self.rows is not None:
+            rows = torch.cat(self.rows)
+            per_sample = self._split(rows[~rows.isnan().all(dim=1)])
         return Scores(
-            dict(zip(self._axes, _split(mean, widths), strict=True)),
+            self._split(mean),
             criterion,
             self.reduction,
-            self.samples,
-            self.skipped,
+            samples,
+            skipped,
             per_sample,
             {name: str(value) for name, value in provenance.items()},
         )
 
-
-def _split(values: Tensor, widths: list[int]) -> list[Tensor]:
-    return [part.contiguous() for part in values.split(widths, dim=-1)]
+    def _split(self, values: Tensor) -> dict[str, Tensor]:
+        parts = values.split(list(self.axes.values()), dim=-1)
+        return {name: part.contiguous() for name, part in zip(self.axes, parts, strict=True)}

@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from typing import Literal
 
 from ..errors import InvalidInput
 
@@ -127,10 +128,32 @@ class Work:
 
 @dataclass(frozen=True)
 class Tap:
-    """Where units can be gated: the last dimension of the input of a Linear module."""
+    """Where units can be gated: the last dimension of what enters or leaves a module.
+
+    Args:
+        module: path of the module.
+        dim: layout of the dimension (of the part, where there is one).
+        side: ``"input"`` or ``"output"``.
+        part: first and last + 1 column; None is all of them.
+    """
 
     module: str
     dim: Dim
+    side: Literal["input", "output"] = "input"
+    part: tuple[int, int] | None = None
+
+
+@dataclass(frozen=True)
+class Reader:
+    """A place that sees the width of a residual stream.
+
+    ``norm``: the norm ``module`` reads the stream, and what it puts out is read. ``direct``: the
+    input of ``module`` is the stream itself. ``statistics``: the norm ``module`` stands in a write
+    into the stream, so that removed channels change its statistics and nothing else.
+    """
+
+    module: str
+    how: Literal["norm", "direct", "statistics"]
 
 
 @dataclass
@@ -157,6 +180,8 @@ class Structure:
     branches: dict[str, tuple[str, ...]] = field(default_factory=dict)
     work: list[Work] = field(default_factory=list)
     taps: dict[str, Tap] = field(default_factory=dict)
+    # axis of a residual stream -> where it is read
+    readers: dict[str, list[Reader]] = field(default_factory=dict)
 
     def units(self, kind: str) -> list[Axis]:
         """The axes of one unit kind, in model order."""
@@ -169,6 +194,12 @@ class Structure:
     def writes(self) -> Iterator[Write]:
         """The branches of the residual stream, without the stem."""
         return (write for write in self.stream if write.inner is not None)
+
+    def held(self, axis: Axis) -> list[tuple[str, ...]]:
+        """The branches that every unit of a branch or block axis stands for; empty for others."""
+        if axis.kind == "block":
+            return list(self.blocks.values())
+        return [(name,) for name in self.branches.get(axis.name, ())]
 
     def owner(self, tensor: str) -> str | None:
         """The branch whose death takes this tensor with it, or None."""

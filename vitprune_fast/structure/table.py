@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from types import EllipsisType
+from typing import Literal
 
 from torch import Tensor, nn
 
 from ..errors import UnsupportedArchitecture
 from ..modeling_pruned import NORMS
-from .axes import Axis, Dim, SoftmaxScale, Structure, Tap, Work, Write, as_dim
+from .axes import Axis, Dim, Reader, SoftmaxScale, Structure, Tap, Work, Write, as_dim
 from .paths import get
 
 Size = Axis | Dim | int
@@ -91,9 +92,29 @@ class Table:
         present = tuple(f"{module}.{q}" for q in queries if self.has(f"{module}.{q}"))
         self.structure.scales.append(SoftmaxScale(module, width, present))
 
-    def tap(self, axis: Axis, module: str, dim: Size) -> None:
-        """The units of ``axis`` are gated on the input of the Linear at ``module``."""
-        self.structure.taps[axis.name] = Tap(module, as_dim(dim))
+    def tap(
+        self,
+        axis: Axis,
+        module: str,
+        dim: Size,
+        side: Literal["input", "output"] = "input",
+        part: tuple[int, int] | None = None,
+    ) -> None:
+        """The units of ``axis`` are gated on what enters or leaves ``module``."""
+        self.structure.taps[axis.name] = Tap(module, as_dim(dim), side, part)
+
+    def reader(self, axis: Axis, module: str, norm: str | None = None) -> None:
+        """``module`` reads the stream of width ``axis``, through ``norm`` where that is one."""
+        readers = self.structure.readers.setdefault(axis.name, [])
+        if norm and f"{norm}.normalized_shape" in self.structure.attrs:
+            readers.append(Reader(norm, "norm"))
+        else:
+            readers.append(Reader(module, "direct"))
+
+    def writer_norm(self, axis: Axis, norm: str) -> None:
+        """``norm``, where there is one, stands in a write into the stream of width ``axis``."""
+        if f"{norm}.normalized_shape" in self.structure.attrs:
+            self.structure.readers.setdefault(axis.name, []).append(Reader(norm, "statistics"))
 
     def stem(self, *bias: str) -> None:
         """Open the residual stream."""

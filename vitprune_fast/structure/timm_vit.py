@@ -45,9 +45,17 @@ def describe(model: Any, image: tuple[int, int] | None) -> Structure:
         t.linear(name, model.num_classes, embed, pooled)
     t.attr("", embed_dim=embed, num_features=embed, head_hidden_size=embed)
     t.stem(*covering(t, model))
+    for name in ("patch_embed.norm", "norm_pre"):
+        t.writer_norm(embed, name)
     for i, block in enumerate(model.blocks):
         describe_block(t, f"blocks.{i}", block, embed, tokens)
         t.attr(f"feature_info.{i}", num_chs=embed)
+    if has_norm(model.norm) or has_norm(model.fc_norm):
+        t.reader(embed, "head", "norm" if has_norm(model.norm) else "fc_norm")
+    else:
+        for name in ("head", "head_dist"):
+            if t.has(f"{name}.weight"):
+                t.reader(embed, name)
     t.branch_axes()
     return t.finish()
 
@@ -79,6 +87,11 @@ def describe_block(t: Table, path: str, block: Any, embed: Axis, tokens: int) ->
             drop=f"{path}.drop_path{k}",
             post_norm=post_norm,
         )
+        if post_norm:
+            t.reader(embed, core_path)
+            t.writer_norm(embed, f"{path}.norm{k}")
+        else:
+            t.reader(embed, core_path, f"{path}.norm{k}")
         branches.append(core_path)
     if branches and not any(isinstance(m, Constant) for m in block.children()):
         t.structure.blocks[path] = tuple(branches)
@@ -92,11 +105,11 @@ def attention(t: Table, path: str, attn: Any, embed: Axis, tokens: int) -> Dim:
         )
     heads = t.axis(f"{path}.heads", attn.num_heads, "head")
     # the weight of q_norm and k_norm is shared by the heads, so their dims go together
-    shared = hasattr(attn.q_norm, "normalized_shape")
+    shared = has_norm(attn.q_norm)
     dims = attn.head_dim if shared else attn.num_heads * attn.head_dim
     qk = t.axis(f"{path}.qk_dims", dims, "qk_dim", None if shared else heads)
     v = t.axis(f"{path}.v_dims", attn.num_heads * attn.head_dim, "v_dim", heads)
-    inner_norm = hasattr(attn.norm, "normalized_shape")
+    inner_norm = has_norm(attn.norm)
     t.box(qk, v, unpaddable=(qk,) * shared + (v,) * inner_norm)
     t.linear(f"{path}.qkv", heads * qk + heads * qk + heads * v, embed, tokens)
     t.work(path, tokens * tokens, heads * qk)
@@ -109,6 +122,10 @@ def attention(t: Table, path: str, attn: Any, embed: Axis, tokens: int) -> Dim:
     t.attr(path, num_heads=heads, num_kv_heads=heads, head_dim=qk)
     t.attr(path, attn_dim=heads * v, kv_dim=heads * v)
     t.scale(path, qk, *(("q_norm.weight", "q_norm.bias") if shared else ("qkv.weight", "qkv.bias")))
+    if shared:
+        t.tap(qk, f"{path}.q_norm", qk, "output")
+    else:
+        t.tap(qk, f"{path}.qkv", heads * qk, "output", (0, dims))
     t.tap(heads, f"{path}.proj", heads * v)
     t.tap(v, f"{path}.proj", heads * v)
     return heads * v
@@ -128,6 +145,11 @@ def mlp(t: Table, path: str, module: Any, embed: Axis, tokens: int) -> Axis:
     t.linear(f"{path}.fc2", embed, neurons, tokens)
     t.tap(neurons, f"{path}.fc2", neurons)
     return neurons
+
+
+def has_norm(module: Any) -> bool:
+    """Whether a place that may hold a norm or an Identity holds a norm."""
+    return getattr(module, "normalized_shape", None) is not None
 
 
 def covering(t: Table, model: Any) -> list[str]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
-from typing import Any
 
 import numpy as np
 import torch
@@ -14,6 +13,7 @@ from torch import Tensor, nn
 from ..planning.plan import Plan
 from ..structure import describe
 from ..structure.index import Index
+from ..structure.norms import norm_over_kept
 from ..structure.paths import get
 
 
@@ -56,9 +56,9 @@ def mask(model: nn.Module, plan: Plan) -> Iterator[nn.Module]:
             kept = index.kept_positions(dim)
             if len(kept) < dim.length():
                 norm = get(model, path.removesuffix(".normalized_shape"))
-                weight = torch.zeros(dim.length())
-                weight[torch.from_numpy(kept)] = 1
-                norm.forward = partial(_norm_over_kept, norm, weight)
+                is_kept = torch.zeros(dim.length(), dtype=torch.bool)
+                is_kept[torch.from_numpy(kept)] = True
+                norm.forward = partial(norm_over_kept, norm, is_kept)
                 restore.callback(delattr, norm, "forward")
         for write in structure.writes():
             if write.name in plan.removed:
@@ -69,18 +69,3 @@ def mask(model: nn.Module, plan: Plan) -> Iterator[nn.Module]:
 
 def _zeros(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
     return torch.zeros_like(output)
-
-
-def _norm_over_kept(norm: Any, kept: Tensor, x: Tensor) -> Tensor:
-    """LayerNorm or RMSNorm of ``x`` with statistics over the entries where ``kept`` is 1."""
-    kept = kept.to(x)
-    count = kept.sum().clamp(min=1)
-    if isinstance(norm, nn.LayerNorm):
-        x = x - (x * kept).sum(-1, keepdim=True) / count
-    x = x * kept
-    eps = norm.eps if norm.eps is not None else torch.finfo(x.dtype).eps
-    x = x * torch.rsqrt(x.square().sum(-1, keepdim=True) / count + eps)
-    if norm.weight is not None:
-        x = x * norm.weight
-    bias = getattr(norm, "bias", None)
-    return x if bias is None else x + bias

@@ -1,0 +1,145 @@
+"""One call of every op that has a GPU kernel, at any size: what `make gpu` checks and launches."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from bench.shapes import VIT_BASE, Shape
+from vitprune_fast import ops
+from vitprune_fast.ops import Backend
+
+
+@dataclass(frozen=True)
+class Size:
+    """What the tensors of a call are like.
+
+    Args:
+        shape: sizes of the model.
+        batch: number of samples.
+        dtype: of activations, gradients and weights.
+        device: where they are.
+    """
+
+    shape: Shape
+    batch: int
+    dtype: torch.dtype
+    device: str
+
+    def random(self, *sizes: int, seed: int = 0) -> Tensor:
+        """Normal numbers, the same ones every time."""
+        generator = torch.Generator(self.device).manual_seed(seed)
+        numbers = torch.randn(sizes, generator=generator, device=self.device)
+        return numbers.to(self.dtype)
+
+    def tokens(self, width: int) -> tuple[Tensor, Tensor]:
+        """Activations and their gradient, ``(B, N, width)`` each."""
+        sizes = self.batch, self.shape.tokens, width
+        return self.random(*sizes, seed=1), self.random(*sizes, seed=2)
+
+
+# where the speed is claimed: ViT-B at 224 px
+TARGET = Size(VIT_BASE, 256, torch.bfloat16, "cuda")
+# odd sizes that no block divides, and even ones that take the wide loads
+SMALL = (Shape(37, 72, 150, 3, 24), Shape(33, 64, 128, 2, 32))
+
+# a call leaves its tensors inside a function of the backend
+Call = Callable[[Backend], "tuple[Tensor, ...]"]
+
+
+def activation_score(size: Size) -> Call:
+    """The activation of an MLP."""
+    x, grad = size.tokens(size.shape.hidden)
+    return lambda backend: ops.activation_score(x, grad, backend=backend)
+
+
+def attention_score(size: Size) -> Call:
+    """Forward and backward of attention, with all of its scores."""
+    heads, head_dim = size.shape.heads, size.shape.head_dim
+    qkv = size.random(size.batch, size.shape.tokens, 3, heads, head_dim, seed=1)
+    grad_out = size.random(size.batch, size.shape.tokens, heads, head_dim, seed=2)
+
+    def call(backend: Backend) -> tuple[Tensor, ...]:
+        out, lse = ops.attention(qkv, backend=backend)
+        scores = ops.attention_score(grad_out, qkv, out, lse, backend=backend)
+        return out, lse, *(score for score in scores if score is not None)
+
+    return call
+
+
+def glu_score(size: Size) -> Call:
+    """A gated MLP whose gate and value are the halves of one tensor."""
+    columns = size.shape.hidden
+    gate, value = size.tokens(2 * columns)[0].tensor_split(2, -1)
+    grad = size.tokens(columns)[1]
+    return lambda backend: ops.glu_score(gate, value, grad, packed="gate_first", backend=backend)
+
+
+def taylor_score(size: Size) -> Call:
+    """Neurons and heads, in both ways of summing over tokens."""
+    neurons, heads = size.tokens(size.shape.hidden), size.tokens(size.shape.width)
+    return lambda backend: tuple(
+        ops.taylor_score(*tensors, group, per_token=per_token, backend=backend)
+        for tensors, group in ((neurons, 1), (heads, size.shape.head_dim))
+        for per_token in (False, True)
+    )
+
+
+def norm_score(size: Size) -> Call:
+    """LayerNorm and RMSNorm of the embedding."""
+    width = size.shape.width
+    x, grad_y = size.tokens(width)
+    weight, bias = size.random(width, seed=3), size.random(width, seed=4)
+
+    def call(backend: Backend) -> tuple[Tensor, ...]:
+        layer = ops.norm_score(x, grad_y, weight, bias, 1e-6, backend=backend)
+        rms = ops.norm_score(x, grad_y, weight, None, 1e-6, rms=True, backend=backend)
+        return *layer, *rms
+
+    return call
+
+
+# by the name that ops._dispatch.IMPLEMENTED has
+CALLS: dict[str, Callable[[Size], Call]] = {
+    "activation_score": activation_score,
+    "attention_score": attention_score,
+    "glu_score": glu_score,
+    "norm_score": norm_score,
+    "taylor_score": taylor_score,
+}
+
+
+class _Recorder(TorchDispatchMode):
+    """Notes the names of the ops that run inside."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: set[str] = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.names.add(func._schema.name)
+        return func(*args, **(kwargs or {}))
+
+
+def own_kernels(call: Call, backend: Backend, device: str) -> set[str]:
+    """Our kernels that a call runs; none where plain torch took over.
+
+    Args:
+        call: what to run.
+        backend: usually ``"auto"``, whose choice this is to find out.
+        device: ``"cuda"`` counts Triton and CUDA kernels, ``"cpu"`` those in C++.
+    """
+    with _Recorder() as recorder:
+        call(backend)
+
+    def is_own(name: str) -> bool:
+        # what Triton runs has a name of its own, see vitprune_fast.ops
+        if name.endswith("_triton"):
+            return device == "cuda"
+        return torch._C._dispatch_has_kernel_for_dispatch_key(name, device.upper())
+
+    return {name for name in recorder.names if name.startswith("vitprune_fast::") and is_own(name)}

@@ -1,0 +1,50 @@
+"""Peak memory of one way to go through a batch, in a fresh process on the CPU.
+
+``python bench/peak_memory.py score|full MODEL BATCH MICRO_BATCH`` prints bytes above what the
+model, the images and the libraries need.
+"""
+
+from __future__ import annotations
+
+import os
+import resource
+import subprocess
+import sys
+
+
+def peak(how: str, model: str, batch: int, micro_batch: int | None = None) -> int:
+    """Bytes that a fresh process needs for ``score`` or for a ``full`` backward with gradients."""
+    command = [sys.executable, __file__, how, model, str(batch), str(micro_batch or batch)]
+    # every tensor is given back when it is freed: else the peak is that of a fragmented heap
+    environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536"}
+    done = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
+    return int(done.stdout)
+
+
+def main(how: str, name: str, batch: int, micro_batch: int) -> int:
+    import timm
+    import torch
+    from torch.nn import functional as F
+
+    from vitprune_fast.scoring import score
+
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    model = timm.create_model(name).eval()
+    images, labels = torch.randn(batch, 3, 224, 224), torch.arange(batch)
+    # what the libraries need to start, on something small
+    warm = timm.create_model("vit_tiny_patch16_224", img_size=32, embed_dim=96).eval()
+    score(warm, [(torch.randn(1, 3, 32, 32), labels[:1])], units="all")
+    F.cross_entropy(warm(torch.randn(1, 3, 32, 32)), labels[:1]).backward()
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    # twice: gradients that are there already are added to, as a loop over batches does
+    if how == "score":
+        score(model, [(images, labels)] * 2, micro_batch=micro_batch)
+    else:
+        for _ in range(2):
+            F.cross_entropy(model(images), labels).backward()
+    return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024
+
+
+if __name__ == "__main__":
+    print(main(sys.argv[1], sys.argv[2], int(sys.argv[3]), int(sys.argv[4])))

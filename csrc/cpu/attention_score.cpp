@@ -1,0 +1,612 @@
+// attention and attention_score on the CPU: softmax attention on packed qkv, and its backward with
+// the scores of heads, q/k dims and v dims.
+//
+// B batch, N tokens, H heads, K head dim; packed qkv is (B, N, 3, H, K).
+// One task owns one head of one sample. It copies the head's q, k, v (and dout) into small tiles of
+// fp32 (fp64 for fp64) and walks the queries in blocks, so that a block of logits stays in the
+// second-level cache:
+//   P = exp(scale q k^T - lse)   dS = P (dout v^T - delta)   delta = sum_k out dout
+//   dq = scale dS k              dk = scale dS^T q           dv = P^T dout
+// Nothing is summed across tasks, and every sum has one order: over the depth of a product one
+// after the other (in parts of kDepth), over a row as kLanes sums and then a fixed tree, over the
+// tokens of a score in blocks. So the bits depend on that head alone: not on threads, batch or
+// instruction set. Products are fused into sums (one rounding) where `fused` stands, in every
+// clone: without it a tile would take twice the instructions on most processors, and with it the
+// baseline, which calls the library for each, is for comparison and not for speed.
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <tuple>
+#include <utility>
+#include <vector>
+
+#include "checks.h"
+#include "cpu/activations.h"
+#include "cpu/isa.h"
+#include "cpu/lanes.h"
+
+namespace {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+using namespace vitprune;
+
+// rows of a product that stay in registers; what owns rows is padded to a multiple of it
+constexpr int64_t kRows = 6;
+// queries of a block: 48 rows of 208 logits are 40 KB
+constexpr int64_t kBlock = 48;
+static_assert(kBlock % kRows == 0);
+// a sum over the depth of a product is broken here, so that its error grows with a part of it
+constexpr int64_t kDepth = 256;
+// e^-64 of the largest weight of a row is far below every rounding error, and its products are
+// still normal numbers
+constexpr double kLeastExponent = -64;
+
+int64_t round_up(int64_t x, int64_t to) {
+  return (x + to - 1) / to * to;
+}
+
+// Step::run<bytes of a vector>(...), compiled for the instructions of this processor
+template <typename Step, typename... Args>
+void run_baseline(Args... args) {
+  Step::template run<16>(args...);
+}
+
+#if VP_X86
+template <typename Step, typename... Args>
+VP_TARGET(VP_AVX2)
+void run_avx2(Args... args) {
+  Step::template run<32>(args...);
+}
+
+template <typename Step, typename... Args>
+VP_TARGET(VP_AVX512)
+void run_avx512(Args... args) {
+  Step::template run<64>(args...);
+}
+#endif
+
+template <typename Step, typename... Args>
+void run(Args... args) {
+#if VP_X86
+  if (isa() >= Isa::kAvx512) return run_avx512<Step>(args...);
+  if (isa() >= Isa::kAvx2) return run_avx2<Step>(args...);
+#endif
+  run_baseline<Step>(args...);
+}
+
+// the sum of kLanes numbers as a fixed tree
+template <typename Acc>
+VP_INLINE Acc tree_sum(Acc* x) {
+  for (int64_t half = kLanes<Acc> / 2; half > 0; half /= 2) {
+    for (int64_t lane = 0; lane < half; ++lane) x[lane] += x[lane + half];
+  }
+  return x[0];
+}
+
+// c (rows, columns) = a (rows, depth) b (depth, columns), with any strides of a. Rows come in
+// kRows, columns in kLanes: what lies beyond the matrices is computed too, from what is there.
+template <typename Acc>
+struct Multiply {
+  template <int kWidth, typename V>
+  static VP_INLINE void tile(const Acc* a, int64_t a_row, int64_t a_depth, const Acc* b,
+                             int64_t b_depth, Acc* c, int64_t c_row, int64_t depth, bool add) {
+    constexpr int64_t lanes = sizeof(V) / sizeof(Acc);
+    V sum[kRows][kWidth] = {};
+    for (int64_t d = 0; d < depth; ++d) {
+      V right[kWidth];
+#pragma GCC unroll 8
+      for (int w = 0; w < kWidth; ++w) right[w] = load_lanes<V>(b + d * b_depth + w * lanes);
+#pragma GCC unroll 8
+      for (int r = 0; r < kRows; ++r) {
+        const V left = a[r * a_row + d * a_depth] - V{};
+#pragma GCC unroll 8
+        for (int w = 0; w < kWidth; ++w) sum[r][w] = fused(left, right[w], sum[r][w]);
+      }
+    }
+#pragma GCC unroll 8
+    for (int r = 0; r < kRows; ++r) {
+#pragma GCC unroll 8
+      for (int w = 0; w < kWidth; ++w) {
+        Acc* to = c + r * c_row + w * lanes;
+        store_lanes(to, add ? load_lanes<V>(to) + sum[r][w] : sum[r][w]);
+      }
+    }
+  }
+
+  template <int kBytes>
+  static VP_INLINE void run(const Acc* a, int64_t a_row, int64_t a_depth, const Acc* b,
+                            int64_t b_depth, Acc* c, int64_t c_row, int64_t rows, int64_t columns,
+                            int64_t depth, bool add) {
+    using V = Vector<Acc, kBytes>;
+    constexpr int64_t lanes = kBytes / sizeof(Acc);
+    // AVX-512 has 32 registers, the others 16; a panel of b then stays in the first-level cache
+    constexpr int width = kBytes == 64 ? 4 : 2;
+    for (int64_t first = 0; first < depth; first += kDepth, add = true) {
+      const int64_t part = std::min(kDepth, depth - first);
+      const Acc *a_part = a + first * a_depth, *b_part = b + first * b_depth;
+      int64_t column = 0;
+      for (; column + width * lanes <= columns; column += width * lanes) {
+        for (int64_t row = 0; row < rows; row += kRows) {
+          tile<width, V>(a_part + row * a_row, a_row, a_depth, b_part + column, b_depth,
+                         c + row * c_row + column, c_row, part, add);
+        }
+      }
+      for (; column < columns; column += lanes) {
+        for (int64_t row = 0; row < rows; row += kRows) {
+          tile<1, V>(a_part + row * a_row, a_row, a_depth, b_part + column, b_depth,
+                     c + row * c_row + column, c_row, part, add);
+        }
+      }
+    }
+  }
+};
+
+// e^x for x <= 0, at least e^kLeastExponent; NaN stays
+template <typename V>
+VP_INLINE V exponential(V x) {
+  const V least = constant<V>(kLeastExponent);
+  const V e = exp2_of(x > least ? x : least, kLog2E);
+  return x == x ? e : x;
+}
+
+// Logits become weights before their normaliser; top[r] is the largest logit of a row times scale,
+// and total[r] the sum of its weights. Columns up to a multiple of kLanes are written.
+template <typename Acc>
+struct Weigh {
+  template <int kBytes>
+  static VP_INLINE void run(Acc* s, int64_t s_row, int64_t rows, int64_t columns, Acc scale,
+                            Acc* top, Acc* total) {
+    using V = Vector<Acc, kBytes>;
+    constexpr int64_t lanes = kBytes / sizeof(Acc);
+    const int64_t padded = (columns + kLanes<Acc> - 1) / kLanes<Acc> * kLanes<Acc>;
+    const V factor = scale - V{};
+    for (int64_t r = 0; r < rows; ++r, s += s_row) {
+      for (int64_t n = columns; n < padded; ++n) s[n] = scale < 0 ? INFINITY : -INFINITY;
+      V most = constant<V>(-INFINITY);
+      for (int64_t n = 0; n < padded; n += lanes) {
+        const V x = load_lanes<V>(s + n) * factor;
+        most = x > most ? x : most;
+      }
+      Acc largest = most[0];
+      for (int64_t lane = 1; lane < lanes; ++lane) {
+        largest = most[lane] > largest ? most[lane] : largest;
+      }
+      V sums[kLanes<Acc> / lanes] = {};
+      for (int64_t n = 0; n < padded; n += kLanes<Acc>) {
+        for (int64_t part = 0; part < kLanes<Acc> / lanes; ++part) {
+          Acc* at = s + n + part * lanes;
+          const V e = exponential(fused(load_lanes<V>(at), factor, -largest - V{}));
+          store_lanes(at, e);
+          sums[part] += e;
+        }
+      }
+      Acc lane_sums[kLanes<Acc>];
+      std::memcpy(lane_sums, sums, sizeof sums);
+      top[r] = largest;
+      total[r] = tree_sum(lane_sums);
+    }
+  }
+};
+
+// logits become weights P, and dP becomes dS = P (dP - delta)
+template <typename Acc>
+struct Differentiate {
+  template <int kBytes>
+  static VP_INLINE void run(Acc* s, Acc* dp, int64_t row_stride, int64_t rows, int64_t columns,
+                            Acc scale, const Acc* lse, const Acc* delta) {
+    using V = Vector<Acc, kBytes>;
+    constexpr int64_t lanes = kBytes / sizeof(Acc);
+    const V factor = scale - V{};
+    for (int64_t r = 0; r < rows; ++r, s += row_stride, dp += row_stride) {
+      const V base = -lse[r] - V{}, mean = delta[r] - V{};
+      for (int64_t n = 0; n < columns; n += lanes) {
+        const V p = exponential(fused(load_lanes<V>(s + n), factor, base));
+        store_lanes(s + n, p);
+        store_lanes(dp + n, p * (load_lanes<V>(dp + n) - mean));
+      }
+    }
+  }
+};
+
+// rows of a head in any dtype into rows of `to_row` numbers
+template <typename In, typename Acc>
+struct Gather {
+  template <int kBytes>
+  static VP_INLINE void run(const In* from, int64_t from_row, int64_t rows, int64_t width, Acc* to,
+                            int64_t to_row) {
+    using V = Vector<Acc, kBytes>;
+    constexpr int64_t lanes = kBytes / sizeof(Acc);
+    for (int64_t r = 0; r < rows; ++r, from += from_row, to += to_row) {
+      int64_t k = 0;
+      for (; k + lanes <= width; k += lanes) store_lanes(to + k, load_lanes<V>(from + k));
+      for (; k < width; ++k) to[k] = static_cast<Acc>(from[k]);
+    }
+  }
+};
+
+// the way back, times factors[r * step]
+template <typename In, typename Acc>
+struct Scatter {
+  template <int kBytes>
+  static VP_INLINE void run(const Acc* from, int64_t from_row, int64_t rows, int64_t width,
+                            const Acc* factors, int64_t step, In* to, int64_t to_row) {
+    using V = Vector<Acc, kBytes>;
+    constexpr int64_t lanes = kBytes / sizeof(Acc);
+    for (int64_t r = 0; r < rows; ++r, from += from_row, to += to_row) {
+      const V factor = factors[r * step] - V{};
+      int64_t k = 0;
+      for (; k + lanes <= width; k += lanes) store_lanes(to + k, load_lanes<V>(from + k) * factor);
+      if (k < width) {
+        // rows are padded to whole vectors
+        In buffer[lanes];
+        store_lanes(buffer, load_lanes<V>(from + k) * factor);
+        std::memcpy(to + k, buffer, (width - k) * sizeof(In));
+      }
+    }
+  }
+};
+
+// to (width, rows) = from (rows, width), in squares that stay in the first-level cache
+template <typename Acc>
+struct Transpose {
+  template <int kBytes>
+  static VP_INLINE void run(const Acc* from, int64_t from_row, int64_t rows, int64_t width, Acc* to,
+                            int64_t to_row) {
+    for (int64_t k_first = 0; k_first < width; k_first += kLanes<Acc>) {
+      const int64_t k_last = std::min(k_first + kLanes<Acc>, width);
+      for (int64_t r = 0; r < rows; ++r) {
+        for (int64_t k = k_first; k < k_last; ++k) to[k * to_row + r] = from[r * from_row + k];
+      }
+    }
+  }
+};
+
+// What the rows x and y of a block add to scores: per_dim[k] += sum over rows of x * y, and
+// per_row[r] = sum over k of it; with per_token the magnitudes of x * y enter per_dim. Rows are
+// padded with zeros.
+template <typename Acc>
+struct Score {
+  template <int kBytes>
+  static VP_INLINE void run(const Acc* x, const Acc* y, int64_t row_stride, int64_t rows,
+                            int64_t width, bool per_token, Acc* per_dim, Acc* part, Acc* per_row) {
+    using V = Vector<Acc, kBytes>;
+    constexpr int64_t lanes = kBytes / sizeof(Acc);
+    std::fill_n(part, width, Acc(0));
+    for (int64_t r = 0; r < rows; ++r, x += row_stride, y += row_stride) {
+      V sums[kLanes<Acc> / lanes] = {};
+      for (int64_t k = 0; k < width; k += kLanes<Acc>) {
+        for (int64_t i = 0; i < kLanes<Acc> / lanes; ++i) {
+          const int64_t at = k + i * lanes;
+          const V product = load_lanes<V>(x + at) * load_lanes<V>(y + at);
+          sums[i] += product;
+          store_lanes(part + at,
+                      load_lanes<V>(part + at) + (per_token ? absolute(product) : product));
+        }
+      }
+      Acc lane_sums[kLanes<Acc>];
+      std::memcpy(lane_sums, sums, sizeof sums);
+      per_row[r] = tree_sum(lane_sums);
+    }
+    for (int64_t k = 0; k < width; ++k) per_dim[k] += part[k];
+  }
+};
+
+// The natural logarithm, to the last bits of fp64 and with the same bits everywhere:
+// log(m 2^e) = e log(2) + 2 atanh((m - 1) / (m + 1)). A sum of weights is 1 at least, or a rounding
+// below where one key has all the weight.
+double logarithm(double x) {
+  // NaN stays NaN
+  if (!(x > 0 && x <= 1e300)) return x;
+  int exponent;
+  double m = std::frexp(x, &exponent);
+  if (m < 0.70710678118654752) {
+    m *= 2;
+    --exponent;
+  }
+  // |t| <= 0.172, so the first term that is left out is below 1e-18
+  const double t = (m - 1) / (m + 1), square = t * t;
+  double series = 0;
+  for (int power = 23; power >= 1; power -= 2) series = series * square + 1.0 / power;
+  return exponent * 0.69314718055994531 + 2 * t * series;
+}
+
+// numbers at an address that whole vectors start at, zero at first
+template <typename Acc>
+class Workspace {
+ public:
+  explicit Workspace(int64_t size) : numbers_(size + kLanes<Acc>) {
+    const auto address = reinterpret_cast<uintptr_t>(numbers_.data());
+    next_ = numbers_.data() + (round_up(address, 64) - address) / sizeof(Acc);
+  }
+
+  // the next `size` of them, from the start of a line on
+  Acc* take(int64_t size) {
+    Acc* taken = next_;
+    next_ += round_up(size, kLanes<Acc>);
+    return taken;
+  }
+
+ private:
+  std::vector<Acc> numbers_;
+  Acc* next_;
+};
+
+// Sizes of one head, and how far its rows lie apart in the workspace.
+struct Head {
+  int64_t tokens, dims;
+  int64_t dims_row;    // rows of dims, in whole vectors
+  int64_t tokens_row;  // rows of logits, in whole vectors and in whole kRows
+  int64_t columns;     // of them that are computed
+  int64_t rows;        // rows of tokens that are computed
+
+  template <typename Acc>
+  static Head of(int64_t tokens, int64_t dims) {
+    const int64_t rows = round_up(tokens, kRows);
+    return {tokens,
+            dims,
+            round_up(dims, kLanes<Acc>),
+            round_up(rows, kLanes<Acc>),
+            round_up(tokens, kLanes<Acc>),
+            rows};
+  }
+};
+
+template <typename In, typename Acc>
+void forward(const Tensor& qkv,  // (B, N, 3, H, K)
+             Tensor& out,        // (B, N, H, K), contiguous
+             Tensor& lse,        // (B, H, N), contiguous
+             Acc scale) {
+  const int64_t batch = qkv.size(0), num_heads = qkv.size(3);
+  const Head head = Head::of<Acc>(qkv.size(1), qkv.size(4));
+  const In* from = static_cast<const In*>(qkv.data_ptr());
+  In* to = static_cast<In*>(out.data_ptr());
+  Acc* normalisers = static_cast<Acc*>(lse.data_ptr());
+  const int64_t part = qkv.stride(2), token = qkv.stride(1);
+  const int64_t row = head.dims_row, s_row = head.tokens_row;
+
+  torch::stable::parallel_for(0, batch * num_heads, 1, [&](int64_t begin, int64_t end) {
+    Workspace<Acc> space(2 * head.rows * row + head.dims * s_row + kBlock * (row + s_row + 3) +
+                         8 * kLanes<Acc>);
+    Acc *q = space.take(head.rows * row), *v = space.take(head.rows * row);
+    Acc* k_transposed = space.take(head.dims * s_row);
+    Acc *s = space.take(kBlock * s_row), *o = space.take(kBlock * row);
+    Acc *top = space.take(kBlock), *total = space.take(kBlock), *inverse = space.take(kBlock);
+    for (int64_t task = begin; task < end; ++task) {
+      const int64_t b = task / num_heads, h = task % num_heads;
+      const In* q_in = from + b * qkv.stride(0) + h * qkv.stride(3);
+      // v's place is free until k is transposed
+      run<Gather<In, Acc>>(q_in + part, token, head.tokens, head.dims, v, row);
+      run<Transpose<Acc>>(static_cast<const Acc*>(v), row, head.tokens, head.dims, k_transposed,
+                          s_row);
+      run<Gather<In, Acc>>(q_in, token, head.tokens, head.dims, q, row);
+      run<Gather<In, Acc>>(q_in + 2 * part, token, head.tokens, head.dims, v, row);
+      for (int64_t first = 0; first < head.tokens; first += kBlock) {
+        const int64_t rows = std::min(kBlock, head.tokens - first);
+        const int64_t padded = round_up(rows, kRows);
+        run<Multiply<Acc>>(q + first * row, row, int64_t(1), k_transposed, s_row, s, s_row, padded,
+                           head.columns, head.dims, false);
+        run<Weigh<Acc>>(s, s_row, rows, head.tokens, scale, top, total);
+        run<Multiply<Acc>>(s, s_row, int64_t(1), v, row, o, row, padded, row, head.tokens, false);
+        for (int64_t r = 0; r < rows; ++r) {
+          inverse[r] = 1 / total[r];
+          normalisers[task * head.tokens + first + r] =
+              static_cast<Acc>(top[r] + logarithm(total[r]));
+        }
+        run<Scatter<In, Acc>>(static_cast<const Acc*>(o), row, rows, head.dims,
+                              static_cast<const Acc*>(inverse), int64_t(1),
+                              to + ((b * head.tokens + first) * num_heads + h) * head.dims,
+                              num_heads * head.dims);
+      }
+    }
+  });
+}
+
+// which results are asked for
+struct Wanted {
+  bool qkv, head, qk_dim, v_dim;
+};
+
+template <typename In, typename Acc>
+void backward(const Tensor& grad,  // (B, N, H, K)
+              const Tensor& qkv,   // (B, N, 3, H, K)
+              const Tensor& out,   // (B, N, H, K)
+              const Tensor& lse,   // (B, H, N), contiguous
+              Acc scale, bool per_token, Wanted wanted,
+              Tensor& dqkv,      // (B, N, 3, H, K), contiguous
+              Tensor& heads,     // (B, H)
+              Tensor& qk_dims,   // (B, H, K)
+              Tensor& v_dims) {  // (B, H, K)
+  const int64_t batch = qkv.size(0), num_heads = qkv.size(3);
+  const Head head = Head::of<Acc>(qkv.size(1), qkv.size(4));
+  const In* from = static_cast<const In*>(qkv.data_ptr());
+  const In* grad_from = static_cast<const In*>(grad.data_ptr());
+  const In* out_from = static_cast<const In*>(out.data_ptr());
+  const Acc* normalisers = static_cast<const Acc*>(lse.data_ptr());
+  In* to = static_cast<In*>(dqkv.data_ptr());
+  Acc* head_scores = static_cast<Acc*>(heads.data_ptr());
+  Acc* qk_scores = static_cast<Acc*>(qk_dims.data_ptr());
+  Acc* v_scores = static_cast<Acc*>(v_dims.data_ptr());
+  const int64_t part = qkv.stride(2), token = qkv.stride(1);
+  const int64_t row = head.dims_row, s_row = head.tokens_row;
+  const int64_t to_part = num_heads * head.dims, to_token = 3 * to_part;
+  const bool attends = wanted.qkv || wanted.qk_dim;
+  const Acc one = 1;
+
+  torch::stable::parallel_for(0, batch * num_heads, 1, [&](int64_t begin, int64_t end) {
+    Workspace<Acc> space(6 * head.rows * row + 2 * head.dims * s_row +
+                         kBlock * (2 * row + 2 * s_row + 1) + 3 * row + 16 * kLanes<Acc>);
+    Acc *q = space.take(head.rows * row), *k = space.take(head.rows * row);
+    Acc *v = space.take(head.rows * row), *dout = space.take(head.rows * row);
+    Acc *dk = space.take(head.rows * row), *dv = space.take(head.rows * row);
+    Acc* k_transposed = space.take(head.dims * s_row);
+    Acc* v_transposed = space.take(head.dims * s_row);
+    Acc *s = space.take(kBlock * s_row), *ds = space.take(kBlock * s_row);
+    Acc *o = space.take(kBlock * row), *dq = space.take(kBlock * row);
+    Acc* delta = space.take(kBlock);
+    Acc *per_dim = space.take(row), *qk_score = space.take(row), *v_score = space.take(row);
+    for (int64_t task = begin; task < end; ++task) {
+      const int64_t b = task / num_heads, h = task % num_heads;
+      const In* q_in = from + b * qkv.stride(0) + h * qkv.stride(3);
+      const In* grad_in = grad_from + b * grad.stride(0) + h * grad.stride(2);
+      const In* out_in = out_from + b * out.stride(0) + h * out.stride(2);
+      In* dq_out = to + b * head.tokens * to_token + h * head.dims;
+      run<Gather<In, Acc>>(grad_in, grad.stride(1), head.tokens, head.dims, dout, row);
+      if (attends) {
+        run<Gather<In, Acc>>(q_in, token, head.tokens, head.dims, q, row);
+        run<Gather<In, Acc>>(q_in + part, token, head.tokens, head.dims, k, row);
+        run<Gather<In, Acc>>(q_in + 2 * part, token, head.tokens, head.dims, v, row);
+        run<Transpose<Acc>>(static_cast<const Acc*>(k), row, head.tokens, head.dims, k_transposed,
+                            s_row);
+        run<Transpose<Acc>>(static_cast<const Acc*>(v), row, head.tokens, head.dims, v_transposed,
+                            s_row);
+      }
+      Acc head_score = 0;
+      std::fill_n(qk_score, row, Acc(0));
+      std::fill_n(v_score, row, Acc(0));
+      for (int64_t first = 0; first < head.tokens; first += kBlock) {
+        const int64_t rows = std::min(kBlock, head.tokens - first);
+        const int64_t padded = round_up(rows, kRows);
+        const Acc *q_block = q + first * row, *dout_block = dout + first * row;
+        run<Gather<In, Acc>>(out_in + first * out.stride(1), out.stride(1), rows, head.dims, o,
+                             row);
+        run<Score<Acc>>(static_cast<const Acc*>(o), dout_block, row, rows, row, per_token, v_score,
+                        per_dim, delta);
+        Acc block_score = 0;
+        for (int64_t r = 0; r < rows; ++r) {
+          block_score += per_token ? std::abs(delta[r]) : delta[r];
+        }
+        head_score += block_score;
+        if (!attends) continue;
+        run<Multiply<Acc>>(q_block, row, int64_t(1), static_cast<const Acc*>(k_transposed), s_row,
+                           s, s_row, padded, head.columns, head.dims, false);
+        run<Multiply<Acc>>(dout_block, row, int64_t(1), static_cast<const Acc*>(v_transposed),
+                           s_row, ds, s_row, padded, head.columns, head.dims, false);
+        run<Differentiate<Acc>>(s, ds, s_row, rows, head.columns, scale,
+                                normalisers + task * head.tokens + first,
+                                static_cast<const Acc*>(delta));
+        run<Multiply<Acc>>(static_cast<const Acc*>(ds), s_row, int64_t(1),
+                           static_cast<const Acc*>(k), row, dq, row, padded, row, head.tokens,
+                           false);
+        if (wanted.qk_dim) {
+          run<Score<Acc>>(q_block, static_cast<const Acc*>(dq), row, rows, row, per_token, qk_score,
+                          per_dim, delta);
+        }
+        if (!wanted.qkv) continue;
+        run<Scatter<In, Acc>>(static_cast<const Acc*>(dq), row, rows, head.dims, &scale, int64_t(0),
+                              dq_out + first * to_token, to_token);
+        run<Multiply<Acc>>(static_cast<const Acc*>(ds), int64_t(1), s_row, q_block, row, dk, row,
+                           head.rows, row, rows, first > 0);
+        run<Multiply<Acc>>(static_cast<const Acc*>(s), int64_t(1), s_row, dout_block, row, dv, row,
+                           head.rows, row, rows, first > 0);
+      }
+      if (wanted.head) head_scores[task] = head_score;
+      if (wanted.v_dim) std::copy_n(v_score, head.dims, v_scores + task * head.dims);
+      for (int64_t d = 0; wanted.qk_dim && d < head.dims; ++d) {
+        // q dq without the factor of dq, which is the same for every token
+        qk_scores[task * head.dims + d] = qk_score[d] * (per_token ? std::abs(scale) : scale);
+      }
+      if (wanted.qkv) {
+        run<Scatter<In, Acc>>(static_cast<const Acc*>(dk), row, head.tokens, head.dims, &scale,
+                              int64_t(0), dq_out + to_part, to_token);
+        run<Scatter<In, Acc>>(static_cast<const Acc*>(dv), row, head.tokens, head.dims, &one,
+                              int64_t(0), dq_out + 2 * to_part, to_token);
+      }
+    }
+  });
+}
+
+Tensor with_adjacent_dims(const Tensor& x) {
+  const int64_t last = x.dim() - 1;
+  return x.size(last) <= 1 || x.stride(last) == 1 ? x : torch::stable::contiguous(x);
+}
+
+ScalarType wide_type(const Tensor& x) {
+  return x.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
+}
+
+void check_qkv(const char* op, const Tensor& qkv) {
+  VP_CHECK(qkv.dim() == 5, op, "qkv_BN3HK", "have 5 dimensions", qkv.dim());
+  VP_CHECK(qkv.size(2) == 3 && qkv.size(4) >= 1, op, "qkv_BN3HK",
+           "have 3 parts (q, k, v) in dimension 2 and a head dim of at least 1", "others");
+}
+
+// calls f<In, Acc>() for the dtype of qkv
+template <typename F>
+void for_dtype(const char* op, const Tensor& qkv, F f) {
+  switch (qkv.scalar_type()) {
+    case ScalarType::Float:
+      return f(float(), float());
+    case ScalarType::Double:
+      return f(double(), double());
+    case ScalarType::BFloat16:
+      return f(BFloat16(), float());
+    case ScalarType::Half:
+      return f(Half(), float());
+    default:
+      VP_CHECK(false, op, "qkv_BN3HK", "be float32, float64, bfloat16 or float16", "another dtype");
+  }
+}
+
+std::tuple<Tensor, Tensor> attention(Tensor qkv, double scale) {
+  check_qkv("attention", qkv);
+  qkv = with_adjacent_dims(qkv);
+  const int64_t batch = qkv.size(0), tokens = qkv.size(1), heads = qkv.size(3), dims = qkv.size(4);
+  Tensor out = torch::stable::new_empty(qkv, {batch, tokens, heads, dims});
+  Tensor lse = torch::stable::new_empty(qkv, {batch, heads, tokens}, wide_type(qkv));
+  for_dtype("attention", qkv, [&](auto in, auto acc) {
+    forward<decltype(in), decltype(acc)>(qkv, out, lse, static_cast<decltype(acc)>(scale));
+  });
+  return {out, lse};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> attention_score(Tensor grad, Tensor qkv, Tensor out,
+                                                           Tensor lse, double scale, bool per_token,
+                                                           bool needs_qkv, bool needs_head,
+                                                           bool needs_qk_dim, bool needs_v_dim) {
+  const char* op = "attention_score";
+  check_qkv(op, qkv);
+  const int64_t batch = qkv.size(0), tokens = qkv.size(1), heads = qkv.size(3), dims = qkv.size(4);
+  for (const auto& [name, x] : {std::pair("grad_out_BNHK", &grad), {"out_BNHK", &out}}) {
+    VP_CHECK(x->dim() == 4 && x->size(0) == batch && x->size(1) == tokens && x->size(2) == heads &&
+                 x->size(3) == dims,
+             op, name, "have the shape of q in qkv_BN3HK", "another");
+    VP_CHECK(x->scalar_type() == qkv.scalar_type(), op, name, "have the dtype of qkv_BN3HK",
+             "another");
+  }
+  VP_CHECK(lse.dim() == 3 && lse.size(0) == batch && lse.size(1) == heads && lse.size(2) == tokens,
+           op, "lse_BHN", "have shape (B, H, N)", "another");
+  VP_CHECK(lse.scalar_type() == wide_type(qkv), op, "lse_BHN",
+           "be float64 for float64 and else float32", "another dtype");
+  grad = with_adjacent_dims(grad);
+  qkv = with_adjacent_dims(qkv);
+  out = with_adjacent_dims(out);
+  lse = torch::stable::contiguous(lse);
+  const Wanted wanted{needs_qkv, needs_head, needs_qk_dim, needs_v_dim};
+  const auto result = [&](bool is_wanted, std::vector<int64_t> shape, ScalarType type) {
+    if (!is_wanted) shape = {0};
+    return torch::stable::new_empty(qkv, shape, type);
+  };
+  const ScalarType wide = wide_type(qkv);
+  Tensor dqkv = result(needs_qkv, {batch, tokens, 3, heads, dims}, qkv.scalar_type());
+  Tensor head = result(needs_head, {batch, heads}, wide);
+  Tensor qk_dim = result(needs_qk_dim, {batch, heads, dims}, wide);
+  Tensor v_dim = result(needs_v_dim, {batch, heads, dims}, wide);
+  for_dtype(op, qkv, [&](auto in, auto acc) {
+    backward<decltype(in), decltype(acc)>(grad, qkv, out, lse, static_cast<decltype(acc)>(scale),
+                                          per_token, wanted, dqkv, head, qk_dim, v_dim);
+  });
+  return {dqkv, head, qk_dim, v_dim};
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(vitprune_fast, CPU, m) {
+  m.impl("attention", TORCH_BOX(&attention));
+  m.impl("attention_score", TORCH_BOX(&attention_score));
+}

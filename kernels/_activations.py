@@ -1,0 +1,57 @@
+"""The activations of an MLP and their derivatives, for use inside kernels."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def _logistic(z):
+    """``1 / (1 + exp(z))`` and ``1 / (1 + exp(-z))`` for z >= 0."""
+    e = tl.exp(-z)
+    upper = 1.0 / (1.0 + e)
+    return e * upper, upper
+
+
+@triton.jit
+def value_and_slope(x, ACTIVATION: tl.constexpr):
+    """An activation and its derivative, elementwise, in the dtype of ``x`` (fp32 or fp64).
+
+    All but relu and sigmoid are x times a distribution function, so with a = |x|, the upper tail
+    T(a) of the distribution and its density p: ``h = max(x, 0) - a T`` and ``h' = D`` below 0 and
+    ``1 - D`` above it, with ``D = T - a p``. NaN stays NaN.
+    """
+    below = x <= 0.0
+    positive = tl.where(below, 0.0, x)
+    magnitude = tl.abs(x)
+    # the tail is 0 from here on, so nothing is lost, and infinity times 0 does not come up
+    a = tl.where(magnitude > 1e4, 1e4, magnitude)
+    if ACTIVATION == "relu":
+        value = positive
+        slope = tl.where(below, 0.0, 1.0).to(x.dtype)
+    elif ACTIVATION == "sigmoid":
+        lower, upper = _logistic(a)
+        value = tl.where(below, lower, upper)
+        slope = lower * upper
+    else:
+        if ACTIVATION == "gelu":
+            tail = 0.5 - 0.5 * tl.erf(a * 0.7071067811865476)
+            slope_below = tail - a * (0.3989422804014327 * tl.exp(-0.5 * a * a))
+        elif ACTIVATION == "gelu_tanh":
+            # (1 + tanh(z / 2)) / 2 is the logistic function of z
+            square = a * a
+            tail, upper = _logistic(1.5957691216057308 * a * (1.0 + 0.044715 * square))
+            slope_of_z = 1.5957691216057308 + 0.21406444881780073 * square
+            slope_below = tail * (1.0 - a * slope_of_z * upper)
+        elif ACTIVATION == "silu":
+            tail, upper = _logistic(a)
+            slope_below = tail * (1.0 - a * upper)
+        else:
+            tl.static_assert(ACTIVATION == "quick_gelu", "no such activation")
+            z = 1.702 * a
+            tail, upper = _logistic(z)
+            slope_below = tail * (1.0 - z * upper)
+        value = positive - a * tail
+        slope = tl.where(below, slope_below, 1.0 - slope_below)
+    return value, slope

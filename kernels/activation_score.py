@@ -1,0 +1,99 @@
+"""Backward of an activation, and the per-sample sum of output x gradient over tokens.
+
+B batch, N tokens, F columns.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from vitprune_fast.kernels._activations import value_and_slope
+from vitprune_fast.kernels._launch import on_device_of
+
+# columns of one tile: 128 of them are 256 bytes of a bf16 row, one full request of a warp
+TILE_COLUMNS = 128
+TILE_TOKENS = 16
+# eight elements for each thread: few registers, hence many programs at once
+NUM_WARPS = 8
+
+
+@triton.jit
+def _activation_score_bwd_kernel(
+    x_ptr,  # (B, N, F)
+    grad_ptr,  # (B, N, F)
+    grad_x_ptr,  # (B, N, F), contiguous
+    score_ptr,  # (B, F), contiguous
+    num_columns,
+    stride_x_b,
+    stride_x_n,
+    stride_x_f,
+    stride_g_b,
+    stride_g_n,
+    stride_g_f,
+    # a model has one number of tokens per image size; as a constant it needs no mask where
+    # BLOCK_N divides it, and older interpreters cannot run a loop with a run-time bound
+    NUM_TOKENS: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    PER_TOKEN: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_F: tl.constexpr,
+):
+    # one program owns BLOCK_F columns of one sample and walks all its tokens in order
+    num_blocks = tl.cdiv(num_columns, BLOCK_F)
+    pid_b = (tl.program_id(0) // num_blocks).to(tl.int64)
+    pid_f = tl.program_id(0) % num_blocks
+    dtype = score_ptr.dtype.element_ty
+    offs_f = (pid_f * BLOCK_F + tl.arange(0, BLOCK_F)).to(tl.int64)
+    mask_f = offs_f < num_columns
+    x_row = x_ptr + pid_b * stride_x_b + offs_f * stride_x_f
+    grad_row = grad_ptr + pid_b * stride_g_b + offs_f * stride_g_f
+    grad_x_row = grad_x_ptr + pid_b * NUM_TOKENS * num_columns + offs_f
+    total = tl.zeros((BLOCK_N, BLOCK_F), dtype)
+    for n_start in range(0, NUM_TOKENS, BLOCK_N):
+        offs_n = (n_start + tl.arange(0, BLOCK_N)).to(tl.int64)[:, None]
+        mask = (offs_n < NUM_TOKENS) & mask_f[None, :]
+        x = tl.load(x_row[None, :] + offs_n * stride_x_n, mask=mask, other=0.0).to(dtype)
+        # beyond the last token the gradient is 0, and so is the share of the score
+        grad = tl.load(grad_row[None, :] + offs_n * stride_g_n, mask=mask, other=0.0).to(dtype)
+        value, slope = value_and_slope(x, ACTIVATION)
+        grad_x = (grad * slope).to(grad_x_ptr.dtype.element_ty)
+        tl.store(grad_x_row[None, :] + offs_n * num_columns, grad_x, mask=mask)
+        share = value * grad
+        total += tl.abs(share) if PER_TOKEN else share
+    tl.store(score_ptr + pid_b * num_columns + offs_f, tl.sum(total, 0), mask=mask_f)
+
+
+def activation_score_bwd(
+    x_BNF: Tensor, grad_BNF: Tensor, activation: str, per_token: bool
+) -> tuple[Tensor, Tensor]:
+    """Launch the kernel; see ``vitprune_fast.ops.activation_score``."""
+    batch, num_tokens, columns = x_BNF.shape
+    dtype = torch.float64 if x_BNF.dtype == torch.float64 else torch.float32
+    grad_x_BNF = x_BNF.new_empty(x_BNF.shape)
+    score_BF = x_BNF.new_empty(batch, columns, dtype=dtype)
+    if score_BF.numel() == 0:
+        return grad_x_BNF, score_BF
+    # one dimension for samples and blocks: only the first may exceed 65,535
+    grid = (batch * triton.cdiv(columns, TILE_COLUMNS),)
+    with on_device_of(x_BNF):
+        _activation_score_bwd_kernel[grid](
+            x_BNF,
+            grad_BNF,
+            grad_x_BNF,
+            score_BF,
+            columns,
+            *x_BNF.stride(),
+            *grad_BNF.stride(),
+            NUM_TOKENS=num_tokens,
+            ACTIVATION=activation,
+            PER_TOKEN=per_token,
+            BLOCK_N=TILE_TOKENS,
+            BLOCK_F=TILE_COLUMNS,
+            num_warps=NUM_WARPS,
+            # named, because its default is not the same in every Triton
+            enable_fp_fusion=True,
+        )
+    return grad_x_BNF, score_BF

@@ -1,0 +1,39 @@
+"""The table of all compiled kernels: ``python -m tests.compiled [--target 90] [STEM ...]``.
+
+Ends with status 1, after the faults, when the code of a kernel is not as it must be.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+
+from . import machine
+
+
+def main() -> int:
+    """Compile what is asked for and print one line each."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("stems", nargs="*", metavar="STEM", help="op, all without one")
+    parser.add_argument("--target", type=int, choices=machine.TARGETS, help="all without one")
+    arguments = parser.parse_args()
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        print("compiled: TRITON_INTERPRET must not be set, got 1: it compiles nothing")
+        return 2
+    wrong = []
+    print(machine.HEADER)
+    print("|---|---|--:|--:|--:|--:|--:|--:|")
+    for stem in arguments.stems or machine.stems():
+        for target in [arguments.target] if arguments.target else machine.TARGETS:
+            for case in machine.cases(stem, target):
+                code = machine.compile_case(case, target)
+                print(machine.row(case, target, code), flush=True)
+                found = machine.faults(case, target, code)
+                wrong += [f"{case.label} sm_{target}: {fault}" for fault in found]
+    print("\n".join(wrong))
+    return 1 if wrong else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,168 @@
+"""Compile cases ahead of time for a GPU that need not be there, and judge their machine code.
+
+What the disassembler prints for tensor cores differs: HMMA on sm_80 (mma), HGMMA on sm_90 (wgmma),
+UTCHMMA and its kin on sm_100 (tcgen05).
+"""
+
+from __future__ import annotations
+
+import importlib
+import re
+import subprocess
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+
+from .case import Case
+
+TARGETS = (80, 90, 100)
+HERE = Path(__file__).parent
+# beside the modules that hold cases
+MACHINERY = ("__init__", "__main__", "case", "machine")
+# an address in comment signs, a predicate perhaps, then the operation with its modifiers
+INSTRUCTION = re.compile(r"^\s*/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)", re.MULTILINE)
+LOCAL = re.compile(r"(LDL|STL)\b")
+# reductions in memory; not REDUX, which adds integers within a warp
+ATOMIC = re.compile(r"(ATOM|ATOMG|ATOMS|RED|REDG|REDS|UTMARED\w*|UBLKRED\w*)\b")
+# how tensor memory of sm_100 is handed out: integers, in a fixed place
+TENSOR_MEMORY = re.compile(r"ATOMS\.(OR|AND)\b")
+# also the asynchronous form, LDGSTS; 256 are two at once
+WIDE_LOAD = re.compile(r"LDG(STS)?\b.*\.(128|256)\b")
+WIDE_STORE = re.compile(r"STG\b.*\.(128|256)\b")
+TENSOR_CORE = {
+    80: re.compile(r"[HI]MMA\b"),
+    90: re.compile(r"[HQI]GMMA\b"),
+    100: re.compile(r"UTC[A-Z]*MMA\b"),
+}
+# bytes that one program may take on every GPU since sm_80; sm_86 and sm_89 have the least
+MAX_SHARED = 99 * 1024
+
+
+@dataclass(frozen=True)
+class Code:
+    """What a kernel became.
+
+    Args:
+        registers: of one thread.
+        stack: bytes of local memory of one thread.
+        shared: bytes of shared memory of one program.
+        instructions: operations with their modifiers, in order.
+    """
+
+    registers: int
+    stack: int
+    shared: int
+    instructions: tuple[str, ...]
+
+    def count(self, pattern: re.Pattern[str]) -> int:
+        """Number of instructions the pattern matches from their start on."""
+        return sum(pattern.match(instruction) is not None for instruction in self.instructions)
+
+
+def instructions(disassembly: str) -> tuple[str, ...]:
+    """The operations of a disassembly, each with its modifiers: ``"LDG.E.128"``."""
+    return tuple(INSTRUCTION.findall(disassembly))
+
+
+def compile_case(case: Case, target: int) -> Code:
+    """Compile one case for one target; needs a process without TRITON_INTERPRET."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    names = case.kernel.arg_names
+    given = {*case.types, *case.constants}
+    if given != set(names) or not case.aligned <= set(case.types):
+        odd = sorted(given ^ set(names) | case.aligned - set(case.types))
+        raise ValueError(f"{case.label}: types, constants and aligned must name arguments: {odd}")
+    source = ASTSource(
+        case.kernel,
+        {name: case.types.get(name, "constexpr") for name in names},
+        {(names.index(name),): value for name, value in case.constants.items()},
+        {(names.index(name),): [["tt.divisibility", 16]] for name in case.aligned},
+    )
+    options = {
+        "num_warps": case.num_warps,
+        "num_stages": case.num_stages,
+        "enable_fp_fusion": True,
+    }
+    compiled = triton.compile(source, target=GPUTarget("cuda", target, 32), options=options)
+    tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        Path(file.name).write_bytes(compiled.asm["cubin"])
+        usage = _output(tools / "cuobjdump", "-res-usage", file.name)
+        code = _output(tools / "nvdisasm", "-c", file.name)
+    registers, stack = (int(re.findall(rf"{what}:(\d+)", usage)[0]) for what in ("REG", "STACK"))
+    return Code(registers, stack, compiled.metadata.shared, instructions(code))
+
+
+def _output(tool: Path, *arguments: str) -> str:
+    command = [str(tool), *arguments]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+
+def faults(case: Case, target: int, code: Code) -> list[str]:
+    """One sentence for each thing the machine code must not be."""
+    found = []
+    local = code.count(LOCAL)
+    if code.stack or local:
+        found.append(f"registers spill: {code.stack} bytes of stack, {local} local accesses")
+    bound = case.registers
+    bound = bound[target] if isinstance(bound, Mapping) else bound
+    if code.registers > bound:
+        found.append(f"{code.registers} registers are more than the recorded {bound}")
+    if code.shared > MAX_SHARED:
+        found.append(f"{code.shared} bytes of shared memory are more than {MAX_SHARED}")
+    atomics = [
+        instruction
+        for instruction in code.instructions
+        if ATOMIC.match(instruction) and not (target >= 100 and TENSOR_MEMORY.match(instruction))
+    ]
+    if atomics:
+        found.append(f"an atomic frees the order of sums: {', '.join(sorted(set(atomics)))}")
+    if not code.instructions:
+        found.append("there is no code")
+    patterns = {"LDG.128": WIDE_LOAD, "STG.128": WIDE_STORE, "MMA": TENSOR_CORE[target]}
+    found += [
+        f"{wanted} is expected and missing"
+        for wanted in case.expects
+        if code.count(patterns[wanted]) == 0
+    ]
+    return found
+
+
+HEADER = "| kernel | target | registers | stack | shared | wide loads | wide stores | MMA |"
+
+
+def row(case: Case, target: int, code: Code) -> str:
+    """One line of the table under ``HEADER``."""
+    cells = (
+        case.label,
+        f"sm_{target}",
+        code.registers,
+        code.stack,
+        code.shared,
+        code.count(WIDE_LOAD),
+        code.count(WIDE_STORE),
+        code.count(TENSOR_CORE[target]),
+    )
+    return "| " + " | ".join(map(str, cells)) + " |"
+
+
+def stems() -> list[str]:
+    """Names of the modules beside this one that hold ``CASES``."""
+    found = sorted(path.stem for path in HERE.glob("*.py"))
+    return [stem for stem in found if stem not in MACHINERY]
+
+
+def module(stem: str) -> ModuleType:
+    """One of them."""
+    return importlib.import_module(f"{__package__}.{stem}")
+
+
+def cases(stem: str, target: int | None = None) -> list[Case]:
+    """The cases of one stem, or those of them that one target runs."""
+    found: list[Case] = module(stem).CASES
+    return [case for case in found if target is None or not case.targets or target in case.targets]

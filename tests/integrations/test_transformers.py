@@ -1,0 +1,154 @@
+"""Scores of transformers models are derivatives by real gates; the models come back unharmed."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+from itertools import pairwise
+from typing import Any
+
+import pytest
+import torch
+from integrations.gates import Gates
+from integrations.huggingface import MLP, MODELS, batch_of, model_of
+from torch import nn
+from transformers import ViTMAEConfig, ViTMAEForPreTraining
+
+import vitprune_fast as vp
+from vitprune_fast.errors import InvalidInput, UnsupportedArchitecture
+from vitprune_fast.integrations import transformers as hf
+from vitprune_fast.structure import UNIT_KINDS
+
+
+def gates_of(model: Any, batch: int) -> Gates:
+    """By the names in the modeling files, not by our table."""
+    gates = Gates(batch)
+    base = model.base_model_prefix
+    body = getattr(model, base)
+    dino = base.startswith("dinov2")
+    blocks = body.encoder.layer if dino else body.layers
+    where = f"{base}.encoder.layer" if dino else f"{base}.layers"
+    embed = gates.leaf("embed", 24)
+    for i, block in enumerate(blocks):
+        path, attention = f"{where}.{i}", block.attention
+        qk = gates.attention(f"{path}.attention", attention.o_proj, 3)
+        gates.after(attention.q_proj, lambda q, g=qk: q * g.flatten(1)[:, None])
+        gates.neurons(f"{path}.mlp", getattr(block.mlp, "fc2", None) or block.mlp.down_proj)
+        norms = ("norm1", "norm2") if dino else ("layernorm_before", "layernorm_after")
+        for norm in norms:
+            gates.norm(getattr(block, norm), embed)
+    gates.norm(body.layernorm, embed)
+    gates.branches([b.attention for b in blocks], [b.mlp for b in blocks])
+    return gates
+
+
+@pytest.mark.parametrize("path", ["auto", "taps"])
+@pytest.mark.parametrize("name", MODELS)
+def test_scores_of_every_unit_kind_are_gate_derivatives(name: str, path: Any) -> None:
+    model = model_of(name)
+    images, labels = batch_of()
+    got = hf.score(model, [(images, labels)], units="all", per_sample=True, path=path).per_sample
+    want = gates_of(model, len(images)).derivatives(
+        lambda x: model(pixel_values=x).logits, images, labels
+    )
+    assert got.keys() == want.keys()
+    assert {hf.units(model).axes[name].kind for name in got} == set(UNIT_KINDS)
+    for axis, value in want.items():
+        # handed back in fp32
+        assert (got[axis].double() - value).norm() <= 2**-23 * value.norm(), axis
+
+
+@pytest.mark.parametrize("name", ["vit", "deit-teacher", "dinov2-giant"])
+def test_leaving_out_units_one_by_one(name: str) -> None:
+    model = model_of(name)
+    images, labels = batch_of(3)
+    got = hf.score(model, [(images, labels)], "loss", units="all", per_sample=True).per_sample
+    want = gates_of(model, 3).damage(lambda x: model(pixel_values=x).logits, images, labels)
+    assert got.keys() == want.keys()
+    for axis, value in want.items():
+        assert (got[axis].double() - value).norm() <= 2**-23 * value.norm(), axis
+
+
+@pytest.mark.parametrize("name", ["vit", "dinov2"])
+def test_activation_of_branches_is_how_far_they_turn_the_stream(name: str) -> None:
+    model = model_of(name)
+    images, labels = batch_of(3)
+    scores = hf.score(model, [(images, labels)], "activation", units="all")
+    hidden = model(pixel_values=images, output_hidden_states=True).hidden_states
+    turns = []
+    for before, after in pairwise(hidden):
+        turns.append(1 - nn.functional.cosine_similarity(before, after, dim=-1).mean())
+    blocks = model.vit.layers if name == "vit" else model.dinov2.encoder.layer
+    assert torch.allclose(scores["blocks"].double(), torch.stack(turns), rtol=1e-6)
+    block = blocks[0]
+    if name == "vit":
+        written = block.attention(block.layernorm_before(hidden[0]))[0]
+    else:
+        written = block.layer_scale1(block.attention(block.norm1(hidden[0]))[0])
+    turn = 1 - nn.functional.cosine_similarity(hidden[0], hidden[0] + written, dim=-1).mean()
+    assert scores["attn_branches"][0].item() == pytest.approx(turn.item(), 1e-6)
+
+
+@pytest.mark.parametrize("name", ["vit", "dinov2-giant"])
+def test_the_model_comes_back_exactly_as_it_was(name: str) -> None:
+    model = model_of(name).train()
+    model.classifier.weight.requires_grad_(False)
+    before = copy.deepcopy(model.state_dict())
+    modes = [m.training for m in model.modules()]
+    trainable = [p.requires_grad for p in model.parameters()]
+
+    def batches():
+        yield batch_of()
+        raise KeyError("a batch that cannot be read")
+
+    for stream in ([batch_of()], batches()):
+        with contextlib.suppress(KeyError):
+            hf.score(model, stream, units="all")
+        assert all(torch.equal(t, before[n]) for n, t in model.state_dict().items())
+        assert [m.training for m in model.modules()] == modes
+        assert [p.requires_grad for p in model.parameters()] == trainable
+        for module in model.modules():
+            assert not module._forward_hooks and not module._forward_pre_hooks
+            assert "forward" not in module.__dict__
+        assert hasattr(model(pixel_values=batch_of()[0]), "logits")
+
+
+def test_every_parameter_has_a_layout() -> None:
+    for name in MODELS:
+        model = model_of(name)
+        structure = hf.units(model)
+        left = {n for n, _ in model.named_parameters()} - structure.tensors.keys()
+        # replaced pixels of pre-training, unused by a classifier
+        assert {n.rpartition(".")[2] for n in left} <= {"mask_token"}
+
+
+def test_magnitude_needs_no_data() -> None:
+    model = model_of("dinov2-giant")
+    scores = hf.score(model, criterion="magnitude", reduction="group", units=("neuron",))
+    mlp = model.dinov2.encoder.layer[1].mlp
+    owned = (mlp.gate_proj.weight[5], mlp.up_proj.weight[5], mlp.down_proj.weight[:, 5])
+    got = scores["dinov2.encoder.layer.1.mlp.neurons"][5].item()
+    assert got == pytest.approx(torch.cat(owned).norm().item(), 1e-6)
+
+
+def test_other_models_are_refused() -> None:
+    arguments: dict[str, Any] = MLP | {"decoder_hidden_size": 24, "decoder_num_attention_heads": 3}
+    config = ViTMAEConfig(**arguments)
+    with pytest.raises(UnsupportedArchitecture, match=r"one of ViTFor.*, got ViTMAEForPreTraining"):
+        hf.units(ViTMAEForPreTraining(config))
+
+    class ViTForImageClassification(nn.Module):
+        """Another thing of the same name."""
+
+    with pytest.raises(UnsupportedArchitecture):
+        hf.units(ViTForImageClassification())
+    model = model_of()
+    model.vit.layers[1].attention = nn.Identity()
+    with pytest.raises(UnsupportedArchitecture, match=r"layers\.1\.attention must have separate"):
+        hf.units(model)
+    del model.vit.layers
+    with pytest.raises(UnsupportedArchitecture, match=r"vit\.layers, as from transformers 5 on"):
+        hf.units(model)
+    with pytest.raises(InvalidInput, match="kind must be one of"):
+        hf.score(model_of(), [batch_of()], units=("heads",))
+    assert isinstance(hf.score(model_of(), [batch_of()]), vp.Scores)

@@ -1,0 +1,214 @@
+"""A score run as a whole: memory that runs out, stops and starts, processes, progress."""
+
+from __future__ import annotations
+
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from vitprune_fast.errors import NotEnoughMemory
+from vitprune_fast.scoring import Scores, resume, score
+from vitprune_fast.scoring.resume import CheckpointRefused
+from vitprune_fast.testing import random_images, random_vit
+
+BATCHES, SIZE = 5, 6
+
+
+def stream(model: Any, batches: int = BATCHES) -> list[tuple[Tensor, Tensor]]:
+    return [
+        (random_images(model, SIZE, seed=seed), torch.arange(SIZE) % model.num_classes)
+        for seed in range(batches)
+    ]
+
+
+def same_bits(one: Scores, other: Scores) -> None:
+    assert list(one) == list(other)
+    assert (one.samples, one.skipped) == (other.samples, other.skipped)
+    for name in one:
+        assert torch.equal(one[name], other[name])
+        if one.per_sample:
+            assert torch.equal(one.per_sample[name], other.per_sample[name])
+
+
+class ScriptedMemory:
+    """Runs out when the model is handed more than ``holds`` images at once."""
+
+    def __init__(self, model: Any, holds: int, error: BaseException):
+        self.failures, self.seen = 0, []
+        self._holds, self._error = holds, error
+        self._hook = model.register_forward_pre_hook(self._watch)
+
+    def _watch(self, _: Any, inputs: tuple[Tensor, ...]) -> None:
+        self.seen.append(len(inputs[0]))
+        if len(inputs[0]) > self._holds:
+            self.failures += 1
+            raise self._error
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory"),
+        RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried ..."),
+        MemoryError(),
+    ],
+    ids=["cuda", "cpu", "python"],
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["fp32", "fp64"])
+def test_a_batch_that_does_not_fit_is_halved_and_every_sample_counts_once(dtype, error) -> None:
+    model = random_vit(dtype=dtype)
+    whole = score(model, stream(model), units="all", per_sample=True)
+    memory = ScriptedMemory(model, 2, error)
+    parts = score(model, stream(model), units="all", per_sample=True)
+    assert 1 <= memory.failures <= math.ceil(math.log2(SIZE)) + 1
+    # the size that fits is kept for the rest of the stream
+    assert all(size <= 2 for size in memory.seen[memory.seen.index(3) + 1 :])
+    assert parts.samples == whole.samples == BATCHES * SIZE
+    for name, value in whole.items():
+        error_of = (parts[name].double() - value.double()).norm() / value.double().norm()
+        # fp64 scores are handed back rounded to fp32
+        assert error_of <= (1e-5 if dtype == torch.float32 else 2**-23)
+        assert parts.per_sample[name].shape == whole.per_sample[name].shape
+
+
+def test_memory_that_does_not_hold_one_image_is_said_in_one_sentence() -> None:
+    model = random_vit()
+    ScriptedMemory(model, 0, torch.OutOfMemoryError("CUDA out of memory"))
+    with pytest.raises(NotEnoughMemory, match="must hold the activations of one image"):
+        score(model, stream(model))
+    assert "forward" not in model.blocks[0].mlp.__dict__
+
+
+def test_other_errors_are_not_taken_for_missing_memory() -> None:
+    model = random_vit()
+    ScriptedMemory(model, 2, RuntimeError("expected scalar type Float"))
+    with pytest.raises(RuntimeError, match="scalar type"):
+        score(model, stream(model))
+
+
+@pytest.mark.parametrize("per_sample", [False, True])
+@pytest.mark.parametrize("stop_after", [1, 3, BATCHES])
+def test_a_stopped_run_ends_with_the_same_bits(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stop_after: int, per_sample: bool
+) -> None:
+    monkeypatch.setattr(resume, "EVERY_S", 0.0)
+    model = random_vit(dtype=torch.float32)
+    path = tmp_path / "partial.safetensors"
+    options: dict[str, Any] = {"criterion": "fisher", "units": "all", "per_sample": per_sample}
+    whole = score(model, stream(model), **options)
+
+    def stopped():
+        yield from stream(model)[:stop_after]
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        score(model, stopped(), checkpoint=path, **options)
+    assert path.exists() and "forward" not in model.blocks[0].attn.__dict__
+    runs: list[int] = []
+    model.register_forward_pre_hook(lambda _, inputs: runs.append(len(inputs[0])))
+    again = score(model, stream(model), checkpoint=path, **options)
+    same_bits(whole, again)
+    assert len(runs) == BATCHES - stop_after
+    assert not path.exists()
+
+
+def test_a_checkpoint_of_another_run_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(resume, "EVERY_S", 0.0)
+    model, path = random_vit(dtype=torch.float32), tmp_path / "partial.safetensors"
+
+    def stopped():
+        yield from stream(model)[:2]
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        score(model, stopped(), checkpoint=path)
+    others: tuple[dict[str, Any], ...]
+    others = ({"criterion": "fisher"}, {"units": ("neuron",)}, {"micro_batch": 3})
+    for other in others:
+        with pytest.raises(CheckpointRefused, match="checkpoint"):
+            score(model, stream(model), checkpoint=path, **other)
+    with pytest.raises(CheckpointRefused, match="of another model"):
+        score(random_vit(seed=1, dtype=torch.float32), stream(model), checkpoint=path)
+    relabelled = [(images, labels.flip(0)) for images, labels in stream(model)]
+    with pytest.raises(CheckpointRefused, match="batches must be those"):
+        score(model, relabelled, checkpoint=path)
+    with pytest.raises(CheckpointRefused, match="batches must be those"):
+        # the stream ends before the place the run had come to
+        score(model, stream(model)[:1], checkpoint=path)
+    path.write_bytes(path.read_bytes()[:-9])
+    with pytest.raises(CheckpointRefused, match="delete it to start anew"):
+        score(model, stream(model), checkpoint=path)
+
+
+def test_events_tell_how_far_and_how_fast() -> None:
+    model, events = random_vit(), []
+    score(model, stream(model), micro_batch=4, on_event=events.append)
+    assert [event["step"] for event in events] == [4, 6, 10, 12, 16, 18, 22, 24, 28, 30]
+    assert all(event["images_per_s"] > 0 for event in events[1:])
+
+
+WORKER = """
+import os, sys
+import torch
+from torch import distributed as dist
+from scoring.test_stream import stream
+from vitprune_fast.scoring import score
+from vitprune_fast.testing import random_vit
+
+rank, world, folder, fails = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3], sys.argv[4] == "1"
+torch.set_num_threads(1)
+dist.init_process_group("gloo", f"file://{folder}/store{world}", rank=rank, world_size=world)
+model = random_vit(dtype=torch.float32)
+if fails and rank == 1:
+    model.register_forward_pre_hook(lambda *_: (_ for _ in ()).throw(ArithmeticError("here")))
+scores = score(
+    model, stream(model), criterion="fisher", units="all", per_sample=True, micro_batch=4
+)
+scores.save(f"{folder}/scores{rank}.safetensors")
+dist.destroy_process_group()
+"""
+
+
+def start(tmp_path: Path, world: int, fails: bool = False) -> list[subprocess.Popen]:
+    command = [sys.executable, "-c", WORKER]
+    return [
+        subprocess.Popen(
+            [*command, str(rank), str(world), str(tmp_path), str(int(fails))],
+            cwd=Path(__file__).parents[1],
+            stderr=subprocess.PIPE,
+            text=True,
+            env={**os.environ, "PYTHONPATH": f"{Path(__file__).parents[2]}:."},
+        )
+        for rank in range(world)
+    ]
+
+
+@pytest.mark.parametrize("world", [2, 3])
+def test_processes_share_the_work_and_all_get_the_same_bits(tmp_path: Path, world: int) -> None:
+    model = random_vit(dtype=torch.float32)
+    alone = score(
+        model, stream(model), criterion="fisher", units="all", per_sample=True, micro_batch=4
+    )
+    processes = start(tmp_path, world)
+    errors = [process.communicate(timeout=120)[1] for process in processes]
+    assert [process.returncode for process in processes] == [0] * world, errors
+    for rank in range(world):
+        same_bits(alone, Scores.load(tmp_path / f"scores{rank}.safetensors"))
+
+
+def test_a_failing_process_ends_all_of_them(tmp_path: Path) -> None:
+    processes = start(tmp_path, 2, fails=True)
+    first, second = (process.communicate(timeout=120)[1] for process in processes)
+    # the survivor may also be ended by its backend, once the other one is gone
+    assert all(process.returncode != 0 for process in processes)
+    assert "every process must succeed, got a failure in rank 1" in first
+    assert "ArithmeticError: here" in second

@@ -1,0 +1,85 @@
+"""`vitprune-fast bench scoring`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Annotated, Any, Literal
+
+from tyro.conf import arg
+
+from vitprune_fast.cli.options import parse
+from vitprune_fast.recipes.config import ModelConfig
+
+
+@dataclass(frozen=True)
+class BenchScoring:
+    """Race our scoring against what one would do without it, on random images.
+
+    On a CPU the processor time of one thread counts, on a GPU the time on its stream.
+    """
+
+    model: Annotated[ModelConfig, arg(name="")] = field(
+        default_factory=lambda: ModelConfig(name="deit_tiny_patch16_224")
+    )
+    batch_size: Annotated[int, arg(metavar="N")] = 8
+    """Images of the batch that is scored."""
+    rounds: Annotated[int, arg(metavar="N")] = 10
+    """How often every form is timed, in turns."""
+    peers: bool = True
+    """Also time forms that are not ours, as far as their packages are installed."""
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Of the model; auto is bfloat16 on a GPU, float32 else."""
+    device: Annotated[str, arg(metavar="auto|cpu|cuda")] = "auto"
+    """Where to compute."""
+
+
+def main(words: list[str]) -> int:
+    """Runs the race and prints a table."""
+    options = parse("bench scoring", words, lambda chosen: BenchScoring())
+    if options is None:
+        return 0
+    import torch
+
+    from vitprune_fast.cli.display import print_table
+    from vitprune_fast.errors import InvalidInput
+    from vitprune_fast.randomness import generator
+    from vitprune_fast.recipes import models
+    from vitprune_fast.recipes.profile import choose_profile
+    from vitprune_fast.scoring.race import ALL_KINDS, BARE, FISHER, FORMS, race
+    from vitprune_fast.structure import describe
+
+    if options.batch_size < 1:
+        raise InvalidInput(f"bench: batch_size must be at least 1, got {options.batch_size}")
+    device = choose_profile(options.device, 1).device
+    on_gpu = device.startswith("cuda")
+    name = options.dtype
+    if name == "auto":
+        name = "bfloat16" if on_gpu else "float32"
+    dtype: Any = getattr(torch, name)
+    model: Any = models.open_model(options.model).to(device, dtype)
+    random = generator(0, "bench")
+    size = (options.batch_size, *describe(model).input_size)
+    images = torch.randn(size, generator=random).to(device, dtype)
+    labels = torch.randint(model.num_classes, size[:1], generator=random).to(device)
+    print(f"{options.model.name}, batch {options.batch_size}, {dtype}, {device}")
+    forms = FORMS if options.peers else (ALL_KINDS, FISHER, BARE)
+    entries = race(model, images, labels, rounds=options.rounds, forms=forms)
+    print_table(
+        ("form", "ms", "spread", "images/s", "times ours", "of limit"),
+        [
+            (
+                f"{entry.name} ({entry.note})" if entry.note else entry.name,
+                f"{entry.seconds * 1e3:,.1f}",
+                f"{entry.spread:.0%}",
+                f"{entry.images_per_s:,.1f}",
+                f"{entry.times_ours:.2f}",
+                "" if entry.of_limit is None else f"{entry.of_limit:.0%}",
+            )
+            for entry in entries
+        ],
+    )
+    print(
+        "of limit: the matrix products of forward and input gradients at the rate of the best "
+        "product measured here, over the time"
+    )
+    return 0

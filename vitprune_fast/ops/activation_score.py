@@ -1,0 +1,208 @@
+"""Backward of an activation, fused with the first-order score of each of its columns.
+
+B batch, N tokens, F columns.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from vitprune_fast import _checks
+from vitprune_fast.ops._dispatch import Backend, choose
+from vitprune_fast.reference.activation_score import ACTIVATIONS as _FORWARD
+from vitprune_fast.reference.activation_score import activation_score as _eager
+
+DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+ACTIVATIONS = tuple(_FORWARD)
+
+_library = torch.library.Library("vitprune_fast", "FRAGMENT")
+_library.define(
+    "activation_score(Tensor x_BNF, Tensor grad_BNF, str activation, bool per_token)"
+    " -> (Tensor, Tensor)",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+
+
+@torch.library.register_fake("vitprune_fast::activation_score", lib=_library)
+def _fake(
+    x_BNF: Tensor, grad_BNF: Tensor, activation: str, per_token: bool
+) -> tuple[Tensor, Tensor]:
+    batch, _, columns = x_BNF.shape
+    return x_BNF.new_empty(x_BNF.shape), x_BNF.new_empty(batch, columns, dtype=score_dtype(x_BNF))
+
+
+# C++ and Triton cannot both hold the CUDA key of one op, so the twin has its own name
+@torch.library.custom_op("vitprune_fast::activation_score_triton", mutates_args=())
+def _triton(
+    x_BNF: Tensor, grad_BNF: Tensor, activation: str, per_token: bool
+) -> tuple[Tensor, Tensor]:
+    from vitprune_fast.kernels.activation_score import activation_score_bwd
+
+    return activation_score_bwd(x_BNF, grad_BNF, activation, per_token)
+
+
+_triton.register_fake(_fake)
+
+
+def score_dtype(x: Tensor) -> torch.dtype:
+    """What the score of ``x`` is accumulated and returned in."""
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+def check_activation(op: str, activation: str) -> None:
+    """Raise unless ``activation`` is one of ``ACTIVATIONS``."""
+    names = ", ".join(ACTIVATIONS)
+    _checks.require(
+        activation in ACTIVATIONS, op, "activation", f"be one of {names}", repr(activation)
+    )
+
+
+def check_probe(op: str, probe_BF: Tensor, x_name: str, x: Tensor, columns: int) -> None:
+    """Raise unless the probe has a number of the score's dtype for each sample and column."""
+    _checks.require_tensor(op, "probe_BF", probe_BF)
+    shape, dtype = (x.shape[0], columns), score_dtype(x)
+    rule = f"have shape {shape}, one number per sample and column of {x_name}"
+    _checks.require(probe_BF.shape == shape, op, "probe_BF", rule, tuple(probe_BF.shape))
+    rule = f"have dtype {dtype}, that of the score"
+    _checks.require(probe_BF.dtype == dtype, op, "probe_BF", rule, probe_BF.dtype)
+    rule = f"have device {x.device} like {x_name}"
+    _checks.require(probe_BF.device == x.device, op, "probe_BF", rule, probe_BF.device)
+
+
+def refuse_second_derivative(op: str) -> None:
+    """Raise in a backward that is itself recorded, where the result would be cut off silently."""
+    if torch.is_grad_enabled():
+        raise RuntimeError(f"{op}: has no second derivative; leave out create_graph=True")
+
+
+def activation_score(
+    x_BNF: Tensor,
+    grad_BNF: Tensor,
+    activation: str = "gelu",
+    *,
+    per_token: bool = False,
+    backend: Backend = "auto",
+) -> tuple[Tensor, Tensor]:
+    """Backward of an activation, and the first-order importance of its columns for each sample.
+
+    With h = act(x) and ``grad`` the gradient of the loss w.r.t. h: ::
+
+        grad_x = grad * act'(x)        score[b, f] = sum_n h[b, n, f] * grad[b, n, f]
+
+    The score is the derivative of sample b's loss along scaling column f of h. h is computed again
+    from x, so nothing but x need be kept for the backward. With ``per_token`` the tokens cannot
+    cancel each other: ``sum_n |h * grad|``. Not differentiable.
+
+    Reference: Molchanov et al., "Importance Estimation for Neural Network Pruning", CVPR 2019
+    (arXiv:1906.10771): the first-order criterion before its square, with a gate on each column.
+    Per token as in the code of Michel et al., "Are Sixteen Heads Really Better than One?", NeurIPS
+    2019 (arXiv:1905.10650). GELU: Hendrycks and Gimpel, 2016 (arXiv:1606.08415).
+
+    Args:
+        x_BNF: input of the activation, ``(B, N, F)``, fp32/fp64/bf16/fp16; samples and tokens may
+            lie anywhere, columns are copied together first when they are not adjacent.
+        grad_BNF: gradient of the loss w.r.t. the activation's output; same shape, dtype, device.
+        activation: one of ``ACTIVATIONS``: ``"gelu"`` (with erf), ``"gelu_tanh"``, ``"relu"``,
+            ``"silu"``, ``"quick_gelu"`` (``x * sigmoid(1.702 x)``) or ``"sigmoid"``.
+        per_token: sum the magnitude of each token's share instead of the share.
+        backend: implementation to run (``"cpu"`` is the C++ kernel); an explicit choice never
+            falls back.
+
+    Returns:
+        The gradient w.r.t. ``x_BNF``, ``(B, N, F)`` of its dtype, contiguous; and the score,
+        ``(B, F)``, fp64 for fp64 inputs and else fp32, which is also what everything is computed
+        in; signed (>= 0 with ``per_token``), in units of the loss. Row ``b`` of both depends on
+        row ``b`` of the inputs alone; their bits do not depend on the batch, the threads or the
+        repetition.
+
+    Raises:
+        TypeError: an argument is not a tensor.
+        InvalidInput: shapes, dtypes or devices disagree, or no activation has that name.
+        BackendUnavailable: ``backend`` was named and cannot run here; the message says why.
+    """
+    op = "activation_score"
+    _checks.require_tensor(op, "x_BNF", x_BNF)
+    _checks.require_tensor(op, "grad_BNF", grad_BNF)
+    _checks.require_dims(op, "x_BNF", x_BNF, 3)
+    _checks.require_dtype(op, "x_BNF", x_BNF, DTYPES)
+    _checks.require_like(op, "grad_BNF", grad_BNF, "x_BNF", x_BNF)
+    check_activation(op, activation)
+    x_BNF, grad_BNF = x_BNF.detach(), grad_BNF.detach()
+    chosen = choose(op, x_BNF.device, backend)
+    if chosen == "cpu":
+        return torch.ops.vitprune_fast.activation_score(x_BNF, grad_BNF, activation, per_token)
+    if chosen == "triton":
+        return _triton(x_BNF, grad_BNF, activation, per_token)
+    return _eager(x_BNF, grad_BNF, activation, per_token=per_token)
+
+
+# torch's own forward is at the speed of memory; the backward is what has no equal there
+@torch.library.custom_op("vitprune_fast::scored_activation", mutates_args=())
+def _scored(
+    x_BNF: Tensor, probe_BF: Tensor, activation: str, per_token: bool, backend: str
+) -> Tensor:
+    return _FORWARD[activation](x_BNF)
+
+
+@_scored.register_fake
+def _(x_BNF: Tensor, probe_BF: Tensor, activation: str, per_token: bool, backend: str) -> Tensor:
+    return _FORWARD[activation](x_BNF)
+
+
+def _save(ctx, inputs, output) -> None:
+    x_BNF, _, ctx.activation, ctx.per_token, ctx.backend = inputs
+    ctx.save_for_backward(x_BNF)
+
+
+def _backward(ctx, grad_BNF: Tensor):
+    refuse_second_derivative("scored_activation")
+    (x_BNF,) = ctx.saved_tensors
+    grad_x_BNF, score_BF = activation_score(
+        x_BNF, grad_BNF, ctx.activation, per_token=ctx.per_token, backend=ctx.backend
+    )
+    return grad_x_BNF, score_BF, None, None, None
+
+
+_scored.register_autograd(_backward, setup_context=_save)
+
+
+def scored_activation(
+    x_BNF: Tensor,
+    probe_BF: Tensor,
+    activation: str = "gelu",
+    *,
+    per_token: bool = False,
+    backend: Backend = "auto",
+) -> Tensor:
+    """An activation that hands out, in backward, how much each of its columns matters.
+
+    Computes act(x) as torch does. Its gradient w.r.t. ``x_BNF`` is that of the activation; the one
+    w.r.t. ``probe_BF`` is ``activation_score``'s score, the derivative of each sample's loss by a
+    gate of 1 on each column (when the loss is summed over samples). Differentiable once.
+
+    Args:
+        x_BNF: input, ``(B, N, F)``, fp32/fp64/bf16/fp16; the only thing kept for the backward.
+        probe_BF: a number for each sample and column, never read; fp64 for fp64 inputs and else
+            fp32. After a backward its ``.grad`` is the score.
+        activation: one of ``ACTIVATIONS``.
+        per_token: give the probe the sum of each token's magnitude instead of its gradient.
+        backend: implementation of the backward; an explicit choice never falls back.
+
+    Returns:
+        act(x), ``(B, N, F)`` of the dtype of ``x_BNF``.
+
+    Raises:
+        TypeError: an argument is not a tensor.
+        InvalidInput: shapes, dtypes or devices disagree, or no activation has that name.
+        BackendUnavailable: ``backend`` was named and cannot run here; the message says why.
+    """
+    op = "scored_activation"
+    _checks.require_tensor(op, "x_BNF", x_BNF)
+    _checks.require_dims(op, "x_BNF", x_BNF, 3)
+    _checks.require_dtype(op, "x_BNF", x_BNF, DTYPES)
+    check_activation(op, activation)
+    check_probe(op, probe_BF, "x_BNF", x_BNF, x_BNF.shape[2])
+    # settled here, so that a backend that cannot run is refused before the backward
+    chosen = choose("activation_score", x_BNF.device, backend)
+    return _scored(x_BNF, probe_BF, activation, per_token, chosen)

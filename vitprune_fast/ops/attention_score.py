@@ -1,0 +1,474 @@
+"""Attention on packed qkv whose backward also scores heads, q/k dims and v dims, per sample.
+
+B batch, N tokens, H heads, K head dim; packed ``qkv`` is (B, N, 3, H, K).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from vitprune_fast import _checks
+from vitprune_fast.ops._dispatch import Backend, choose
+from vitprune_fast.reference import attention_score as _reference
+
+DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+NEEDS = ("qkv", "head", "qk_dim", "v_dim")
+_OP = "attention_score"
+# torch's efficient attention stores the rows of the normalisers padded to this many
+_LSE_ALIGNMENT = 32
+# of the Triton kernels
+_LARGEST_HEAD_DIM = 128
+
+# which of NEEDS are wanted; and the four results, where what is not wanted has no elements,
+# because a registered op cannot return None
+Wanted = tuple[bool, bool, bool, bool]
+Gradients = tuple[Tensor, Tensor, Tensor, Tensor]
+
+
+class AttentionScore(NamedTuple):
+    """What backward gives; None where it was not asked for.
+
+    Args:
+        qkv: gradient of packed qkv, ``(B, N, 3, H, K)``, contiguous, of the dtype of qkv.
+        head: ``(B, H)``, fp32 or fp64.
+        qk_dim: ``(B, H, K)``, fp32 or fp64.
+        v_dim: ``(B, H, K)``, fp32 or fp64.
+    """
+
+    qkv: Tensor | None
+    head: Tensor | None
+    qk_dim: Tensor | None
+    v_dim: Tensor | None
+
+
+_library = torch.library.Library("vitprune_fast", "FRAGMENT")
+_library.define(
+    "attention(Tensor qkv_BN3HK, float scale) -> (Tensor, Tensor)",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+_library.define(
+    "attention_score(Tensor grad_out_BNHK, Tensor qkv_BN3HK, Tensor out_BNHK, Tensor lse_BHN, "
+    "float scale, bool per_token, bool qkv, bool head, bool qk_dim, bool v_dim) "
+    "-> (Tensor, Tensor, Tensor, Tensor)",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+
+
+def _wide_dtype(x: Tensor) -> torch.dtype:
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+@torch.library.register_fake("vitprune_fast::attention", lib=_library)
+def _fake(qkv_BN3HK: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    batch, num_tokens, _, num_heads, head_dim = qkv_BN3HK.shape
+    out_BNHK = qkv_BN3HK.new_empty(batch, num_tokens, num_heads, head_dim)
+    lse_BHN = out_BNHK.new_empty(batch, num_heads, num_tokens, dtype=_wide_dtype(qkv_BN3HK))
+    return out_BNHK, lse_BHN
+
+
+@torch.library.register_fake("vitprune_fast::attention_score", lib=_library)
+def _fake_score(
+    grad_out_BNHK: Tensor,
+    qkv_BN3HK: Tensor,
+    out_BNHK: Tensor,
+    lse_BHN: Tensor,
+    scale: float,
+    per_token: bool,
+    qkv: bool,
+    head: bool,
+    qk_dim: bool,
+    v_dim: bool,
+) -> Gradients:
+    batch, _, _, num_heads, head_dim = qkv_BN3HK.shape
+    wide = _wide_dtype(qkv_BN3HK)
+    return (
+        qkv_BN3HK.new_empty(qkv_BN3HK.shape if qkv else (0,)),
+        qkv_BN3HK.new_empty((batch, num_heads) if head else (0,), dtype=wide),
+        qkv_BN3HK.new_empty((batch, num_heads, head_dim) if qk_dim else (0,), dtype=wide),
+        qkv_BN3HK.new_empty((batch, num_heads, head_dim) if v_dim else (0,), dtype=wide),
+    )
+
+
+# C++ and Triton cannot both hold the CUDA key of one op, so the twins have their own names
+@torch.library.custom_op("vitprune_fast::attention_triton", mutates_args=())
+def _triton(qkv_BN3HK: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    from vitprune_fast.kernels.attention_score import attention_fwd
+
+    return attention_fwd(qkv_BN3HK, scale)
+
+
+@torch.library.custom_op("vitprune_fast::attention_score_triton", mutates_args=())
+def _triton_score(
+    grad_out_BNHK: Tensor,
+    qkv_BN3HK: Tensor,
+    out_BNHK: Tensor,
+    lse_BHN: Tensor,
+    scale: float,
+    per_token: bool,
+    qkv: bool,
+    head: bool,
+    qk_dim: bool,
+    v_dim: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    from vitprune_fast.kernels.attention_score import attention_bwd
+
+    return attention_bwd(
+        grad_out_BNHK, qkv_BN3HK, out_BNHK, lse_BHN, scale, per_token, qkv, head, qk_dim, v_dim
+    )
+
+
+_triton.register_fake(_fake)
+_triton_score.register_fake(_fake_score)
+
+
+def _with_adjacent_dims(x: Tensor) -> Tensor:
+    """``x``, copied when its last dimension is not adjacent: no kernel reads it otherwise."""
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def _heads_first(qkv_BN3HK: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    q_BNHK, k_BNHK, v_BNHK = qkv_BN3HK.unbind(2)
+    return q_BNHK.transpose(1, 2), k_BNHK.transpose(1, 2), v_BNHK.transpose(1, 2)
+
+
+def _eager(qkv_BN3HK: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    """The forward of torch's own fused attention."""
+    aten = torch.ops.aten
+    num_tokens = qkv_BN3HK.shape[1]
+    if not qkv_BN3HK.is_cuda:
+        out_BHNK, lse_BHN = aten._scaled_dot_product_flash_attention_for_cpu(
+            *_heads_first(qkv_BN3HK), scale=scale
+        )
+    elif qkv_BN3HK.dtype == torch.float64:
+        return _reference.attention(qkv_BN3HK, scale)
+    else:
+        out_BHNK, lse_BHN, _, _ = aten._scaled_dot_product_efficient_attention(
+            *_heads_first(qkv_BN3HK), None, True, scale=scale
+        )
+    return out_BHNK.transpose(1, 2).contiguous(), lse_BHN[..., :num_tokens].contiguous()
+
+
+def _eager_dqkv(
+    grad_out_BNHK: Tensor, qkv_BN3HK: Tensor, out_BNHK: Tensor, lse_BHN: Tensor, scale: float
+) -> Tensor:
+    """The backward of torch's own fused attention."""
+    aten = torch.ops.aten
+    dout_BHNK, out_BHNK = grad_out_BNHK.transpose(1, 2), out_BNHK.transpose(1, 2)
+    if not qkv_BN3HK.is_cuda:
+        gradients = aten._scaled_dot_product_flash_attention_for_cpu_backward(
+            dout_BHNK, *_heads_first(qkv_BN3HK), out_BHNK, lse_BHN, 0.0, False, scale=scale
+        )
+    elif qkv_BN3HK.dtype == torch.float64:
+        return _reference.attention_score(grad_out_BNHK, qkv_BN3HK, out_BNHK, lse_BHN, scale)[0]
+    else:
+        padding = -lse_BHN.shape[2] % _LSE_ALIGNMENT
+        lse_padded = torch.nn.functional.pad(lse_BHN, (0, padding), value=torch.inf)
+        # read only when there is dropout
+        seed = torch.zeros((), dtype=torch.int64, device=qkv_BN3HK.device)
+        gradients = aten._scaled_dot_product_efficient_attention_backward(
+            dout_BHNK,
+            *_heads_first(qkv_BN3HK),
+            None,
+            out_BHNK,
+            lse_padded,
+            seed,
+            seed,
+            0.0,
+            [True, True, True, False],
+            scale=scale,
+        )[:3]
+    return torch.stack([gradient.transpose(1, 2) for gradient in gradients], 2)
+
+
+def _eager_score(
+    grad_out_BNHK: Tensor,
+    qkv_BN3HK: Tensor,
+    out_BNHK: Tensor,
+    lse_BHN: Tensor,
+    scale: float,
+    per_token: bool,
+    wanted: Wanted,
+) -> Gradients:
+    wide = _wide_dtype(qkv_BN3HK)
+    dqkv_BN3HK = qkv_BN3HK.new_empty(0)
+    head_BH = qk_dim_BHK = v_dim_BHK = qkv_BN3HK.new_empty(0, dtype=wide)
+    qkv, head, qk_dim, v_dim = wanted
+
+    def over_tokens(terms: Tensor) -> Tensor:
+        return (terms.abs() if per_token else terms).sum(1)
+
+    if head or v_dim:
+        product_BNHK = out_BNHK.to(wide) * grad_out_BNHK.to(wide)
+        head_BH = over_tokens(product_BNHK.sum(3)) if head else head_BH
+        v_dim_BHK = over_tokens(product_BNHK) if v_dim else v_dim_BHK
+    if qkv or qk_dim:
+        gradient = _eager_dqkv(grad_out_BNHK, qkv_BN3HK, out_BNHK, lse_BHN, scale)
+        dqkv_BN3HK = gradient if qkv else dqkv_BN3HK
+        if qk_dim:
+            qk_dim_BHK = over_tokens(qkv_BN3HK[:, :, 0].to(wide) * gradient[:, :, 0].to(wide))
+    return dqkv_BN3HK, head_BH, qk_dim_BHK, v_dim_BHK
+
+
+def _choose(qkv_BN3HK: Tensor, backend: str) -> str:
+    unable = {}
+    if qkv_BN3HK.dtype == torch.float64:
+        unable["triton"] = "its products are those of tensor cores, which end at float32"
+    elif qkv_BN3HK.shape[4] > _LARGEST_HEAD_DIM:
+        unable["triton"] = f"a head of {qkv_BN3HK.shape[4]} dims does not fit in its registers"
+    return choose(_OP, qkv_BN3HK.device, backend, unable)
+
+
+def _run(qkv_BN3HK: Tensor, scale: float, backend: str) -> tuple[Tensor, Tensor]:
+    chosen = _choose(qkv_BN3HK, backend)
+    if qkv_BN3HK.numel() == 0:
+        return _fake(qkv_BN3HK, scale)
+    qkv_BN3HK = _with_adjacent_dims(qkv_BN3HK)
+    if chosen == "cpu":
+        return torch.ops.vitprune_fast.attention(qkv_BN3HK, scale)
+    if chosen == "triton":
+        return _triton(qkv_BN3HK, scale)
+    return _eager(qkv_BN3HK, scale)
+
+
+def _run_score(
+    grad_out_BNHK: Tensor,
+    qkv_BN3HK: Tensor,
+    out_BNHK: Tensor,
+    lse_BHN: Tensor,
+    scale: float,
+    per_token: bool,
+    wanted: Wanted,
+    backend: str,
+) -> Gradients:
+    chosen = _choose(qkv_BN3HK, backend)
+    grad_out_BNHK, qkv_BN3HK, out_BNHK = (
+        _with_adjacent_dims(x) for x in (grad_out_BNHK, qkv_BN3HK, out_BNHK)
+    )
+    arguments = (grad_out_BNHK, qkv_BN3HK, out_BNHK, lse_BHN.contiguous(), scale, per_token)
+    if qkv_BN3HK.numel() == 0:
+        dqkv, head, qk_dim, v_dim = _fake_score(*arguments, *wanted)
+        return dqkv, head.zero_(), qk_dim.zero_(), v_dim.zero_()
+    if chosen == "cpu":
+        return torch.ops.vitprune_fast.attention_score(*arguments, *wanted)
+    if chosen == "triton":
+        return _triton_score(*arguments, *wanted)
+    return _eager_score(*arguments, wanted)
+
+
+# opaque to autograd and to compilers; the normalisers come out because backward needs them
+@torch.library.custom_op("vitprune_fast::scored_attention", mutates_args=())
+def _scored(
+    qkv_BN3HK: Tensor,
+    head_BH: Tensor | None,
+    qk_dim_BHK: Tensor | None,
+    v_dim_BHK: Tensor | None,
+    scale: float,
+    per_token: bool,
+    backend: str,
+) -> tuple[Tensor, Tensor]:
+    return _run(qkv_BN3HK, scale, backend)
+
+
+@_scored.register_fake
+def _(qkv_BN3HK, head_BH, qk_dim_BHK, v_dim_BHK, scale, per_token, backend):
+    return _fake(qkv_BN3HK, scale)
+
+
+def _setup_context(ctx, inputs, output):
+    qkv_BN3HK, _, _, _, ctx.scale, ctx.per_token, ctx.backend = inputs
+    out_BNHK, lse_BHN = output
+    ctx.mark_non_differentiable(lse_BHN)
+    ctx.save_for_backward(qkv_BN3HK, out_BNHK, lse_BHN)
+
+
+def _backward(ctx, grad_out_BNHK: Tensor, _grad_lse: Tensor | None):
+    if torch.is_grad_enabled():
+        raise RuntimeError("scored_attention: backward must run once, got create_graph=True")
+    wanted = tuple(ctx.needs_input_grad[:4])
+    qkv_BN3HK, out_BNHK, lse_BHN = ctx.saved_tensors
+    gradients = _run_score(
+        grad_out_BNHK, qkv_BN3HK, out_BNHK, lse_BHN, ctx.scale, ctx.per_token, wanted, ctx.backend
+    )
+    given = [gradient if want else None for gradient, want in zip(gradients, wanted, strict=True)]
+    return *given, None, None, None
+
+
+_scored.register_autograd(_backward, setup_context=_setup_context)
+
+
+def _factor(scale: float | None, qkv_BN3HK: Tensor) -> float:
+    return float(qkv_BN3HK.shape[4] ** -0.5 if scale is None else scale)
+
+
+def _check_qkv(op: str, qkv_BN3HK: Tensor) -> None:
+    _checks.require_tensor(op, "qkv_BN3HK", qkv_BN3HK)
+    _checks.require_dims(op, "qkv_BN3HK", qkv_BN3HK, 5)
+    _checks.require_dtype(op, "qkv_BN3HK", qkv_BN3HK, DTYPES)
+    shape = tuple(qkv_BN3HK.shape)
+    rule = "have 3 parts (q, k, v) in dimension 2 and a head dim of at least 1"
+    _checks.require(shape[2] == 3 and shape[4] >= 1, op, "qkv_BN3HK", rule, shape)
+
+
+def _check_shape(op: str, name: str, value: Tensor, shape: tuple[int, ...], like: Tensor) -> None:
+    """Raise unless ``value`` has that shape and the device of ``like``."""
+    _checks.require_tensor(op, name, value)
+    _checks.require(
+        tuple(value.shape) == shape, op, name, f"have shape {shape}", tuple(value.shape)
+    )
+    _checks.require(value.device == like.device, op, name, f"be on {like.device}", value.device)
+
+
+def attention(
+    qkv_BN3HK: Tensor, *, scale: float | None = None, backend: Backend = "auto"
+) -> tuple[Tensor, Tensor]:
+    """Softmax attention without mask: ``out = softmax(scale * q k^T) v`` for each sample and head.
+
+    Not differentiable (see ``scored_attention``).
+
+    Reference: Vaswani et al., "Attention Is All You Need", NeurIPS 2017 (arXiv:1706.03762), eq. 1.
+
+    Args:
+        qkv_BN3HK: q, k and v side by side, ``(B, N, 3, H, K)``, fp32/fp64/bf16/fp16, any strides
+            (a head's dims are copied together first when they are not adjacent).
+        scale: factor of the logits; None for ``K ** -0.5``.
+        backend: implementation to run; an explicit choice never falls back.
+
+    Returns:
+        The output, ``(B, N, H, K)``, contiguous, of the input's dtype; and the natural logarithm
+        of each row's normaliser, ``(B, H, N)``, fp64 for fp64 inputs and else fp32, which is also
+        what is accumulated in. A sample's and head's results depend on its own numbers alone;
+        those of our kernels have the same bits for any batch, threads and repetition.
+
+    Raises:
+        TypeError: an argument is not a tensor.
+        InvalidInput: a shape or dtype is out of range.
+        BackendUnavailable: ``backend`` was named and cannot run here; the message says why.
+    """
+    _check_qkv("attention", qkv_BN3HK)
+    return _run(qkv_BN3HK.detach(), _factor(scale, qkv_BN3HK), backend)
+
+
+def attention_score(
+    grad_out_BNHK: Tensor,
+    qkv_BN3HK: Tensor,
+    out_BNHK: Tensor,
+    lse_BHN: Tensor,
+    *,
+    scale: float | None = None,
+    per_token: bool = False,
+    needs: Collection[str] = NEEDS,
+    backend: Backend = "auto",
+) -> AttentionScore:
+    """Backward of ``attention``, with the first-order scores of its units for each sample.
+
+    A score is the derivative of the loss along scaling the unit: ``head = sum_n delta_n`` with
+    ``delta_n = sum_k out * dout``, ``v_dim = sum_n out * dout`` and ``qk_dim = sum_n q * dq``
+    (equal to ``sum_n k * dk``). With ``per_token`` each token's term counts by its magnitude:
+    ``head = sum_n |delta_n|``, and so on. Not differentiable.
+
+    Reference: Michel et al., "Are Sixteen Heads Really Better than One?", NeurIPS 2019
+    (arXiv:1905.10650), eq. 2; ``delta`` is that of Dao, "FlashAttention-2" (arXiv:2307.08691),
+    algorithm 2, so a head's score costs one sum of what backward computes anyway.
+
+    Args:
+        grad_out_BNHK: gradient of the loss w.r.t. the output; of its shape, dtype and device.
+        qkv_BN3HK: what ``attention`` was given.
+        out_BNHK: its output.
+        lse_BHN: its normalisers.
+        scale: what ``attention`` was given; None for ``K ** -0.5``.
+        per_token: whether scores sum the magnitudes of the tokens' terms.
+        needs: which of ``"qkv", "head", "qk_dim", "v_dim"`` to compute. Without the first and
+            the third no attention matrix is computed at all.
+        backend: implementation to run; an explicit choice never falls back.
+
+    Returns:
+        The gradient of packed qkv in its dtype, and scores in fp64 for fp64 inputs and else fp32,
+        which is also what is accumulated in; scores are in units of the loss. Row ``b`` depends
+        on row ``b`` of the inputs alone; the bits of our kernels do not depend on the batch, the
+        threads or the repetition.
+
+    Raises:
+        TypeError: an argument is not a tensor.
+        InvalidInput: shapes, dtypes or devices disagree, or ``needs`` holds an unknown name.
+        BackendUnavailable: ``backend`` was named and cannot run here; the message says why.
+    """
+    _check_qkv(_OP, qkv_BN3HK)
+    batch, num_tokens, _, num_heads, _ = qkv_BN3HK.shape
+    like_out = qkv_BN3HK[:, :, 0]
+    for name, value in (("grad_out_BNHK", grad_out_BNHK), ("out_BNHK", out_BNHK)):
+        _checks.require_tensor(_OP, name, value)
+        _checks.require_like(_OP, name, value, "q in qkv_BN3HK", like_out)
+    _check_shape(_OP, "lse_BHN", lse_BHN, (batch, num_heads, num_tokens), qkv_BN3HK)
+    _checks.require_dtype(_OP, "lse_BHN", lse_BHN, (_wide_dtype(qkv_BN3HK),))
+    unknown = sorted(set(needs) - set(NEEDS))
+    _checks.require(not unknown, _OP, "needs", f"hold only {', '.join(NEEDS)}", unknown)
+    qkv, head, qk_dim, v_dim = (name in needs for name in NEEDS)
+    wanted = (qkv, head, qk_dim, v_dim)
+    gradients = _run_score(
+        grad_out_BNHK.detach(),
+        qkv_BN3HK.detach(),
+        out_BNHK.detach(),
+        lse_BHN.detach(),
+        _factor(scale, qkv_BN3HK),
+        per_token,
+        wanted,
+        backend,
+    )
+    return AttentionScore(
+        *(gradient if want else None for gradient, want in zip(gradients, wanted, strict=True))
+    )
+
+
+def scored_attention(
+    qkv_BN3HK: Tensor,
+    head_BH: Tensor | None = None,
+    qk_dim_BHK: Tensor | None = None,
+    v_dim_BHK: Tensor | None = None,
+    *,
+    scale: float | None = None,
+    per_token: bool = False,
+    backend: Backend = "auto",
+) -> Tensor:
+    """Differentiable ``attention`` whose backward leaves scores in the gradients of its probes.
+
+    A probe stands for one gate of value 1 per sample and unit; it is never read, and its gradient
+    is the unit's per-sample score, as in ``attention_score``. What needs no gradient is not
+    computed: without a ``qk_dim`` probe and with a ``qkv`` that needs none, no attention matrix.
+
+    Args:
+        qkv_BN3HK: as in ``attention``.
+        head_BH: probe of the heads, fp64 for fp64 inputs and else fp32; or None.
+        qk_dim_BHK: probe of the q/k dims, likewise.
+        v_dim_BHK: probe of the v dims, likewise.
+        scale: factor of the logits; None for ``K ** -0.5``.
+        per_token: whether scores sum the magnitudes of the tokens' terms.
+        backend: implementation to run, forward and backward; an explicit choice never falls back.
+
+    Returns:
+        The output, ``(B, N, H, K)``, contiguous. It can be differentiated once.
+
+    Raises:
+        TypeError: an argument is not a tensor.
+        InvalidInput: shapes, dtypes or devices disagree.
+        BackendUnavailable: ``backend`` was named and cannot run here; the message says why.
+    """
+    op = "scored_attention"
+    _check_qkv(op, qkv_BN3HK)
+    batch, _, _, num_heads, head_dim = qkv_BN3HK.shape
+    per_dim = (batch, num_heads, head_dim)
+    probes = (
+        ("head_BH", head_BH, (batch, num_heads)),
+        ("qk_dim_BHK", qk_dim_BHK, per_dim),
+        ("v_dim_BHK", v_dim_BHK, per_dim),
+    )
+    for name, probe, shape in probes:
+        if probe is not None:
+            _check_shape(op, name, probe, shape, qkv_BN3HK)
+            _checks.require_dtype(op, name, probe, (_wide_dtype(qkv_BN3HK),))
+    factor = _factor(scale, qkv_BN3HK)
+    out_BNHK, _ = _scored(qkv_BN3HK, head_BH, qk_dim_BHK, v_dim_BHK, factor, per_token, backend)
+    return out_BNHK

@@ -1,0 +1,312 @@
+"""Leave one out: what the model loses without a unit, measured and not estimated.
+
+The ground truth that every other criterion approximates, and the criterion of UP-ViTs (Yu and Wu,
+arXiv:2111.15127) for ``kl``. A unit is gone exactly as in :func:`vitprune_fast.mask`. One forward
+per unit would do; here candidates of one block are stacked in front of the samples, what lies
+before that block is computed once per batch, and only the rest of the network runs again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ..batches import as_input, check_logits
+from ..errors import InvalidInput
+from ..modes import evaluating
+from ..structure import Axis, Structure
+from ..structure.norms import norm_over_kept
+from ..structure.paths import get
+from .places import Place, places_of
+
+MEASURES = ("loss", "kl")
+
+
+def leave_one_out(
+    model: nn.Module,
+    structure: Structure,
+    axes: Sequence[Axis],
+    batches: Iterable[tuple[Tensor, Tensor | None]],
+    measure: Literal["loss", "kl"],
+    candidates: int = 32,
+) -> Iterator[dict[str, Tensor]]:
+    """The exact effect of every unit on every sample.
+
+    ``loss``: cross-entropy without the unit minus cross-entropy of the full model; signed, and
+    positive where the unit helps. ``kl``: KL(p_full || p_without) in nats, at temperature 1.
+
+    Dropout and drop path are off. Between batches and after an error the model is exactly what it
+    was. At most ``candidates`` times the batch passes through the network at once; a larger number
+    is faster where it fills the machine, and changes no result beyond rounding.
+
+    Args:
+        model: a supported model.
+        structure: of the model.
+        axes: of the structure, of any unit kind.
+        batches: yields (images (B, C, H, W) floating, labels (B,) int64), as checked by
+            :func:`vitprune_fast.batches.checked`; labels may be None for ``kl``.
+        measure: ``"loss"`` or ``"kl"``.
+        candidates: how many units are tried at once.
+
+    Yields:
+        For each batch axis name -> (B, units) fp32 (fp64 in fp64 models); differences are taken in
+        fp64. Row b depends on sample b alone: one that is not finite makes no other row so.
+
+    Raises:
+        InvalidInput: an argument or the logits have a value that cannot be used.
+    """
+    if measure not in MEASURES:
+        raise InvalidInput(
+            f"score: criterion must be one of {', '.join(MEASURES)} to leave one out, "
+            f"got {measure!r}"
+        )
+    if candidates < 1:
+        raise InvalidInput(f"score: candidates must be at least 1, got {candidates}")
+    blocks = list(dict.fromkeys(_block(write.name) for write in structure.writes()))
+    trials = [
+        trial for axis in axes for trial in _trials(model, structure, axis, blocks, candidates)
+    ]
+    for images, labels in batches:
+        with evaluating(model), torch.no_grad():
+            scores = _score_batch(model, blocks, trials, axes, images, labels, measure)
+        yield scores
+
+
+def _score_batch(
+    model: nn.Module,
+    blocks: list[str],
+    trials: list[Trial],
+    axes: Sequence[Axis],
+    images: Tensor,
+    labels: Tensor | None,
+    measure: str,
+) -> dict[str, Tensor]:
+    images = as_input(model, images)
+    full = model(images)
+    damage = _damage_to(full, labels, measure, len(images))
+    dtype = torch.promote_types(full.dtype, torch.float32)
+    scores = {axis.name: full.new_empty((len(images), axis.size), dtype=dtype) for axis in axes}
+
+    def run(these: Iterable[Trial], stream: Tensor | None) -> None:
+        for trial in these:
+            logits = _logits_without(model, blocks, trial, images, stream)
+            logits = logits.view(len(trial.units), *full.shape)
+            scores[trial.axis][:, trial.units] = damage(logits.double()).T.to(dtype)
+
+    run((trial for trial in trials if trial.start is None), None)
+    stream = None
+    for number in range(1 + max((t.start for t in trials if t.start is not None), default=-1)):
+        # only this block's input is kept, and handed on from block to block
+        stream = _entry(model, blocks, number, images, stream)
+        run((trial for trial in trials if trial.start == number), stream)
+    return scores
+
+
+def _damage_to(
+    full: Tensor, labels: Tensor | None, measure: str, samples: int
+) -> Callable[[Tensor], Tensor]:
+    """A function from fp64 logits (candidates, samples, classes) to (candidates, samples)."""
+    if labels is None and measure == "loss":
+        raise InvalidInput("score: batches must hold labels for the criterion 'loss', got None")
+    if labels is None:
+        labels = torch.zeros(samples, dtype=torch.int64)
+    check_logits("score", full, labels)
+    # in fp64, so that the difference of close values costs no accuracy of its own
+    known = full.double().log_softmax(-1)
+    if measure == "loss":
+        rows = torch.arange(samples, device=full.device)
+        labels = labels.to(full.device)
+        return lambda logits: known[rows, labels] - logits.log_softmax(-1)[:, rows, labels]
+
+    def divergence(logits: Tensor) -> Tensor:
+        each = F.kl_div(logits.log_softmax(-1), known, reduction="none", log_target=True)
+        # rounding may leave a zero just below itself
+        return each.sum(-1).clamp(min=0)
+
+    return divergence
+
+
+@dataclass(frozen=True)
+class Trial:
+    """Units of one axis that are tried in one forward.
+
+    Args:
+        axis: its name.
+        units: their numbers.
+        start: the block the forward begins with; None begins with the images.
+        places: where they are selected away.
+        late: they are all read within that block, so samples are stacked at the first place only.
+        silent: modules whose output is zero, for a branch or block (one unit at a time).
+    """
+
+    axis: str
+    units: list[int]
+    start: int | None
+    places: tuple[Place, ...] = ()
+    late: bool = False
+    silent: tuple[str, ...] = ()
+
+
+def _trials(
+    model: nn.Module, structure: Structure, axis: Axis, blocks: list[str], candidates: int
+) -> Iterator[Trial]:
+    """All units of an axis, cut into forwards."""
+    if held := structure.held(axis):
+        outputs = {w.name: w.tail[1] if w.tail else w.name for w in structure.writes()}
+        for unit, names in enumerate(held):
+            silent = tuple(outputs[name] for name in names)
+            yield Trial(axis.name, [unit], blocks.index(_block(names[0])), silent=silent)
+        return
+    inside = [w.name for w in structure.writes() if axis.name.startswith(f"{w.name}.")]
+    start = blocks.index(_block(inside[0])) if inside else None
+    places = places_of(model, structure, axis)
+    late = start is not None and any(place.at == "input" for place in places)
+    for first in range(0, axis.size, candidates):
+        units = list(range(first, min(first + candidates, axis.size)))
+        yield Trial(axis.name, units, start, places, late)
+
+
+def _logits_without(
+    model: nn.Module, blocks: list[str], trial: Trial, images: Tensor, stream: Tensor | None
+) -> Tensor:
+    """(candidates * samples, classes): the logits without each unit, candidate by candidate."""
+    count, samples = len(trial.units), len(images)
+    with ExitStack() as undo:
+        if trial.start is None or stream is None:
+            images = images.repeat(count, 1, 1, 1)
+        elif trial.late:
+            _enter(model, blocks, trial.start, stream, undo)
+            leave = get(model, blocks[trial.start]).register_forward_hook(_flat)
+            undo.callback(leave.remove)
+        else:
+            rows = stream.repeat(count, *(1,) * (stream.ndim - 1))
+            _enter(model, blocks, trial.start, rows, undo)
+        units = torch.tensor(trial.units)[:, None]
+        for place in trial.places:
+            rows = Rows((place.owner == units).to(images.device), samples, trial.late)
+            _select(get(model, place.module), place.at, rows, undo)
+        for path in trial.silent:
+            undo.callback(get(model, path).register_forward_hook(_zeros).remove)
+        return model(images)
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Which entries every candidate has lost, for tensors that hold candidates x samples.
+
+    Tensors have candidates and samples in one leading dimension. Where ``late``, they have them in
+    two, and the first place sees samples alone: broadcasting adds the candidates.
+    """
+
+    # (candidates, length) bool
+    lost: Tensor
+    samples: int
+    late: bool
+
+    def apply(self, function: Callable[[Tensor, Tensor], Tensor], x: Tensor) -> Tensor:
+        """``function(lost, x)`` with both in a form that broadcasts."""
+        count, length = self.lost.shape
+        if self.late:
+            return function(self.lost.view(count, 1, 1, length), x)
+        lost = self.lost.view(count, *(1,) * (x.ndim - 1), length)
+        return function(lost, x.unflatten(0, (count, self.samples))).flatten(0, 1)
+
+
+def _select(module: Any, at: str, rows: Rows, undo: ExitStack) -> None:
+    """Set each candidate's unit to zero before, after or in a module, until ``undo``."""
+    if at == "norm":
+
+        def normalise(x: Tensor) -> Tensor:
+            return rows.apply(lambda lost, x: norm_over_kept(module, ~lost, x), x)
+
+        _exchange_forward(module, normalise, undo)
+    elif at == "input":
+
+        def before(_: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+            return (rows.apply(_without, inputs[0]), *inputs[1:])
+
+        undo.callback(module.register_forward_pre_hook(before).remove)
+    else:
+
+        def after(_: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
+            return rows.apply(_without, output)
+
+        undo.callback(module.register_forward_hook(after).remove)
+
+
+def _without(lost: Tensor, x: Tensor) -> Tensor:
+    # selected and not multiplied: NaN times zero would stay
+    return torch.where(lost, x.new_zeros(()), x)
+
+
+def _enter(
+    model: nn.Module, blocks: list[str], start: int, stream: Tensor, undo: ExitStack
+) -> None:
+    """A forward takes ``stream`` as the input of a block, and nothing runs in blocks before it."""
+    for path in blocks[:start]:
+        _exchange_forward(get(model, path), _pass, undo)
+
+    def before(_: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+        return (stream, *inputs[1:])
+
+    undo.callback(get(model, blocks[start]).register_forward_pre_hook(before).remove)
+
+
+def _entry(
+    model: nn.Module, blocks: list[str], number: int, images: Tensor, stream: Tensor | None
+) -> Tensor:
+    """The input of block ``number``, given that of the block before it."""
+
+    def stop(_: nn.Module, inputs: tuple[Any, ...]) -> None:
+        raise _Reached(inputs[0])
+
+    with ExitStack() as undo:
+        if stream is not None:
+            _enter(model, blocks, number - 1, stream, undo)
+        undo.callback(get(model, blocks[number]).register_forward_pre_hook(stop).remove)
+        try:
+            model(images)
+        except _Reached as reached:
+            return reached.stream
+    raise InvalidInput(f"score: model must run its blocks in order, got one that skips {number}")
+
+
+class _Reached(Exception):
+    """A forward came to the block it was sent to."""
+
+    def __init__(self, stream: Tensor):
+        super().__init__()
+        self.stream = stream
+
+
+def _exchange_forward(module: nn.Module, forward: Callable, undo: ExitStack) -> None:
+    if "forward" in vars(module):
+        undo.callback(setattr, module, "forward", vars(module)["forward"])
+    else:
+        undo.callback(delattr, module, "forward")
+    module.forward = forward
+
+
+def _block(branch: str) -> str:
+    return branch.rpartition(".")[0]
+
+
+def _pass(x: Tensor, *_: Any, **__: Any) -> Tensor:
+    return x
+
+
+def _flat(module: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> Tensor:
+    return output.flatten(0, 1)
+
+
+def _zeros(module: nn.Module, inputs: tuple[Any, ...], output: Any) -> Any:
+    # attention of other libraries hands its weights back beside what it writes
+    if isinstance(output, tuple):
+        return (torch.zeros_like(output[0]), *output[1:])
+    return torch.zeros_like(output)

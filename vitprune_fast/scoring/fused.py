@@ -1,0 +1,164 @@
+"""The fast path, for modules of known classes: their forward is exchanged while scoring.
+
+The exchanged forward computes the same function with scored ops: the activation's backward writes
+the gradient and the neuron scores in one pass, attention's backward the packed gradient and the
+scores of heads and dims, a norm's backward those of its channels. Activations are recomputed, not
+saved, and gradients of q, k and v are written where the qkv projection wants them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from functools import partial
+from typing import Any
+
+import timm.layers
+import torch
+from timm.layers import GluMlp, Mlp, SwiGLU
+from timm.models.vision_transformer import Attention
+from torch import Tensor, nn
+
+from .. import ops
+from ..errors import InvalidInput
+from ..modeling_pruned import NORMS
+from ..structure.norms import epsilon, is_rms
+from ..structure.paths import get
+from .probes import Probes, as_tokens
+from .sites import Site
+
+_GELUS = (nn.GELU, timm.layers.GELU)
+_OTHERS = {
+    nn.ReLU: "relu",
+    nn.SiLU: "silu",
+    nn.Sigmoid: "sigmoid",
+    timm.layers.GELUTanh: "gelu_tanh",
+    timm.layers.QuickGELU: "quick_gelu",
+}
+
+
+@contextmanager
+def exchanged(model: nn.Module, sites: Sequence[Site], probes: Probes) -> Iterator[list[Site]]:
+    """Exchange the forward of every known module that serves a site; back again on leaving.
+
+    Yields:
+        The sites that are left for hooks.
+    """
+    rest: list[Site] = []
+    by_module: dict[str, list[Site]] = {}
+    for site in sites:
+        owner = _owner(model, site)
+        if owner is None:
+            rest.append(site)
+        else:
+            by_module.setdefault(owner, []).append(site)
+    with ExitStack() as restore:
+        for path, served in by_module.items():
+            module = get(model, path)
+            forward = _forward_of(module)
+            # on the instance, before that of the class
+            restore.callback(delattr, module, "forward")
+            module.forward = partial(forward, module, {s.kind: s for s in served}, probes)
+        yield rest
+
+
+def _owner(model: nn.Module, site: Site) -> str | None:
+    """Path of the module whose exchanged forward measures the site; None where a hook must."""
+    is_norm = site.measure in ("norm", "statistics")
+    path = site.module if is_norm else site.module.rpartition(".")[0]
+    owner: Any = get(model, path)
+    # a module that runs something else than its class says is left alone
+    if "forward" in getattr(owner, "__dict__", {}):
+        return None
+    if is_norm:
+        return path if type(owner) in NORMS.values() else None
+    if site.measure == "bias":
+        return None
+    if type(owner) is Attention and site.kind in ("head", "v_dim", "qk_dim"):
+        # behind a norm or a gate the units' activations are no longer what attention puts out
+        plain = owner.gate is None and isinstance(owner.norm, nn.Identity)
+        return path if owner.qkv is not None and (plain or site.kind == "qk_dim") else None
+    if type(owner) in (Mlp, GluMlp, SwiGLU) and site.kind == "neuron":
+        plain = isinstance(owner.norm, nn.Identity) and isinstance(owner.fc2, nn.Linear)
+        return path if plain and activation_of(owner.act) else None
+    return None
+
+
+def activation_of(module: Any) -> str | None:
+    """Name of the activation as the scored ops know it, or None."""
+    if type(module) in _GELUS:
+        return "gelu_tanh" if getattr(module, "approximate", "none") == "tanh" else "gelu"
+    return _OTHERS.get(type(module))
+
+
+def _forward_of(module: nn.Module) -> Callable[..., Tensor]:
+    if isinstance(module, Attention):
+        return _attention
+    return _mlp if isinstance(module, (Mlp, GluMlp, SwiGLU)) else _norm
+
+
+def _attention(
+    attn: Any,
+    sites: dict[str, Site],
+    probes: Probes,
+    x: Tensor,
+    attn_mask: Tensor | None = None,
+    is_causal: bool = False,
+) -> Tensor:
+    """timm's Attention; B batch, N tokens, H heads, K head dim."""
+    if attn_mask is not None or is_causal:
+        raise InvalidInput(
+            "score: attention must be without a mask, got one; score with path='taps'"
+        )
+    batch, tokens, _ = x.shape
+    heads, width = attn.num_heads, attn.head_dim
+    gate = attn.gate(x).sigmoid() if attn.gate is not None else None
+    qkv_BN3HK = attn.qkv(x).reshape(batch, tokens, 3, heads, width)
+    if not isinstance(attn.q_norm, nn.Identity) or not isinstance(attn.k_norm, nn.Identity):
+        q, k, v = qkv_BN3HK.unbind(2)
+        qkv_BN3HK = torch.stack((attn.q_norm(q), attn.k_norm(k), v), 2)
+
+    sizes = {"head": (heads,), "v_dim": (heads, width), "qk_dim": (heads, width)}
+    inside = {kind: probes.leaf(site.key, x, *sizes[kind]) for kind, site in sites.items()}
+    out = ops.scored_attention(
+        qkv_BN3HK,
+        inside.get("head"),
+        inside.get("qk_dim"),
+        inside.get("v_dim"),
+        # timm's fused path takes the scale from the width, the other one from the attribute
+        scale=None if attn.fused_attn else attn.scale,
+        per_token=probes.per_token,
+    )
+    out = attn.norm(out.flatten(2))
+    if gate is not None:
+        out = out * gate
+    return attn.proj_drop(attn.proj(out))
+
+
+def _mlp(mlp: Any, sites: dict[str, Site], probes: Probes, x: Tensor) -> Tensor:
+    """timm's Mlp, GluMlp and SwiGLU without an inner norm."""
+    site = sites["neuron"]
+    probe = probes.leaf(site.key, x, site.size)
+    how: Any = {"activation": activation_of(mlp.act), "per_token": probes.per_token}
+    if isinstance(mlp, SwiGLU):
+        h = ops.scored_glu(mlp.fc1_g(x), mlp.fc1_x(x), probe, **how)
+    elif isinstance(mlp, GluMlp):
+        h = ops.scored_glu_packed(mlp.fc1(x), probe, gate_last=mlp.gate_last, **how)
+    else:
+        h = ops.scored_activation(mlp.fc1(x), probe, **how)
+    return mlp.drop2(mlp.fc2(mlp.drop1(h)))
+
+
+def _norm(norm: Any, sites: dict[str, Site], probes: Probes, x: Tensor) -> Tensor:
+    """LayerNorm and RMSNorm of torch and timm."""
+    (site,) = sites.values()
+    y = ops.scored_norm(
+        as_tokens(x),
+        probes.leaf(site.key, x, site.size),
+        norm.weight,
+        getattr(norm, "bias", None),
+        epsilon(norm, x.dtype),
+        rms=is_rms(norm),
+        output=site.measure == "norm",
+    )
+    return y.reshape(x.shape)

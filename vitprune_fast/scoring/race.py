@@ -1,0 +1,403 @@
+"""How fast scoring is, beside what one would do without it: `vitprune-fast bench scoring`.
+
+All forms run in this process, in turns, on the same model and images, and their results are checked
+to agree before anything is timed. On a CPU the processor time of one thread counts, on a GPU the
+time between two events of the stream; what is stated is the minimum, with the spread above it.
+"""
+
+from __future__ import annotations
+
+import copy
+import statistics
+import time
+from collections.abc import Callable, Collection
+from dataclasses import dataclass, replace
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ..errors import InvalidInput, StageFailed
+from ..structure import Structure, describe
+from . import scored_axes
+from .scores import Accumulator
+from .taylor import scorer, scoring_mode
+
+OURS = "vitprune_fast: heads, neurons"
+BARE = "bare forward + input gradients"
+FULL = "forward + full backward (Torch-Pruning Taylor)"
+ALL_KINDS = "vitprune_fast: all unit kinds"
+FISHER = "vitprune_fast: Fisher, heads, neurons"
+HOOKS = "plain hooks: heads, neurons"
+HESSIAN = "Torch-Pruning Hessian, per sample"
+COMPILED = "torch.compile of plain gates"
+FORMS = (ALL_KINDS, FISHER, BARE, HOOKS, FULL, HESSIAN, COMPILED)
+# backwards of a per-sample loop that are timed; the others cost the same
+TIMED_BACKWARDS = 2
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One form in the race.
+
+    Args:
+        name: of the form.
+        seconds: the least time for one batch.
+        spread: how far the median lies above it, as a share.
+        images_per_s: at that time.
+        times_ours: its time over that of :data:`OURS`.
+        of_limit: share of the arithmetic limit: the matrix products of forward and input gradients
+            at the rate of the best product measured here, over the time. None for other forms.
+        note: how it was measured, where that is special.
+    """
+
+    name: str
+    seconds: float
+    spread: float
+    images_per_s: float
+    times_ours: float
+    of_limit: float | None = None
+    note: str = ""
+
+
+@dataclass
+class _Form:
+    name: str
+    # may return the seconds itself
+    run: Callable[[], Any]
+    note: str = ""
+    arithmetic: bool = False
+
+
+def race(
+    model: nn.Module,
+    images: Tensor,
+    labels: Tensor,
+    *,
+    rounds: int = 10,
+    forms: Collection[str] = FORMS,
+) -> list[Entry]:
+    """Time our scoring and its peers on one batch.
+
+    Args:
+        model: a supported model, on the device to measure.
+        images: (B, C, H, W), on its device and in its dtype.
+        labels: (B,) int64.
+        rounds: how often every form is timed, in turns.
+        forms: which of :data:`FORMS` to time beside :data:`OURS`.
+
+    Returns:
+        One entry per form, ours first. Forms of packages that are not installed are left out.
+
+    Raises:
+        StageFailed: two forms disagree; nothing was timed.
+        InvalidInput: ``rounds`` is below 1, or a form has another name.
+    """
+    if rounds < 1:
+        raise InvalidInput(f"race: rounds must be at least 1, got {rounds}")
+    if unknown := [name for name in forms if name not in FORMS]:
+        raise InvalidInput(f"race: forms must be among {', '.join(FORMS)}, got {unknown[0]!r}")
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        found = [f for f in _forms(model, images, labels) if f.name in {OURS, *forms}]
+        check_agreement(model, images, labels)
+        times = _timed(found, images.device, rounds)
+        limit = _arithmetic(model, images)
+    finally:
+        torch.set_num_threads(threads)
+        model.zero_grad(set_to_none=True)
+    entries = []
+    for form in found:
+        seconds = times[form.name]
+        best = min(seconds)
+        entries.append(
+            Entry(
+                form.name,
+                best,
+                statistics.median(seconds) / best - 1,
+                len(images) / best,
+                1.0,
+                limit / best if form.arithmetic else None,
+                form.note,
+            )
+        )
+    return [replace(entry, times_ours=entry.seconds / entries[0].seconds) for entry in entries]
+
+
+def bare(model: nn.Module, images: Tensor, labels: Tensor) -> Tensor:
+    """Forward and input gradients from the first block on, in plain torch; nothing is scored."""
+    with scoring_mode(model), torch.enable_grad():
+        start: list[Tensor] = []
+
+        def leaf(module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+            start.append(inputs[0].detach().requires_grad_())
+            return (start[0], *inputs[1:])
+
+        first = model.get_submodule("blocks.0")
+        handle = first.register_forward_pre_hook(leaf)
+        try:
+            loss = F.cross_entropy(model(images).float(), labels, reduction="sum")
+            (gradient,) = torch.autograd.grad(loss, start)
+        finally:
+            handle.remove()
+    return gradient
+
+
+def full(model: nn.Module, images: Tensor, labels: Tensor) -> None:
+    """Forward and backward with all weight gradients, added to what the weights have."""
+    model.eval().requires_grad_(True)
+    with torch.enable_grad():
+        F.cross_entropy(model(images).float(), labels, reduction="sum").backward()
+
+
+def hooks(model: nn.Module, images: Tensor, labels: Tensor) -> dict[str, Tensor]:
+    """Per-sample scores of heads and neurons in plain torch: hooks, products, sums."""
+    structure, kept, found = describe(model), {}, {}
+    taps = {
+        axis.name: (structure.taps[axis.name].module, axis.size)
+        for kind in ("head", "neuron")
+        for axis in structure.units(kind)
+    }
+
+    def watch(name: str, units: int) -> Callable:
+        def hook(module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+            x = inputs[0]
+            kept[name] = x if x.requires_grad else x.detach().requires_grad_()
+
+            def reduce(gradient: Tensor) -> None:
+                product = kept[name].detach() * gradient
+                found[name] = product.sum(1, dtype=_wide(product)).unflatten(1, (units, -1)).sum(2)
+
+            kept[name].register_hook(reduce)
+            return (kept[name], *inputs[1:])
+
+        return hook
+
+    handles = [
+        model.get_submodule(module).register_forward_pre_hook(watch(name, units))
+        for name, (module, units) in taps.items()
+    ]
+    try:
+        with scoring_mode(model), torch.enable_grad():
+            F.cross_entropy(model(images).float(), labels, reduction="sum").backward()
+    finally:
+        for handle in handles:
+            handle.remove()
+    return found
+
+
+def hessian_loop(model: nn.Module, images: Tensor, labels: Tensor, backwards: int) -> list[float]:
+    """Torch-Pruning's per-sample loop: one forward, then a whole backward for every sample.
+
+    Returns:
+        Seconds of the forward, and of each of the ``backwards`` timed.
+    """
+    import torch_pruning
+
+    importance: Any = torch_pruning.importance.GroupHessianImportance()
+    model.eval().requires_grad_(True)
+    importance.zero_grad()
+    clock = _Clock(images.device)
+    seconds = []
+    with torch.enable_grad():
+        clock.start()
+        losses = F.cross_entropy(model(images).float(), labels, reduction="none")
+        seconds.append(clock.stop())
+        for loss in losses[:backwards]:
+            clock.start()
+            model.zero_grad()
+            loss.backward(retain_graph=True)
+            importance.accumulate_grad(model)
+            seconds.append(clock.stop())
+    return seconds
+
+
+def ours(
+    model: nn.Module, images: Tensor, labels: Tensor, units: Any, criterion: str = "taylor"
+) -> dict[str, Tensor]:
+    """One batch of our per-sample scores, reduced and all."""
+    structure = describe(model)
+    axes = scored_axes(structure, units, criterion)
+    accumulator = Accumulator({axis.name: axis.size for axis in axes}, "abs")
+    fisher = (0, 1) if criterion == "fisher" else None
+    with scorer(model, structure, axes, fisher=fisher) as score_batch:
+        (rows,) = score_batch(images, labels, 0)
+        accumulator.add(accumulator.partial([rows]))
+    return dict(rows)
+
+
+def check_agreement(model: nn.Module, images: Tensor, labels: Tensor) -> None:
+    """Compare our scores with those of plain hooks, and their sums with weight x gradient.
+
+    Raises:
+        StageFailed: they differ by more than 1 % in bf16 or fp16, 0.01 % else, in relative L2.
+    """
+    half = next(model.parameters()).dtype in (torch.bfloat16, torch.float16)
+    tolerance = 1e-2 if half else 1e-4
+    got, want = ours(model, images, labels, ("head", "neuron")), hooks(model, images, labels)
+    model.zero_grad(set_to_none=True)
+    full(model, images, labels)
+    for name, value in want.items():
+        _agree(name, got[name], value, tolerance)
+        if not name.endswith("neurons"):
+            continue
+        weight = model.get_submodule(describe(model).taps[name].module).weight
+        assert isinstance(weight, Tensor) and weight.grad is not None
+        columns = (weight.detach() * weight.grad).sum(0, dtype=_wide(weight))
+        # a sum over samples cancels: rounding is relative to what was added
+        size = got[name].abs().sum(0).norm()
+        _agree(name, got[name].sum(0), columns, tolerance, size)
+    model.zero_grad(set_to_none=True)
+
+
+def _agree(
+    name: str, got: Tensor, want: Tensor, tolerance: float, size: Tensor | None = None
+) -> None:
+    error = (got - want).norm() / (want.norm() if size is None else size)
+    if not error <= tolerance:
+        raise StageFailed(
+            f"race: all forms must give the same scores, got {name} apart by {error:.2e} "
+            f"(allowed {tolerance:.0e}); nothing was timed"
+        )
+
+
+def _forms(model: nn.Module, images: Tensor, labels: Tensor) -> list[_Form]:
+    batch, two = len(images), ("head", "neuron")
+    forms = [
+        _Form(OURS, lambda: ours(model, images, labels, two), arithmetic=True),
+        _Form(ALL_KINDS, lambda: ours(model, images, labels, "all"), arithmetic=True),
+        _Form(FISHER, lambda: ours(model, images, labels, two, "fisher"), arithmetic=True),
+        _Form(BARE, lambda: bare(model, images, labels), arithmetic=True),
+        _Form(HOOKS, lambda: hooks(model, images, labels)),
+        _Form(FULL, lambda: full(model, images, labels)),
+    ]
+    if find_spec("torch_pruning"):
+        timed = min(batch, TIMED_BACKWARDS)
+
+        def loop() -> float:
+            forward, *backwards = hessian_loop(model, images, labels, timed)
+            return forward + batch * sum(backwards) / timed
+
+        note = f"{timed} of {batch} backwards timed" if timed < batch else ""
+        forms.append(_Form(HESSIAN, loop, note=note))
+    if images.is_cuda:
+        forms.append(_Form(COMPILED, compiled_gates(model, images, labels)))
+    return forms
+
+
+def compiled_gates(
+    model: nn.Module, images: Tensor, labels: Tensor, **options: Any
+) -> Callable[[], dict[str, Tensor]]:
+    """Per-sample scores of heads and neurons as one would write them for a compiler.
+
+    Every unit is multiplied by a gate that is 1, one per sample; the gates are differentiated.
+
+    Args:
+        model: is copied.
+        images: (B, C, H, W).
+        labels: (B,).
+        options: of ``torch.compile``.
+    """
+    gated, gates = copy.deepcopy(model).eval().requires_grad_(False), {}
+    structure = describe(model)
+
+    def gate(name: str, units: int, columns: int) -> Callable:
+        ones = torch.ones(len(images), units, device=images.device, dtype=images.dtype)
+        gates[name] = ones.requires_grad_()
+
+        def multiply(module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+            each = gates[name].repeat_interleave(columns // units, dim=1)
+            return (inputs[0] * each[:, None], *inputs[1:])
+
+        return multiply
+
+    for kind in ("head", "neuron"):
+        for axis in structure.units(kind):
+            module: Any = gated.get_submodule(structure.taps[axis.name].module)
+            module.register_forward_pre_hook(gate(axis.name, axis.size, module.in_features))
+
+    def loss(images: Tensor) -> Tensor:
+        return F.cross_entropy(gated(images).float(), labels, reduction="sum")
+
+    compiled = torch.compile(loss, **options)
+
+    def run() -> dict[str, Tensor]:
+        with torch.enable_grad():
+            gradients = torch.autograd.grad(compiled(images), list(gates.values()))
+        return dict(zip(gates, gradients, strict=True))
+
+    return run
+
+
+def _timed(forms: list[_Form], device: torch.device, rounds: int) -> dict[str, list[float]]:
+    clock = _Clock(device)
+    times: dict[str, list[float]] = {form.name: [] for form in forms}
+    for number in range(rounds + 1):
+        for form in forms:
+            clock.start()
+            result = form.run()
+            seconds = clock.stop()
+            # the first round warms up
+            if number:
+                times[form.name].append(result if isinstance(result, float) else seconds)
+    return times
+
+
+class _Clock:
+    """Processor time of this thread, or time on the stream of a GPU."""
+
+    def __init__(self, device: torch.device):
+        self._cuda = device.type == "cuda"
+        self._start: Any = None
+
+    def start(self) -> None:
+        if self._cuda:
+            self._start = torch.cuda.Event(enable_timing=True)
+            self._start.record()
+        else:
+            self._start = time.thread_time()
+
+    def stop(self) -> float:
+        if not self._cuda:
+            return time.thread_time() - self._start
+        end = torch.cuda.Event(enable_timing=True)
+        end.record()
+        torch.cuda.synchronize()
+        return self._start.elapsed_time(end) / 1e3
+
+
+def _arithmetic(model: nn.Module, images: Tensor) -> float:
+    """Seconds for the matrix products of forward and input gradients, at the best rate here."""
+    structure: Structure = describe(model)
+    macs = {"linear": 0, "attention": 0}
+    for work in structure.work:
+        product = work.positions
+        for dim in work.dims:
+            product *= dim.length()
+        # a product without a weight has two input gradients
+        linear = any(name.startswith(f"{work.module}.weight") for name in structure.tensors)
+        macs["linear" if linear else "attention"] += product
+    flop = 2 * len(images) * (2 * macs["linear"] + 3 * macs["attention"])
+    return flop / _gemm_rate(model, images)
+
+
+def _gemm_rate(model: nn.Module, images: Tensor) -> float:
+    """FLOP per second of the largest product of the model, the best of several."""
+    weight = max(
+        (p for p in model.parameters() if p.ndim == 2), key=lambda parameter: parameter.numel()
+    ).detach()
+    rows = max(1, len(images)) * 197
+    x = torch.randn(rows, weight.shape[1], device=weight.device).to(weight.dtype)
+    clock, best = _Clock(images.device), float("inf")
+    for _ in range(10):
+        clock.start()
+        F.linear(x, weight)
+        best = min(best, clock.stop())
+    return 2 * rows * weight.numel() / best
+
+
+def _wide(x: Tensor) -> torch.dtype:
+    return torch.float64 if x.dtype == torch.float64 else torch.float32

@@ -1,0 +1,165 @@
+"""Where each unit kind is measured, and how the measurements make up the scores of an axis.
+
+With a gate on a unit at 1, the derivative of a sample's loss by the gate is (B samples, N tokens):
+
+======================  =========================================================================
+head, v_dim, neuron     sum_n activation x gradient at the input of the output projection
+qk_dim                  sum_n q x dq; the same as sum_n k x dk
+embed                   removal with statistics over the channels kept, summed over all readers of
+                        the stream: sum_n y x dy plus what the norm's statistics do
+attn_branch,            sum over the inner units' gates + bias . sum_n d(output of the projection);
+mlp_branch              sum_n y x dy behind a post-norm
+block                   sum over its branches
+======================  =========================================================================
+
+All are exact for every sample: no operation of a ViT mixes samples.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from ..errors import InvalidInput
+from ..structure import Axis, Structure
+
+Measure = Literal["input", "output", "norm", "statistics", "bias"]
+
+
+@dataclass(frozen=True)
+class Site:
+    """One measurement: per-sample numbers that a backward pass leaves behind.
+
+    ``input`` and ``output`` sum activation x gradient of what enters or leaves ``module`` over the
+    tokens and ``group`` adjacent columns. ``norm`` is the removal of a channel from a norm whose
+    output is read, ``statistics`` from one whose output is not. ``bias`` is the bias of the
+    projection ``module`` times the gradient of its output, one number per sample.
+
+    Args:
+        key: of the probe; unique.
+        module: path of the module.
+        measure: see above.
+        kind: unit kind it serves.
+        size: numbers per sample.
+        group: adjacent columns that make one number.
+        part: first and last + 1 column; None is all of them.
+        bias: path of the bias, for ``bias``.
+    """
+
+    key: str
+    module: str
+    measure: Measure
+    kind: str
+    size: int
+    group: int = 1
+    part: tuple[int, int] | None = None
+    bias: str = ""
+
+
+# from the readings of all sites, (samples, size) each, to the scores of an axis, (samples, units)
+Assemble = Callable[[Mapping[str, Tensor]], Tensor]
+
+
+def sites_of(structure: Structure, axes: Sequence[Axis]) -> tuple[list[Site], dict[str, Assemble]]:
+    """The measurements the axes need, each once, and how every axis is put together from them.
+
+    Raises:
+        InvalidInput: an axis cannot be measured by gradients in this family.
+    """
+    sites: dict[str, Site] = {}
+    assemble: dict[str, Assemble] = {}
+
+    def need(site: Site) -> str:
+        sites[site.key] = site
+        return site.key
+
+    for axis in axes:
+        if axis.name in structure.taps:
+            assemble[axis.name] = _units(need(_tap_site(structure, axis)), axis.size)
+        elif axis.name in structure.readers:
+            keys = [need(site) for site in _reader_sites(structure, axis)]
+            assemble[axis.name] = _sum_of(keys)
+        elif axis.kind in ("attn_branch", "mlp_branch"):
+            branches = [
+                [need(site) for site in _branch_sites(structure, branch, axis.kind)]
+                for branch in structure.branches[axis.name]
+            ]
+            assemble[axis.name] = _totals(branches)
+        elif axis.kind == "block":
+            blocks = [
+                [
+                    need(site)
+                    for branch in branches
+                    for site in _branch_sites(structure, branch, axis.kind)
+                ]
+                for branches in structure.blocks.values()
+            ]
+            assemble[axis.name] = _totals(blocks)
+        else:
+            raise InvalidInput(
+                f"score: units must be of kinds that {structure.family} can measure by gradients, "
+                f"got {axis.kind!r}"
+            )
+    return list(sites.values()), assemble
+
+
+def _tap_site(structure: Structure, axis: Axis) -> Site:
+    tap = structure.taps[axis.name]
+    group = tap.dim.length() // axis.size
+    return Site(axis.name, tap.module, tap.side, axis.kind, axis.size, group, tap.part)
+
+
+def _reader_sites(structure: Structure, axis: Axis) -> list[Site]:
+    sites = []
+    for reader in structure.readers[axis.name]:
+        measure: Measure = "input" if reader.how == "direct" else reader.how
+        key = f"{axis.name}@{reader.module}"
+        sites.append(Site(key, reader.module, measure, axis.kind, axis.size))
+    return sites
+
+
+def _branch_sites(structure: Structure, branch: str, kind: str) -> list[Site]:
+    write = next(write for write in structure.writes() if write.name == branch)
+    if write.tail:
+        # behind a norm the projection is no longer linear in the gate: measure what is written
+        width = structure.attrs[f"{write.tail[1]}.normalized_shape"].length()
+        return [Site(f"{branch}@write", write.tail[1], "output", kind, 1, width)]
+    assert write.weight is not None
+    projection = write.weight.removesuffix(".weight")
+    inner = next(
+        axis
+        for name, axis in structure.axes.items()
+        if name in structure.taps and structure.taps[name].module == projection
+    )
+    sites = [_tap_site(structure, inner)]
+    if write.bias[0] in structure.tensors:
+        sites.append(Site(f"{branch}@bias", projection, "bias", kind, 1, bias=write.bias[0]))
+    return sites
+
+
+def _units(key: str, size: int) -> Assemble:
+    """One site; where it measures (heads, dims) and dims are shared, the heads are summed."""
+
+    def units(readings: Mapping[str, Tensor]) -> Tensor:
+        reading = readings[key].flatten(1)
+        return reading if reading.shape[1] == size else readings[key].sum(1)
+
+    return units
+
+
+def _sum_of(keys: list[str]) -> Assemble:
+    return lambda readings: torch.stack([readings[key] for key in keys]).sum(0)
+
+
+def _totals(groups: Sequence[Sequence[str]]) -> Assemble:
+    """One unit per group: the sum of everything its sites measured."""
+
+    def total(readings: Mapping[str, Tensor]) -> Tensor:
+        sums = [torch.stack([readings[key].sum(1) for key in keys]).sum(0) for keys in groups]
+        return torch.stack(sums, dim=1)
+
+    return total

@@ -1,0 +1,202 @@
+"""A score run over a stream of batches: micro-batches, memory, ranks, progress and resuming.
+
+The stream is cut into the same micro-batches whatever the number of processes. Process r of w takes
+the micro-batches r, r + w, ...; what each of them adds is exchanged and added in stream order by
+all, so that every process holds the sums that one process would.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..batches import checked
+from ..errors import NotEnoughMemory
+from .ranks import Ranks
+from .resume import Checkpoint
+from .scores import Accumulator, Partial, Rows
+
+# images, labels, place of the first sample in the stream -> rows of every draw
+ScoreBatch = Callable[[Tensor, Tensor, int], Sequence[Rows]]
+OnEvent = Callable[[dict[str, Any]], None]
+
+
+class ScoringStopped(Exception):
+    """The run was asked to stop and did; the same call goes on from its checkpoint."""
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """A piece of the stream."""
+
+    number: int
+    first: int
+    images: Tensor
+    labels: Tensor
+
+
+def run(
+    score_batch: ScoreBatch,
+    model: nn.Module,
+    batches: Iterable[Sequence[Any]],
+    accumulator: Accumulator,
+    *,
+    micro_batch: int | None = None,
+    ranks: Ranks | None = None,
+    checkpoint: Checkpoint | None = None,
+    on_event: OnEvent | None = None,
+    stop: Callable[[], bool] | None = None,
+) -> None:
+    """Score every sample of the stream once and add it to the accumulator.
+
+    A micro-batch that does not fit into memory is halved and done again, and so are the following
+    ones; its samples are counted when all its parts are done.
+
+    Args:
+        score_batch: gives the rows of some samples.
+        model: the images must suit it.
+        batches: yields (images, labels, ...); every process must be given the same stream.
+        accumulator: takes the sums.
+        micro_batch: samples at once; None takes the batches as they come.
+        ranks: the processes that share the work; None is this one alone.
+        checkpoint: where the sums are kept from time to time, and taken up again.
+        on_event: told ``{"event": "step", "step": samples done, "images_per_s": ...}``.
+        stop: asked after every micro-batch, where this process works alone; True ends the run.
+
+    Raises:
+        ScoringStopped: ``stop`` said so; the checkpoint, if there is one, is up to date.
+        InvalidInput: a batch cannot be used, or the checkpoint is of another stream.
+        NotEnoughMemory: not even one sample fits.
+    """
+    ranks = ranks or Ranks()
+    pace = _Pace(on_event)
+    limit = [micro_batch or 0]
+    stream = micro_batches(model, batches, micro_batch)
+    if checkpoint is not None:
+        done = checkpoint.load(accumulator)
+        ranks.agree("the micro-batches done", done)
+        stream = checkpoint.skip(stream, done)
+    width = sum(accumulator.axes.values())
+    for pieces in rounds(stream, ranks):
+        mine = next((piece for piece in pieces if ranks.owns(piece.number)), None)
+
+        def compute(piece: MicroBatch | None = mine) -> Partial:
+            assert piece is not None
+            return accumulator.partial(in_parts(score_batch, piece, limit))
+
+        lengths = [len(piece.labels) for piece in pieces]
+        for partial in ranks.exchange(
+            None if mine is None else compute,
+            lengths,
+            pieces[0].number,
+            width,
+            accumulator.rows is not None,
+        ):
+            accumulator.add(partial)
+        pace.tell(pieces[-1].first + lengths[-1])
+        if checkpoint is not None and ranks.is_first:
+            checkpoint.keep(accumulator, pieces)
+        if stop is not None and ranks.world == 1 and stop():
+            if checkpoint is not None:
+                checkpoint.write(accumulator)
+            raise ScoringStopped
+    if checkpoint is not None and ranks.is_first:
+        checkpoint.remove()
+
+
+def micro_batches(
+    model: nn.Module, batches: Iterable[Sequence[Any]], size: int | None
+) -> Iterator[MicroBatch]:
+    """The stream in pieces of at most ``size`` samples, cut inside batches only."""
+    number = first = 0
+    for images, labels in checked("score", batches, model):
+        step = size or max(len(labels), 1)
+        for start in range(0, len(labels), step):
+            part = slice(start, start + step)
+            yield MicroBatch(number, first, images[part], labels[part])
+            number += 1
+            first += len(labels[part])
+
+
+def rounds(stream: Iterator[MicroBatch], ranks: Ranks) -> Iterator[list[MicroBatch]]:
+    """As many pieces as there are processes, each time."""
+    waiting: list[MicroBatch] = []
+    for piece in stream:
+        waiting.append(piece if ranks.owns(piece.number) else _without_images(piece))
+        if len(waiting) == ranks.world:
+            yield waiting
+            waiting = []
+    if waiting:
+        yield waiting
+
+
+def _without_images(piece: MicroBatch) -> MicroBatch:
+    """A piece of another process; its images need not stay in memory."""
+    return MicroBatch(piece.number, piece.first, piece.images[:0], piece.labels)
+
+
+def in_parts(score_batch: ScoreBatch, piece: MicroBatch, limit: list[int]) -> Sequence[Rows]:
+    """The rows of one piece, in as many parts as memory asks for; ``limit`` is lowered then."""
+    parts: list[Sequence[Rows]] = []
+    start = 0
+    while start < len(piece.labels):
+        size = min(limit[0] or len(piece.labels), len(piece.labels) - start)
+        part = slice(start, start + size)
+        try:
+            rows = score_batch(piece.images[part], piece.labels[part], piece.first + start)
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            if size == 1:
+                raise NotEnoughMemory(
+                    "score: memory must hold the activations of one image, got out of memory at "
+                    "batch size 1; free memory, or use a smaller model or image size"
+                ) from None
+            rows = None
+        if rows is None:
+            limit[0] = size // 2
+            # outside the handler: until it is left, the error keeps the failed batch alive
+            if torch.cuda.is_initialized():
+                torch.cuda.empty_cache()
+        else:
+            parts.append(rows)
+            start += size
+    if len(parts) == 1:
+        return parts[0]
+    return [
+        {name: torch.cat([rows[name] for rows in draw]) for name in draw[0]}
+        for draw in zip(*parts, strict=True)
+    ]
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether memory of the device or of the host ran out."""
+    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
+        return True
+    # the allocator of the CPU has no class of its own
+    return isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
+
+
+class _Pace:
+    """Tells how many samples are done, and how fast."""
+
+    def __init__(self, on_event: OnEvent | None):
+        self._on_event = on_event
+        self._first: tuple[int, float] | None = None
+
+    def tell(self, done: int) -> None:
+        if self._on_event is None:
+            return
+        now = time.monotonic()
+        event: dict[str, Any] = {"event": "step", "stage": "score", "step": done}
+        if self._first is None:
+            # the first micro-batch warms caches up and says nothing about the pace
+            self._first = done, now
+        elif now > self._first[1]:
+            event["images_per_s"] = (done - self._first[0]) / (now - self._first[1])
+        self._on_event(event)

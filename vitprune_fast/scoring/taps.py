@@ -1,0 +1,87 @@
+"""The general path: hooks on any module with Linear layers, and one fused reduction per site.
+
+Nothing of the model is replaced, so every architecture works whose units stand in a Structure. It
+keeps the tapped activations alive until the backward; the fused path recomputes them instead.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from torch import Tensor, nn
+
+from ..errors import InvalidInput
+from ..structure.norms import epsilon, is_rms
+from ..structure.paths import get
+from .probes import Probes, tap, tap_bias, tap_norm, tap_part
+from .sites import Site
+
+
+@contextmanager
+def hooked(model: nn.Module, sites: Iterable[Site], probes: Probes) -> Iterator[None]:
+    """Measure the sites by hooks inside the context; the model has none of them afterwards.
+
+    Raises:
+        InvalidInput: the model has no module where a site says.
+    """
+    handles = []
+    try:
+        for site in sites:
+            module = get(model, site.module)
+            if not isinstance(module, nn.Module):
+                raise InvalidInput(
+                    f"score: structure must name modules of the model, got {site.module!r}, which "
+                    f"{type(model).__name__} does not have"
+                )
+            if site.measure == "input":
+                handles.append(module.register_forward_pre_hook(_before(site, probes)))
+            else:
+                handles.append(module.register_forward_hook(_after(site, probes, model)))
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _before(site: Site, probes: Probes) -> Any:
+    def hook(module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+        return (_tapped(inputs[0], site, probes), *inputs[1:])
+
+    return hook
+
+
+def _after(site: Site, probes: Probes, model: nn.Module) -> Any:
+    bias: Any = get(model, site.bias)
+
+    def hook(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
+        if site.measure == "output":
+            return _tapped(output, site, probes)
+        probe = probes.leaf(site.key, output, site.size)
+        if site.measure == "bias":
+            return tap_bias(output, probe, bias)
+        return tap_norm(
+            output,
+            probe,
+            inputs[0],
+            module,
+            rms=is_rms(module),
+            eps=epsilon(module, output.dtype),
+            output=site.measure == "norm",
+        )
+
+    return hook
+
+
+def _tapped(x: Tensor, site: Site, probes: Probes) -> Tensor:
+    columns = x.shape[-1] if site.part is None else site.part[1] - site.part[0]
+    if columns != site.size * site.group:
+        raise InvalidInput(
+            f"score: structure must give {site.module} {columns} columns like the model, "
+            f"got {site.size} units of {site.group}"
+        )
+    probe = probes.leaf(site.key, x, site.size)
+    if site.part is None:
+        return tap(x, probe, site.group, probes.per_token)
+    return tap_part(x, probe, site.part, site.group, probes.per_token)
