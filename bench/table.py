@@ -14,7 +14,8 @@ ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "bench" / "results"
 README = ROOT / "README.md"
 MARKS = {
-    name: (f"<!-- {name}:begin -->", f"<!-- {name}:end -->") for name in ("kernels", "scoring")
+    name: (f"<!-- {name}:begin -->", f"<!-- {name}:end -->")
+    for name in ("kernels", "scoring", "criteria")
 }
 INTRODUCTION = """# Measured results
 
@@ -157,6 +158,32 @@ def scoring(content: dict) -> str:
     return "\n".join([races(content), f"{content['device']}: {facts(content)}"])
 
 
+def criteria(content: dict) -> str:
+    """The third table of the README: how every criterion ranks units, beside leaving them out."""
+    kinds = list(content["criteria"][0]["loss"])
+    lines = [
+        f"| criterion | seconds | {' | '.join(kinds)} |",
+        f"|---|--:|{'--:|' * len(kinds)}",
+    ]
+    for row in content["criteria"]:
+        cells = [
+            f"{row['loss'][kind]:.2f} / {row['kl'][kind]:.2f}" if kind in row["loss"] else "-"
+            for kind in kinds
+        ]
+        name = f"`{row['criterion']}` {row['reduction']}"
+        lines.append(f"| {name} | {row['seconds']} | {' | '.join(cells)} |")
+    loss, kl = content["seconds"]["loss"], content["seconds"]["kl"]
+    lines += [
+        "",
+        "Spearman rank correlation with the exact `loss` / `kl` of leaving every unit out, inside "
+        f"each axis, averaged over the axes; {content['images']} training images on "
+        f"{content['model']}. The exact scores took {loss} and {kl} s of one thread. "
+        f"`{content['command']}`, commit {content['commit']}, {content['date']}, "
+        f"torch {content['versions']['torch']}.",
+    ]
+    return "\n".join(lines)
+
+
 def filled(readme: str, rows: str, marks: str = "kernels") -> str:
     """The README's text with the table between its marks replaced."""
     begin, end = MARKS[marks]
@@ -177,7 +204,11 @@ def readme(text: str) -> str:
     """The README with both tables as the committed results say."""
     latest = newest(contents())
     text = filled(text, kernels(latest))
-    return filled(text, scoring(latest), "scoring") if latest.get("scoring") else text
+    if latest.get("scoring"):
+        text = filled(text, scoring(latest), "scoring")
+    for path in sorted(RESULTS.glob("*_criteria.json"))[-1:]:
+        text = filled(text, criteria(json.loads(path.read_text())), "criteria")
+    return text
 
 
 if __name__ == "__main__":
