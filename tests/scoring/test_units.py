@@ -102,16 +102,15 @@ def test_token_abs_refuses_units_without_a_term_per_token() -> None:
 def test_a_module_with_a_forward_of_its_own_is_left_alone() -> None:
     model = random_vit()
     images, labels = batch_of(model)
-    mlp, norm = model.blocks[1].mlp, model.norm
+    mlp = model.blocks[1].mlp
 
     def doubled(x: torch.Tensor) -> torch.Tensor:
         return 2 * type(mlp).forward(mlp, x)
 
     mlp.forward = doubled
-    norm.forward = lambda x: type(norm).forward(norm, x)
     got = score(model, [(images, labels)], units="all", per_sample=True)
     want = gate_derivatives(model, images, labels, Gates)
-    assert mlp.forward is doubled and "forward" in norm.__dict__
+    assert mlp.forward is doubled
     for name, value in want.items():
         error = (got.per_sample[name].double() - value).norm()
         assert error <= 2**-23 * value.norm(), name

@@ -56,10 +56,17 @@ def exchanged(model: nn.Module, sites: Sequence[Site], probes: Probes) -> Iterat
         for path, served in by_module.items():
             module = get(model, path)
             forward = _forward_of(module)
-            # on the instance, before that of the class
-            restore.callback(delattr, module, "forward")
+            restore.callback(_put_back, module, vars(module).get("forward"))
             module.forward = partial(forward, module, {s.kind: s for s in served}, probes)
         yield rest
+
+
+def _put_back(module: nn.Module, forward: Any) -> None:
+    """The forward of the class, or that of the outer run where one runs inside another."""
+    if forward is None:
+        del module.forward
+    else:
+        module.forward = forward
 
 
 def _owner(model: nn.Module, site: Site) -> str | None:
@@ -68,11 +75,12 @@ def _owner(model: nn.Module, site: Site) -> str | None:
     path = site.module if is_norm else site.module.rpartition(".")[0]
     owner: Any = get(model, path)
     # a module that runs something else than its class says is left alone
-    if "forward" in getattr(owner, "__dict__", {}):
+    if site.measure == "bias" or not runs_its_class(owner):
         return None
     if is_norm:
         return path if type(owner) in NORMS.values() else None
-    if site.measure == "bias":
+    # as is one with a part that would no longer be called, and somebody listens to or altered
+    if not all(_is_plain(getattr(owner, name, None)) for name in ("act", "norm", "attn_drop")):
         return None
     if type(owner) is Attention and site.kind in ("head", "v_dim", "qk_dim"):
         # behind a norm or a gate the units' activations are no longer what attention puts out
@@ -82,6 +90,20 @@ def _owner(model: nn.Module, site: Site) -> str | None:
         plain = isinstance(owner.norm, nn.Identity) and isinstance(owner.fc2, nn.Linear)
         return path if plain and activation_of(owner.act) else None
     return None
+
+
+def runs_its_class(module: Any) -> bool:
+    """Whether a module's forward is that of its class, or the one that stands for it here."""
+    forward = vars(module).get("forward")
+    return forward is None or getattr(forward, "func", None) in (_attention, _mlp, _norm)
+
+
+def _is_plain(module: Any) -> bool:
+    """Whether a module may be passed over: no hooks, and no forward of its own."""
+    if not isinstance(module, nn.Module):
+        return True
+    hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks)
+    return runs_its_class(module) and not any((*hooks, module._backward_pre_hooks))
 
 
 def activation_of(module: Any) -> str | None:

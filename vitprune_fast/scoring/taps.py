@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from ..errors import InvalidInput
 from ..structure.norms import epsilon, is_rms
 from ..structure.paths import get
+from .fused import runs_its_class
 from .probes import Probes, tap, tap_bias, tap_norm, tap_part
 from .sites import Site
 
@@ -24,7 +25,8 @@ def hooked(model: nn.Module, sites: Iterable[Site], probes: Probes) -> Iterator[
     """Measure the sites by hooks inside the context; the model has none of them afterwards.
 
     Raises:
-        InvalidInput: the model has no module where a site says.
+        InvalidInput: the model has no module where a site says, or one that computes something
+            else than what the site measures.
     """
     handles = []
     try:
@@ -35,10 +37,18 @@ def hooked(model: nn.Module, sites: Iterable[Site], probes: Probes) -> Iterator[
                     f"score: structure must name modules of the model, got {site.module!r}, which "
                     f"{type(model).__name__} does not have"
                 )
+            if site.measure in ("norm", "statistics", "bias") and not runs_its_class(module):
+                raise InvalidInput(
+                    f"score: {site.module} must run the forward of its class for units of kind "
+                    f"{site.kind!r}, got one of its own; leave that kind out, or leave vp.mask and "
+                    "score the pruned model"
+                )
             if site.measure == "input":
                 handles.append(module.register_forward_pre_hook(_before(site, probes)))
             else:
-                handles.append(module.register_forward_hook(_after(site, probes, model)))
+                # before other hooks: what the module itself puts out is measured
+                hook = _after(site, probes, model)
+                handles.append(module.register_forward_hook(hook, prepend=True))
         yield
     finally:
         for handle in handles:
