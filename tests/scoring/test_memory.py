@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
+from typing import Any
+
 import pytest
 
 from bench.peak_memory import peak
+from vitprune_fast.scoring import score
+from vitprune_fast.testing import random_images, random_vit
 
 MODEL = "vit_small_patch16_224"
 TOKENS, WIDTH, HIDDEN, HEADS, DEPTH = 197, 384, 1536, 6, 12
@@ -30,3 +36,17 @@ def test_memory_is_that_of_the_activations_of_one_micro_batch() -> None:
 def test_memory_is_below_a_full_backward_by_at_least_the_gradients() -> None:
     saved = peak("full", MODEL, 8) - peak("score", MODEL, 8)
     assert saved >= 4 * PARAMETERS, f"{saved / MIB:.0f} MiB"
+
+
+@pytest.mark.parametrize("path", ["auto", "taps"])
+def test_a_scored_model_is_gone_when_its_owner_lets_go(path: Any) -> None:
+    """Nothing of a score run waits for the garbage collector, which never counts GPU memory."""
+    model = random_vit()
+    alive, batch = weakref.ref(model), (random_images(model, 2), [0, 1])
+    gc.disable()
+    try:
+        score(model, [batch], units="all", path=path)
+        del model
+        assert alive() is None
+    finally:
+        gc.enable()

@@ -8,7 +8,7 @@ of a ViT mixes samples, so one backward of the summed loss gives it for every sa
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from typing import Literal
 
 import torch
@@ -66,6 +66,10 @@ class TaylorScorer:
             # known from the batch before: without a look at the logits nothing waits for a GPU
             check_labels("score", labels, self._classes)
         return self._compute(images, labels.to(images.device))
+
+    def close(self) -> None:
+        """Let go of itself: the model and its graphs are freed with their last owner."""
+        del self._compute
 
     def _rows(self, images: Tensor, targets: Tensor) -> list[Rows]:
         """Forward and backward; the targets are labels (B,), or random numbers (B, draws)."""
@@ -145,13 +149,11 @@ def scorer(
     sites, assemble = sites_of(structure, axes)
     probes = Probes(per_token)
 
-    def ready() -> TaylorScorer:
-        return TaylorScorer(model, probes, assemble, loss_scale or 1.0, fisher, cuda_graph)
-
-    with scoring_mode(model), torch.enable_grad():
+    ready = TaylorScorer(model, probes, assemble, loss_scale or 1.0, fisher, cuda_graph)
+    with closing(ready), scoring_mode(model), torch.enable_grad():
         if path == "taps":
             with hooked(model, sites, probes):
-                yield ready()
+                yield ready
             return
         with exchanged(model, sites, probes) as rest:
             known = [site for site in rest if site.measure != "bias"]
@@ -161,7 +163,7 @@ def scorer(
                     f"fused form, got 'fused' and {known[0].module}"
                 )
             with hooked(model, rest, probes):
-                yield ready()
+                yield ready
 
 
 @contextmanager
