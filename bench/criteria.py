@@ -13,6 +13,7 @@ import json
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 from scipy.stats import spearmanr
@@ -68,7 +69,7 @@ def main(folder: str = "runs/digits/dense") -> None:
         kinds = PER_TOKEN if reduction == "token_abs" else KINDS
         start = time.thread_time()
         scores = vp.score(model, batches, criterion, kinds, reduction)  # pyright: ignore
-        row = {"criterion": criterion, "reduction": reduction}
+        row: dict[str, Any] = {"criterion": criterion, "reduction": reduction}
         row["seconds"] = round(time.thread_time() - start, 2)
         for name, truth in truths.items():
             row[name] = {kind: round(agreement(model, scores, truth, kind), 3) for kind in kinds}

@@ -117,7 +117,8 @@ def _labels(function: str, labels: Any, count: int) -> Tensor:
     except (TypeError, ValueError, RuntimeError, OverflowError) as error:
         raise InvalidInput(f"{rule}, got {type(labels).__name__}: {error}") from None
     whole = not (found.is_floating_point() or found.is_complex() or found.dtype == torch.bool)
-    if found.shape != (count,) or not whole:
+    # an empty list has no kind
+    if found.shape != (count,) or not (whole or not count):
         raise InvalidInput(f"{rule}, got {_shown(found)}")
     return found.long()
 

@@ -167,3 +167,14 @@ def test_a_pair_that_is_no_yaml_is_refused(capsys: pytest.CaptureFixture[str]) -
         main(["describe", "--model", NAME, "--model-args", "img_size=["])
     assert stop.value.code == 2
     assert "YAML value after img_size=" in " ".join(capsys.readouterr().err.split())
+
+
+def test_scores_that_cannot_be_written_are_not_computed(
+    sentence: Callable[..., str], photographs: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("vitprune_fast.recipes.stages.score", lambda *_, **__: pytest.fail("ran"))
+    words = ("score", *MODEL, "--data", f"folder:{photographs}", "--out")
+    Path("file").touch()
+    assert "must be a folder" in sentence(*words, "file/scores.safetensors")
+    Path("folder").mkdir()
+    assert "out must be a file" in sentence(*words, "folder")

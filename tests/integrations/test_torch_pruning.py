@@ -371,7 +371,7 @@ def test_halves_of_a_packed_glu_are_left_alone() -> None:
         ({"batches": [], "scores": vp.Scores({}, "taylor", "abs", 1)}, "got both"),
         ({"scores": vp.Scores({"x": torch.ones(1)}, "taylor", "abs", 1)}, "an axis 'x'"),
         ({"batches": [], "normalizer": "lamp"}, "normalizer must be None, 'mean' or a callable"),
-        ({"batches": [], "units": ("heads",)}, "kind must be one of"),
+        ({"batches": [], "units": ("heads",)}, "units must be among"),
     ],
 )
 def test_wrong_arguments_are_refused(arguments: dict[str, Any], message: str) -> None:

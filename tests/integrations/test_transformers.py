@@ -149,6 +149,6 @@ def test_other_models_are_refused() -> None:
     del model.vit.layers
     with pytest.raises(UnsupportedArchitecture, match=r"vit\.layers, as from transformers 5 on"):
         hf.units(model)
-    with pytest.raises(InvalidInput, match="kind must be one of"):
+    with pytest.raises(InvalidInput, match="units must be among"):
         hf.score(model_of(), [batch_of()], units=("heads",))
     assert isinstance(hf.score(model_of(), [batch_of()]), vp.Scores)

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 import vitprune_fast as vp
 from vitprune_fast.errors import InvalidInput
@@ -14,8 +14,12 @@ from vitprune_fast.scoring import score
 from vitprune_fast.testing import random_images, random_vit
 
 
+def doubled(module: nn.Module, inputs: Any, output: Tensor) -> Tensor:
+    return 2 * output
+
+
 def hooked(module: nn.Module) -> None:
-    module.register_forward_hook(lambda _, __, output: 2 * output)
+    module.register_forward_hook(doubled)
 
 
 def overridden(module: nn.Module) -> None:

@@ -230,12 +230,16 @@ def test_a_file_without_scores_is_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("args", "message"),
     [
+        ({"path": "fast"}, "path must be one of auto, fused, taps, got 'fast'"),
+        ({"loss_scale": 0.0}, "loss_scale must be a finite number > 0, got 0.0"),
+        ({"loss_scale": float("nan")}, "loss_scale must be a finite number > 0, got nan"),
+        ({"seed": 0.5}, "seed must be a whole number, got 0.5"),
+        ({"units": ("heads",)}, "score: units must be among head, .* got 'heads'"),
         ({"criterion": "random"}, "criterion must be one of"),
         ({"reduction": "mean"}, "reduction must be one of .* 'taylor', got 'mean'"),
         ({"criterion": "magnitude", "reduction": "l3"}, "one of group, l1, l2"),
         ({"criterion": "fisher", "reduction": "abs"}, "reduction must be one of square"),
         ({"units": "head"}, "a list of unit kinds"),
-        ({"units": ("heads",)}, "kind must be one of"),
         ({"draws": 0}, "draws must be a whole number >= 1, got 0"),
         ({"candidates": True}, "candidates must be a whole number >= 1, got True"),
         ({"micro_batch": 2.5}, "micro_batch must be a whole number >= 1, got 2.5"),
@@ -259,3 +263,18 @@ def test_scores_of_every_axis_in_model_order() -> None:
     scores = score(model, [batch_of(model)])
     order = [n for n, a in describe(model).axes.items() if a.kind in ("head", "neuron")]
     assert list(scores) == order
+
+
+@pytest.mark.parametrize("criterion", ["taylor", "kl", "activation", "magnitude"])
+@pytest.mark.parametrize("other", [{"depth": 1}, {"embed_dim": 30}], ids=["depth", "width"])
+def test_the_structure_of_another_model_is_refused(criterion: Any, other: Any) -> None:
+    model = random_vit()
+    with pytest.raises(InvalidInput, match="structure must be of the model"):
+        score(random_vit(**other), [batch_of(model)], criterion, structure=describe(model))
+
+
+def test_a_batch_of_nothing_adds_nothing() -> None:
+    model = random_vit()
+    images, labels = batch_of(model)
+    with_empty = score(model, [(images[:0], []), (images, labels), (images[:0], labels[:0])])
+    assert with_empty.samples == len(images)

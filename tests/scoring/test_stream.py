@@ -11,10 +11,10 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from vitprune_fast.errors import NotEnoughMemory
-from vitprune_fast.scoring import Scores, resume, score
+from vitprune_fast.errors import NotEnoughMemory, RunFolderError
+from vitprune_fast.scoring import Scores, ScoringStopped, resume, score
 from vitprune_fast.scoring.resume import CheckpointRefused
 from vitprune_fast.testing import random_images, random_vit
 
@@ -132,7 +132,7 @@ def test_a_checkpoint_of_another_run_is_refused(
     with pytest.raises(KeyboardInterrupt):
         score(model, stopped(), checkpoint=path)
     others: tuple[dict[str, Any], ...]
-    others = ({"criterion": "fisher"}, {"units": ("neuron",)}, {"micro_batch": 3})
+    others = ({"criterion": "fisher"}, {"units": ("neuron",)}, {"micro_batch": 3}, {"path": "taps"})
     for other in others:
         with pytest.raises(CheckpointRefused, match="checkpoint"):
             score(model, stream(model), checkpoint=path, **other)
@@ -147,6 +147,29 @@ def test_a_checkpoint_of_another_run_is_refused(
     path.write_bytes(path.read_bytes()[:-9])
     with pytest.raises(CheckpointRefused, match="delete it to start anew"):
         score(model, stream(model), checkpoint=path)
+
+
+def test_a_place_that_holds_no_checkpoint_is_found_out_before_the_work(tmp_path: Path) -> None:
+    model, runs = random_vit(), []
+    model.register_forward_pre_hook(lambda *_: runs.append(1))
+    (tmp_path / "file").touch()
+    with pytest.raises(RunFolderError, match="must be a folder"):
+        score(model, stream(model), checkpoint=tmp_path / "file" / "sums.safetensors")
+    with pytest.raises(CheckpointRefused, match="checkpoint must be a file"):
+        score(model, stream(model), checkpoint=tmp_path)
+    assert not runs
+    asked = tmp_path / "new" / "sums.safetensors"
+    with pytest.raises(ScoringStopped):
+        score(model, stream(model), checkpoint=asked, stop=lambda: True)
+    assert asked.exists()
+
+
+def test_weights_that_are_single_numbers_are_told_apart() -> None:
+    model = nn.Module()
+    model.register_buffer("step", torch.tensor(3))
+    three = resume.fingerprint(model)
+    model.get_buffer("step").add_(1)
+    assert resume.fingerprint(model) != three
 
 
 def test_events_tell_how_far_and_how_fast() -> None:

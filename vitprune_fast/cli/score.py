@@ -36,17 +36,18 @@ def main(words: list[str]) -> int:
     options = parse("score", words, lambda chosen: Score())
     if options is None:
         return 0
+    from vitprune_fast import files
     from vitprune_fast.cli.display import Display, print_table, rate_text
     from vitprune_fast.cli.signals import Interrupted, Stopper
     from vitprune_fast.errors import InvalidInput
-    from vitprune_fast.files import make_folder
     from vitprune_fast.recipes import stages
     from vitprune_fast.recipes.opened import open_both
     from vitprune_fast.scoring import ScoringStopped
 
+    # found out before the work whose result goes there
+    files.probe_folder(options.out.parent)
     if options.out.is_dir():
         raise InvalidInput(f"score: out must be a file, got the folder {options.out}")
-    make_folder(options.out.parent)
     model, data, setting = open_both(options.model, options.data, options.seed, options.device)
     stop = Stopper()
     with Display() as display:
@@ -71,6 +72,7 @@ def main(words: list[str]) -> int:
             assert stop.number is not None
             raise Interrupted(stop.number) from None
         seconds = time.perf_counter() - started
+    files.make_folder(options.out.parent)
     scores.save(options.out)
     rate = f", {rate_text(scores.samples / seconds)}" if scores.samples else ""
     aside = f", {scores.skipped:,} set aside" if scores.skipped else ""

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import math
+import pathlib
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
-from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
 
 from ..errors import InvalidInput
 from ..structure import UNIT_KINDS, Axis, Structure, describe
+from ..structure.paths import get
 from . import stream
 from .ablation import leave_one_out
 from .activation import activation
@@ -20,7 +22,7 @@ from .ranks import Ranks
 from .resume import Checkpoint, fingerprint
 from .scores import Accumulator, Rows, Scores
 from .stream import OnEvent, ScoringStopped
-from .taylor import check_per_token, scorer
+from .taylor import Path, check_per_token, scorer
 
 __all__ = ["CRITERIA", "Scores", "ScoringStopped", "score"]
 
@@ -50,10 +52,10 @@ def score(
     draws: int = 1,
     candidates: int = 32,
     loss_scale: float | None = None,
-    path: Literal["auto", "fused", "taps"] = "auto",
+    path: Path = "auto",
     cuda_graph: bool = False,
     structure: Structure | None = None,
-    checkpoint: str | Path | None = None,
+    checkpoint: str | pathlib.Path | None = None,
     on_event: OnEvent | None = None,
     stop: Callable[[], bool] | None = None,
 ) -> Scores:
@@ -117,7 +119,10 @@ def score(
         NotEnoughMemory: not even one sample fits.
         UnsupportedArchitecture: the model has no layout.
     """
-    structure = describe(model) if structure is None else structure
+    if structure is None:
+        structure = describe(model)
+    else:
+        _check_structure(model, structure)
     axes = scored_axes(structure, units, criterion)
     chosen = _reduction(criterion, reduction)
     provenance = {"model": structure.family, "torch": torch.__version__}
@@ -131,6 +136,14 @@ def score(
     for name, value in (("micro_batch", micro_batch), ("draws", draws), ("candidates", candidates)):
         if not (value is None and name == "micro_batch") and (type(value) is not int or value < 1):
             raise InvalidInput(f"score: {name} must be a whole number >= 1, got {value!r}")
+    if path not in get_args(Path):
+        raise InvalidInput(f"score: path must be one of {', '.join(get_args(Path))}, got {path!r}")
+    if loss_scale is not None and not (
+        isinstance(loss_scale, (int, float)) and 0 < loss_scale < math.inf
+    ):
+        raise InvalidInput(f"score: loss_scale must be a finite number > 0, got {loss_scale!r}")
+    if type(seed) is not int:
+        raise InvalidInput(f"score: seed must be a whole number, got {seed!r}")
     if per_sample and draws > 1:
         raise InvalidInput(f"score: draws must be 1 where samples are kept, got {draws}")
     if chosen == "token_abs":
@@ -164,8 +177,9 @@ def score(
                 "seed": seed,
                 "draws": draws,
                 "loss_scale": loss_scale,
+                "path": path,
             }
-            kept = Checkpoint(Path(checkpoint), identity)
+            kept = Checkpoint(pathlib.Path(checkpoint), identity)
         stream.run(
             score_batch,
             model,
@@ -178,6 +192,18 @@ def score(
             stop=stop,
         )
     return accumulator.result(criterion, provenance)
+
+
+def _check_structure(model: nn.Module, structure: Structure) -> None:
+    """Refuse the structure of another model: scores of the wrong units look like scores."""
+    for name, layout in structure.tensors.items():
+        tensor, shape = get(model, name), tuple(dim.length() for dim in layout)
+        if not isinstance(tensor, Tensor) or tuple(tensor.shape) != shape:
+            got = tuple(tensor.shape) if isinstance(tensor, Tensor) else "none"
+            raise InvalidInput(
+                f"score: structure must be of the model, whose {name} it gives the shape {shape}, "
+                f"got {got}"
+            )
 
 
 def _forward_only(
@@ -226,6 +252,10 @@ def scored_axes(structure: Structure, units: Sequence[str] | str, criterion: str
         raise InvalidInput(
             "score: units must be a list of unit kinds such as ('head', 'neuron'), or 'all', "
             f"got {units!r}"
+        )
+    if unknown := [kind for kind in units if kind not in UNIT_KINDS]:
+        raise InvalidInput(
+            f"score: units must be among {', '.join(UNIT_KINDS)}, got {unknown[0]!r}"
         )
     axes = [axis for kind in dict.fromkeys(units) for axis in structure.units(kind)]
     axes = [axis for axis in axes if axis.size]

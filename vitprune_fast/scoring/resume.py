@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from ..errors import InvalidInput
-from ..files import parse_json, read_metadata, read_tensors, write_tensors
+from ..files import make_folder, parse_json, read_metadata, read_tensors, write_tensors
 from .scores import Accumulator
 
 FORMAT = "vitprune_fast.partial_scores"
@@ -48,10 +48,15 @@ class Checkpoint:
         """Take up the sums of a stopped run; returns the micro-batches they hold.
 
         Raises:
+            RunFolderError: no file can be put there.
             CheckpointRefused: the file does not hold such sums, or those of another run.
         """
+        # found out now, and not when there is work to keep
+        make_folder(self.path.parent)
         if not self.path.exists():
             return 0
+        if not self.path.is_file():
+            raise CheckpointRefused(f"score: checkpoint must be a file, got {self.path}")
         try:
             tensors, metadata = read_tensors(self.path), read_metadata(self.path)
             if metadata["format"] != FORMAT:
@@ -71,7 +76,7 @@ class Checkpoint:
         if identity != self._identity:
             raise CheckpointRefused(
                 f"score: checkpoint {self.path} must be of this score run, got one of another "
-                "model, criterion, units, seed or micro-batch; delete it to start anew"
+                "model, criterion, units, seed, path or micro-batch; delete it to start anew"
             )
         accumulator.restore(sums, counts, tensors.get("rows"))
         return done
@@ -136,5 +141,5 @@ def fingerprint(model: nn.Module) -> str:
     digest = hashlib.blake2b(digest_size=16)
     for name, tensor in model.state_dict().items():
         digest.update(name.encode())
-        digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+        digest.update(tensor.detach().cpu().reshape(-1).view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()

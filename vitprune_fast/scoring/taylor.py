@@ -134,7 +134,7 @@ def scorer(
     """
     if torch.is_inference_mode_enabled():
         raise InvalidInput(
-            "score: this criterion must be called outside torch.inference_mode(), which records "
+            "score: criterion must be computed outside torch.inference_mode(), which records "
             "no gradients even where they are asked for; leave it, torch.no_grad() is fine"
         )
     if loss_scale is None and any(p.dtype == torch.float16 for p in model.parameters()):
