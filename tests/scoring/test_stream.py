@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from vitprune_fast.errors import NotEnoughMemory, RunFolderError
 from vitprune_fast.scoring import Scores, ScoringStopped, resume, score
 from vitprune_fast.scoring.resume import CheckpointRefused
+from vitprune_fast.scoring.stream import MicroBatch, in_parts
 from vitprune_fast.testing import random_images, random_vit
 
 BATCHES, SIZE = 5, 6
@@ -76,6 +77,20 @@ def test_a_batch_that_does_not_fit_is_halved_and_every_sample_counts_once(dtype,
         # fp64 scores are handed back rounded to fp32
         assert error_of <= (1e-5 if dtype == torch.float32 else 2**-23)
         assert parts.per_sample[name].shape == whole.per_sample[name].shape
+
+
+def test_parts_of_a_batch_survive_a_scorer_that_reuses_its_memory() -> None:
+    """A replayed CUDA graph writes the rows of every call into the same place."""
+    place = torch.empty(2, 1)
+
+    def replayed(images: Tensor, labels: Tensor, first: int) -> list[dict[str, Tensor]]:
+        if len(images) > len(place):
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return [{"axis": place.copy_(images)}]
+
+    images = torch.arange(8.0)[:, None]
+    (rows,) = in_parts(replayed, MicroBatch(0, 0, images, torch.zeros(8)), [0])
+    assert torch.equal(rows["axis"], images)
 
 
 def test_memory_that_does_not_hold_one_image_is_said_in_one_sentence() -> None:

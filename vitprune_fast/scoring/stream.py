@@ -164,6 +164,9 @@ def in_parts(score_batch: ScoreBatch, piece: MicroBatch, limit: list[int]) -> Se
             if torch.cuda.is_initialized():
                 torch.cuda.empty_cache()
         else:
+            if size < len(piece.labels):
+                # a replayed graph computes the next part in the same memory
+                rows = [{name: row.clone() for name, row in draw.items()} for draw in rows]
             parts.append(rows)
             start += size
     if len(parts) == 1:
