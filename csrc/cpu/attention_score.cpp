@@ -21,12 +21,14 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <limits>
 #include <tuple>
 #include <utility>
 #include <vector>
 
 #include "checks.h"
 #include "cpu/activations.h"
+#include "cpu/columns.h"
 #include "cpu/isa.h"
 #include "cpu/lanes.h"
 
@@ -165,7 +167,8 @@ struct Weigh {
     using V = Vector<Acc, kBytes>;
     constexpr int64_t lanes = kBytes / sizeof(Acc);
     const int64_t padded = (columns + kLanes<Acc> - 1) / kLanes<Acc> * kLanes<Acc>;
-    const V factor = scale - V{};
+    // infinity times 0 is no number: the least factor leaves every weight at 1 as well
+    const V factor = (scale == 0 ? std::numeric_limits<Acc>::min() : scale) - V{};
     for (int64_t r = 0; r < rows; ++r, s += s_row) {
       for (int64_t n = columns; n < padded; ++n) s[n] = scale < 0 ? INFINITY : -INFINITY;
       V most = constant<V>(-INFINITY);
@@ -521,11 +524,6 @@ void backward(const Tensor& grad,  // (B, N, H, K)
   });
 }
 
-Tensor with_adjacent_dims(const Tensor& x) {
-  const int64_t last = x.dim() - 1;
-  return x.size(last) <= 1 || x.stride(last) == 1 ? x : torch::stable::contiguous(x);
-}
-
 ScalarType wide_type(const Tensor& x) {
   return x.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
 }
@@ -555,7 +553,7 @@ void for_dtype(const char* op, const Tensor& qkv, F f) {
 
 std::tuple<Tensor, Tensor> attention(Tensor qkv, double scale) {
   check_qkv("attention", qkv);
-  qkv = with_adjacent_dims(qkv);
+  qkv = with_adjacent_columns(qkv);
   const int64_t batch = qkv.size(0), tokens = qkv.size(1), heads = qkv.size(3), dims = qkv.size(4);
   Tensor out = torch::stable::new_empty(qkv, {batch, tokens, heads, dims});
   Tensor lse = torch::stable::new_empty(qkv, {batch, heads, tokens}, wide_type(qkv));
@@ -583,9 +581,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> attention_score(Tensor grad, Tensor q
            op, "lse_BHN", "have shape (B, H, N)", "another");
   VP_CHECK(lse.scalar_type() == wide_type(qkv), op, "lse_BHN",
            "be float64 for float64 and else float32", "another dtype");
-  grad = with_adjacent_dims(grad);
-  qkv = with_adjacent_dims(qkv);
-  out = with_adjacent_dims(out);
+  grad = with_adjacent_columns(grad);
+  qkv = with_adjacent_columns(qkv);
+  out = with_adjacent_columns(out);
   lse = torch::stable::contiguous(lse);
   const Wanted wanted{needs_qkv, needs_head, needs_qk_dim, needs_v_dim};
   const auto result = [&](bool is_wanted, std::vector<int64_t> shape, ScalarType type) {

@@ -1,4 +1,4 @@
-// What the kernels share that sum each column over the tokens.
+// What the score kernels share: adjacent columns, and how each is summed over the tokens.
 #pragma once
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
@@ -24,9 +24,10 @@ inline int64_t block_columns(int64_t batch, int64_t columns) {
   return std::clamp(whole_lines, kLeastColumns, kMostColumns);
 }
 
-// columns must be adjacent; tokens and samples may lie anywhere
+// x, copied unless its last dimension is adjacent; all others may lie anywhere
 inline torch::stable::Tensor with_adjacent_columns(const torch::stable::Tensor& x) {
-  return x.size(2) <= 1 || x.stride(2) == 1 ? x : torch::stable::contiguous(x);
+  const int64_t last = x.dim() - 1;
+  return x.size(last) <= 1 || x.stride(last) == 1 ? x : torch::stable::contiguous(x);
 }
 
 }  // namespace vitprune

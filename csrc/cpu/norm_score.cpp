@@ -20,6 +20,7 @@
 #include <vector>
 
 #include "checks.h"
+#include "cpu/columns.h"
 #include "cpu/isa.h"
 #include "cpu/lanes.h"
 
@@ -29,8 +30,6 @@ using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 using namespace vitprune;
 
-// tokens whose scores one task adds up: enough tasks for small batches, short sums, little scratch
-constexpr int64_t kTokensPerPart = 32;
 // vectors summed side by side, so that an addition need not wait for the one before it
 constexpr int64_t kSums = 4;
 
@@ -245,6 +244,7 @@ void score(const Tensor& x,       // (B, N, C)
   const auto some =
       output ? choose_some_tokens<true, In, Acc>() : choose_some_tokens<false, In, Acc>();
 
+  // one part per task: enough tasks for small batches, and little scratch
   const int64_t parts = (num_tokens + kTokensPerPart - 1) / kTokensPerPart;
   std::vector<Acc> sums(batch * parts * row);
   torch::stable::parallel_for(0, batch * parts, 1, [&](int64_t begin, int64_t end) {
@@ -270,11 +270,6 @@ void score(const Tensor& x,       // (B, N, C)
   });
 }
 
-// channels must be adjacent; tokens and samples may lie anywhere
-Tensor with_adjacent_channels(const Tensor& x) {
-  return x.size(2) <= 1 || x.stride(2) == 1 ? x : torch::stable::contiguous(x);
-}
-
 void check_parameter(const std::optional<Tensor>& parameter, const char* name, const Tensor& x) {
   if (!parameter) return;
   VP_CHECK(parameter->dim() == 1 && parameter->size(0) == x.size(2), "norm_score", name,
@@ -294,8 +289,8 @@ std::tuple<Tensor, Tensor> norm_score(Tensor x, Tensor grad_y, std::optional<Ten
            "have the dtype of x_BNC", "another");
   check_parameter(weight, "weight_C", x);
   check_parameter(bias, "bias_C", x);
-  x = with_adjacent_channels(x);
-  grad_y = with_adjacent_channels(grad_y);
+  x = with_adjacent_columns(x);
+  grad_y = with_adjacent_columns(grad_y);
   const ScalarType type = x.scalar_type();
   const ScalarType out_type = type == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
   Tensor grad_x = torch::stable::new_empty(x, {x.size(0), x.size(1), x.size(2)});

@@ -18,6 +18,7 @@
 #include <vector>
 
 #include "checks.h"
+#include "cpu/columns.h"
 #include "cpu/isa.h"
 #include "cpu/lanes.h"
 
@@ -30,8 +31,6 @@ using namespace vitprune;
 // columns whose sums stay in the first-level cache while the tokens stream by
 constexpr int64_t kBlockColumns = 1024;
 constexpr int64_t kTokensAtOnce = 4;
-// a partial sum stays short, so the rounding error grows with N / 32 and not with N
-constexpr int64_t kTokensPerPart = 32;
 
 // what a column adds to its sum: the product, or its magnitude where every token counts by itself
 template <bool kMagnitude, typename In>
@@ -223,11 +222,6 @@ void score(const Tensor& activation, const Tensor& gradient, Tensor& out, int64_
   } else {
     score<Sum::kUnitMagnitudes, In, Acc>(activation, gradient, out, group_size);
   }
-}
-
-// columns must be adjacent; tokens and samples may lie anywhere
-Tensor with_adjacent_columns(const Tensor& x) {
-  return x.size(2) <= 1 || x.stride(2) == 1 ? x : torch::stable::contiguous(x);
 }
 
 Tensor taylor_score(Tensor activation, Tensor gradient, int64_t group_size, bool per_token) {

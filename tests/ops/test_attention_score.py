@@ -169,6 +169,14 @@ def test_attention_score_per_token_matches_reference(shape, dtype, backend):
     assert_backward_matches(shape, dtype, backend, per_token=True, scale=0.3)
 
 
+@pytest.mark.parametrize(("backend", "dtype"), RUNS)
+@pytest.mark.parametrize("scale", [0.0, -0.3])
+def test_attention_score_handles_any_sign_of_the_scale(scale, dtype, backend):
+    """No width of a tile divides the tokens, so keys beyond the last have to weigh nothing."""
+    assert_forward_matches((1, 37, 3, 24), dtype, backend, scale)
+    assert_backward_matches((1, 37, 3, 24), dtype, backend, per_token=False, scale=scale)
+
+
 @pytest.mark.parametrize("backend", [name for name in BACKENDS if name != "triton"])
 def test_attention_score_bf16_matches_reference(backend):
     assert_forward_matches((2, 197, 3, 64), BF16, backend)
