@@ -10,10 +10,15 @@ from torch import Tensor
 
 from vitprune_fast import _checks
 from vitprune_fast.ops._dispatch import Backend, choose
+from vitprune_fast.ops._probes import (
+    DTYPES,
+    check_probe,
+    refuse_second_derivative,
+    score_dtype,
+)
 from vitprune_fast.reference.activation_score import ACTIVATIONS as _FORWARD
 from vitprune_fast.reference.activation_score import activation_score as _eager
 
-DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 ACTIVATIONS = tuple(_FORWARD)
 
 _library = torch.library.Library("vitprune_fast", "FRAGMENT")
@@ -45,35 +50,12 @@ def _triton(
 _triton.register_fake(_fake)
 
 
-def score_dtype(x: Tensor) -> torch.dtype:
-    """What the score of ``x`` is accumulated and returned in."""
-    return torch.float64 if x.dtype == torch.float64 else torch.float32
-
-
 def check_activation(op: str, activation: str) -> None:
     """Raise unless ``activation`` is one of ``ACTIVATIONS``."""
     names = ", ".join(ACTIVATIONS)
     _checks.require(
         activation in ACTIVATIONS, op, "activation", f"be one of {names}", repr(activation)
     )
-
-
-def check_probe(op: str, probe_BF: Tensor, x_name: str, x: Tensor, columns: int) -> None:
-    """Raise unless the probe has a number of the score's dtype for each sample and column."""
-    _checks.require_tensor(op, "probe_BF", probe_BF)
-    shape, dtype = (x.shape[0], columns), score_dtype(x)
-    rule = f"have shape {shape}, one number per sample and column of {x_name}"
-    _checks.require(probe_BF.shape == shape, op, "probe_BF", rule, tuple(probe_BF.shape))
-    rule = f"have dtype {dtype}, that of the score"
-    _checks.require(probe_BF.dtype == dtype, op, "probe_BF", rule, probe_BF.dtype)
-    rule = f"have device {x.device} like {x_name}"
-    _checks.require(probe_BF.device == x.device, op, "probe_BF", rule, probe_BF.device)
-
-
-def refuse_second_derivative(op: str) -> None:
-    """Raise in a backward that is itself recorded, where the result would be cut off silently."""
-    if torch.is_grad_enabled():
-        raise RuntimeError(f"{op}: has no second derivative; leave out create_graph=True")
 
 
 def activation_score(
@@ -202,7 +184,8 @@ def scored_activation(
     _checks.require_dims(op, "x_BNF", x_BNF, 3)
     _checks.require_dtype(op, "x_BNF", x_BNF, DTYPES)
     check_activation(op, activation)
-    check_probe(op, probe_BF, "x_BNF", x_BNF, x_BNF.shape[2])
+    batch, _, columns = x_BNF.shape
+    check_probe(op, "probe_BF", probe_BF, (batch, columns), "x_BNF", x_BNF)
     # settled here, so that a backend that cannot run is refused before the backward
     chosen = choose("activation_score", x_BNF.device, backend)
     return _scored(x_BNF, probe_BF, activation, per_token, chosen)

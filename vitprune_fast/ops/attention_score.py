@@ -13,9 +13,14 @@ from torch import Tensor
 
 from vitprune_fast import _checks
 from vitprune_fast.ops._dispatch import Backend, choose
+from vitprune_fast.ops._probes import (
+    DTYPES,
+    check_probe,
+    refuse_second_derivative,
+    score_dtype,
+)
 from vitprune_fast.reference import attention_score as _reference
 
-DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 NEEDS = ("qkv", "head", "qk_dim", "v_dim")
 _OP = "attention_score"
 # torch's efficient attention stores the rows of the normalisers padded to this many
@@ -58,15 +63,11 @@ _library.define(
 )
 
 
-def _wide_dtype(x: Tensor) -> torch.dtype:
-    return torch.float64 if x.dtype == torch.float64 else torch.float32
-
-
 @torch.library.register_fake("vitprune_fast::attention", lib=_library)
 def _fake(qkv_BN3HK: Tensor, scale: float) -> tuple[Tensor, Tensor]:
     batch, num_tokens, _, num_heads, head_dim = qkv_BN3HK.shape
     out_BNHK = qkv_BN3HK.new_empty(batch, num_tokens, num_heads, head_dim)
-    lse_BHN = out_BNHK.new_empty(batch, num_heads, num_tokens, dtype=_wide_dtype(qkv_BN3HK))
+    lse_BHN = out_BNHK.new_empty(batch, num_heads, num_tokens, dtype=score_dtype(qkv_BN3HK))
     return out_BNHK, lse_BHN
 
 
@@ -84,7 +85,7 @@ def _fake_score(
     v_dim: bool,
 ) -> Gradients:
     batch, _, _, num_heads, head_dim = qkv_BN3HK.shape
-    wide = _wide_dtype(qkv_BN3HK)
+    wide = score_dtype(qkv_BN3HK)
     return (
         qkv_BN3HK.new_empty(qkv_BN3HK.shape if qkv else (0,)),
         qkv_BN3HK.new_empty((batch, num_heads) if head else (0,), dtype=wide),
@@ -193,7 +194,7 @@ def _eager_score(
     per_token: bool,
     wanted: Wanted,
 ) -> Gradients:
-    wide = _wide_dtype(qkv_BN3HK)
+    wide = score_dtype(qkv_BN3HK)
     dqkv_BN3HK = qkv_BN3HK.new_empty(0)
     head_BH = qk_dim_BHK = v_dim_BHK = qkv_BN3HK.new_empty(0, dtype=wide)
     qkv, head, qk_dim, v_dim = wanted
@@ -286,8 +287,7 @@ def _setup_context(ctx, inputs, output):
 
 
 def _backward(ctx, grad_out_BNHK: Tensor, _grad_lse: Tensor | None):
-    if torch.is_grad_enabled():
-        raise RuntimeError("scored_attention: backward must run once, got create_graph=True")
+    refuse_second_derivative("scored_attention")
     wanted = tuple(ctx.needs_input_grad[:4])
     qkv_BN3HK, out_BNHK, lse_BHN = ctx.saved_tensors
     gradients = _run_score(
@@ -311,15 +311,6 @@ def _check_qkv(op: str, qkv_BN3HK: Tensor) -> None:
     shape = tuple(qkv_BN3HK.shape)
     rule = "have 3 parts (q, k, v) in dimension 2 and a head dim of at least 1"
     _checks.require(shape[2] == 3 and shape[4] >= 1, op, "qkv_BN3HK", rule, shape)
-
-
-def _check_shape(op: str, name: str, value: Tensor, shape: tuple[int, ...], like: Tensor) -> None:
-    """Raise unless ``value`` has that shape and the device of ``like``."""
-    _checks.require_tensor(op, name, value)
-    _checks.require(
-        tuple(value.shape) == shape, op, name, f"have shape {shape}", tuple(value.shape)
-    )
-    _checks.require(value.device == like.device, op, name, f"be on {like.device}", value.device)
 
 
 def attention(
@@ -402,8 +393,12 @@ def attention_score(
     for name, value in (("grad_out_BNHK", grad_out_BNHK), ("out_BNHK", out_BNHK)):
         _checks.require_tensor(_OP, name, value)
         _checks.require_like(_OP, name, value, "q in qkv_BN3HK", like_out)
-    _check_shape(_OP, "lse_BHN", lse_BHN, (batch, num_heads, num_tokens), qkv_BN3HK)
-    _checks.require_dtype(_OP, "lse_BHN", lse_BHN, (_wide_dtype(qkv_BN3HK),))
+    _checks.require_tensor(_OP, "lse_BHN", lse_BHN)
+    shape, got = (batch, num_heads, num_tokens), tuple(lse_BHN.shape)
+    _checks.require(got == shape, _OP, "lse_BHN", f"have shape {shape}", got)
+    _checks.require_dtype(_OP, "lse_BHN", lse_BHN, (score_dtype(qkv_BN3HK),))
+    near = lse_BHN.device == qkv_BN3HK.device
+    _checks.require(near, _OP, "lse_BHN", f"be on {qkv_BN3HK.device}", lse_BHN.device)
     unknown = sorted(set(needs) - set(NEEDS))
     _checks.require(not unknown, _OP, "needs", f"hold only {', '.join(NEEDS)}", unknown)
     qkv, head, qk_dim, v_dim = (name in needs for name in NEEDS)
@@ -467,8 +462,7 @@ def scored_attention(
     )
     for name, probe, shape in probes:
         if probe is not None:
-            _check_shape(op, name, probe, shape, qkv_BN3HK)
-            _checks.require_dtype(op, name, probe, (_wide_dtype(qkv_BN3HK),))
+            check_probe(op, name, probe, shape, "qkv_BN3HK", qkv_BN3HK)
     factor = _factor(scale, qkv_BN3HK)
     out_BNHK, _ = _scored(qkv_BN3HK, head_BH, qk_dim_BHK, v_dim_BHK, factor, per_token, backend)
     return out_BNHK

@@ -12,13 +12,13 @@ from torch import Tensor
 
 from vitprune_fast import _checks
 from vitprune_fast.ops._dispatch import Backend, choose
-from vitprune_fast.ops.activation_score import (
+from vitprune_fast.ops._probes import (
     DTYPES,
-    check_activation,
     check_probe,
     refuse_second_derivative,
     score_dtype,
 )
+from vitprune_fast.ops.activation_score import check_activation
 from vitprune_fast.reference.activation_score import ACTIVATIONS as _FORWARD
 from vitprune_fast.reference.glu_score import glu_score as _eager
 
@@ -305,7 +305,8 @@ def scored_glu(
     _checks.require_dtype(op, "gate_BNF", gate_BNF, DTYPES)
     _checks.require_like(op, "value_BNF", value_BNF, "gate_BNF", gate_BNF)
     check_activation(op, activation)
-    check_probe(op, probe_BF, "gate_BNF", gate_BNF, gate_BNF.shape[2])
+    batch, _, columns = gate_BNF.shape
+    check_probe(op, "probe_BF", probe_BF, (batch, columns), "gate_BNF", gate_BNF)
     # settled here, so that a backend that cannot run is refused before the backward
     chosen = choose("glu_score", gate_BNF.device, backend)
     return _scored(gate_BNF, value_BNF, probe_BF, activation, per_token, chosen)
@@ -345,11 +346,11 @@ def scored_glu_packed(
     _checks.require_tensor(op, "x_BN2F", x_BN2F)
     _checks.require_dims(op, "x_BN2F", x_BN2F, 3)
     _checks.require_dtype(op, "x_BN2F", x_BN2F, DTYPES)
-    both = x_BN2F.shape[2]
+    batch, _, both = x_BN2F.shape
     rule = "have an even number of columns, gate and value"
     _checks.require(both % 2 == 0, op, "x_BN2F", rule, both)
     check_activation(op, activation)
-    check_probe(op, probe_BF, "x_BN2F", x_BN2F, both // 2)
+    check_probe(op, "probe_BF", probe_BF, (batch, both // 2), "x_BN2F", x_BN2F)
     # settled here, so that a backend that cannot run is refused before the backward
     chosen = choose("glu_score", x_BN2F.device, backend)
     return _scored_packed(x_BN2F, probe_BF, activation, gate_last, per_token, chosen)

@@ -11,10 +11,13 @@ from torch.nn import functional as F
 
 from vitprune_fast import _checks
 from vitprune_fast.ops._dispatch import Backend, choose
-from vitprune_fast.ops.activation_score import refuse_second_derivative
+from vitprune_fast.ops._probes import (
+    DTYPES,
+    check_probe,
+    refuse_second_derivative,
+    score_dtype,
+)
 from vitprune_fast.reference.norm_score import norm_score as _eager
-
-DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 _library = torch.library.Library("vitprune_fast", "FRAGMENT")
 _library.define(
@@ -35,7 +38,7 @@ def _fake(
     output: bool,
 ) -> tuple[Tensor, Tensor]:
     batch, _, channels = x_BNC.shape
-    return x_BNC.new_empty(x_BNC.shape), x_BNC.new_empty(batch, channels, dtype=_score_dtype(x_BNC))
+    return x_BNC.new_empty(x_BNC.shape), x_BNC.new_empty(batch, channels, dtype=score_dtype(x_BNC))
 
 
 # C++ and Triton cannot both hold the CUDA key of one op, so the twin has its own name
@@ -55,10 +58,6 @@ def _triton(
 
 
 _triton.register_fake(_fake)
-
-
-def _score_dtype(x: Tensor) -> torch.dtype:
-    return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
 def _check(
@@ -239,14 +238,8 @@ def scored_norm(
     """
     op = "scored_norm"
     _check(op, x_BNC, weight_C, bias_C, eps)
-    _checks.require_tensor(op, "probe_BC", probe_BC)
     batch, _, channels = x_BNC.shape
-    shape, dtype = (batch, channels), _score_dtype(x_BNC)
-    rule = f"have shape {shape}, one number per sample and channel of x_BNC"
-    _checks.require(probe_BC.shape == shape, op, "probe_BC", rule, tuple(probe_BC.shape))
-    _checks.require_dtype(op, "probe_BC", probe_BC, (dtype,))
-    rule = f"be on {x_BNC.device} like x_BNC"
-    _checks.require(probe_BC.device == x_BNC.device, op, "probe_BC", rule, probe_BC.device)
+    check_probe(op, "probe_BC", probe_BC, (batch, channels), "x_BNC", x_BNC)
     if torch.is_grad_enabled():
         for name, value in (("weight_C", weight_C), ("bias_C", bias_C)):
             trained = value is not None and value.requires_grad

@@ -10,9 +10,8 @@ from torch import Tensor
 
 from vitprune_fast import _checks
 from vitprune_fast.ops._dispatch import Backend, choose
+from vitprune_fast.ops._probes import DTYPES, score_dtype
 from vitprune_fast.reference.taylor_score import taylor_score as _eager
-
-DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 _library = torch.library.Library("vitprune_fast", "FRAGMENT")
 _library.define(
@@ -25,8 +24,7 @@ _library.define(
 @torch.library.register_fake("vitprune_fast::taylor_score", lib=_library)
 def _fake(activation_BNF: Tensor, gradient_BNF: Tensor, group_size: int, per_token: bool) -> Tensor:
     batch, _, columns = activation_BNF.shape
-    dtype = torch.float64 if activation_BNF.dtype == torch.float64 else torch.float32
-    return activation_BNF.new_empty(batch, columns // group_size, dtype=dtype)
+    return activation_BNF.new_empty(batch, columns // group_size, dtype=score_dtype(activation_BNF))
 
 
 # C++ and Triton cannot both hold the CUDA key of one op, so the twin has its own name
