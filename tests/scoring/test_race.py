@@ -28,7 +28,11 @@ def problem():
 
 def test_a_race_names_every_form_and_leaves_the_model_alone(problem) -> None:
     model, images, labels = problem
+    model.train()
+    model.norm.weight.requires_grad_(False)
     entries = race(model, images, labels, rounds=2)
+    assert all(module.training for module in model.modules())
+    assert [n for n, p in model.named_parameters() if not p.requires_grad] == ["norm.weight"]
     names = [entry.name for entry in entries]
     assert names[0] == OURS and {BARE, FULL} <= set(names) and len(names) == len(set(names)) == 7
     assert entries[0].times_ours == 1

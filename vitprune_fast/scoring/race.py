@@ -8,6 +8,7 @@ time between two events of the stream; what is stated is the minimum, with the s
 from __future__ import annotations
 
 import copy
+import math
 import statistics
 import time
 from collections.abc import Callable, Collection
@@ -20,7 +21,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..errors import InvalidInput, StageFailed
-from ..structure import Structure, describe
+from ..structure import describe
 from . import scored_axes
 from .scores import Accumulator
 from .taylor import scorer, scoring_mode
@@ -82,7 +83,7 @@ def race(
     """Time our scoring and its peers on one batch.
 
     Args:
-        model: a supported model, on the device to measure.
+        model: a supported model, on the device to measure; comes back as it was, without gradients.
         images: (B, C, H, W), on its device and in its dtype.
         labels: (B,) int64.
         rounds: how often every form is timed, in turns.
@@ -102,10 +103,12 @@ def race(
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        found = [f for f in _forms(model, images, labels) if f.name in {OURS, *forms}]
-        check_agreement(model, images, labels)
-        times = _timed(found, images.device, rounds)
-        limit = _arithmetic(model, images)
+        # some forms train every weight, whose flags are put back here
+        with scoring_mode(model):
+            found = [f for f in _forms(model, images, labels) if f.name in {OURS, *forms}]
+            check_agreement(model, images, labels)
+            times = _timed(found, images.device, rounds)
+            limit = _arithmetic(model, images)
     finally:
         torch.set_num_threads(threads)
         model.zero_grad(set_to_none=True)
@@ -371,27 +374,23 @@ class _Clock:
 
 def _arithmetic(model: nn.Module, images: Tensor) -> float:
     """Seconds for the matrix products of forward and input gradients, at the best rate here."""
-    structure: Structure = describe(model)
-    macs = {"linear": 0, "attention": 0}
+    structure, flop, largest = describe(model), 0, (0, 0, "")
     for work in structure.work:
-        product = work.positions
-        for dim in work.dims:
-            product *= dim.length()
+        macs = work.positions * math.prod(dim.length() for dim in work.dims)
+        name = f"{work.module}.weight"
         # a product without a weight has two input gradients
-        linear = any(name.startswith(f"{work.module}.weight") for name in structure.tensors)
-        macs["linear" if linear else "attention"] += product
-    flop = 2 * len(images) * (2 * macs["linear"] + 3 * macs["attention"])
-    return flop / _gemm_rate(model, images)
+        flop += 2 * len(images) * macs * (2 if name in structure.tensors else 3)
+        if name in structure.tensors:
+            largest = max(largest, (macs, work.positions, name))
+    _, positions, name = largest
+    return flop / _gemm_rate(model.get_parameter(name), len(images) * positions)
 
 
-def _gemm_rate(model: nn.Module, images: Tensor) -> float:
-    """FLOP per second of the largest product of the model, the best of several."""
-    weight = max(
-        (p for p in model.parameters() if p.ndim == 2), key=lambda parameter: parameter.numel()
-    ).detach()
-    rows = max(1, len(images)) * 197
+def _gemm_rate(weight: Tensor, rows: int) -> float:
+    """FLOP per second of ``rows`` inputs times the transposed weight, the best of several."""
+    weight = weight.detach().flatten(1)
     x = torch.randn(rows, weight.shape[1], device=weight.device).to(weight.dtype)
-    clock, best = _Clock(images.device), float("inf")
+    clock, best = _Clock(weight.device), float("inf")
     for _ in range(10):
         clock.start()
         F.linear(x, weight)
