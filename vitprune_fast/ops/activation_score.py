@@ -95,8 +95,8 @@ def activation_score(
         The gradient w.r.t. ``x_BNF``, ``(B, N, F)`` of its dtype, contiguous; and the score,
         ``(B, F)``, fp64 for fp64 inputs and else fp32, which is also what everything is computed
         in; signed (>= 0 with ``per_token``), in units of the loss. Row ``b`` of both depends on
-        row ``b`` of the inputs alone; their bits do not depend on the batch, the threads or the
-        repetition.
+        row ``b`` of the inputs alone; the bits of our kernels do not depend on the batch, the
+        threads or the repetition.
 
     Raises:
         TypeError: an argument is not a tensor.

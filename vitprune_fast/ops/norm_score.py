@@ -124,8 +124,8 @@ def norm_score(
     Returns:
         The gradient w.r.t. ``x_BNC``, ``(B, N, C)`` of its dtype, and the score, ``(B, C)``, fp64
         for fp64 inputs and else fp32, which is also what is accumulated in; signed, in units of
-        the loss. Row ``b`` of both depends on row ``b`` of the inputs alone; their bits do not
-        depend on the batch, the threads or the repetition.
+        the loss. Row ``b`` of both depends on row ``b`` of the inputs alone; the bits of our
+        kernels do not depend on the batch, the threads or the repetition.
 
     Raises:
         TypeError: an argument is not a tensor.

@@ -71,8 +71,8 @@ def taylor_score(
     Returns:
         ``(B, F // group_size)``, fp64 for fp64 inputs and else fp32, which is also what is
         accumulated in; signed (>= 0 with ``per_token``), in units of the loss. Row ``b`` depends
-        on row ``b`` of the inputs alone; its bits do not depend on the batch, the threads or the
-        repetition.
+        on row ``b`` of the inputs alone; the bits of our kernels do not depend on the batch, the
+        threads or the repetition.
 
     Raises:
         TypeError: an argument is not a tensor.
