@@ -22,6 +22,7 @@ import vitprune_fast as vp
 from bench.conftest import commit
 from vitprune_fast.data import Loader
 from vitprune_fast.recipes.profile import versions
+from vitprune_fast.scoring.taylor import PER_TOKEN_KINDS
 
 RESULTS = Path(__file__).parent / "results"
 IMAGES = 256
@@ -37,7 +38,6 @@ CRITERIA = (
     ("magnitude", "l2"),
     ("magnitude", "l1"),
 )
-PER_TOKEN = ("head", "neuron", "v_dim", "qk_dim")
 
 
 def agreement(model, scores: vp.Scores, truth: vp.Scores, kind: str) -> float:
@@ -66,7 +66,7 @@ def main(folder: str = "runs/digits/dense") -> None:
         seconds[criterion] = round(time.thread_time() - start, 2)
     rows = []
     for criterion, reduction in CRITERIA:
-        kinds = PER_TOKEN if reduction == "token_abs" else KINDS
+        kinds = PER_TOKEN_KINDS if reduction == "token_abs" else KINDS
         start = time.thread_time()
         scores = vp.score(model, batches, criterion, kinds, reduction)  # pyright: ignore
         row: dict[str, Any] = {"criterion": criterion, "reduction": reduction}

@@ -146,8 +146,15 @@ def test_a_checkpoint_of_another_run_is_refused(
 
     with pytest.raises(KeyboardInterrupt):
         score(model, stopped(), checkpoint=path)
-    others: tuple[dict[str, Any], ...]
-    others = ({"criterion": "fisher"}, {"units": ("neuron",)}, {"micro_batch": 3}, {"path": "taps"})
+    others: tuple[dict[str, Any], ...] = (
+        {"criterion": "fisher"},
+        {"units": ("neuron",)},
+        {"micro_batch": 3},
+        {"path": "taps"},
+        {"candidates": 8},
+        {"draws": 2},
+        {"seed": 1},
+    )
     for other in others:
         with pytest.raises(CheckpointRefused, match="checkpoint"):
             score(model, stream(model), checkpoint=path, **other)

@@ -107,7 +107,8 @@ def score(
         checkpoint: a file that keeps the sums twice a minute; the same call goes on from it, and it
             is gone at the end.
         on_event: told ``{"event": "step", "step": samples done, "images_per_s": ...}``.
-        stop: asked after every micro-batch; True writes the checkpoint and raises ScoringStopped.
+        stop: asked after every micro-batch, unless processes share the work; True writes the
+            checkpoint and raises ScoringStopped.
 
     Returns:
         Scores in fp32. Per sample in fp32 (fp64 in fp64 models), summed over the samples of a
@@ -117,6 +118,8 @@ def score(
     Raises:
         InvalidInput: an argument or a batch has a value that cannot be used.
         NotEnoughMemory: not even one sample fits.
+        ScoringStopped: ``stop`` said so.
+        StageFailed: another process failed, or has another checkpoint.
         UnsupportedArchitecture: the model has no layout.
     """
     if structure is None:
@@ -125,7 +128,7 @@ def score(
         _check_structure(model, structure)
     axes = scored_axes(structure, units, criterion)
     chosen = _reduction(criterion, reduction)
-    provenance = {"model": structure.family, "torch": torch.__version__}
+    provenance: dict[str, Any] = {"model": structure.family, "torch": torch.__version__}
     if criterion == "magnitude":
         by_axis = magnitude(model, structure, axes, chosen)
         return Scores(by_axis, criterion, chosen, 0, provenance=provenance)
@@ -148,6 +151,8 @@ def score(
         raise InvalidInput(f"score: draws must be 1 where samples are kept, got {draws}")
     if chosen == "token_abs":
         check_per_token(axes)
+    if criterion == "fisher":
+        provenance |= {"seed": seed, "draws": draws}
     accumulator = Accumulator({axis.name: axis.size for axis in axes}, chosen, per_sample)
     with ExitStack() as stack:
         if criterion in ("taylor", "fisher"):
@@ -176,6 +181,7 @@ def score(
                 "micro_batch": micro_batch,
                 "seed": seed,
                 "draws": draws,
+                "candidates": candidates,
                 "loss_scale": loss_scale,
                 "path": path,
             }

@@ -97,19 +97,19 @@ class Ranks:
             ordered.append(Partial(sums[owner].cpu(), found[owner][1:].cpu(), kept))
         return ordered
 
-    def agree(self, what: str, number: int) -> None:
-        """Make sure that every process found the same number.
+    def agree_on_done(self, done: int) -> None:
+        """Make sure that the checkpoint of every process holds as many micro-batches.
 
         Raises:
             StageFailed: they differ.
         """
         if self.world == 1:
             return
-        found = [int(n) for n in self._gather(torch.tensor([number], device=self._device()))]
+        found = [int(n) for n in self._gather(torch.tensor([done], device=self._device()))]
         if len(set(found)) > 1:
             raise StageFailed(
-                f"score: {what} must be the same in every process, got {found}; give all of them "
-                "the same stream and a checkpoint that all of them can read"
+                "score: checkpoint must hold as many micro-batches in every process, got "
+                f"{found}; give a file that all of them can read, or delete it to start anew"
             )
 
     def _gather(self, value: Tensor) -> list[Tensor]:

@@ -33,7 +33,8 @@ class Scores(Mapping[str, Tensor]):
         samples: how many samples were counted.
         skipped: samples set aside because a score of theirs was not finite.
         per_sample: axis name -> (samples, units) fp32, the g themselves, where they were asked for.
-        provenance: free text about where the scores come from (model, data, seed).
+        provenance: facts about where the scores come from: family of the model, version of torch,
+            seed and draws of the labels for ``fisher``.
     """
 
     by_axis: Mapping[str, Tensor]

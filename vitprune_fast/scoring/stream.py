@@ -79,7 +79,7 @@ def run(
     stream = micro_batches(model, batches, micro_batch)
     if checkpoint is not None:
         done = checkpoint.load(accumulator)
-        ranks.agree("the micro-batches done", done)
+        ranks.agree_on_done(done)
         stream = checkpoint.skip(stream, done)
     width = sum(accumulator.axes.values())
     for pieces in rounds(stream, ranks):
