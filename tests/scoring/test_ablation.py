@@ -35,8 +35,7 @@ def axes_of(structure: Structure, *kinds: str) -> list[Any]:
 def scores_of(model: Any, batch: tuple, measure: Any, *kinds: str, candidates: int = 32) -> Scores:
     structure = describe(model)
     axes = axes_of(structure, *kinds)
-    (scores,) = leave_one_out(model, structure, axes, [batch], measure, candidates)
-    return scores
+    return dict(leave_one_out(model, structure, axes, measure, candidates)(*batch))
 
 
 def damage(full: Tensor, masked: Tensor, labels: Tensor, measure: str) -> Tensor:
@@ -120,8 +119,7 @@ def test_no_more_rows_than_asked_for_and_no_block_before_the_candidates() -> Non
         block.mlp.fc1.register_forward_hook(lambda *a, name=name: rows[name].append(len(a[2])))
     structure = describe(model)
     axes = [structure.axes["blocks.1.mlp.neurons"]]
-    for _ in leave_one_out(model, structure, axes, [(images, labels)], "loss", candidates=20):
-        pass
+    leave_one_out(model, structure, axes, "loss", candidates=20)(images, labels)
     # 48 neurons in 3 forwards of at most 20; their own block makes its neurons once for all
     assert rows["first"] == [2, 2]
     assert rows["second"] == [2, 2, 2, 2]
@@ -182,7 +180,7 @@ def test_nan_in_a_unit_goes_with_the_unit(config: str) -> None:
 
     model.register_forward_hook(catch)
     axes = [structure.axes["blocks.0.mlp.neurons"]]
-    list(leave_one_out(model, structure, axes, [batch], "loss"))
+    leave_one_out(model, structure, axes, "loss")(*batch)
     logits = blocks[-1].view(18, *want.shape)
     assert (logits[5] - want).abs().max() <= 1e-12 * want.abs().max()
     assert not logits[[u for u in range(18) if u != 5]].isfinite().any()
@@ -217,12 +215,14 @@ def test_the_model_comes_back_exactly_as_it_was(after: int) -> None:
         ]
 
     before = snapshot()
-    results = leave_one_out(model, structure, axes_of(structure), [batch, batch], "loss", 3)
+    measure = leave_one_out(model, structure, axes_of(structure), "loss", 3)
+    assert snapshot() == before
     if after:
         with pytest.raises(Surprise):
-            list(results)
+            for _ in range(2):
+                measure(*batch)
     else:
-        next(results)
+        measure(*batch)
     assert snapshot() == before
     assert all(torch.equal(state[name], t) for name, t in model.state_dict().items())
     assert all(p.grad is None and p.requires_grad for p in model.parameters())

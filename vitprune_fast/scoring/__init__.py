@@ -20,7 +20,7 @@ from .activation import activation
 from .magnitude import NORMS, magnitude
 from .ranks import Ranks
 from .resume import Checkpoint, fingerprint
-from .scores import Accumulator, Rows, Scores
+from .scores import Accumulator, Scores
 from .stream import OnEvent, ScoringStopped
 from .taylor import Path, check_per_token, scorer
 
@@ -219,15 +219,12 @@ def _forward_only(
     criterion: Literal["loss", "kl", "activation"],
     candidates: int,
 ) -> stream.ScoreBatch:
-    """The criteria that need no gradient, one batch at a time."""
-
-    def score_batch(images: Tensor, labels: Tensor, first: int) -> list[Rows]:
-        batch = [(images, labels)]
-        if criterion == "activation":
-            return list(activation(model, structure, axes, batch))
-        return list(leave_one_out(model, structure, axes, batch, criterion, candidates))
-
-    return score_batch
+    """The criteria that need no gradient."""
+    if criterion == "activation":
+        measure = activation(model, structure, axes)
+    else:
+        measure = leave_one_out(model, structure, axes, criterion, candidates)
+    return lambda images, labels, first: [measure(images, labels)]
 
 
 def _reduction(criterion: str, reduction: str | None) -> str:

@@ -24,6 +24,7 @@ from ..structure import Axis, Structure
 from ..structure.norms import norm_over_kept
 from ..structure.paths import get
 from .places import Place, places_of
+from .scores import MeasureBatch, Rows
 
 MEASURES = ("loss", "kl")
 
@@ -32,10 +33,9 @@ def leave_one_out(
     model: nn.Module,
     structure: Structure,
     axes: Sequence[Axis],
-    batches: Iterable[tuple[Tensor, Tensor | None]],
     measure: Literal["loss", "kl"],
     candidates: int = 32,
-) -> Iterator[dict[str, Tensor]]:
+) -> MeasureBatch:
     """The exact effect of every unit on every sample.
 
     ``loss``: cross-entropy without the unit minus cross-entropy of the full model; signed, and
@@ -49,17 +49,16 @@ def leave_one_out(
         model: a supported model.
         structure: of the model.
         axes: of the structure, of any unit kind.
-        batches: yields (images (B, C, H, W) floating, labels (B,) int64), as checked by
-            :func:`vitprune_fast.batches.checked`; labels may be None for ``kl``.
         measure: ``"loss"`` or ``"kl"``.
         candidates: how many units are tried at once.
 
-    Yields:
-        For each batch axis name -> (B, units) fp32 (fp64 in fp64 models); differences are taken in
+    Returns:
+        A function from images (B, C, H, W) floating and labels (B,) int64 (None will do for
+        ``kl``) to axis name -> (B, units) fp32 (fp64 in fp64 models); differences are taken in
         fp64. Row b depends on sample b alone: one that is not finite makes no other row so.
 
     Raises:
-        InvalidInput: an argument or the logits have a value that cannot be used.
+        InvalidInput: an argument has a value that cannot be used; when called, labels or logits.
     """
     if measure not in MEASURES:
         raise InvalidInput(
@@ -72,10 +71,12 @@ def leave_one_out(
     trials = [
         trial for axis in axes for trial in _trials(model, structure, axis, blocks, candidates)
     ]
-    for images, labels in batches:
+
+    def measure_batch(images: Tensor, labels: Tensor | None) -> Rows:
         with evaluating(model), torch.no_grad():
-            scores = _score_batch(model, blocks, trials, axes, images, labels, measure)
-        yield scores
+            return _score_batch(model, blocks, trials, axes, images, labels, measure)
+
+    return measure_batch
 
 
 def _score_batch(
@@ -189,15 +190,15 @@ def _logits_without(
             _enter(model, blocks, trial.start, rows, undo)
         units = torch.tensor(trial.units)[:, None]
         for place in trial.places:
-            rows = Rows((place.owner == units).to(images.device), samples, trial.late)
-            _select(get(model, place.module), place.at, rows, undo)
+            lost = Lost((place.owner == units).to(images.device), samples, trial.late)
+            _select(get(model, place.module), place.at, lost, undo)
         for path in trial.silent:
             undo.callback(get(model, path).register_forward_hook(_zeros).remove)
         return model(images)
 
 
 @dataclass(frozen=True)
-class Rows:
+class Lost:
     """Which entries every candidate has lost, for tensors that hold candidates x samples.
 
     Tensors have candidates and samples in one leading dimension. Where ``late``, they have them in
@@ -205,37 +206,37 @@ class Rows:
     """
 
     # (candidates, length) bool
-    lost: Tensor
+    entries: Tensor
     samples: int
     late: bool
 
     def apply(self, function: Callable[[Tensor, Tensor], Tensor], x: Tensor) -> Tensor:
-        """``function(lost, x)`` with both in a form that broadcasts."""
-        count, length = self.lost.shape
+        """``function(entries, x)`` with both in a form that broadcasts."""
+        count, length = self.entries.shape
         if self.late:
-            return function(self.lost.view(count, 1, 1, length), x)
-        lost = self.lost.view(count, *(1,) * (x.ndim - 1), length)
+            return function(self.entries.view(count, 1, 1, length), x)
+        lost = self.entries.view(count, *(1,) * (x.ndim - 1), length)
         return function(lost, x.unflatten(0, (count, self.samples))).flatten(0, 1)
 
 
-def _select(module: Any, at: str, rows: Rows, undo: ExitStack) -> None:
+def _select(module: Any, at: str, lost: Lost, undo: ExitStack) -> None:
     """Set each candidate's unit to zero before, after or in a module, until ``undo``."""
     if at == "norm":
 
         def normalise(x: Tensor) -> Tensor:
-            return rows.apply(lambda lost, x: norm_over_kept(module, ~lost, x), x)
+            return lost.apply(lambda entries, x: norm_over_kept(module, ~entries, x), x)
 
         _exchange_forward(module, normalise, undo)
     elif at == "input":
 
         def before(_: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-            return (rows.apply(_without, inputs[0]), *inputs[1:])
+            return (lost.apply(_without, inputs[0]), *inputs[1:])
 
         undo.callback(module.register_forward_pre_hook(before).remove)
     else:
 
         def after(_: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
-            return rows.apply(_without, output)
+            return lost.apply(_without, output)
 
         undo.callback(module.register_forward_hook(after).remove)
 

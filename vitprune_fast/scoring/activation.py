@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from typing import Any
 
@@ -16,17 +16,13 @@ from ..structure import Axis, Structure
 from ..structure.axes import Write
 from ..structure.paths import get
 from .places import Place, places_of
+from .scores import MeasureBatch, Rows
 
 # takes (samples, units) of one place or branch
 Record = Callable[[Tensor], None]
 
 
-def activation(
-    model: nn.Module,
-    structure: Structure,
-    axes: Sequence[Axis],
-    batches: Iterable[tuple[Tensor, Any]],
-) -> Iterator[dict[str, Tensor]]:
+def activation(model: nn.Module, structure: Structure, axes: Sequence[Axis]) -> MeasureBatch:
     """The mean size of what each unit puts out, for every sample; >= 0, larger means keep.
 
     With n the tokens of a sample:
@@ -58,15 +54,16 @@ def activation(
         model: a supported model.
         structure: of the model.
         axes: of the structure, of any unit kind.
-        batches: yields (images (B, C, H, W) floating, anything).
 
-    Yields:
-        For each batch axis name -> (B, units) fp32 (fp64 in fp64 models), with sums in that
-        precision. Row b depends on sample b alone.
+    Returns:
+        A function from images (B, C, H, W) floating, and labels that are not read, to axis name ->
+        (B, units) fp32 (fp64 in fp64 models), with sums in that precision. Row b depends on sample
+        b alone.
     """
     placed = [(axis, _read_places(model, structure, axis)) for axis in axes]
     writes = {write.name: write for write in structure.writes()}
-    for images, _ in batches:
+
+    def measure_batch(images: Tensor, labels: Tensor | None) -> Rows:
         with evaluating(model), torch.no_grad(), ExitStack() as undo:
             readings = {axis.name: [] for axis in axes}
             for axis, places in placed:
@@ -80,11 +77,13 @@ def activation(
                     for (name,) in held:
                         _measure_branch(model, writes[name], record, undo)
             model(as_input(model, images))
-        yield {
+        return {
             # branches are units side by side, readers of one unit are averaged
             axis.name: torch.cat(found, 1) if structure.held(axis) else torch.stack(found).mean(0)
             for axis, found in ((axis, readings[axis.name]) for axis in axes)
         }
+
+    return measure_batch
 
 
 def _read_places(model: nn.Module, structure: Structure, axis: Axis) -> list[Place]:

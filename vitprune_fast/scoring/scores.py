@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -122,6 +122,9 @@ class Scores(Mapping[str, Tensor]):
 
 Rows = Mapping[str, Tensor]
 """Axis name -> (samples, units): the per-sample scores of one batch."""
+
+MeasureBatch = Callable[[Tensor, Tensor | None], Rows]
+"""From the images and labels of a batch to its rows, by forwards alone."""
 
 
 @dataclass
