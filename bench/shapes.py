@@ -16,5 +16,4 @@ class Shape(NamedTuple):
 
 
 VIT_TINY = Shape(197, 192, 768, 3, 64)
-VIT_SMALL = Shape(197, 384, 1536, 6, 64)
 VIT_BASE = Shape(197, 768, 3072, 12, 64)

@@ -37,9 +37,6 @@ every = pytest.mark.parametrize("function", CONSUMERS)
 Consumer = Callable[[nn.Module, Any], Any]
 
 
-INTEGERS = (torch.uint8, torch.int16, torch.int32)
-
-
 @every
 @pytest.mark.parametrize(
     "labels",
