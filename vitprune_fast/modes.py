@@ -1,10 +1,12 @@
-"""Training and evaluation mode, module by module, put back as it was."""
+"""How modules run: training or evaluation, put back as it was; compiled or as written."""
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import torch
 from torch import nn
 
 
@@ -28,3 +30,14 @@ def keeping_modes(*models: nn.Module | None) -> Iterator[None]:
     finally:
         for module, mode in zip(modules, modes, strict=True):
             module.training = mode
+
+
+@contextmanager
+def uncompiled() -> Iterator[None]:
+    """Run what was compiled as it is written: a compiled module does not look at its hooks."""
+    if "torch._dynamo" not in sys.modules:
+        # nothing was compiled, and the import takes longer than many a score run
+        yield
+        return
+    with torch.compiler.set_stance("force_eager"):
+        yield

@@ -91,3 +91,53 @@ def test_scores_taken_while_scores_are_taken() -> None:
     outer = score(model, batches(), units="all")
     for name, value in want.items():
         assert torch.equal(outer[name], value) and torch.equal(inner[0][name], value)
+
+
+@pytest.mark.parametrize("path", ["auto", "taps"])
+@pytest.mark.parametrize("config", ["no_class_token-no_pos_embed", "res_post_norm-rms", "qk_norm"])
+def test_autocast_scores_are_those_of_fp32_up_to_rounding(config: str, path: Any) -> None:
+    # one block: post-norm models with random weights magnify rounding from block to block
+    model = random_vit(config, dtype=torch.float32, depth=1)
+    batch = random_images(model, 4), torch.arange(4) % model.num_classes
+    want = score(model, [batch], units="all", path=path)
+    with torch.autocast("cpu", torch.bfloat16):
+        got = score(model, [batch], units="all", path=path)
+    for name, value in want.items():
+        assert (got[name] - value).norm() <= 0.05 * value.norm(), name
+
+
+def test_norms_left_in_fp32_in_a_half_precision_model() -> None:
+    model = random_vit("no_class_token-no_pos_embed", dtype=torch.float32)
+    batch = random_images(model, 4), torch.arange(4) % model.num_classes
+    want = score(model, [batch], units="all")
+    model.bfloat16()
+    for module in model.modules():
+        if isinstance(module, nn.LayerNorm):
+            module.float()
+    auto, taps = (score(model, [batch], units="all", path=path) for path in ("auto", "taps"))
+    for name, value in want.items():
+        for got in (auto, taps):
+            assert (got[name] - value).norm() <= 0.05 * value.norm(), name
+
+
+@pytest.mark.parametrize("part", ["", "mlp", "attn", "norm1"])
+@pytest.mark.parametrize("criterion", ["taylor", "fisher", "kl", "activation"])
+def test_a_compiled_model_is_scored_like_one_that_is_not(criterion: Any, part: str) -> None:
+    model, plain = random_vit(dtype=torch.float32), random_vit(dtype=torch.float32)
+    batch = random_images(model, 4), torch.arange(4) % model.num_classes
+    compiled = [0]
+
+    def backend(graph: Any, inputs: Any) -> Any:
+        compiled[0] += 1
+        return graph
+
+    torch._dynamo.reset()
+    for block in model.blocks:
+        block.get_submodule(part).compile(backend=backend)
+    with torch.no_grad():
+        model(batch[0])
+    before, compiled[0] = compiled[0], 0
+    got = score(model, [batch], criterion, units="all")
+    assert before and not compiled[0]
+    for name, value in score(plain, [batch], criterion, units="all").items():
+        assert torch.equal(got[name], value), name

@@ -19,7 +19,7 @@ from torch.nn import functional as F
 
 from ..batches import as_input, check_logits
 from ..errors import InvalidInput
-from ..modes import evaluating
+from ..modes import evaluating, uncompiled
 from ..structure import Axis, Structure
 from ..structure.norms import norm_over_kept
 from ..structure.paths import get
@@ -79,6 +79,7 @@ def leave_one_out(
     return measure_batch
 
 
+@uncompiled()
 def _score_batch(
     model: nn.Module,
     blocks: list[str],

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..batches import as_input
-from ..modes import evaluating
+from ..modes import evaluating, uncompiled
 from ..structure import Axis, Structure
 from ..structure.axes import Write
 from ..structure.paths import get
@@ -64,7 +64,7 @@ def activation(model: nn.Module, structure: Structure, axes: Sequence[Axis]) -> 
     writes = {write.name: write for write in structure.writes()}
 
     def measure_batch(images: Tensor, labels: Tensor | None) -> Rows:
-        with evaluating(model), torch.no_grad(), ExitStack() as undo:
+        with evaluating(model), torch.no_grad(), uncompiled(), ExitStack() as undo:
             readings = {axis.name: [] for axis in axes}
             for axis, places in placed:
                 record = readings[axis.name].append

@@ -24,7 +24,7 @@ from ..errors import InvalidInput
 from ..modeling_pruned import NORMS
 from ..structure.norms import epsilon, is_rms
 from ..structure.paths import get
-from .probes import Probes, as_tokens
+from .probes import Probes, as_tokens, tap_norm
 from .sites import Site
 
 _GELUS = (nn.GELU, timm.layers.GELU)
@@ -174,13 +174,19 @@ def _mlp(mlp: Any, sites: dict[str, Site], probes: Probes, x: Tensor) -> Tensor:
 def _norm(norm: Any, sites: dict[str, Site], probes: Probes, x: Tensor) -> Tensor:
     """LayerNorm and RMSNorm of torch and timm."""
     (site,) = sites.values()
+    probe, output = probes.leaf(site.key, x, site.size), site.measure == "norm"
+    if norm.weight is not None and norm.weight.dtype != x.dtype:
+        # autocast, or a norm that was left in fp32: the norm itself knows which dtype comes out
+        y = type(norm).forward(norm, x)
+        eps = epsilon(norm, y.dtype)
+        return tap_norm(y, probe, x, norm, rms=is_rms(norm), eps=eps, output=output)
     y = ops.scored_norm(
         as_tokens(x),
-        probes.leaf(site.key, x, site.size),
+        probe,
         norm.weight,
         getattr(norm, "bias", None),
         epsilon(norm, x.dtype),
         rms=is_rms(norm),
-        output=site.measure == "norm",
+        output=output,
     )
     return y.reshape(x.shape)

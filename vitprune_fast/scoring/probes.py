@@ -8,6 +8,7 @@ so nothing below it is differentiated.
 
 from __future__ import annotations
 
+from functools import reduce
 from typing import Any
 
 import torch
@@ -135,10 +136,13 @@ class _TapNorm(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
-        (x, weight, bias), (eps, rms, output) = ctx.saved_tensors, ctx.how
-        _, score = ops.norm_score(
-            as_tokens(x), as_tokens(grads[0]), weight, bias, eps, rms=rms, output=output
-        )
+        (x, *affine), (eps, rms, output) = ctx.saved_tensors, ctx.how
+        # under autocast they differ
+        dtypes = [each.dtype for each in (x, grads[0], *affine) if each is not None]
+        wide = reduce(torch.promote_types, dtypes)
+        weight, bias = (None if each is None else each.to(wide) for each in affine)
+        columns = [as_tokens(each).to(wide) for each in (x, grads[0])]
+        _, score = ops.norm_score(columns[0], columns[1], weight, bias, eps, rms=rms, output=output)
         return grads[0], score, *[None] * 6
 
 

@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 from ..batches import as_input, check_labels, check_logits
 from ..errors import InvalidInput
-from ..modes import evaluating
+from ..modes import evaluating, uncompiled
 from ..structure import Axis, Structure
 from .fused import exchanged
 from .graphs import Replayed
@@ -71,6 +71,7 @@ class TaylorScorer:
         """Let go of itself: the model and its graphs are freed with their last owner."""
         del self._compute
 
+    @uncompiled()
     def _rows(self, images: Tensor, targets: Tensor) -> list[Rows]:
         """Forward and backward; the targets are labels (B,), or random numbers (B, draws)."""
         self._probes.clear()
