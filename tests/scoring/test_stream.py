@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from vitprune_fast.errors import NotEnoughMemory, RunFolderError
+from vitprune_fast.files import read_metadata, read_tensors, write_tensors
 from vitprune_fast.scoring import Scores, ScoringStopped, resume, score
 from vitprune_fast.scoring.resume import CheckpointRefused
 from vitprune_fast.scoring.stream import MicroBatch, in_parts
@@ -169,6 +170,28 @@ def test_a_checkpoint_of_another_run_is_refused(
     path.write_bytes(path.read_bytes()[:-9])
     with pytest.raises(CheckpointRefused, match="delete it to start anew"):
         score(model, stream(model), checkpoint=path)
+
+
+@pytest.mark.parametrize("part", ["sums", "counts", "rows", "done"])
+def test_a_checkpoint_with_other_numbers_in_it_is_refused(tmp_path: Path, part: str) -> None:
+    model, path = random_vit(dtype=torch.float32), tmp_path / "partial.safetensors"
+    with pytest.raises(ScoringStopped):
+        score(model, stream(model), per_sample=True, checkpoint=path, stop=lambda: True)
+    tensors, metadata = read_tensors(path), read_metadata(path)
+    if part == "done":
+        metadata["done"] = "0"
+    else:
+        tensors[part].view(-1).view(torch.uint8)[3] ^= 1
+    write_tensors(path, tensors, metadata)
+    with pytest.raises(CheckpointRefused, match="content as it was written; delete it"):
+        score(model, stream(model), per_sample=True, checkpoint=path)
+    path.unlink()
+    with pytest.raises(ScoringStopped):
+        score(model, stream(model), per_sample=True, checkpoint=path, stop=lambda: True)
+    same_bits(
+        score(model, stream(model), per_sample=True),
+        score(model, stream(model), per_sample=True, checkpoint=path),
+    )
 
 
 def test_a_place_that_holds_no_checkpoint_is_found_out_before_the_work(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ..errors import InvalidInput
 from ..files import make_folder, parse_json, read_metadata, read_tensors, write_tensors
@@ -63,11 +63,10 @@ class Checkpoint:
                 raise ValueError(f"format {FORMAT}")
             identity, done = metadata["identity"], parse_json(metadata["done"].encode())
             self._expected = metadata["seen"]
-            sums, counts = tensors["sums"], tensors["counts"]
             if type(done) is not int or done < 0:
                 raise ValueError("a number of micro-batches")
-            if sums.shape != (sum(accumulator.axes.values()),) or counts.shape != (2,):
-                raise ValueError("sums of these units")
+            if metadata["content"] != _content(tensors, metadata):
+                raise ValueError("content as it was written")
         except (KeyError, ValueError, TypeError) as error:
             raise CheckpointRefused(
                 f"score: checkpoint {self.path} must hold the sums of a score run, got a file "
@@ -78,7 +77,7 @@ class Checkpoint:
                 f"score: checkpoint {self.path} must be of this score run, got one of another "
                 "model, criterion, units, seed, path or micro-batch; delete it to start anew"
             )
-        accumulator.restore(sums, counts, tensors.get("rows"))
+        accumulator.restore(tensors["sums"], tensors["counts"], tensors.get("rows"))
         return done
 
     def skip(self, stream: Iterator[Any], done: int) -> Iterator[Any]:
@@ -122,6 +121,7 @@ class Checkpoint:
             "done": str(self._done),
             "seen": self._seen.hexdigest(),
         }
+        metadata["content"] = _content(tensors, metadata)
         write_tensors(self.path, tensors, metadata)
         self._written = time.monotonic()
 
@@ -136,10 +136,25 @@ class Checkpoint:
             self._done += 1
 
 
+def _content(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str:
+    """A number that changes with every bit of a checkpoint: damaged sums look like sums."""
+    digest = hashlib.blake2b(digest_size=16)
+    for name in ("format", "identity", "done", "seen"):
+        digest.update(f"{name} {metadata[name]} ".encode())
+    for name, tensor in sorted(tensors.items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)} ".encode())
+        digest.update(_bytes(tensor))
+    return digest.hexdigest()
+
+
+def _bytes(tensor: Tensor) -> bytes:
+    return tensor.detach().cpu().reshape(-1).view(torch.uint8).numpy().tobytes()
+
+
 def fingerprint(model: nn.Module) -> str:
     """A number that another set of weights does not have."""
     digest = hashlib.blake2b(digest_size=16)
     for name, tensor in model.state_dict().items():
         digest.update(name.encode())
-        digest.update(tensor.detach().cpu().reshape(-1).view(torch.uint8).numpy().tobytes())
+        digest.update(_bytes(tensor))
     return digest.hexdigest()
