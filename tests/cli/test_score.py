@@ -89,6 +89,25 @@ def test_a_stopped_scoring_goes_on_with_the_same_bits(
     assert stopped.read_bytes() == whole.read_bytes() and not partial.exists()
 
 
+def test_stopped_scorings_side_by_side_have_a_file_each(
+    saved: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Stopping(signals.Stopper):
+        def watch(self, event: dict) -> None:
+            super().watch(event)
+            self.number = signal.SIGINT
+
+    words = ["score", "--model", str(saved), *DATA, "--score-batch-size", "64", "--out"]
+    with monkeypatch.context() as patch:
+        patch.setattr(signals, "Stopper", Stopping)
+        for run, criterion in (("scores.1", "taylor"), ("scores.2", "fisher")):
+            stopped = main([*words, str(tmp_path / run), "--criterion", criterion])
+            assert stopped == 128 + signal.SIGINT
+    assert len(list(tmp_path.iterdir())) == 2
+    assert main([*words, str(tmp_path / "scores.2"), "--criterion", "fisher"]) == 0
+    assert vp.Scores.load(tmp_path / "scores.2").criterion == "fisher"
+
+
 def test_where_the_scores_go_is_looked_at_first(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -64,7 +64,7 @@ def main(words: list[str]) -> int:
                 data,
                 options.score,
                 setting,
-                checkpoint=options.out.with_suffix(".partial.safetensors"),
+                checkpoint=_partial(options.out),
                 on_event=on_event,
                 stop=stop,
             )
@@ -82,6 +82,11 @@ def main(words: list[str]) -> int:
     )
     print_table(("unit kind", "axes", "units", "least", "median", "most"), _summary(model, scores))
     return 0
+
+
+def _partial(out: Path) -> Path:
+    """Where the sums of a stopped scoring are; other scores beside it have another file."""
+    return out.with_name(f"{out.name.removesuffix('.safetensors')}.partial.safetensors")
 
 
 def _summary(model: Any, scores: Any) -> list[tuple[str, ...]]:
