@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from vitprune_fast.errors import DamagedFile, InvalidInput
+from vitprune_fast.files import read_metadata, read_tensors, write_tensors
 from vitprune_fast.scoring import Scores, score, scored_axes, stream
 from vitprune_fast.scoring.scores import Accumulator
 from vitprune_fast.scoring.taylor import scorer
@@ -209,14 +210,52 @@ def test_v_dims_sum_to_their_head() -> None:
 
 def test_scores_survive_a_file(tmp_path: Path) -> None:
     model = random_vit()
-    scores = score(model, [batch_of(model)], per_sample=True)
+    scores = score(model, [batch_of(model)], units="all", per_sample=True)
     scores.save(tmp_path / "scores.safetensors")
     again = Scores.load(tmp_path / "scores.safetensors")
-    assert list(again) == list(scores)
+    assert list(again) == list(again.per_sample) == list(scores)
     assert all(torch.equal(again[n], scores[n]) for n in scores)
     assert all(torch.equal(again.per_sample[n], scores.per_sample[n]) for n in scores)
     assert (again.criterion, again.reduction, again.samples) == ("taylor", "abs", 6)
     assert again.provenance == scores.provenance
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "message"),
+    [
+        ("values/blocks.0.attn.heads", lambda x: x[None], "one floating number per unit of"),
+        ("values/blocks.0.attn.heads", lambda x: x.long(), "one floating number per unit of"),
+        ("per_sample/blocks.0.attn.heads", lambda x: x[:, 1:], "one number per sample and unit"),
+        ("per_sample/blocks.0.attn.heads", lambda x: x[1:], "one number per sample and unit"),
+        ("samples", lambda x: "-6", "numbers of samples"),
+        ("skipped", lambda x: "many", "invalid literal"),
+    ],
+)
+def test_a_file_with_something_else_for_scores_is_refused(
+    tmp_path: Path, name: str, change: Any, message: str
+) -> None:
+    model, path = random_vit(), tmp_path / "scores.safetensors"
+    score(model, [batch_of(model)], per_sample=True).save(path)
+    tensors, metadata = read_tensors(path), read_metadata(path)
+    changed: Any = tensors if name in tensors else metadata
+    changed[name] = change(changed[name])
+    write_tensors(path, tensors, metadata)
+    with pytest.raises(DamagedFile, match=f"must hold scores, got a file without .*{message}"):
+        Scores.load(path)
+
+
+@pytest.mark.parametrize("classes", [0, 1])
+def test_a_model_that_tells_no_classes_apart_is_refused(classes: int) -> None:
+    model = random_vit(num_classes=classes)
+    batch = random_images(model, 3), [0, 0, 0]
+    criteria: Any = ("taylor", "fisher", "loss", "kl")
+    for criterion in criteria:
+        with pytest.raises(
+            InvalidInput, match=rf"at least 2 classes .*{criterion}.* got {classes}"
+        ):
+            score(model, [batch], criterion)
+    assert score(model, [batch], "activation").samples == 3
+    assert len(score(model, criterion="magnitude"))
 
 
 def test_a_file_without_scores_is_refused(tmp_path: Path) -> None:

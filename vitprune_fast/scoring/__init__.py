@@ -136,6 +136,8 @@ def score(
         raise InvalidInput(
             f"score: batches must be given for the criterion {criterion!r}, got None"
         )
+    if criterion != "activation":
+        _check_classes(model, criterion)
     for name, value in (("micro_batch", micro_batch), ("draws", draws), ("candidates", candidates)):
         if not (value is None and name == "micro_batch") and (type(value) is not int or value < 1):
             raise InvalidInput(f"score: {name} must be a whole number >= 1, got {value!r}")
@@ -210,6 +212,16 @@ def _check_structure(model: nn.Module, structure: Structure) -> None:
                 f"score: structure must be of the model, whose {name} it gives the shape {shape}, "
                 f"got {got}"
             )
+
+
+def _check_classes(model: nn.Module, criterion: str) -> None:
+    """Refuse a model that tells no classes apart: its loss says nothing about its units."""
+    classes = getattr(model, "num_classes", getattr(model, "num_labels", None))
+    if isinstance(classes, int) and classes < 2:
+        raise InvalidInput(
+            f"score: model must have at least 2 classes for the criterion {criterion!r}, got "
+            f"{classes}; give it a classifier, or score by 'activation' or 'magnitude'"
+        )
 
 
 def _forward_only(

@@ -104,17 +104,25 @@ class Scores(Mapping[str, Tensor]):
         provenance = parse_json(metadata["provenance"].encode())
         if not isinstance(axes, list) or not isinstance(provenance, dict):
             raise ValueError("a list of axes and named facts about where they come from")
+        values = {name: tensors[f"values/{name}"] for name in axes}
         per_sample = {
-            name.removeprefix("per_sample/"): value
-            for name, value in tensors.items()
-            if name.startswith("per_sample/")
+            name: tensors[f"per_sample/{name}"] for name in axes if f"per_sample/{name}" in tensors
         }
+        samples, skipped = int(metadata["samples"]), int(metadata["skipped"])
+        if min(samples, skipped) < 0:
+            raise ValueError("numbers of samples")
+        for name, value in values.items():
+            rows = per_sample.get(name, value)
+            if value.ndim != 1 or not (value.is_floating_point() and rows.is_floating_point()):
+                raise ValueError(f"one floating number per unit of {name}")
+            if name in per_sample and rows.shape != (samples, len(value)):
+                raise ValueError(f"one number per sample and unit of {name}")
         return cls(
-            {name: tensors[f"values/{name}"] for name in axes},
+            values,
             metadata["criterion"],
             metadata["reduction"],
-            int(metadata["samples"]),
-            int(metadata["skipped"]),
+            samples,
+            skipped,
             per_sample,
             provenance,
         )
