@@ -317,3 +317,50 @@ def test_a_batch_of_nothing_adds_nothing() -> None:
     images, labels = batch_of(model)
     with_empty = score(model, [(images[:0], []), (images, labels), (images[:0], labels[:0])])
     assert with_empty.samples == len(images)
+
+
+def test_units_may_come_from_any_iterable() -> None:
+    model = random_vit()
+    kinds: Any = (kind for kind in ("head",))
+    assert len(score(model, [batch_of(model)], units=kinds)) == len(model.blocks)
+    wrong: Any
+    for wrong in (3, (), None, "head"):
+        with pytest.raises(InvalidInput, match="score: units must be a list of unit kinds"):
+            score(model, [batch_of(model)], units=wrong)
+    wrong = ["taylor"]
+    with pytest.raises(InvalidInput, match="score: criterion must be one of"):
+        score(model, [batch_of(model)], wrong)
+
+
+@pytest.mark.parametrize("criterion", ["fisher", "kl", "activation"])
+def test_labels_are_not_read_where_none_are_needed(criterion: Any) -> None:
+    model = random_vit()
+    images, labels = batch_of(model)
+    want = score(model, [(images, labels)], criterion)
+    got = score(model, [(images, torch.full_like(labels, -1))], criterion)
+    assert all(torch.equal(got[name], want[name]) for name in want)
+
+
+def test_weights_that_cannot_be_scored_are_refused() -> None:
+    criteria: Any = ("taylor", "kl", "activation", "magnitude")
+    model = random_vit()
+    batch = batch_of(model)
+    for criterion in criteria:
+        with pytest.raises(InvalidInput, match="must hold its weights, got cls_token on the meta"):
+            score(random_vit().to("meta"), [batch], criterion)
+    with torch.no_grad():
+        model.blocks[1].mlp.fc2.weight[0, 0] = torch.nan
+    with pytest.raises(
+        InvalidInput, match=r"finite weights, got NaN or Inf in blocks\.1\.mlp\.fc2"
+    ):
+        score(model, criterion="magnitude")
+
+
+def test_a_model_built_in_inference_mode_is_refused_and_left_alone() -> None:
+    with torch.inference_mode():
+        model = random_vit()
+    flags = [parameter.requires_grad for parameter in model.parameters()]
+    assert any(flags)
+    with pytest.raises(InvalidInput, match=r"built outside torch\.inference_mode"):
+        score(model, [batch_of(model)])
+    assert [parameter.requires_grad for parameter in model.parameters()] == flags

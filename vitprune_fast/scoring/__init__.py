@@ -71,13 +71,15 @@ def score(
       tokens of |g of the token|, which is what the code of Michel et al. computes.
     * ``fisher``: mean g^2 with labels drawn from the model's own prediction: the diagonal of the
       Fisher information, and twice the second-order term of the KL divergence to the model without
-      the unit (whose first-order term is zero). Needs no labels: what stands in their place is
-      only checked for its length.
+      the unit (whose first-order term is zero).
     * ``loss``, ``kl``: exact, by leaving out every unit in turn: mean over samples of the rise of
       the cross-entropy, or of KL(model || model without the unit) (Yu & Wu 2021, arXiv:2111.15127).
       Thousands of times dearer; the ground truth for the others.
     * ``activation``: how much a unit puts out, forward only (``scoring/activation.py``).
     * ``magnitude``: norms of its weights, no data (``scoring/magnitude.py``).
+
+    Only ``taylor`` and ``loss`` need labels; for the others, what stands in their place is checked
+    for its length alone.
 
     Dropout and drop path are off. The model comes back exactly as it was, also after an error or an
     interrupt. Where torch.distributed is initialised, its processes share the work and all get the
@@ -128,6 +130,8 @@ def score(
         _check_structure(model, structure)
     axes = scored_axes(structure, units, criterion)
     chosen = _reduction(criterion, reduction)
+    if empty := next((name for name, p in model.named_parameters() if p.is_meta), None):
+        raise InvalidInput(f"score: model must hold its weights, got {empty} on the meta device")
     provenance: dict[str, Any] = {"model": structure.family, "torch": torch.__version__}
     if criterion == "magnitude":
         by_axis = magnitude(model, structure, axes, chosen)
@@ -236,7 +240,9 @@ def _forward_only(
         measure = activation(model, structure, axes)
     else:
         measure = leave_one_out(model, structure, axes, criterion, candidates)
-    return lambda images, labels, first: [measure(images, labels)]
+    # only the loss reads labels
+    labelled = criterion == "loss"
+    return lambda images, labels, first: [measure(images, labels if labelled else None)]
 
 
 def _reduction(criterion: str, reduction: str | None) -> str:
@@ -257,13 +263,15 @@ def scored_axes(structure: Structure, units: Sequence[str] | str, criterion: str
     Raises:
         InvalidInput: the criterion is unknown, or the model has none of the units.
     """
-    if criterion not in CRITERIA:
+    if not isinstance(criterion, str) or criterion not in CRITERIA:
         raise InvalidInput(
             f"score: criterion must be one of {', '.join(CRITERIA)}, got {criterion!r}"
         )
     if units == "all":
         units = [kind for kind in UNIT_KINDS if structure.units(kind)]
-    if isinstance(units, str) or not units:
+    if isinstance(units, Iterable) and not isinstance(units, str):
+        units = tuple(units)
+    if not isinstance(units, tuple) or not units:
         raise InvalidInput(
             "score: units must be a list of unit kinds such as ('head', 'neuron'), or 'all', "
             f"got {units!r}"

@@ -51,7 +51,7 @@ def magnitude(
         axis name -> (units,) fp32, >= 0; summed in fp64, deterministic.
 
     Raises:
-        InvalidInput: the norm is another one.
+        InvalidInput: the norm is another one, or a weight is not finite.
     """
     if norm not in NORMS:
         raise InvalidInput(f"score: norm must be one of {', '.join(NORMS)}, got {norm!r}")
@@ -61,6 +61,8 @@ def magnitude(
         if len(layout) < 2 or name in structure.buffers:
             continue
         powers = get(model, name).detach().double().cpu().abs() ** p
+        if not powers.isfinite().all():
+            raise InvalidInput(f"score: model must have finite weights, got NaN or Inf in {name}")
         for axis in axes:
             for unit, branches in enumerate(structure.held(axis)):
                 if name.startswith(tuple(f"{branch}." for branch in branches)):

@@ -138,6 +138,11 @@ def scorer(
             "score: criterion must be computed outside torch.inference_mode(), which records "
             "no gradients even where they are asked for; leave it, torch.no_grad() is fine"
         )
+    if any(parameter.is_inference() for parameter in model.parameters()):
+        raise InvalidInput(
+            "score: model must be built outside torch.inference_mode(), whose tensors take part in "
+            "no gradient, got one built inside; copy its state_dict into a new one"
+        )
     if loss_scale is None and any(p.dtype == torch.float16 for p in model.parameters()):
         raise InvalidInput(
             "score: loss_scale must be given for a model in float16, whose gradients underflow, "
