@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
+import timm
 import torch
 
 from vitprune_fast.errors import InvalidInput, StageFailed
@@ -70,6 +73,19 @@ def test_nothing_is_timed_when_the_forms_disagree(problem, monkeypatch) -> None:
     monkeypatch.setattr(races, "hooks", lambda *_: wrong)
     with pytest.raises(StageFailed, match="nothing was timed"):
         race(model, images, labels, rounds=1)
+
+
+def test_forms_in_half_precision_are_judged_by_single_precision(monkeypatch) -> None:
+    torch.manual_seed(0)
+    model: Any = timm.create_model("vit_tiny_patch16_224", img_size=64).eval().bfloat16()
+    problem = model, random_images(model, 4), torch.arange(4)
+    races.check_agreement(*problem)
+    assert all(p.grad is None for p in model.parameters())
+    right = ours(*problem, ("head", "neuron"))
+    wrong = {name: value.roll(1, 1) for name, value in right.items()}
+    monkeypatch.setattr(races, "ours", lambda *_: wrong)
+    with pytest.raises(StageFailed, match="nothing was timed"):
+        races.check_agreement(*problem)
 
 
 def test_wrong_arguments_are_refused(problem) -> None:

@@ -41,11 +41,12 @@ def main(words: list[str]) -> int:
     import torch
 
     from vitprune_fast.cli.display import print_table
-    from vitprune_fast.errors import InvalidInput
+    from vitprune_fast.errors import InvalidInput, NotEnoughMemory
     from vitprune_fast.randomness import generator
     from vitprune_fast.recipes import models
     from vitprune_fast.recipes.profile import choose_profile
     from vitprune_fast.scoring.race import ALL_KINDS, BARE, FISHER, FORMS, race
+    from vitprune_fast.scoring.stream import is_out_of_memory
     from vitprune_fast.structure import describe
 
     if options.batch_size < 1:
@@ -59,11 +60,18 @@ def main(words: list[str]) -> int:
     model: Any = models.open_model(options.model).to(device, dtype)
     random = generator(0, "bench")
     size = (options.batch_size, *describe(model).input_size)
-    images = torch.randn(size, generator=random).to(device, dtype)
-    labels = torch.randint(model.num_classes, size[:1], generator=random).to(device)
-    print(f"{options.model.name}, batch {options.batch_size}, {dtype}, {device}")
     forms = FORMS if options.peers else (ALL_KINDS, FISHER, BARE)
-    entries = race(model, images, labels, rounds=options.rounds, forms=forms)
+    print(f"{options.model.name}, batch {options.batch_size}, {dtype}, {device}")
+    try:
+        images = torch.randn(size, generator=random).to(device, dtype)
+        labels = torch.randint(model.num_classes, size[:1], generator=random).to(device)
+        entries = race(model, images, labels, rounds=options.rounds, forms=forms)
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        raise NotEnoughMemory(
+            f"bench: batch_size must be one that fits into memory, got {options.batch_size}"
+        ) from None
     print_table(
         ("form", "ms", "spread", "images/s", "times ours", "of limit"),
         [

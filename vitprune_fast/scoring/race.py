@@ -235,16 +235,25 @@ def ours(
 def check_agreement(model: nn.Module, images: Tensor, labels: Tensor) -> None:
     """Compare our scores with those of plain hooks, and their sums with weight x gradient.
 
+    In bf16 and fp16 two right answers lie far apart. There the scores in fp32 judge both.
+
     Raises:
-        StageFailed: they differ by more than 1 % in bf16 or fp16, 0.01 % else, in relative L2.
+        StageFailed: they differ by more than 0.01 % in relative L2; in bf16 and fp16, ours by more
+            than 1 % and twice the error of the hooks.
     """
     half = next(model.parameters()).dtype in (torch.bfloat16, torch.float16)
     tolerance = 1e-2 if half else 1e-4
     got, want = ours(model, images, labels, ("head", "neuron")), hooks(model, images, labels)
+    allowed = dict.fromkeys(want, tolerance)
+    if half:
+        exact = hooks(copy.deepcopy(model).float(), images.float(), labels)
+        for name, value in exact.items():
+            allowed[name] += 2 * float((want[name] - value).norm() / value.norm())
+        want = exact
     model.zero_grad(set_to_none=True)
     full(model, images, labels)
     for name, value in want.items():
-        _agree(name, got[name], value, tolerance)
+        _agree(name, got[name], value, allowed[name])
         if not name.endswith("neurons"):
             continue
         weight = model.get_submodule(describe(model).taps[name].module).weight
@@ -252,7 +261,7 @@ def check_agreement(model: nn.Module, images: Tensor, labels: Tensor) -> None:
         columns = (weight.detach() * weight.grad).sum(0, dtype=_wide(weight))
         # a sum over samples cancels: rounding is relative to what was added
         size = got[name].abs().sum(0).norm()
-        _agree(name, got[name].sum(0), columns, tolerance, size)
+        _agree(name, got[name].sum(0), columns, allowed[name], size)
     model.zero_grad(set_to_none=True)
 
 
