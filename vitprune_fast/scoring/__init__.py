@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-import pathlib
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
+from pathlib import Path
 from typing import Any, Literal, get_args
 
 import torch
@@ -22,7 +22,7 @@ from .ranks import Ranks
 from .resume import Checkpoint, fingerprint
 from .scores import Accumulator, Scores
 from .stream import OnEvent, ScoringStopped
-from .taylor import Path, check_per_token, scorer
+from .taylor import PathChoice, check_per_token, scorer
 
 __all__ = ["CRITERIA", "Scores", "ScoringStopped", "score"]
 
@@ -52,10 +52,10 @@ def score(
     draws: int = 1,
     candidates: int = 32,
     loss_scale: float | None = None,
-    path: Path = "auto",
+    path: PathChoice = "auto",
     cuda_graph: bool = False,
     structure: Structure | None = None,
-    checkpoint: str | pathlib.Path | None = None,
+    checkpoint: str | Path | None = None,
     on_event: OnEvent | None = None,
     stop: Callable[[], bool] | None = None,
 ) -> Scores:
@@ -145,8 +145,9 @@ def score(
     for name, value in (("micro_batch", micro_batch), ("draws", draws), ("candidates", candidates)):
         if not (value is None and name == "micro_batch") and (type(value) is not int or value < 1):
             raise InvalidInput(f"score: {name} must be a whole number >= 1, got {value!r}")
-    if path not in get_args(Path):
-        raise InvalidInput(f"score: path must be one of {', '.join(get_args(Path))}, got {path!r}")
+    if path not in get_args(PathChoice):
+        names = ", ".join(get_args(PathChoice))
+        raise InvalidInput(f"score: path must be one of {names}, got {path!r}")
     if loss_scale is not None and not (
         isinstance(loss_scale, (int, float)) and 0 < loss_scale < math.inf
     ):
@@ -191,7 +192,7 @@ def score(
                 "loss_scale": loss_scale,
                 "path": path,
             }
-            kept = Checkpoint(pathlib.Path(checkpoint), identity)
+            kept = Checkpoint(Path(checkpoint), identity)
         stream.run(
             score_batch,
             model,

@@ -27,7 +27,7 @@ from .scores import Rows
 from .sites import Assemble, sites_of
 from .taps import hooked
 
-Path = Literal["auto", "fused", "taps"]
+PathChoice = Literal["auto", "fused", "taps"]
 # kinds whose units contribute to a token each by their own activation x gradient
 PER_TOKEN_KINDS = ("head", "qk_dim", "v_dim", "neuron")
 
@@ -108,7 +108,7 @@ def scorer(
     structure: Structure,
     axes: Sequence[Axis],
     *,
-    path: Path = "auto",
+    path: PathChoice = "auto",
     per_token: bool = False,
     loss_scale: float | None = None,
     fisher: tuple[int, int] | None = None,
