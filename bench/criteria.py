@@ -1,6 +1,6 @@
 """How well each criterion ranks units, against leaving every unit out in turn, on a trained model.
 
-python bench/criteria.py [FOLDER]   FOLDER holds the dense model of a digits run (runs/digits/dense)
+python -m bench.criteria [FOLDER]   FOLDER holds the dense model of a digits run (runs/digits/dense)
 
 Writes bench/results/<yyyymm>_criteria.json, from which `python bench/table.py` makes the table. The
 images are training images; the ranks are Spearman's, inside each axis, averaged over the axes.
@@ -77,7 +77,7 @@ def main(folder: str = "runs/digits/dense") -> None:
         print(row, flush=True)
     now = datetime.datetime.now(datetime.timezone.utc)
     content = {
-        "command": "python bench/criteria.py",
+        "command": "python -m bench.criteria",
         "date": f"{now:%Y-%m-%d}",
         "commit": commit(),
         "versions": versions(),
