@@ -31,10 +31,14 @@ def switch(name: str) -> bool | None:
     return None if value == "" else value == "1"
 
 
-def with_cuda(cuda_home: str | None) -> bool:
+# compiled for where no GPU tells: what runs on it runs on everything later too
+ARCH_LIST = "8.0;9.0+PTX"
+
+
+def with_cuda(cuda_home: str | None, torch_cuda: str | None) -> bool:
     """Whether to compile the CUDA sources; refuses a toolkit that has no headers."""
     wanted = switch("VITPRUNE_WITH_CUDA")
-    if wanted is False or (wanted is None and not (cuda_home and CUDA_SOURCES)):
+    if wanted is False or (wanted is None and not (cuda_home and torch_cuda and CUDA_SOURCES)):
         return False
     if not cuda_home or not Path(cuda_home, "include", "cuda_runtime.h").is_file():
         raise SystemExit(
@@ -51,7 +55,9 @@ def extensions() -> dict:
     from pybind11.setup_helpers import Pybind11Extension
     from torch.utils.cpp_extension import CUDA_HOME, BuildExtension, CppExtension, CUDAExtension
 
-    cuda = with_cuda(CUDA_HOME)
+    cuda = with_cuda(CUDA_HOME, torch.version.cuda)
+    if cuda and not torch.cuda.is_available():
+        os.environ.setdefault("TORCH_CUDA_ARCH_LIST", ARCH_LIST)
     compile_args = {"cxx": [*CXX_FLAGS, TORCH_TARGET]}
     if cuda:
         compile_args["nvcc"] = ["-O3", "--threads=2", TORCH_TARGET, "-DUSE_CUDA"]

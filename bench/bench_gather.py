@@ -1,12 +1,22 @@
-"""gather on the CPU against index_select and indexing: weights of a ViT-B, half of them kept."""
+"""gather and gather_all against index_select and indexing: a ViT-B of which half is kept."""
 
 from __future__ import annotations
 
+from functools import partial
+from typing import Any
+
 import pytest
+import timm
 import torch
 
+from bench.conftest import note_memory
+from bench.peak_memory import peak_of_prune
 from bench.shapes import VIT_BASE
 from vitprune_fast import ops
+from vitprune_fast.planning import Plan
+from vitprune_fast.structure import describe
+from vitprune_fast.structure.index import Index
+from vitprune_fast.surgery.compaction import Compaction
 
 
 def half(size: int, unit: int = 1) -> torch.Tensor:
@@ -83,3 +93,84 @@ def bench_gather_rows_and_columns(race):
         bytes_moved=weight.nbytes // 2 + weight.nbytes // 4,
         exact=True,
     )
+
+
+def half_of_vit_base(device: str) -> tuple[Any, Compaction]:
+    """A ViT-B and the compaction to a random half of its heads and neurons."""
+    model = timm.create_model("vit_base_patch16_224").to(device).requires_grad_(False)
+    structure = describe(model)
+    axes = [axis for kind in ("head", "neuron") for axis in structure.units(kind)]
+    plan = Plan.of(structure, {axis.name: half(axis.size).tolist() for axis in axes})
+    return model, Compaction(structure.tensors, Index(structure, plan))
+
+
+def one_by_one(sources, selections, out, cast: bool):
+    """The loop that one would write: index_select along each dimension that shrinks."""
+    for source, indices, target in zip(sources, selections, out, strict=True):
+        picks = [(dim, index) for dim, index in enumerate(indices) if index is not None]
+        for dim, index in picks[: len(picks) if cast else -1]:
+            source = source.index_select(dim, index)
+        if picks and not cast:
+            torch.index_select(source, *picks[-1], out=target)
+        else:
+            target.copy_(source)
+    return out
+
+
+def compaction_case(race, device: str, copies: int, dtype: torch.dtype | None) -> None:
+    model, compaction = half_of_vit_base(device)
+    named = [(n, p) for n, p in model.named_parameters() for _ in range(copies)]
+    entries = [compaction.entry(name) for name, _ in named]
+    table = compaction.table
+    shapes = [table.selections[entry].shape for entry in entries]
+    sources = [torch.randn(shape, device=device) for shape in shapes]
+
+    def index(array):
+        return None if array is None else torch.from_numpy(array).to(device)
+
+    picks = {e: table.selections[e] for e in set(entries)}
+    indices = {e: (index(s.rows), index(s.columns)) for e, s in picks.items()}
+    selections = [indices[entry] for entry in entries]
+    outs = [
+        [torch.empty(picks[e].result, dtype=dtype or torch.float32, device=device) for e in entries]
+        for _ in range(2)
+    ]
+    what = {1: f"cast to {dtype}", 3: "with two moments", 4: "with two moments and an average"}[
+        copies
+    ]
+    race(
+        "gather_all",
+        f"ViT-B, half of the heads and neurons, {what}",
+        {
+            "vitprune": partial(ops.gather_all, sources, table, entries, out=outs[0]),
+            "loop of index_select": partial(
+                one_by_one, sources, selections, outs[1], dtype is not None
+            ),
+        },
+        device=device,
+        # what stays is read once and written once
+        bytes_moved=sum(out.nbytes + out.numel() * 4 for out in outs[0]),
+        exact=True,
+    )
+
+
+@pytest.mark.timeout(600)
+def bench_gather_all_with_state(race):
+    compaction_case(race, "cpu", 4, None)
+
+
+@pytest.mark.timeout(600)
+def bench_gather_all_cast(race):
+    compaction_case(race, "cpu", 1, torch.bfloat16)
+
+
+def bench_gather_memory_of_prune(request):
+    needed, made = peak_of_prune("vit_large_patch16_224")
+    case = "ViT-L with the moments of AdamW, half of the heads and neurons, fp32"
+    note_memory(request.config, case, "cpu", {"prune": needed, "result": made})
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("copies", "dtype"), [(3, None), (4, None), (1, torch.bfloat16)])
+def bench_gather_all_gpu(race, copies, dtype):
+    compaction_case(race, "cuda", copies, dtype)

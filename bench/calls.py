@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -103,10 +104,34 @@ def norm_score(size: Size) -> Call:
     return call
 
 
+def gather_all(size: Size) -> Call:
+    """The weights of a block of which half of the heads and neurons go, as they are and cast."""
+    shape = size.shape
+    heads = np.arange(0, shape.heads, 2)[:, None] * shape.head_dim + np.arange(shape.head_dim)
+    neurons = np.sort(np.random.default_rng(0).permutation(shape.hidden)[: shape.hidden // 2])
+    table = ops.GatherTable(
+        [
+            ops.Selection((shape.width, shape.width), None, heads.ravel()),
+            ops.Selection((shape.hidden, shape.width), neurons),
+            ops.Selection((shape.width, shape.hidden), None, neurons),
+        ]
+    )
+    sources = [
+        size.random(*selection.shape, seed=k) for k, selection in enumerate(table.selections)
+    ]
+    other = torch.float32 if size.dtype == torch.bfloat16 else torch.bfloat16
+    dtypes = [None] * len(sources) + [other] * len(sources)
+    entries = [*range(len(sources))] * 2
+    return lambda backend: tuple(
+        ops.gather_all(sources * 2, table, entries, dtypes=dtypes, backend=backend)
+    )
+
+
 # by the name that ops._dispatch.IMPLEMENTED has
 CALLS: dict[str, Callable[[Size], Call]] = {
     "activation_score": activation_score,
     "attention_score": attention_score,
+    "gather_all": gather_all,
     "glu_score": glu_score,
     "norm_score": norm_score,
     "taylor_score": taylor_score,

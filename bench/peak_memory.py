@@ -1,7 +1,8 @@
 """Peak memory of one way to go through a batch, in a fresh process on the CPU.
 
 ``python bench/peak_memory.py score|full MODEL BATCH MICRO_BATCH`` prints bytes above what the
-model, the images and the libraries need.
+model, the images and the libraries need; with ``prune`` in their place, what it takes to prune half
+of the heads and neurons with two moments per parameter, and the bytes of the result.
 
 Address space is counted, of which an allocation of tensors touches every page: the resident
 memory itself is less where the system takes pages of the libraries back meanwhile.
@@ -18,11 +19,21 @@ from pathlib import Path
 
 def peak(how: str, model: str, batch: int, micro_batch: int | None = None) -> int:
     """Bytes that a fresh process needs for ``score`` or for a ``full`` backward with gradients."""
+    return _run(how, model, batch, micro_batch)[0]
+
+
+def peak_of_prune(model: str) -> tuple[int, int]:
+    """Bytes that a fresh process needs to prune a model with AdamW's state, and those it makes."""
+    needed, made = _run("prune", model, 1, 1)
+    return needed, made
+
+
+def _run(how: str, model: str, batch: int, micro_batch: int | None) -> list[int]:
     command = [sys.executable, __file__, how, model, str(batch), str(micro_batch or batch)]
     # every tensor is given back when it is freed: else the peak is that of a fragmented heap
     environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536"}
     done = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
-    return int(done.stdout)
+    return [int(number) for number in done.stdout.split()]
 
 
 def _peak_so_far() -> int:
@@ -31,7 +42,38 @@ def _peak_so_far() -> int:
     return int(found[1]) * 1024
 
 
+def prune_half(name: str) -> tuple[int, int]:
+    """Bytes above what is there before, and bytes of what pruning makes."""
+    import timm
+    import torch
+
+    from vitprune_fast.planning import Plan
+    from vitprune_fast.structure import describe
+    from vitprune_fast.surgery import prune
+
+    torch.set_num_threads(1)
+
+    def job(model: torch.nn.Module) -> list:
+        structure = describe(model)
+        axes = [axis for kind in ("head", "neuron") for axis in structure.units(kind)]
+        plan = Plan.of(structure, {axis.name: range(0, axis.size, 2) for axis in axes})
+        optimizer = torch.optim.AdamW(model.parameters())
+        for p in model.parameters():
+            moments = {"exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
+            optimizer.state[p] = {"step": torch.tensor(1.0), **moments}
+        return [model, plan, optimizer]
+
+    prune(*job(timm.create_model("vit_tiny_patch16_224", img_size=32, embed_dim=96)))
+    given = job(timm.create_model(name))
+    before = _peak_so_far()
+    small, carried = prune(*given)
+    states = [value for state in carried.state.values() for value in state.values()]
+    made = sum(tensor.nbytes for tensor in (*small.parameters(), *states))
+    return _peak_so_far() - before, made
+
+
 def main(how: str, name: str, batch: int, micro_batch: int) -> int:
+    """Bytes above what the model, the images and the libraries need."""
     import timm
     import torch
     from torch.nn import functional as F
@@ -57,4 +99,7 @@ def main(how: str, name: str, batch: int, micro_batch: int) -> int:
 
 
 if __name__ == "__main__":
-    print(main(sys.argv[1], sys.argv[2], int(sys.argv[3]), int(sys.argv[4])))
+    if sys.argv[1] == "prune":
+        print(*prune_half(sys.argv[2]))
+    else:
+        print(main(sys.argv[1], sys.argv[2], int(sys.argv[3]), int(sys.argv[4])))

@@ -86,6 +86,13 @@ def races(content: dict) -> str:
         f"{found['full'] / 2**20:,.0f} MiB for a full backward, whose gradients are "
         f"{found['gradients'] / 2**20:,.0f} MiB."
         for found in content.get("memory", [])
+        if "score" in found
+    ]
+    lines += [
+        f"Peak memory, {found['case']}: {found['prune'] / 2**20:,.0f} MiB to prune, "
+        f"for a result of {found['result'] / 2**20:,.0f} MiB."
+        for found in content.get("memory", [])
+        if "prune" in found
     ]
     return "\n".join([*lines, ""])
 

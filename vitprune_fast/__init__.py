@@ -37,7 +37,17 @@ if TYPE_CHECKING:
     from .recipes import RunConfig, run
     from .scoring import Scores, score
     from .structure import Structure, describe
-    from .surgery import mask, prune
+    from .surgery import (
+        Calibration,
+        Compensated,
+        SoftCompaction,
+        calibrate,
+        compensate,
+        fold_attention_biases,
+        fold_gates,
+        mask,
+        prune,
+    )
 
 _HOMES = {
     "checkpoint": ("load", "save"),
@@ -69,13 +79,25 @@ _HOMES = {
     "recipes": ("RunConfig", "run"),
     "scoring": ("Scores", "score"),
     "structure": ("Structure", "describe"),
-    "surgery": ("mask", "prune"),
+    "surgery": (
+        "Calibration",
+        "Compensated",
+        "SoftCompaction",
+        "calibrate",
+        "compensate",
+        "fold_attention_biases",
+        "fold_gates",
+        "mask",
+        "prune",
+    ),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 
 __all__ = [
     "BackendUnavailable",
     "Budget",
+    "Calibration",
+    "Compensated",
     "Cost",
     "DamagedFile",
     "DistillConfig",
@@ -90,15 +112,20 @@ __all__ = [
     "RunConfig",
     "RunFolderError",
     "Scores",
+    "SoftCompaction",
     "StageFailed",
     "Structure",
     "UnsupportedArchitecture",
     "VitpruneError",
+    "calibrate",
+    "compensate",
     "cost",
     "describe",
     "distill",
     "doctor",
     "evaluate",
+    "fold_attention_biases",
+    "fold_gates",
     "latency",
     "load",
     "mask",

@@ -28,6 +28,14 @@ def _load() -> str | None:
 OBSTACLE = _load()
 
 
+@functools.cache
+def cuda_obstacle(op: str) -> str | None:
+    """Why the native code has no CUDA kernel of this op, or None when it has."""
+    if torch._C._dispatch_has_kernel_for_dispatch_key(f"vitprune_fast::{op}", "CUDA"):
+        return None
+    return "the native code is built without CUDA (`make ext` where a CUDA toolkit is found)"
+
+
 def extension_status() -> str:
     """``"loaded"``, or why the native code cannot be used."""
     return OBSTACLE or "loaded"

@@ -1,10 +1,15 @@
 // gather on the CPU: out[i, j] = source[rows[i], columns[j]], an index of -1 gives zeros.
 //
-// R source rows, C source columns. Elements are moved as bytes of their size, so every dtype has
-// the same code. How a row is copied is decided once per call from the column indices:
+// gather      one matrix
+// gather_all  any number of them in one call, by a table that is made once (gather_table.h)
+//
+// Elements are moved as bytes of their size, so every dtype has the same code; where the target is
+// of another dtype, a row is converted after it was picked. How rows are copied follows from the
+// columns:
 //   all        every column: one memcpy
 //   runs       long runs of neighbours (heads): one memcpy per run
-//   compress   ascending indices (neurons): AVX-512 reads the whole row and packs what is kept
+//   compress   ascending columns (neurons): AVX-512 reads the whole row and packs what is kept
+//   expand     the way back of compress: zeros between
 //   indexed    anything else, element by element
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
@@ -19,6 +24,9 @@
 
 #include "checks.h"
 #include "cpu/isa.h"
+#include "cpu/lanes.h"
+#include "gather_checks.h"
+#include "gather_table.h"
 
 #if VP_X86
 #include <immintrin.h>
@@ -26,65 +34,42 @@
 
 namespace {
 
+using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
+using vitprune::GatherEntry;
+using vitprune::GatherRun;
+using vitprune::GatherTableBuilder;
+using vitprune::GatherTableView;
 using vitprune::Isa;
 
 constexpr int64_t kRunBytes = 128;             // shorter runs are cheaper one element at a time
 constexpr int64_t kBytesPerTask = 128 * 1024;  // below this a second thread costs more than it does
 
-struct Run {
-  int64_t source;  // first source column, -1 for zeros
-  int64_t length;
+// the columns of a matrix, and of what comes out of it
+struct Columns {
+  int64_t source_count, count;
+  const int32_t* index;
+  const GatherRun* runs;
+  int64_t num_runs;
+  const uint8_t* kept;    // one bit per source column
+  const uint8_t* filled;  // one bit per column
 };
 
-// what copies one row; the same for every row of a call
-struct ColumnPlan {
-  int64_t source_count = 0;
-  int64_t count = 0;
-  const int64_t* index = nullptr;  // (count)
-  std::vector<Run> runs;
-  std::vector<uint8_t> kept;  // one bit per source column, padded to whole vectors
-  int64_t kept_count = 0;     // the zeros that follow are count - kept_count
-};
-
-using CopyRow = void (*)(const char* source, char* target, const ColumnPlan& plan);
-
-std::vector<Run> find_runs(const int64_t* index, int64_t count) {
-  std::vector<Run> runs;
-  for (int64_t j = 0; j < count; ++j) {
-    const bool zero = index[j] < 0;
-    if (!runs.empty()) {
-      Run& last = runs.back();
-      if (zero ? last.source < 0 : last.source >= 0 && index[j] == last.source + last.length) {
-        ++last.length;
-        continue;
-      }
-    }
-    runs.push_back({zero ? -1 : index[j], 1});
-  }
-  return runs;
-}
-
-// strictly ascending, with zeros only at the end
-bool is_ascending(const int64_t* index, int64_t count, int64_t* kept_count) {
-  int64_t kept = 0;
-  while (kept < count && index[kept] >= 0 && (kept == 0 || index[kept] > index[kept - 1])) ++kept;
-  *kept_count = kept;
-  return std::all_of(index + kept, index + count, [](int64_t i) { return i < 0; });
-}
+using CopyRow = void (*)(const char* source, char* target, const Columns& columns);
 
 struct Bytes16 {
   uint64_t low, high;
 };
 
 template <typename T>
-void copy_all(const char* source, char* target, const ColumnPlan& plan) {
-  std::memcpy(target, source, plan.count * sizeof(T));
+void copy_all(const char* source, char* target, const Columns& columns) {
+  std::memcpy(target, source, columns.count * sizeof(T));
 }
 
 template <typename T>
-void copy_runs(const char* source, char* target, const ColumnPlan& plan) {
-  for (const Run& run : plan.runs) {
+void copy_runs(const char* source, char* target, const Columns& columns) {
+  for (int64_t r = 0; r < columns.num_runs; ++r) {
+    const GatherRun& run = columns.runs[r];
     const size_t bytes = run.length * sizeof(T);
     if (run.source < 0) {
       std::memset(target, 0, bytes);
@@ -96,10 +81,12 @@ void copy_runs(const char* source, char* target, const ColumnPlan& plan) {
 }
 
 template <typename T>
-void copy_indexed(const char* source, char* target, const ColumnPlan& plan) {
+void copy_indexed(const char* source, char* target, const Columns& columns) {
   const T* from = reinterpret_cast<const T*>(source);
   T* to = reinterpret_cast<T*>(target);
-  for (int64_t j = 0; j < plan.count; ++j) to[j] = plan.index[j] < 0 ? T{} : from[plan.index[j]];
+  for (int64_t j = 0; j < columns.count; ++j) {
+    to[j] = columns.index[j] < 0 ? T{} : from[columns.index[j]];
+  }
 }
 
 #if VP_X86
@@ -108,16 +95,19 @@ VP_INLINE Mask first_lanes(int64_t count) {
   return static_cast<Mask>(count >= 64 ? ~uint64_t{0} : (uint64_t{1} << count) - 1);
 }
 
-// pack keeps the lanes of `mask`, load and store touch only theirs
-#define VP_LANES(T, FEATURES, MASK, SUFFIX)                                    \
-  VP_TARGET(FEATURES) VP_INLINE __m512i load(const T* p, MASK mask) {          \
-    return _mm512_maskz_loadu_##SUFFIX(mask, p);                               \
-  }                                                                            \
-  VP_TARGET(FEATURES) VP_INLINE void store(T* p, MASK mask, __m512i v) {       \
-    _mm512_mask_storeu_##SUFFIX(p, mask, v);                                   \
-  }                                                                            \
-  VP_TARGET(FEATURES) VP_INLINE __m512i pack(const T*, MASK mask, __m512i v) { \
-    return _mm512_maskz_compress_##SUFFIX(mask, v);                            \
+// load and store touch only the lanes of `mask`; pack moves them to the front, unpack back
+#define VP_LANES(T, FEATURES, MASK, SUFFIX)                                      \
+  VP_TARGET(FEATURES) VP_INLINE __m512i load(const T* p, MASK mask) {            \
+    return _mm512_maskz_loadu_##SUFFIX(mask, p);                                 \
+  }                                                                              \
+  VP_TARGET(FEATURES) VP_INLINE void store(T* p, MASK mask, __m512i v) {         \
+    _mm512_mask_storeu_##SUFFIX(p, mask, v);                                     \
+  }                                                                              \
+  VP_TARGET(FEATURES) VP_INLINE __m512i pack(const T*, MASK mask, __m512i v) {   \
+    return _mm512_maskz_compress_##SUFFIX(mask, v);                              \
+  }                                                                              \
+  VP_TARGET(FEATURES) VP_INLINE __m512i unpack(const T*, MASK mask, __m512i v) { \
+    return _mm512_maskz_expand_##SUFFIX(mask, v);                                \
   }
 VP_LANES(uint8_t, VP_AVX512_VBMI2, __mmask64, epi8)
 VP_LANES(uint16_t, VP_AVX512_VBMI2, __mmask32, epi16)
@@ -125,165 +115,302 @@ VP_LANES(uint32_t, VP_AVX512, __mmask16, epi32)
 VP_LANES(uint64_t, VP_AVX512, __mmask8, epi64)
 #undef VP_LANES
 
-#define VP_COPY_COMPRESS(NAME, T, FEATURES, MASK)                                           \
-  VP_TARGET(FEATURES) void NAME(const char* source, char* target, const ColumnPlan& plan) { \
+#define VP_COPY_COMPRESS(SIZE, T, FEATURES, MASK)                                           \
+  VP_TARGET(FEATURES)                                                                       \
+  void copy_compress##SIZE(const char* source, char* target, const Columns& columns) {      \
     constexpr int64_t lanes = 64 / sizeof(T);                                               \
-    const uint8_t* kept_bits = plan.kept.data();                                            \
+    const uint8_t* bits = columns.kept;                                                     \
     const T* from = reinterpret_cast<const T*>(source);                                     \
-    const T* const from_end = from + plan.source_count;                                     \
+    const T* const from_end = from + columns.source_count;                                  \
     T* to = reinterpret_cast<T*>(target);                                                   \
-    T* const end = to + plan.count;                                                         \
+    T* const end = to + columns.count;                                                      \
+    MASK mask;                                                                              \
     /* whole vectors in and out; what a store writes too much is overwritten by the next */ \
     for (; from_end - from >= lanes && end - to >= lanes; from += lanes) {                  \
-      MASK kept;                                                                            \
-      std::memcpy(&kept, kept_bits, sizeof kept);                                           \
-      kept_bits += sizeof kept;                                                             \
-      _mm512_storeu_si512(to, pack(from, kept, _mm512_loadu_si512(from)));                  \
-      to += __builtin_popcountll(kept);                                                     \
+      std::memcpy(&mask, bits, sizeof mask);                                                \
+      bits += sizeof mask;                                                                  \
+      _mm512_storeu_si512(to, pack(from, mask, _mm512_loadu_si512(from)));                  \
+      to += __builtin_popcountll(mask);                                                     \
     }                                                                                       \
     for (; from < from_end; from += lanes) {                                                \
-      MASK kept;                                                                            \
-      std::memcpy(&kept, kept_bits, sizeof kept);                                           \
-      kept_bits += sizeof kept;                                                             \
-      const int64_t n = __builtin_popcountll(kept);                                         \
-      store(to, first_lanes<MASK>(n), pack(from, kept, load(from, kept)));                  \
+      std::memcpy(&mask, bits, sizeof mask);                                                \
+      bits += sizeof mask;                                                                  \
+      const int64_t n = __builtin_popcountll(mask);                                         \
+      store(to, first_lanes<MASK>(n), pack(from, mask, load(from, mask)));                  \
       to += n;                                                                              \
     }                                                                                       \
     std::memset(to, 0, reinterpret_cast<char*>(end) - reinterpret_cast<char*>(to));         \
+  }                                                                                         \
+  VP_TARGET(FEATURES)                                                                       \
+  void copy_expand##SIZE(const char* source, char* target, const Columns& columns) {        \
+    constexpr int64_t lanes = 64 / sizeof(T);                                               \
+    const uint8_t* bits = columns.filled;                                                   \
+    const T* from = reinterpret_cast<const T*>(source);                                     \
+    T* to = reinterpret_cast<T*>(target);                                                   \
+    T* const end = to + columns.count;                                                      \
+    MASK mask;                                                                              \
+    for (; to < end; to += lanes) {                                                         \
+      std::memcpy(&mask, bits, sizeof mask);                                                \
+      bits += sizeof mask;                                                                  \
+      const int64_t n = __builtin_popcountll(mask);                                         \
+      store(to, first_lanes<MASK>(end - to),                                                \
+            unpack(from, mask, load(from, first_lanes<MASK>(n))));                          \
+      from += n;                                                                            \
+    }                                                                                       \
   }
-VP_COPY_COMPRESS(copy_compress8, uint8_t, VP_AVX512_VBMI2, __mmask64)
-VP_COPY_COMPRESS(copy_compress16, uint16_t, VP_AVX512_VBMI2, __mmask32)
-VP_COPY_COMPRESS(copy_compress32, uint32_t, VP_AVX512, __mmask16)
-VP_COPY_COMPRESS(copy_compress64, uint64_t, VP_AVX512, __mmask8)
+VP_COPY_COMPRESS(8, uint8_t, VP_AVX512_VBMI2, __mmask64)
+VP_COPY_COMPRESS(16, uint16_t, VP_AVX512_VBMI2, __mmask32)
+VP_COPY_COMPRESS(32, uint32_t, VP_AVX512, __mmask16)
+VP_COPY_COMPRESS(64, uint64_t, VP_AVX512, __mmask8)
 #undef VP_COPY_COMPRESS
 #endif
 
-// nullptr where this processor has no such instruction for elements of this size
+// whether this processor packs elements of this size
 template <typename T>
-CopyRow choose_compress() {
+bool can_pack() {
 #if VP_X86
-  if constexpr (sizeof(T) <= 2) {
-    if (vitprune::isa() >= Isa::kAvx512Vbmi2) {
-      return sizeof(T) == 1 ? copy_compress8 : copy_compress16;
-    }
-  } else if constexpr (sizeof(T) <= 8) {
-    if (vitprune::isa() >= Isa::kAvx512) {
-      return sizeof(T) == 4 ? copy_compress32 : copy_compress64;
-    }
+  if constexpr (sizeof(T) <= 8) {
+    return vitprune::isa() >= (sizeof(T) <= 2 ? Isa::kAvx512Vbmi2 : Isa::kAvx512);
   }
 #endif
+  return false;
+}
+
+template <typename T>
+CopyRow choose_copy(const Columns& columns) {
+  if (!columns.index) return copy_all<T>;
+  if (columns.count * static_cast<int64_t>(sizeof(T)) >= kRunBytes * columns.num_runs) {
+    return copy_runs<T>;
+  }
+#if VP_X86
+  if (can_pack<T>() && columns.kept) {
+    if constexpr (sizeof(T) == 1) return copy_compress8;
+    if constexpr (sizeof(T) == 2) return copy_compress16;
+    if constexpr (sizeof(T) == 4) return copy_compress32;
+    if constexpr (sizeof(T) == 8) return copy_compress64;
+  }
+  if (can_pack<T>() && columns.filled) {
+    if constexpr (sizeof(T) == 1) return copy_expand8;
+    if constexpr (sizeof(T) == 2) return copy_expand16;
+    if constexpr (sizeof(T) == 4) return copy_expand32;
+    if constexpr (sizeof(T) == 8) return copy_expand64;
+  }
+#endif
+  return copy_indexed<T>;
+}
+
+CopyRow choose_copy(const Columns& columns, int64_t element_size) {
+  switch (element_size) {
+    case 1:
+      return choose_copy<uint8_t>(columns);
+    case 2:
+      return choose_copy<uint16_t>(columns);
+    case 4:
+      return choose_copy<uint32_t>(columns);
+    case 8:
+      return choose_copy<uint64_t>(columns);
+    default:
+      return choose_copy<Bytes16>(columns);
+  }
+}
+
+using Convert = void (*)(const char* source, char* target, int64_t count);
+
+template <typename From, typename To>
+VP_INLINE void convert_lanes(const char* source, char* target, int64_t count) {
+  const From* from = reinterpret_cast<const From*>(source);
+  To* to = reinterpret_cast<To*>(target);
+  constexpr int64_t lanes = vitprune::kLanes<float>;
+  int64_t j = 0;
+  for (; j + lanes <= count; j += lanes) {
+    vitprune::store_lanes(to + j, vitprune::load_lanes<vitprune::F32x16>(from + j));
+  }
+  if (j == count) return;
+  From rest[lanes] = {};
+  To converted[lanes];
+  std::memcpy(rest, from + j, (count - j) * sizeof(From));
+  vitprune::store_lanes(converted, vitprune::load_lanes<vitprune::F32x16>(rest));
+  std::memcpy(to + j, converted, (count - j) * sizeof(To));
+}
+
+template <typename From, typename To>
+void convert_row(const char* source, char* target, int64_t count) {
+  convert_lanes<From, To>(source, target, count);
+}
+
+#if VP_X86
+template <typename From, typename To>
+VP_TARGET(VP_AVX512)
+void convert_row_avx512(const char* source, char* target, int64_t count) {
+  convert_lanes<From, To>(source, target, count);
+}
+#endif
+
+template <typename From, typename To>
+Convert fastest_convert() {
+#if VP_X86
+  if (vitprune::isa() >= Isa::kAvx512) return convert_row_avx512<From, To>;
+#endif
+  return convert_row<From, To>;
+}
+
+// nullptr where this conversion is none that training needs
+Convert choose_convert(ScalarType from, ScalarType to) {
+  using vitprune::BFloat16;
+  using vitprune::Half;
+  if (from == ScalarType::Float && to == ScalarType::BFloat16)
+    return fastest_convert<float, BFloat16>();
+  if (from == ScalarType::Float && to == ScalarType::Half) return fastest_convert<float, Half>();
+  if (from == ScalarType::BFloat16 && to == ScalarType::Float)
+    return fastest_convert<BFloat16, float>();
+  if (from == ScalarType::Half && to == ScalarType::Float) return fastest_convert<Half, float>();
   return nullptr;
 }
 
-template <typename T>
-CopyRow plan_columns(ColumnPlan& plan) {
-  if (!plan.index) return copy_all<T>;
-  plan.runs = find_runs(plan.index, plan.count);
-  const int64_t run_count = static_cast<int64_t>(plan.runs.size());
-  if (plan.count * static_cast<int64_t>(sizeof(T)) >= kRunBytes * run_count) return copy_runs<T>;
-  const CopyRow compress = choose_compress<T>();
-  if (!compress || !is_ascending(plan.index, plan.count, &plan.kept_count)) return copy_indexed<T>;
-  plan.kept.assign((plan.source_count + 63) / 64 * 8, 0);
-  for (int64_t j = 0; j < plan.kept_count; ++j) {
-    plan.kept[plan.index[j] / 8] |= static_cast<uint8_t>(1u << plan.index[j] % 8);
+// one matrix and what becomes of it
+struct Move {
+  const char* source;
+  char* target;
+  int64_t source_stride, target_stride;  // bytes from row to row
+  int64_t num_rows;
+  const int32_t* rows;  // nullptr for all
+  Columns columns;
+  CopyRow copy_row;
+  Convert convert;     // nullptr where the dtype stays
+  int64_t picked;      // bytes of a row before it is converted
+  int64_t first_task;  // of the whole call
+  int64_t rows_per_task;
+};
+
+Move make_move(const GatherTableView& table, const GatherEntry& entry, const Tensor& source,
+               Tensor& target) {
+  const auto size = static_cast<int64_t>(source.element_size());
+  Move move{};
+  move.source = static_cast<const char*>(source.data_ptr());
+  move.target = static_cast<char*>(target.data_ptr());
+  move.source_stride = source.stride(0) * size;
+  move.target_stride = entry.columns * static_cast<int64_t>(target.element_size());
+  move.num_rows = entry.columns ? entry.rows : 0;
+  move.rows = table.at(entry.row_index);
+  move.columns = {entry.source_columns,
+                  entry.columns,
+                  table.at(entry.column_index),
+                  reinterpret_cast<const GatherRun*>(table.at(entry.runs)),
+                  entry.num_runs,
+                  reinterpret_cast<const uint8_t*>(table.at(entry.kept_bits)),
+                  reinterpret_cast<const uint8_t*>(table.at(entry.filled_bits))};
+  move.copy_row = choose_copy(move.columns, size);
+  if (source.scalar_type() != target.scalar_type()) {
+    move.convert = choose_convert(source.scalar_type(), target.scalar_type());
+    VP_CHECK(move.convert, "gather_all", "targets",
+             "have the dtype of their source, or be bfloat16 or float16 where one of the two is "
+             "float32",
+             "another pair of dtypes");
   }
-  return compress;
+  move.picked = entry.columns * size;
+  move.rows_per_task =
+      std::max<int64_t>(1, kBytesPerTask / std::max<int64_t>(1, move.target_stride));
+  return move;
 }
 
-template <typename T>
-void gather_rows(const Tensor& source,  // (R, C), columns adjacent
-                 const int64_t* rows,   // (out rows) or nullptr for all
-                 ColumnPlan& plan,
-                 Tensor& out) {  // (out rows, plan.count)
-  const int64_t num_rows = out.size(0);
-  if (num_rows == 0 || plan.count == 0) return;
-  const CopyRow copy_row = plan_columns<T>(plan);
-  const char* from = static_cast<const char*>(source.data_ptr());
-  char* to = static_cast<char*>(out.data_ptr());
-  const int64_t from_stride = source.stride(0) * static_cast<int64_t>(sizeof(T));
-  const int64_t to_stride = plan.count * static_cast<int64_t>(sizeof(T));
+// rows begin .. end - 1 of one matrix
+void move_rows(const Move& move, int64_t begin, int64_t end, std::vector<char>& buffer) {
+  const int64_t stride = move.target_stride;
   // rows that lie next to each other on both sides are one long copy
-  const bool adjacent = !plan.index && from_stride == to_stride;
-  const int64_t grain = std::max<int64_t>(1, kBytesPerTask / to_stride);
-  torch::stable::parallel_for(0, num_rows, grain, [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end;) {
-      const int64_t row = rows ? rows[i] : i;
-      int64_t next = i + 1;
-      if (row < 0) {
-        std::memset(to + i * to_stride, 0, to_stride);
-      } else if (adjacent) {
-        // up to a limit: memcpy bypasses the caches when it is given many megabytes
-        while (next < end && (rows ? rows[next] : next) == row + next - i &&
-               (next - i) * to_stride < kBytesPerTask) {
-          ++next;
-        }
-        std::memcpy(to + i * to_stride, from + row * from_stride, (next - i) * to_stride);
-      } else {
-        copy_row(from + row * from_stride, to + i * to_stride, plan);
+  const bool adjacent = !move.columns.index && !move.convert && move.source_stride == stride;
+  for (int64_t i = begin; i < end;) {
+    const int64_t row = move.rows ? move.rows[i] : i;
+    char* const target = move.target + i * stride;
+    int64_t next = i + 1;
+    if (row < 0) {
+      std::memset(target, 0, stride);
+    } else if (adjacent) {
+      while (next < end && (move.rows ? move.rows[next] : next) == row + next - i) ++next;
+      std::memcpy(target, move.source + row * move.source_stride, (next - i) * stride);
+    } else if (!move.convert) {
+      move.copy_row(move.source + row * move.source_stride, target, move.columns);
+    } else {
+      const char* picked = move.source + row * move.source_stride;
+      if (move.columns.index) {
+        buffer.resize(move.picked);
+        move.copy_row(picked, buffer.data(), move.columns);
+        picked = buffer.data();
       }
-      i = next;
+      move.convert(picked, target, move.columns.count);
+    }
+    i = next;
+  }
+}
+
+void run(std::vector<Move>& moves) {
+  int64_t num_tasks = 0;
+  for (Move& move : moves) {
+    move.first_task = num_tasks;
+    num_tasks += (move.num_rows + move.rows_per_task - 1) / move.rows_per_task;
+  }
+  torch::stable::parallel_for(0, num_tasks, 1, [&](int64_t begin, int64_t end) {
+    std::vector<char> buffer;
+    const auto after = [](int64_t task, const Move& move) { return task < move.first_task; };
+    auto move = std::upper_bound(moves.begin(), moves.end(), begin, after) - 1;
+    for (int64_t task = begin; task < end; ++task) {
+      while (move + 1 != moves.end() && (move + 1)->first_task <= task) ++move;
+      const int64_t row = (task - move->first_task) * move->rows_per_task;
+      move_rows(*move, row, std::min(move->num_rows, row + move->rows_per_task), buffer);
     }
   });
 }
 
 // a contiguous 1-D int64 index whose values lie in [-1, size)
-Tensor checked_index(const Tensor& index, const char* name, int64_t size) {
-  VP_CHECK(index.dim() == 1 && index.scalar_type() == torch::headeronly::ScalarType::Long &&
-               index.is_cpu(),
-           "gather", name, "be a 1-D int64 tensor on the device of source_RC", "another tensor");
-  Tensor adjacent = torch::stable::contiguous(index);
+GatherTableBuilder::Index checked_index(const Tensor& index, const char* name, int64_t size) {
+  VP_CHECK(index.dim() == 1 && index.scalar_type() == ScalarType::Long && index.is_cpu(), "gather",
+           name, "be a 1-D int64 tensor on the device of source_RC", "another tensor");
+  const Tensor adjacent = torch::stable::contiguous(index);
   const int64_t* values = static_cast<const int64_t*>(adjacent.data_ptr());
   const int64_t count = adjacent.numel();
   for (int64_t i = 0; i < count; ++i) {
     VP_CHECK(values[i] >= -1 && values[i] < size, "gather", name,
              "hold numbers from -1 to " + std::to_string(size - 1), values[i]);
   }
-  return adjacent;
+  return GatherTableBuilder::Index(values, values + count);
 }
 
 Tensor gather(Tensor source, std::optional<Tensor> rows, std::optional<Tensor> columns) {
   VP_CHECK(source.dim() == 2, "gather", "source_RC", "have 2 dimensions", source.dim());
-  ColumnPlan plan;
-  plan.source_count = plan.count = source.size(1);
-  int64_t num_rows = source.size(0);
-  const int64_t* row_index = nullptr;
-  if (rows) {
-    rows = checked_index(*rows, "rows", source.size(0));
-    row_index = static_cast<const int64_t*>(rows->data_ptr());
-    num_rows = rows->numel();
-  }
-  if (columns) {
-    columns = checked_index(*columns, "columns", source.size(1));
-    plan.index = static_cast<const int64_t*>(columns->data_ptr());
-    plan.count = columns->numel();
-  }
-  if (source.size(1) > 1 && source.stride(1) != 1) source = torch::stable::contiguous(source);
-  Tensor out = torch::stable::new_empty(source, {num_rows, plan.count});
-  switch (source.element_size()) {
-    case 1:
-      gather_rows<uint8_t>(source, row_index, plan, out);
-      break;
-    case 2:
-      gather_rows<uint16_t>(source, row_index, plan, out);
-      break;
-    case 4:
-      gather_rows<uint32_t>(source, row_index, plan, out);
-      break;
-    case 8:
-      gather_rows<uint64_t>(source, row_index, plan, out);
-      break;
-    case 16:
-      gather_rows<Bytes16>(source, row_index, plan, out);
-      break;
-    default:
-      VP_CHECK(false, "gather", "source_RC", "have elements of 1, 2, 4, 8 or 16 bytes",
-               source.element_size());
-  }
+  vitprune::check_element_size("gather", "source_RC", source);
+  GatherTableBuilder::Index row_index, column_index;
+  if (rows) row_index = checked_index(*rows, "rows", source.size(0));
+  if (columns) column_index = checked_index(*columns, "columns", source.size(1));
+  GatherTableBuilder builder;
+  builder.add(source.size(0), source.size(1), rows ? &row_index : nullptr,
+              columns ? &column_index : nullptr);
+  const std::vector<int32_t> words = builder.words();
+  const GatherTableView table(words.data());
+  const GatherEntry& entry = table.entry(0);
+  source = vitprune::with_adjacent_columns(source);
+  Tensor out = torch::stable::new_empty(source, {entry.rows, entry.columns});
+  std::vector<Move> moves = {make_move(table, entry, source, out)};
+  run(moves);
   return out;
+}
+
+void gather_all(std::vector<Tensor> sources, std::vector<Tensor> targets,
+                std::vector<int64_t> entries, Tensor table, Tensor) {
+  vitprune::check_table(table);
+  const GatherTableView view(static_cast<const int32_t*>(table.data_ptr()));
+  vitprune::check_matrices(view, sources, targets, entries);
+  std::vector<Move> moves;
+  moves.reserve(sources.size());
+  for (size_t i = 0; i < sources.size(); ++i) {
+    VP_CHECK(sources[i].is_cpu() && targets[i].is_cpu(), "gather_all", "sources and targets",
+             "be on one device", "several");
+    moves.push_back(make_move(view, view.entry(entries[i]), sources[i], targets[i]));
+  }
+  if (!moves.empty()) run(moves);
 }
 
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(vitprune_fast, CPU, m) {
   m.impl("gather", TORCH_BOX(&gather));
+  m.impl("gather_all", TORCH_BOX(&gather_all));
 }

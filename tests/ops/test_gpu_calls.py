@@ -45,6 +45,8 @@ def test_calls_are_the_same_in_every_form(op, shape):
     for backend in IMPLEMENTED[op]:
         if backend == "cpu" and (OBSTACLE is not None or DEVICE == "cuda"):
             continue
+        if backend == "cuda" and DEVICE == "cpu":
+            continue
         for got, wanted in zip(call(backend), plain, strict=True):
             torch.testing.assert_close(got, wanted, rtol=1e-3, atol=1e-3)
 
@@ -53,8 +55,9 @@ def test_calls_are_the_same_in_every_form(op, shape):
 def test_plain_torch_is_told_from_our_kernels(op):
     call = CALLS[op](Size(SMALL[1], 2, torch.float32, DEVICE))
     assert own_kernels(call, "eager", "cpu") == own_kernels(call, "eager", "cuda") == set()
-    assert own_kernels(call, "triton", "cuda")
-    assert not own_kernels(call, "triton", "cpu")
+    if "triton" in IMPLEMENTED[op]:
+        assert own_kernels(call, "triton", "cuda")
+        assert not own_kernels(call, "triton", "cpu")
     if OBSTACLE is None and DEVICE == "cpu" and "cpu" in IMPLEMENTED[op]:
         assert own_kernels(call, "auto", "cpu")
 
@@ -62,5 +65,6 @@ def test_plain_torch_is_told_from_our_kernels(op):
 def test_one_launch_runs_every_kernel(capsys):
     one_launch.main(DEVICE)
     lines = capsys.readouterr().out.splitlines()
-    forms = {(op, name) for op in CALLS for name in IMPLEMENTED[op] if name in ("triton", "cuda")}
+    runnable = ("triton", "cuda") if DEVICE == "cuda" else ("triton",)
+    forms = {(op, name) for op in CALLS for name in IMPLEMENTED[op] if name in runnable}
     assert {*lines} == {f"{op}: {name}" for op, name in forms}

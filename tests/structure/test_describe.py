@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import time
+import warnings
 
 import pytest
 import timm
 import torch
 from timm.models.vision_transformer import ParallelScalingBlock, VisionTransformer
 from torch import nn
+from torch.distributed.fsdp import fully_shard
+from torch.nn.utils import parametrize
 
 from vitprune_fast.errors import InvalidInput, UnsupportedArchitecture
 from vitprune_fast.planning import cost, predict_cost
@@ -147,3 +150,37 @@ def test_a_norm_the_mask_does_not_know_is_refused() -> None:
 
     with pytest.raises(UnsupportedArchitecture, match=r"blocks\.0\.norm1 must be one of"):
         describe(VisionTransformer(**SMALL, norm_layer=SimpleNorm, final_norm=False))
+
+
+def test_weights_that_are_not_stored_as_they_are_are_refused() -> None:
+    class Doubled(nn.Module):
+        def forward(self, weight: torch.Tensor) -> torch.Tensor:
+            return 2 * weight
+
+    model = random_vit()
+    parametrize.register_parametrization(model.blocks[1].mlp.fc1, "weight", Doubled())
+    with pytest.raises(UnsupportedArchitecture, match=r"blocks\.1\.mlp\.fc1 must hold its weights"):
+        describe(model)
+    model = random_vit(dtype=torch.float32)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        quantized = torch.ao.quantization.quantize_dynamic(model, {nn.Linear})
+    with pytest.raises(
+        UnsupportedArchitecture, match="must hold floating weights, got a quantized"
+    ):
+        describe(quantized)
+
+
+def test_sharded_weights_are_refused() -> None:
+    store = torch.distributed.HashStore()
+    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+    try:
+        mesh = torch.distributed.init_device_mesh("cpu", (1,))
+        model = random_vit(dtype=torch.float32)
+        fully_shard(model.blocks[0], mesh=mesh)
+        with pytest.raises(
+            UnsupportedArchitecture, match=r"blocks\.0\..* plain tensor, got a DTensor"
+        ):
+            describe(model)
+    finally:
+        torch.distributed.destroy_process_group()

@@ -11,6 +11,7 @@ import timm.optim
 import torch
 from timm.utils import ModelEmaV3
 from torch.optim.swa_utils import AveragedModel
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.plans import draw_plan, some
 from vitprune_fast.errors import InvalidInput
@@ -18,7 +19,7 @@ from vitprune_fast.planning import Plan
 from vitprune_fast.structure import describe
 from vitprune_fast.structure.index import Index
 from vitprune_fast.surgery import mask, prune
-from vitprune_fast.surgery.gather import gather_tensor
+from vitprune_fast.surgery.compaction import Compaction
 from vitprune_fast.testing import random_images, random_vit
 
 OPTIMIZERS = {
@@ -56,14 +57,14 @@ def test_moments_are_the_sliced_old_ones(make: Any) -> None:
     plan = heads_and_neurons(model)
     pruned, carried = prune(model, plan, optimizer)
     structure = describe(model)
-    index = Index(structure, plan)
+    compaction = Compaction(structure.tensors, Index(structure, plan))
     new = dict(pruned.named_parameters())
     for name, parameter in model.named_parameters():
         old_state, state = optimizer.state[parameter], carried.state[new[name]]
         assert old_state.keys() == state.keys()
         for key, value in old_state.items():
             if torch.is_tensor(value) and value.numel() > 1:
-                assert torch.equal(state[key], gather_tensor(value, index, structure.tensors[name]))
+                assert torch.equal(state[key], compaction([(name, value)])[0])
             else:
                 assert state[key] == value
     assert type(carried) is type(optimizer)
@@ -86,10 +87,10 @@ def test_training_goes_on_as_that_of_the_masked_model() -> None:
         model(images).square().mean().backward()
     optimizer.step()
     structure = describe(model)
-    index = Index(structure, plan)
+    compaction = Compaction(structure.tensors, Index(structure, plan))
     new = dict(pruned.named_parameters())
     for name, parameter in model.named_parameters():
-        want = gather_tensor(parameter, index, structure.tensors[name])
+        want = compaction([(name, parameter)])[0]
         assert torch.allclose(new[name], want, rtol=1e-9, atol=1e-12), name
 
 
@@ -187,3 +188,33 @@ def test_a_state_of_another_shape_is_refused() -> None:
     train(model, optimizer, 1, random_images(model))
     with pytest.raises(InvalidInput, match="cannot be sliced"):
         prune(model, heads_and_neurons(model), optimizer)
+
+
+class Moved(TorchDispatchMode):
+    """The calls that pick entries of tensors, by name."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        picks = any(word in str(func) for word in ("gather", "index", "take", "cat", "copy_"))
+        # the numbers of steps done are copied one by one
+        if picks and not (isinstance(args[0], torch.Tensor) and args[0].nbytes <= 4):
+            self.calls.append(str(func))
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("state", [False, True], ids=["model", "optimizer-ema"])
+def test_one_call_moves_everything(state: bool) -> None:
+    """Parameters, buffers, moments and average, and nothing is picked beside it."""
+    model = random_vit(dtype=torch.float32)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, amsgrad=True)
+    train(model, optimizer, 1, random_images(model))
+    plan, ema = heads_and_neurons(model), random_vit(seed=1, dtype=torch.float32)
+    with Moved() as moved:
+        if state:
+            prune(model, plan, optimizer, ema)
+        else:
+            prune(model, plan)
+    assert moved.calls == ["vitprune_fast.gather_all.default"]

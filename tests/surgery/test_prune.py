@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
+from bench.peak_memory import peak_of_prune
 from tests.plans import KINDS, draw_plan, some
 from vitprune_fast.errors import InvalidInput, UnsupportedArchitecture
 from vitprune_fast.planning import Plan, cost, predict_cost
@@ -332,3 +333,10 @@ def test_mask_restores_every_bit_also_after_an_error() -> None:
     assert list(model.state_dict()) == keys
     assert [p.data_ptr() for p in model.parameters()] == storage
     assert not any(m._forward_hooks for m in model.modules())
+
+
+@pytest.mark.slow
+def test_memory_is_that_of_the_result() -> None:
+    """Never a second copy of anything, with the moments of AdamW beside the weights."""
+    needed, made = peak_of_prune("vit_small_patch16_224")
+    assert needed <= 1.2 * made

@@ -15,21 +15,25 @@ from vitprune_fast.ops.attention_score import (
     attention_score,
     scored_attention,
 )
-from vitprune_fast.ops.gather import gather
+from vitprune_fast.ops.gather import CASTS, GatherTable, Selection, gather, gather_all
 from vitprune_fast.ops.glu_score import glu_score, scored_glu, scored_glu_packed
 from vitprune_fast.ops.norm_score import norm_score, scored_norm
 from vitprune_fast.ops.taylor_score import taylor_score
 
 __all__ = [
     "ACTIVATIONS",
+    "CASTS",
     "AttentionScore",
     "Backend",
     "Choice",
+    "GatherTable",
+    "Selection",
     "activation_score",
     "attention",
     "attention_score",
     "backends",
     "gather",
+    "gather_all",
     "glu_score",
     "norm_score",
     "scored_activation",

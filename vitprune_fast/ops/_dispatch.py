@@ -21,6 +21,7 @@ IMPLEMENTED = {
     "activation_score": ("triton", "cpu", "eager"),
     "attention_score": ("triton", "cpu", "eager"),
     "gather": ("cpu", "eager"),
+    "gather_all": ("cuda", "cpu", "eager"),
     "glu_score": ("triton", "cpu", "eager"),
     "norm_score": ("triton", "cpu", "eager"),
     "taylor_score": ("triton", "cpu", "eager"),
@@ -68,7 +69,9 @@ def _obstacle(op: str, backend: str, device: str) -> str | None:
     if backend == "cpu":
         return _extension.OBSTACLE if device == "cpu" else "it runs on CPU tensors only"
     if backend == "cuda":
-        return _extension.OBSTACLE if device == "cuda" else "it runs on CUDA tensors only"
+        if device != "cuda":
+            return "it runs on CUDA tensors only"
+        return _extension.OBSTACLE or _extension.cuda_obstacle(op)
     if backend == "triton":
         if not _HAS_TRITON:
             return "the package triton is not installed"

@@ -1,20 +1,34 @@
-"""Pick rows and columns of a matrix in one pass: how a pruned weight is cut from the whole one.
+"""Pick rows and columns of matrices in one pass: how a pruned model is cut from the whole one.
 
-R, C rows and columns of the source.
+R, C rows and columns of a source.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from vitprune_fast import _checks
+from vitprune_fast.errors import InvalidInput
 from vitprune_fast.ops._dispatch import Backend, choose
 from vitprune_fast.reference.gather import gather as _eager
+from vitprune_fast.reference.gather import gather_all as _eager_all
 
 _library = torch.library.Library("vitprune_fast", "FRAGMENT")
 _library.define(
     "gather(Tensor source_RC, Tensor? rows, Tensor? columns) -> Tensor",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+# one entry of the table per source; targets are written whole
+_library.define(
+    "gather_all(Tensor[] sources, Tensor(a!)[] targets, int[] entries, Tensor table,"
+    " Tensor table_on_device) -> ()",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
 
@@ -67,3 +81,190 @@ def gather(
     if choose("gather", source_RC.device, backend) == "cpu":
         return torch.ops.vitprune_fast.gather(source_RC, rows, columns)
     return _eager(source_RC, rows, columns)
+
+
+@dataclass(frozen=True)
+class Selection:
+    """What stays of one matrix.
+
+    Args:
+        shape: of the matrix, ``(R, C)``.
+        rows: kept rows, 1-D int64, -1 for a row of zeros; None for all.
+        columns: kept columns, likewise.
+    """
+
+    shape: tuple[int, int]
+    rows: NDArray[np.int64] | None = None
+    columns: NDArray[np.int64] | None = None
+
+    @property
+    def result(self) -> tuple[int, int]:
+        """Shape of what comes out."""
+        rows, columns = self.shape
+        return (
+            rows if self.rows is None else len(self.rows),
+            columns if self.columns is None else len(self.columns),
+        )
+
+    def inverse(self) -> Selection:
+        """What puts the entries back where they were, and zeros where nothing was taken.
+
+        Raises:
+            InvalidInput: a row or column was taken twice, so there is no way back.
+        """
+        return Selection(
+            self.result, *map(_inverse, ("rows", "columns"), (self.rows, self.columns), self.shape)
+        )
+
+
+def _inverse(name: str, index: NDArray | None, size: int) -> NDArray | None:
+    if index is None:
+        return None
+    taken = np.flatnonzero(index >= 0)
+    back = np.full(size, -1, dtype=np.int64)
+    back[index[taken]] = taken
+    if len(taken) != np.count_nonzero(back >= 0):
+        raise InvalidInput(f"Selection.inverse: {name} must be taken once at most, got some twice")
+    return back
+
+
+class GatherTable:
+    """What stays of many matrices: checked and laid out once, used for every tensor of the layout.
+
+    Args:
+        selections: one per matrix. Index arrays that are equal are stored once.
+
+    Raises:
+        InvalidInput: an index is no 1-D array of whole numbers, or out of range.
+    """
+
+    def __init__(self, selections: Sequence[Selection]):
+        self.selections = tuple(selections)
+        self._on: dict[torch.device, Tensor] = {}
+        for selection in self.selections:
+            for name, size in zip(("rows", "columns"), selection.shape, strict=True):
+                _check_index(name, getattr(selection, name), size)
+
+    def __len__(self) -> int:
+        return len(self.selections)
+
+    def inverse(self) -> GatherTable:
+        """The table of the way back: entries where they were, zeros elsewhere."""
+        return GatherTable([selection.inverse() for selection in self.selections])
+
+    @cached_property
+    def words(self) -> Tensor:
+        """What the kernels read: 1-D int32 on the CPU."""
+        from vitprune_fast import _host
+
+        return torch.from_numpy(
+            _host.gather_table([(*s.shape, s.rows, s.columns) for s in self.selections])
+        )
+
+    def words_on(self, device: torch.device) -> Tensor:
+        """The words on a device; sent there once."""
+        if device not in self._on:
+            self._on[device] = self.words.to(device)
+        return self._on[device]
+
+
+def _check_index(name: str, index: NDArray | None, size: int) -> None:
+    if index is None:
+        return
+    if not isinstance(index, np.ndarray) or index.dtype != np.int64 or index.ndim != 1:
+        got = f"{index.dtype} {index.shape}" if isinstance(index, np.ndarray) else type(index)
+        raise InvalidInput(f"GatherTable: {name} must be a 1-D int64 array, got {got}")
+    outside = index[(index < -1) | (index >= size)]
+    if len(outside):
+        raise InvalidInput(
+            f"GatherTable: {name} must hold numbers from -1 to {size - 1}, got {outside[0]}"
+        )
+
+
+# what a gather may convert on its way
+CASTS = {
+    (torch.float32, torch.bfloat16),
+    (torch.float32, torch.float16),
+    (torch.bfloat16, torch.float32),
+    (torch.float16, torch.float32),
+}
+
+
+def gather_all(
+    sources: Sequence[Tensor],
+    table: GatherTable,
+    entries: Sequence[int] | None = None,
+    *,
+    dtypes: Sequence[torch.dtype | None] | None = None,
+    out: Sequence[Tensor] | None = None,
+    backend: Backend = "auto",
+) -> list[Tensor]:
+    """Rows and columns of many matrices, in one call: ``out[i, j] = source[rows[i], columns[j]]``.
+
+    On a GPU it is one launch for all of them. Not differentiable: the results are cut off from the
+    graph.
+
+    Args:
+        sources: tensors of any dtype and any mixture of them, on one device. Each is read as a
+            matrix: its first dimension are the rows, all others together the columns.
+        table: what stays of each matrix.
+        entries: which entry of the table each source follows; by default the i-th.
+        dtypes: of each result, where it is not that of the source: float32 may become bfloat16 or
+            float16 (rounded to the nearest, ties to even) and the other way round.
+        out: contiguous tensors to write into, one ``(rows, columns)`` or of as many elements per
+            source; made when not given. They may not share memory with the sources.
+        backend: implementation to run (``"cpu"`` is the C++ kernel); an explicit choice never
+            falls back.
+
+    Returns:
+        One ``(rows, columns)`` matrix per source (``out`` where given): a copy of the source's bits
+        where the dtype stays, so the same for every backend and number of threads.
+
+    Raises:
+        TypeError: a source is not a tensor.
+        InvalidInput: shapes, dtypes, devices or entries do not fit the table.
+        BackendUnavailable: ``backend`` was named and cannot run here; the message says why.
+    """
+    entries = range(len(sources)) if entries is None else entries
+    dtypes = [None] * len(sources) if dtypes is None else dtypes
+    for name, values in (("entries", entries), ("dtypes", dtypes), ("out", out)):
+        if values is not None and len(values) != len(sources):
+            rule = f"be as many as the {len(sources)} sources"
+            _checks.require(False, "gather_all", name, rule, len(values))
+    matrices: list[Tensor] = []
+    for source, entry in zip(sources, entries, strict=True):
+        _checks.require_tensor("gather_all", "sources", source)
+        rule = f"hold numbers from 0 to {len(table) - 1}"
+        _checks.require(0 <= entry < len(table), "gather_all", "entries", rule, entry)
+        rows, columns = table.selections[entry].shape
+        fits = source.numel() == rows * columns and (source.ndim < 1 or len(source) == rows)
+        rule = f"be a matrix of {rows} rows and {columns} columns for entry {entry}"
+        _checks.require(fits, "gather_all", "sources", rule, tuple(source.shape))
+        rule = f"be on {sources[0].device} like the first one"
+        same = source.device == sources[0].device
+        _checks.require(same, "gather_all", "sources", rule, source.device)
+        matrices.append(source.detach().reshape(rows, columns))
+    results: list[Tensor] = []
+    for i, (matrix, entry, dtype) in enumerate(zip(matrices, entries, dtypes, strict=True)):
+        shape = table.selections[entry].result
+        if out is None:
+            results.append(torch.empty(shape, dtype=dtype or matrix.dtype, device=matrix.device))
+        else:
+            target = out[i].detach()
+            rule = f"be contiguous, on {matrix.device}, of {shape} elements"
+            fits = target.is_contiguous() and target.device == matrix.device
+            fits &= target.numel() == shape[0] * shape[1]
+            _checks.require(fits, "gather_all", "out", rule, f"{target.device} {target.shape}")
+            results.append(target.view(shape))
+        cast = (matrix.dtype, results[i].dtype)
+        rule = "be float32 from or to bfloat16 or float16, or as the source"
+        _checks.require(cast[0] == cast[1] or cast in CASTS, "gather_all", "dtypes", rule, cast)
+    if not sources:
+        return results
+    chosen = choose("gather_all", matrices[0].device, backend)
+    if chosen in ("cpu", "cuda"):
+        words = table.words_on(matrices[0].device)
+        torch.ops.vitprune_fast.gather_all(matrices, results, list(entries), table.words, words)
+    else:
+        _eager_all(matrices, results, [table.selections[entry] for entry in entries])
+    return results if out is None else list(out)

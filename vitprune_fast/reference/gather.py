@@ -1,9 +1,15 @@
-"""Oracle of ``ops.gather``."""
+"""Oracles of ``ops.gather`` and ``ops.gather_all``."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from vitprune_fast.ops.gather import Selection
 
 
 def gather(source_RC: Tensor, rows: Tensor | None = None, columns: Tensor | None = None) -> Tensor:
@@ -17,3 +23,15 @@ def gather(source_RC: Tensor, rows: Tensor | None = None, columns: Tensor | None
         padded = torch.cat([out, padding], dim)
         out = padded.index_select(dim, index.remainder(padded.shape[dim]))
     return out.clone() if out is source_RC else out
+
+
+def gather_all(
+    sources: Iterable[Tensor], targets: Sequence[Tensor], selections: Iterable[Selection]
+) -> None:
+    """Write into each target what its selection takes of its source, one after the other."""
+    for source, target, selection in zip(sources, targets, selections, strict=True):
+        rows, columns = (
+            None if index is None else torch.from_numpy(index).to(source.device)
+            for index in (selection.rows, selection.columns)
+        )
+        target.copy_(gather(source, rows, columns))

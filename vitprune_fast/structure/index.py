@@ -21,6 +21,7 @@ class Index:
         structure: the table of the model.
         kept: a plan checked against it, or any mapping from axis name to kept units.
         removed: branches that go with their constant output.
+        fold: give the constant of an emptied branch to another writer, where one can take it.
     """
 
     def __init__(
@@ -28,9 +29,12 @@ class Index:
         structure: Structure,
         kept: Mapping[str, list[int]],
         removed: frozenset[str] = frozenset(),
+        *,
+        fold: bool = True,
     ):
         self.structure = structure
         self.removed = removed
+        self._fold = fold
         self._kept = {
             name: np.asarray(kept[name] if name in kept else range(axis.size), dtype=np.int64)
             for name, axis in structure.axes.items()
@@ -169,7 +173,7 @@ class Index:
                 fates[write.name] = ("live", None)
             elif write.name in self.removed or self._is_silent(write):
                 fates[write.name] = ("removed", None)
-            elif target is not None and self._can_take(target):
+            elif self._fold and target is not None and self._can_take(target):
                 fates[write.name] = ("folded", target)
             else:
                 # it still writes, so constants after it cannot pass it

@@ -6,6 +6,8 @@ from types import EllipsisType
 from typing import Literal
 
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from ..errors import UnsupportedArchitecture
 from ..modeling_pruned import NORMS
@@ -19,6 +21,7 @@ class Table:
     """Builds a Structure for one model. Absent optional parts (no bias, Identity) are skipped."""
 
     def __init__(self, model: nn.Module, family: str, input_size: tuple[int, int, int]):
+        _require_plain_tensors(model)
         self.model = model
         self.structure = Structure(family, input_size)
 
@@ -163,3 +166,25 @@ class Table:
             )
         self.structure.buffers = set(buffers)
         return self.structure
+
+
+def _require_plain_tensors(model: nn.Module) -> None:
+    """Entries are gathered as they are stored, so what is stored has to be the weights."""
+    for path, module in model.named_modules():
+        if parametrize.is_parametrized(module):
+            raise UnsupportedArchitecture(
+                f"describe: {path} must hold its weights, got a parametrization of them; "
+                "torch.nn.utils.parametrize.remove_parametrizations bakes it in"
+            )
+        if type(module).__module__.startswith(("torch.ao.nn", "torch.nn.quantized")):
+            raise UnsupportedArchitecture(
+                f"describe: {path} must hold floating weights, got a quantized "
+                f"{type(module).__name__}; prune first and quantize the result"
+            )
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        if is_traceable_wrapper_subclass(tensor) or tensor.is_quantized:
+            kind = "quantized tensor" if tensor.is_quantized else type(tensor.data).__name__
+            raise UnsupportedArchitecture(
+                f"describe: {name} must be a plain tensor, got a {kind}; gather a sharded model on "
+                "one rank (full_tensor), prune before quantizing"
+            )

@@ -2,7 +2,20 @@
 
 from __future__ import annotations
 
+from .compensate import Calibration, Compensated, calibrate, compensate
+from .folds import fold_attention_biases, fold_gates
 from .mask import mask
 from .prune import prune
+from .soft import SoftCompaction
 
-__all__ = ["mask", "prune"]
+__all__ = [
+    "Calibration",
+    "Compensated",
+    "SoftCompaction",
+    "calibrate",
+    "compensate",
+    "fold_attention_biases",
+    "fold_gates",
+    "mask",
+    "prune",
+]

@@ -12,9 +12,7 @@ from torch.optim import Optimizer
 
 from ..errors import InvalidInput
 from ..structure import Structure
-from ..structure.index import Index
 from ..structure.paths import get
-from .gather import gather_tensor
 
 # how a per-parameter state of known optimizers scales with the gradient: AdamW, SGD, Lion, LAMB,
 # Muon, NAdam, Adan, Adamax, RMSprop, Adagrad
@@ -40,6 +38,8 @@ class Cut:
     tensors: dict[str, Tensor]
     # name -> fp64 factor of every row, where a fold rescaled the weight
     factors: dict[str, Tensor] = field(default_factory=dict)
+    # name of a bias -> the parameter it became, where a branch became a constant
+    constants: dict[str, Tensor] = field(default_factory=dict)
 
     def rescale(self, name: str, rows: Tensor) -> None:
         """Multiply the rows of a tensor, where the model has it."""
@@ -55,62 +55,79 @@ class Cut:
         self.factors[name] = self.factors.get(name, 1) * rows.double()
 
 
-def carry_optimizer(
-    optimizer: Optimizer, model: nn.Module, structure: Structure, index: Index, cut: Cut
-) -> Optimizer:
-    """The same optimizer over the parameters of the pruned model, with the surviving moments.
+class Moments:
+    """The state of an optimizer that goes with the entries of the parameters.
 
     Args:
         optimizer: over parameters of ``model`` (all or some of them).
         model: before pruning.
         structure: of ``model``.
-        index: of the plan.
-        cut: what pruning made of ``model``.
-
-    Returns:
-        A new optimizer of the same class, groups and settings; groups may be left empty.
 
     Raises:
-        InvalidInput: a parameter of the optimizer is not one of the model, or a state of it cannot
-            be sliced or rescaled.
+        InvalidInput: a parameter of the optimizer is not one of the model, or a state of it has
+            another shape than its parameter.
     """
-    names = {id(get(model, name)): name for name in structure.tensors}
-    alive = {id(parameter) for parameter in cut.model.parameters()}
-    memo: dict[int, Any] = {}
-    for group in optimizer.param_groups:
-        for parameter in group["params"]:
-            if id(parameter) not in names:
-                raise InvalidInput(
-                    "prune: optimizer must hold parameters of the model, got one of shape "
-                    f"{tuple(parameter.shape)} that is none of them"
-                )
-            name = names[id(parameter)]
-            memo[id(parameter)] = cut.tensors[name]
-            if id(cut.tensors[name]) not in alive:
-                continue
-            for key, value in optimizer.state.get(parameter, {}).items():
-                if isinstance(value, Tensor) and value.numel() > 1:
-                    memo[id(value)] = _sliced(name, key, value, structure, index, cut)
-    carried = copy.deepcopy(optimizer, memo)
-    for group in carried.param_groups:
-        group["params"] = [p for p in group["params"] if id(p) in alive]
-    for parameter in [p for p in carried.state if id(p) not in alive]:
-        del carried.state[parameter]
-    return carried
+
+    def __init__(self, optimizer: Optimizer, model: nn.Module, structure: Structure):
+        self._optimizer = optimizer
+        self._names = {id(get(model, name)): name for name in structure.tensors}
+        # which state of which parameter
+        self._places: list[tuple[str, str, Tensor]] = []
+        for group in optimizer.param_groups:
+            for parameter in group["params"]:
+                if id(parameter) not in self._names:
+                    raise InvalidInput(
+                        "prune: optimizer must hold parameters of the model, got one of shape "
+                        f"{tuple(parameter.shape)} that is none of them"
+                    )
+                name = self._names[id(parameter)]
+                for key, value in optimizer.state.get(parameter, {}).items():
+                    if isinstance(value, Tensor) and value.numel() > 1:
+                        self._places.append((name, key, _shaped(name, key, value, structure)))
+
+    @property
+    def jobs(self) -> list[tuple[str, Tensor]]:
+        """What is to be cut, each with the name whose layout it has."""
+        return [(name, value) for name, _, value in self._places]
+
+    def carried(self, moved: list[Tensor], cut: Cut) -> Optimizer:
+        """The same optimizer over the parameters of the pruned model, with the surviving moments.
+
+        Args:
+            moved: what is left of each of ``jobs``.
+            cut: what pruning made of the model.
+
+        Returns:
+            A new optimizer of the same class, groups and settings; groups may be left empty.
+
+        Raises:
+            InvalidInput: a state cannot be rescaled with its parameter.
+        """
+        alive = {id(parameter) for parameter in cut.model.parameters()}
+        memo: dict[int, Any] = {old: cut.tensors[name] for old, name in self._names.items()}
+        for (name, key, old), new in zip(self._places, moved, strict=True):
+            if id(cut.tensors[name]) in alive:
+                memo[id(old)] = _rescaled(name, key, new, cut)
+        carried = copy.deepcopy(self._optimizer, memo)
+        for group in carried.param_groups:
+            group["params"] = [p for p in group["params"] if id(p) in alive]
+        for parameter in [p for p in carried.state if id(p) not in alive]:
+            del carried.state[parameter]
+        return carried
 
 
-def _sliced(
-    name: str, key: str, value: Tensor, structure: Structure, index: Index, cut: Cut
-) -> Tensor:
-    layout = structure.tensors[name]
-    if value.shape != tuple(dim.length() for dim in layout):
+def _shaped(name: str, key: str, value: Tensor, structure: Structure) -> Tensor:
+    if value.shape != tuple(dim.length() for dim in structure.tensors[name]):
         raise InvalidInput(
             f"prune: optimizer state {key!r} of {name} must have the shape of the parameter, "
             f"got {tuple(value.shape)}; this optimizer's state cannot be sliced"
         )
-    sliced = gather_tensor(value, index, layout)
+    return value
+
+
+def _rescaled(name: str, key: str, moved: Tensor, cut: Cut) -> Tensor:
     if name not in cut.factors:
-        return sliced
+        return moved
     if key not in GRADIENT_POWER:
         raise InvalidInput(
             f"prune: optimizer state {key!r} of {name} must be one of "
@@ -118,6 +135,6 @@ def _sliced(
         )
     # the weight became f * w, so its gradient became gradient / f; where f is zero the gradient
     # was zero as well, and says nothing about the new weight
-    factor = cut.factors[name].to(value.device) ** -GRADIENT_POWER[key]
+    factor = cut.factors[name].to(moved.device) ** -GRADIENT_POWER[key]
     factor = torch.where(factor.isfinite(), factor, 0.0)
-    return sliced.mul_(factor.view(-1, *(1,) * (value.ndim - 1)).to(value.dtype))
+    return moved.mul_(factor.view(-1, *(1,) * (moved.ndim - 1)).to(moved.dtype))

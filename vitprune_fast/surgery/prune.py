@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from ..errors import UnsupportedArchitecture
+from ..errors import InvalidInput, UnsupportedArchitecture
 from ..modeling_pruned import AttentionBlock, Constant, MlpBlock
 from ..planning.cost import constant_dim, gone
 from ..planning.plan import Plan
@@ -18,8 +18,8 @@ from ..structure import Structure, describe
 from ..structure.axes import Dim, SoftmaxScale, Write
 from ..structure.index import Index
 from ..structure.paths import get, put
-from .carry import Cut, carry_optimizer
-from .gather import gather_tensor
+from .carry import Cut, Moments
+from .compaction import Compaction
 
 Model = TypeVar("Model", bound=nn.Module)
 Ema = TypeVar("Ema", bound=nn.Module)
@@ -75,20 +75,48 @@ def prune(
     structure = describe(model)
     plan = plan.check(structure)
     index = Index(structure, plan, plan.removed)
-    cut = operate(model, structure, index)
-    results: list[Any] = [cut.model]
-    if optimizer is not None:
-        results.append(carry_optimizer(optimizer, model, structure, index, cut))
+    averaged: Any = getattr(ema, "module", ema)
+    models = [model] if ema is None else [model, averaged]
     if ema is not None:
-        averaged: Any = getattr(ema, "module", ema)
-        pruned = prune(averaged, plan)
-        results.append(copy.deepcopy(ema, {id(averaged): pruned}))
-    return tuple(results) if len(results) > 1 else cut.model
+        _check_average(averaged, structure)
+    moments = None if optimizer is None else Moments(optimizer, model, structure)
+    # parameters, buffers, moments and average: one call moves them all
+    parts = [survivors(one, structure, index) for one in models]
+    jobs = [job for part in parts for job in part]
+    jobs += [] if moments is None else moments.jobs
+    moved = iter(Compaction(structure.tensors, index)(jobs))
+    cuts = [
+        operate(one, structure, index, {name: next(moved) for name, _ in part})
+        for one, part in zip(models, parts, strict=True)
+    ]
+    results: list[Any] = [cuts[0].model]
+    if moments is not None:
+        results.append(moments.carried(list(moved), cuts[0]))
+    if ema is not None:
+        results.append(copy.deepcopy(ema, {id(averaged): cuts[1].model}))
+    return tuple(results) if len(results) > 1 else cuts[0].model
 
 
-def operate(model: nn.Module, structure: Structure, index: Index) -> Cut:
+def _check_average(averaged: nn.Module, structure: Structure) -> None:
+    own = describe(averaged)
+    if own.tensors != structure.tensors:
+        other = next(iter(own.tensors.items() ^ structure.tensors.items()))[0]
+        raise InvalidInput(
+            f"prune: ema must have the layout of the model, got another one for {other}"
+        )
+
+
+def survivors(model: nn.Module, structure: Structure, index: Index) -> list[tuple[str, Tensor]]:
+    """The tensors of which something is left, by name."""
+    dying = gone(index)
+    tensors = ((name, get(model, name)) for name in structure.tensors)
+    # a module that goes takes its matrices along; its vectors are needed for the constant
+    return [(name, one) for name, one in tensors if not (name.startswith(dying) and one.ndim > 1)]
+
+
+def operate(model: nn.Module, structure: Structure, index: Index, moved: dict[str, Tensor]) -> Cut:
     """Prune ``model``; also tells which new tensor each old one became, for what goes with it."""
-    cut = _gathered_copy(model, structure, index)
+    cut = _smaller_copy(model, structure, moved)
     new = cut.model
     for path, dim in structure.attrs.items():
         _resize_attr(new, path, index.length(dim))
@@ -99,24 +127,21 @@ def operate(model: nn.Module, structure: Structure, index: Index) -> Cut:
     for write in index.dead.values():
         fate, target = index.fates[write.name]
         if fate == "constant":
-            put(new, write.name, Constant(_projected(new, write, structure, index)))
+            constant = Constant(_projected(new, write, structure, index))
+            put(new, write.name, constant)
+            cut.constants[write.tail[0] if write.tail else write.bias[0]] = constant.bias
         elif fate == "folded" and target is not None:
             _fold(cut, target, _constant(new, write, structure, index))
     _drop_branches(new, structure, index)
     return cut
 
 
-def _gathered_copy(model: nn.Module, structure: Structure, index: Index) -> Cut:
-    """A copy of the modules whose tensors are the surviving entries; no full copy ever exists."""
-    dying = gone(index)
+def _smaller_copy(model: nn.Module, structure: Structure, moved: dict[str, Tensor]) -> Cut:
+    """A copy of the modules around the surviving entries; no full copy ever exists."""
     tensors, memo = {}, {}
-    for name, layout in structure.tensors.items():
+    for name in structure.tensors:
         old = get(model, name)
-        if name.startswith(dying) and old.ndim > 1:
-            # its module is taken out below; only vectors are still needed, for the constant
-            new = old.new_empty((0,) * old.ndim)
-        else:
-            new = gather_tensor(old, index, layout)
+        new = moved[name] if name in moved else old.new_empty((0,) * old.ndim)
         if isinstance(old, nn.Parameter):
             new = nn.Parameter(new, requires_grad=old.requires_grad)
         tensors[name] = memo[id(old)] = new

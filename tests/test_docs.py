@@ -1,4 +1,4 @@
-"""The pages about other libraries are run, block after block, as a reader would."""
+"""The pages of docs are run, block after block, as a reader would."""
 
 from __future__ import annotations
 
@@ -11,8 +11,9 @@ import pytest
 
 from vitprune_fast import ops
 
-DOCS = Path(__file__).parents[2] / "docs"
+DOCS = Path(__file__).parent.parent / "docs"
 PAGES = {
+    "make-up-for-what-goes.md": 3,
     "score-with-torch-pruning.md": 3,
     "score-a-hugging-face-vit.md": 2,
     "score-a-torchvision-vit.md": 2,

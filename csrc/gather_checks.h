@@ -1,0 +1,57 @@
+// What gather_all checks of its arguments on every device.
+#pragma once
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <cstdint>
+#include <string>
+#include <vector>
+
+#include "checks.h"
+#include "gather_table.h"
+
+namespace vitprune {
+
+inline torch::stable::Tensor with_adjacent_columns(const torch::stable::Tensor& source) {
+  return source.size(1) <= 1 || source.stride(1) == 1 ? source : torch::stable::contiguous(source);
+}
+
+inline void check_element_size(const char* op, const char* name,
+                               const torch::stable::Tensor& source) {
+  const auto size = static_cast<int64_t>(source.element_size());
+  VP_CHECK(size == 1 || size == 2 || size == 4 || size == 8 || size == 16, op, name,
+           "have elements of 1, 2, 4, 8 or 16 bytes", size);
+}
+
+inline void check_table(const torch::stable::Tensor& table) {
+  VP_CHECK(table.dim() == 1 && table.scalar_type() == torch::headeronly::ScalarType::Int &&
+               table.is_contiguous() && table.is_cpu(),
+           "gather_all", "table", "be a contiguous 1-D int32 tensor on the CPU", "another tensor");
+  GatherTableView(static_cast<const int32_t*>(table.data_ptr())).check(table.numel());
+}
+
+// Also copies sources whose columns are not adjacent.
+inline void check_matrices(const GatherTableView& table,
+                           std::vector<torch::stable::Tensor>& sources,
+                           const std::vector<torch::stable::Tensor>& targets,
+                           const std::vector<int64_t>& entries) {
+  VP_CHECK(targets.size() == sources.size() && entries.size() == sources.size(), "gather_all",
+           "targets and entries", "be as many as the sources",
+           std::to_string(targets.size()) + " and " + std::to_string(entries.size()));
+  for (size_t i = 0; i < sources.size(); ++i) {
+    VP_CHECK(entries[i] >= 0 && entries[i] < table.num_entries(), "gather_all", "entries",
+             "hold numbers from 0 to " + std::to_string(table.num_entries() - 1), entries[i]);
+    const GatherEntry& entry = table.entry(entries[i]);
+    check_element_size("gather_all", "sources", sources[i]);
+    VP_CHECK(sources[i].dim() == 2 && sources[i].size(0) == entry.source_rows &&
+                 sources[i].size(1) == entry.source_columns,
+             "gather_all", "sources", "have the shape of their entry of the table", "another one");
+    VP_CHECK(targets[i].dim() == 2 && targets[i].is_contiguous() &&
+                 targets[i].size(0) == entry.rows && targets[i].size(1) == entry.columns,
+             "gather_all", "targets", "be contiguous and have the shape their entry gives",
+             "another one");
+    sources[i] = with_adjacent_columns(sources[i]);
+  }
+}
+
+}  // namespace vitprune
