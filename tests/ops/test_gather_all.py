@@ -18,7 +18,7 @@ from hypothesis import given, settings
 
 from tests.ops.test_gather import DTYPES, KINDS, assert_same_bits, index, random_matrix
 from vitprune_fast import ops
-from vitprune_fast._extension import OBSTACLE
+from vitprune_fast._extension import OBSTACLE, cuda_obstacle
 from vitprune_fast.errors import BackendUnavailable, InvalidInput
 from vitprune_fast.ops import GatherTable, Selection
 from vitprune_fast.reference.gather import gather as reference
@@ -207,6 +207,11 @@ def test_wrong_arguments_are_refused() -> None:
         ops.gather_all([[1]], table)  # pyright: ignore[reportArgumentType]
     with pytest.raises(BackendUnavailable, match="there is no Triton kernel of this op"):
         ops.gather_all([x], table, backend="triton")
+
+
+@native
+def test_a_build_without_a_kernel_for_the_gpu_says_so() -> None:
+    assert "is built without CUDA" in str(cuda_obstacle("gather"))
 
 
 @pytest.fixture(scope="module")
