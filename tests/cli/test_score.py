@@ -89,6 +89,18 @@ def test_a_stopped_scoring_goes_on_with_the_same_bits(
     assert stopped.read_bytes() == whole.read_bytes() and not partial.exists()
 
 
+def test_weights_that_nothing_gives_come_from_the_seed(tmp_path: Path) -> None:
+    """A timm model by its name alone: the same command scores the same model again."""
+    sizes = ["img_size=16", "patch_size=4", "embed_dim=24", "depth=1", "num_classes=10"]
+    words = ["score", "--model", "vit_tiny_patch16_224", "--model-args", *sizes, "in_chans=1"]
+    words += [*DATA, "--score-samples", "8"]
+    files = [tmp_path / f"{k}.safetensors" for k in range(3)]
+    for file, seed in zip(files, ("0", "0", "1"), strict=True):
+        assert main([*words, "--seed", seed, "--out", str(file)]) == 0
+    first, again, other = (file.read_bytes() for file in files)
+    assert first == again != other
+
+
 def test_stopped_scorings_side_by_side_have_a_file_each(
     saved: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

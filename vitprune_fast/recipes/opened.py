@@ -8,6 +8,7 @@ from torch import nn
 
 import vitprune_fast as vp
 from vitprune_fast.data import ImageData, open_data
+from vitprune_fast.randomness import seeded
 from vitprune_fast.recipes import models
 from vitprune_fast.recipes.config import DataConfig, ModelConfig
 from vitprune_fast.recipes.profile import Profile, choose_profile
@@ -60,12 +61,15 @@ def open_both(
 ) -> tuple[nn.Module, ImageData, Setting]:
     """The model with its weights, the data read at its input size, and where to compute.
 
+    Weights that come from nowhere else are drawn by the seed, as those of a run are.
+
     Raises:
         InvalidInput: the head and the data disagree on the number of classes, or either cannot be
             opened.
     """
     profile = choose_profile(device, workers=data_config.workers)
-    model = models.open_model(model_config)
+    with seeded(seed, "init"):
+        model = models.open_model(model_config)
     data = open_model_data(data_config, model, trained=True)
     check_fit(model, data)
     return model, data, setting_of(data_config, profile, seed)
