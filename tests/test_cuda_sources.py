@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 import subprocess
 from pathlib import Path
@@ -33,16 +34,18 @@ void launch(const torch::stable::Tensor& x) {
 """
 
 
-def compile_with_nvcc(source: Path, target: Path) -> None:
+def compile_with_nvcc(source: Path, target: Path) -> str:
+    """Compile as the build does; what the assembler says of every kernel."""
     home = cuda_home()
     assert home is not None
     include = Path(torch.__file__).parent / "include"
     command = [str(home / "bin" / "nvcc"), "-c", str(source), "-o", str(target)]
     command += ["-std=c++20", "-arch=sm_90", "-DTORCH_TARGET_VERSION=0x020a000000000000"]
-    command += ["-DUSE_CUDA", f"-I{include}", f"-I{ROOT / 'csrc'}"]
+    command += ["-DUSE_CUDA", "-Xptxas", "-v", f"-I{include}", f"-I{ROOT / 'csrc'}"]
     result = subprocess.run(command, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     assert target.stat().st_size > 0
+    return result.stderr
 
 
 @needs_nvcc
@@ -52,10 +55,18 @@ def test_checks_header_compiles_with_nvcc(tmp_path):
     compile_with_nvcc(source, tmp_path / "probe.o")
 
 
+# four blocks of 256 threads fit on a processor
+MOST_REGISTERS = 64
+
+
 @needs_nvcc
 @pytest.mark.parametrize("source", CUDA_SOURCES, ids=lambda path: path.stem)
-def test_cuda_source_compiles(tmp_path, source):
-    compile_with_nvcc(source, tmp_path / "source.o")
+def test_cuda_source_compiles_without_spills(tmp_path, source):
+    report = compile_with_nvcc(source, tmp_path / "source.o")
+    spills = re.findall(r"(\d+) bytes spill (?:stores|loads)", report)
+    registers = [int(count) for count in re.findall(r"Used (\d+) registers", report)]
+    assert spills and {*spills} == {"0"}, report
+    assert max(registers) <= MOST_REGISTERS, report
 
 
 def test_toolkit_needs_nvcc_and_headers(tmp_path, monkeypatch):
