@@ -15,7 +15,7 @@ RESULTS = ROOT / "bench" / "results"
 README = ROOT / "README.md"
 MARKS = {
     name: (f"<!-- {name}:begin -->", f"<!-- {name}:end -->")
-    for name in ("kernels", "scoring", "criteria")
+    for name in ("kernels", "scoring", "criteria", "compensation")
 }
 INTRODUCTION = """# Measured results
 
@@ -191,6 +191,26 @@ def criteria(content: dict) -> str:
     return "\n".join(lines)
 
 
+def compensation(content: dict) -> str:
+    """The fourth table of the README: what is left of a model that is not trained any more."""
+    lines = [
+        "| MACs | cut | means moved | least squares | error of a branch, cut / fitted |",
+        "|--:|--:|--:|--:|--:|",
+    ]
+    for row in content["compensation"]:
+        top1 = " | ".join(f"{row[how]:.2%}" for how in ("cut", "mean", "least_squares"))
+        lines.append(f"| {row['macs']:.0%} | {top1} | {row['lost']:.0%} / {row['left']:.0%} |")
+    lines += [
+        "",
+        f"Top-1 without any training afterwards, against {content['dense']:.2%} of the dense model: "
+        f"{content['model']}, fitted on {content['tokens']:,} tokens of its training images. The "
+        "error is the median over the branches, on those tokens. "
+        f"`{content['command']}`, commit {content['commit']}, {content['date']}, "
+        f"torch {content['versions']['torch']}.",
+    ]
+    return "\n".join(lines)
+
+
 def filled(readme: str, rows: str, marks: str = "kernels") -> str:
     """The README's text with the table between its marks replaced."""
     begin, end = MARKS[marks]
@@ -208,13 +228,14 @@ def main() -> None:
 
 
 def readme(text: str) -> str:
-    """The README with both tables as the committed results say."""
+    """The README with its tables as the committed results say."""
     latest = newest(contents())
     text = filled(text, kernels(latest))
     if latest.get("scoring"):
         text = filled(text, scoring(latest), "scoring")
-    for path in sorted(RESULTS.glob("*_criteria.json"))[-1:]:
-        text = filled(text, criteria(json.loads(path.read_text())), "criteria")
+    for name, made in (("criteria", criteria), ("compensation", compensation)):
+        for path in sorted(RESULTS.glob(f"*_{name}.json"))[-1:]:
+            text = filled(text, made(json.loads(path.read_text())), name)
     return text
 
 

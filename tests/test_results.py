@@ -80,3 +80,11 @@ def test_a_race_of_scoring_steps_is_a_line_per_form() -> None:
 def test_readme_without_its_marks_is_refused() -> None:
     with pytest.raises(SystemExit, match="once, found 0"):
         table.filled("no marks", "rows")
+
+
+def test_compensation_is_a_line_per_budget() -> None:
+    row = {"macs": 0.5, "cut": 0.8, "mean": 0.78, "least_squares": 0.918, "lost": 0.55, "left": 0.4}
+    content = results(compensation=[row], model="m", dense=0.9866, tokens=1000)
+    lines = table.compensation(content).splitlines()
+    assert lines[2] == "| 50% | 80.00% | 78.00% | 91.80% | 55% / 40% |"
+    assert "98.66% of the dense model" in lines[-1]
