@@ -202,9 +202,9 @@ def compensation(content: dict) -> str:
         lines.append(f"| {row['macs']:.0%} | {top1} | {row['lost']:.0%} / {row['left']:.0%} |")
     lines += [
         "",
-        f"Top-1 without any training afterwards, against {content['dense']:.2%} of the dense model: "
-        f"{content['model']}, fitted on {content['tokens']:,} tokens of its training images. The "
-        "error is the median over the branches, on those tokens. "
+        f"Top-1 of {content['model']}, which has {content['dense']:.2%} whole; nothing is trained "
+        f"afterwards. Fitted on {content['tokens']:,} tokens of training images; the error is the "
+        "median over the branches, on those tokens. "
         f"`{content['command']}`, commit {content['commit']}, {content['date']}, "
         f"torch {content['versions']['torch']}.",
     ]

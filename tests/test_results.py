@@ -87,4 +87,4 @@ def test_compensation_is_a_line_per_budget() -> None:
     content = results(compensation=[row], model="m", dense=0.9866, tokens=1000)
     lines = table.compensation(content).splitlines()
     assert lines[2] == "| 50% | 80.00% | 78.00% | 91.80% | 55% / 40% |"
-    assert "98.66% of the dense model" in lines[-1]
+    assert "which has 98.66% whole" in lines[-1]
