@@ -156,6 +156,20 @@ def test_results_are_cut_off_from_the_graph() -> None:
         assert not result.requires_grad and result.data_ptr() != source.data_ptr()
 
 
+@pytest.mark.parametrize("backend", ["auto", "eager"])
+def test_a_graph_that_needs_what_was_there_is_told(backend: Any) -> None:
+    table = GatherTable([Selection((2, 3))])
+    weight = torch.zeros(2, 3, requires_grad=True)
+    product = (weight * weight).sum()
+    ops.gather_all([torch.ones(2, 3)], table, out=[weight], backend=backend)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        product.backward()
+    with torch.inference_mode():
+        out = torch.zeros(2, 3)
+        ops.gather_all([torch.ones(2, 3)], table, out=[out], backend=backend)
+    assert (out == 1).all()
+
+
 @native
 def test_opcheck() -> None:
     table = GatherTable([Selection((3, 40), np.array([2, -1]), np.arange(0, 40, 3))])

@@ -267,4 +267,7 @@ def gather_all(
         torch.ops.vitprune_fast.gather_all(matrices, results, list(entries), table.words, words)
     else:
         _eager_all(matrices, results, [table.selections[entry] for entry in entries])
+    if out is not None:
+        # a graph that still needs what was there says so, as with any other change in place
+        torch.autograd.graph.increment_version(results)
     return results if out is None else list(out)
