@@ -119,6 +119,12 @@ class GatherTableView {
       require(run.length >= 0 && run.source >= -1);
       require(run.source < 0 || int64_t{run.source} + run.length <= e.source_columns);
       require((run.source < 0 || run.source % e.span == 0) && run.length % e.span == 0);
+      require(total + run.length <= e.columns);
+      // a vector of neighbours is read from the first one's index
+      const int32_t* index = at(e.column_index) + total;
+      for (int32_t k = 0; k < run.length; ++k) {
+        require(index[k] == (run.source < 0 ? -1 : run.source + k));
+      }
       total += run.length;
     }
     require(!numbers || total == e.columns);

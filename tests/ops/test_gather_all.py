@@ -201,6 +201,21 @@ def test_a_table_with_any_word_changed_is_refused_or_reads_nothing_else(data: An
         assert set(target.unique().tolist()) <= {0.0, 1.0, 7.0}
 
 
+@native
+def test_a_table_whose_runs_are_not_its_indices_is_refused() -> None:
+    """A vector of neighbours is read from the index of its first, by what the runs say of it."""
+    words = GatherTable([Selection((5, 64), None, np.r_[16:48, -np.ones(16, np.int64)])]).words
+    index = words[3 + 5]  # the header has 3 words, column_index is the sixth of the entry
+    assert words[index] == 16
+    for place in (0, 31, 47):
+        changed = words.clone()
+        changed[index + place] = 60
+        with pytest.raises((RuntimeError, ValueError), match="one that GatherTable made"):
+            torch.ops.vitprune_fast.gather_all(
+                [torch.ones(5, 64)], [torch.ones(5, 48)], [0], changed, changed
+            )
+
+
 def test_wrong_arguments_are_refused() -> None:
     x, table = torch.ones(3, 4), GatherTable([Selection((3, 4), np.array([0]))])
     cases: list[tuple[Any, str]] = [
