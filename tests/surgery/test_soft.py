@@ -146,6 +146,31 @@ def test_an_emptied_branch_goes_on_learning_its_constant() -> None:
     assert model.get_parameter("blocks.1.attn.proj.weight").grad is None
 
 
+def test_a_refresh_between_forward_and_backward_is_refused() -> None:
+    """The graph has weights of before; gradients from those of after would be wrong."""
+    model = random_vit()
+    soft = SoftCompaction(model, heads_and_neurons(model))
+    loss = loss_of(soft.refresh(), random_images(model))
+    soft.refresh()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+@pytest.mark.parametrize("config", ["plain", "res_post_norm", "no_proj_bias"])
+def test_frozen_masters_get_no_gradient(config: str) -> None:
+    model = random_vit(config).requires_grad_(False)
+    model.head.requires_grad_(True)
+    plan = Plan.of(describe(model), {"blocks.1.attn.heads": [], "blocks.0.mlp.neurons": []})
+    soft = SoftCompaction(model, plan)
+    loss_of(soft.refresh(), random_images(model)).backward()
+    soft.scatter()
+    trained = {name for name, p in soft.model.named_parameters() if p.requires_grad}
+    assert trained == {"head.weight", "head.bias"}
+    assert {name for name, p in model.named_parameters() if p.grad is not None} == trained
+    small = prune(model, plan)
+    assert {name for name, p in small.named_parameters() if p.requires_grad} == trained
+
+
 def test_wrong_arguments_are_refused() -> None:
     model = random_vit()
     plan = heads_and_neurons(model)

@@ -129,7 +129,11 @@ def operate(model: nn.Module, structure: Structure, index: Index, moved: dict[st
         if fate == "constant":
             constant = Constant(_projected(new, write, structure, index))
             put(new, write.name, constant)
-            cut.constants[write.tail[0] if write.tail else write.bias[0]] = constant.bias
+            name = write.tail[0] if write.tail else write.bias[0]
+            # it learns as the bias did; where there was none, nothing is there to learn
+            learns = name in structure.tensors and get(model, name).requires_grad
+            constant.bias.requires_grad_(learns)
+            cut.constants[name] = constant.bias
         elif fate == "folded" and target is not None:
             _fold(cut, target, _constant(new, write, structure, index))
     _drop_branches(new, structure, index)
