@@ -171,6 +171,10 @@ def test_wrong_arguments_are_refused() -> None:
         arguments = {"calibration": calibration, **changed}
         with pytest.raises(InvalidInput, match=message), compensate(model, plan, **arguments):
             pass
+    torn = Calibration(1, calibration.means, {n: torch.eye(5) for n in calibration.means})
+    shape = r"grams of shape \(\d+, \d+\) for blocks.0.*, got \(5, 5\)"
+    with pytest.raises(InvalidInput, match=shape), compensate(model, plan, torn):
+        pass
     with pytest.raises(InvalidInput, match="batches must hold at least one image, got none"):
         calibrate(model, [])
     with pytest.raises(InvalidInput, match="dtype must be float32 or float64"):
@@ -178,6 +182,12 @@ def test_wrong_arguments_are_refused() -> None:
     broken = [(torch.full_like(images, torch.nan), labels) for images, labels in batches_of(model)]
     with pytest.raises(InvalidInput, match="batches must give finite activations"):
         calibrate(model, broken)
+    large = random_vit(dtype=torch.float32)
+    with torch.no_grad():
+        large.blocks[0].mlp.fc1.weight.mul_(1e20)
+        large.blocks[0].mlp.fc2.weight.mul_(1e-20)
+    with pytest.raises(InvalidInput, match=r"finite activations.*blocks\.0\.mlp"):
+        calibrate(large, batches_of(large))
 
 
 def test_a_fit_without_a_solution_says_what_helps() -> None:
@@ -195,3 +205,19 @@ def test_a_fit_without_a_solution_says_what_helps() -> None:
         pass
     with compensate(model, plan, few, ridge=1e-2) as report:
         assert report[0].left <= report[0].lost
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_units_that_never_change_tell_nothing(dtype: torch.dtype) -> None:
+    """No ridge has a fit on kept units without variance; the means make up for all."""
+    model = random_vit(dtype=dtype)
+    with torch.no_grad():
+        model.blocks[0].mlp.fc1.weight.zero_()
+    batches, plan = batches_of(model), heads_and_neurons(model)
+    weight = model.blocks[0].mlp.fc2.weight.detach().clone()
+    kept = list(plan["blocks.0.mlp.neurons"])
+    for ridge in (0.0, 1e-3):
+        with compensate(model, plan, calibrate(model, batches), ridge=ridge) as report:
+            found = next(one for one in report if one.branch == "blocks.0.mlp")
+            assert torch.equal(model.blocks[0].mlp.fc2.weight[:, kept], weight[:, kept])
+        assert found.lost > 0.1 and found.left <= 1e-3 * found.lost

@@ -85,7 +85,7 @@ def calibrate(
             num_images += len(images)
     if not num_images:
         raise InvalidInput("calibrate: batches must hold at least one image, got none")
-    for name, total in means.items():
+    for name, total in (*means.items(), *products.items()):
         if not total.isfinite().all():
             raise InvalidInput(
                 f"calibrate: batches must give finite activations, got others in {name}"
@@ -185,6 +185,11 @@ def compensate(
                     f"compensate: calibration must hold grams for least_squares, got none of "
                     f"{write.name}; calibrate with grams=True"
                 )
+            if gram is not None and gram.shape != (size, size):
+                raise InvalidInput(
+                    f"compensate: calibration must hold grams of shape {(size, size)} for "
+                    f"{write.name}, got {tuple(gram.shape)}; calibrate this model"
+                )
             weight, bias, found = _fitted(linear, kept, mean, gram, how, ridge, write.name)
             report.append(found)
             for tensor, value in ((linear.weight, weight), (linear.bias, bias)):
@@ -229,7 +234,9 @@ def _fitted(
         assert second is not None
         # with a bias the means are its business
         spread = second if bias is None else second - mean.outer(mean)
-        fitted[:, kept] += weight[:, ~is_kept] @ _regression(spread, is_kept, ridge, name)
+        rounding = _ROUNDING * float(second.diagonal()[kept].sum())
+        told = _regression(spread, is_kept, ridge, rounding, name)
+        fitted[:, kept] += weight[:, ~is_kept] @ told
     shift = None if bias is None else (weight - fitted) @ mean
     if second is None:
         return fitted, None if bias is None else bias + shift, Compensated(name, *[math.nan] * 2)
@@ -241,12 +248,22 @@ def _fitted(
     return fitted, None if bias is None else bias + shift, Compensated(name, *shares)
 
 
-def _regression(spread: Tensor, is_kept: Tensor, ridge: float, name: str) -> Tensor:
+# a smaller share of the mean square may be the rounding of activations in float32, no variance
+_ROUNDING = 1e-6
+
+
+def _regression(
+    spread: Tensor, is_kept: Tensor, ridge: float, rounding: float, name: str
+) -> Tensor:
     """(dropped, kept): what a kept unit tells of a dropped one."""
     inner = spread[is_kept][:, is_kept]
     if not len(inner):
         return spread[~is_kept][:, is_kept]
-    inner.diagonal().add_(ridge * inner.diagonal().mean())
+    variance = float(inner.diagonal().sum())
+    if variance <= rounding:
+        # units that never change tell nothing, whatever the ridge
+        return torch.zeros_like(spread[~is_kept][:, is_kept])
+    inner.diagonal().add_(ridge * variance / len(inner))
     factor, failed = torch.linalg.cholesky_ex(inner)
     if failed or not factor.isfinite().all():
         raise InvalidInput(
