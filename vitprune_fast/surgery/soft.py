@@ -35,7 +35,8 @@ class SoftCompaction:
 
     Args:
         model: a supported model; its floating-point parameters are the masters. Left untouched but
-            for the ``.grad`` that ``scatter`` writes.
+            for the ``.grad`` that ``scatter`` writes. The very tensors are held: after
+            ``load_state_dict(assign=True)`` make another SoftCompaction.
         plan: which units are live.
         dtype: of the copy; None keeps that of the masters. From float32 masters: bfloat16, float16.
 
@@ -72,6 +73,8 @@ class SoftCompaction:
     @torch.no_grad()
     def refresh(self) -> nn.Module:
         """Cast the live entries of the masters into the copy, in one call.
+
+        Backward comes before the next refresh: its graph needs the weights it was made with.
 
         Returns:
             The copy, ready for a forward pass.
