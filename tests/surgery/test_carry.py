@@ -218,3 +218,11 @@ def test_one_call_moves_everything(state: bool) -> None:
         else:
             prune(model, plan)
     assert moved.calls == ["vitprune_fast.gather_all.default"]
+
+
+def test_rows_are_never_one_long_line() -> None:
+    """A block of a GPU takes whole rows, so a position embedding must not be a single one."""
+    structure = describe(random_vit())
+    compaction = Compaction(structure.tensors, Index(structure, Plan.of(structure)))
+    selection = compaction.table.selections[compaction.entry("pos_embed")]
+    assert selection.shape == (5, 24)

@@ -8,6 +8,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import accumulate
+from operator import mul
 
 import numpy as np
 import torch
@@ -206,7 +208,7 @@ def gather_all(
 
     Args:
         sources: tensors of any dtype and any mixture of them, on one device. Each is read as a
-            matrix: its first dimension are the rows, all others together the columns.
+            matrix: its first dimensions together are the rows, all others the columns.
         table: what stays of each matrix.
         entries: which entry of the table each source follows; by default the i-th.
         dtypes: of each result, where it is not that of the source: float32 may become bfloat16 or
@@ -237,7 +239,7 @@ def gather_all(
         rule = f"hold numbers from 0 to {len(table) - 1}"
         _checks.require(0 <= entry < len(table), "gather_all", "entries", rule, entry)
         rows, columns = table.selections[entry].shape
-        fits = source.numel() == rows * columns and (source.ndim < 1 or len(source) == rows)
+        fits = source.numel() == rows * columns and rows in (1, *accumulate(source.shape, mul))
         rule = f"be a matrix of {rows} rows and {columns} columns for entry {entry}"
         _checks.require(fits, "gather_all", "sources", rule, tuple(source.shape))
         rule = f"be on {sources[0].device} like the first one"

@@ -35,20 +35,15 @@ class Compaction:
             name: numbers.setdefault(layout, len(numbers)) for name, layout in layouts.items()
         }
         positions: dict[Layout, np.ndarray | None] = {}
+        selections = []
         for layout in numbers:
-            for dims in (layout[:1], layout[1:]):
+            rows, columns = split = _as_matrix(layout)
+            for dims in split:
                 if dims not in positions:
                     positions[dims] = _positions(index, dims)
-        self.table = GatherTable(
-            [
-                Selection(
-                    (_size(layout[:1]), _size(layout[1:])),
-                    positions[layout[:1]],
-                    positions[layout[1:]],
-                )
-                for layout in numbers
-            ]
-        )
+            shape = _size(rows), _size(columns)
+            selections.append(Selection(shape, positions[rows], positions[columns]))
+        self.table = GatherTable(selections)
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Shape that is left of a tensor."""
@@ -87,6 +82,12 @@ class Compaction:
             for i, matrix in zip(numbers, moved, strict=True):
                 results[i] = matrix.view(self._shapes[tensors[i][0]])
         return results
+
+
+def _as_matrix(layout: Layout) -> tuple[Layout, Layout]:
+    """Dimensions of the rows and of the columns; a position embedding (1, N, C) has N rows."""
+    first = next((i for i, dim in enumerate(layout) if dim.length() != 1), 0)
+    return layout[: first + 1], layout[first + 1 :]
 
 
 def _size(dims: Layout) -> int:
