@@ -10,6 +10,7 @@ import pytest
 import torch
 from error_budget import assert_within_budget
 from exact_activations import exact_value_and_slope, rounded, sum_of_tokens
+from torch.library import opcheck
 
 from vitprune_fast import ops
 from vitprune_fast._extension import OBSTACLE
@@ -383,7 +384,7 @@ def test_activation_score_opcheck():
         device = device_of("triton") if "triton" in str(op) else "cpu"
         for one, activation, per_token in ((x, "gelu", False), (odd, "silu", True)):
             arguments = (one.to(device), grad.to(device), activation, per_token)
-            torch.library.opcheck(op.default, arguments)
+            opcheck(op.default, arguments)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -393,7 +394,7 @@ def test_scored_activation_opcheck(backend):
     halves = torch.cat([x, x], 2)[..., :12].detach().requires_grad_()
     for one, activation in ((x.requires_grad_(), "gelu"), (halves, "quick_gelu")):
         arguments = (one, probe, activation, False, backend)
-        torch.library.opcheck(torch.ops.vitprune_fast.scored_activation.default, arguments)
+        opcheck(torch.ops.vitprune_fast.scored_activation.default, arguments)
 
 
 @pytest.mark.parametrize("backend", ["auto", *BACKENDS])

@@ -10,6 +10,7 @@ import pytest
 import torch
 from error_budget import assert_within_budget
 from torch import Tensor
+from torch.library import opcheck
 
 from vitprune_fast import ops
 from vitprune_fast._extension import OBSTACLE
@@ -452,7 +453,7 @@ def test_attention_score_opcheck():
     leaves = [x.requires_grad_() for x in (qkv, head, qk_dim, v_dim)]
     scored = torch.ops.vitprune_fast.scored_attention.default
     for arguments in (leaves, [qkv.detach(), head, None, None], [qkv, None, None, v_dim]):
-        torch.library.opcheck(scored, (*arguments, 0.3, False, "auto"))
+        opcheck(scored, (*arguments, 0.3, False, "auto"))
     for twin in ("", "_triton"):
         if OBSTACLE and not twin:
             continue
@@ -464,10 +465,10 @@ def test_attention_score_opcheck():
         qkv, grad = (x.to(device) for x in inputs((2, 13, 2, 12), FP32))
         odd = qkv.transpose(0, 1).contiguous().transpose(0, 1)
         for x in (qkv, odd):
-            torch.library.opcheck(forward, (x, 0.3))
+            opcheck(forward, (x, 0.3))
             out, lse = forward(x, 0.3)
             for wanted in ((True, True, True, True), (False, True, False, False)):
-                torch.library.opcheck(backward, (grad, x, out, lse, 0.3, True, *wanted))
+                opcheck(backward, (grad, x, out, lse, 0.3, True, *wanted))
 
 
 @pytest.mark.parametrize("backend", ["auto", *BACKENDS])

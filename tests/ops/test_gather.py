@@ -10,6 +10,7 @@ import hypothesis.strategies as st
 import pytest
 import torch
 from hypothesis import given, settings
+from torch.library import opcheck
 
 from vitprune_fast import ops
 from vitprune_fast._extension import OBSTACLE
@@ -189,7 +190,7 @@ def test_gather_opcheck():
         (source, rows, None),
         (source.t(), None, rows),
     ):
-        torch.library.opcheck(torch.ops.vitprune_fast.gather.default, arguments)
+        opcheck(torch.ops.vitprune_fast.gather.default, arguments)
 
 
 @pytest.mark.parametrize("backend", ["auto", "eager"])

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
+from torch.library import opcheck
 
 from tests.ops.test_gather import DTYPES, KINDS, assert_same_bits, index, random_matrix
 from vitprune_fast import ops
@@ -174,7 +175,7 @@ def test_a_graph_that_needs_what_was_there_is_told(backend: Any) -> None:
 def test_opcheck() -> None:
     table = GatherTable([Selection((3, 40), np.array([2, -1]), np.arange(0, 40, 3))])
     arguments = ([torch.randn(3, 40)], [torch.zeros(2, 14)], [0], table.words, table.words)
-    torch.library.opcheck(torch.ops.vitprune_fast.gather_all.default, arguments)
+    opcheck(torch.ops.vitprune_fast.gather_all.default, arguments)
 
 
 @native

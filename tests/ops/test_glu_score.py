@@ -14,6 +14,7 @@ import torch
 from error_budget import assert_within_budget
 from exact_activations import exact_value_and_slope, rounded, sum_of_tokens
 from torch import Tensor
+from torch.library import opcheck
 
 from vitprune_fast import ops
 from vitprune_fast._extension import OBSTACLE
@@ -373,7 +374,7 @@ def test_glu_score_opcheck():
         device = device_of("triton") if "triton" in str(op) else "cpu"
         for ones, packed in zip((tensors, odd, tensors), PACKED, strict=True):
             arguments = (*(x.to(device) for x in ones), "silu", packed, False)
-            torch.library.opcheck(op.default, arguments)
+            opcheck(op.default, arguments)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -383,9 +384,9 @@ def test_scored_glu_opcheck(backend):
     x = torch.cat([gate, value], 2).requires_grad_()
     gate.requires_grad_()
     arguments = (gate, value, probe, "gelu", False, backend)
-    torch.library.opcheck(torch.ops.vitprune_fast.scored_glu.default, arguments)
+    opcheck(torch.ops.vitprune_fast.scored_glu.default, arguments)
     arguments = (x, probe, "silu", True, False, backend)
-    torch.library.opcheck(torch.ops.vitprune_fast.scored_glu_packed.default, arguments)
+    opcheck(torch.ops.vitprune_fast.scored_glu_packed.default, arguments)
 
 
 @pytest.mark.parametrize("backend", ["auto", *BACKENDS])

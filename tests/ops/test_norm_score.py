@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from error_budget import assert_within_budget
+from torch.library import opcheck
 from torch.nn import functional as F
 
 from vitprune_fast import ops
@@ -412,7 +413,7 @@ def test_norm_score_opcheck():
         device = device_of("triton") if "triton" in str(op) else "cpu"
         for a, w, b in ((x, weight, bias), (odd, weight, None), (x, None, None)):
             tensors = [None if t is None else t.to(device) for t in (a, grad_y, w, b)]
-            torch.library.opcheck(op.default, (*tensors, EPS, b is None, True))
+            opcheck(op.default, (*tensors, EPS, b is None, True))
 
 
 @pytest.mark.parametrize("backend", ["eager", *(["cpu"] if OBSTACLE is None else [])])
@@ -422,7 +423,7 @@ def test_scored_norm_opcheck(backend):
     for a, rms in ((x, False), (odd, True), (odd, False)):
         probe = torch.zeros(2, 12, requires_grad=True)
         arguments = (a.detach().requires_grad_(), probe, weight, bias, EPS, rms, True, backend)
-        torch.library.opcheck(torch.ops.vitprune_fast.scored_norm.default, arguments)
+        opcheck(torch.ops.vitprune_fast.scored_norm.default, arguments)
 
 
 @pytest.mark.parametrize("backend", ["auto", *BACKENDS])

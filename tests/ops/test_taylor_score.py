@@ -10,6 +10,7 @@ import sys
 import pytest
 import torch
 from error_budget import assert_within_budget
+from torch.library import opcheck
 
 from vitprune_fast import ops
 from vitprune_fast._extension import OBSTACLE
@@ -256,7 +257,7 @@ def test_taylor_score_opcheck():
         device = device_of("triton") if "triton" in str(op) else "cpu"
         for a, group_size in ((activation, 1), (activation, 4), (odd, 3)):
             arguments = (a.to(device), gradient.to(device), group_size, group_size == 4)
-            torch.library.opcheck(op.default, arguments)
+            opcheck(op.default, arguments)
 
 
 @pytest.mark.parametrize("backend", ["auto", *BACKENDS])
