@@ -9,29 +9,21 @@ images. Writes bench/results/<month>_compensation.json.
 
 from __future__ import annotations
 
-import datetime
-import json
 import sys
-from pathlib import Path
 from statistics import median
 
 import torch
 
 import vitprune_fast as vp
-from bench.conftest import commit
+from bench import study
 from vitprune_fast.data import Loader
-from vitprune_fast.recipes.profile import versions
 
-RESULTS = Path(__file__).parent / "results"
 SHARES = (0.8, 0.7, 0.6, 0.5, 0.4)
 
 
 def main(folder: str = "runs/digits/dense") -> None:
     """Prune the model to every budget, as it is and compensated."""
-    torch.set_num_threads(1)
-    model = vp.load(folder).eval()
-    size = vp.describe(model).input_size
-    data = vp.open_data("digits", image_size=size[1:], channels=size[0])
+    model, data = study.opened(folder)
 
     def batches(split: str) -> Loader:
         return Loader(data.split(split), 256, shuffle=False)
@@ -52,19 +44,7 @@ def main(folder: str = "runs/digits/dense") -> None:
         )
         rows.append(row)
         print(row, flush=True)
-    now = datetime.datetime.now(datetime.timezone.utc)
-    content = {
-        "command": "python -m bench.compensation",
-        "date": f"{now:%Y-%m-%d}",
-        "commit": commit(),
-        "versions": versions(),
-        "model": "the dense model of `make prune` (digits, seed 0)",
-        "tokens": calibration.tokens,
-        "dense": top1(model),
-        "compensation": rows,
-    }
-    path = RESULTS / f"{now:%Y%m}_compensation.json"
-    path.write_text(json.dumps(content, indent=1) + "\n")
+    study.write("compensation", tokens=calibration.tokens, dense=top1(model), compensation=rows)
 
 
 if __name__ == "__main__":

@@ -8,23 +8,17 @@ images are training images; the ranks are Spearman's, inside each axis, averaged
 
 from __future__ import annotations
 
-import datetime
-import json
 import sys
 import time
-from pathlib import Path
 from typing import Any
 
-import torch
 from scipy.stats import spearmanr
 
 import vitprune_fast as vp
-from bench.conftest import commit
+from bench import study
 from vitprune_fast.data import Loader
-from vitprune_fast.recipes.profile import versions
 from vitprune_fast.scoring.taylor import PER_TOKEN_KINDS
 
-RESULTS = Path(__file__).parent / "results"
 IMAGES = 256
 KINDS = ("head", "neuron", "v_dim", "qk_dim", "embed", "attn_branch", "mlp_branch", "block")
 CRITERIA = (
@@ -52,10 +46,7 @@ def agreement(model, scores: vp.Scores, truth: vp.Scores, kind: str) -> float:
 
 def main(folder: str = "runs/digits/dense") -> None:
     """Score the model in every way, and compare."""
-    torch.set_num_threads(1)
-    model = vp.load(folder).eval()
-    size = vp.describe(model).input_size
-    data = vp.open_data("digits", image_size=size[1:], channels=size[0])
+    model, data = study.opened(folder)
     loader = Loader(data.split("train"), IMAGES, shuffle=True)
     images, labels, _ = next(iter(loader))
     batches = [(images, labels)]
@@ -75,19 +66,7 @@ def main(folder: str = "runs/digits/dense") -> None:
             row[name] = {kind: round(agreement(model, scores, truth, kind), 3) for kind in kinds}
         rows.append(row)
         print(row, flush=True)
-    now = datetime.datetime.now(datetime.timezone.utc)
-    content = {
-        "command": "python -m bench.criteria",
-        "date": f"{now:%Y-%m-%d}",
-        "commit": commit(),
-        "versions": versions(),
-        "model": "the dense model of `make prune` (digits, seed 0)",
-        "images": IMAGES,
-        "seconds": seconds,
-        "criteria": rows,
-    }
-    path = RESULTS / f"{now:%Y%m}_criteria.json"
-    path.write_text(json.dumps(content, indent=1) + "\n")
+    study.write("criteria", images=IMAGES, seconds=seconds, criteria=rows)
 
 
 if __name__ == "__main__":

@@ -9,12 +9,9 @@
 
 #include "checks.h"
 #include "gather_table.h"
+#include "layout.h"
 
 namespace vitprune {
-
-inline torch::stable::Tensor with_adjacent_columns(const torch::stable::Tensor& source) {
-  return source.size(1) <= 1 || source.stride(1) == 1 ? source : torch::stable::contiguous(source);
-}
 
 inline void check_element_size(const char* op, const char* name,
                                const torch::stable::Tensor& source) {
@@ -30,11 +27,26 @@ inline void check_table(const torch::stable::Tensor& table) {
   GatherTableView(static_cast<const int32_t*>(table.data_ptr())).check(table.numel());
 }
 
-// Also copies sources whose columns are not adjacent.
+// What happens to numbers on the way from one dtype to another.
+inline Cast cast_between(torch::headeronly::ScalarType from, torch::headeronly::ScalarType to) {
+  using torch::headeronly::ScalarType;
+  if (from == to) return Cast::kNone;
+  if (from == ScalarType::Float && to == ScalarType::BFloat16) return Cast::kFloatToBFloat16;
+  if (from == ScalarType::Float && to == ScalarType::Half) return Cast::kFloatToHalf;
+  if (from == ScalarType::BFloat16 && to == ScalarType::Float) return Cast::kBFloat16ToFloat;
+  VP_CHECK(from == ScalarType::Half && to == ScalarType::Float, "gather_all", "targets",
+           "have the dtype of their source, or be bfloat16 or float16 where one of the two is "
+           "float32",
+           "another pair of dtypes");
+  return Cast::kHalfToFloat;
+}
+
+// Also copies sources whose columns are not adjacent. Everything is on the CPU, or on the GPU of
+// the first source.
 inline void check_matrices(const GatherTableView& table,
                            std::vector<torch::stable::Tensor>& sources,
                            const std::vector<torch::stable::Tensor>& targets,
-                           const std::vector<int64_t>& entries) {
+                           const std::vector<int64_t>& entries, bool on_gpu) {
   VP_CHECK(targets.size() == sources.size() && entries.size() == sources.size(), "gather_all",
            "targets and entries", "be as many as the sources",
            std::to_string(targets.size()) + " and " + std::to_string(entries.size()));
@@ -43,6 +55,11 @@ inline void check_matrices(const GatherTableView& table,
              "hold numbers from 0 to " + std::to_string(table.num_entries() - 1), entries[i]);
     const GatherEntry& entry = table.entry(entries[i]);
     check_element_size("gather_all", "sources", sources[i]);
+    for (const auto& each : {sources[i], targets[i]}) {
+      VP_CHECK((on_gpu ? each.is_cuda() : each.is_cpu()) &&
+                   each.get_device_index() == sources[0].get_device_index(),
+               "gather_all", "sources and targets", "be on one device", "several");
+    }
     VP_CHECK(sources[i].dim() == 2 && sources[i].size(0) == entry.source_rows &&
                  sources[i].size(1) == entry.source_columns,
              "gather_all", "sources", "have the shape of their entry of the table", "another one");

@@ -38,6 +38,9 @@ struct GatherEntry {
 
 constexpr int32_t kMostSpan = 16;
 
+// conversions on the way
+enum class Cast : int32_t { kNone, kFloatToBFloat16, kFloatToHalf, kBFloat16ToFloat, kHalfToFloat };
+
 struct GatherRun {
   int32_t source;  // first source column, -1 for zeros
   int32_t length;

@@ -20,6 +20,7 @@
 #include "cpu/columns.h"
 #include "cpu/isa.h"
 #include "cpu/lanes.h"
+#include "layout.h"
 
 namespace {
 

@@ -31,6 +31,7 @@
 #include "cpu/columns.h"
 #include "cpu/isa.h"
 #include "cpu/lanes.h"
+#include "layout.h"
 
 namespace {
 

@@ -1,7 +1,6 @@
-// What the score kernels share: adjacent columns, and how each is summed over the tokens.
+// What the kernels share that sum each column over the tokens.
 #pragma once
 #include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
 
 #include <algorithm>
 #include <cstdint>
@@ -22,12 +21,6 @@ inline int64_t block_columns(int64_t batch, int64_t columns) {
   const int64_t share = (columns + tasks_per_sample - 1) / tasks_per_sample;
   const int64_t whole_lines = (share + 63) / 64 * 64;
   return std::clamp(whole_lines, kLeastColumns, kMostColumns);
-}
-
-// x, copied unless its last dimension is adjacent; all others may lie anywhere
-inline torch::stable::Tensor with_adjacent_columns(const torch::stable::Tensor& x) {
-  const int64_t last = x.dim() - 1;
-  return x.size(last) <= 1 || x.stride(last) == 1 ? x : torch::stable::contiguous(x);
 }
 
 }  // namespace vitprune

@@ -36,6 +36,7 @@ namespace {
 
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
+using vitprune::Cast;
 using vitprune::GatherEntry;
 using vitprune::GatherRun;
 using vitprune::GatherTableBuilder;
@@ -254,17 +255,21 @@ Convert fastest_convert() {
   return convert_row<From, To>;
 }
 
-// nullptr where this conversion is none that training needs
-Convert choose_convert(ScalarType from, ScalarType to) {
+Convert choose_convert(Cast cast) {
   using vitprune::BFloat16;
   using vitprune::Half;
-  if (from == ScalarType::Float && to == ScalarType::BFloat16)
-    return fastest_convert<float, BFloat16>();
-  if (from == ScalarType::Float && to == ScalarType::Half) return fastest_convert<float, Half>();
-  if (from == ScalarType::BFloat16 && to == ScalarType::Float)
-    return fastest_convert<BFloat16, float>();
-  if (from == ScalarType::Half && to == ScalarType::Float) return fastest_convert<Half, float>();
-  return nullptr;
+  switch (cast) {
+    case Cast::kFloatToBFloat16:
+      return fastest_convert<float, BFloat16>();
+    case Cast::kFloatToHalf:
+      return fastest_convert<float, Half>();
+    case Cast::kBFloat16ToFloat:
+      return fastest_convert<BFloat16, float>();
+    case Cast::kHalfToFloat:
+      return fastest_convert<Half, float>();
+    default:
+      return nullptr;
+  }
 }
 
 // one matrix and what becomes of it
@@ -300,13 +305,7 @@ Move make_move(const GatherTableView& table, const GatherEntry& entry, const Ten
                   reinterpret_cast<const uint8_t*>(table.at(entry.kept_bits)),
                   reinterpret_cast<const uint8_t*>(table.at(entry.filled_bits))};
   move.copy_row = choose_copy(move.columns, size);
-  if (source.scalar_type() != target.scalar_type()) {
-    move.convert = choose_convert(source.scalar_type(), target.scalar_type());
-    VP_CHECK(move.convert, "gather_all", "targets",
-             "have the dtype of their source, or be bfloat16 or float16 where one of the two is "
-             "float32",
-             "another pair of dtypes");
-  }
+  move.convert = choose_convert(vitprune::cast_between(source.scalar_type(), target.scalar_type()));
   move.picked = entry.columns * size;
   move.rows_per_task =
       std::max<int64_t>(1, kBytesPerTask / std::max<int64_t>(1, move.target_stride));
@@ -397,12 +396,10 @@ void gather_all(std::vector<Tensor> sources, std::vector<Tensor> targets,
                 std::vector<int64_t> entries, Tensor table, Tensor) {
   vitprune::check_table(table);
   const GatherTableView view(static_cast<const int32_t*>(table.data_ptr()));
-  vitprune::check_matrices(view, sources, targets, entries);
+  vitprune::check_matrices(view, sources, targets, entries, false);
   std::vector<Move> moves;
   moves.reserve(sources.size());
   for (size_t i = 0; i < sources.size(); ++i) {
-    VP_CHECK(sources[i].is_cpu() && targets[i].is_cpu(), "gather_all", "sources and targets",
-             "be on one device", "several");
     moves.push_back(make_move(view, view.entry(entries[i]), sources[i], targets[i]));
   }
   if (!moves.empty()) run(moves);

@@ -21,6 +21,7 @@
 #include "cpu/columns.h"
 #include "cpu/isa.h"
 #include "cpu/lanes.h"
+#include "layout.h"
 
 namespace {
 

@@ -13,7 +13,6 @@
 
 #include <algorithm>
 #include <cstdint>
-#include <string>
 #include <vector>
 
 #include "checks.h"
@@ -25,7 +24,6 @@ namespace {
 
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
-using vitprune::Cast;
 using vitprune::GatherEntry;
 using vitprune::GatherMove;
 using vitprune::GatherTableView;
@@ -84,23 +82,11 @@ void check_cuda(cudaError_t status) {
   STD_TORCH_CHECK(status == cudaSuccess, "gather_all: ", cudaGetErrorString(status));
 }
 
-Cast cast_between(ScalarType from, ScalarType to) {
-  if (from == to) return Cast::kNone;
-  if (from == ScalarType::Float && to == ScalarType::BFloat16) return Cast::kFloatToBFloat16;
-  if (from == ScalarType::Float && to == ScalarType::Half) return Cast::kFloatToHalf;
-  if (from == ScalarType::BFloat16 && to == ScalarType::Float) return Cast::kBFloat16ToFloat;
-  VP_CHECK(from == ScalarType::Half && to == ScalarType::Float, "gather_all", "targets",
-           "have the dtype of their source, or be bfloat16 or float16 where one of the two is "
-           "float32",
-           "another pair of dtypes");
-  return Cast::kHalfToFloat;
-}
-
 void gather_all(std::vector<Tensor> sources, std::vector<Tensor> targets,
                 std::vector<int64_t> entries, Tensor table, Tensor table_on_device) {
   vitprune::check_table(table);
   const GatherTableView view(static_cast<const int32_t*>(table.data_ptr()));
-  vitprune::check_matrices(view, sources, targets, entries);
+  vitprune::check_matrices(view, sources, targets, entries, true);
   if (sources.empty()) return;
   const int32_t device = sources[0].get_device_index();
   VP_CHECK(table_on_device.is_cuda() && table_on_device.get_device_index() == device &&
@@ -112,9 +98,6 @@ void gather_all(std::vector<Tensor> sources, std::vector<Tensor> targets,
   int32_t num_tiles = 0;
   for (size_t i = 0; i < sources.size(); ++i) {
     const Tensor &source = sources[i], &target = targets[i];
-    VP_CHECK(source.is_cuda() && source.get_device_index() == device && target.is_cuda() &&
-                 target.get_device_index() == device,
-             "gather_all", "sources and targets", "be on one device", "several");
     const GatherEntry& entry = view.entry(entries[i]);
     GatherMove move{};
     move.source = static_cast<const char*>(source.data_ptr());
@@ -123,7 +106,7 @@ void gather_all(std::vector<Tensor> sources, std::vector<Tensor> targets,
     move.result = static_cast<int8_t>(target.element_size());
     move.source_stride = source.stride(0) * move.element;
     move.entry = view.position(entries[i]);
-    move.cast = cast_between(source.scalar_type(), target.scalar_type());
+    move.cast = vitprune::cast_between(source.scalar_type(), target.scalar_type());
     const int32_t tiles = vitprune::plan_tiles(move, entry, num_tiles, kSharedBytes);
     if (tiles) moves.push_back(move);
     num_tiles += tiles;

@@ -1,4 +1,5 @@
 // Runs the tiles of csrc/cuda/gather_tile.h on the CPU, thread after thread, for test_gather.py.
+#include <bit>
 #include <cstring>
 #include <vector>
 
@@ -12,21 +13,11 @@ uint16_t to_bfloat16(uint32_t bits) {
 }
 
 uint16_t to_half(uint32_t bits) {
-  float value;
-  std::memcpy(&value, &bits, 4);
-  const auto half = static_cast<_Float16>(value);
-  uint16_t out;
-  std::memcpy(&out, &half, 2);
-  return out;
+  return std::bit_cast<uint16_t>(static_cast<_Float16>(std::bit_cast<float>(bits)));
 }
 
 uint32_t from_half(uint16_t bits) {
-  _Float16 half;
-  std::memcpy(&half, &bits, 2);
-  const auto value = static_cast<float>(half);
-  uint32_t out;
-  std::memcpy(&out, &value, 4);
-  return out;
+  return std::bit_cast<uint32_t>(static_cast<float>(std::bit_cast<_Float16>(bits)));
 }
 
 }  // namespace vitprune

@@ -239,6 +239,17 @@ def test_wrong_arguments_are_refused() -> None:
         ops.gather_all([x], table, backend="triton")
 
 
+def test_without_the_unit_that_lays_out_tables_the_plain_form_runs(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("vitprune_fast.ops.gather._HAS_HOST", False)
+    source, selection = torch.randn(3, 4), Selection((3, 4), np.array([2, -1]))
+    table = GatherTable([selection])
+    assert torch.equal(ops.gather_all([source], table)[0], expected(source, selection))
+    with pytest.raises(BackendUnavailable, match="pybind11 unit is not built"):
+        ops.gather_all([source], table, backend="cpu")
+
+
 @native
 def test_a_build_without_a_kernel_for_the_gpu_says_so() -> None:
     assert "is built without CUDA" in str(cuda_obstacle("gather"))

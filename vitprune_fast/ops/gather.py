@@ -5,6 +5,7 @@ R, C rows and columns of a source.
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -22,6 +23,8 @@ from vitprune_fast.ops._dispatch import Backend, choose
 from vitprune_fast.reference.gather import gather as _eager
 from vitprune_fast.reference.gather import gather_all as _eager_all
 
+# read once: looking for a module is slow
+_HAS_HOST = importlib.util.find_spec("vitprune_fast._host") is not None
 _library = torch.library.Library("vitprune_fast", "FRAGMENT")
 _library.define(
     "gather(Tensor source_RC, Tensor? rows, Tensor? columns) -> Tensor",
@@ -142,6 +145,8 @@ class GatherTable:
 
     def __init__(self, selections: Sequence[Selection]):
         self.selections = tuple(selections)
+        #: shape of what comes out of each
+        self.results = [selection.result for selection in self.selections]
         self._on: dict[torch.device, Tensor] = {}
         for selection in self.selections:
             for name, size in zip(("rows", "columns"), selection.shape, strict=True):
@@ -233,43 +238,61 @@ def gather_all(
         if values is not None and len(values) != len(sources):
             rule = f"be as many as the {len(sources)} sources"
             _checks.require(False, "gather_all", name, rule, len(values))
-    matrices: list[Tensor] = []
-    for source, entry in zip(sources, entries, strict=True):
-        _checks.require_tensor("gather_all", "sources", source)
-        rule = f"hold numbers from 0 to {len(table) - 1}"
-        _checks.require(0 <= entry < len(table), "gather_all", "entries", rule, entry)
-        rows, columns = table.selections[entry].shape
-        fits = source.numel() == rows * columns and rows in (1, *accumulate(source.shape, mul))
-        rule = f"be a matrix of {rows} rows and {columns} columns for entry {entry}"
-        _checks.require(fits, "gather_all", "sources", rule, tuple(source.shape))
-        rule = f"be on {sources[0].device} like the first one"
-        same = source.device == sources[0].device
-        _checks.require(same, "gather_all", "sources", rule, source.device)
-        matrices.append(source.detach().reshape(rows, columns))
-    results: list[Tensor] = []
-    for i, (matrix, entry, dtype) in enumerate(zip(matrices, entries, dtypes, strict=True)):
-        shape = table.selections[entry].result
+    matrices, results = [], []
+    for i, (source, entry) in enumerate(zip(sources, entries, strict=True)):
+        matrices.append(_matrix(source, entry, table, sources[0]))
+        shape = table.results[entry]
         if out is None:
-            results.append(torch.empty(shape, dtype=dtype or matrix.dtype, device=matrix.device))
+            result = matrices[i].new_empty(shape, dtype=dtypes[i])
         else:
-            target = out[i].detach()
-            rule = f"be contiguous, on {matrix.device}, of {shape} elements"
-            fits = target.is_contiguous() and target.device == matrix.device
-            fits &= target.numel() == shape[0] * shape[1]
-            _checks.require(fits, "gather_all", "out", rule, f"{target.device} {target.shape}")
-            results.append(target.view(shape))
-        cast = (matrix.dtype, results[i].dtype)
-        rule = "be float32 from or to bfloat16 or float16, or as the source"
-        _checks.require(cast[0] == cast[1] or cast in CASTS, "gather_all", "dtypes", rule, cast)
+            result = _target(out[i], shape, matrices[i])
+        results.append(result)
+        if result.dtype != source.dtype and (source.dtype, result.dtype) not in CASTS:
+            rule = "be float32 from or to bfloat16 or float16, or as the source"
+            got = f"{result.dtype} of {source.dtype}"
+            _checks.require(False, "gather_all", "dtypes", rule, got)
     if not sources:
         return results
-    chosen = choose("gather_all", matrices[0].device, backend)
+    chosen = choose("gather_all", matrices[0].device, backend, _unable())
     if chosen in ("cpu", "cuda"):
         words = table.words_on(matrices[0].device)
         torch.ops.vitprune_fast.gather_all(matrices, results, list(entries), table.words, words)
     else:
         _eager_all(matrices, results, [table.selections[entry] for entry in entries])
-    if out is not None:
-        # a graph that still needs what was there says so, as with any other change in place
-        torch.autograd.graph.increment_version(results)
-    return results if out is None else list(out)
+    if out is None:
+        return results
+    # a graph that still needs what was there says so, as with any other change in place
+    torch.autograd.graph.increment_version(results)
+    return list(out)
+
+
+def _matrix(source: Tensor, entry: int, table: GatherTable, first: Tensor) -> Tensor:
+    """A source as the matrix that its entry tells of."""
+    _checks.require_tensor("gather_all", "sources", source)
+    if not 0 <= entry < len(table):
+        rule = f"hold numbers from 0 to {len(table) - 1}"
+        _checks.require(False, "gather_all", "entries", rule, entry)
+    rows, columns = shape = table.selections[entry].shape
+    if source.numel() != rows * columns or rows not in (1, *accumulate(source.shape, mul)):
+        rule = f"be a matrix of {rows} rows and {columns} columns for entry {entry}"
+        _checks.require(False, "gather_all", "sources", rule, tuple(source.shape))
+    if source.device != first.device:
+        rule = f"be on {first.device} like the first one"
+        _checks.require(False, "gather_all", "sources", rule, source.device)
+    return source.detach().reshape(shape)
+
+
+def _target(out: Tensor, shape: tuple[int, int], like: Tensor) -> Tensor:
+    """What is written into, as the matrix that comes out."""
+    fits = out.is_contiguous() and out.device == like.device
+    if not fits or out.numel() != shape[0] * shape[1]:
+        rule = f"be contiguous, on {like.device}, of {shape} elements"
+        _checks.require(False, "gather_all", "out", rule, f"{out.device} {out.shape}")
+    return out.detach().view(shape)
+
+
+def _unable() -> dict[str, str]:
+    """The forms that read a table, where nothing is there to lay it out."""
+    if _HAS_HOST:
+        return {}
+    return dict.fromkeys(("cpu", "cuda"), "the pybind11 unit is not built (`make ext` builds it)")

@@ -45,10 +45,6 @@ class Compaction:
             selections.append(Selection(shape, positions[rows], positions[columns]))
         self.table = GatherTable(selections)
 
-    def shape(self, name: str) -> tuple[int, ...]:
-        """Shape that is left of a tensor."""
-        return self._shapes[name]
-
     def entry(self, name: str) -> int:
         """Which entry of the table a tensor follows."""
         return self._entries[name]

@@ -21,6 +21,9 @@ from ..structure.axes import Write
 from ..structure.index import Index
 from ..structure.paths import get
 
+# a smaller share of the mean square may be the rounding of activations in float32, no variance
+_ROUNDING = 1e-6
+
 
 @dataclass(frozen=True)
 class Calibration:
@@ -246,10 +249,6 @@ def _fitted(
     left = _mean_square(fitted - weight, shift, second, mean)
     shares = [math.sqrt(max(0.0, error) / size) if size > 0 else 0.0 for error in (lost, left)]
     return fitted, None if bias is None else bias + shift, Compensated(name, *shares)
-
-
-# a smaller share of the mean square may be the rounding of activations in float32, no variance
-_ROUNDING = 1e-6
 
 
 def _regression(

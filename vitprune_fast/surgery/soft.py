@@ -59,38 +59,37 @@ class SoftCompaction:
         cut = operate(model, structure, index, dict(zip((n for n, _ in jobs), moved, strict=True)))
         #: the dense copy: a plain model, with parameters of its own
         self.model: nn.Module = cut.model
-        self._structure = structure
+        # rows of the copy that stand for rows of the master times a factor (softmax scale)
+        self._factors = cut.factors
         alive = {id(tensor) for tensor in (*cut.model.parameters(), *cut.model.buffers())}
-        # (name, master, its copy)
-        self._pairs: list[tuple[str, Tensor, Tensor]] = []
+        # (name, master, its copy): those that are cast as they are, and those that are scaled first
+        self._plain: list[tuple[str, Tensor, Tensor]] = []
+        self._scaled: list[tuple[str, Tensor, Tensor]] = []
         for name, master in jobs:
             copy = cut.constants.get(name, cut.tensors[name])
             if id(copy) in alive:
-                self._pairs.append((name, master, copy))
-        # rows of the copy that stand for rows of the master times a factor (softmax scale)
-        self._factors = cut.factors
+                pairs = self._scaled if name in cut.factors else self._plain
+                pairs.append((name, master, copy))
 
     @torch.no_grad()
     def refresh(self) -> nn.Module:
         """Cast the live entries of the masters into the copy, in one call.
 
+        Where head dims went, one more call picks the rows that are scaled before they are rounded.
         Backward comes before the next refresh: its graph needs the weights it was made with.
 
         Returns:
             The copy, ready for a forward pass.
         """
-        plain = [pair for pair in self._pairs if pair[0] not in self._factors]
         ops.gather_all(
-            [master for _, master, _ in plain],
+            [master for _, master, _ in self._plain],
             self._there.table,
-            [self._there.entry(name) for name, _, _ in plain],
-            out=[copy for _, _, copy in plain],
+            [self._there.entry(name) for name, _, _ in self._plain],
+            out=[copy for _, _, copy in self._plain],
         )
-        for name, master, copy in self._pairs:
-            if name in self._factors:
-                # scaled before it is rounded
-                (live,) = self._there([(name, master)])
-                copy.copy_(live.mul_(self._rows(name, live)))
+        picked = self._there([(name, master) for name, master, _ in self._scaled])
+        for (name, _, copy), live in zip(self._scaled, picked, strict=True):
+            copy.copy_(live.mul_(self._rows(name, live)))
         return self.model
 
     @torch.no_grad()
@@ -101,7 +100,7 @@ class SoftCompaction:
         The gradients are cast to the dtype of the masters before they are added.
         """
         pairs, gradients = [], []
-        for name, master, copy in self._pairs:
+        for name, master, copy in (*self._plain, *self._scaled):
             gradient = copy.grad
             if gradient is None:
                 continue
