@@ -242,7 +242,8 @@ def test_wrong_arguments_are_refused() -> None:
 def test_without_the_unit_that_lays_out_tables_the_plain_form_runs(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("vitprune_fast.ops.gather._HAS_HOST", False)
+    module = sys.modules["vitprune_fast.ops.gather"]  # the package shows the function of that name
+    monkeypatch.setattr(module, "_HAS_HOST", False)
     source, selection = torch.randn(3, 4), Selection((3, 4), np.array([2, -1]))
     table = GatherTable([selection])
     assert torch.equal(ops.gather_all([source], table)[0], expected(source, selection))
