@@ -38,6 +38,7 @@ from .files import (
 )
 from .modeling_pruned import ACTIVATIONS, MLPS, NORMS, PLAIN, Constant
 from .structure import describe
+from .structure.paths import put
 
 FORMAT_VERSION = 1
 # a line of text can ask for a block, which takes a millisecond to build
@@ -57,6 +58,7 @@ def save(model: nn.Module, folder: str | Path) -> None:
     A model with one size for all blocks that timm's own constructor can express opens with
     ``timm.create_model("local-dir:<folder>", pretrained=True)``; any other carries
     ``modeling_pruned.py``, which needs timm only. Files are replaced atomically, the manifest last.
+    Tied parameters are tied again by :func:`load`; timm opens them as equal ones.
 
     Args:
         model: a supported model, pruned or not.
@@ -75,6 +77,8 @@ def save(model: nn.Module, folder: str | Path) -> None:
     make_folder(folder)
     names = ["config.json", "model.safetensors"]
     tensors = {name: t.detach().cpu().contiguous() for name, t in model.state_dict().items()}
+    # the file format takes no two names of one memory
+    tensors |= {name: tensors[name].clone() for name in spec.get("ties", {})}
     write_tensors(folder / "model.safetensors", tensors, {"format": "pt"})
     write_json(folder / "config.json", config)
     if plain is None:
@@ -156,8 +160,28 @@ def load(folder: str | Path) -> nn.Module:
             f"load: {folder / 'config.json'} must describe a model, got {error!r:.500}"
         ) from error
     fill(model, tensors, str(folder / "model.safetensors"))
+    _tie(model, spec.get("ties", {}), folder / "config.json")
     model.pretrained_cfg = model.default_cfg = config.get("pretrained_cfg", {})
     return model.eval()
+
+
+def _tie(model: nn.Module, ties: Any, source: Path) -> None:
+    """Make one parameter of those that were one.
+
+    Raises:
+        DamagedFile: what is to be tied is not there, or differs.
+    """
+    parameters = dict(model.named_parameters())
+    for name, first in ties.items() if isinstance(ties, dict) else [(ties, None)]:
+        one, other = (
+            parameters.get(each) if isinstance(each, str) else None for each in (first, name)
+        )
+        if one is None or other is None or not torch.equal(one, other):
+            raise DamagedFile(
+                f"load: {source} must tie parameters that are equal, got {name!s:.80} and "
+                f"{first!s:.80}"
+            )
+        put(model, name, one)
 
 
 def fill(model: nn.Module, tensors: Mapping[str, Tensor], source: str) -> None:
@@ -184,8 +208,8 @@ def spec_of(model: Any) -> dict[str, Any]:
     Raises:
         UnsupportedArchitecture: a part of the model cannot be written down so.
     """
-    describe(model)
-    spec = {
+    ties = describe(model).ties
+    spec: dict[str, Any] = {
         "version": FORMAT_VERSION,
         "class": type(model).__name__,
         "args": _constructor_args(model),
@@ -195,7 +219,7 @@ def spec_of(model: Any) -> dict[str, Any]:
     }
     rebuilt = modeling_pruned.build(spec)
     spec["attributes"] = _check_same(rebuilt, model)
-    return spec
+    return spec | ({"ties": ties} if ties else {})
 
 
 def _constructor_args(model: Any) -> dict[str, Any]:

@@ -49,6 +49,8 @@ def plan(
 ) -> Plan:
     """Choose the units to keep.
 
+    Axes whose parameters are tied keep the same units, ranked by the sum of their scores.
+
     ``uniform`` keeps the same share of every axis of a kind and drops the lowest scores of each.
     ``global`` ranks units of all axes together after normalisation and drops the lowest until the
     budget is met, then takes back the best ones that still fit. Ties go to the lower axis and unit
@@ -94,10 +96,12 @@ def plan(
         raise InvalidInput(
             f"plan: normalization must be one of {', '.join(NORMALIZATIONS)}, got {normalization!r}"
         )
-    axes = _scored_axes(structure, scores, units)
+    groups = _scored_axes(structure, scores, units)
+    axes = [group[0] for group in groups]
+    raw = {group[0].name: _ranking(scores, group) for group in groups}
     ladders = [
-        _ladder(axis, scores, _per_kind("min_units", min_units, axis), _step(round_to, axis))
-        for axis in axes
+        _ladder(group, raw, _per_kind("min_units", min_units, axis), _step(round_to, axis))
+        for group, axis in zip(groups, axes, strict=True)
     ]
     if budget.measure == "keep":
         assert budget.keep is not None
@@ -106,13 +110,13 @@ def plan(
                 f"plan: scores must cover the unit kinds of the budget, got none for "
                 f"{sorted(unscored)[0]!r}"
             )
-    values = _normalised(structure, scores, axes, normalization, latency_saved, latency_weight)
+    values = _normalised(structure, raw, groups, normalization, latency_saved, latency_weight)
     if allocation == "uniform":
         counts = _uniform(structure, ladders, budget)
     else:
         counts = _global(structure, ladders, values, budget)
-    kept = {ladder.axis.name: ladder.keep(n) for ladder, n in zip(ladders, counts, strict=True)}
-    return Plan.of(structure, kept)
+    units_kept = [ladder.keep(n) for ladder, n in zip(ladders, counts, strict=True)]
+    return Plan.of(structure, _kept(ladders, units_kept))
 
 
 @dataclass(frozen=True)
@@ -120,6 +124,8 @@ class _Ladder:
     """The counts an axis may keep, falling, and the order its units go in."""
 
     axis: Axis
+    # of this axis, and of those whose parameters are tied to its own
+    names: tuple[str, ...]
     # unit numbers, least important first
     order: np.ndarray
     # allowed numbers of kept units, from all of them down to the minimum
@@ -134,18 +140,33 @@ class _Ladder:
         return min(self.rungs, key=lambda n: (abs(n - share * self.axis.size), -n))
 
 
-def _ladder(axis: Axis, scores: Scores, least: int, step: int) -> _Ladder:
-    ranking = scores.ranking(axis.name).numpy()
+def _ranking(scores: Scores, group: Sequence[Axis]) -> np.ndarray:
+    """What ranks the units of axes that keep the same ones."""
+    rankings = [scores.ranking(axis.name).numpy() for axis in group if axis.name in scores]
+    return np.sum(rankings, axis=0)
+
+
+def _ladder(group: Sequence[Axis], raw: Mapping[str, np.ndarray], least: int, step: int) -> _Ladder:
+    axis = group[0]
+    ranking = raw[axis.name]
     # a stable sort, and among equals the highest number goes first, so the lowest ones stay
     order = np.argsort(ranking[::-1], kind="stable")
     order = axis.size - 1 - order
     least = min(axis.size, math.ceil(least / step) * step)
     below = range(axis.size // step * step, -1, -step)
     rungs = (axis.size, *(n for n in below if least <= n < axis.size))
-    return _Ladder(axis, order, rungs)
+    return _Ladder(axis, tuple(each.name for each in group), order, rungs)
 
 
-def _scored_axes(structure: Structure, scores: Scores, units: Sequence[str]) -> list[Axis]:
+def _kept(ladders: Sequence[_Ladder], units: Sequence[Sequence[int]]) -> dict[str, Sequence[int]]:
+    """The units every axis keeps, tied axes included."""
+    return {name: own for ladder, own in zip(ladders, units, strict=True) for name in ladder.names}
+
+
+def _scored_axes(
+    structure: Structure, scores: Scores, units: Sequence[str]
+) -> list[tuple[Axis, ...]]:
+    """The axes to cut, each with those that keep the same units."""
     if isinstance(units, str) or not set(units) <= set(PLANNED_KINDS) or not units:
         raise InvalidInput(
             f"plan: units must be a list of kinds among {', '.join(PLANNED_KINDS)}, got {units!r}"
@@ -167,7 +188,9 @@ def _scored_axes(structure: Structure, scores: Scores, units: Sequence[str]) -> 
         raise InvalidInput(
             f"plan: scores must cover a unit kind of {', '.join(units)}, got {', '.join(kinds)}"
         )
-    return axes
+    groups = {axis.name: group for group in structure.twins() for axis in group}
+    # a dict, since the axes of a group all lead to it
+    return list(dict.fromkeys(groups.get(axis.name, (axis,)) for axis in axes))
 
 
 def _per_kind(argument: str, value: PerKind, axis: Axis) -> int:
@@ -332,9 +355,7 @@ def _cost_of_counts(
     def cost_of(counts: list[int]) -> int:
         key = tuple(counts)
         if key not in cache:
-            kept = {
-                ladder.axis.name: list(range(n)) for ladder, n in zip(ladders, counts, strict=True)
-            }
+            kept = _kept(ladders, [range(n) for n in counts])
             cache[key] = getattr(predict_cost(structure, Plan.of(structure, kept)), measure)
         return cache[key]
 
@@ -343,19 +364,18 @@ def _cost_of_counts(
 
 def _normalised(
     structure: Structure,
-    scores: Scores,
-    axes: Sequence[Axis],
+    raw: dict[str, np.ndarray],
+    groups: Sequence[tuple[Axis, ...]],
     normalization: str,
     latency_saved: Mapping[str, float] | None,
     latency_weight: float,
 ) -> dict[str, np.ndarray]:
-    raw = {axis.name: scores.ranking(axis.name).numpy() for axis in axes}
     if normalization == "none":
         return raw
     if normalization == "isomorphic":
-        return _share_ranks(axes, raw)
+        return _share_ranks([group[0] for group in groups], raw)
     if normalization == "per_mac":
-        saved = {axis.name: macs_per_unit(structure, axis) for axis in axes}
+        saved = {group[0].name: macs_per_unit(structure, *group) for group in groups}
         return {name: value / saved[name] for name, value in raw.items()}
     if normalization == "mean_per_group":
         return {name: value / (value.mean() or 1.0) for name, value in raw.items()}
@@ -395,8 +415,8 @@ def _lamp(value: np.ndarray) -> np.ndarray:
     return result
 
 
-def macs_per_unit(structure: Structure, axis: Axis) -> float:
-    """Multiply-accumulates one unit of an axis accounts for."""
-    without = Plan.of(structure, {axis.name: range(1, axis.size)})
+def macs_per_unit(structure: Structure, *axes: Axis) -> float:
+    """Multiply-accumulates that one unit of an axis, or of tied axes, accounts for."""
+    without = Plan.of(structure, {axis.name: range(1, axis.size) for axis in axes})
     full: Cost = predict_cost(structure)
     return float(max(full.macs - predict_cost(structure, without).macs, 1))

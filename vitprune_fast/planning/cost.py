@@ -99,11 +99,13 @@ def count(
         extent: axis name -> stored width; axes not named keep theirs.
         gone: path prefixes (ending in a dot) of modules that are no longer there.
     """
-    params = sum(
-        math.prod(dim.length(extent) for dim in layout)
+    # tied parameters are stored once, under any of their names that is left
+    layouts = {
+        structure.ties.get(name, name): layout
         for name, layout in structure.tensors.items()
         if name not in structure.buffers and not name.startswith(gone)
-    )
+    }
+    params = sum(math.prod(dim.length(extent) for dim in layout) for layout in layouts.values())
     macs = sum(
         work.positions * math.prod(dim.length(extent) for dim in work.dims)
         for work in structure.work

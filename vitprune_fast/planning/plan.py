@@ -69,10 +69,9 @@ class Plan(Mapping[str, list[int]]):
                     f"its axes are {_some(structure.axes)}"
                 )
             checked[name] = _checked_units(name, units, structure.axes[name].size)
-        return cls(
-            {name: axis.size for name, axis in structure.axes.items()},
-            *_normalised(structure, checked, frozenset(removed)),
-        )
+        kept, removed = _normalised(structure, checked, frozenset(removed))
+        _check_twins(structure, kept, removed)
+        return cls({name: axis.size for name, axis in structure.axes.items()}, kept, removed)
 
     def check(self, structure: Structure) -> Plan:
         """This plan, once it is known to fit ``structure``.
@@ -228,6 +227,22 @@ def _normalised(
             units = kept.get(name, range(axis.size))
             kept[name] = tuple(u for u in units if u // axis.width in parents)
     return kept, frozenset(gone)
+
+
+def _check_twins(
+    s: Structure, kept: Mapping[str, tuple[int, ...]], removed: frozenset[str]
+) -> None:
+    """Axes that share their weights keep the same units, unless their branch goes altogether."""
+    gone = tuple(f"{path}." for path in removed)
+    for group in s.twins():
+        staying = [axis for axis in group if not axis.name.startswith(gone)]
+        for first, other in pairwise(staying):
+            everything = tuple(range(first.size))
+            if kept.get(other.name, everything) != kept.get(first.name, everything):
+                raise InvalidInput(
+                    f"Plan: kept units of {other.name!r} must be those of {first.name!r}, whose "
+                    "parameters are tied to theirs, got others; keep the same units or untie them"
+                )
 
 
 def _some(values: Iterable[Any], count: int = 4) -> str:

@@ -78,6 +78,10 @@ def as_dim(value: _Algebra | int) -> Dim:
     return Dim(((value,),))
 
 
+def _axes_of(dim: Dim) -> list[Axis]:
+    return [factor for part in dim.parts for factor in part if isinstance(factor, Axis)]
+
+
 def _extent(factor: Axis | int, extent: Mapping[str, int]) -> int:
     return factor if isinstance(factor, int) else extent.get(factor.name, factor.width)
 
@@ -165,6 +169,8 @@ class Structure:
     axes: dict[str, Axis] = field(default_factory=dict)
     # every parameter and buffer
     tensors: dict[str, tuple[Dim, ...]] = field(default_factory=dict)
+    # further names of tied parameters -> the first name
+    ties: dict[str, str] = field(default_factory=dict)
     buffers: set[str] = field(default_factory=set)
     # sizes that modules repeat as attributes
     attrs: dict[str, Dim] = field(default_factory=dict)
@@ -190,6 +196,29 @@ class Structure:
                 f"Structure.units: kind must be one of {', '.join(UNIT_KINDS)}, got {kind!r}"
             )
         return [axis for axis in self.axes.values() if axis.kind == kind]
+
+    def is_tied(self, tensor: str | None) -> bool:
+        """Whether a parameter has other names as well."""
+        return tensor in self.ties or tensor in self.ties.values()
+
+    def twins(self) -> list[tuple[Axis, ...]]:
+        """Groups of axes that tied parameters run over, each in model order.
+
+        A plan keeps the same units of all axes of a group, since they share their weights.
+        """
+        groups: dict[str, dict[str, Axis]] = {}
+        for name, first in self.ties.items():
+            for a, b in zip(self.tensors[first], self.tensors[name], strict=True):
+                for one, other in zip(_axes_of(a), _axes_of(b), strict=True):
+                    if one != other:
+                        group = groups.get(one.name, {one.name: one})
+                        group |= groups.get(other.name, {other.name: other})
+                        groups |= dict.fromkeys(group, group)
+        distinct = {id(group): group for group in groups.values()}
+        return [
+            tuple(axis for name, axis in self.axes.items() if name in group)
+            for group in distinct.values()
+        ]
 
     def writes(self) -> Iterator[Write]:
         """The branches of the residual stream, without the stem."""

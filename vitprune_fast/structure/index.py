@@ -187,4 +187,6 @@ class Index:
         return not any(name in self.structure.tensors for name in biases)
 
     def _can_take(self, target: Write) -> bool:
-        return bool(target.bias) and all(name in self.structure.tensors for name in target.bias)
+        tied = any(map(self.structure.is_tied, (*target.bias, target.weight, target.gain)))
+        present = all(name in self.structure.tensors for name in target.bias)
+        return bool(target.bias) and present and not tied

@@ -151,26 +151,47 @@ class Table:
         """Check that every parameter and buffer has a layout, and hand the table over."""
         parameters = dict(self.model.named_parameters(remove_duplicate=False))
         buffers = dict(self.model.named_buffers(remove_duplicate=False))
-        # one tensor under two names belongs to units of two axes, which a plan may cut differently
-        names: dict[int, str] = {}
-        for name, tensor in (parameters | buffers).items():
-            if (first := names.setdefault(id(tensor), name)) != name:
-                raise UnsupportedArchitecture(
-                    f"describe: every tensor must have one name, got one that is both {first} and "
-                    f"{name}; untie them first"
-                )
         if missing := sorted((parameters | buffers).keys() - self.structure.tensors.keys()):
             shown = ", ".join(missing[:4]) + (", ..." if len(missing) > 4 else "")
             raise UnsupportedArchitecture(
                 f"describe: {type(self.model).__name__} has parts without a layout: {shown}"
             )
         self.structure.buffers = set(buffers)
+        self._note_ties(parameters | buffers)
         return self.structure
+
+    def _note_ties(self, tensors: dict[str, Tensor]) -> None:
+        """Note tensors with several names; their units have to be each other's equals."""
+        layouts, first_names = self.structure.tensors, dict[int, str]()
+        for name, tensor in tensors.items():
+            first = first_names.setdefault(id(tensor), name)
+            if first == name:
+                continue
+            if _shape_of_units(layouts[name]) != _shape_of_units(layouts[first]):
+                raise UnsupportedArchitecture(
+                    f"describe: tied tensors must be made of units of the same kinds, got "
+                    f"{first} and {name}; untie them first"
+                )
+            self.structure.ties[name] = first
+
+
+def _shape_of_units(layout: tuple[Dim, ...]) -> list[list[list[tuple[str, int]]]]:
+    """The kinds and sizes of the axes a layout is made of, without their names."""
+    return [
+        [[("", f) if isinstance(f, int) else (f.kind, f.size) for f in part] for part in dim.parts]
+        for dim in layout
+    ]
 
 
 def _require_plain_tensors(model: nn.Module) -> None:
     """Entries are gathered as they are stored, so what is stored has to be the weights."""
-    for path, module in model.named_modules():
+    places: dict[int, str] = {}
+    for path, module in model.named_modules(remove_duplicate=False):
+        if (first := places.setdefault(id(module), path)) != path:
+            raise UnsupportedArchitecture(
+                f"describe: every module must have one place, got one that is both {first} and "
+                f"{path}; give {path} a module of its own and tie the parameters"
+            )
         if parametrize.is_parametrized(module):
             raise UnsupportedArchitecture(
                 f"describe: {path} must hold its weights, got a parametrization of them; "

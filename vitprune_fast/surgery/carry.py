@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -28,6 +29,9 @@ GRADIENT_POWER = {
     "square_avg": 2,
     "sum": 2,
 }
+
+
+Jobs = Sequence[tuple[str, Tensor]]
 
 
 @dataclass
@@ -62,15 +66,20 @@ class Moments:
         optimizer: over parameters of ``model`` (all or some of them).
         model: before pruning.
         structure: of ``model``.
+        jobs: the tensors of the model that are cut, and the name each is cut by.
 
     Raises:
         InvalidInput: a parameter of the optimizer is not one of the model, or a state of it has
             another shape than its parameter.
     """
 
-    def __init__(self, optimizer: Optimizer, model: nn.Module, structure: Structure):
+    def __init__(
+        self, optimizer: Optimizer, model: nn.Module, structure: Structure, jobs: Jobs = ()
+    ):
         self._optimizer = optimizer
         self._names = {id(get(model, name)): name for name in structure.tensors}
+        # of the names of a tied parameter, the one it is cut by
+        self._names |= {id(tensor): name for name, tensor in jobs}
         # which state of which parameter
         self._places: list[tuple[str, str, Tensor]] = []
         for group in optimizer.param_groups:

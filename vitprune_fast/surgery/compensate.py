@@ -20,6 +20,7 @@ from ..structure import Structure, describe
 from ..structure.axes import Write
 from ..structure.index import Index
 from ..structure.paths import get
+from .folds import refuse_tied
 
 # a smaller share of the mean square may be the rounding of activations in float32, no variance
 _ROUNDING = 1e-6
@@ -158,7 +159,8 @@ def compensate(
 
     Raises:
         InvalidInput: an argument has a value that cannot be used, the calibration is of another
-            model or has no grams, or the fit has no solution (then a larger ridge has).
+            model or has no grams, a projection is tied, or the fit has no solution (then a larger
+            ridge has).
     """
     if how not in ("mean", "least_squares"):
         raise InvalidInput(f"compensate: how must be mean or least_squares, got {how!r}")
@@ -175,7 +177,9 @@ def compensate(
             size = write.inner.length()
             if write.name in plan.removed or len(kept) == size:
                 continue
-            linear = get(model, _module(write))
+            path = _module(write)
+            refuse_tied("compensate", structure, f"{path}.weight", f"{path}.bias")
+            linear = get(model, path)
             mean = calibration.means.get(write.name)
             if mean is None or len(mean) != size:
                 raise InvalidInput(

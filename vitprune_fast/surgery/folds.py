@@ -28,7 +28,7 @@ def fold_gates(model: nn.Module, gates: Mapping[str, Tensor]) -> None:
 
     Raises:
         InvalidInput: an axis is not one of the model or has no gate, or values have another shape
-            or are not finite; nothing was changed then.
+            or are not finite, or a tensor beside a gate is tied; nothing was changed then.
         UnsupportedArchitecture: the model has no layout.
     """
     structure = describe(model)
@@ -44,6 +44,8 @@ def fold_gates(model: nn.Module, gates: Mapping[str, Tensor]) -> None:
             raise InvalidInput(f"fold_gates: gates of {name} must be ({size},), got {got}")
         if not values.isfinite().all():
             raise InvalidInput(f"fold_gates: gates of {name} must be finite, got others")
+        module = structure.taps[name].module
+        refuse_tied("fold_gates", structure, f"{module}.weight", f"{module}.bias")
     index = Index(structure, {})
     for name, values in gates.items():
         tap, axis = structure.taps[name], structure.axes[name]
@@ -97,6 +99,15 @@ def fold_attention_biases(model: nn.Module) -> int:
             elif axis.kind == "v_dim" and len(layout[0].parts) == 3 and len(parts) == 1:
                 idle += _pass_through(model, structure, axis, get(model, name), parts[0])
     return idle
+
+
+def refuse_tied(function: str, structure: Structure, *names: str) -> None:
+    """Raise where a tensor to be rewritten for one place also serves at another."""
+    for name in names:
+        if structure.is_tied(name):
+            raise InvalidInput(
+                f"{function}: {name} must have no other name, got a tied one; untie it first"
+            )
 
 
 def _parts_of(dim: Dim, axis: Axis) -> list[slice]:

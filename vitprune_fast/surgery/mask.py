@@ -40,6 +40,9 @@ def mask(model: nn.Module, plan: Plan) -> Iterator[nn.Module]:
     index = Index(structure, plan, plan.removed)
     with ExitStack() as restore:
         for name, layout in structure.tensors.items():
+            if structure.is_tied(name) and name.startswith(tuple(f"{b}." for b in plan.removed)):
+                # silenced below; its twin may live
+                continue
             tensor = get(model, name)
             masked = tensor.data
             for axis, dim in enumerate(layout):

@@ -46,7 +46,8 @@ def prune(
 
     The logits equal those of the masked model (:func:`vitprune_fast.mask`) to rounding; a plan
     that keeps everything changes no bit of any tensor. The result is made of stock timm modules;
-    only a block that lost one branch becomes an ``AttentionBlock`` or ``MlpBlock``.
+    only a block that lost one branch becomes an ``AttentionBlock`` or ``MlpBlock``. Tied parameters
+    stay tied.
 
     A branch that lost all its units computes a constant. It goes, and the constant is added to the
     last live writer of the residual stream before it. In training with drop path that constant is
@@ -79,9 +80,9 @@ def prune(
     models = [model] if ema is None else [model, averaged]
     if ema is not None:
         _check_average(averaged, structure)
-    moments = None if optimizer is None else Moments(optimizer, model, structure)
     # parameters, buffers, moments and average: one call moves them all
     parts = [survivors(one, structure, index) for one in models]
+    moments = None if optimizer is None else Moments(optimizer, model, structure, parts[0])
     jobs = [job for part in parts for job in part]
     jobs += [] if moments is None else moments.jobs
     moved = iter(Compaction(structure.tensors, index)(jobs))
@@ -99,19 +100,26 @@ def prune(
 
 def _check_average(averaged: nn.Module, structure: Structure) -> None:
     own = describe(averaged)
-    if own.tensors != structure.tensors:
-        other = next(iter(own.tensors.items() ^ structure.tensors.items()))[0]
+    if (own.tensors, own.ties) != (structure.tensors, structure.ties):
+        differing = own.tensors.items() ^ structure.tensors.items()
+        other = next(iter(differing or own.ties.items() ^ structure.ties.items()))[0]
         raise InvalidInput(
             f"prune: ema must have the layout of the model, got another one for {other}"
         )
 
 
 def survivors(model: nn.Module, structure: Structure, index: Index) -> list[tuple[str, Tensor]]:
-    """The tensors of which something is left, by name."""
+    """The tensors of which something is left, each once, under the first name that stays."""
     dying = gone(index)
-    tensors = ((name, get(model, name)) for name in structure.tensors)
-    # a module that goes takes its matrices along; its vectors are needed for the constant
-    return [(name, one) for name, one in tensors if not (name.startswith(dying) and one.ndim > 1)]
+    # names that stay come first, so that a tied tensor goes by one of them
+    names = sorted(structure.tensors, key=lambda name: name.startswith(dying))
+    tensors: dict[int, tuple[str, Tensor]] = {}
+    for name in names:
+        one = get(model, name)
+        # a module that goes takes its matrices along; its vectors are needed for the constant
+        if not (name.startswith(dying) and one.ndim > 1):
+            tensors.setdefault(id(one), (name, one))
+    return list(tensors.values())
 
 
 def operate(model: nn.Module, structure: Structure, index: Index, moved: dict[str, Tensor]) -> Cut:
@@ -122,8 +130,9 @@ def operate(model: nn.Module, structure: Structure, index: Index, moved: dict[st
         _resize_attr(new, path, index.length(dim))
     for module in new.modules():
         _refresh_leaf(module)
+    scaled: set[int] = set()
     for scale in structure.scales:
-        _keep_softmax_scale(cut, structure, index, scale)
+        _keep_softmax_scale(cut, structure, index, scale, scaled)
     for write in index.dead.values():
         fate, target = index.fates[write.name]
         if fate == "constant":
@@ -143,12 +152,14 @@ def operate(model: nn.Module, structure: Structure, index: Index, moved: dict[st
 def _smaller_copy(model: nn.Module, structure: Structure, moved: dict[str, Tensor]) -> Cut:
     """A copy of the modules around the surviving entries; no full copy ever exists."""
     tensors, memo = {}, {}
-    for name in structure.tensors:
+    for name in (*moved, *structure.tensors):
         old = get(model, name)
-        new = moved[name] if name in moved else old.new_empty((0,) * old.ndim)
-        if isinstance(old, nn.Parameter):
-            new = nn.Parameter(new, requires_grad=old.requires_grad)
-        tensors[name] = memo[id(old)] = new
+        if id(old) not in memo:
+            new = moved[name] if name in moved else old.new_empty((0,) * old.ndim)
+            if isinstance(old, nn.Parameter):
+                new = nn.Parameter(new, requires_grad=old.requires_grad)
+            memo[id(old)] = new
+        tensors[name] = memo[id(old)]
     return Cut(copy.deepcopy(model, memo), tensors)
 
 
@@ -167,11 +178,14 @@ def _refresh_leaf(module: nn.Module) -> None:
         module.in_channels = module.weight.shape[1] * module.groups
 
 
-def _keep_softmax_scale(cut: Cut, structure: Structure, index: Index, scale: SoftmaxScale) -> None:
+def _keep_softmax_scale(
+    cut: Cut, structure: Structure, index: Index, scale: SoftmaxScale, scaled: set[int]
+) -> None:
     """The temperature stays that of the original width.
 
     The fused path derives it from the width and ignores ``.scale``, the unfused path reads
     ``.scale``: so the factor goes into the query rows and ``.scale`` follows the new width.
+    ``scaled`` remembers the tensors that have it: tied ones are met again.
     """
     width, old_width = index.extent[scale.width.name], scale.width.width
     if width in (0, old_width) or scale.module in index.dead:
@@ -184,6 +198,9 @@ def _keep_softmax_scale(cut: Cut, structure: Structure, index: Index, scale: Sof
     factor = math.sqrt(width / old_width)
     put(cut.model, f"{scale.module}.scale", width**-0.5)
     for name in scale.queries:
+        if id(cut.tensors[name]) in scaled:
+            continue
+        scaled.add(id(cut.tensors[name]))
         rows = torch.ones(index.length(structure.tensors[name][0]), dtype=torch.float64)
         rows[: index.length(Dim(structure.tensors[name][0].parts[:1]))] = factor
         cut.rescale(name, rows)

@@ -41,7 +41,8 @@ class SoftCompaction:
         dtype: of the copy; None keeps that of the masters. From float32 masters: bfloat16, float16.
 
     Raises:
-        InvalidInput: the plan belongs to another model, or a master has no cast to ``dtype``.
+        InvalidInput: the plan belongs to another model or empties a branch whose bias is tied, or
+            a master has no cast to ``dtype``.
         UnsupportedArchitecture: the model has no layout, or head dims go where nothing can carry
             the softmax scale.
     """
@@ -61,6 +62,11 @@ class SoftCompaction:
         self.model: nn.Module = cut.model
         # rows of the copy that stand for rows of the master times a factor (softmax scale)
         self._factors = cut.factors
+        if tied := sorted(name for name in cut.constants if structure.is_tied(name)):
+            raise InvalidInput(
+                f"SoftCompaction: plan must keep units of branches with tied parameters, got one "
+                f"that empties that of {tied[0]}; remove the branch or untie it"
+            )
         alive = {id(tensor) for tensor in (*cut.model.parameters(), *cut.model.buffers())}
         # (name, master, its copy): those that are cast as they are, and those that are scaled first
         self._plain: list[tuple[str, Tensor, Tensor]] = []
