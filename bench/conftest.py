@@ -32,8 +32,9 @@ ROUNDS = 30
 MEASUREMENT_S = 4e-3
 HERE = Path(__file__).parent
 RECORDS = pytest.StashKey[list]()
-# races of whole scoring steps, and the memory of one
+# races of whole scoring steps and of training steps, and the memory of one
 SCORING = pytest.StashKey[list]()
+TRAINING = pytest.StashKey[list]()
 MEMORY = pytest.StashKey[list]()
 
 
@@ -56,7 +57,7 @@ def keep_freed_memory() -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     keep_freed_memory()
-    for key in (RECORDS, SCORING, MEMORY):
+    for key in (RECORDS, SCORING, TRAINING, MEMORY):
         config.stash[key] = []
 
 
@@ -96,15 +97,19 @@ def write(config: pytest.Config, device: str) -> None:
         "load_average": round(os.getloadavg()[0], 1),
         "records": config.stash[RECORDS],
         "scoring": config.stash[SCORING],
+        "training": config.stash[TRAINING],
         "memory": config.stash[MEMORY],
     }
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(content, indent=1) + "\n")
 
 
-def note_race(config: pytest.Config, case: str, device: str, entries: list[dict]) -> None:
-    """Record the race of whole scoring steps."""
-    config.stash[SCORING].append({"case": case, "device": device, "entries": entries})
+def note_race(
+    config: pytest.Config, case: str, device: str, entries: list[dict], kind: str = "scoring"
+) -> None:
+    """Record the race of whole ``scoring`` or ``training`` steps."""
+    stash = {"scoring": SCORING, "training": TRAINING}[kind]
+    config.stash[stash].append({"case": case, "device": device, "entries": entries})
     for entry in entries:
         print(f"{case} {entry['name']}: {entry['seconds'] * 1e3:.1f} ms")
     write(config, device)

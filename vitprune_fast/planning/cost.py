@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -47,12 +47,18 @@ def cost(model: nn.Module, input_size: int | tuple[int, ...] | None = None) -> C
     """
     size = describe(model, input_size).input_size
     reference = next(model.parameters())
-    counter = FlopCounterMode(display=False, custom_mapping=_uncounted())
     image = torch.zeros(1, *size, device=reference.device, dtype=reference.dtype)
-    with evaluating(model), torch.no_grad(), counter:
-        model(image)
-    macs = counter.get_total_flops() // 2
+    with evaluating(model):
+        macs = count_macs(lambda: model(image))
     return Cost(sum(p.numel() for p in model.parameters()), macs, macs)
+
+
+def count_macs(run: Callable[[], Any]) -> int:
+    """Multiply-accumulates of the products that ``run`` computes, without gradients."""
+    counter = FlopCounterMode(display=False, custom_mapping=_uncounted())
+    with torch.no_grad(), counter:
+        run()
+    return counter.get_total_flops() // 2
 
 
 def _uncounted() -> dict[Any, Any]:
