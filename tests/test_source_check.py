@@ -45,7 +45,7 @@ def test_no_source_runs_what_it_reads() -> None:
         "import timm\ntimm.models.load_checkpoint(m, f, weights_only=False)",
         "eval(text)",
         "def innocent(run=eval): return run(1)",
-        "class Other:\n    def call(self, compile=False): return compile\ncompile(text, 'x', 'exec')",
+        "def other(compile=False): return compile\ncompile(text, 'x', 'exec')",
         "exec(text)",
         "compile(text, 'x', 'exec')",
         "import builtins\nbuiltins.eval(text)",
