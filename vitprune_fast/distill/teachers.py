@@ -110,6 +110,8 @@ class Teacher(nn.Module):
         inner: Any = unwrap_model(model)
         self.channels_last = channels_last
         self.model = _converted(model, dtype, channels_last)
+        # a copy of ours stays in evaluation mode; looking at its modules in every step takes time
+        self._borrowed = (model,) if self.model is model else ()
         self.weight, self.name = weight, name or type(inner).__name__
         self.convert = Conversion(
             inner, (student_mean, student_std), (mean, std), image_size, self.name
@@ -140,7 +142,7 @@ class Teacher(nn.Module):
         if self.channels_last:
             x = x.contiguous(memory_format=torch.channels_last)
         hidden = self._hidden
-        with evaluating(self.model), hidden or nullcontext():
+        with evaluating(*self._borrowed), hidden or nullcontext():
             logits = self._runner[0](x)
         if not isinstance(logits, Tensor) or logits.ndim != 2 or len(logits) != len(x):
             shown = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
