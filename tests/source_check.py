@@ -47,6 +47,7 @@ def violations(source: str, name: str) -> list[str]:
     """One line ``name:line: call, why`` per forbidden call or import in ``source``."""
     tree = ast.parse(source, name)
     aliases = dict(_aliases(tree))
+    own = set(_parameters(tree))
     found = []
     for node in ast.walk(tree):
         if isinstance(node, (ast.Import, ast.ImportFrom)):
@@ -54,7 +55,7 @@ def violations(source: str, name: str) -> list[str]:
             roots = [module] if module else [alias.name for alias in node.names]
             wrong = [root for root in roots if root and root.partition(".")[0] in _PICKLES]
             found += [(node.lineno, f"import of {root}, unpickles") for root in wrong]
-        elif isinstance(node, (ast.Name, ast.Attribute)):
+        elif isinstance(node, (ast.Name, ast.Attribute)) and node not in own:
             # a mention is enough: the function could be called under another name
             meaning = _meaning(node, aliases)
             if meaning in _FORBIDDEN:
@@ -62,6 +63,16 @@ def violations(source: str, name: str) -> list[str]:
         elif isinstance(node, ast.Call):
             found += [(node.lineno, why) for why in _bad_arguments(node, aliases)]
     return [f"{name}:{line}: {why}" for line, why in sorted(set(found))]
+
+
+def _parameters(tree: ast.AST) -> Iterator[ast.Name]:
+    """Mentions of a function's own parameters in its body, which stand for no builtin there."""
+    for node in ast.walk(tree):
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
+            every = (*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs)
+            names = {each.arg for each in every}
+            inside = (each for statement in node.body for each in ast.walk(statement))
+            yield from (each for each in inside if isinstance(each, ast.Name) and each.id in names)
 
 
 def _bad_arguments(call: ast.Call, aliases: dict[str, str]) -> Iterator[str]:

@@ -15,7 +15,7 @@ def evaluating(*models: nn.Module | None) -> Iterator[None]:
     """Put models in evaluation mode; after the block every module has the mode it had."""
     with keeping_modes(*models):
         for model in models:
-            if model is not None:
+            if model is not None and any(module.training for module in model.modules()):
                 model.eval()
         yield
 
@@ -29,7 +29,9 @@ def keeping_modes(*models: nn.Module | None) -> Iterator[None]:
         yield
     finally:
         for module, mode in zip(modules, modes, strict=True):
-            module.training = mode
+            # writing takes 30 times as long as looking, and a training step may come here
+            if module.training != mode:
+                module.training = mode
 
 
 @contextmanager

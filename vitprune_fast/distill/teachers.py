@@ -1,0 +1,320 @@
+"""Frozen models that see the student's own augmented crop, as they want to see it.
+
+Dimensions: ``B`` images, ``C`` classes or channels, ``N`` tokens, ``D`` width.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import math
+from collections.abc import Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from timm.utils import unwrap_model
+from torch import Tensor, nn
+
+from vitprune_fast.batches import as_input
+from vitprune_fast.distill.conversion import Conversion, image_channels
+from vitprune_fast.distill.features import HiddenStates
+from vitprune_fast.errors import InvalidInput
+from vitprune_fast.modes import evaluating
+
+_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+
+
+@dataclass(frozen=True)
+class TeacherOutput:
+    """What a teacher says about one batch; no gradient flows into any of it.
+
+    Attributes:
+        logits_BC: ``(B, C)`` fp32 (fp64 of an fp64 teacher).
+        states: ``(B, N, D)`` of each block asked for, in the teacher's dtype.
+        features: pooled features ``(B, D)`` in the teacher's dtype, if asked for.
+        prefix_tokens: tokens of each state that come before its patches.
+        grids: rows and columns of each state's patches; None where they form no grid.
+    """
+
+    logits_BC: Tensor
+    states: list[Tensor] = field(default_factory=list)
+    features: Tensor | None = None
+    prefix_tokens: list[int] = field(default_factory=list)
+    grids: list[tuple[int, int] | None] = field(default_factory=list)
+
+
+class Teacher(nn.Module):
+    """A frozen model that answers for the student's augmented, normalised crop.
+
+    Images come normalised for the student and are turned into what the teacher was trained on:
+    ``x_T = (x_S * std_S + mean_S - mean_T) / std_T`` per channel, then resized (bicubic,
+    antialiased) where the teacher takes one size only or ``image_size`` says so. Both maps are
+    affine in the pixels, so they may follow mixup and cutmix: student and teacher see one crop.
+    A grey image is repeated for a teacher that wants three channels. The forward runs once per
+    call, whatever the number of losses that read it, in evaluation mode (BatchNorm and dropout
+    included) and without gradients. timm's ``DistillationTeacher`` normalises likewise; it knows
+    neither sizes nor states, and compares its constants on the device in every step.
+
+    The model stays the caller's: modes are put back after every forward, also when ``train()`` is
+    called on this or a module that holds it, and ``requires_grad`` is never touched: the forward
+    runs under ``no_grad``. With ``dtype`` or ``channels_last`` a converted copy answers in its
+    place, and later changes to the model do not reach it.
+
+    Args:
+        model: maps images to logits ``(B, C)``; as it is, compiled, or wrapped by FSDP2.
+        student_mean: per channel, what the images were normalised with; None converts nothing.
+        student_std: likewise, above 0.
+        mean: what the teacher wants; default: that of its ``pretrained_cfg`` if it fits its
+            channels, else the student's. Give the student's for weights trained on the same data
+            by someone who did not write this down.
+        std: likewise.
+        image_size: (height, width) or one number for both; default: the one size a model with
+            position embeddings takes, and for any other the student's.
+        dtype: of the weights; None leaves them.
+        channels_last: memory format of weights and images, faster for a CNN on tensor cores.
+        compile: whether to run through ``torch.compile``; a text names its backend.
+        blocks: numbers of blocks whose states come back, see ``HiddenStates``.
+        features: whether pooled features come back.
+        weight: of this teacher among several; read by whoever adds the losses.
+        name: in logs and ``TeacherSet``; default: the model's class.
+
+    Raises:
+        InvalidInput: a value that cannot be used, or a sharded model that would have to be copied.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        student_mean: Sequence[float] | None = None,
+        student_std: Sequence[float] | None = None,
+        mean: Sequence[float] | None = None,
+        std: Sequence[float] | None = None,
+        image_size: int | tuple[int, int] | None = None,
+        dtype: torch.dtype | None = None,
+        channels_last: bool = False,
+        compile: bool | str = False,
+        blocks: Sequence[int] = (),
+        features: bool = False,
+        weight: float = 1.0,
+        name: str | None = None,
+    ) -> None:
+        super().__init__()
+        if not isinstance(model, nn.Module):
+            raise InvalidInput(f"Teacher: model must be a module, got {type(model).__name__}")
+        if not (math.isfinite(weight) and weight >= 0):
+            raise InvalidInput(f"Teacher: weight must be finite and at least 0, got {weight}")
+        inner: Any = unwrap_model(model)
+        self.channels_last = channels_last
+        self.model = _converted(model, dtype, channels_last)
+        # a copy of ours stays in evaluation mode; looking at its modules in every step takes time
+        self._borrowed = (model,) if self.model is model else ()
+        self.weight, self.name = weight, name or type(inner).__name__
+        self.convert = Conversion(
+            inner, (student_mean, student_std), (mean, std), image_size, self.name
+        )
+        self._runner = (_compiled(self.model, compile) if compile else self.model,)
+        recorded = bool(blocks) or features
+        self._hidden = HiddenStates(self._runner[0], blocks, features) if recorded else None
+        self.training = False
+
+    def train(self, mode: bool = True) -> Teacher:
+        """Stay in evaluation mode; the model's own modes are its owner's."""
+        return self
+
+    @torch.no_grad()
+    def forward(self, images_BCHW: Tensor) -> TeacherOutput:
+        """Answer for one batch.
+
+        Args:
+            images_BCHW: ``(B, C, H, W)`` floating, normalised for the student, augmented, mixed.
+
+        Returns:
+            Logits and what else was asked for, detached.
+
+        Raises:
+            InvalidInput: the channels do not fit, or the model gives no logits ``(B, C)``.
+        """
+        x = as_input(self.model, self.convert(images_BCHW))
+        if self.channels_last:
+            x = x.contiguous(memory_format=torch.channels_last)
+        hidden = self._hidden
+        with evaluating(*self._borrowed), hidden or nullcontext():
+            logits = self._runner[0](x)
+        if not isinstance(logits, Tensor) or logits.ndim != 2 or len(logits) != len(x):
+            shown = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
+            raise InvalidInput(
+                f"Teacher: {self.name} must give logits ({len(x)}, classes), got {shown}; a timm "
+                "model without pooling needs global_pool='token' or 'avg'"
+            )
+        logits = logits if logits.dtype == torch.float64 else logits.float()
+        if hidden is None:
+            return TeacherOutput(logits)
+        answer = TeacherOutput(
+            logits, hidden.states, hidden.features, hidden.prefix_tokens, hidden.grids
+        )
+        hidden.clear()
+        return answer
+
+    def check_student(self, student: nn.Module, *, logits: bool = True) -> None:
+        """Refuse a student that this teacher cannot teach.
+
+        Args:
+            student: the model to be trained.
+            logits: whether a loss compares logits, so that the classes must agree.
+
+        Raises:
+            InvalidInput: the student is the teacher or shares parameters with it, or one of them
+                has other classes.
+        """
+        inner: Any = unwrap_model(student)
+        learning = {id(parameter) for parameter in inner.parameters()}
+        if inner is unwrap_model(self.model) or any(
+            id(parameter) in learning for parameter in self.model.parameters()
+        ):
+            raise InvalidInput(
+                f"Teacher: {self.name} must be another model than the student, got one that shares "
+                "its weights and would chase itself; give copy.deepcopy(model)"
+            )
+        own = getattr(unwrap_model(self.model), "num_classes", None)
+        wanted = getattr(inner, "num_classes", None)
+        if logits and None not in (own, wanted) and own != wanted:
+            raise InvalidInput(
+                f"Teacher: {self.name} must have {wanted} classes like the student, got {own}; "
+                "train it on the student's data first"
+            )
+
+    def extra_repr(self) -> str:
+        size = self.convert.image_size or "as the student"
+        return f"name={self.name}, weight={self.weight}, image_size={size}"
+
+
+class TeacherSet(nn.Module):
+    """Several teachers of one student, e.g. the unpruned self and a CNN (NViT, CVPR 2023).
+
+    Args:
+        teachers: each with the name by which losses are assigned to it.
+
+    Raises:
+        InvalidInput: there is none, or two have one name.
+    """
+
+    def __init__(self, teachers: Sequence[Teacher]) -> None:
+        super().__init__()
+        names = [teacher.name for teacher in teachers]
+        if not names or len(set(names)) != len(names):
+            raise InvalidInput(
+                "TeacherSet: teachers must be at least one, with a name of its own each, got "
+                f"{', '.join(names) or 'none'}"
+            )
+        self.teachers = nn.ModuleList(teachers)
+        self.names = names
+
+    def forward(self, images_BCHW: Tensor) -> dict[str, TeacherOutput]:
+        """Ask every teacher once; answers by name, in the order of the teachers."""
+        return {name: each(images_BCHW) for name, each in zip(self.names, self, strict=True)}
+
+    def check_student(self, student: nn.Module, *, logits: bool = True) -> None:
+        """Refuse a student that one of the teachers cannot teach, see ``Teacher``."""
+        for teacher in self:
+            teacher.check_student(student, logits=logits)
+
+    def __len__(self) -> int:
+        return len(self.teachers)
+
+    def __iter__(self) -> Any:
+        return iter(self.teachers)
+
+    def __getitem__(self, name: str) -> Teacher:
+        if name not in self.names:
+            raise InvalidInput(
+                f"TeacherSet: name must be one of {', '.join(self.names)}, got {name!r}"
+            )
+        teacher: Any = self.teachers[self.names.index(name)]
+        return teacher
+
+
+def resolve_teacher(
+    source: str | Path | nn.Module,
+    student: nn.Module,
+    *,
+    pretrained: bool = True,
+    logits: bool = True,
+    **options: Any,
+) -> Teacher:
+    """A teacher from whatever names one, checked against its student.
+
+    Args:
+        source: a ``Teacher``, taken as it is; a module; a folder written by ``vp.save``;
+            ``"self"``, a copy of the student as it is now; or a model of timm.
+        student: the model to be trained; an untrained model of timm gets its classes and channels.
+        pretrained: whether a model of timm comes with its weights; then it sees images in the
+            size, mean and std they were trained on. Without weights those of its name say nothing
+            and the student's are taken, unless ``options`` say otherwise.
+        logits: whether a loss compares logits, so that the classes must agree.
+        **options: of ``Teacher``.
+
+    Raises:
+        InvalidInput: no such model, or one that cannot teach this student.
+        DamagedFile: the folder holds no whole model.
+    """
+    if isinstance(source, Teacher):
+        if options:
+            raise InvalidInput(
+                f"resolve_teacher: options must be given to the Teacher itself, got {options}"
+            )
+        teacher = source
+    elif isinstance(source, nn.Module):
+        teacher = Teacher(source, **options)
+    else:
+        teacher = _named(str(source), unwrap_model(student), pretrained, options)
+    teacher.check_student(student, logits=logits)
+    return teacher
+
+
+def _named(name: str, student: Any, pretrained: bool, options: dict[str, Any]) -> Teacher:
+    # the recipes build on this package, so their names are asked for when one is needed
+    from vitprune_fast.recipes.config import ModelConfig
+    from vitprune_fast.recipes.models import open_model
+
+    options = {"name": Path(name).name, **options}
+    same = {"mean": options.get("student_mean"), "std": options.get("student_std")}
+    if name == "self":
+        return Teacher(copy.deepcopy(student), **{**same, **options})
+    if Path(name).is_dir():
+        return Teacher(open_model(ModelConfig(name=name)), **options)
+    if not pretrained:
+        args = {"in_chans": image_channels(student) or 3}
+        model = open_model(ModelConfig(name=name, args=args), student.num_classes)
+        return Teacher(model, **{**same, **options})
+    model = open_model(ModelConfig(name=name, pretrained=True))
+    size = (getattr(model, "pretrained_cfg", None) or {}).get("input_size")
+    return Teacher(model, **{"image_size": size and tuple(size[1:]), **options})
+
+
+def _converted(model: nn.Module, dtype: torch.dtype | None, channels_last: bool) -> nn.Module:
+    """The model, or a copy in another dtype or memory format."""
+    if dtype is not None and dtype not in _DTYPES:
+        raise InvalidInput(f"Teacher: dtype must be a floating dtype, got {dtype}")
+    floating = [p for p in model.parameters() if p.is_floating_point()]
+    if not channels_last and (dtype is None or all(p.dtype == dtype for p in floating)):
+        return model
+    if any(hasattr(p, "placements") for p in floating):
+        raise InvalidInput(
+            "Teacher: dtype and channels_last must be left alone for a sharded model, whose copy "
+            f"would be another shard, got {dtype}; shard it with a MixedPrecisionPolicy"
+        )
+    copied = copy.deepcopy(unwrap_model(model)).requires_grad_(False).eval()
+    copied = copied if dtype is None else copied.to(dtype)
+    return copied.to(memory_format=torch.channels_last) if channels_last else copied
+
+
+def _compiled(model: nn.Module, backend: bool | str) -> Any:
+    options: dict[str, Any] = {} if backend is True else {"backend": backend}
+    # else code that was compiled for a model of the same class and shape, without hooks, would run
+    if "isolate_recompiles" in inspect.signature(torch.compile).parameters:
+        options["isolate_recompiles"] = True
+    return torch.compile(model, **options)
