@@ -42,6 +42,12 @@ class Size:
         sizes = self.batch, self.shape.tokens, width
         return self.random(*sizes, seed=1), self.random(*sizes, seed=2)
 
+    def gates(self, units: int) -> Tensor:
+        """Gates between 0 and 1, every fourth of them 0, fp32."""
+        gates = self.random(units, seed=3).float().sigmoid()
+        gates[::4] = 0
+        return gates
+
 
 # where the speed is claimed: ViT-B at 224 px
 TARGET = Size(VIT_BASE, 256, torch.bfloat16, "cuda")
@@ -68,6 +74,33 @@ def attention_score(size: Size) -> Call:
         out, lse = ops.attention(qkv, backend=backend)
         scores = ops.attention_score(grad_out, qkv, out, lse, backend=backend)
         return out, lse, *(score for score in scores if score is not None)
+
+    return call
+
+
+def gated_activation(size: Size) -> Call:
+    """The activation of an MLP with a gate on each neuron, forward and backward."""
+    x, grad = size.tokens(size.shape.hidden)
+    gate = size.gates(size.shape.hidden)
+
+    def call(backend: Backend) -> tuple[Tensor, ...]:
+        leaves = x.detach().requires_grad_(), gate.detach().requires_grad_()
+        out = ops.gated_activation(*leaves, backend=backend)
+        return out.detach(), *torch.autograd.grad(out, leaves, grad)
+
+    return call
+
+
+def gated_glu(size: Size) -> Call:
+    """The same of a gated MLP whose gate and value are the halves of one tensor."""
+    columns = size.shape.hidden
+    x, grad = size.tokens(2 * columns)[0], size.tokens(columns)[1]
+    gate = size.gates(columns)
+
+    def call(backend: Backend) -> tuple[Tensor, ...]:
+        leaves = x.detach().requires_grad_(), gate.detach().requires_grad_()
+        out = ops.gated_glu_packed(*leaves, gate_last=False, backend=backend)
+        return out.detach(), *torch.autograd.grad(out, leaves, grad)
 
     return call
 
@@ -131,6 +164,8 @@ def gather_all(size: Size) -> Call:
 CALLS: dict[str, Callable[[Size], Call]] = {
     "activation_score": activation_score,
     "attention_score": attention_score,
+    "gated_activation": gated_activation,
+    "gated_glu": gated_glu,
     "gather_all": gather_all,
     "glu_score": glu_score,
     "norm_score": norm_score,

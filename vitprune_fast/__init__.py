@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from . import ops
+    from . import gates, ops
     from .checkpoint import load, save
     from .data import Loader, open_data
     from .distill import DistillConfig, DistillResult, distill
@@ -126,6 +126,7 @@ __all__ = [
     "evaluate",
     "fold_attention_biases",
     "fold_gates",
+    "gates",
     "latency",
     "load",
     "mask",
@@ -148,8 +149,8 @@ class _Package(ModuleType):
     """
 
     def __getattr__(self, name: str) -> Any:
-        if name == "ops":
-            return import_module(f"{__name__}.ops")
+        if name in ("gates", "ops"):
+            return import_module(f"{__name__}.{name}")
         if name not in _HOME_OF:
             raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
         value = getattr(import_module(f"{__name__}.{_HOME_OF[name]}"), name)

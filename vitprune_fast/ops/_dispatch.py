@@ -20,6 +20,8 @@ _NAMES = get_args(Backend)
 IMPLEMENTED = {
     "activation_score": ("triton", "cpu", "eager"),
     "attention_score": ("triton", "cpu", "eager"),
+    "gated_activation": ("triton", "cpu", "eager"),
+    "gated_glu": ("triton", "cpu", "eager"),
     "gather": ("cpu", "eager"),
     "gather_all": ("cuda", "cpu", "eager"),
     "glu_score": ("triton", "cpu", "eager"),

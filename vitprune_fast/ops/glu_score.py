@@ -32,24 +32,25 @@ _library.define(
 )
 
 
-def _new_gradients(gate_BNF: Tensor, packed: str | None) -> Tensor:
+def new_gradients(gate_BNF: Tensor, packed: str | None) -> Tensor:
+    """One tensor for the gradients of gate and value: ``(B, N, 2F)`` or ``(2, B, N, F)``."""
     batch, tokens, columns = gate_BNF.shape
     if packed is None:
         return gate_BNF.new_empty(2, batch, tokens, columns)
     return gate_BNF.new_empty(batch, tokens, 2 * columns)
 
 
-def _split(x: Tensor, gate_last: bool) -> tuple[Tensor, Tensor]:
+def split(x: Tensor, gate_last: bool) -> tuple[Tensor, Tensor]:
     """Gate and value of a packed tensor, as views."""
     first, last = x.tensor_split(2, -1)
     return (last, first) if gate_last else (first, last)
 
 
-def _both(gradients: Tensor, packed: str | None) -> tuple[Tensor, Tensor]:
+def both_gradients(gradients: Tensor, packed: str | None) -> tuple[Tensor, Tensor]:
     """The gradients of gate and value, as views of the tensor that holds both."""
     if packed is None:
         return gradients[0], gradients[1]
-    return _split(gradients, packed == "gate_last")
+    return split(gradients, packed == "gate_last")
 
 
 @torch.library.register_fake("vitprune_fast::glu_score", lib=_library)
@@ -63,7 +64,7 @@ def _fake(
 ) -> tuple[Tensor, Tensor]:
     batch, _, columns = gate_BNF.shape
     score_BF = gate_BNF.new_empty(batch, columns, dtype=score_dtype(gate_BNF))
-    return _new_gradients(gate_BNF, packed), score_BF
+    return new_gradients(gate_BNF, packed), score_BF
 
 
 # C++ and Triton cannot both hold the CUDA key of one op, so the twin has its own name
@@ -78,8 +79,8 @@ def _triton(
 ) -> tuple[Tensor, Tensor]:
     from vitprune_fast.kernels.glu_score import glu_score_bwd
 
-    gradients = _new_gradients(gate_BNF, packed)
-    grad_gate_BNF, grad_value_BNF = _both(gradients, packed)
+    gradients = new_gradients(gate_BNF, packed)
+    grad_gate_BNF, grad_value_BNF = both_gradients(gradients, packed)
     score_BF = glu_score_bwd(
         gate_BNF, value_BNF, grad_BNF, grad_gate_BNF, grad_value_BNF, activation, per_token
     )
@@ -176,7 +177,7 @@ def glu_score(
     _checks.require(packed in ("gate_first", "gate_last", None), op, "packed", rule, repr(packed))
     inputs = (gate_BNF.detach(), value_BNF.detach(), grad_BNF.detach())
     gradients, score_BF = _run(*inputs, activation, packed, per_token, backend)
-    return *_both(gradients, packed), score_BF
+    return *both_gradients(gradients, packed), score_BF
 
 
 # torch's own forward is at the speed of memory; the backward is what has no equal there
@@ -214,7 +215,7 @@ def _backward(ctx, grad_BNF: Tensor):
     activation, per_token, backend = ctx.choices
     gate_BNF, value_BNF = ctx.saved_tensors
     gradients, score_BF = _run(gate_BNF, value_BNF, grad_BNF, activation, None, per_token, backend)
-    return *_both(gradients, None), score_BF, None, None, None
+    return *both_gradients(gradients, None), score_BF, None, None, None
 
 
 _scored.register_autograd(_backward, setup_context=_save)
@@ -229,7 +230,7 @@ def _scored_packed(
     per_token: bool,
     backend: str,
 ) -> Tensor:
-    gate_BNF, value_BNF = _split(x_BN2F, gate_last)
+    gate_BNF, value_BNF = split(x_BN2F, gate_last)
     return _FORWARD[activation](gate_BNF) * value_BNF
 
 
@@ -242,7 +243,7 @@ def _(
     per_token: bool,
     backend: str,
 ) -> Tensor:
-    gate_BNF, value_BNF = _split(x_BN2F, gate_last)
+    gate_BNF, value_BNF = split(x_BN2F, gate_last)
     return _FORWARD[activation](gate_BNF) * value_BNF
 
 
@@ -255,7 +256,7 @@ def _backward_packed(ctx, grad_BNF: Tensor):
     refuse_second_derivative("scored_glu_packed")
     activation, gate_last, per_token, backend = ctx.choices
     (x_BN2F,) = ctx.saved_tensors
-    gate_BNF, value_BNF = _split(x_BN2F, gate_last)
+    gate_BNF, value_BNF = split(x_BN2F, gate_last)
     packed = "gate_last" if gate_last else "gate_first"
     gradients, score_BF = _run(
         gate_BNF, value_BNF, grad_BNF, activation, packed, per_token, backend

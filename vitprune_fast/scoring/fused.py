@@ -86,10 +86,21 @@ def _owner(model: nn.Module, site: Site) -> str | None:
         # behind a norm or a gate the units' activations are no longer what attention puts out
         plain = owner.gate is None and isinstance(owner.norm, nn.Identity)
         return path if owner.qkv is not None and (plain or site.kind == "qk_dim") else None
-    if type(owner) in (Mlp, GluMlp, SwiGLU) and site.kind == "neuron":
-        plain = isinstance(owner.norm, nn.Identity) and isinstance(owner.fc2, nn.Linear)
-        return path if plain and activation_of(owner.act) else None
+    if site.kind == "neuron":
+        return path if is_plain_mlp(owner) else None
     return None
+
+
+def is_plain_mlp(owner: Any) -> bool:
+    """Whether a module is an MLP that can be computed by its layers and one op between them."""
+    return (
+        type(owner) in (Mlp, GluMlp, SwiGLU)
+        and runs_its_class(owner)
+        and all(_is_plain(getattr(owner, name)) for name in ("act", "norm"))
+        and isinstance(owner.norm, nn.Identity)
+        and isinstance(owner.fc2, nn.Linear)
+        and activation_of(owner.act) is not None
+    )
 
 
 def runs_its_class(module: Any) -> bool:

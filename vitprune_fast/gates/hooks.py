@@ -1,0 +1,190 @@
+"""How gates get into a model and out of it again, without a change of its source.
+
+Units are gated where the Structure taps them: by a hook, or, for an MLP of a known class, by its
+forward with the activation and the gates in one op. ``deepcopy`` of a gated model gives a plain
+one, and no key of its ``state_dict`` changes.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from functools import partial
+from typing import Any, Protocol
+from weakref import WeakKeyDictionary, ref
+
+from timm.layers import GluMlp, SwiGLU
+from torch import Tensor, nn
+
+from .. import ops
+from ..errors import InvalidInput
+from ..scoring.fused import activation_of, is_plain_mlp
+from ..structure import Axis, Structure
+from ..structure.axes import Tap
+from ..structure.paths import get
+from .columns import gate_columns
+
+
+class Source(Protocol):
+    """Where the hooks get gate values from."""
+
+    structure: Structure
+    axes: dict[str, Axis]
+
+    def value(self, axis: str, training: bool = False) -> Tensor: ...
+
+    def refresh(self, training: bool = False) -> None: ...
+
+
+# models that are gated now, and how to undo it
+_attached: WeakKeyDictionary[nn.Module, tuple[Source, Callable[[], None]]] = WeakKeyDictionary()
+
+
+def gates_on(model: nn.Module) -> Any:
+    """The gates attached to a model, or None."""
+    found = _attached.get(model)
+    return None if found is None else found[0]
+
+
+def gated_by(gates: Source) -> list[nn.Module]:
+    """The models that these gates are attached to."""
+    return [model for model, (source, _) in _attached.items() if source is gates]
+
+
+def install(model: nn.Module, gates: Source) -> None:
+    """Put every gate in its place.
+
+    Raises:
+        InvalidInput: the model has gates already, or is another one than the gates were made for.
+    """
+    if model in _attached:
+        raise InvalidInput(
+            "gates.attach: model must have no gates yet, got one with gates; detach them first"
+        )
+    placed = []
+    for axis in gates.axes.values():
+        tap = gates.structure.taps[axis.name]
+        module = get(model, tap.module)
+        if not isinstance(module, nn.Module):
+            raise InvalidInput(
+                f"gates.attach: model must be the one the gates were made for, got one without "
+                f"{tap.module!r}"
+            )
+        placed.append((axis, tap, module))
+    hooks = [("", "_forward_pre_hooks", model.register_forward_pre_hook(_Refresh(gates)))]
+    exchanged = []
+    for axis, tap, module in placed:
+        path = tap.module.rpartition(".")[0]
+        owner = get(model, path)
+        if axis.kind == "neuron" and is_plain_mlp(owner) and "forward" not in vars(owner):
+            owner.forward = partial(_gated_mlp, owner, _Gate(gates, axis, tap))
+            exchanged.append(path)
+        elif tap.side == "input":
+            handle = module.register_forward_pre_hook(_Before(gates, axis, tap))
+            hooks.append((tap.module, "_forward_pre_hooks", handle))
+        else:
+            handle = module.register_forward_hook(_After(gates, axis, tap))
+            hooks.append((tap.module, "_forward_hooks", handle))
+    added = [(path, kind, handle.id) for path, kind, handle in hooks]
+    model.__deepcopy__ = _PlainCopy(model, added, exchanged)  # pyright: ignore[reportAttributeAccessIssue]
+    _attached[model] = (gates, partial(_undo, ref(model), added, exchanged))
+
+
+def uninstall(model: nn.Module) -> None:
+    """Take the gates out of a model that has some; it is bit for bit what it was."""
+    _, undo = _attached.pop(model)
+    undo()
+
+
+def _undo(
+    model: Callable[[], nn.Module | None], added: list[tuple[str, str, int]], exchanged: list[str]
+) -> None:
+    found = model()
+    assert found is not None
+    _remove(found, added, exchanged)
+    del found.__deepcopy__
+
+
+def _remove(model: nn.Module, added: list[tuple[str, str, int]], exchanged: list[str]) -> None:
+    for path, kind, key in added:
+        del getattr(get(model, path), kind)[key]
+    for path in exchanged:
+        del get(model, path).forward
+
+
+class _PlainCopy:
+    """``deepcopy`` of a gated model: a copy of the model alone, with none of our hooks."""
+
+    def __init__(self, model: nn.Module, added: list[tuple[str, str, int]], exchanged: list[str]):
+        self.model, self.added, self.exchanged = ref(model), added, exchanged
+
+    def __call__(self, memo: dict[int, Any]) -> nn.Module:
+        model = self.model()
+        assert model is not None
+        # without this entry the copy is an ordinary one
+        entry = vars(model).pop("__deepcopy__")
+        try:
+            copied = copy.deepcopy(model, memo)
+        finally:
+            model.__deepcopy__ = entry  # pyright: ignore[reportAttributeAccessIssue]
+        _remove(copied, self.added, self.exchanged)
+        return copied
+
+
+class _Shared:
+    """A hook; a copy of a part of a gated model shares it, and so the gates."""
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        return self
+
+
+class _Refresh(_Shared):
+    def __init__(self, gates: Source):
+        self.gates = gates
+
+    def __call__(self, module: nn.Module, inputs: tuple[Any, ...]) -> None:
+        self.gates.refresh(module.training)
+
+
+class _Gate(_Shared):
+    """The gates of one axis, where they are tapped."""
+
+    def __init__(self, gates: Source, axis: Axis, tap: Tap):
+        self.gates, self.axis, self.tap = gates, axis, tap
+        self.group = tap.dim.length() // axis.size
+
+    def value(self, training: bool) -> Tensor:
+        return self.gates.value(self.axis.name, training)
+
+    def multiplied(self, x: Tensor, training: bool) -> Tensor:
+        part = self.tap.part
+        columns = x.shape[-1] if part is None else part[1] - part[0]
+        if columns != self.axis.size * self.group:
+            raise InvalidInput(
+                f"gates.attach: model must give {self.tap.module} {self.axis.size} units of "
+                f"{self.group} columns, as the gates have, got {columns} columns"
+            )
+        return gate_columns(x, self.value(training), self.group, part)
+
+
+class _Before(_Gate):
+    def __call__(self, module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+        return (self.multiplied(inputs[0], module.training), *inputs[1:])
+
+
+class _After(_Gate):
+    def __call__(self, module: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> Tensor:
+        return self.multiplied(output, module.training)
+
+
+def _gated_mlp(mlp: Any, gate: _Gate, x: Tensor) -> Tensor:
+    """timm's Mlp, GluMlp and SwiGLU without an inner norm; gates and dropout may change places."""
+    gate_F, name = gate.value(mlp.training), activation_of(mlp.act)
+    assert name is not None
+    if isinstance(mlp, SwiGLU):
+        h = ops.gated_glu(mlp.fc1_g(x), mlp.fc1_x(x), gate_F, name)
+    elif isinstance(mlp, GluMlp):
+        h = ops.gated_glu_packed(mlp.fc1(x), gate_F, name, gate_last=mlp.gate_last)
+    else:
+        h = ops.gated_activation(mlp.fc1(x), gate_F, name)
+    return mlp.drop2(mlp.fc2(mlp.drop1(h)))

@@ -1,0 +1,414 @@
+"""The gates of a model: scores that can be trained, and what they say of every unit."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import InvalidInput
+from ..planning.plan import Plan
+from ..structure import Axis, Structure, describe
+from ..structure.paths import get
+from . import hooks, kinds
+
+GATED_UNITS = ("head", "neuron", "qk_dim", "v_dim")
+Kind = Literal["l1", "ste", "hard_concrete", "fixed"]
+PerKind = float | Mapping[str, float]
+
+
+class Gates(nn.Module):
+    """One gate per unit of some axes of a model.
+
+    Made by :func:`attach`. The model does not know of it: gates are no parameters of the model and
+    have a ``state_dict`` of their own. Dots of axis names are slashes in its keys.
+
+    As a context manager it is detached from its models on leaving.
+
+    Args:
+        structure: of the model.
+        axes: the axes to gate, each with a tap.
+        kind: see :func:`attach`.
+        scores: axis name -> (units,) what the gates start as.
+        keep: share of the units of each kind that stays, for ``ste`` with global thresholds.
+        learned: whether ``ste`` learns a threshold for every axis.
+        round_to: kept counts are multiples of this, for learned thresholds.
+        penalty: factor of :meth:`penalty` by unit kind.
+        seed: of the draws of ``hard_concrete``.
+    """
+
+    def __init__(
+        self,
+        structure: Structure,
+        axes: Sequence[Axis],
+        kind: Kind,
+        scores: Mapping[str, Tensor],
+        *,
+        keep: Mapping[str, float] | None = None,
+        learned: bool = False,
+        round_to: int = 1,
+        penalty: Mapping[str, float] | None = None,
+        seed: int = 0,
+    ):
+        super().__init__()
+        self.structure, self.kind, self.seed = structure, kind, seed
+        self.axes = {axis.name: axis for axis in axes}
+        self.keep = dict(keep or {})
+        self.round_to = round_to
+        self.penalties = dict(penalty or {})
+        self.draws = 0
+        learns = kind != "fixed"
+        self.scores = nn.ParameterDict(
+            {_key(name): nn.Parameter(scores[name], requires_grad=learns) for name in self.axes}
+        )
+        self.thresholds = nn.ParameterDict()
+        if learned:
+            for name in self.axes:
+                start = scores[name].new_tensor(kinds.INITIAL_THRESHOLD)
+                self.thresholds[_key(name)] = nn.Parameter(start)
+        elif kind == "ste":
+            first = next(iter(scores.values()))
+            for unit in self.units:
+                self.register_buffer(f"least_{unit}", first.new_tensor(-math.inf))
+        elif kind == "hard_concrete":
+            for name, score in scores.items():
+                # drawn anew for every forward, from what is saved
+                self.register_buffer(f"noise/{_key(name)}", torch.zeros_like(score), False)
+        self.refresh()
+
+    @property
+    def units(self) -> tuple[str, ...]:
+        """The unit kinds that have gates."""
+        return tuple(dict.fromkeys(axis.kind for axis in self.axes.values()))
+
+    def score(self, axis: str) -> Tensor:
+        """What is trained, (units,): larger means keep (by magnitude for ``l1``)."""
+        return self.scores[_key(axis)]
+
+    def value(self, axis: str, training: bool = False) -> Tensor:
+        """The gates of one axis, (units,); at random for ``hard_concrete`` in training."""
+        score = self.score(axis)
+        if self.kind == "hard_concrete":
+            noise = self.get_buffer(f"noise/{_key(axis)}") if training else None
+            return kinds.hard_concrete(score, noise)
+        if self.kind == "ste" and self.thresholds:
+            return kinds.top_share(score, self.thresholds[_key(axis)], self.round_to)
+        if self.kind == "ste":
+            return kinds.at_least(score, self.get_buffer(f"least_{self.axes[axis].kind}"))
+        return score
+
+    def values(self, training: bool = False) -> dict[str, Tensor]:
+        """axis name -> its gates."""
+        return {name: self.value(name, training) for name in self.axes}
+
+    def openness(self) -> dict[str, Tensor]:
+        """axis name -> (units,) how much of each unit counts as kept, in [0, 1], differentiable.
+
+        The gate itself for ``ste``; ``min(|gate|, 1)`` for ``l1``, with the gradient of ``|gate|``
+        also above 1; the probability that the gate is not 0 for ``hard_concrete``; whether it is
+        not 0 for ``fixed``.
+        """
+        if self.kind == "hard_concrete":
+            return {name: kinds.probability_open(self.score(name)) for name in self.axes}
+        if self.kind == "l1":
+            return {name: kinds.saturated(self.score(name)) for name in self.axes}
+        if self.kind == "fixed":
+            return {name: (gate != 0).to(gate.dtype) for name, gate in self.values().items()}
+        return self.values()
+
+    def penalty(self) -> Tensor:
+        """What to add to the loss, 0-dimensional.
+
+        ``penalty * sum |s|`` for ``l1`` and ``penalty * sum P(gate != 0)`` for ``hard_concrete``,
+        over the units of each kind; 0 for ``ste`` and ``fixed``, which a :class:`BudgetLoss` or
+        ``keep`` holds down.
+        """
+        total = next(iter(self.scores.values())).new_zeros(())
+        if self.kind not in ("l1", "hard_concrete"):
+            return total
+        for name, axis in self.axes.items():
+            score = self.score(name)
+            share = score.abs() if self.kind == "l1" else kinds.probability_open(score)
+            total = total + self.penalties[axis.kind] * share.sum()
+        return total
+
+    @torch.no_grad()
+    def alive(self) -> dict[str, tuple[int, int]]:
+        """unit kind -> how many gates are not 0, and of how many. Waits for the device."""
+        count = {unit: [0, 0] for unit in self.units}
+        for name, gate in self.values().items():
+            count[self.axes[name].kind][0] += int(gate.count_nonzero())
+            count[self.axes[name].kind][1] += len(gate)
+        return {unit: (on, total) for unit, (on, total) in count.items()}
+
+    def set_keep(self, keep: PerKind) -> None:
+        """Change the share of units that stay, for ``ste`` with global thresholds.
+
+        Raises:
+            InvalidInput: another kind of gates, a share outside [0, 1] or of a unit without gates.
+        """
+        if self.kind != "ste" or self.thresholds:
+            raise InvalidInput(
+                "gates.set_keep: gates must be of kind 'ste' with global thresholds, got "
+                f"{self.kind!r}{' with learned ones' if self.thresholds else ''}"
+            )
+        self.keep = shares("gates.set_keep", keep, self.units)
+        self.refresh()
+
+    def set_step(self, step: int) -> None:
+        """Say which draw of ``hard_concrete`` comes next; else every forward takes the next one."""
+        self.draws = step
+
+    @torch.no_grad()
+    def refresh(self, training: bool = False) -> None:
+        """What is settled once per forward of the model: thresholds, and the draw of the noise.
+
+        Called before every forward of a gated model. The threshold of a unit kind is the score of
+        the last of the units that stay; units that tie with it stay too.
+        """
+        if self.kind == "hard_concrete" and training:
+            for name, axis in self.axes.items():
+                noise = kinds.logistic_noise(axis.size, self.seed, self.draws, name)
+                self.get_buffer(f"noise/{_key(name)}").copy_(noise)
+            self.draws += 1
+        if self.kind == "ste" and not self.thresholds:
+            for unit in self.units:
+                scores = [self.score(n) for n, axis in self.axes.items() if axis.kind == unit]
+                ranked = torch.cat(scores).sort(descending=True).values
+                count = round(self.keep[unit] * len(ranked))
+                least = ranked[count - 1] if count else ranked.new_tensor(math.inf)
+                self.get_buffer(f"least_{unit}").copy_(least)
+
+    def parameter_groups(
+        self, lr: float, threshold_lr: float | None = None
+    ) -> list[dict[str, Any]]:
+        """Groups for an optimizer, without weight decay; none for gates that are fixed.
+
+        Args:
+            lr: of the scores.
+            threshold_lr: of learned thresholds; None is ``lr``.
+        """
+        groups = [(self.scores, lr), (self.thresholds, lr if threshold_lr is None else threshold_lr)]
+        return [
+            {"params": list(parameters.values()), "lr": rate, "weight_decay": 0.0}
+            for parameters, rate in groups
+            if self.kind != "fixed" and len(parameters)
+        ]
+
+    def attach(self, model: nn.Module) -> Gates:
+        """Gate another model of the same layout too, such as an average of the weights.
+
+        Raises:
+            InvalidInput: the model has gates already, or another layout.
+        """
+        hooks.install(model, self)
+        return self
+
+    def detach(self, model: nn.Module | None = None) -> None:
+        """Take the gates out of one model, or of all that have them; it is what it was before."""
+        for one in hooks.gated_by(self) if model is None else [model]:
+            if hooks.gates_on(one) is not self:
+                raise InvalidInput("gates.detach: model must have these gates, got one without")
+            hooks.uninstall(one)
+
+    def __enter__(self) -> Gates:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.detach()
+
+    def get_extra_state(self) -> Tensor:
+        """How many times noise was drawn: with the seed all there is to go on from."""
+        return torch.tensor(self.draws)
+
+    def set_extra_state(self, state: Tensor) -> None:
+        """Go on from there."""
+        self.draws = int(state)
+
+
+def attach(
+    model: nn.Module,
+    units: Sequence[str] = ("head", "neuron"),
+    kind: Kind = "l1",
+    *,
+    keep: PerKind | None = None,
+    thresholds: Literal["global", "learned"] = "global",
+    round_to: int = 1,
+    init: float | Mapping[str, Tensor] | None = None,
+    penalty: PerKind = 1e-4,
+    seed: int = 0,
+    structure: Structure | None = None,
+) -> Gates:
+    """Multiply units of ``model`` by gates, without changing it.
+
+    A gate stands where the unit enters the map that reads it: what a head or v dim gives to the
+    output projection, what a neuron gives to the second layer of its MLP, the query of a q/k dim.
+    :func:`fold` writes it into that map. Unlike pruning, a gate of 0 changes no norm that runs
+    over its axis, so only where there is none it is the same as a unit that was cut.
+
+    ``l1``
+        the gate is the score, from 1, held down by ``penalty * sum |s|`` (Zhu et al., "Vision
+        Transformer Pruning", 2021, arXiv:2104.08500).
+    ``ste``
+        the gate is ``1[score >= t]`` and lets gradients pass as the identity would. ``t`` is
+        ``"global"``, such that ``keep`` of all units of a kind stay, or ``"learned"`` for every
+        axis, whose best ``sigmoid(t)`` units stay (Yu et al., "Width & Depth Pruning for Vision
+        Transformers", AAAI 2022).
+    ``hard_concrete``
+        at random in [0, 1] while the model trains, with both ends reached; settled in evaluation
+        (Louizos et al., ICLR 2018, arXiv:1712.01312). The draws are functions of the seed and of
+        how many forwards there were, which is part of the gates' ``state_dict``.
+    ``fixed``
+        ``init``, and nothing is trained.
+
+    Args:
+        model: a supported model.
+        units: unit kinds among ``GATED_UNITS``.
+        kind: see above.
+        keep: for ``ste`` with global thresholds: the share of units that stays, or by unit kind.
+        thresholds: for ``ste``.
+        round_to: for learned thresholds: kept counts are multiples of this.
+        init: what the scores start as, one number or axis name -> (units,), such as ``Scores``;
+            axes not named start as without it, so that the model computes what it did. A
+            :class:`Plan` for ``fixed``: 1 for what it keeps.
+        penalty: factor of ``Gates.penalty``, or by unit kind.
+        seed: of ``hard_concrete``.
+        structure: of the model, where it is at hand.
+
+    Returns:
+        The Gates: a module of its own, whose parameters an optimizer gets by
+        ``gates.parameter_groups(lr=...)``. In fp32, or fp64 in a model of that dtype, on the
+        devices of the tensors beside them. ``deepcopy`` of the model gives one without gates.
+
+    Raises:
+        InvalidInput: the model has gates already, or an argument has a value that cannot be used.
+        UnsupportedArchitecture: the model has no layout.
+    """
+    op = "gates.attach"
+    if kind not in kinds.KINDS:
+        raise InvalidInput(f"{op}: kind must be one of {', '.join(kinds.KINDS)}, got {kind!r}")
+    if thresholds not in ("global", "learned"):
+        raise InvalidInput(f"{op}: thresholds must be 'global' or 'learned', got {thresholds!r}")
+    if type(round_to) is not int or round_to < 1:
+        raise InvalidInput(f"{op}: round_to must be a whole number >= 1, got {round_to!r}")
+    if isinstance(units, str) or not units or not {*units} <= {*GATED_UNITS}:
+        raise InvalidInput(
+            f"{op}: units must be a list of kinds among {', '.join(GATED_UNITS)}, got {units!r}"
+        )
+    structure = describe(model) if structure is None else structure
+    axes = [a for a in structure.axes.values() if a.kind in units and a.name in structure.taps]
+    if not axes:
+        raise InvalidInput(f"{op}: model must have units of {', '.join(units)}, got none")
+    present = tuple(dict.fromkeys(axis.kind for axis in axes))
+    learned = kind == "ste" and thresholds == "learned"
+    if kind == "ste" and not learned and keep is None:
+        raise InvalidInput(f"{op}: keep must be given for 'ste' with global thresholds, got None")
+    if keep is not None and (kind != "ste" or learned):
+        raise InvalidInput(f"{op}: keep must be None but for 'ste' with global thresholds")
+    gates = Gates(
+        structure,
+        axes,
+        kind,
+        _starts(model, structure, axes, kind, init),
+        keep=None if keep is None else shares(op, keep, present),
+        learned=learned,
+        round_to=round_to,
+        penalty=_penalties(op, penalty, present),
+        seed=seed,
+    )
+    return gates.attach(model)
+
+
+def detach(model: nn.Module) -> Gates:
+    """Take the gates out of a model, and return them; the model is bit for bit what it was.
+
+    Raises:
+        InvalidInput: the model has no gates.
+    """
+    gates = hooks.gates_on(model)
+    if gates is None:
+        raise InvalidInput("gates.detach: model must have gates attached, got one without")
+    gates.detach(model)
+    return gates
+
+
+def shares(op: str, keep: PerKind, units: Sequence[str]) -> dict[str, float]:
+    """The share to keep of every unit kind."""
+    by_kind = dict(keep) if isinstance(keep, Mapping) else dict.fromkeys(units, keep)
+    if by_kind.keys() != {*units}:
+        raise InvalidInput(
+            f"{op}: keep must name the unit kinds {', '.join(units)}, got {', '.join(by_kind)}"
+        )
+    for unit, share in by_kind.items():
+        if not isinstance(share, (int, float)) or not 0 <= share <= 1:
+            raise InvalidInput(f"{op}: keep of {unit} must be a share in [0, 1], got {share!r}")
+    return by_kind
+
+
+def _penalties(op: str, penalty: PerKind, units: Sequence[str]) -> dict[str, float]:
+    by_kind = dict(penalty) if isinstance(penalty, Mapping) else dict.fromkeys(units, penalty)
+    if missing := [unit for unit in units if unit not in by_kind]:
+        raise InvalidInput(f"{op}: penalty must name the unit kind {missing[0]}, got none for it")
+    for unit, factor in by_kind.items():
+        if not isinstance(factor, (int, float)) or not 0 <= factor < math.inf:
+            raise InvalidInput(f"{op}: penalty of {unit} must be a number >= 0, got {factor!r}")
+    return by_kind
+
+
+def _starts(
+    model: nn.Module,
+    structure: Structure,
+    axes: Sequence[Axis],
+    kind: Kind,
+    init: float | Mapping[str, Tensor] | Plan | None,
+) -> dict[str, Tensor]:
+    """The first scores of every axis, on the device of what they gate."""
+    if isinstance(init, Plan):
+        if kind != "fixed":
+            raise InvalidInput(f"gates.attach: init must be a Plan for 'fixed' alone, got {kind!r}")
+        init = _as_values(init.check(structure), axes)
+    elif kind == "fixed" and init is None:
+        raise InvalidInput("gates.attach: init must be given for 'fixed', got None")
+    named = init if isinstance(init, Mapping) else {}
+    if foreign := sorted(named.keys() - {axis.name for axis in axes}):
+        raise InvalidInput(
+            f"gates.attach: init must name axes that are gated, got {foreign[0]!r}"
+        )
+    first = kinds.INITIAL_SCORE[kind] if init is None or isinstance(init, Mapping) else init
+    if not isinstance(first, (int, float)) or not math.isfinite(first):
+        raise InvalidInput(f"gates.attach: init must be a finite number, got {init!r}")
+    return {axis.name: _start(model, structure, axis, named.get(axis.name), first) for axis in axes}
+
+
+def _start(
+    model: nn.Module, structure: Structure, axis: Axis, given: Any, first: float
+) -> Tensor:
+    module: Any = get(model, structure.taps[axis.name].module)
+    like = next((p for p in module.parameters()), next(model.parameters()))
+    dtype = torch.promote_types(like.dtype, torch.float32)
+    if given is None:
+        return torch.full((axis.size,), float(first), dtype=dtype, device=like.device)
+    if not isinstance(given, Tensor) or given.shape != (axis.size,):
+        got = tuple(given.shape) if isinstance(given, Tensor) else type(given).__name__
+        raise InvalidInput(
+            f"gates.attach: init of {axis.name} must be ({axis.size},), one number per unit, "
+            f"got {got}"
+        )
+    if not given.isfinite().all():
+        raise InvalidInput(f"gates.attach: init of {axis.name} must be finite, got NaN or Inf")
+    return given.detach().to(like.device, dtype, copy=True)
+
+
+def _as_values(plan: Plan, axes: Sequence[Axis]) -> dict[str, Tensor]:
+    values = {axis.name: torch.zeros(axis.size) for axis in axes}
+    for name, value in values.items():
+        value[plan[name]] = 1
+    return values
+
+
+def _key(axis: str) -> str:
+    """A name that a parameter may have."""
+    return axis.replace(".", "/")
