@@ -11,8 +11,10 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn
 from rich.table import Table
 
+from vitprune_fast.distill.config import FEATURE_LOSSES, LOGIT_LOSSES
 from vitprune_fast.recipes.comparison import comparison
 
+_PARTS = ("ce", *LOGIT_LOSSES, *FEATURE_LOSSES)
 LINE_EVERY_S = 10.0
 """Seconds between two lines of one stage where there is no terminal."""
 
@@ -96,6 +98,12 @@ class Display:
             self._last_line = time.monotonic()
             self._say(f"{event.get('stage', ''):<9} {self._pace.text()}")
 
+    def _on_masks(self, event: dict[str, Any]) -> None:
+        self._say(
+            f"{event['stage']:<9} step {event['step']:,}: {event['share']:.0%} of the MACs left, "
+            f"{alive_text(event['alive'])}"
+        )
+
     def _on_epoch(self, event: dict[str, Any]) -> None:
         self._on_step(event)
 
@@ -155,7 +163,15 @@ class Pace:
         words = [f"epoch {epoch}/{event['epochs']}" if event.get("epochs") else f"epoch {epoch}"]
         words.append(f"step {event['step']:,}" + (f"/{self.steps:,}" if self.steps else ""))
         if event.get("loss") is not None:
-            words.append(f"loss {event['loss']:.4f}")
+            parts = " ".join(
+                f"{name} {event[name]:.4f}"
+                for name in event
+                if name in _PARTS or name.rpartition(":")[2] in _PARTS
+                if event[name] is not None
+            )
+            words.append(f"loss {event['loss']:.4f}" + (f" ({parts})" if parts else ""))
+        if event.get("alive"):
+            words.append(alive_text(event["alive"]))
         if event.get("val_top1") is not None:
             words.append(f"validation top-1 {event['val_top1']:.2%}")
         return "  ".join([*words, *self._rates()])
@@ -164,11 +180,20 @@ class Pace:
         words = []
         if self._event.get("images_per_s"):
             words.append(rate_text(self._event["images_per_s"]))
+        if self._event.get("mfu"):
+            words.append(f"MFU {self._event['mfu']:.0%}")
+        elif self._event.get("gflops_per_s"):
+            words.append(f"{self._event['gflops_per_s']:,.0f} GFLOP/s")
         if self._left_s is not None:
             minutes, seconds = divmod(round(self._left_s), 60)
             hours, minutes = divmod(minutes, 60)
             words.append(f"{hours}:{minutes:02}:{seconds:02} left")
         return words
+
+
+def alive_text(alive: dict[str, Sequence[int]]) -> str:
+    """Live units of each kind: `heads 9/12, neurons 300/768`."""
+    return ", ".join(f"{kind}s {on:,}/{total:,}" for kind, (on, total) in alive.items())
 
 
 def rate_text(images_per_s: float) -> str:

@@ -6,26 +6,36 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated
 
-import tyro
 from tyro.conf import arg
 
 from vitprune_fast.cli.options import parse, required_data, required_model
 from vitprune_fast.distill.config import DistillConfig
-from vitprune_fast.recipes.config import DataConfig, ModelConfig
+from vitprune_fast.errors import InvalidInput
+from vitprune_fast.recipes.config import (
+    DataConfig,
+    GateConfig,
+    MaskConfig,
+    ModelConfig,
+    TeacherConfig,
+)
 
 
 @dataclass(frozen=True)
 class Distill:
-    """Teach a pruned model with its dense teacher, on the training split."""
+    """Teach a model with its dense teacher, a CNN or several, on the training split.
 
-    teacher: Annotated[str, arg(metavar="DIR|NAME")] = tyro.MISSING
-    """The dense model: a saved folder, or a model of timm with its pretrained weights."""
+    The model is pruned already; with --gates or --mask-macs it is dense, and is pruned here.
+    """
+
+    teacher: Annotated[TeacherConfig, arg(name="")] = field(default_factory=TeacherConfig)
     out: Annotated[Path, arg(metavar="DIR")] = Path("distilled")
     """Folder for the taught model."""
     checkpoints: Annotated[Path | None, arg(metavar="DIR")] = None
     """Where to checkpoint; the same command then resumes there."""
     model: Annotated[ModelConfig, arg(name="")] = field(default_factory=required_model)
     data: Annotated[DataConfig, arg(name="")] = field(default_factory=required_data)
+    gates: Annotated[GateConfig, arg(name="")] = field(default_factory=GateConfig)
+    masks: Annotated[MaskConfig, arg(name="")] = field(default_factory=MaskConfig)
     schedule: Annotated[DistillConfig, arg(name="")] = field(default_factory=DistillConfig)
     device: Annotated[str, arg(metavar="auto|cpu|cuda")] = "auto"
     """Where to compute."""
@@ -39,26 +49,29 @@ def main(words: list[str]) -> int:
     import vitprune_fast as vp
     from vitprune_fast.checkpoint import check_folder
     from vitprune_fast.cli.display import Display
-    from vitprune_fast.recipes import models, stages
-    from vitprune_fast.recipes.opened import check_fit, open_both
+    from vitprune_fast.recipes.opened import open_both
+    from vitprune_fast.recipes.teaching import teach
 
+    if options.schedule.needs_teacher and not options.teacher.names:
+        raise InvalidInput(
+            "distill: teacher must be given, got none; --teacher self is the model as it is, and "
+            "--alpha 0 learns from the labels alone"
+        )
     check_folder(options.out)
     seed = options.schedule.seed
     model, data, setting = open_both(options.model, options.data, seed, options.device)
-    in_timm = not Path(options.teacher).is_dir()
-    teacher = models.open_model(ModelConfig(name=options.teacher, pretrained=in_timm))
-    check_fit(teacher, data)
     with Display() as display:
-        result = stages.train(
+        taught = teach(
             model,
-            teacher,
             data,
             options.schedule,
             setting,
-            purpose="distill",
-            checkpoint_dir=options.checkpoints,
+            teachers=options.teacher,
+            gates=options.gates,
+            masks=options.masks,
+            checkpoints=options.checkpoints,
             on_event=display,
         )
-    vp.save(result.model, options.out)
+    vp.save(taught, options.out)
     print(options.out)
     return 0

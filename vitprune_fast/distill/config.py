@@ -2,49 +2,110 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping
 from dataclasses import dataclass, fields
-from typing import Literal
+from typing import Any, Literal
 
 from vitprune_fast.errors import InvalidInput
+
+# compare logits; a student with a distillation token learns them with its second head
+LOGIT_LOSSES = ("soft", "soft_deit", "soft_sum", "hard")
+# compare what happens inside
+FEATURE_LOSSES = ("hidden", "features", "manifold", "manifold_full", "relation")
+# a manifold term carries the published weights of its three parts in itself
+DEFAULT_WEIGHTS = {"features": 20.0}
 
 
 @dataclass(frozen=True)
 class DistillConfig:
-    """Settings of ``distill``; ``alpha=0`` is plain training.
+    """Settings of ``distill``; ``alpha=0`` without feature losses is plain training.
 
-    Attributes:
-        epochs: passes over the training images.
-        lr: peak learning rate of AdamW.
-        min_lr: learning rate at the end of the cosine.
-        warmup_epochs: epochs of linear warm-up, fractions allowed; at most half of the run.
-        weight_decay: of parameters with two dimensions or more.
-        clip_norm: gradients are scaled down to this L2 norm; 0 leaves them.
-        alpha: weight of the teacher's part in ``[0, 1]``: ``(1 - alpha) * CE + alpha * KD``.
-        temperature: softens both sides of KD.
-        label_smoothing: share of a label spread over all classes, ``[0, 1)``.
-        seed: of dropout, drop-path and whatever else draws numbers inside a step.
-        keep: which weights come back: those of the last epoch, or of the epoch with the best
-            top-1 on the validation images (the earliest of equals).
-        max_bad_steps: more steps with a non-finite loss or gradient in a row end the run.
-        checkpoint_steps: write a checkpoint after so many steps as well as after every epoch; 0
-            for epochs only.
-        log_steps: an event after so many steps; 0 for epochs only.
+    The loss is ``(1 - alpha) * CE(labels) + alpha * sum of logit losses + sum of feature losses``,
+    every loss times its weight; without a logit loss it is ``CE + sum of feature losses``.
     """
 
     epochs: int = 60
+    """Passes over the training images."""
     lr: float = 1e-3
+    """Peak learning rate."""
     min_lr: float = 1e-5
+    """Learning rate at the end of the cosine."""
     warmup_epochs: float = 5.0
+    """Epochs of linear warm-up, fractions allowed; at most half of the run."""
+    warmup_lr: float = 0.0
+    """Learning rate before the first step of the warm-up."""
+    cooldown_epochs: float = 0.0
+    """Epochs at the end, of all of them, that stay at min_lr."""
+    optimizer: Literal["adamw", "sgd"] = "adamw"
+    """`sgd` has Nesterov-free momentum."""
+    momentum: float = 0.9
+    """Of `sgd`."""
     weight_decay: float = 0.05
+    """Of parameters with two dimensions or more."""
+    layer_decay: float = 1.0
+    """Learning rate of a block as a share of that of the block above, in (0, 1]."""
     clip_norm: float = 1.0
-    alpha: float = 0.5
-    temperature: float = 2.0
+    """Gradients are scaled down to this L2 norm; 0 leaves them."""
+    accumulate: int = 1
+    """Batches whose gradients are averaged for one step."""
+    ema: float = 0.0
+    """Decay of an average of the weights, which is then what is validated and comes back; 0 for
+    none. The first steps weigh more (timm's warm-up of the decay)."""
+    amp: Literal["none", "bf16", "fp16"] = "none"
+    """Automatic mixed precision; fp16 scales the loss, and a step that overflows is skipped."""
+    compile: bool = False
+    """Run the student through torch.compile."""
+    grad_checkpointing: bool = False
+    """Compute activations again in the backward pass rather than keep them."""
+    drop_path: float | None = None
+    """Probability that the last block's branches are left out of a sample, falling to 0 at the
+    first; unset: as the model has it."""
     label_smoothing: float = 0.0
+    """Share of a label spread over all classes, [0, 1)."""
+    mixup: float = 0.0
+    """Alpha of the Beta distribution of mixup; 0 for none."""
+    cutmix: float = 0.0
+    """Alpha of the Beta distribution of CutMix; 0 for none. With both, half of the batches each."""
+    mix_prob: float = 1.0
+    """Share of batches that are mixed."""
+    erase: float = 0.0
+    """Share of images of which a random rectangle becomes noise."""
+    loss: tuple[str, ...] = ("soft",)
+    """What is learnt from the teacher. Logits: `soft` (T^2 KL, mean over images), `soft_deit` (mean
+    over images and classes), `soft_sum` (sum over images), `hard` (the teacher's class). Insides:
+    `hidden` (block outputs), `features` (pooled), `manifold` (intra-image, inter-image, random),
+    `manifold_full` (all tokens of the batch), `relation` (q, k, v). With several teachers
+    TEACHER:LOSS is learnt from that one, LOSS from each."""
+    loss_weights: tuple[float, ...] = ()
+    """Weights of the losses, in their order; unset: 1, and 20 for `features`."""
+    loss_weights_end: tuple[float, ...] = ()
+    """Weights at the end of the run, reached in a straight line; unset: they stay."""
+    alpha: float = 0.5
+    """Weight of the logit losses against the labels, in [0, 1]."""
+    temperature: float = 2.0
+    """Softens both sides of soft losses."""
+    layers: tuple[tuple[int, int], ...] = ()
+    """Pairs of (student block, teacher block) for `hidden`, `manifold` and `relation`; unset: for
+    `manifold` the first and last four (all where there are fewer), for others every block, spread
+    over the teacher's."""
+    manifold_rows: int = 192
+    """Tokens drawn for the random part of `manifold`."""
+    gate_lr: float | None = None
+    """Peak learning rate of gates; unset: five times lr."""
+    gate_budget_lr: float = 0.1
+    """Peak learning rate at which the multipliers of a gate budget rise."""
     seed: int = 0
+    """Of dropout, drop-path, mixing and whatever else draws numbers inside a step."""
     keep: Literal["last", "best"] = "last"
+    """Which weights come back: those of the last epoch, or of the epoch with the best top-1 on the
+    validation images (the earliest of equals)."""
     max_bad_steps: int = 10
+    """More steps with a non-finite loss or gradient in a row end the run."""
     checkpoint_steps: int = 0
+    """Write a checkpoint after so many steps as well as after every epoch; 0 for epochs only."""
     log_steps: int = 10
+    """An event after so many steps; 0 for epochs only."""
 
     def __post_init__(self) -> None:
         rules = {
@@ -52,11 +113,33 @@ class DistillConfig:
             "lr": (self.lr > 0, "be above 0"),
             "min_lr": (0 <= self.min_lr <= self.lr, "be between 0 and lr"),
             "warmup_epochs": (self.warmup_epochs >= 0, "be at least 0"),
+            "warmup_lr": (0 <= self.warmup_lr <= self.lr, "be between 0 and lr"),
+            "cooldown_epochs": (
+                0 <= self.cooldown_epochs < self.epochs,
+                "be at least 0 and below epochs",
+            ),
+            "optimizer": (self.optimizer in ("adamw", "sgd"), "be `adamw` or `sgd`"),
+            "momentum": (0 <= self.momentum < 1, "be in [0, 1)"),
             "weight_decay": (self.weight_decay >= 0, "be at least 0"),
+            "layer_decay": (0 < self.layer_decay <= 1, "be in (0, 1]"),
             "clip_norm": (self.clip_norm >= 0, "be at least 0"),
+            "accumulate": (self.accumulate >= 1, "be at least 1"),
+            "ema": (0 <= self.ema < 1, "be in [0, 1)"),
+            "amp": (self.amp in ("none", "bf16", "fp16"), "be `none`, `bf16` or `fp16`"),
+            "drop_path": (
+                self.drop_path is None or 0 <= self.drop_path < 1,
+                "be unset or in [0, 1)",
+            ),
+            "label_smoothing": (0 <= self.label_smoothing < 1, "be in [0, 1)"),
+            "mixup": (self.mixup >= 0, "be at least 0"),
+            "cutmix": (self.cutmix >= 0, "be at least 0"),
+            "mix_prob": (0 <= self.mix_prob <= 1, "be in [0, 1]"),
+            "erase": (0 <= self.erase <= 1, "be in [0, 1]"),
             "alpha": (0 <= self.alpha <= 1, "be in [0, 1]"),
             "temperature": (self.temperature > 0, "be above 0"),
-            "label_smoothing": (0 <= self.label_smoothing < 1, "be in [0, 1)"),
+            "manifold_rows": (self.manifold_rows >= 2, "be at least 2"),
+            "gate_lr": (self.gate_lr is None or self.gate_lr > 0, "be unset or above 0"),
+            "gate_budget_lr": (self.gate_budget_lr > 0, "be above 0"),
             "keep": (self.keep in ("last", "best"), "be `last` or `best`"),
             "max_bad_steps": (self.max_bad_steps >= 0, "be at least 0"),
             "checkpoint_steps": (self.checkpoint_steps >= 0, "be at least 0"),
@@ -65,9 +148,64 @@ class DistillConfig:
         for name, (holds, rule) in rules.items():
             if not holds:
                 raise InvalidInput(f"DistillConfig: {name} must {rule}, got {getattr(self, name)}")
+        known = (*LOGIT_LOSSES, *FEATURE_LOSSES)
+        if unknown := [word for word in self.loss if _kind(word) not in known]:
+            raise InvalidInput(
+                f"DistillConfig: loss must hold names among {', '.join(known)}, got {unknown[0]!r}"
+            )
+        if len(set(self.loss)) < len(self.loss):
+            raise InvalidInput(
+                f"DistillConfig: loss must name each loss once, got {', '.join(self.loss)}"
+            )
+        for name in ("loss_weights", "loss_weights_end"):
+            weights = getattr(self, name)
+            fits = len(weights) in (0, len(self.loss))
+            if not fits or not all(math.isfinite(w) and w >= 0 for w in weights):
+                raise InvalidInput(
+                    f"DistillConfig: {name} must be one finite number of at least 0 per loss "
+                    f"({', '.join(self.loss)}), got {list(weights)}"
+                )
 
-    def differences(self, other: dict) -> str:
+    @property
+    def learns_logits(self) -> bool:
+        """Whether a logit loss takes part."""
+        return self.alpha > 0 and any(_kind(word) in LOGIT_LOSSES for word in self.loss)
+
+    @property
+    def looks_inside(self) -> bool:
+        """Whether a loss compares more than logits."""
+        return any(_kind(word) in FEATURE_LOSSES for word in self.loss)
+
+    @property
+    def needs_teacher(self) -> bool:
+        """Whether any loss looks at a teacher."""
+        return self.learns_logits or self.looks_inside
+
+    def weight(self, loss: str, done: float) -> float:
+        """Weight of a loss when the share ``done`` of the run is over, in [0, 1]."""
+        start = self._weights_at_start()[loss]
+        if not self.loss_weights_end:
+            return start
+        end = self.loss_weights_end[self.loss.index(loss)]
+        return start + (end - start) * min(max(done, 0.0), 1.0)
+
+    def _weights_at_start(self) -> dict[str, float]:
+        if self.loss_weights:
+            return dict(zip(self.loss, self.loss_weights, strict=True))
+        return {word: DEFAULT_WEIGHTS.get(_kind(word), 1.0) for word in self.loss}
+
+    def differences(self, other: Mapping[str, Any]) -> str:
         """List the settings in which a stored config differs, ``name: stored -> own``."""
-        own = {each.name: getattr(self, each.name) for each in fields(self)}
-        names = [name for name in {**own, **other} if own.get(name) != other.get(name)]
+        own = {each.name: _plain(getattr(self, each.name)) for each in fields(self)}
+        names = [name for name in {**own, **other} if own.get(name) != _plain(other.get(name))]
         return ", ".join(f"{name}: {other.get(name)} -> {own.get(name)}" for name in names)
+
+
+def _kind(word: str) -> str:
+    """A loss without the teacher it is learnt from."""
+    return word.rpartition(":")[2]
+
+
+def _plain(value: Any) -> Any:
+    """As it comes out of JSON, which has no tuples."""
+    return [_plain(each) for each in value] if isinstance(value, (list, tuple)) else value

@@ -48,17 +48,27 @@ class HiddenStates:
         features: whether to record what the classifier reads, as ``forward_head(pre_logits=True)``
             gives it: pooled, normalised, dropped out; the mean over the two heads of a distilled
             DeiT.
+        qkv: numbers of blocks whose packed queries, keys and values are recorded too.
 
     Raises:
         InvalidInput: the model has no blocks that follow one another, not so many, or no classifier
             to read before.
     """
 
-    def __init__(self, model: nn.Module, blocks: Sequence[int], features: bool = False) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        blocks: Sequence[int],
+        features: bool = False,
+        qkv: Sequence[int] = (),
+    ) -> None:
         self._model = model
         self._inner: Any = unwrap_model(model)
-        names = block_names(model) if blocks else []
+        names = block_names(model) if blocks or qkv else []
         self._names = [names[number] for number in block_numbers(blocks, len(names))]
+        self._qkv_names = [
+            _packed_qkv(self._inner, names[number]) for number in block_numbers(qkv, len(names))
+        ]
         self._classifiers = _classifiers(self._inner) if features else ()
         self._handles: list[Any] = []
         self._outputs: dict[str, Any] = {}
@@ -75,7 +85,7 @@ class HiddenStates:
         try:
             start = self._model.register_forward_pre_hook(self._start, with_kwargs=True)
             self._handles.append(start)
-            for name in dict.fromkeys(self._names):
+            for name in dict.fromkeys((*self._names, *self._qkv_names)):
                 module = self._inner.get_submodule(name)
                 self._handles.append(module.register_forward_hook(self._keep(name)))
             for index, module in enumerate(self._classifiers):
@@ -104,6 +114,16 @@ class HiddenStates:
             InvalidInput: the last forward did not pass a block, or there was none.
         """
         return [self._tokens(name) for name in self._names]
+
+    @property
+    def qkv(self) -> list[Tensor]:
+        """The last forward's packed q, k, v of each block asked for, ``(B, N, 3, 1, H * K)``.
+
+        Raises:
+            InvalidInput: the last forward did not pass a block, or there was none.
+        """
+        packed = [self._output(name)[0] for name in self._qkv_names]
+        return [each.unflatten(-1, (3, 1, -1)) for each in packed]
 
     @property
     def grids(self) -> list[tuple[int, int] | None]:
@@ -258,6 +278,21 @@ def block_names(model: nn.Module) -> list[str]:
             f"timm's models have, got {type(inner).__name__}"
         )
     return known
+
+
+def _packed_qkv(model: nn.Module, block: str) -> str:
+    """Path of the linear map of a block that gives q, k and v, equally wide."""
+    path = f"{block}.attn.qkv"
+    try:
+        width = getattr(model.get_submodule(path), "out_features", 1)
+    except AttributeError:
+        width = 1
+    if width % 3:
+        raise InvalidInput(
+            f"HiddenStates: {block} must have an attn.qkv that gives q, k and v, got "
+            f"{type(model.get_submodule(block)).__name__} without one"
+        )
+    return path
 
 
 def block_numbers(blocks: Sequence[int], count: int) -> list[int]:

@@ -1,29 +1,42 @@
-"""Train a model, alone or towards a teacher's answers; stop anywhere, go on to the same bits."""
+"""Train a model, alone or towards what teachers know; stop anywhere, go on to the same bits."""
 
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
-from torch import nn
+from timm.utils import ModelEmaV3
+from torch import Tensor, nn
 
-from vitprune_fast.batches import as_input, check_logits, unpack
-from vitprune_fast.distill.checkpoints import Checkpoint, read_newest, tidy, write_checkpoint
+from vitprune_fast.batches import unpack
+from vitprune_fast.distill import resume
 from vitprune_fast.distill.config import DistillConfig
-from vitprune_fast.distill.losses import cross_entropy, soft_kd
-from vitprune_fast.errors import DamagedFile, InvalidInput, RunFolderError, StageFailed
+from vitprune_fast.distill.masks import MaskedStudent, MaskSchedule
+from vitprune_fast.distill.mixing import Mixing, erase
+from vitprune_fast.distill.objective import Objective, images_like
+from vitprune_fast.distill.optim import as_trained, learning_rate, make_optimizer
+from vitprune_fast.distill.pace import Pace
+from vitprune_fast.distill.task import DistillTask
+from vitprune_fast.distill.teachers import Teacher, TeacherSet
+from vitprune_fast.errors import DamagedFile, InvalidInput, StageFailed
 from vitprune_fast.evaluation import evaluate
-from vitprune_fast.modes import evaluating, keeping_modes
-from vitprune_fast.randomness import seeded
+from vitprune_fast.gates import BudgetLoss, Gates
+from vitprune_fast.modes import keeping_modes
+from vitprune_fast.planning import Plan
+from vitprune_fast.randomness import derive_seed, seeded
+from vitprune_fast.scoring.ranks import Ranks
+from vitprune_fast.surgery import prune
 
 Event = dict[str, Any]
 Batches = Iterable[Sequence[Any]]
+Teachers = nn.Module | Teacher | TeacherSet | Sequence[nn.Module]
 
 
 @dataclass(frozen=True)
@@ -31,14 +44,17 @@ class DistillResult:
     """What came of a run.
 
     Attributes:
-        model: the student that was given, trained in place.
-        history: one entry per epoch: epoch, step, lr, loss, ce, kd (None without a teacher),
-            skipped, and with validation images val_top1, val_loss, val_agreement.
+        model: the student that was given, trained in place; with ``ema`` it holds the average.
+        history: one entry per epoch: epoch, step, lr, loss, ce, kd and every loss by its name
+            (None without a teacher), skipped, and with validation images val_top1, val_loss,
+            val_agreement.
         best_epoch: epoch of the best validation top-1, the earliest of equals; None without
             validation images.
         best_top1: that top-1, a share.
         skipped_steps: steps left out for a non-finite loss or gradient.
         finished: False when ``stop`` ended the run early; the same call goes on from there.
+        plan: the units that are live in the end, with ``masks``: ``prune(model, plan)`` computes
+            what was trained. None without.
     """
 
     model: nn.Module
@@ -47,10 +63,11 @@ class DistillResult:
     best_top1: float | None
     skipped_steps: int
     finished: bool = True
+    plan: Plan | None = None
 
 
 @dataclass
-class _Progress:
+class Progress:
     """The counters of a run; with weights and optimizer all that a checkpoint holds."""
 
     step: int = 0
@@ -67,20 +84,23 @@ class _Progress:
 
 def distill(
     student: nn.Module,
-    teacher: nn.Module | None,
+    teacher: Teachers | None,
     train: Batches,
     val: Batches | None,
     config: DistillConfig,
     *,
+    gates: Gates | None = None,
+    gate_budget: BudgetLoss | None = None,
+    masks: MaskSchedule | None = None,
     checkpoint_dir: str | Path | None = None,
     on_event: Callable[[Event], None] | None = None,
     stop: Callable[[], bool] | None = None,
 ) -> DistillResult:
-    """Train ``student`` in place with ``(1 - alpha) * CE(labels) + alpha * KD(teacher)``.
+    """Train ``student`` in place with the losses of ``config``, on labels and towards teachers.
 
-    AdamW; linear warm-up and cosine per step; gradient clipping. A step whose loss or gradient is
-    not finite moves no weight and is counted. A DeiT with a distillation token learns labels with
-    its class head and the teacher with its distillation head; evaluated, it averages both.
+    Linear warm-up and cosine per step; gradient clipping. A step whose loss or gradient is not
+    finite moves no weight and is counted. A DeiT with a distillation token learns labels with its
+    class head and the teacher's logits with its distillation head; evaluated, it averages both.
 
     Every step draws from generators set from (seed, step), and ``train.epoch(e, start)`` (see
     ``data.Loader``) gives batch k of epoch e directly, so a run that goes on from a checkpoint ends
@@ -88,175 +108,285 @@ def distill(
     iterable is read from its first batch, with generators set from (seed, epoch, batch); its own
     order must depend on nothing else.
 
+    Where torch.distributed is initialised, its processes share the work: process r takes batches r,
+    r + world, ... of the stream, gradients are averaged (by DistributedDataParallel, but with
+    ``masks`` by one all-reduce per step), the first process writes checkpoints into a folder that
+    all of them read, and every one validates on all of ``val``.
+
     Args:
         student: maps images to logits ``(B, C)``; its modes come back as they were.
-        teacher: likewise, on the same device; evaluated without gradients and left as it was. None
-            trains on labels alone.
+        teacher: likewise, or a ``Teacher`` with its own normalisation and size, or several of them;
+            evaluated without gradients and left as it was. A plain module sees the images as the
+            student does. None trains on labels alone.
         train: (images ``(B, C, H, W)`` floating, labels: B integers, ...) with a length, read once
             per epoch; images go to the device and dtype of each model.
         val: likewise, read again after every epoch; it decides only with ``keep="best"``.
         config: the settings.
+        gates: attached to the student by ``gates.attach``; they learn too, with their penalty.
+        gate_budget: holds the gates' multiply-accumulates down.
+        masks: train on the live part of the student, which the schedule makes smaller.
         checkpoint_dir: written after every epoch and ``checkpoint_steps``; the newest whole
             checkpoint in it is where the run goes on. None writes nothing.
         on_event: told about ``resume``, ``damaged_checkpoint``, ``step``, ``skipped_step``,
-            ``epoch`` and ``checkpoint``; each has ``stage``, ``event``, ``epoch``, ``step`` (steps
-            done). A call that loads a checkpoint says ``resume`` first: what earlier calls told
-            about larger steps is void. A call that says nothing of it starts at step 0.
+            ``masks``, ``epoch`` and ``checkpoint``; each has ``stage``, ``event``, ``epoch``,
+            ``step`` (steps done). A call that loads a checkpoint says ``resume`` first: what
+            earlier calls told about larger steps is void. A call that says nothing of it starts at
+            step 0.
         stop: asked after every step; True writes a checkpoint and returns.
 
     Raises:
         InvalidInput: no training batches or none of that form, nothing to train or in float16,
-            ``keep="best"`` without ``val``, or outputs that do not fit each other.
+            ``keep="best"`` without ``val``, gates and masks at once, or outputs that do not fit
+            each other.
         RunFolderError: the checkpoint is of another config or model, or cannot be written.
         StageFailed: more than ``max_bad_steps`` steps in a row were not finite.
     """
     if config.keep == "best" and val is None:
         raise InvalidInput("distill: val must be given to keep the best epoch, got None")
-    teacher = teacher if config.alpha > 0 else None
-    run = _Run(student, teacher, train, val, config, checkpoint_dir, on_event, stop)
-    with keeping_modes(student), evaluating(teacher), _two_heads(student, teacher is not None):
-        return run.go()
+    if masks is not None and gates is not None:
+        raise InvalidInput("distill: gates must be None with masks, got both; fold the gates first")
+    if gate_budget is not None and gates is None:
+        raise InvalidInput("distill: gates must be given with a gate_budget, got None")
+    teachers = _as_set(teacher) if config.needs_teacher else None
+    with (
+        keeping_modes(student),
+        as_trained(student, config, two_heads=teachers is not None and config.learns_logits),
+    ):
+        run = _Run(student, teachers, train, val, config, gates, gate_budget, masks)
+        run.folder = None if checkpoint_dir is None else Path(checkpoint_dir)
+        run.on_event, run.stop = on_event, stop or (lambda: False)
+        try:
+            return run.go()
+        finally:
+            run.task.stop_running()
 
 
-@contextmanager
-def _two_heads(model: nn.Module, wanted: bool) -> Iterator[None]:
-    """Let a model with a distillation token return both heads' logits while it trains."""
-    if not wanted or not hasattr(model, "set_distilled_training"):
-        yield
-        return
-    before = model.distilled_training
-    switch: Any = model.set_distilled_training
-    switch(True)
-    try:
-        yield
-    finally:
-        switch(before)
+def _as_set(teacher: Teachers | None) -> TeacherSet | None:
+    if teacher is None or isinstance(teacher, TeacherSet):
+        return teacher
+    several = [teacher] if isinstance(teacher, nn.Module) else list(teacher)
+    return TeacherSet([each if isinstance(each, Teacher) else Teacher(each) for each in several])
 
 
 class _Run:
     """One call of ``distill``."""
 
+    folder: Path | None
+    on_event: Callable[[Event], None] | None
+    stop: Callable[[], bool]
+
     def __init__(
         self,
         student: nn.Module,
-        teacher: nn.Module | None,
+        teachers: TeacherSet | None,
         train: Batches,
         val: Batches | None,
         config: DistillConfig,
-        checkpoint_dir: str | Path | None,
-        on_event: Callable[[Event], None] | None,
-        stop: Callable[[], bool] | None,
+        gates: Gates | None,
+        gate_budget: BudgetLoss | None,
+        masks: MaskSchedule | None,
     ) -> None:
-        self.student = student
-        self.teacher = teacher
-        self.train = train
-        self.val = val
-        self.config = config
-        self.folder = Path(checkpoint_dir) if checkpoint_dir is not None else None
-        self.on_event = on_event
-        self.stop = stop or (lambda: False)
-        self.steps_per_epoch = len(train) if hasattr(train, "__len__") else 0  # type: ignore[arg-type]
+        self.student, self.teachers = student, teachers
+        self.train, self.val, self.config = train, val, config
+        self.gates = gates
+        self.ranks = Ranks.current()
+        batches = len(train) if hasattr(train, "__len__") else 0  # type: ignore[arg-type]
+        # micro-batches of this process in an epoch, and how they make steps
+        self.batches_per_epoch = batches // self.ranks.world
+        self.steps_per_epoch = math.ceil(self.batches_per_epoch / config.accumulate)
         if self.steps_per_epoch == 0:
-            raise InvalidInput("distill: train must have a length of at least one batch, got none")
+            wanted = f"{self.ranks.world} batches" if self.ranks.world > 1 else "one batch"
+            raise InvalidInput(
+                f"distill: train must have a length of at least {wanted}, got {batches or 'none'}"
+            )
+        self.steps = self.steps_per_epoch * config.epochs
         self.named = {n: p for n, p in student.named_parameters() if p.requires_grad}
-        if not self.named:
-            raise InvalidInput(
-                "distill: student must have a parameter that requires a gradient, got all frozen; "
-                "call student.requires_grad_(True) or on the part to train"
-            )
-        if any(parameter.dtype == torch.float16 for parameter in self.named.values()):
-            raise InvalidInput(
-                "distill: student must have parameters of float32, float64 or bfloat16, got "
-                "float16, in which AdamW divides by squared gradients that have become 0; "
-                "train student.float() and call .half() afterwards"
-            )
-        self.optimizer = _adamw(self.named, config)
-        self.progress = _Progress()
-        self.best: dict[str, torch.Tensor] = {}
+        _check_parameters(self.named)
+        pictures = images_like(student) if _looks_inside(config, teachers) else torch.empty(0)
+        objective = Objective(config, student, teachers, pictures)
+        self.task = DistillTask(student, objective, config, gates, gate_budget)
+        self.optimizer = make_optimizer(student, self.named, self._other_groups(), config)
+        self.average = ModelEmaV3(student, config.ema, use_warmup=True) if config.ema else None
+        scales = config.amp == "fp16"
+        self.scaler = torch.amp.GradScaler(self.task.device.type, enabled=scales)
+        self.mixing = _mixing(student, config)
+        half = torch.bfloat16 if config.amp == "bf16" else None
+        self.masked = MaskedStudent(student, masks, half) if masks else None
+        self.progress = Progress()
+        self.best: dict[str, Tensor] = {}
+
+    def _other_groups(self) -> list[dict[str, Any]]:
+        """What learns beside the student, with its own learning rate."""
+        config, groups = self.config, []
+        if self.gates is not None:
+            rate = 5 * config.lr if config.gate_lr is None else config.gate_lr
+            groups += self.gates.parameter_groups(lr=rate)
+        if "gate_budget" in self.task.extras:
+            budget: Any = self.task.extras["gate_budget"]
+            groups += budget.parameter_groups(lr=config.gate_budget_lr)
+        for group in groups:
+            group["lr_scale"] = group.pop("lr") / config.lr
+        projectors = list(self.task.objective.projectors.parameters())
+        matrices = {"params": projectors, "lr_scale": 1.0, "weight_decay": config.weight_decay}
+        return [*groups, matrices]
 
     def go(self) -> DistillResult:
-        progress = self.progress = self._resume()
-        total = self.steps_per_epoch * self.config.epochs
-        while progress.step < total:
-            epoch, start = divmod(progress.step, self.steps_per_epoch)
+        self.progress = resume.read(self)
+        self._run_on_what_is_live()
+        while self.progress.step < self.steps:
+            epoch, start = divmod(self.progress.step, self.steps_per_epoch)
             if not self._epoch(epoch, start):
                 return self._result(finished=False)
         if self.config.keep == "best":
             self.student.load_state_dict(self.best)
+        elif self.average is not None:
+            self.student.load_state_dict(self.average.module.state_dict())
         return self._result(finished=True)
+
+    def _run_on_what_is_live(self) -> None:
+        """Point the task at the student, or at a new copy of its live part."""
+        if self.masked is None:
+            self.task.run_on(self.student, whole=True)
+        else:
+            self.task.run_on(self.masked.soft.refresh(), whole=False)
+        self.pace = Pace(self.task)
 
     def _epoch(self, epoch: int, start: int) -> bool:
         """Run the rest of an epoch; False when asked to stop in it."""
         progress, config = self.progress, self.config
-        self.student.train()
-        clock, images_seen = time.perf_counter(), 0
-        for index, batch in _batches(self.train, config.seed, epoch, start):
-            images, labels = unpack("distill", batch, self.student, self.teacher)
+        self.pace.restart()
+        first = taken = start * config.accumulate
+        batches = self._batches(epoch, first)
+        while batch := list(islice(batches, config.accumulate)):
+            taken += len(batch)
+            self._change_masks(epoch)
             lr = learning_rate(progress.step, self.steps_per_epoch, config)
             for group in self.optimizer.param_groups:
-                group["lr"] = lr
-            parts = self._step(images, labels)
+                group["lr"] = lr * group["lr_scale"]
+            parts = self._step(batch)
             progress.step += 1
-            images_seen += len(images)
+            self.pace.add(batch, self.ranks.world)
             if config.log_steps and progress.step % config.log_steps == 0:
-                rate = images_seen / (time.perf_counter() - clock)
-                steps = self.steps_per_epoch * config.epochs
-                self._tell("step", epoch, steps=steps, lr=lr, images_per_s=rate, **parts)
-            if index + 1 == self.steps_per_epoch:
+                self._tell_step(epoch, lr, parts)
+            done = taken == self.batches_per_epoch
+            if done:
                 self._end_epoch(epoch, lr)
-            stopping = self.stop()
+            stopping = self.task.average_values([float(self.stop())])[0] > 0
             due = config.checkpoint_steps and progress.step % config.checkpoint_steps == 0
-            if stopping or due or index + 1 == self.steps_per_epoch:
-                self._save(epoch)
+            if stopping or due or done:
+                resume.write(self, epoch)
             if stopping:
                 return False
-        if progress.step != (epoch + 1) * self.steps_per_epoch:
+        if taken != self.batches_per_epoch:
             raise InvalidInput(
-                f"distill: train must give {self.steps_per_epoch} batches as its length says, "
-                f"got {progress.step - epoch * self.steps_per_epoch}"
+                f"distill: train must give {self.batches_per_epoch} batches as its length says, "
+                f"got {taken}"
             )
         return True
 
-    def _step(self, images: torch.Tensor, labels: torch.Tensor) -> dict[str, float | None]:
+    def _batches(self, epoch: int, first: int) -> Iterator[tuple[int, Tensor, Tensor]]:
+        """This process' micro-batches of an epoch: (number in the run of all, images, labels)."""
+        world, count = self.ranks.world, self.batches_per_epoch
+        stream = numbered(self.train, self.config.seed, epoch, first * world)
+        for number, batch in stream:
+            if number >= count * world:
+                return
+            if self.ranks.owns(number):
+                images, labels = unpack("distill", batch, self.student)
+                yield epoch * count * world + number, images, labels
+
+    def _change_masks(self, epoch: int) -> None:
+        masked = self.masked
+        if masked is None:
+            return
+        step = self.progress.step
+
+        def seen() -> list[Any]:
+            stream = numbered(self.train, self.config.seed, epoch, 0)
+            batches, left = [], masked.samples
+            for _, batch in stream:
+                images, labels = unpack("distill", batch, self.student)
+                batches.append((images[:left], labels[:left]))
+                left -= len(images)
+                if left <= 0:
+                    break
+            return batches
+
+        if masked.update(step, self.steps, seen):
+            self._run_on_what_is_live()
+            self._tell("masks", epoch, share=masked.share, alive=masked.alive())
+
+    def _step(self, batches: Sequence[tuple[int, Tensor, Tensor]]) -> dict[str, float | None]:
         """Take one optimizer step, or skip it; return the parts of the loss."""
-        progress, config = self.progress, self.config
+        progress, config, task = self.progress, self.config, self.task
         self.optimizer.zero_grad(set_to_none=True)
-        with seeded(config.seed, "step", progress.step):
-            loss, parts = self._loss(images, labels)
-            loss.backward()
+        if self.masked is not None:
+            self.masked.soft.refresh()
+        task.done = progress.step / max(self.steps - 1, 1)
+        sums: dict[str, Tensor] = {}
+        for last, (number, images, labels) in _marked(batches):
+            parts = self._micro_step(number, images, labels, len(batches), last)
+            for name, value in parts.items():
+                sums[name] = sums[name] + value if name in sums else value
+        task.average_gradients(self._unsummed())
+        if self.masked is not None:
+            self.masked.soft.scatter()
+        if self.scaler.is_enabled():
+            self.scaler.unscale_(self.optimizer)
         limit = config.clip_norm or math.inf
-        norm = torch.nn.utils.clip_grad_norm_(list(self.named.values()), limit)
-        values = {name: float(part) for name, part in parts.items()}
-        if not (math.isfinite(values["loss"]) and math.isfinite(float(norm))):
-            self._skip(values["loss"], float(norm))
+        norm = float(nn.utils.clip_grad_norm_(list(self.named.values()), limit))
+        means = task.average_values([float(value) / len(batches) for value in sums.values()])
+        values = dict(zip(sums, means, strict=True))
+        finite = math.isfinite(values["loss"]) and math.isfinite(norm)
+        if self.scaler.is_enabled():
+            # lowers the scale after an overflow, and leaves the step out
+            self.scaler.step(self.optimizer) if finite else None
+            self.scaler.update(None if finite else self.scaler.get_scale() / 2)
+        elif finite:
+            self.optimizer.step()
+        if not finite:
+            self._skip(values["loss"], norm)
             return dict.fromkeys(values)
-        self.optimizer.step()
+        if self.average is not None:
+            self.average.update(self.student, step=progress.step)
         progress.skipped_in_a_row = 0
         progress.epoch_steps += 1
         for name, value in values.items():
             progress.epoch_sums[name] = progress.epoch_sums.get(name, 0.0) + value
-        return {**values, "grad_norm": float(norm)}
+        return {**values, "grad_norm": norm}
 
-    def _loss(
-        self, images: torch.Tensor, labels: torch.Tensor
-    ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        config = self.config
-        outputs = self.student(as_input(self.student, images))
-        class_logits, teacher_logits = outputs if isinstance(outputs, tuple) else (outputs, outputs)
-        check_logits("distill", class_logits, labels)
-        ce = cross_entropy(class_logits, labels.to(class_logits.device), config.label_smoothing)
-        if self.teacher is None:
-            return ce, {"loss": ce.detach(), "ce": ce.detach()}
-        with torch.no_grad():
-            wanted = self.teacher(as_input(self.teacher, images))
-        if wanted.shape != teacher_logits.shape:
-            raise InvalidInput(
-                f"distill: teacher must give logits of shape {tuple(teacher_logits.shape)} like "
-                f"the student, got {tuple(wanted.shape)}"
-            )
-        kd = soft_kd(teacher_logits, wanted, config.temperature)
-        loss = (1 - config.alpha) * ce + config.alpha * kd
-        return loss, {"loss": loss.detach(), "ce": ce.detach(), "kd": kd.detach()}
+    def _micro_step(
+        self, number: int, images: Tensor, labels: Tensor, count: int, last: bool
+    ) -> dict[str, Tensor]:
+        """Add one micro-batch's share to the gradients; return the parts of its loss."""
+        seed, task = self.config.seed, self.task
+        task.generator.manual_seed(derive_seed(seed, "loss", number))
+        if self.gates is not None:
+            self.gates.set_step(number)
+        images, target = self._varied(images, labels, number)
+        task.train()
+        with seeded(seed, "step", number), nullcontext() if last else task.no_sync():
+            result = task(images, target)
+            self.scaler.scale(result["loss"] / count).backward()
+        return {n: v.detach() for n, v in result.items() if n != "output"}
+
+    def _varied(self, images: Tensor, labels: Tensor, number: int) -> tuple[Tensor, Tensor]:
+        """Images mixed and erased, and labels as they then are."""
+        seed, share = self.config.seed, self.config.erase
+        images = images.to(self.task.device, non_blocking=True)
+        if self.mixing is not None:
+            draw = np.random.default_rng(derive_seed(seed, "mix", number))
+            images, labels = self.mixing(images, labels, draw)
+        if share:
+            images = erase(images, share, np.random.default_rng(derive_seed(seed, "erase", number)))
+        return images, labels
+
+    def _unsummed(self) -> dict[str, Tensor]:
+        """The tensors whose gradients are not averaged over processes yet."""
+        others: dict[str, Tensor] = dict(self.task.named_extras())
+        if self.masked is not None:
+            others |= dict(self.masked.soft.model.named_parameters(prefix="live"))
+        return others
 
     def _skip(self, loss: float, norm: float) -> None:
         """Count a step that is not finite; weights and optimizer stay as they were."""
@@ -277,30 +407,53 @@ class _Run:
         """Average the epoch, look at the validation images, remember the best."""
         progress = self.progress
         steps = progress.epoch_steps
+        named = dict.fromkeys(("loss", "ce", "kd", *progress.epoch_sums))
         means = {
             name: progress.epoch_sums[name] / steps
             if steps and name in progress.epoch_sums
             else None
-            for name in ("loss", "ce", "kd")
+            for name in named
         }
         entry: Event = {"epoch": epoch, "step": progress.step, "lr": lr, **means}
         entry["skipped"] = progress.epoch_skipped
         progress.epoch_sums, progress.epoch_steps, progress.epoch_skipped = {}, 0, 0
         if self.val is not None:
-            seen = evaluate(self.student, self.val, self.teacher)
+            seen = evaluate(self._evaluated(), self.val, self._agrees_with())
             entry |= {"val_top1": seen.top1, "val_loss": seen.loss}
             entry["val_agreement"] = seen.agreement
             if progress.best_top1 is None or seen.top1 > progress.best_top1:
                 progress.best_epoch, progress.best_top1 = epoch, seen.top1
                 if self.config.keep == "best":
-                    self.best = {n: t.clone() for n, t in self.student.state_dict().items()}
+                    kept = self.student if self.average is None else self.average.module
+                    self.best = {n: t.clone() for n, t in kept.state_dict().items()}
         progress.history.append(entry)
         self._tell("epoch", **entry)
+
+    def _evaluated(self) -> nn.Module:
+        """What would be used if training ended here: averaged, and of the live part alone."""
+        whole = self.student if self.average is None else self.average.module
+        if self.masked is None or self.masked.plan.keeps_everything:
+            return whole
+        return prune(whole, self.masked.plan)
+
+    def _agrees_with(self) -> nn.Module | None:
+        """The first teacher of the student's classes, as a module that gives logits."""
+        for teacher in self.teachers or ():
+            if self.config.learns_logits:
+                return teacher.as_classifier()
+        return None
 
     def _tell(self, event: str, epoch: int, **values: Any) -> None:
         if self.on_event is not None:
             place = {"epoch": epoch, "step": self.progress.step}
             self.on_event({"stage": "distill", "event": event, **place, **values})
+
+    def _tell_step(self, epoch: int, lr: float, parts: dict[str, float | None]) -> None:
+        values: Event = {"steps": self.steps, "lr": lr, **self.pace.rates(), **parts}
+        counted = self.masked or self.gates
+        if counted is not None:
+            values["alive"] = counted.alive()
+        self._tell("step", epoch, **values)
 
     def _result(self, *, finished: bool) -> DistillResult:
         progress = self.progress
@@ -311,90 +464,62 @@ class _Run:
             progress.best_top1,
             progress.skipped,
             finished,
+            None if self.masked is None else self.masked.plan,
         )
 
-    def _save(self, epoch: int) -> None:
-        if self.folder is None:
-            return
-        tensors = {f"model.{name}": t for name, t in self.student.state_dict().items()}
-        tensors |= {f"best.{name}": tensor for name, tensor in self.best.items()}
-        for name, parameter in self.named.items():
-            for key, value in self.optimizer.state[parameter].items():
-                tensors[f"optimizer.{key}.{name}"] = value
-        state = {
-            "config": asdict(self.config),
-            "steps_per_epoch": self.steps_per_epoch,
-            "progress": asdict(self.progress),
-        }
-        write_checkpoint(self.folder, Checkpoint(self.progress.step, state, tensors))
-        self._tell("checkpoint", epoch)
-
-    def _resume(self) -> _Progress:
-        """Load the newest whole checkpoint, if there is one."""
-        if self.folder is None:
-            return _Progress()
-        stored = read_newest(self.folder, self._tell_damage)
-        if stored is None:
-            return _Progress()
-        changed = self.config.differences(stored.state["config"])
-        steps = stored.state["steps_per_epoch"]
-        if steps != self.steps_per_epoch:
-            changed = f"steps per epoch: {steps} -> {self.steps_per_epoch}"
-        if changed:
-            raise RunFolderError(
-                f"distill: config and data must be those of the checkpoint in {self.folder}, "
-                f"got others ({changed}); take another checkpoint_dir"
-            )
-        parts: dict[str, dict[str, torch.Tensor]] = {"model": {}, "best": {}, "optimizer": {}}
-        for name, tensor in stored.tensors.items():
-            part, _, rest = name.partition(".")
-            parts[part][rest] = tensor
-        try:
-            self.student.load_state_dict(parts["model"])
-        except RuntimeError as error:
-            raise RunFolderError(
-                f"distill: student must have the shapes of the checkpoint in {self.folder}, "
-                f"got others: {str(error).splitlines()[-1].strip()}"
-            ) from None
-        self.best = parts["best"]
-        for name, parameter in self.named.items():
-            state = self.optimizer.state[parameter]
-            for key in ("step", "exp_avg", "exp_avg_sq"):
-                value = parts["optimizer"].get(f"{key}.{name}")
-                if value is not None:
-                    # the step count stays on the CPU, where AdamW keeps it
-                    state[key] = value if key == "step" else value.to(parameter.device)
-        progress = _Progress(**stored.state["progress"])
-        # a kill may have come between the newest checkpoint and the end of the oldest
-        tidy(self.folder, progress.step)
-        self.progress = progress
-        self._tell("resume", progress.step // self.steps_per_epoch)
-        return progress
-
-    def _tell_damage(self, error: DamagedFile) -> None:
+    def tell_damage(self, error: DamagedFile) -> None:
+        """Say that a checkpoint was passed over."""
         self._tell("damaged_checkpoint", 0, reason=str(error))
 
-
-def learning_rate(step: int, steps_per_epoch: int, config: DistillConfig) -> float:
-    """Learning rate of a step: linear from 0 to ``lr`` over the warm-up, then half a cosine."""
-    warmup = min(config.warmup_epochs, config.epochs / 2) * steps_per_epoch
-    total = config.epochs * steps_per_epoch
-    if step < warmup:
-        return config.lr * (step + 1) / (math.floor(warmup) + 1)
-    share = (step - warmup) / max(total - 1 - warmup, 1)
-    return config.min_lr + (config.lr - config.min_lr) * (1 + math.cos(math.pi * share)) / 2
+    def tell_place(self, event: str, epoch: int) -> None:
+        """Say where the run is."""
+        self._tell(event, epoch)
 
 
-def _adamw(named: dict[str, nn.Parameter], config: DistillConfig) -> torch.optim.AdamW:
-    """AdamW that decays matrices only: not biases, norms, or scales."""
-    groups = [
-        {"params": [p for p in named.values() if p.ndim >= 2], "weight_decay": config.weight_decay},
-        {"params": [p for p in named.values() if p.ndim < 2], "weight_decay": 0.0},
-    ]
-    return torch.optim.AdamW([group for group in groups if group["params"]], lr=config.lr)
+def _mixing(student: nn.Module, config: DistillConfig) -> Mixing | None:
+    if not config.mixup and not config.cutmix:
+        return None
+    classes = getattr(student, "num_classes", None)
+    if classes is None:
+        raise InvalidInput(
+            "distill: mixup and cutmix must be 0 for a student without num_classes, got "
+            f"{config.mixup} and {config.cutmix}"
+        )
+    return Mixing(
+        classes,
+        mixup=config.mixup,
+        cutmix=config.cutmix,
+        prob=config.mix_prob,
+        # the loss smooths
+        label_smoothing=0.0,
+    )
 
 
-def _batches(train: Batches, seed: int, epoch: int, start: int) -> Iterator[tuple[int, Any]]:
+def _looks_inside(config: DistillConfig, teachers: TeacherSet | None) -> bool:
+    return teachers is not None and config.looks_inside
+
+
+def _check_parameters(named: dict[str, nn.Parameter]) -> None:
+    if not named:
+        raise InvalidInput(
+            "distill: student must have a parameter that requires a gradient, got all frozen; "
+            "call student.requires_grad_(True) or on the part to train"
+        )
+    if any(parameter.dtype == torch.float16 for parameter in named.values()):
+        raise InvalidInput(
+            "distill: student must have parameters of float32, float64 or bfloat16, got "
+            "float16, in which AdamW divides by squared gradients that have become 0; "
+            "train student.float() with amp='fp16', or call .half() afterwards"
+        )
+
+
+def _marked(batches: Sequence[Any]) -> Iterator[tuple[bool, Any]]:
+    """(whether it is the last one, batch)."""
+    for index, batch in enumerate(batches):
+        yield index + 1 == len(batches), batch
+
+
+def numbered(train: Batches, seed: int, epoch: int, start: int) -> Iterator[tuple[int, Any]]:
     """Yield (number, batch) of an epoch from batch ``start`` on."""
     if hasattr(train, "epoch"):
         yield from enumerate(train.epoch(epoch, start), start)  # type: ignore[attr-defined]

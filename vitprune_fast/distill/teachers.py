@@ -37,6 +37,7 @@ class TeacherOutput:
         features: pooled features ``(B, D)`` in the teacher's dtype, if asked for.
         prefix_tokens: tokens of each state that come before its patches.
         grids: rows and columns of each state's patches; None where they form no grid.
+        qkv: packed q, k, v ``(B, N, 3, 1, H * K)`` of each block asked for.
     """
 
     logits_BC: Tensor
@@ -44,6 +45,7 @@ class TeacherOutput:
     features: Tensor | None = None
     prefix_tokens: list[int] = field(default_factory=list)
     grids: list[tuple[int, int] | None] = field(default_factory=list)
+    qkv: list[Tensor] = field(default_factory=list)
 
 
 class Teacher(nn.Module):
@@ -117,9 +119,25 @@ class Teacher(nn.Module):
             inner, (student_mean, student_std), (mean, std), image_size, self.name
         )
         self._runner = (_compiled(self.model, compile) if compile else self.model,)
-        recorded = bool(blocks) or features
-        self._hidden = HiddenStates(self._runner[0], blocks, features) if recorded else None
+        self._hidden: HiddenStates | None = None
+        self.record(blocks, features)
         self.training = False
+
+    def record(
+        self, blocks: Sequence[int] = (), features: bool = False, qkv: Sequence[int] = ()
+    ) -> None:
+        """Say anew what comes back beside the logits, see ``HiddenStates``.
+
+        Raises:
+            InvalidInput: the model has no such blocks, or nothing to read features from.
+        """
+        wanted = bool(blocks or features or qkv)
+        hidden = HiddenStates(self._runner[0], blocks, features, qkv) if wanted else None
+        self._hidden = hidden
+
+    def as_classifier(self) -> nn.Module:
+        """This teacher as a module that gives logits alone, e.g. for ``evaluate``."""
+        return _Classifier(self)
 
     def train(self, mode: bool = True) -> Teacher:
         """Stay in evaluation mode; the model's own modes are its owner's."""
@@ -154,7 +172,12 @@ class Teacher(nn.Module):
         if hidden is None:
             return TeacherOutput(logits)
         answer = TeacherOutput(
-            logits, hidden.states, hidden.features, hidden.prefix_tokens, hidden.grids
+            logits,
+            hidden.states,
+            hidden.features,
+            hidden.prefix_tokens,
+            hidden.grids,
+            hidden.qkv,
         )
         hidden.clear()
         return answer
@@ -190,6 +213,15 @@ class Teacher(nn.Module):
     def extra_repr(self) -> str:
         size = self.convert.image_size or "as the student"
         return f"name={self.name}, weight={self.weight}, image_size={size}"
+
+
+class _Classifier(nn.Module):
+    def __init__(self, teacher: Teacher) -> None:
+        super().__init__()
+        self.teacher = teacher
+
+    def forward(self, images_BCHW: Tensor) -> Tensor:
+        return self.teacher(images_BCHW).logits_BC
 
 
 class TeacherSet(nn.Module):

@@ -153,13 +153,19 @@ class Plan(Mapping[str, list[int]]):
         """
         data = read_json(Path(path))
         try:
-            return cls._from_json(data)
+            return cls.from_json(data)
         except (InvalidInput, KeyError, TypeError, AttributeError) as error:
             # the file may have put a megabyte of itself into the message
             raise DamagedFile(f"Plan.load: {path} must be a plan, got {error!s:.500}") from None
 
     @classmethod
-    def _from_json(cls, data: Any) -> Plan:
+    def from_json(cls, data: Any) -> Plan:
+        """The plan of :meth:`to_json`.
+
+        Raises:
+            InvalidInput: values that are not possible; of other types it is a ``TypeError`` or
+                ``KeyError``.
+        """
         if data["format"] != FORMAT or data["version"] != VERSION:
             raise InvalidInput(f"format {data['format']!r} version {data['version']!r}")
         sizes = {str(name): size for name, size in data["sizes"].items()}

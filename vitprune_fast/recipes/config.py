@@ -155,6 +155,89 @@ class PlanConfig:
 
 
 @dataclass(frozen=True)
+class TeacherConfig:
+    """Who teaches, and how its answers are computed."""
+
+    names: Annotated[tuple[str, ...], arg(name="teacher", metavar="DIR|NAME ...")] = ()
+    """The dense model or any other, or several: saved folders, models of timm, or `self`, the model
+    as it is now. One of timm that has other classes than the data, such as a CNN, is trained on the
+    data first."""
+    weights: Annotated[tuple[float, ...], arg(name="teacher-weights")] = ()
+    """Weights of several teachers; unset: 1 each."""
+    pretrained: Annotated[bool, arg(name="teacher-pretrained")] = True
+    """A teacher of timm starts from its own weights, downloaded."""
+    epochs: Annotated[int, arg(metavar="N", name="teacher-epochs")] = 30
+    """For a teacher that is trained first."""
+    lr: Annotated[float, arg(name="teacher-lr")] = 1e-3
+    """Likewise."""
+    size: Annotated[int | None, arg(metavar="PIXELS", name="teacher-size")] = None
+    """Images are resized to this height and width for teachers; unset: to the one a teacher takes,
+    and not for one that takes any."""
+    dtype: Annotated[Literal["none", "bf16", "fp16"], arg(name="teacher-dtype")] = "none"
+    """Precision in which teachers answer; unset: that of their weights."""
+    channels_last: Annotated[bool, arg(name="teacher-channels-last")] = False
+    """Memory format of teachers' images, faster for a CNN on tensor cores."""
+    compile: Annotated[bool, arg(name="teacher-compile")] = False
+    """Run teachers through torch.compile."""
+
+    def __post_init__(self) -> None:
+        if self.weights and len(self.weights) != len(self.names):
+            raise InvalidInput(
+                f"distill: teacher-weights must be one number per teacher ({len(self.names)}), "
+                f"got {list(self.weights)}"
+            )
+        for name in ("epochs", "size"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise InvalidInput(f"distill: teacher-{name} must be at least 1, got {value}")
+
+
+@dataclass(frozen=True)
+class GateConfig:
+    """Learn with gates which units go, cut the model accordingly, and then teach what is left."""
+
+    kind: Annotated[Literal["none", "l1", "ste", "hard_concrete"], arg(name="gates")] = "none"
+    """`l1`: a factor per unit, held down by its size; `ste`: 0 or 1 with straight-through
+    gradients; `hard_concrete`: at random in [0, 1]."""
+    units: Annotated[tuple[str, ...], arg(name="gate-units")] = ("head", "neuron")
+    """Unit kinds that get gates."""
+    macs: Annotated[float, arg(metavar="SHARE", name="gate-macs")] = 0.5
+    """Multiply-accumulates left after the cut, as a share of the model's."""
+    epochs: Annotated[int, arg(metavar="N", name="gate-epochs")] = 10
+    """Epochs in which gates and weights learn together, before the cut."""
+    penalty: Annotated[float, arg(name="gate-penalty")] = 1e-4
+    """Weight of the size of the gates in the loss."""
+
+    def __post_init__(self) -> None:
+        rules = {
+            "macs": (0 < self.macs <= 1, "be in (0, 1]"),
+            "epochs": (self.epochs >= 1, "be at least 1"),
+            "penalty": (self.penalty >= 0, "be at least 0"),
+        }
+        for name, (holds, rule) in rules.items():
+            if not holds:
+                raise InvalidInput(f"distill: gate-{name} must {rule}, got {getattr(self, name)}")
+
+
+@dataclass(frozen=True)
+class MaskConfig:
+    """Prune while training: 0/1 masks that grow, steps that run on what is live, then the cut."""
+
+    macs: Annotated[float | None, arg(metavar="SHARE", name="mask-macs")] = None
+    """Multiply-accumulates left in the end, as a share of the model's; unset: no masks."""
+    shape: Annotated[Literal["one_shot", "linear", "cubic"], arg(name="mask-shape")] = "cubic"
+    """How the share falls."""
+    start: Annotated[float, arg(metavar="SHARE", name="mask-start")] = 0.0
+    """Share of the run before the first units go."""
+    end: Annotated[float, arg(metavar="SHARE", name="mask-end")] = 0.5
+    """Share of the run after which the masks stay."""
+    every: Annotated[int, arg(metavar="STEPS", name="mask-every")] = 50
+    """Steps between two changes."""
+    samples: Annotated[int, arg(metavar="N", name="mask-samples")] = 256
+    """Training images to score on at each change."""
+
+
+@dataclass(frozen=True)
 class RunConfig:
     """Prune a Vision Transformer and distil what is left: the whole chain in one folder.
 

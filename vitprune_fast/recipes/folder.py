@@ -241,7 +241,7 @@ class Metrics:
     the lines it is going to write again, so a resumed file equals that of an undisturbed run.
     """
 
-    MEASURED = ("seconds", "images_per_s", "eta")
+    MEASURED = ("seconds", "images_per_s", "gflops_per_s", "mfu", "eta")
 
     def __init__(self, path: Path) -> None:
         self.path = path

@@ -38,12 +38,14 @@ class Setting:
 
 def train(
     student: nn.Module,
-    teacher: nn.Module | None,
+    teacher: nn.Module | Sequence[nn.Module] | None,
     data: ImageData,
     config: DistillConfig,
     setting: Setting,
     *,
     purpose: str,
+    gates: Any = None,
+    masks: Any = None,
     checkpoint_dir: Any = None,
     on_event: OnEvent | None = None,
     stop: Callable[[], bool] | None = None,
@@ -52,11 +54,13 @@ def train(
 
     Args:
         student: trained in place, on the setting's device.
-        teacher: gives soft labels; None trains on the labels alone.
+        teacher: one, or several; None trains on the labels alone.
         data: `train` is learnt from; `validation` is only measured, or chooses the checkpoint.
         config: schedule and losses.
         setting: seed, device, loader processes, batch size, augmentation.
         purpose: keeps the randomness of two trainings with one seed apart.
+        gates: attached to the student; they learn too.
+        masks: when units go and come back while training.
         checkpoint_dir: where to checkpoint, and to resume from; None keeps nothing.
         on_event: told about steps and epochs.
         stop: asked after every step; True ends the training with a checkpoint.
@@ -74,12 +78,15 @@ def train(
         workers=setting.workers,
     )
     validation = Loader(data.split("validation"), setting.batch_size, workers=setting.workers)
+    several = [teacher] if isinstance(teacher, nn.Module) else teacher
     return distill(
         student.to(setting.device),
-        None if teacher is None else teacher.to(setting.device).eval(),
+        several and [each.to(setting.device).eval() for each in several],
         train_loader,
         validation,
         replace(config, seed=seed),
+        gates=gates,
+        masks=masks,
         checkpoint_dir=checkpoint_dir,
         on_event=on_event,
         stop=stop,

@@ -1,0 +1,155 @@
+"""The loss of distillation: its parts, their weights, several teachers, and who fits whom."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import timm
+import torch
+from torch import Tensor
+
+from vitprune_fast.distill import DistillConfig
+from vitprune_fast.distill.objective import Objective, images_like
+from vitprune_fast.distill.teachers import Teacher, TeacherSet
+from vitprune_fast.errors import InvalidInput
+from vitprune_fast.testing import random_images, random_vit
+
+LABELS = torch.tensor([0, 3, 1])
+
+
+def evaluated(
+    config: DistillConfig, student: Any, *teachers: Teacher, done: float = 0.0
+) -> tuple[Tensor, dict[str, Tensor], Objective]:
+    images = random_images(student, 3)
+    objective = Objective(config, student, TeacherSet(list(teachers)), images_like(student))
+    with objective.watching(student) as watch:
+        said = watch.output(student(images))
+    generator = torch.Generator().manual_seed(1)
+    loss, parts = objective(said, LABELS, objective.ask(images), done, generator)
+    return loss, parts, objective
+
+
+@pytest.mark.parametrize(
+    "loss", ["soft", "soft_deit", "soft_sum", "hidden", "features", "manifold", "manifold_full"]
+)
+@pytest.mark.parametrize("config", ["plain", "layerscale-registers-no_embed_class"])
+def test_an_equal_teacher_teaches_nothing(loss: str, config: str) -> None:
+    student = random_vit(config).train()
+    teacher = Teacher(copy.deepcopy(student))
+    value, parts, _ = evaluated(DistillConfig(loss=(loss,), alpha=1.0), student, teacher)
+    assert abs(float(parts[loss].detach())) <= 1e-12
+    (value - parts["ce"] if loss not in parts or "kd" not in parts else value).backward()
+    for name, parameter in student.named_parameters():
+        if parameter.grad is not None:
+            assert float(parameter.grad.abs().max()) <= 1e-10, name
+
+
+def test_an_equal_teacher_leaves_relations_where_they_are() -> None:
+    student = random_vit()
+    _, parts, _ = evaluated(
+        DistillConfig(loss=("relation",)), student, Teacher(copy.deepcopy(student))
+    )
+    parts["relation"].backward()
+    gradients = [p.grad for p in student.parameters() if p.grad is not None]
+    assert gradients and max(float(g.abs().max()) for g in gradients) <= 1e-10
+
+
+def test_the_sum_has_the_weights_of_the_config() -> None:
+    student, teacher = random_vit(), Teacher(random_vit(seed=1), weight=2.0)
+    config = DistillConfig(
+        loss=("soft", "manifold", "hidden"),
+        loss_weights=(1.0, 4.0, 0.5),
+        loss_weights_end=(3.0, 0.0, 0.5),
+        alpha=0.3,
+    )
+    for done, weights in ((0.0, (1.0, 4.0, 0.5)), (0.5, (2.0, 2.0, 0.5)), (1.0, (3.0, 0.0, 0.5))):
+        loss, parts, _ = evaluated(config, student, teacher, done=done)
+        soft, manifold, hidden = (2 * w * parts[n] for w, n in zip(weights, config.loss, strict=True))
+        assert float(parts["kd"]) == pytest.approx(float(soft), rel=1e-12)
+        want = 0.7 * parts["ce"] + 0.3 * soft + manifold + hidden
+        assert float(loss) == pytest.approx(float(want), rel=1e-12)
+
+
+def test_without_a_logit_loss_labels_count_whole() -> None:
+    student, teacher = random_vit(), Teacher(random_vit(seed=1))
+    loss, parts, _ = evaluated(DistillConfig(loss=("hidden",), alpha=0.9), student, teacher)
+    assert float(loss) == pytest.approx(float(parts["ce"] + parts["hidden"]), rel=1e-12)
+
+
+def test_several_teachers_have_losses_of_their_own() -> None:
+    student = random_vit(dtype=torch.float32)
+    cnn = timm.create_model("resnet18", num_classes=5).eval()
+    teachers = Teacher(copy.deepcopy(student), name="self"), Teacher(cnn, name="cnn")
+    config = DistillConfig(loss=("self:soft_deit", "cnn:hard", "soft"))
+    _, parts, _ = evaluated(config, student, *teachers)
+    assert set(parts) == {"ce", "kd", "self:soft_deit", "cnn:hard", "self:soft", "cnn:soft"}
+    assert float(parts["self:soft"]) == pytest.approx(0, abs=1e-6)
+    with pytest.raises(InvalidInput, match=r"loss must name one of the teachers \(self, cnn\)"):
+        evaluated(DistillConfig(loss=("other:soft",)), student, *teachers)
+
+
+def test_other_widths_get_projectors_beside_the_student() -> None:
+    student = random_vit(dtype=torch.float32)
+    keys = set(student.state_dict())
+    teacher = Teacher(random_vit(embed_dim=36, dtype=torch.float32))
+    config = DistillConfig(loss=("hidden", "features", "manifold", "manifold_full"))
+    _, parts, objective = evaluated(config, student, teacher)
+    assert set(objective.projectors) == {"hidden", "features"}
+    sum(parts.values()).backward()
+    assert all(p.grad is not None for p in objective.projectors.parameters())
+    assert set(student.state_dict()) == keys
+
+
+def test_a_trunk_without_class_token_and_a_cnn_teach_the_manifold() -> None:
+    student = random_vit(dtype=torch.float32, img_size=32, patch_size=8, depth=4)
+    cait = timm.create_model(
+        "cait_xxs24_224", img_size=32, patch_size=8, num_classes=5, depth=6, pretrained=False
+    )
+    _, parts, objective = evaluated(DistillConfig(loss=("manifold",)), student, Teacher(cait))
+    assert objective.terms[0].pairs == [(0, 0), (1, 1), (2, 4), (3, 5)]
+    parts["manifold"].backward()
+    assert float(student.blocks[0].mlp.fc1.weight.grad.abs().max()) > 0
+    # 4 x 4 patches and a feature map of 4 x 4
+    cnn = Teacher(timm.create_model("resnet18", num_classes=5).eval(), image_size=32)
+    config = DistillConfig(loss=("manifold_full",), layers=((-1, 1),))
+    _, parts, _ = evaluated(config, student, cnn)
+    assert float(parts["manifold_full"]) > 0
+
+
+def test_who_does_not_fit_is_refused_at_once() -> None:
+    student = random_vit()
+    for teacher, config, sentence in (
+        (student, DistillConfig(), "must be another model than the student"),
+        (random_vit(num_classes=7), DistillConfig(), "must have 5 classes like the student, got 7"),
+        (random_vit(), DistillConfig(loss=("hidden",), layers=((0, 3),)), "layers must be blocks"),
+        (random_vit("swiglu"), DistillConfig(loss=("hidden",), layers=((5, 0),)), "layers must be"),
+        (
+            random_vit(img_size=24, patch_size=8),
+            DistillConfig(loss=("manifold",)),
+            "must have the grid of student_BND",
+        ),
+    ):
+        with pytest.raises(InvalidInput, match=sentence):
+            evaluated(config, student, Teacher(teacher))
+
+
+def test_features_of_other_classes_may_still_teach() -> None:
+    student, teacher = random_vit(), Teacher(random_vit(num_classes=7, seed=1))
+    _, parts, _ = evaluated(DistillConfig(loss=("manifold",)), student, teacher)
+    assert float(parts["manifold"]) > 0
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        ({"loss": ("warm",)}, r"loss must hold names among soft, .*, got 'warm'"),
+        ({"loss": ("soft", "soft")}, r"loss must name each loss once"),
+        ({"loss_weights": (1.0, 2.0)}, r"loss_weights must be one finite number .* got \[1.0, 2.0\]"),
+        ({"loss_weights_end": (-1.0,)}, r"loss_weights_end must be one finite number"),
+    ],
+)
+def test_config_rejects(options: dict, sentence: str) -> None:
+    with pytest.raises(InvalidInput, match=sentence):
+        DistillConfig(**options)

@@ -1,0 +1,125 @@
+"""The optimizer of a training, its learning rate, and what is set in the model for its time."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from timm.layers import DropPath
+from timm.optim import param_groups_layer_decay
+from torch import nn
+
+from vitprune_fast.distill.config import DistillConfig
+from vitprune_fast.errors import InvalidInput
+
+
+def make_optimizer(
+    student: nn.Module,
+    named: Mapping[str, nn.Parameter],
+    others: Sequence[dict[str, Any]],
+    config: DistillConfig,
+) -> torch.optim.Optimizer:
+    """Over the parameters of the student, by depth where ``layer_decay`` says so, and of others.
+
+    Matrices decay; biases, norms and scales do not. A group's learning rate is the schedule's times
+    its ``lr_scale``.
+
+    Args:
+        student: says which parameter lies how deep.
+        named: its parameters that learn.
+        others: groups of what learns beside it, with ``lr_scale`` and ``weight_decay``.
+        config: which optimizer.
+
+    Raises:
+        InvalidInput: ``layer_decay`` with a model that does not say how deep its parameters lie.
+    """
+    if config.layer_decay < 1:
+        groups = _by_depth(student, config)
+    else:
+        groups = [
+            {"params": [p for p in named.values() if p.ndim >= 2], "lr_scale": 1.0},
+            {"params": [p for p in named.values() if p.ndim < 2], "lr_scale": 1.0},
+        ]
+        groups[0]["weight_decay"], groups[1]["weight_decay"] = config.weight_decay, 0.0
+    groups = [group for group in (*groups, *others) if group["params"]]
+    if config.optimizer == "sgd":
+        return torch.optim.SGD(groups, lr=config.lr, momentum=config.momentum)
+    return torch.optim.AdamW(groups, lr=config.lr)
+
+
+def _by_depth(student: nn.Module, config: DistillConfig) -> list[dict[str, Any]]:
+    if not hasattr(student, "group_matcher"):
+        raise InvalidInput(
+            "distill: layer_decay must be 1 for a student without timm's group_matcher, got "
+            f"{config.layer_decay} for {type(student).__name__}"
+        )
+    return param_groups_layer_decay(
+        student, weight_decay=config.weight_decay, layer_decay=config.layer_decay
+    )
+
+
+def learning_rate(step: int, steps_per_epoch: int, config: DistillConfig) -> float:
+    """Learning rate of a step: linear warm-up to ``lr``, half a cosine, then ``min_lr``."""
+    warmup = min(config.warmup_epochs, config.epochs / 2) * steps_per_epoch
+    total = (config.epochs - config.cooldown_epochs) * steps_per_epoch
+    if step < warmup:
+        share = (step + 1) / (math.floor(warmup) + 1)
+        return config.warmup_lr + (config.lr - config.warmup_lr) * share
+    share = min((step - warmup) / max(total - 1 - warmup, 1), 1.0)
+    return config.min_lr + (config.lr - config.min_lr) * (1 + math.cos(math.pi * share)) / 2
+
+
+@contextmanager
+def as_trained(model: nn.Module, config: DistillConfig, *, two_heads: bool) -> Iterator[None]:
+    """Set drop path, checkpointing and the heads of a distillation token; put them back after.
+
+    Args:
+        model: a model of timm, or any other where the config asks for nothing.
+        config: ``drop_path`` and ``grad_checkpointing``.
+        two_heads: let a model with a distillation token return both heads' logits in training.
+
+    Raises:
+        InvalidInput: the model has no place for what is asked.
+    """
+    blocks: Any = getattr(model, "blocks", ())
+    kept = [
+        (block, name, module)
+        for block in blocks
+        for name, module in block.named_children()
+        if name.startswith("drop_path")
+    ]
+    if config.drop_path is not None:
+        if not kept:
+            raise InvalidInput(
+                "distill: drop_path must be unset for a student without blocks that have it, got "
+                f"{config.drop_path} for {type(model).__name__}"
+            )
+        depth = {id(block): i / max(len(blocks) - 1, 1) for i, block in enumerate(blocks)}
+        for block, name, _ in kept:
+            setattr(block, name, DropPath(config.drop_path * depth[id(block)]))
+    switch: Any = getattr(model, "set_grad_checkpointing", None)
+    if config.grad_checkpointing and switch is None:
+        raise InvalidInput(
+            "distill: grad_checkpointing must be off for a student without "
+            f"set_grad_checkpointing, got {type(model).__name__}"
+        )
+    checkpointed = getattr(model, "grad_checkpointing", False)
+    heads: Any = getattr(model, "set_distilled_training", None) if two_heads else None
+    distilled = getattr(model, "distilled_training", False)
+    try:
+        if config.grad_checkpointing:
+            switch(True)
+        if heads is not None:
+            heads(True)
+        yield
+    finally:
+        if config.drop_path is not None:
+            for block, name, module in kept:
+                setattr(block, name, module)
+        if config.grad_checkpointing:
+            switch(checkpointed)
+        if heads is not None:
+            heads(distilled)

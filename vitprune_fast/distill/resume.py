@@ -1,0 +1,128 @@
+"""What of a training goes into its checkpoints, and how it comes back."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor, nn
+
+from vitprune_fast.distill.checkpoints import Checkpoint, read_newest, tidy, write_checkpoint
+from vitprune_fast.errors import RunFolderError
+from vitprune_fast.planning import Plan
+
+if TYPE_CHECKING:
+    from vitprune_fast.distill.loop import Progress, _Run
+
+
+def write(run: _Run, epoch: int) -> None:
+    """Write a checkpoint, where the run has a folder; one process does."""
+    if run.folder is None or not run.ranks.is_first:
+        return
+    tensors = {f"model.{name}": t for name, t in run.student.state_dict().items()}
+    tensors |= {f"best.{name}": tensor for name, tensor in run.best.items()}
+    tensors |= {f"extras.{name}": t for name, t in run.task.extras.state_dict().items()}
+    if run.average is not None:
+        tensors |= {f"average.{n}": t for n, t in run.average.module.state_dict().items()}
+    for name, parameter in _learning(run).items():
+        for key, value in run.optimizer.state[parameter].items():
+            if isinstance(value, Tensor):
+                tensors[f"optimizer.{key}.{name}"] = value
+    state: dict[str, Any] = {
+        "config": asdict(run.config),
+        "steps_per_epoch": run.steps_per_epoch,
+        "world": run.ranks.world,
+        "progress": asdict(run.progress),
+    }
+    if run.scaler.is_enabled():
+        state["scaler"] = run.scaler.state_dict()
+    if run.masked is not None:
+        state["masks"] = {"plan": run.masked.plan.to_json(), "share": run.masked.share}
+    # tied parameters and views share memory, which the file format takes once only
+    write_checkpoint(run.folder, Checkpoint(run.progress.step, state, _unshared(tensors)))
+    run.tell_place("checkpoint", epoch)
+
+
+def read(run: _Run) -> Progress:
+    """Load the newest whole checkpoint into the run, if there is one.
+
+    Raises:
+        RunFolderError: it is of another config, of other data or of another model.
+    """
+    if run.folder is None:
+        return run.progress
+    stored = read_newest(run.folder, run.tell_damage)
+    if stored is None:
+        return run.progress
+    _check_same(run, stored.state)
+    parts: dict[str, dict[str, Tensor]] = {
+        part: {} for part in ("model", "best", "extras", "average", "optimizer")
+    }
+    for name, tensor in stored.tensors.items():
+        part, _, rest = name.partition(".")
+        parts[part][rest] = tensor
+    try:
+        run.student.load_state_dict(parts["model"])
+        run.task.extras.load_state_dict(parts["extras"])
+        if run.average is not None:
+            run.average.module.load_state_dict(parts["average"])
+    except RuntimeError as error:
+        raise RunFolderError(
+            f"distill: student must have the shapes of the checkpoint in {run.folder}, "
+            f"got others: {str(error).splitlines()[-1].strip()}"
+        ) from None
+    run.best = parts["best"]
+    _load_optimizer(run, parts["optimizer"])
+    if run.scaler.is_enabled():
+        run.scaler.load_state_dict(stored.state["scaler"])
+    if run.masked is not None:
+        masks = stored.state["masks"]
+        run.masked.set(Plan.from_json(masks["plan"]), masks["share"])
+    progress = type(run.progress)(**stored.state["progress"])
+    # a kill may have come between the newest checkpoint and the end of the oldest
+    if run.ranks.is_first:
+        tidy(run.folder, progress.step)
+    run.progress = progress
+    run.tell_place("resume", progress.step // run.steps_per_epoch)
+    return progress
+
+
+def _check_same(run: _Run, state: dict[str, Any]) -> None:
+    changed = run.config.differences(state["config"])
+    steps = state["steps_per_epoch"]
+    if state.get("world", 1) != run.ranks.world:
+        changed = f"processes: {state.get('world', 1)} -> {run.ranks.world}"
+    elif steps != run.steps_per_epoch:
+        changed = f"steps per epoch: {steps} -> {run.steps_per_epoch}"
+    elif ("masks" in state) != (run.masked is not None):
+        changed = f"masks: {'masks' in state} -> {run.masked is not None}"
+    if changed:
+        raise RunFolderError(
+            f"distill: config and data must be those of the checkpoint in {run.folder}, "
+            f"got others ({changed}); take another checkpoint_dir"
+        )
+
+
+def _load_optimizer(run: _Run, stored: dict[str, Tensor]) -> None:
+    for name, parameter in _learning(run).items():
+        state = run.optimizer.state[parameter]
+        for key in ("step", "exp_avg", "exp_avg_sq", "momentum_buffer"):
+            value = stored.get(f"{key}.{name}")
+            if value is not None:
+                # the step count stays on the CPU, where AdamW keeps it
+                state[key] = value if key == "step" else value.to(parameter.device)
+
+
+def _learning(run: _Run) -> dict[str, nn.Parameter]:
+    """All that the optimizer moves, by the names it has in a checkpoint."""
+    return {**run.named, **{f"extras.{name}": p for name, p in run.task.named_extras()}}
+
+
+def _unshared(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    seen: set[int] = set()
+    result = {}
+    for name, tensor in tensors.items():
+        key = tensor.untyped_storage().data_ptr()
+        result[name] = tensor.clone() if key in seen and key else tensor
+        seen.add(key)
+    return result

@@ -1,0 +1,176 @@
+"""One micro-batch of a training, as a task of timm: forward, loss and its parts."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, ExitStack, nullcontext
+from typing import Any
+
+import torch
+from timm.task.task import TrainingTask
+from torch import Tensor, nn
+
+from vitprune_fast.batches import as_input, check_labels, check_logits
+from vitprune_fast.distill.config import DistillConfig
+from vitprune_fast.distill.objective import Objective
+from vitprune_fast.modes import evaluating
+from vitprune_fast.scoring.ranks import Ranks
+
+_AMP = {"none": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+class DistillTask(TrainingTask):
+    """A student, what it learns, and what learns beside it.
+
+    ``trainable_module`` is the student that is optimised, averaged and saved. What runs is the same
+    module, its compiled or distributed wrapper, or the dense copy of its live part: :meth:`run_on`.
+
+    Args:
+        student: trained in place.
+        objective: the loss; its projectors learn too.
+        config: precision and compilation.
+        gates: attached to the student; their penalty joins the loss.
+        gate_budget: likewise.
+    """
+
+    def __init__(
+        self,
+        student: nn.Module,
+        objective: Objective,
+        config: DistillConfig,
+        gates: nn.Module | None = None,
+        gate_budget: nn.Module | None = None,
+    ) -> None:
+        weight = next(student.parameters())
+        super().__init__(device=weight.device, dtype=weight.dtype, verbose=False)
+        self.trainable_module = student
+        self.objective = objective
+        # what learns and is no part of the student
+        self.extras = nn.ModuleDict()
+        for name, module in (("gates", gates), ("gate_budget", gate_budget)):
+            if module is not None:
+                self.extras[name] = module
+        if len(objective.projectors):
+            self.extras["projectors"] = objective.projectors
+        self._config = config
+        self._ranks = Ranks.current()
+        self._watching = ExitStack()
+        # in a tuple: the copy of the live part is no part of the task
+        self._runner: tuple[Any, ...] = ()
+        self._sums_itself = False
+        self.done = 0.0
+        self.generator = torch.Generator()
+
+    def named_extras(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """The parameters that learn beside the student, each once."""
+        return self.extras.named_parameters()
+
+    def run_on(self, module: nn.Module, *, whole: bool) -> None:
+        """Compute with ``module`` from now on.
+
+        Args:
+            module: the student, or the copy of its live part.
+            whole: it is the student itself, whose gradients DistributedDataParallel sums up.
+        """
+        self.stop_running()
+        self._watching.__enter__()
+        runner: Any = module
+        if self._config.compile:
+            runner = torch.compile(runner)
+        self._sums_itself = whole and self._ranks.world > 1
+        if self._sums_itself:
+            from torch.nn.parallel import DistributedDataParallel
+
+            devices = [self.device] if self.device.type == "cuda" else None
+            runner = DistributedDataParallel(runner, device_ids=devices)
+        self._watch = self._watching.enter_context(self.objective.watching(runner))
+        self._runner = (runner,)
+
+    def stop_running(self) -> None:
+        """Take the recorders off what ran."""
+        self._watching.close()
+        self._runner = ()
+
+    def no_sync(self) -> AbstractContextManager:
+        """Keep gradients on this process, for all but the last micro-batch of a step."""
+        return self._runner[0].no_sync() if self._sums_itself else nullcontext()
+
+    def autocast(self) -> AbstractContextManager:
+        """Where the student computes in the precision of the config."""
+        dtype = _AMP[self._config.amp]
+        return torch.autocast(self.device.type, dtype) if dtype else nullcontext()
+
+    def forward(self, input: Tensor, target: Tensor) -> dict[str, Tensor]:
+        """Forward and loss.
+
+        Args:
+            input: images ``(B, C, H, W)`` as the student takes them.
+            target: labels ``(B,)`` int64 or shares ``(B, C)``.
+
+        Returns:
+            ``loss``, to be differentiated; ``output``, the logits; and the parts of the loss.
+        """
+        answers = self.objective.ask(input)
+        runner = self._runner[0]
+        with self.autocast():
+            said = self._watch.output(runner(as_input(runner, input)))
+        _check(said.class_BC, target)
+        loss, parts = self.objective(
+            said, target.to(said.class_BC.device), answers, self.done, self.generator
+        )
+        for name in ("gates", "gate_budget"):
+            if name in self.extras:
+                module: Any = self.extras[name]
+                penalty = module.penalty() if name == "gates" else module()
+                loss = loss + penalty.to(loss)
+        return {"loss": loss, "output": said.class_BC, **parts}
+
+    def average_gradients(self, others: Mapping[str, Tensor]) -> None:
+        """Average over processes the gradients that nobody else does.
+
+        Args:
+            others: tensors with gradients beside those of the student that
+                DistributedDataParallel looks after.
+        """
+        if self._ranks.world == 1:
+            return
+        gradients = [t.grad for t in others.values() if t.grad is not None]
+        for dtype in sorted({g.dtype for g in gradients}, key=str):
+            same = [g for g in gradients if g.dtype == dtype]
+            flat = torch.cat([g.flatten() for g in same])
+            torch.distributed.all_reduce(flat)
+            flat /= self._ranks.world
+            for gradient, part in zip(same, flat.split([g.numel() for g in same]), strict=True):
+                gradient.copy_(part.view_as(gradient))
+
+    @torch.no_grad()
+    def average_values(self, values: list[float]) -> list[float]:
+        """Means over processes, so that all decide alike."""
+        if self._ranks.world == 1:
+            return values
+        together = torch.tensor(values, dtype=torch.float64, device=self.device)
+        torch.distributed.all_reduce(together)
+        return (together / self._ranks.world).tolist()
+
+    def forward_macs(self, images: Tensor) -> tuple[int, int]:
+        """Multiply-accumulates of one image in a forward of what runs, and of all teachers.
+
+        Args:
+            images: of which the first is looked at.
+        """
+        from vitprune_fast.planning.cost import count_macs
+
+        runner, one = self._runner[0], images[:1]
+        module = getattr(runner, "module", runner)
+        module = getattr(module, "_orig_mod", module)
+        with evaluating(module):
+            student = count_macs(lambda: module(as_input(module, one)))
+            return student, count_macs(lambda: self.objective.ask(one))
+
+
+def _check(logits: Tensor, target: Tensor) -> None:
+    if target.ndim == 1:
+        check_logits("distill", logits, target)
+    else:
+        check_logits("distill", logits, target.new_zeros(len(target), dtype=torch.int64))
+        check_labels("distill", target.argmax(1), logits.shape[1])
