@@ -296,6 +296,32 @@ def test_a_distilled_teacher_gives_the_mean_of_its_heads() -> None:
     assert torch.equal(got, (model.head(tokens[:, 0]) + model.head_dist(tokens[:, 1])) / 2)
 
 
+@pytest.mark.gpu
+def test_no_forward_waits_for_the_device() -> None:
+    images = torch.randn(4, 3, 32, 32)
+    for options in ({}, {"dtype": torch.bfloat16, "channels_last": True}):
+        teacher = Teacher(
+            _cnn().cuda(),
+            student_mean=_HALF,
+            student_std=_HALF,
+            mean=_MEAN,
+            std=_STD,
+            image_size=48,
+            blocks=(0, 3),
+            features=True,
+            **options,
+        )
+        here = images.cuda()
+        teacher(here)
+        torch.cuda.synchronize()
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            output = teacher(here)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        assert output.logits_BC.isfinite().all() and output.grids == [(12, 12), (2, 2)]
+
+
 # several
 
 
