@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.torch import save_file
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
@@ -296,6 +297,32 @@ def test_a_distilled_teacher_gives_the_mean_of_its_heads() -> None:
     assert torch.equal(got, (model.head(tokens[:, 0]) + model.head_dist(tokens[:, 1])) / 2)
 
 
+@pytest.mark.gpu
+def test_no_forward_waits_for_the_device() -> None:
+    images = torch.randn(4, 3, 32, 32)
+    for options in ({}, {"dtype": torch.bfloat16, "channels_last": True}):
+        teacher = Teacher(
+            _cnn().cuda(),
+            student_mean=_HALF,
+            student_std=_HALF,
+            mean=_MEAN,
+            std=_STD,
+            image_size=48,
+            blocks=(0, 3),
+            features=True,
+            **options,
+        )
+        here = images.cuda()
+        teacher(here)
+        torch.cuda.synchronize()
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            output = teacher(here)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        assert output.logits_BC.isfinite().all() and output.grids == [(12, 12), (2, 2)]
+
+
 # several
 
 
@@ -401,7 +428,8 @@ def test_resolve_takes_modules_folders_names_and_the_student_itself(tmp_path: Pa
     with pytest.raises(InvalidInput, match="options must be given to the Teacher itself"):
         resolve_teacher(teacher, student, dtype=torch.bfloat16)
 
-    own = resolve_teacher("self", student, **data)
+    student.pretrained_cfg = {"mean": _MEAN, "std": _STD}
+    own = resolve_teacher("self", student, mean=None, std=None, **data)
     assert own.name == "self" and torch.equal(own(images).logits_BC, student.eval()(images))
     with torch.no_grad():
         student.head.bias += 1
@@ -424,6 +452,21 @@ def test_resolve_takes_modules_folders_names_and_the_student_itself(tmp_path: Pa
     assert named.convert(grey) is grey
     with pytest.raises(InvalidInput, match="neither a model of timm nor a folder; did you mean"):
         resolve_teacher("resnet19", student)
+
+
+def test_a_checkpoint_of_the_student_s_data_sees_what_the_student_sees(tmp_path: Path) -> None:
+    trained = timm.create_model("test_resnet", num_classes=5).eval()
+    path = tmp_path / "teacher.safetensors"
+    save_file(trained.state_dict(), path)
+    images = torch.randn(2, 3, 48, 48)
+    data: dict[str, Any] = {"student_mean": (0.1, 0.2, 0.3), "student_std": _HALF}
+    teacher = resolve_teacher("test_resnet", _vit(), checkpoint=path, mean=None, **data)
+    assert torch.equal(teacher(images).logits_BC, trained(images))
+    with pytest.raises(InvalidInput, match=r"checkpoint .* does not fit the model"):
+        resolve_teacher("test_resnet", _vit(num_classes=6), checkpoint=path)
+    for other in (_vit(1), "self", tmp_path):
+        with pytest.raises(InvalidInput, match="checkpoint must go with a model of timm"):
+            resolve_teacher(other, _vit(), checkpoint=path)
 
 
 def test_a_pretrained_name_sees_the_size_and_normalisation_of_its_weights(

@@ -274,6 +274,7 @@ def resolve_teacher(
     student: nn.Module,
     *,
     pretrained: bool = True,
+    checkpoint: str | Path | None = None,
     logits: bool = True,
     **options: Any,
 ) -> Teacher:
@@ -282,17 +283,29 @@ def resolve_teacher(
     Args:
         source: a ``Teacher``, taken as it is; a module; a folder written by ``vp.save``;
             ``"self"``, a copy of the student as it is now; or a model of timm.
-        student: the model to be trained; an untrained model of timm gets its classes and channels.
-        pretrained: whether a model of timm comes with its weights; then it sees images in the
-            size, mean and std they were trained on. Without weights those of its name say nothing
-            and the student's are taken, unless ``options`` say otherwise.
+        student: the model to be trained; a model of timm that is not ``pretrained`` gets its
+            classes and channels.
+        pretrained: whether a model of timm comes with the weights of its name; then it sees images
+            in the size, mean and std they were trained on. Otherwise those of its name say nothing
+            and the student's are taken, unless ``options`` say something else.
+        checkpoint: weights for a model of timm, trained on the student's data: safetensors, or a
+            torch file without code; then ``pretrained`` means nothing.
         logits: whether a loss compares logits, so that the classes must agree.
-        **options: of ``Teacher``.
+        **options: of ``Teacher``; None is the default of each.
 
     Raises:
         InvalidInput: no such model, or one that cannot teach this student.
-        DamagedFile: the folder holds no whole model.
+        DamagedFile: the folder or checkpoint holds no whole model.
     """
+    options = {name: value for name, value in options.items() if value is not None}
+    if checkpoint is not None and (
+        isinstance(source, nn.Module) or source == "self" or Path(source).is_dir()
+    ):
+        shown = type(source).__name__ if isinstance(source, nn.Module) else source
+        raise InvalidInput(
+            f"resolve_teacher: checkpoint must go with a model of timm, got it with {shown}, "
+            "which has its weights"
+        )
     if isinstance(source, Teacher):
         if options:
             raise InvalidInput(
@@ -302,12 +315,19 @@ def resolve_teacher(
     elif isinstance(source, nn.Module):
         teacher = Teacher(source, **options)
     else:
-        teacher = _named(str(source), unwrap_model(student), pretrained, options)
+        inner = unwrap_model(student)
+        teacher = _named(str(source), inner, pretrained, checkpoint, options)
     teacher.check_student(student, logits=logits)
     return teacher
 
 
-def _named(name: str, student: Any, pretrained: bool, options: dict[str, Any]) -> Teacher:
+def _named(
+    name: str,
+    student: Any,
+    pretrained: bool,
+    checkpoint: str | Path | None,
+    options: dict[str, Any],
+) -> Teacher:
     # the recipes build on this package, so their names are asked for when one is needed
     from vitprune_fast.recipes.config import ModelConfig
     from vitprune_fast.recipes.models import open_model
@@ -318,9 +338,10 @@ def _named(name: str, student: Any, pretrained: bool, options: dict[str, Any]) -
         return Teacher(copy.deepcopy(student), **{**same, **options})
     if Path(name).is_dir():
         return Teacher(open_model(ModelConfig(name=name)), **options)
-    if not pretrained:
-        args = {"in_chans": image_channels(student) or 3}
-        model = open_model(ModelConfig(name=name, args=args), student.num_classes)
+    if checkpoint is not None or not pretrained:
+        args = {"in_chans": image_channels(student) or 3, "num_classes": student.num_classes}
+        weights = None if checkpoint is None else Path(checkpoint)
+        model = open_model(ModelConfig(name=name, args=args, checkpoint=weights))
         return Teacher(model, **{**same, **options})
     model = open_model(ModelConfig(name=name, pretrained=True))
     size = (getattr(model, "pretrained_cfg", None) or {}).get("input_size")
