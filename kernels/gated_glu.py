@@ -124,9 +124,7 @@ def _gated_glu_bwd_kernel(
     tl.store(grad_unit_ptr + pid_b * num_columns + offs_f, tl.sum(total, 0), mask=mask_f)
 
 
-def gated_glu_fwd(
-    gate_BNF: Tensor, value_BNF: Tensor, unit_F: Tensor, activation: str
-) -> Tensor:
+def gated_glu_fwd(gate_BNF: Tensor, value_BNF: Tensor, unit_F: Tensor, activation: str) -> Tensor:
     """Launch the forward; see ``vitprune_fast.ops.gated_glu``."""
     batch, num_tokens, columns = gate_BNF.shape
     out_BNF = gate_BNF.new_empty(gate_BNF.shape)

@@ -15,6 +15,7 @@ DOCS = Path(__file__).parent.parent / "docs"
 PAGES = {
     "make-up-for-what-goes.md": 3,
     "score-with-torch-pruning.md": 3,
+    "teach-what-is-left.md": 4,
     "score-a-hugging-face-vit.md": 2,
     "score-a-torchvision-vit.md": 2,
     "score-for-torch-nn-prune.md": 2,

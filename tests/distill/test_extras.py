@@ -101,9 +101,7 @@ def test_layers_below_learn_more_slowly() -> None:
     named = dict(model.named_parameters())
     config = DistillConfig(**PLAIN, layer_decay=0.5)
     optimizer = make_optimizer(model, named, [], config)
-    scales = {
-        id(p): group["lr_scale"] for group in optimizer.param_groups for p in group["params"]
-    }
+    scales = {id(p): group["lr_scale"] for group in optimizer.param_groups for p in group["params"]}
     decays = {
         id(p): group["weight_decay"] for group in optimizer.param_groups for p in group["params"]
     }

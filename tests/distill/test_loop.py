@@ -277,7 +277,9 @@ def _kept(runs: list[_Events]) -> list[dict[str, Any]]:
         kept = [each for each in kept if each["step"] <= start]
         for event in events:
             if event["event"] in ("step", "epoch"):
-                kept.append({k: v for k, v in event.items() if k not in ("images_per_s", "gflops_per_s")})
+                kept.append(
+                    {k: v for k, v in event.items() if k not in ("images_per_s", "gflops_per_s")}
+                )
     return kept
 
 

@@ -66,7 +66,9 @@ def test_the_sum_has_the_weights_of_the_config() -> None:
     )
     for done, weights in ((0.0, (1.0, 4.0, 0.5)), (0.5, (2.0, 2.0, 0.5)), (1.0, (3.0, 0.0, 0.5))):
         loss, parts, _ = evaluated(config, student, teacher, done=done)
-        soft, manifold, hidden = (2 * w * parts[n] for w, n in zip(weights, config.loss, strict=True))
+        soft, manifold, hidden = (
+            2 * w * parts[n] for w, n in zip(weights, config.loss, strict=True)
+        )
         assert float(parts["kd"]) == pytest.approx(float(soft), rel=1e-12)
         want = 0.7 * parts["ce"] + 0.3 * soft + manifold + hidden
         assert float(loss) == pytest.approx(float(want), rel=1e-12)
@@ -146,7 +148,10 @@ def test_features_of_other_classes_may_still_teach() -> None:
     [
         ({"loss": ("warm",)}, r"loss must hold names among soft, .*, got 'warm'"),
         ({"loss": ("soft", "soft")}, r"loss must name each loss once"),
-        ({"loss_weights": (1.0, 2.0)}, r"loss_weights must be one finite number .* got \[1.0, 2.0\]"),
+        (
+            {"loss_weights": (1.0, 2.0)},
+            r"loss_weights must be one finite number .* got \[1.0, 2.0\]",
+        ),
         ({"loss_weights_end": (-1.0,)}, r"loss_weights_end must be one finite number"),
     ],
 )

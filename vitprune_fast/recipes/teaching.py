@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import timm
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -60,6 +61,7 @@ def teach(
 
     def training(purpose: str, model: nn.Module, own: DistillConfig, **more: Any) -> Any:
         folder = None if checkpoints is None else checkpoints / purpose
+        told = on_event and (lambda event: on_event({**event, "stage": purpose}))
         return stages.train(
             model,
             more.pop("teacher", taught_by),
@@ -68,7 +70,7 @@ def teach(
             setting,
             purpose=purpose,
             checkpoint_dir=folder,
-            on_event=on_event,
+            on_event=told,
             stop=stop,
             **more,
         )
@@ -105,18 +107,19 @@ def _teacher(
     options: dict[str, Any] = {
         "student_mean": data.mean,
         "student_std": data.std,
-        "image_size": config.size,
         "dtype": _DTYPES[config.dtype],
         "channels_last": config.channels_last,
         "compile": config.compile,
         "weight": config.weights[number] if config.weights else 1.0,
         "name": Path(name).name,
     }
+    if config.size is not None:
+        options["image_size"] = config.size
     if name == "self" or Path(name).is_dir():
         return resolve_teacher(name, student, **options)
-    model: Any = models.open_model(ModelConfig(name=name, pretrained=config.pretrained))
-    if config.pretrained and model.num_classes == len(data.classes):
-        return resolve_teacher(model.to(setting.device), student, **options)
+    known = timm.models.get_pretrained_cfg(name)
+    if config.pretrained and known is not None and known.num_classes == len(data.classes):
+        return resolve_teacher(name, student, **options)
     args = {"in_chans": data.channels, "num_classes": len(data.classes)}
     with seeded(setting.seed, "teacher", number):
         model = models.open_model(ModelConfig(name=name, pretrained=config.pretrained, args=args))
