@@ -113,6 +113,36 @@ def glu_score(size: Size) -> Call:
     return lambda backend: ops.glu_score(gate, value, grad, packed="gate_first", backend=backend)
 
 
+def kd_cross_entropy(size: Size) -> Call:
+    """Labels and a teacher, forward and backward, at the classes of ImageNet."""
+    student, teacher = (size.random(size.batch, 1000, seed=seed) for seed in (1, 2))
+    labels = torch.arange(size.batch, device=size.device)
+    student.requires_grad_()
+
+    def call(backend: Backend) -> tuple[Tensor, ...]:
+        result = ops.kd_cross_entropy(student, teacher, labels, 0.5, 2.0, 0.1, backend=backend)
+        (gradient,) = torch.autograd.grad(result.loss, student)
+        return *(part.detach() for part in result), gradient
+
+    return call
+
+
+def manifold_loss(size: Size) -> Call:
+    """The tokens of each image, then the images at each position, forward and backward."""
+    student, teacher = size.tokens(size.shape.width)
+    student.requires_grad_()
+
+    def call(backend: Backend) -> tuple[Tensor, ...]:
+        intra = ops.manifold_loss(student, teacher, backend=backend)
+        swapped = student.transpose(0, 1), teacher.transpose(0, 1)
+        inter = ops.manifold_loss(*swapped, backend=backend)
+        # of a size that all dtypes hold
+        (gradient,) = torch.autograd.grad(student.numel() * (intra + inter), student)
+        return intra.detach(), inter.detach(), gradient
+
+    return call
+
+
 def taylor_score(size: Size) -> Call:
     """Neurons and heads, in both ways of summing over tokens."""
     neurons, heads = size.tokens(size.shape.hidden), size.tokens(size.shape.width)
@@ -168,6 +198,8 @@ CALLS: dict[str, Callable[[Size], Call]] = {
     "gated_glu": gated_glu,
     "gather_all": gather_all,
     "glu_score": glu_score,
+    "kd_cross_entropy": kd_cross_entropy,
+    "manifold_loss": manifold_loss,
     "norm_score": norm_score,
     "taylor_score": taylor_score,
 }

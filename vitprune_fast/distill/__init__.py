@@ -8,16 +8,50 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from vitprune_fast.distill.config import DistillConfig
     from vitprune_fast.distill.loop import DistillResult, distill
-    from vitprune_fast.distill.losses import cross_entropy, soft_kd
+    from vitprune_fast.distill.losses import (
+        Projectors,
+        align_tokens,
+        cross_entropy,
+        distillation_token,
+        feature_mse,
+        hard_kd,
+        hidden_mse,
+        manifold,
+        manifold_full,
+        manifold_inter,
+        manifold_intra,
+        manifold_random,
+        map_blocks,
+        qkv_relation,
+        soft_kd,
+    )
 
-__all__ = ["DistillConfig", "DistillResult", "cross_entropy", "distill", "soft_kd"]
+__all__ = [
+    "DistillConfig",
+    "DistillResult",
+    "Projectors",
+    "align_tokens",
+    "cross_entropy",
+    "distill",
+    "distillation_token",
+    "feature_mse",
+    "hard_kd",
+    "hidden_mse",
+    "manifold",
+    "manifold_full",
+    "manifold_inter",
+    "manifold_intra",
+    "manifold_random",
+    "map_blocks",
+    "qkv_relation",
+    "soft_kd",
+]
 
 _HOMES = {
+    **dict.fromkeys(__all__, "losses"),
     "DistillConfig": "config",
     "DistillResult": "loop",
-    "cross_entropy": "losses",
     "distill": "loop",
-    "soft_kd": "losses",
 }
 
 

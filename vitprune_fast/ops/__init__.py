@@ -19,6 +19,8 @@ from vitprune_fast.ops.gated_activation import gated_activation
 from vitprune_fast.ops.gated_glu import gated_glu, gated_glu_packed
 from vitprune_fast.ops.gather import CASTS, GatherTable, Selection, gather, gather_all
 from vitprune_fast.ops.glu_score import glu_score, scored_glu, scored_glu_packed
+from vitprune_fast.ops.kd_cross_entropy import kd_cross_entropy
+from vitprune_fast.ops.manifold_loss import manifold_loss
 from vitprune_fast.ops.norm_score import norm_score, scored_norm
 from vitprune_fast.ops.taylor_score import taylor_score
 
@@ -40,6 +42,8 @@ __all__ = [
     "gather",
     "gather_all",
     "glu_score",
+    "kd_cross_entropy",
+    "manifold_loss",
     "norm_score",
     "scored_activation",
     "scored_attention",

@@ -25,6 +25,8 @@ IMPLEMENTED = {
     "gather": ("cpu", "eager"),
     "gather_all": ("cuda", "cpu", "eager"),
     "glu_score": ("triton", "cpu", "eager"),
+    "kd_cross_entropy": ("triton", "eager"),
+    "manifold_loss": ("triton", "eager"),
     "norm_score": ("triton", "cpu", "eager"),
     "taylor_score": ("triton", "cpu", "eager"),
 }

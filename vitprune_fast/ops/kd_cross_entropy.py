@@ -1,0 +1,218 @@
+"""Cross-entropy with labels and distance to a teacher at once; B samples, C classes."""
+
+from __future__ import annotations
+
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from vitprune_fast import _checks
+from vitprune_fast.ops._dispatch import Backend, choose
+from vitprune_fast.ops._probes import DTYPES, refuse_second_derivative, score_dtype
+from vitprune_fast.reference.kd_cross_entropy import with_gradient as _closed_form
+
+_OP = "kd_cross_entropy"
+_REDUCTIONS = ("batchmean", "numel", "sum")
+
+
+class KdCrossEntropy(NamedTuple):
+    """The loss and what it is made of.
+
+    Attributes:
+        loss: ``ce_weight * ce + alpha * kd``, a scalar; the gradient flows through it alone.
+        ce: cross-entropy with the labels, a scalar in nats; detached.
+        kd: divergence from the teacher as reduced, with its factor T^2; detached.
+    """
+
+    loss: Tensor
+    ce: Tensor
+    kd: Tensor
+
+
+@torch.library.custom_op("vitprune_fast::kd_cross_entropy_eager", mutates_args=())
+def _eager(
+    student_BC: Tensor,
+    teacher_BC: Tensor,
+    labels: Tensor,
+    ce_weight: float,
+    kd_weight: float,
+    factor: float,
+    temperature: float,
+    label_smoothing: float,
+    with_gradient: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    loss, ce, kd, grad_BC = _closed_form(
+        student_BC, teacher_BC, labels, ce_weight, kd_weight, factor, temperature, label_smoothing
+    )
+    return loss, ce, kd, grad_BC if with_gradient else grad_BC.new_empty(0)
+
+
+@torch.library.custom_op("vitprune_fast::kd_cross_entropy_triton", mutates_args=())
+def _triton(
+    student_BC: Tensor,
+    teacher_BC: Tensor,
+    labels: Tensor,
+    ce_weight: float,
+    kd_weight: float,
+    factor: float,
+    temperature: float,
+    label_smoothing: float,
+    with_gradient: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    from vitprune_fast.kernels.kd_cross_entropy import kd_cross_entropy_fwd_bwd
+
+    return kd_cross_entropy_fwd_bwd(
+        student_BC,
+        teacher_BC,
+        labels,
+        ce_weight,
+        kd_weight,
+        factor,
+        temperature,
+        label_smoothing,
+        with_gradient,
+    )
+
+
+def _fake(
+    student_BC: Tensor,
+    teacher_BC: Tensor,
+    labels: Tensor,
+    ce_weight: float,
+    kd_weight: float,
+    factor: float,
+    temperature: float,
+    label_smoothing: float,
+    with_gradient: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    dtype = score_dtype(student_BC)
+    loss, ce, kd = (student_BC.new_empty((), dtype=dtype) for _ in range(3))
+    shape = student_BC.shape if with_gradient else (0,)
+    return loss, ce, kd, student_BC.new_empty(shape, dtype=dtype)
+
+
+def _save(ctx, inputs, output) -> None:
+    student_BC, *_, ctx.with_gradient = inputs
+    ctx.dtype = student_BC.dtype
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.save_for_backward(output[3])
+
+
+def _backward(ctx, grad_loss: Tensor, *_grads: Tensor | None):
+    refuse_second_derivative(_OP)
+    (grad_BC,) = ctx.saved_tensors
+    none = [None] * 8
+    if not ctx.with_gradient:
+        return None, *none
+    # rounded as it is written, in one launch
+    out = torch.empty_like(grad_BC, dtype=ctx.dtype)
+    return torch.mul(grad_BC, grad_loss, out=out), *none
+
+
+for _op in (_eager, _triton):
+    _op.register_fake(_fake)
+    _op.register_autograd(_backward, setup_context=_save)
+
+
+def kd_cross_entropy(
+    student_BC: Tensor,
+    teacher_BC: Tensor,
+    labels: Tensor,
+    alpha: float = 0.5,
+    temperature: float = 1.0,
+    label_smoothing: float = 0.0,
+    *,
+    ce_weight: float | None = None,
+    reduction: Literal["batchmean", "numel", "sum"] = "batchmean",
+    times_squared_temperature: bool = True,
+    backend: Backend = "auto",
+) -> KdCrossEntropy:
+    """``(1 - alpha) * CE(labels) + alpha * T^2 * KL(teacher_T || student_T)``, and its gradient.
+
+    One launch reads both logits and writes every row's losses and the student's gradient, which is
+    kept for backward; a second one adds the rows: ::
+
+        (1 - alpha) * (p - q) / B + alpha * T * (student_T - teacher_T) / B
+
+    with q the smoothed labels. Equal logits give a KL and a gradient of it that are exactly 0 on
+    the kernel's path. Differentiable once, by the student alone.
+
+    Reference: Hinton et al., "Distilling the Knowledge in a Neural Network", 2015
+    (arXiv:1503.02531), section 2.
+
+    Args:
+        student_BC: logits ``(B, C)``, fp32/fp64/bf16/fp16.
+        teacher_BC: logits ``(B, C)`` of the same or another of these dtypes, the same classes.
+        labels: ``(B,)`` int64 in ``[0, C)``, or shares ``(B, C)`` of a floating dtype. A number
+            out of range is refused on the CPU and makes the loss NaN on a GPU.
+        alpha: weight of the teacher.
+        temperature: T > 0.
+        label_smoothing: the share of a label spread over all classes, ``[0, 1]``.
+        ce_weight: weight of the labels; None is ``1 - alpha``.
+        reduction: what the divergences are divided by: B, B * C as in DeiT's code, or nothing as in
+            UP-ViT's.
+        times_squared_temperature: keep the factor T^2.
+        backend: implementation to run; an explicit choice never falls back.
+
+    Returns:
+        Three scalars, fp64 for an fp64 student and else fp32, which is also what is computed in.
+        The same bits every time.
+
+    Raises:
+        TypeError: an argument is not a tensor.
+        InvalidInput: shapes, dtypes or devices disagree, or an argument is out of range.
+        BackendUnavailable: ``backend`` was named and cannot run here; the message says why.
+    """
+    _check(student_BC, teacher_BC, labels)
+    _checks.require(temperature > 0, _OP, "temperature", "be positive", temperature)
+    in_range = 0 <= label_smoothing <= 1
+    _checks.require(in_range, _OP, "label_smoothing", "be from 0 to 1", label_smoothing)
+    rule = f"be one of {', '.join(_REDUCTIONS)}"
+    _checks.require(reduction in _REDUCTIONS, _OP, "reduction", rule, repr(reduction))
+    batch, classes = student_BC.shape
+    # of the mean over samples of the plain divergence
+    factor = {"batchmean": 1.0, "numel": 1 / classes, "sum": float(batch)}[reduction]
+    if times_squared_temperature:
+        factor *= temperature**2
+    unable = {}
+    if torch.float64 in (student_BC.dtype, teacher_BC.dtype):
+        unable["triton"] = "its weights and its temperature are float32"
+    chosen = choose(_OP, student_BC.device, backend, unable)
+    loss, ce, kd, _ = (_triton if chosen == "triton" else _eager)(
+        student_BC,
+        teacher_BC.detach(),
+        labels.detach(),
+        float(1 - alpha if ce_weight is None else ce_weight),
+        float(alpha),
+        float(factor),
+        float(temperature),
+        float(label_smoothing),
+        torch.is_grad_enabled() and student_BC.requires_grad,
+    )
+    return KdCrossEntropy(loss, ce, kd)
+
+
+def _check(student_BC: Tensor, teacher_BC: Tensor, labels: Tensor) -> None:
+    for name, x in (("student_BC", student_BC), ("teacher_BC", teacher_BC), ("labels", labels)):
+        _checks.require_tensor(_OP, name, x)
+        rule = f"be on {student_BC.device} like student_BC"
+        _checks.require(x.device == student_BC.device, _OP, name, rule, x.device)
+    for name, x in (("student_BC", student_BC), ("teacher_BC", teacher_BC)):
+        _checks.require_dims(_OP, name, x, 2)
+        _checks.require_dtype(_OP, name, x, DTYPES)
+        _checks.require(x.numel() > 0, _OP, name, "not be empty", tuple(x.shape))
+    batch, classes = student_BC.shape
+    rule = f"have shape {(batch, classes)} like student_BC, the same classes"
+    same = teacher_BC.shape == student_BC.shape
+    _checks.require(same, _OP, "teacher_BC", rule, tuple(teacher_BC.shape))
+    numbers = labels.dtype == torch.int64 and labels.shape == (batch,)
+    fits = numbers or (labels.is_floating_point() and labels.shape == student_BC.shape)
+    rule = f"be ({batch},) int64 or ({batch}, {classes}) floating"
+    got = f"{tuple(labels.shape)} {str(labels.dtype).removeprefix('torch.')}"
+    _checks.require(fits, _OP, "labels", rule, got)
+    if numbers and labels.device.type == "cpu" and not torch.compiler.is_compiling():
+        low, high = (int(bound) for bound in labels.aminmax())
+        rule = f"hold numbers from 0 to {classes - 1}"
+        _checks.require(low >= 0, _OP, "labels", rule, low)
+        _checks.require(high < classes, _OP, "labels", rule, high)
