@@ -183,9 +183,7 @@ class BudgetLoss(nn.Module):
     ):
         super().__init__()
         if any(not 0 <= value < math.inf for value in multipliers):
-            raise InvalidInput(
-                f"BudgetLoss: multipliers must be numbers >= 0, got {multipliers!r}"
-            )
+            raise InvalidInput(f"BudgetLoss: multipliers must be numbers >= 0, got {multipliers!r}")
         full = predict_cost(gates.structure)
         self.limit = Budget(macs=macs).limit(full) / full.macs
         openness = gates.openness()

@@ -191,7 +191,10 @@ class Gates(nn.Module):
             lr: of the scores.
             threshold_lr: of learned thresholds; None is ``lr``.
         """
-        groups = [(self.scores, lr), (self.thresholds, lr if threshold_lr is None else threshold_lr)]
+        groups = [
+            (self.scores, lr),
+            (self.thresholds, lr if threshold_lr is None else threshold_lr),
+        ]
         return [
             {"params": list(parameters.values()), "lr": rate, "weight_decay": 0.0}
             for parameters, rate in groups
@@ -374,18 +377,14 @@ def _starts(
         raise InvalidInput("gates.attach: init must be given for 'fixed', got None")
     named = init if isinstance(init, Mapping) else {}
     if foreign := sorted(named.keys() - {axis.name for axis in axes}):
-        raise InvalidInput(
-            f"gates.attach: init must name axes that are gated, got {foreign[0]!r}"
-        )
+        raise InvalidInput(f"gates.attach: init must name axes that are gated, got {foreign[0]!r}")
     first = kinds.INITIAL_SCORE[kind] if init is None or isinstance(init, Mapping) else init
     if not isinstance(first, (int, float)) or not math.isfinite(first):
         raise InvalidInput(f"gates.attach: init must be a finite number, got {init!r}")
     return {axis.name: _start(model, structure, axis, named.get(axis.name), first) for axis in axes}
 
 
-def _start(
-    model: nn.Module, structure: Structure, axis: Axis, given: Any, first: float
-) -> Tensor:
+def _start(model: nn.Module, structure: Structure, axis: Axis, given: Any, first: float) -> Tensor:
     module: Any = get(model, structure.taps[axis.name].module)
     like = next((p for p in module.parameters()), next(model.parameters()))
     dtype = torch.promote_types(like.dtype, torch.float32)

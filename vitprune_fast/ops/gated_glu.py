@@ -107,9 +107,7 @@ def _gated(
 
 
 @_gated.register_fake
-def _(
-    gate_BNF: Tensor, value_BNF: Tensor, gate_F: Tensor, activation: str, backend: str
-) -> Tensor:
+def _(gate_BNF: Tensor, value_BNF: Tensor, gate_F: Tensor, activation: str, backend: str) -> Tensor:
     return gate_BNF.new_empty(gate_BNF.shape)
 
 
