@@ -117,7 +117,7 @@ def test_loss_is_the_penalty_with_multipliers_that_climb() -> None:
         for score in gates.parameters():
             score.zero_()
     loss = budget()
-    assert loss == 0
+    assert loss.item() == 0
     grads = torch.autograd.grad(loss, [*budget.parameters(), *gates.parameters()])
     assert all((g == 0).all() for g in grads)
     assert {*map(id, budget.parameters())} == {id(budget.l1), id(budget.l2)}

@@ -70,7 +70,7 @@ def test_folding_is_exact_in_every_family(config: str) -> None:
 def test_settled_gates_say_the_plan_themselves(kind: Any) -> None:
     model = random_vit()
     images = random_images(model)
-    options = {"keep": 0.5} if kind == "ste" else {}
+    options: Any = {"keep": 0.5} if kind == "ste" else {}
     with vp.gates.attach(model, kind=kind, **options) as gates, torch.no_grad():
         for name in gates.axes:
             gates.score(name).normal_(std=3)

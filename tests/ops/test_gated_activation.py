@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from typing import Any
 
 import pytest
 import torch
@@ -54,7 +55,7 @@ def wide(dtype: torch.dtype) -> torch.dtype:
     return FP64 if dtype == FP64 else FP32
 
 
-def inputs(shape, dtype, backend="cpu"):
+def inputs(shape, dtype, backend="cpu") -> tuple[Any, ...]:
     """x and the gradient, wide enough to reach into the tails, and gates of which some are 0."""
     device = device_of(backend)
     x, grad = ((2 * torch.randn(shape, dtype=FP64)).to(dtype).to(device) for _ in range(2))
@@ -63,7 +64,7 @@ def inputs(shape, dtype, backend="cpu"):
     return x, gate, grad
 
 
-def results(x, gate, grad, activation="gelu", backend="auto"):
+def results(x, gate, grad, activation="gelu", backend: Any = "auto"):
     """Output, gradient of x, gradient of the gates."""
     leaves = x.detach().requires_grad_(), gate.detach().requires_grad_()
     out = gated_activation(*leaves, activation, backend=backend)
@@ -77,7 +78,7 @@ def expected(x, gate, grad, activation="gelu"):
 
 def assert_results_within_budget(got, x, gate, grad, activation):
     eager = expected(x, gate, grad, activation)
-    exact = expected(*(each.double().cpu() for each in (x, gate, grad)), activation)
+    exact = expected(*(each.double().cpu() for each in (x, gate, grad)), activation=activation)
     for one, eager_one, exact_one in zip(got, eager, exact, strict=True):
         assert_within_budget(one.cpu(), eager_one.cpu(), exact_one)
 
