@@ -82,7 +82,6 @@ def _gated_activation_bwd_kernel(
     dtype = gate_ptr.dtype.element_ty
     offs_f = (pid_f * BLOCK_F + tl.arange(0, BLOCK_F)).to(tl.int64)
     mask_f = offs_f < num_columns
-    gate = tl.load(gate_ptr + offs_f, mask=mask_f, other=0.0)[None, :]
     x_row = x_ptr + pid_b * stride_x_b + offs_f * stride_x_f
     grad_row = grad_ptr + pid_b * stride_g_b + offs_f * stride_g_f
     grad_x_row = grad_x_ptr + pid_b * NUM_TOKENS * num_columns + offs_f
@@ -90,14 +89,16 @@ def _gated_activation_bwd_kernel(
     for n_start in range(0, NUM_TOKENS, BLOCK_N):
         offs_n = (n_start + tl.arange(0, BLOCK_N)).to(tl.int64)[:, None]
         mask = (offs_n < NUM_TOKENS) & mask_f[None, :]
+        # from the cache each time: kept across the loop it would cost registers
+        gate = tl.load(gate_ptr + offs_f, mask=mask_f, other=0.0)[None, :]
         x = tl.load(x_row[None, :] + offs_n * stride_x_n, mask=mask, other=0.0).to(dtype)
         # beyond the last token the gradient is 0, and so is the share of the gate's
         grad = tl.load(grad_row[None, :] + offs_n * stride_g_n, mask=mask, other=0.0).to(dtype)
         value, slope = value_and_slope(x, ACTIVATION)
+        total += value * grad
         grad_x = tl.where(gate == 0.0, 0.0, grad * gate * slope)
         grad_x = grad_x.to(grad_x_ptr.dtype.element_ty)
         tl.store(grad_x_row[None, :] + offs_n * num_columns, grad_x, mask=mask)
-        total += value * grad
     tl.store(grad_gate_ptr + pid_b * num_columns + offs_f, tl.sum(total, 0), mask=mask_f)
 
 

@@ -96,7 +96,6 @@ def _gated_glu_bwd_kernel(
     dtype = unit_ptr.dtype.element_ty
     offs_f = (pid_f * BLOCK_F + tl.arange(0, BLOCK_F)).to(tl.int64)
     mask_f = offs_f < num_columns
-    unit = tl.load(unit_ptr + offs_f, mask=mask_f, other=0.0)[None, :]
     gate_row = gate_ptr + pid_b * stride_gate_b + offs_f * stride_gate_f
     value_row = value_ptr + pid_b * stride_value_b + offs_f * stride_value_f
     grad_row = grad_ptr + pid_b * stride_grad_b + offs_f * stride_grad_f
@@ -106,12 +105,15 @@ def _gated_glu_bwd_kernel(
     for n_start in range(0, NUM_TOKENS, BLOCK_N):
         offs_n = (n_start + tl.arange(0, BLOCK_N)).to(tl.int64)[:, None]
         mask = (offs_n < NUM_TOKENS) & mask_f[None, :]
+        # from the cache each time: kept across the loop it would cost registers
+        unit = tl.load(unit_ptr + offs_f, mask=mask_f, other=0.0)[None, :]
         gate = tl.load(gate_row[None, :] + offs_n * stride_gate_n, mask=mask, other=0.0).to(dtype)
         value = tl.load(value_row[None, :] + offs_n * stride_value_n, mask=mask, other=0.0)
         value = value.to(dtype)
         # beyond the last token the gradient is 0, and so is the share of the unit's
         grad = tl.load(grad_row[None, :] + offs_n * stride_grad_n, mask=mask, other=0.0).to(dtype)
         act, slope = value_and_slope(gate, ACTIVATION)
+        total += grad * value * act
         through = grad * unit
         offs_out = offs_n * stride_out_n
         grad_gate = tl.where(unit == 0.0, 0.0, through * value * slope)
@@ -120,7 +122,6 @@ def _gated_glu_bwd_kernel(
         grad_value = tl.where(unit == 0.0, 0.0, through * act)
         grad_value = grad_value.to(grad_value_ptr.dtype.element_ty)
         tl.store(grad_value_row[None, :] + offs_out, grad_value, mask=mask)
-        total += grad * value * act
     tl.store(grad_unit_ptr + pid_b * num_columns + offs_f, tl.sum(total, 0), mask=mask_f)
 
 
@@ -161,7 +162,7 @@ def gated_glu_bwd(
     grad_value_BNF: Tensor,
     activation: str,
 ) -> Tensor:
-    """Launch the backward, which fills two gradients; that of the units is by sample, ``(B, F)``."""
+    """Launch the backward, which fills two gradients; that of the units is ``(B, F)``."""
     batch, num_tokens, columns = gate_BNF.shape
     grad_unit_BF = unit_F.new_empty(batch, columns)
     if grad_unit_BF.numel() == 0:

@@ -35,7 +35,7 @@ def forward(element: str, activation: str, registers: int = 40) -> Case:
     )
 
 
-def backward(element: str, activation: str, registers: int = 72, *, num_tokens: int = 197) -> Case:
+def backward(element: str, activation: str, registers: int = 74, *, num_tokens: int = 197) -> Case:
     """Likewise."""
     wide = "*fp64" if element == "fp64" else "*fp32"
     pointers = {

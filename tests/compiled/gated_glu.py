@@ -42,7 +42,7 @@ def forward(element: str, activation: str, registers: int = 48) -> Case:
     )
 
 
-def backward(element: str, activation: str, registers: int = 96, *, num_tokens: int = 197) -> Case:
+def backward(element: str, activation: str, registers: int = 86, *, num_tokens: int = 197) -> Case:
     """Likewise."""
     wide = "*fp64" if element == "fp64" else "*fp32"
     names = ("gate_ptr", "value_ptr", "grad_ptr", "grad_gate_ptr", "grad_value_ptr")

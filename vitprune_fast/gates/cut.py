@@ -12,7 +12,7 @@ from ..planning import Plan, plan
 from ..planning.allocate import PLANNED_KINDS
 from ..planning.budget import Budget
 from ..scoring.scores import Scores
-from ..structure import Axis
+from ..structure import Axis, Structure, describe
 from ..surgery import fold_gates
 from . import hooks
 from .module import Gates
@@ -20,7 +20,7 @@ from .module import Gates
 
 @torch.no_grad()
 def to_plan(
-    model: nn.Module,
+    model: nn.Module | Structure,
     gates: Gates,
     budget: Budget | None = None,
     *,
@@ -60,7 +60,8 @@ def to_plan(
             raise InvalidInput(
                 f"gates.to_plan: {next(iter(options))} must come with a budget, got none"
             )
-        return _above(gates, threshold, min_units).check(gates.structure)
+        structure = model if isinstance(model, Structure) else describe(model)
+        return _above(gates, threshold, min_units).check(structure)
     if odd := [unit for unit in gates.units if unit not in PLANNED_KINDS]:
         raise InvalidInput(
             f"gates.to_plan: budget must be None for gates of {odd[0]}, whose saving depends on "

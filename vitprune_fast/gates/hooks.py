@@ -86,7 +86,7 @@ def install(model: nn.Module, gates: Source) -> None:
             handle = module.register_forward_hook(_After(gates, axis, tap))
             hooks.append((tap.module, "_forward_hooks", handle))
     added = [(path, kind, handle.id) for path, kind, handle in hooks]
-    model.__deepcopy__ = _PlainCopy(model, added, exchanged)  # pyright: ignore[reportAttributeAccessIssue]
+    vars(model)["__deepcopy__"] = _PlainCopy(model, added, exchanged)
     _attached[model] = (gates, partial(_undo, ref(model), added, exchanged))
 
 
@@ -102,7 +102,7 @@ def _undo(
     found = model()
     assert found is not None
     _remove(found, added, exchanged)
-    del found.__deepcopy__
+    del vars(found)["__deepcopy__"]
 
 
 def _remove(model: nn.Module, added: list[tuple[str, str, int]], exchanged: list[str]) -> None:
@@ -126,7 +126,7 @@ class _PlainCopy:
         try:
             copied = copy.deepcopy(model, memo)
         finally:
-            model.__deepcopy__ = entry  # pyright: ignore[reportAttributeAccessIssue]
+            vars(model)["__deepcopy__"] = entry
         _remove(copied, self.added, self.exchanged)
         return copied
 

@@ -240,7 +240,7 @@ def attach(
     keep: PerKind | None = None,
     thresholds: Literal["global", "learned"] = "global",
     round_to: int = 1,
-    init: float | Mapping[str, Tensor] | None = None,
+    init: float | Mapping[str, Tensor] | Plan | None = None,
     penalty: PerKind = 1e-4,
     seed: int = 0,
     structure: Structure | None = None,
@@ -340,7 +340,7 @@ def detach(model: nn.Module) -> Gates:
 
 def shares(op: str, keep: PerKind, units: Sequence[str]) -> dict[str, float]:
     """The share to keep of every unit kind."""
-    by_kind = dict(keep) if isinstance(keep, Mapping) else dict.fromkeys(units, keep)
+    by_kind = _by_kind(keep, units)
     if by_kind.keys() != {*units}:
         raise InvalidInput(
             f"{op}: keep must name the unit kinds {', '.join(units)}, got {', '.join(by_kind)}"
@@ -351,8 +351,12 @@ def shares(op: str, keep: PerKind, units: Sequence[str]) -> dict[str, float]:
     return by_kind
 
 
+def _by_kind(value: PerKind, units: Sequence[str]) -> dict[str, float]:
+    return {**value} if isinstance(value, Mapping) else {unit: value for unit in units}
+
+
 def _penalties(op: str, penalty: PerKind, units: Sequence[str]) -> dict[str, float]:
-    by_kind = dict(penalty) if isinstance(penalty, Mapping) else dict.fromkeys(units, penalty)
+    by_kind = _by_kind(penalty, units)
     if missing := [unit for unit in units if unit not in by_kind]:
         raise InvalidInput(f"{op}: penalty must name the unit kind {missing[0]}, got none for it")
     for unit, factor in by_kind.items():
