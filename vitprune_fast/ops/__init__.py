@@ -15,6 +15,7 @@ from vitprune_fast.ops.attention_score import (
     attention_score,
     scored_attention,
 )
+from vitprune_fast.ops.gated_attention import gated_attention
 from vitprune_fast.ops.gather import CASTS, GatherTable, Selection, gather, gather_all
 from vitprune_fast.ops.glu_score import glu_score, scored_glu, scored_glu_packed
 from vitprune_fast.ops.norm_score import norm_score, scored_norm
@@ -32,6 +33,7 @@ __all__ = [
     "attention",
     "attention_score",
     "backends",
+    "gated_attention",
     "gather",
     "gather_all",
     "glu_score",

@@ -20,6 +20,7 @@ _NAMES = get_args(Backend)
 IMPLEMENTED = {
     "activation_score": ("triton", "cpu", "eager"),
     "attention_score": ("triton", "cpu", "eager"),
+    "gated_attention": ("triton", "eager"),
     "gather": ("cpu", "eager"),
     "gather_all": ("cuda", "cpu", "eager"),
     "glu_score": ("triton", "cpu", "eager"),
