@@ -79,7 +79,7 @@ def key_tiles(head_dim: int, dtype: torch.dtype, large: bool, masked: bool = Fal
     if dtype.itemsize == 4:
         return Tiles(32, 32, 4, 2) if head_dim <= 64 else Tiles(32, 16, 8, 2)
     if masked and not large:
-        return Tiles(32, 32 if head_dim <= 64 else 16, 4, 2)
+        return Tiles(16 if 64 < head_dim <= 80 else 32, 32 if head_dim <= 80 else 16, 4, 2)
     return Tiles(32, 64 if large or head_dim <= 80 else 32, 4, 2)
 
 
