@@ -105,6 +105,21 @@ def gated_glu(size: Size) -> Call:
     return call
 
 
+def gated_attention(size: Size) -> Call:
+    """Forward and backward with gates that are learned, one of them 0, all but one head live."""
+    heads, head_dim = size.shape.heads, size.shape.head_dim
+    qkv = size.random(size.batch, size.shape.tokens, 3, heads, head_dim, seed=1)
+    grad_out = size.random(size.batch, size.shape.tokens, heads, head_dim, seed=2)
+    gate = torch.linspace(0, 1, heads, device=size.device).requires_grad_()
+    qkv.requires_grad_()
+
+    def call(backend: Backend) -> tuple[Tensor, ...]:
+        out = ops.gated_attention(qkv, gate, live_heads=range(heads - 1), backend=backend)
+        return out.detach(), *torch.autograd.grad(out, (qkv, gate), grad_out)
+
+    return call
+
+
 def glu_score(size: Size) -> Call:
     """A gated MLP whose gate and value are the halves of one tensor."""
     columns = size.shape.hidden
@@ -196,6 +211,7 @@ CALLS: dict[str, Callable[[Size], Call]] = {
     "attention_score": attention_score,
     "gated_activation": gated_activation,
     "gated_glu": gated_glu,
+    "gated_attention": gated_attention,
     "gather_all": gather_all,
     "glu_score": glu_score,
     "kd_cross_entropy": kd_cross_entropy,

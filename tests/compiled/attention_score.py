@@ -6,8 +6,9 @@ from collections.abc import Mapping
 
 import torch
 
+from vitprune_fast.kernels import _attention_tiles as sizes
 from vitprune_fast.kernels import attention_score as kernels
-from vitprune_fast.kernels.attention_score import Tiles, pieces, tail
+from vitprune_fast.kernels._attention_tiles import Tiles, pieces, tail
 
 from .case import Case
 
@@ -32,6 +33,7 @@ def case(
     constants: Mapping[str, object],
     registers: int,
     attends: bool = True,
+    op: str = "attention_score",
 ) -> Case:
     """What the launchers give to every kernel, for contiguous tensors."""
     types = {key: f"*{kind}" for key, kind in pointers.items()}
@@ -51,7 +53,7 @@ def case(
         **constants,
     }
     return Case(
-        label=f"attention_score {name} {element} N={num_tokens} K={head_dim}"
+        label=f"{op} {name} {element} N={num_tokens} K={head_dim}"
         + ("" if large else ", small tiles"),
         kernel=kernel,
         types=types,
@@ -73,8 +75,8 @@ def case(
 def forward(element: str, num_tokens: int, head_dim: int, large: bool, registers: int) -> Case:
     """In whole rows, or tile by tile."""
     dtype = DTYPES[element]
-    tiles = kernels.forward_tiles(head_dim, dtype, large)
-    row = kernels.takes_row(num_tokens, head_dim, dtype, large)
+    tiles = sizes.forward_tiles(head_dim, dtype, large)
+    row = sizes.takes_row(num_tokens, head_dim, dtype, large)
     return case(
         "forward, whole rows" if row else "forward",
         kernels._attention_fwd_row_kernel if row else kernels._attention_fwd_kernel,
@@ -99,7 +101,7 @@ def queries(
     attends: bool = True,
 ) -> Case:
     """With every score, or with those alone that need no attention."""
-    tiles = kernels.query_tiles(head_dim, DTYPES[element], large)
+    tiles = sizes.query_tiles(head_dim, DTYPES[element], large)
     scores = dict.fromkeys(("delta_ptr", "head_ptr", "qk_dim_ptr", "v_dim_ptr", "lse_ptr"), "fp32")
     tensors = dict.fromkeys(("grad_ptr", "qkv_ptr", "out_ptr", "dqkv_ptr"), element)
     return case(
@@ -132,7 +134,7 @@ def scores_alone(element: str, num_tokens: int, head_dim: int, large: bool, regi
 
 def keys(element: str, num_tokens: int, head_dim: int, large: bool, registers: int) -> Case:
     """The second launch of backward."""
-    tiles = kernels.key_tiles(head_dim, DTYPES[element], large)
+    tiles = sizes.key_tiles(head_dim, DTYPES[element], large)
     tensors = dict.fromkeys(("grad_ptr", "qkv_ptr", "dqkv_ptr"), element)
     return case(
         "dK and dV",

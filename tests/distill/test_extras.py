@@ -172,7 +172,7 @@ def test_an_overflow_in_fp16_lowers_the_scale_and_skips(data: ImageData) -> None
     config = DistillConfig(**PLAIN, amp="fp16", max_bad_steps=20)
     result = distill(model, None, loader(data, 32), None, config, on_event=events.append)
     assert result.skipped_steps >= 1
-    assert [e["event"] for e in events if e["event"] != "step"][0] == "skipped_step"
+    assert next(e["event"] for e in events if e["event"] != "step") == "skipped_step"
     assert not same(before, weights(model))
     assert all(bool(t.isfinite().all()) for t in model.state_dict().values())
 

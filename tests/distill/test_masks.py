@@ -105,7 +105,7 @@ class _Products(TorchDispatchMode):
         super().__init__()
         self.shapes: list[tuple[str, tuple[tuple[int, ...], ...]]] = []
 
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # noqa: ANN001, ANN204
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         name = func.overloadpacket.__name__
         if name in ("mm", "addmm", "bmm", "baddbmm") or "attention" in name:
             sizes = tuple(tuple(a.shape) for a in args if isinstance(a, Tensor))

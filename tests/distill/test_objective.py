@@ -99,7 +99,7 @@ def test_other_widths_get_projectors_beside_the_student() -> None:
     config = DistillConfig(loss=("hidden", "features", "manifold", "manifold_full"))
     _, parts, objective = evaluated(config, student, teacher)
     assert set(objective.projectors) == {"hidden", "features"}
-    sum(parts.values()).backward()
+    torch.stack(list(parts.values())).sum().backward()
     assert all(p.grad is not None for p in objective.projectors.parameters())
     assert set(student.state_dict()) == keys
 

@@ -49,7 +49,7 @@ def test_branches_blocks_and_removed_say_the_same() -> None:
 @settings(max_examples=50, deadline=None)
 def test_plans_survive_json(kind: str, seed: int) -> None:
     plan = draw_plan(STRUCTURE, kind, random.Random(seed))
-    assert Plan._from_json(json.loads(json.dumps(plan.to_json()))) == plan
+    assert Plan.from_json(json.loads(json.dumps(plan.to_json()))) == plan
     assert plan.check(STRUCTURE) == plan
 
 

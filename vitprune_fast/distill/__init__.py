@@ -25,11 +25,16 @@ if TYPE_CHECKING:
         qkv_relation,
         soft_kd,
     )
+    from vitprune_fast.distill.masks import MaskSchedule
+    from vitprune_fast.distill.teachers import Teacher, TeacherSet, resolve_teacher
 
 __all__ = [
     "DistillConfig",
     "DistillResult",
+    "MaskSchedule",
     "Projectors",
+    "Teacher",
+    "TeacherSet",
     "align_tokens",
     "cross_entropy",
     "distill",
@@ -44,6 +49,7 @@ __all__ = [
     "manifold_random",
     "map_blocks",
     "qkv_relation",
+    "resolve_teacher",
     "soft_kd",
 ]
 
@@ -51,7 +57,11 @@ _HOMES = {
     **dict.fromkeys(__all__, "losses"),
     "DistillConfig": "config",
     "DistillResult": "loop",
+    "MaskSchedule": "masks",
+    "Teacher": "teachers",
+    "TeacherSet": "teachers",
     "distill": "loop",
+    "resolve_teacher": "teachers",
 }
 
 

@@ -208,7 +208,7 @@ class Objective(nn.Module):
 
     def _prefixes(
         self, term: Term, student: StudentOutput, answer: TeacherOutput
-    ) -> dict[str, int]:
+    ) -> dict[str, Any]:
         a, b = term.pairs[0]
         theirs = answer.prefix_tokens[self._asked[term.teacher][0].index(b)]
         return {"student_prefix": student.prefix_tokens[a], "teacher_prefix": theirs}
@@ -254,8 +254,9 @@ class _Watch:
 
     def output(self, outputs: Any) -> StudentOutput:
         """Put what the model returned beside what was recorded, and forget that."""
-        two = isinstance(outputs, (tuple, list)) and len(outputs) == 2
-        class_BC, taught_BC = outputs if two else (outputs, outputs)
+        class_BC, taught_BC = outputs, outputs
+        if isinstance(outputs, (tuple, list)) and len(outputs) == 2:
+            class_BC, taught_BC = outputs
         hidden = self.hidden
         if hidden is None:
             return StudentOutput(class_BC, taught_BC, {}, {}, None, {})

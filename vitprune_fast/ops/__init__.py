@@ -16,6 +16,7 @@ from vitprune_fast.ops.attention_score import (
     scored_attention,
 )
 from vitprune_fast.ops.gated_activation import gated_activation
+from vitprune_fast.ops.gated_attention import gated_attention
 from vitprune_fast.ops.gated_glu import gated_glu, gated_glu_packed
 from vitprune_fast.ops.gather import CASTS, GatherTable, Selection, gather, gather_all
 from vitprune_fast.ops.glu_score import glu_score, scored_glu, scored_glu_packed
@@ -37,6 +38,7 @@ __all__ = [
     "attention_score",
     "backends",
     "gated_activation",
+    "gated_attention",
     "gated_glu",
     "gated_glu_packed",
     "gather",

@@ -22,6 +22,7 @@ IMPLEMENTED = {
     "attention_score": ("triton", "cpu", "eager"),
     "gated_activation": ("triton", "cpu", "eager"),
     "gated_glu": ("triton", "cpu", "eager"),
+    "gated_attention": ("triton", "eager"),
     "gather": ("cpu", "eager"),
     "gather_all": ("cuda", "cpu", "eager"),
     "glu_score": ("triton", "cpu", "eager"),

@@ -13,11 +13,13 @@ from torch import Tensor
 
 from vitprune_fast import _checks
 from vitprune_fast.ops._dispatch import Backend, choose
-from vitprune_fast.ops._probes import (
-    DTYPES,
-    check_probe,
-    refuse_second_derivative,
-    score_dtype,
+from vitprune_fast.ops._probes import check_probe, refuse_second_derivative, score_dtype
+from vitprune_fast.ops._qkv import (
+    check_qkv,
+    factor_of_logits,
+    heads_first,
+    triton_obstacle,
+    with_adjacent_dims,
 )
 from vitprune_fast.reference import attention_score as _reference
 
@@ -25,8 +27,6 @@ NEEDS = ("qkv", "head", "qk_dim", "v_dim")
 _OP = "attention_score"
 # torch's efficient attention stores the rows of the normalisers padded to this many
 _LSE_ALIGNMENT = 32
-# of the Triton kernels
-_LARGEST_HEAD_DIM = 128
 
 # which of NEEDS are wanted; and the four results, where what is not wanted has no elements,
 # because a registered op cannot return None
@@ -126,29 +126,19 @@ _triton.register_fake(_fake)
 _triton_score.register_fake(_fake_score)
 
 
-def _with_adjacent_dims(x: Tensor) -> Tensor:
-    """``x``, copied when its last dimension is not adjacent: no kernel reads it otherwise."""
-    return x if x.stride(-1) == 1 else x.contiguous()
-
-
-def _heads_first(qkv_BN3HK: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    q_BNHK, k_BNHK, v_BNHK = qkv_BN3HK.unbind(2)
-    return q_BNHK.transpose(1, 2), k_BNHK.transpose(1, 2), v_BNHK.transpose(1, 2)
-
-
 def _eager(qkv_BN3HK: Tensor, scale: float) -> tuple[Tensor, Tensor]:
     """The forward of torch's own fused attention."""
     aten = torch.ops.aten
     num_tokens = qkv_BN3HK.shape[1]
     if not qkv_BN3HK.is_cuda:
         out_BHNK, lse_BHN = aten._scaled_dot_product_flash_attention_for_cpu(
-            *_heads_first(qkv_BN3HK), scale=scale
+            *heads_first(qkv_BN3HK), scale=scale
         )
     elif qkv_BN3HK.dtype == torch.float64:
         return _reference.attention(qkv_BN3HK, scale)
     else:
         out_BHNK, lse_BHN, _, _ = aten._scaled_dot_product_efficient_attention(
-            *_heads_first(qkv_BN3HK), None, True, scale=scale
+            *heads_first(qkv_BN3HK), None, True, scale=scale
         )
     return out_BHNK.transpose(1, 2).contiguous(), lse_BHN[..., :num_tokens].contiguous()
 
@@ -161,7 +151,7 @@ def _eager_dqkv(
     dout_BHNK, out_BHNK = grad_out_BNHK.transpose(1, 2), out_BNHK.transpose(1, 2)
     if not qkv_BN3HK.is_cuda:
         gradients = aten._scaled_dot_product_flash_attention_for_cpu_backward(
-            dout_BHNK, *_heads_first(qkv_BN3HK), out_BHNK, lse_BHN, 0.0, False, scale=scale
+            dout_BHNK, *heads_first(qkv_BN3HK), out_BHNK, lse_BHN, 0.0, False, scale=scale
         )
     elif qkv_BN3HK.dtype == torch.float64:
         return _reference.attention_score(grad_out_BNHK, qkv_BN3HK, out_BNHK, lse_BHN, scale)[0]
@@ -172,7 +162,7 @@ def _eager_dqkv(
         seed = torch.zeros((), dtype=torch.int64, device=qkv_BN3HK.device)
         gradients = aten._scaled_dot_product_efficient_attention_backward(
             dout_BHNK,
-            *_heads_first(qkv_BN3HK),
+            *heads_first(qkv_BN3HK),
             None,
             out_BHNK,
             lse_padded,
@@ -215,11 +205,8 @@ def _eager_score(
 
 
 def _choose(qkv_BN3HK: Tensor, backend: str) -> str:
-    unable = {}
-    if qkv_BN3HK.dtype == torch.float64:
-        unable["triton"] = "its products are those of tensor cores, which end at float32"
-    elif qkv_BN3HK.shape[4] > _LARGEST_HEAD_DIM:
-        unable["triton"] = f"a head of {qkv_BN3HK.shape[4]} dims does not fit in its registers"
+    obstacle = triton_obstacle(qkv_BN3HK)
+    unable = {} if obstacle is None else {"triton": obstacle}
     return choose(_OP, qkv_BN3HK.device, backend, unable)
 
 
@@ -227,7 +214,7 @@ def _run(qkv_BN3HK: Tensor, scale: float, backend: str) -> tuple[Tensor, Tensor]
     chosen = _choose(qkv_BN3HK, backend)
     if qkv_BN3HK.numel() == 0:
         return _fake(qkv_BN3HK, scale)
-    qkv_BN3HK = _with_adjacent_dims(qkv_BN3HK)
+    qkv_BN3HK = with_adjacent_dims(qkv_BN3HK)
     if chosen == "cpu":
         return torch.ops.vitprune_fast.attention(qkv_BN3HK, scale)
     if chosen == "triton":
@@ -247,7 +234,7 @@ def _run_score(
 ) -> Gradients:
     chosen = _choose(qkv_BN3HK, backend)
     grad_out_BNHK, qkv_BN3HK, out_BNHK = (
-        _with_adjacent_dims(x) for x in (grad_out_BNHK, qkv_BN3HK, out_BNHK)
+        with_adjacent_dims(x) for x in (grad_out_BNHK, qkv_BN3HK, out_BNHK)
     )
     arguments = (grad_out_BNHK, qkv_BN3HK, out_BNHK, lse_BHN.contiguous(), scale, per_token)
     if qkv_BN3HK.numel() == 0:
@@ -300,19 +287,6 @@ def _backward(ctx, grad_out_BNHK: Tensor, _grad_lse: Tensor | None):
 _scored.register_autograd(_backward, setup_context=_setup_context)
 
 
-def _factor(scale: float | None, qkv_BN3HK: Tensor) -> float:
-    return float(qkv_BN3HK.shape[4] ** -0.5 if scale is None else scale)
-
-
-def _check_qkv(op: str, qkv_BN3HK: Tensor) -> None:
-    _checks.require_tensor(op, "qkv_BN3HK", qkv_BN3HK)
-    _checks.require_dims(op, "qkv_BN3HK", qkv_BN3HK, 5)
-    _checks.require_dtype(op, "qkv_BN3HK", qkv_BN3HK, DTYPES)
-    shape = tuple(qkv_BN3HK.shape)
-    rule = "have 3 parts (q, k, v) in dimension 2 and a head dim of at least 1"
-    _checks.require(shape[2] == 3 and shape[4] >= 1, op, "qkv_BN3HK", rule, shape)
-
-
 def attention(
     qkv_BN3HK: Tensor, *, scale: float | None = None, backend: Backend = "auto"
 ) -> tuple[Tensor, Tensor]:
@@ -339,8 +313,8 @@ def attention(
         InvalidInput: a shape or dtype is out of range.
         BackendUnavailable: ``backend`` was named and cannot run here; the message says why.
     """
-    _check_qkv("attention", qkv_BN3HK)
-    return _run(qkv_BN3HK.detach(), _factor(scale, qkv_BN3HK), backend)
+    check_qkv("attention", qkv_BN3HK)
+    return _run(qkv_BN3HK.detach(), factor_of_logits(scale, qkv_BN3HK), backend)
 
 
 def attention_score(
@@ -387,7 +361,7 @@ def attention_score(
         InvalidInput: shapes, dtypes or devices disagree, or ``needs`` holds an unknown name.
         BackendUnavailable: ``backend`` was named and cannot run here; the message says why.
     """
-    _check_qkv(_OP, qkv_BN3HK)
+    check_qkv(_OP, qkv_BN3HK)
     batch, num_tokens, _, num_heads, _ = qkv_BN3HK.shape
     like_out = qkv_BN3HK[:, :, 0]
     for name, value in (("grad_out_BNHK", grad_out_BNHK), ("out_BNHK", out_BNHK)):
@@ -408,7 +382,7 @@ def attention_score(
         qkv_BN3HK.detach(),
         out_BNHK.detach(),
         lse_BHN.detach(),
-        _factor(scale, qkv_BN3HK),
+        factor_of_logits(scale, qkv_BN3HK),
         per_token,
         wanted,
         backend,
@@ -452,7 +426,7 @@ def scored_attention(
         BackendUnavailable: ``backend`` was named and cannot run here; the message says why.
     """
     op = "scored_attention"
-    _check_qkv(op, qkv_BN3HK)
+    check_qkv(op, qkv_BN3HK)
     batch, _, _, num_heads, head_dim = qkv_BN3HK.shape
     per_dim = (batch, num_heads, head_dim)
     probes = (
@@ -463,6 +437,6 @@ def scored_attention(
     for name, probe, shape in probes:
         if probe is not None:
             check_probe(op, name, probe, shape, "qkv_BN3HK", qkv_BN3HK)
-    factor = _factor(scale, qkv_BN3HK)
+    factor = factor_of_logits(scale, qkv_BN3HK)
     out_BNHK, _ = _scored(qkv_BN3HK, head_BH, qk_dim_BHK, v_dim_BHK, factor, per_token, backend)
     return out_BNHK

@@ -61,7 +61,11 @@ def teach(
 
     def training(purpose: str, model: nn.Module, own: DistillConfig, **more: Any) -> Any:
         folder = None if checkpoints is None else checkpoints / purpose
-        told = on_event and (lambda event: on_event({**event, "stage": purpose}))
+
+        def told(event: dict[str, Any]) -> None:
+            if on_event is not None:
+                on_event({**event, "stage": purpose})
+
         return stages.train(
             model,
             more.pop("teacher", taught_by),
@@ -152,6 +156,7 @@ def _cut_by_gates(
     student: nn.Module, config: DistillConfig, gates: GateConfig, training: Callable[..., Any]
 ) -> nn.Module:
     """Learn gates beside the weights, then cut and fold them in."""
+    assert gates.kind != "none"
     keep = gates.macs if gates.kind == "ste" else None
     attached = vp.gates.attach(
         student,

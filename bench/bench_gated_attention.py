@@ -1,0 +1,108 @@
+"""Attention with learned gates, forward and backward, where some heads are dead, against torch's.
+
+From packed qkv to packed dqkv and the gradient of the gates. Dead heads have the gate 0 in torch's
+forms, which compute them all the same; ours gives the live heads alone. Live heads come first, so
+that the live part of a result is a view.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.functional import scaled_dot_product_attention
+
+from bench.shapes import VIT_BASE, VIT_BASE_384, Shape
+from vitprune_fast import ops
+
+MODELS = {"ViT-B": VIT_BASE, "ViT-B/384": VIT_BASE_384}
+PEERS = {
+    "flash": SDPBackend.FLASH_ATTENTION,
+    "cuDNN": SDPBackend.CUDNN_ATTENTION,
+    "efficient": SDPBackend.EFFICIENT_ATTENTION,
+}
+
+
+def sdpa_times_gate(qkv, gate, attend=scaled_dot_product_attention):
+    """What one writes without us."""
+    q, k, v = (x.transpose(1, 2) for x in qkv.unbind(2))
+    return (attend(q, k, v).transpose(1, 2) * gate[:, None]).to(qkv.dtype)
+
+
+def on_gpu_alone() -> dict[str, Callable]:
+    """Each of torch's kernels, its compiler, and FlexAttention."""
+    from torch.nn.attention.flex_attention import flex_attention
+
+    def with_kernel(backend):
+        def attend(q, k, v):
+            with sdpa_kernel(backend):
+                return scaled_dot_product_attention(q, k, v)
+
+        return lambda qkv, gate: sdpa_times_gate(qkv, gate, attend)
+
+    found = {f"SDPA {name} x gate": with_kernel(backend) for name, backend in PEERS.items()}
+    found["compiled SDPA x gate"] = torch.compile(sdpa_times_gate, dynamic=False)
+    found["compiled FlexAttention x gate"] = torch.compile(
+        lambda qkv, gate: sdpa_times_gate(qkv, gate, flex_attention), dynamic=False
+    )
+    return found
+
+
+def forms(qkv, gate, grad, live: int, backend: ops.Backend) -> dict[str, Callable]:
+    """Output of the live heads, gradient of qkv, and that of the live gates."""
+    leaves = qkv.requires_grad_(), gate.requires_grad_()
+    heads = range(live)
+
+    def call(form):
+        out = form(*leaves)
+        given = grad[:, :, : out.shape[2]]
+        dqkv, dgate = torch.autograd.grad(out, leaves, given)
+        return out.detach()[:, :, :live], dqkv, dgate[:live]
+
+    def ours(qkv, gate):
+        return ops.gated_attention(qkv, gate, live_heads=heads, compact=True, backend=backend)
+
+    peers = {"SDPA x gate": sdpa_times_gate, **(on_gpu_alone() if qkv.is_cuda else {})}
+    found: dict[str, Callable] = {"vitprune": lambda: call(ours)}
+    for name, form in peers.items():
+        try:
+            call(form)
+        except RuntimeError as error:
+            # a kernel that this GPU or these sizes do not have
+            print(f"{name} cannot run here: {str(error).splitlines()[0]}")
+        else:
+            found[name] = lambda form=form: call(form)
+    return found
+
+
+def race_one(race, model: str, shape: Shape, batch: int, dead: float, dtype, device: str, backend):
+    sizes = (batch, shape.tokens, shape.heads, shape.head_dim)
+    live = round(shape.heads * (1 - dead))
+    qkv = torch.randn(batch, shape.tokens, 3, *sizes[2:], device=device, dtype=dtype)
+    grad = torch.randn(sizes, device=device, dtype=dtype)
+    gate = torch.linspace(0.5, 1.5, shape.heads, device=device)
+    gate[live:] = 0
+    race(
+        "gated_attention",
+        f"{model} heads {sizes}, {live} live, {str(dtype).removeprefix('torch.')}, "
+        "forward and backward",
+        forms(qkv, gate, grad, live, backend),
+        device=device,
+        # of live heads: q, k, v and out; then q, k, v, out, dout and their gradients
+        bytes_moved=12 * grad.nbytes * live // shape.heads,
+    )
+
+
+@pytest.mark.parametrize("dead", [0.0, 0.25, 0.5, 0.75])
+@pytest.mark.parametrize("model", ["ViT-B"])
+def bench_gated_attention_cpu(race, model, dead):
+    race_one(race, model, MODELS[model], 2, dead, torch.float32, "cpu", "auto")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dead", [0.0, 0.25, 0.5, 0.75])
+@pytest.mark.parametrize(("model", "batch"), [("ViT-B", 256), ("ViT-B/384", 64)])
+def bench_gated_attention_gpu(race, model, batch, dead):
+    race_one(race, model, MODELS[model], batch, dead, torch.bfloat16, "cuda", "triton")

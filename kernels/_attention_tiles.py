@@ -1,0 +1,102 @@
+"""Sizes of the tiles of the attention kernels, and how their programs run."""
+
+from __future__ import annotations
+
+import os
+from typing import NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+
+# the operands of a matrix product have at least this many rows and columns
+SMALLEST_TILE = 16
+# for these lengths the keys are three static tiles of 128 + 64 + 16, and softmax needs no
+# correction of what was summed before; all ViTs at 224 pixels with patches of 16 are here
+ROW_TOKENS = range(193, 209)
+
+
+class Tiles(NamedTuple):
+    """Queries and keys of one tile, and how a program runs."""
+
+    block_m: int
+    block_n: int
+    num_warps: int
+    num_stages: int
+
+
+def pieces(head_dim: int) -> tuple[int, int]:
+    """Powers of two that cover a head dim: two where that is less than one, else one and 0."""
+    whole = max(triton.next_power_of_2(head_dim), SMALLEST_TILE)
+    first = whole // 2
+    second = max(triton.next_power_of_2(head_dim - first), SMALLEST_TILE)
+    return (first, second) if first >= SMALLEST_TILE and second < first else (whole, 0)
+
+
+def tail(num_tokens: int, block: int) -> int:
+    """Width of the last tile; 0 when whole tiles of ``block`` cover the tokens."""
+    rest = num_tokens % block
+    return max(triton.next_power_of_2(rest), SMALLEST_TILE) if rest else 0
+
+
+def has_large_tiles(major: int) -> bool:
+    """Whether the tensor cores of that compute capability take tiles of 64 rows from shared memory.
+
+    Hopper and the data-centre Blackwells do; others want smaller tiles, held in registers.
+    """
+    return 9 <= major <= 11
+
+
+def takes_row(num_tokens: int, head_dim: int, dtype: torch.dtype, large: bool) -> bool:
+    """Whether the forward keeps whole rows of logits: they spill where numbers are wider.
+
+    There the head dim is one piece.
+    """
+    fits = head_dim <= 64 and pieces(head_dim)[1] == 0 and dtype.itemsize == 2
+    return num_tokens in ROW_TOKENS and fits and large
+
+
+def forward_tiles(head_dim: int, dtype: torch.dtype, large: bool) -> Tiles:
+    """Tiles of the forward. Chosen, as all, so that nothing spills (tests/compiled)."""
+    if dtype.itemsize == 4:
+        return Tiles(32 if head_dim <= 64 else 16, 32, 8, 2)
+    return Tiles(64 if large or head_dim <= 96 else 32, 64, 4, 2)
+
+
+def query_tiles(head_dim: int, dtype: torch.dtype, large: bool, masked: bool = False) -> Tiles:
+    """Tiles of the backward's first launch; with a key mask registers are needed for its bits."""
+    if dtype.itemsize == 4:
+        return Tiles(32, 32, 4, 2) if head_dim <= 64 else Tiles(16, 32, 8, 2)
+    if large:
+        return Tiles(64, 64 if head_dim <= 96 else 32, 4, 2)
+    if masked:
+        return Tiles(64 if head_dim <= 80 else 16, 32, 4, 2)
+    return Tiles(64 if head_dim <= 96 else 32, 32, 4, 2)
+
+
+def key_tiles(head_dim: int, dtype: torch.dtype, large: bool, masked: bool = False) -> Tiles:
+    """Tiles of the backward's second launch, likewise."""
+    if dtype.itemsize == 4:
+        return Tiles(32, 32, 4, 2) if head_dim <= 64 else Tiles(32, 16, 8, 2)
+    if masked and not large:
+        return Tiles(16 if 64 < head_dim <= 80 else 32, 32 if head_dim <= 80 else 16, 4, 2)
+    return Tiles(32, 64 if large or head_dim <= 80 else 32, 4, 2)
+
+
+def precision(dtype: torch.dtype) -> str:
+    # tf32 would leave 10 bits of fp32 numbers; 16-bit numbers have no choice
+    return "ieee" if dtype == torch.float32 else "tf32"
+
+
+def interpreting() -> bool:
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def large_tiles_of(x: Tensor) -> bool:
+    # the interpreter runs what the newer GPUs would
+    return not x.is_cuda or has_large_tiles(torch.cuda.get_device_capability(x.device)[0])
+
+
+def with_near_tokens(x: Tensor) -> Tensor:
+    """``x``, copied when the offsets inside a tile would not fit in 32 bits."""
+    return x if x.stride(1) < 2**23 else x.contiguous()

@@ -1,0 +1,140 @@
+"""gated_attention: forward and backward of ViTs at 224, 256 and 384 pixels, and odd head dims."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from vitprune_fast.kernels import _attention_tiles as sizes
+from vitprune_fast.kernels import gated_attention as kernels
+from vitprune_fast.kernels._attention_tiles import Tiles, tail
+
+from .attention_score import DTYPES, GRAD_STRIDES, OUT_STRIDES, QKV_STRIDES
+from .attention_score import case as attention_case
+from .case import Case
+
+READ = {"gate_ptr": "fp32", "heads_ptr": "i32", "mask_ptr": "u8", "lse_ptr": "fp32"}
+
+
+def case(
+    name: str,
+    kernel,
+    tiles: Tiles,
+    element: str,
+    num_tokens: int,
+    head_dim: int,
+    large: bool,
+    tensors: Mapping[str, str],
+    integers: tuple[str, ...],
+    flags: Mapping[str, object],
+    masked: bool,
+    registers: int,
+) -> Case:
+    """With a gate whose gradient is wanted and a list of live heads, and a drop-in output."""
+    return attention_case(
+        f"{name}, key mask" if masked else name,
+        kernel,
+        tiles,
+        element,
+        num_tokens,
+        head_dim,
+        large,
+        {**tensors, **READ},
+        integers,
+        {**flags, "GATED": True, "LISTED": True, "COMPACT": False, "KEY_MASK": masked, "RAW": True},
+        registers,
+        op="gated_attention",
+    )
+
+
+def forward(
+    element: str, num_tokens: int, head_dim: int, large: bool, registers: int, masked: bool = False
+) -> Case:
+    """In whole rows, or tile by tile."""
+    dtype = DTYPES[element]
+    tiles = sizes.forward_tiles(head_dim, dtype, large)
+    row = not masked and sizes.takes_row(num_tokens, head_dim, dtype, large)
+    return case(
+        "forward, whole rows" if row else "forward",
+        kernels._gated_attention_fwd_kernel,
+        tiles,
+        element,
+        num_tokens,
+        head_dim,
+        large,
+        dict.fromkeys(("qkv_ptr", "out_ptr", "raw_ptr"), element),
+        ("num_out", "num_live", *QKV_STRIDES),
+        {"TAIL": tail(num_tokens, tiles.block_n), "WHOLE_ROWS": row},
+        masked,
+        registers,
+    )
+
+
+def queries(
+    element: str, num_tokens: int, head_dim: int, large: bool, registers: int, masked: bool = False
+) -> Case:
+    """The first launch of backward."""
+    tiles = sizes.query_tiles(head_dim, DTYPES[element], large, masked)
+    tensors = dict.fromkeys(("grad_ptr", "qkv_ptr", "out_ptr", "dqkv_ptr"), element)
+    return case(
+        "dQ and gate",
+        kernels._gated_attention_bwd_dq_kernel,
+        tiles,
+        element,
+        num_tokens,
+        head_dim,
+        large,
+        {**tensors, "delta_ptr": "fp32", "part_ptr": "fp32"},
+        ("num_heads", "num_live", *GRAD_STRIDES, *QKV_STRIDES, *OUT_STRIDES),
+        {"TAIL": tail(num_tokens, tiles.block_n), "QKV": True},
+        masked,
+        registers,
+    )
+
+
+def keys(
+    element: str, num_tokens: int, head_dim: int, large: bool, registers: int, masked: bool = False
+) -> Case:
+    """The second launch of backward."""
+    tiles = sizes.key_tiles(head_dim, DTYPES[element], large, masked)
+    tensors = dict.fromkeys(("grad_ptr", "qkv_ptr", "dqkv_ptr"), element)
+    return case(
+        "dK and dV",
+        kernels._gated_attention_bwd_dkdv_kernel,
+        tiles,
+        element,
+        num_tokens,
+        head_dim,
+        large,
+        {**tensors, "delta_ptr": "fp32"},
+        ("num_heads", "num_live", *GRAD_STRIDES, *QKV_STRIDES),
+        {"TAIL": tail(num_tokens, tiles.block_m)},
+        masked,
+        registers,
+    )
+
+
+# element, tokens, head dim, key mask; registers of forward, dQ, dK and dV with large tiles and with
+# small ones, as compiled by Triton 3.8 and with some room for others
+SIZES = [
+    ("bf16", 197, 64, False, (255, 255, 255), (255, 255, 255)),
+    ("bf16", 197, 64, True, (255, 255, 255), (255, 255, 255)),
+    ("bf16", 577, 64, False, (255, 255, 255), (255, 255, 255)),
+    ("bf16", 197, 32, False, (255, 255, 255), (255, 255, 255)),
+    ("bf16", 197, 48, False, (255, 255, 255), (255, 255, 255)),
+    ("bf16", 257, 80, False, (255, 255, 255), (255, 255, 255)),
+    ("bf16", 257, 80, True, (255, 255, 255), (255, 255, 255)),
+    ("bf16", 197, 96, False, (255, 255, 255), (255, 255, 255)),
+    ("bf16", 197, 96, True, (255, 255, 255), (255, 255, 255)),
+    ("bf16", 257, 128, False, (255, 255, 255), (255, 255, 255)),
+    ("bf16", 257, 128, True, (255, 255, 255), (255, 255, 255)),
+    ("fp16", 197, 64, False, (255, 255, 255), (255, 255, 255)),
+    ("fp32", 197, 64, False, (255, 255, 255), (255, 255, 255)),
+    ("fp32", 197, 64, True, (255, 255, 255), (255, 255, 255)),
+    ("fp32", 257, 80, False, (255, 255, 255), (255, 255, 255)),
+]
+CASES = [
+    kind(element, num_tokens, head_dim, large, bounds[index], masked)
+    for element, num_tokens, head_dim, masked, with_large, with_small in SIZES
+    for large, bounds in ((True, with_large), (False, with_small))
+    for index, kind in enumerate((forward, queries, keys))
+]

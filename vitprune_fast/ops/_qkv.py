@@ -1,0 +1,47 @@
+"""What the ops on packed qkv share: ``(B, N, 3, H, K)`` with q, k and v side by side."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from vitprune_fast import _checks
+from vitprune_fast.ops._probes import DTYPES
+
+# of the Triton kernels
+_LARGEST_HEAD_DIM = 128
+
+
+def check_qkv(op: str, qkv_BN3HK: Tensor) -> None:
+    """Raise unless it is packed qkv of a dtype that attention takes."""
+    _checks.require_tensor(op, "qkv_BN3HK", qkv_BN3HK)
+    _checks.require_dims(op, "qkv_BN3HK", qkv_BN3HK, 5)
+    _checks.require_dtype(op, "qkv_BN3HK", qkv_BN3HK, DTYPES)
+    shape = tuple(qkv_BN3HK.shape)
+    rule = "have 3 parts (q, k, v) in dimension 2 and a head dim of at least 1"
+    _checks.require(shape[2] == 3 and shape[4] >= 1, op, "qkv_BN3HK", rule, shape)
+
+
+def triton_obstacle(qkv_BN3HK: Tensor) -> str | None:
+    """Why the Triton kernels cannot take it, or None when they can."""
+    if qkv_BN3HK.dtype == torch.float64:
+        return "its products are those of tensor cores, which end at float32"
+    if qkv_BN3HK.shape[4] > _LARGEST_HEAD_DIM:
+        return f"a head of {qkv_BN3HK.shape[4]} dims does not fit in its registers"
+    return None
+
+
+def factor_of_logits(scale: float | None, qkv_BN3HK: Tensor) -> float:
+    """``scale``, or the usual one of the head dim."""
+    return float(qkv_BN3HK.shape[4] ** -0.5 if scale is None else scale)
+
+
+def with_adjacent_dims(x: Tensor) -> Tensor:
+    """``x``, copied when its last dimension is not adjacent: no kernel reads it otherwise."""
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def heads_first(qkv_BN3HK: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """q, k and v as torch's own attention takes them, ``(B, H, N, K)`` each, without a copy."""
+    q_BNHK, k_BNHK, v_BNHK = qkv_BN3HK.unbind(2)
+    return q_BNHK.transpose(1, 2), k_BNHK.transpose(1, 2), v_BNHK.transpose(1, 2)

@@ -1,0 +1,305 @@
+"""Attention on packed qkv with a gate per head, over a list of live heads.
+
+B batch, N tokens, H heads, L live heads, K head dim; packed ``qkv`` is (B, N, 3, H, K).
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from vitprune_fast import _checks
+from vitprune_fast.ops._dispatch import Backend, choose
+from vitprune_fast.ops._probes import refuse_second_derivative, score_dtype
+from vitprune_fast.ops._qkv import (
+    check_qkv,
+    factor_of_logits,
+    heads_first,
+    triton_obstacle,
+    with_adjacent_dims,
+)
+
+_OP = "gated_attention"
+# Beyond this many tokens attention is bound by its matrix products, of which our backward has 7
+# and that of torch's kernels 5. An estimate (no GPU has timed it yet).
+_SDPA_TOKENS = 400
+
+
+def _fake(
+    qkv_BN3HK: Tensor,
+    gate_H: Tensor | None,
+    mask_BN: Tensor | None,
+    live: list[int],
+    scale: float,
+    compact: bool,
+    raw: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    batch, num_tokens, _, num_heads, head_dim = qkv_BN3HK.shape
+    num_live = len(live)
+    num_out = num_live if compact else num_heads
+    return (
+        qkv_BN3HK.new_empty(batch, num_tokens, num_out, head_dim),
+        qkv_BN3HK.new_empty((batch, num_tokens, num_live, head_dim) if raw else (0,)),
+        qkv_BN3HK.new_empty(batch, num_live, num_tokens, dtype=score_dtype(qkv_BN3HK)),
+    )
+
+
+def _fake_backward(
+    grad_out_BNHK: Tensor,
+    qkv_BN3HK: Tensor,
+    gate_H: Tensor | None,
+    mask_BN: Tensor | None,
+    out_BNHK: Tensor,
+    lse_BLN: Tensor,
+    live: list[int],
+    scale: float,
+    compact: bool,
+    raw: bool,
+    qkv: bool,
+) -> tuple[Tensor, Tensor]:
+    dqkv_BN3HK = qkv_BN3HK.new_empty(qkv_BN3HK.shape if qkv else (0,))
+    gates = (qkv_BN3HK.shape[3],) if raw else (0,)
+    return dqkv_BN3HK, qkv_BN3HK.new_empty(gates, dtype=score_dtype(qkv_BN3HK))
+
+
+@torch.library.custom_op("vitprune_fast::gated_attention_triton", mutates_args=())
+def _triton(
+    qkv_BN3HK: Tensor,
+    gate_H: Tensor | None,
+    mask_BN: Tensor | None,
+    live: list[int],
+    scale: float,
+    compact: bool,
+    raw: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    from vitprune_fast.kernels.gated_attention import gated_attention_fwd
+
+    return gated_attention_fwd(
+        with_adjacent_dims(qkv_BN3HK), gate_H, mask_BN, live, scale, compact, raw
+    )
+
+
+@torch.library.custom_op("vitprune_fast::gated_attention_backward_triton", mutates_args=())
+def _triton_backward(
+    grad_out_BNHK: Tensor,
+    qkv_BN3HK: Tensor,
+    gate_H: Tensor | None,
+    mask_BN: Tensor | None,
+    out_BNHK: Tensor,
+    lse_BLN: Tensor,
+    live: list[int],
+    scale: float,
+    compact: bool,
+    raw: bool,
+    qkv: bool,
+) -> tuple[Tensor, Tensor]:
+    from vitprune_fast.kernels.gated_attention import gated_attention_bwd
+
+    grad_out_BNHK, qkv_BN3HK = with_adjacent_dims(grad_out_BNHK), with_adjacent_dims(qkv_BN3HK)
+    return gated_attention_bwd(
+        grad_out_BNHK, qkv_BN3HK, gate_H, mask_BN, out_BNHK, lse_BLN, live, scale, compact, raw, qkv
+    )
+
+
+_triton.register_fake(_fake)
+_triton_backward.register_fake(_fake_backward)
+
+
+def _setup_context(ctx, inputs, output):
+    qkv_BN3HK, gate_H, mask_BN, ctx.live, ctx.scale, ctx.compact, ctx.raw = inputs
+    out_BNHK, raw_BNLK, lse_BLN = output
+    if ctx.needs_input_grad[1] and not ctx.raw:
+        # to divide the output by the gate would fail where a gate is 0
+        raise RuntimeError(f"{_OP}: raw must be True where the gate needs a gradient, got False")
+    ctx.mark_non_differentiable(raw_BNLK, lse_BLN)
+    # behind the gate the output is kept anyway, by whoever reads it
+    kept = raw_BNLK if ctx.raw else out_BNHK
+    ctx.save_for_backward(qkv_BN3HK, gate_H, mask_BN, kept, lse_BLN)
+
+
+def _backward(ctx, grad_out_BNHK: Tensor, _grad_raw, _grad_lse):
+    refuse_second_derivative(_OP)
+    qkv_BN3HK, gate_H, mask_BN, kept, lse_BLN = ctx.saved_tensors
+    needs_qkv, needs_gate = ctx.needs_input_grad[:2]
+    dqkv_BN3HK, dgate_H = _triton_backward(
+        grad_out_BNHK,
+        qkv_BN3HK,
+        gate_H,
+        mask_BN,
+        kept,
+        lse_BLN,
+        ctx.live,
+        ctx.scale,
+        ctx.compact,
+        ctx.raw,
+        needs_qkv,
+    )
+    given = dqkv_BN3HK if needs_qkv else None, dgate_H if needs_gate else None
+    return *given, None, None, None, None, None
+
+
+_triton.register_autograd(_backward, setup_context=_setup_context)
+
+
+def _eager(
+    qkv_BN3HK: Tensor,
+    gate_H: Tensor | None,
+    mask_BN: Tensor | None,
+    live: list[int],
+    scale: float,
+    compact: bool,
+) -> Tensor:
+    """torch's own attention on the live heads, times the gate: no registered op, autograd's own."""
+    batch, num_tokens, _, num_heads, head_dim = qkv_BN3HK.shape
+    index_L = None
+    if len(live) < num_heads:
+        index_L = torch.tensor(live, dtype=torch.int64, device=qkv_BN3HK.device)
+        qkv_BN3HK = qkv_BN3HK.index_select(3, index_L)
+        gate_H = None if gate_H is None else gate_H.index_select(0, index_L)
+    q_BLNK, k_BLNK, v_BLNK = heads_first(qkv_BN3HK)
+    if qkv_BN3HK.numel() == 0:
+        # torch's kernels divide by the number of tokens
+        out_BLNK = v_BLNK
+    elif mask_BN is None:
+        out_BLNK = torch.nn.functional.scaled_dot_product_attention(
+            q_BLNK, k_BLNK, v_BLNK, scale=scale
+        )
+    else:
+        masked_keys = ~mask_BN[:, None, :, None]
+        k_BLNK, v_BLNK = k_BLNK.masked_fill(masked_keys, 0), v_BLNK.masked_fill(masked_keys, 0)
+        # a sample without any key attends them all, and they are zeros
+        nothing_B1 = ~mask_BN.any(1, keepdim=True)
+        attended_B11N = (mask_BN | nothing_B1)[:, None, None]
+        out_BLNK = torch.nn.functional.scaled_dot_product_attention(
+            q_BLNK, k_BLNK, v_BLNK, attended_B11N, scale=scale
+        )
+    out_BNLK = out_BLNK.transpose(1, 2)
+    if gate_H is not None:
+        out_BNLK = (out_BNLK * gate_H[:, None]).to(qkv_BN3HK.dtype)
+    if compact or index_L is None:
+        return out_BNLK.contiguous()
+    zeros_BNHK = out_BNLK.new_zeros(batch, num_tokens, num_heads, head_dim)
+    return zeros_BNHK.index_copy(2, index_L, out_BNLK)
+
+
+def _choose(qkv_BN3HK: Tensor, gate_H: Tensor | None, backend: str) -> str:
+    obstacle = triton_obstacle(qkv_BN3HK)
+    chosen = choose(
+        _OP, qkv_BN3HK.device, backend, {} if obstacle is None else {"triton": obstacle}
+    )
+    named = backend != "auto" or bool(os.environ.get("VITPRUNE_BACKEND"))
+    is_long = chosen == "triton" and qkv_BN3HK.shape[1] > _SDPA_TOKENS
+    return "eager" if is_long and not named and not _needs_gradient(gate_H) else chosen
+
+
+def _needs_gradient(gate_H: Tensor | None) -> bool:
+    return gate_H is not None and gate_H.requires_grad and torch.is_grad_enabled()
+
+
+def _checked_heads(live_heads: Sequence[int] | Tensor | None, num_heads: int) -> list[int]:
+    if live_heads is None:
+        return list(range(num_heads))
+    if isinstance(live_heads, Tensor):
+        _checks.require_dims(_OP, "live_heads", live_heads, 1)
+        _checks.require_dtype(_OP, "live_heads", live_heads, (torch.int32, torch.int64))
+        live_heads = live_heads.tolist()
+    live = list(live_heads)
+    rule = f"hold numbers of heads from 0 to {num_heads - 1}, each once, in ascending order"
+    in_range = all(isinstance(h, int) and 0 <= h < num_heads for h in live)
+    _checks.require(in_range and live == sorted({*live}), _OP, "live_heads", rule, live)
+    return live
+
+
+def _check_gate(gate_H: Tensor, qkv_BN3HK: Tensor) -> None:
+    _checks.require_tensor(_OP, "gate_H", gate_H)
+    shape, got = (qkv_BN3HK.shape[3],), tuple(gate_H.shape)
+    _checks.require(got == shape, _OP, "gate_H", f"have shape {shape}, one gate per head", got)
+    _checks.require_dtype(_OP, "gate_H", gate_H, (score_dtype(qkv_BN3HK),))
+    near = gate_H.device == qkv_BN3HK.device
+    _checks.require(near, _OP, "gate_H", f"be on {qkv_BN3HK.device} like qkv_BN3HK", gate_H.device)
+    # on a GPU it would have to wait for all that was launched before
+    if gate_H.device.type == "cpu" and not torch.compiler.is_compiling():
+        number = not bool(gate_H.detach().isnan().any())
+        _checks.require(number, _OP, "gate_H", "hold no NaN", gate_H.tolist())
+
+
+def _check_mask(mask_BN: Tensor, qkv_BN3HK: Tensor) -> None:
+    _checks.require_tensor(_OP, "key_mask_BN", mask_BN)
+    shape, got = tuple(qkv_BN3HK.shape[:2]), tuple(mask_BN.shape)
+    _checks.require(got == shape, _OP, "key_mask_BN", f"have shape {shape}", got)
+    _checks.require_dtype(_OP, "key_mask_BN", mask_BN, (torch.bool,))
+    near = mask_BN.device == qkv_BN3HK.device
+    rule = f"be on {qkv_BN3HK.device} like qkv_BN3HK"
+    _checks.require(near, _OP, "key_mask_BN", rule, mask_BN.device)
+
+
+def gated_attention(
+    qkv_BN3HK: Tensor,
+    gate_H: Tensor | None = None,
+    *,
+    live_heads: Sequence[int] | Tensor | None = None,
+    key_mask_BN: Tensor | None = None,
+    scale: float | None = None,
+    compact: bool = False,
+    backend: Backend = "auto",
+) -> Tensor:
+    """Softmax attention of the live heads, each times its gate: ``gate * softmax(scale q k^T) v``.
+
+    Differentiable once, w.r.t. qkv and the gate. The gradient of a gate is
+    ``sum_bn delta`` with ``delta = sum_k o dout = rowsum(P dP)`` of the output o *before* the gate,
+    so it is exact where a gate is 0. Dead heads are not computed and not read: whatever they hold,
+    NaN and infinity included, their output and all their gradients are exactly 0. Neither are keys
+    and values where the mask is False, whose gradients are exactly 0; a sample without any key
+    gives 0.
+
+    At 224 pixels attention is some 10 to 15 % of a training step, and that is all this op can
+    save; the rest comes from weights that are compacted, so that dead heads have no q, k and v.
+
+    Reference: Vaswani et al., "Attention Is All You Need", NeurIPS 2017 (arXiv:1706.03762), eq. 1;
+    gates of heads: Michel et al., "Are Sixteen Heads Really Better than One?", NeurIPS 2019
+    (arXiv:1905.10650), eq. 1; ``delta``: Dao, "FlashAttention-2" (arXiv:2307.08691), algorithm 2.
+
+    Args:
+        qkv_BN3HK: q, k and v side by side, ``(B, N, 3, H, K)``, fp32/fp64/bf16/fp16, any strides
+            (a head's dims are copied together first when they are not adjacent).
+        gate_H: one factor per head, ``(H,)``, fp64 for fp64 inputs and else fp32, any number; None
+            for 1. NaN is refused in a CPU tensor; in a GPU tensor it is not looked for, and comes
+            out of its head.
+        live_heads: numbers of the heads to compute, ascending; may be empty; None for all. A list
+            costs nothing; a GPU tensor is read by the host, which waits for it. The kernels' copy
+            of a list is made at its first use, so a CUDA graph is captured after a call like it.
+        key_mask_BN: keys to attend, ``(B, N)`` bool, True to attend; None for all. Queries are
+            computed at every token.
+        scale: factor of the logits; None for ``K ** -0.5``.
+        compact: whether the output has the live heads only.
+        backend: implementation to run, forward and backward; an explicit choice never falls back.
+            On a GPU, ``"auto"`` hands more than 400 tokens to torch's own attention unless the gate
+            needs a gradient.
+
+    Returns:
+        ``(B, N, L, K)`` when ``compact``, else ``(B, N, H, K)`` with zeros for dead heads;
+        contiguous, of the dtype of qkv. Accumulated in fp32, fp64 for fp64. Forward and backward of
+        our kernels have the same bits at each repetition; row ``b`` of output and gradient of qkv
+        depends on row ``b`` of qkv alone. The gate's gradient is a sum over the batch in a fixed
+        order.
+
+    Raises:
+        TypeError: an argument is not a tensor.
+        InvalidInput: a shape, dtype, device or value is out of range.
+        BackendUnavailable: ``backend`` was named and cannot run here; the message says why.
+    """
+    check_qkv(_OP, qkv_BN3HK)
+    if gate_H is not None:
+        _check_gate(gate_H, qkv_BN3HK)
+    if key_mask_BN is not None:
+        _check_mask(key_mask_BN, qkv_BN3HK)
+    live = _checked_heads(live_heads, qkv_BN3HK.shape[3])
+    factor = factor_of_logits(scale, qkv_BN3HK)
+    chosen = _choose(qkv_BN3HK, gate_H, backend)
+    if chosen == "triton":
+        raw = _needs_gradient(gate_H)
+        return _triton(qkv_BN3HK, gate_H, key_mask_BN, live, factor, compact, raw)[0]
+    return _eager(qkv_BN3HK, gate_H, key_mask_BN, live, factor, compact)
