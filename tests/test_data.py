@@ -374,6 +374,47 @@ def test_mirrored_view_is_the_mirror_image(photos: Path) -> None:
     assert torch.equal(plain.flip(2), mirrored)
 
 
+def test_a_policy_changes_images_by_their_own_numbers_alone(photos: Path) -> None:
+    import random
+
+    images = _photo_data(photos).split("train")
+    plain, policy = RandomCrop(), RandomCrop(policy="rand-m9-mstd0.5-inc1")
+    rows = torch.arange(len(images))
+    random.seed(1)
+    first = images.batch(rows, 0, augment=policy, seed=5)[0]
+    state = random.getstate()
+    again = images.batch(rows.flip(0), 0, augment=policy, seed=5)[0].flip(0)
+    assert torch.equal(first, again) and random.getstate() == state
+    # the same windows
+    assert not torch.equal(first, images.batch(rows, 0, augment=plain, seed=5)[0])
+    assert not torch.equal(first, images.batch(rows, 1, augment=policy, seed=5)[0])
+    with pytest.raises(InvalidInput, match=r"policy must be words of timm's auto_augment"):
+        RandomCrop(policy="rand-m9-nonsense3")
+
+
+def test_copies_stand_together_and_differ(digit_data: ImageData) -> None:
+    images = digit_data.split("train")
+    augment = digit_data.augmentation
+    plain = Loader(images, 30, shuffle=True, augment=augment, seed=1)
+    loader = Loader(images, 30, shuffle=True, augment=augment, seed=1, repeats=3)
+    assert len(loader) == len(plain)
+    batches = list(loader.epoch(0))
+    ids = torch.cat([batch[2] for batch in batches])
+    whole = ids[: len(ids) // 3 * 3].view(-1, 3)
+    assert torch.equal(whole, whole[:, :1].expand(-1, 3))
+    assert len(set(whole[:, 0].tolist())) == len(whole)
+    pixels = batches[0][0].view(10, 3, -1)
+    assert (pixels[:, 0] != pixels[:, 1]).any() and (pixels[:, 1] != pixels[:, 2]).any()
+    # the first copy is the image as it is without copies
+    first = next(plain.epoch(0))
+    assert torch.equal(first[2][:10], whole[:10, 0])
+    assert torch.equal(first[0][:10].view(10, -1), pixels[:, 0])
+    later = next(loader.epoch(0, 2))
+    assert torch.equal(later[0], batches[2][0])
+    with pytest.raises(InvalidInput, match="repeats must be at least 1, got 0"):
+        Loader(images, 30, repeats=0)
+
+
 def test_digits_refuse_crops_of_photographs(digit_data: ImageData) -> None:
     loader = Loader(digit_data.split("train"), 8, augment=RandomCrop())
     with pytest.raises(InvalidInput, match="augment must be None or Affine"):

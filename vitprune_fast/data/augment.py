@@ -3,11 +3,18 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from PIL import Image
+from timm.data import auto_augment
+
+from vitprune_fast.errors import InvalidInput
+from vitprune_fast.randomness import seeded
 
 
 @dataclass(frozen=True)
@@ -54,25 +61,67 @@ class RandomCrop:
         ratio: largest stretch of the window's width against its height, and of height against
             width.
         flip: probability of mirroring left and right.
+        policy: further changes in the words of timm's ``auto_augment``, such as
+            ``rand-m9-mstd0.5-inc1`` (RandAugment of DeiT) or ``augmix-m3``; empty for none.
     """
 
     scale: float = 0.35
     ratio: float = 4 / 3
     flip: float = 0.5
+    policy: str = ""
 
-    draws = 5
+    def __post_init__(self) -> None:
+        if self.policy:
+            _policy(self.policy)
+
+    @property
+    def draws(self) -> int:
+        """Uniform numbers one sample needs."""
+        return 6 if self.policy else 5
 
     def window(
         self, uniforms: np.ndarray, width: int, height: int
     ) -> tuple[tuple[float, float, float, float], bool]:
         """Choose (left, top, right, bottom) in pixels and whether to mirror, from five numbers."""
-        area, ratio, x, y, flip = uniforms.tolist()
+        area, ratio, x, y, flip = uniforms[:5].tolist()
         area = width * height * (self.scale + (1 - self.scale) * area)
         ratio = math.exp((2 * ratio - 1) * math.log(self.ratio))
         wide = min(math.sqrt(area * ratio), width)
         high = min(math.sqrt(area / ratio), height)
         left, top = x * (width - wide), y * (height - high)
         return (left, top, left + wide, top + high), flip < self.flip
+
+    def changed(self, image: Image.Image, uniforms: np.ndarray) -> Image.Image:
+        """Apply the policy to a window, by the last of its sample's numbers."""
+        if not self.policy:
+            return image
+        # timm draws from Python's and numpy's global generators
+        with seeded(int(uniforms[5] * 2**53), "policy"):
+            return _policy(self.policy)(image.convert("RGB")).convert(image.mode)
+
+
+@cache
+def _policy(words: str) -> Callable[[Image.Image], Image.Image]:
+    """timm's transform of that name.
+
+    Raises:
+        InvalidInput: there is none.
+    """
+    # one grey for what comes in from outside, whatever the data set's mean is
+    hparams = {"translate_const": 100, "img_mean": (124, 116, 104)}
+    kind = words.partition("-")[0]
+    makers = {
+        "rand": auto_augment.rand_augment_transform,
+        "augmix": auto_augment.augment_and_mix_transform,
+    }
+    maker = makers.get(kind, auto_augment.auto_augment_transform)
+    try:
+        return maker(words, hparams)
+    except (AssertionError, KeyError, ValueError, TypeError) as error:
+        raise InvalidInput(
+            f"RandomCrop: policy must be words of timm's auto_augment, e.g. rand-m9-mstd0.5-inc1, "
+            f"got {words!r}: {error}"
+        ) from None
 
 
 Augment = Affine | RandomCrop

@@ -56,7 +56,13 @@ class Images:
         return len(self.ids)
 
     def batch(
-        self, rows: torch.Tensor, epoch: int = 0, *, augment: Augment | None = None, seed: int = 0
+        self,
+        rows: torch.Tensor,
+        epoch: int = 0,
+        *,
+        augment: Augment | None = None,
+        seed: int = 0,
+        copies: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Make one batch.
 
@@ -65,17 +71,30 @@ class Images:
             epoch: with ``seed`` and a sample's id, all its augmentation depends on.
             augment: None shows each image as evaluation sees it.
             seed: the run's seed.
+            copies: ``(B,)`` int64, which copy of its image each row is, if an epoch has several;
+                every copy is changed on its own.
 
         Returns:
             Normalised images ``(B, C, H, W)`` fp32, labels ``(B,)`` int64, ids ``(B,)`` int64.
         """
         ids = self.ids[rows]
-        key = derive_seed(seed, "augment", epoch)
-        draws = uniforms(key, ids.numpy(), augment.draws if augment else 0)
+        draws = self._draws(ids.numpy(), epoch, augment, seed, copies)
         pixels = self.source.pixels(ids, augment, draws)
         mean = torch.tensor(self.mean).view(-1, 1, 1)
         std = torch.tensor(self.std).view(-1, 1, 1)
         return (pixels - mean) / std, self.labels[rows], ids
+
+    @staticmethod
+    def _draws(
+        ids: np.ndarray, epoch: int, augment: Augment | None, seed: int, copies: torch.Tensor | None
+    ) -> np.ndarray:
+        """(B, draws) numbers, those of the first copy being those of an image without copies."""
+        count = augment.draws if augment else 0
+        draws = uniforms(derive_seed(seed, "augment", epoch), ids, count)
+        for copy in [] if copies is None else sorted({*copies.tolist()} - {0}):
+            own = (copies == copy).numpy()
+            draws[own] = uniforms(derive_seed(seed, "augment", epoch, copy), ids[own], count)
+        return draws
 
     def item(
         self, index: int, epoch: int = 0, *, augment: Augment | None = None, seed: int = 0

@@ -113,6 +113,8 @@ class Photographs(ABC):
             left, top = (image.width - wide) / 2, (image.height - high) / 2
             window = (left, top, left + wide, top + high)
         view = image.resize((width, height), Image.Resampling.BICUBIC, box=window)
+        if isinstance(augment, RandomCrop):
+            view = augment.changed(view, draw)
         return np.asarray(view)[:, ::-1] if flip else np.asarray(view)
 
     def _cut(self, parts: Mapping[str, Part]) -> dict[str, list[int]]:

@@ -75,6 +75,10 @@ class DataConfig:
     """Images per training step."""
     augment: bool = True
     """Vary training images at random (digits: small affine maps; photographs: crops, flips)."""
+    policy: str = ""
+    """Further changes of photographs in timm's words, e.g. rand-m9-mstd0.5-inc1 (RandAugment)."""
+    repeats: Annotated[int, arg(metavar="N")] = 1
+    """Augmented copies of an image in a row; epochs stay as long (DeiT has 3)."""
     mean: Annotated[tuple[float, ...] | None, arg(metavar="NUMBER ...")] = None
     """Per channel, subtracted from pixels in 0..1; unset: what the weights were trained with."""
     std: Annotated[tuple[float, ...] | None, arg(metavar="NUMBER ...")] = None

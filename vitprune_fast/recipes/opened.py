@@ -78,5 +78,11 @@ def open_both(
 def setting_of(data_config: DataConfig, profile: Profile, seed: int) -> Setting:
     """What every stage needs besides its inputs."""
     return Setting(
-        seed, profile.device, profile.workers, data_config.augment, data_config.batch_size
+        seed,
+        profile.device,
+        profile.workers,
+        data_config.augment,
+        data_config.batch_size,
+        data_config.policy,
+        data_config.repeats,
     )

@@ -15,9 +15,10 @@ import torch
 from torch import Tensor, nn
 
 import vitprune_fast as vp
-from vitprune_fast.data import ImageData, Loader
+from vitprune_fast.data import Augment, ImageData, Loader, RandomCrop
 from vitprune_fast.distill.config import DistillConfig
 from vitprune_fast.distill.loop import distill
+from vitprune_fast.errors import InvalidInput
 from vitprune_fast.planning.latency import latencies
 from vitprune_fast.randomness import derive_seed
 from vitprune_fast.recipes.config import PlanConfig, ScoreConfig
@@ -34,6 +35,8 @@ class Setting:
     workers: int
     augment: bool
     batch_size: int
+    policy: str = ""
+    repeats: int = 1
 
 
 def train(
@@ -73,9 +76,10 @@ def train(
         data.split("train"),
         setting.batch_size,
         shuffle=True,
-        augment=data.augmentation if setting.augment else None,
+        augment=_augmentation(data, setting),
         seed=seed,
         workers=setting.workers,
+        repeats=setting.repeats,
     )
     validation = Loader(data.split("validation"), setting.batch_size, workers=setting.workers)
     several = [teacher] if isinstance(teacher, nn.Module) else teacher
@@ -91,6 +95,20 @@ def train(
         on_event=on_event,
         stop=stop,
     )
+
+
+def _augmentation(data: ImageData, setting: Setting) -> Augment | None:
+    """How training changes images of this data."""
+    if not setting.augment:
+        return None
+    if not setting.policy:
+        return data.augmentation
+    if not isinstance(data.augmentation, RandomCrop):
+        raise InvalidInput(
+            f"distill: policy must be empty for {data.name}, which are no photographs, got "
+            f"{setting.policy!r}"
+        )
+    return replace(data.augmentation, policy=setting.policy)
 
 
 def score(
