@@ -101,7 +101,8 @@ class Gates(nn.Module):
         return score
 
     def values(self, training: bool = False) -> dict[str, Tensor]:
-        """axis name -> its gates."""
+        """axis name -> its gates, with thresholds that follow the scores as they are now."""
+        self.refresh()
         return {name: self.value(name, training) for name in self.axes}
 
     def openness(self) -> dict[str, Tensor]:
