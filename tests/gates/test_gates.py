@@ -103,6 +103,21 @@ def test_gates_scale_units_in_bf16_too() -> None:
         assert all(p.grad is not None and p.grad.isfinite().all() for p in gates.parameters())
 
 
+def test_gates_under_autocast_are_those_of_full_precision() -> None:
+    model = random_vit(dtype=torch.float32)
+    images = random_images(model)
+    with vp.gates.attach(model, GATED_UNITS, init=0.7) as gates:
+        results = []
+        for enabled in (False, True):
+            with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+                loss = model(images).float().square().mean()
+            results.append([loss, *torch.autograd.grad(loss, list(gates.parameters()))])
+        for exact, mixed in zip(*results, strict=True):
+            assert mixed.dtype == torch.float32
+            # a few hundred products of 8 bits one after the other, three blocks deep
+            assert (mixed - exact).norm() <= 0.1 * exact.norm()
+
+
 @pytest.mark.parametrize("units", [("head",), ("neuron",), GATED_UNITS])
 def test_closed_units_contribute_nothing_whatever_they_hold(units: tuple[str, ...]) -> None:
     model = random_vit()
@@ -213,6 +228,12 @@ def test_ste_keeps_the_best_of_all_axes_and_lets_gradients_pass() -> None:
         assert gates.alive() == {"head": (9, 9), "neuron": (288, 288)}
         gates.set_keep({"head": 0, "neuron": 1})
         assert gates.alive() == {"head": (0, 9), "neuron": (288, 288)}
+    # a plan is made with thresholds of the scores as they are, not as they were in a forward
+    with torch.no_grad():
+        gates.set_keep({"head": 1 / 9, "neuron": 1})
+        gates.score("blocks.0.attn.heads")[1] = 100
+        plan = vp.gates.to_plan(model, gates, min_units=0)
+        assert [plan[f"blocks.{i}.attn.heads"] for i in range(3)] == [[1], [], []]
     # units that tie with the threshold stay: nothing is cut before the scores differ
     with vp.gates.attach(model, kind="ste", keep=0.5) as gates:
         assert gates.alive() == {"head": (9, 9), "neuron": (288, 288)}

@@ -7,10 +7,11 @@ needs none.
 
 from __future__ import annotations
 
+from .attachment import attach, detach
 from .budget import BudgetLoss, mac_ratio
 from .cut import fold, to_plan
 from .kinds import KINDS
-from .module import GATED_UNITS, Gates, attach, detach
+from .module import GATED_UNITS, Gates
 
 __all__ = [
     "GATED_UNITS",

@@ -80,9 +80,9 @@ def _above(gates: Gates, threshold: float, min_units: int) -> Plan:
         raise InvalidInput(
             f"gates.to_plan: min_units must be a whole number >= 0, got {min_units!r}"
         )
-    kept = {}
+    kept, values = {}, gates.values()
     for name, axis in gates.axes.items():
-        stays = gates.value(name).abs() > threshold
+        stays = values[name].abs() > threshold
         if min_units:
             stays = stays | _best(_ranking(gates, name), axis, min_units)
         kept[name] = stays.nonzero().flatten().tolist()
