@@ -47,7 +47,7 @@ def violations(source: str, name: str) -> list[str]:
     """One line ``name:line: call, why`` per forbidden call or import in ``source``."""
     tree = ast.parse(source, name)
     aliases = dict(_aliases(tree))
-    own = set(_parameters(tree))
+    own = {*_parameters(tree), *_fields(tree)}
     found = []
     for node in ast.walk(tree):
         if isinstance(node, (ast.Import, ast.ImportFrom)):
@@ -73,6 +73,14 @@ def _parameters(tree: ast.AST) -> Iterator[ast.Name]:
             names = {each.arg for each in every}
             inside = (each for statement in node.body for each in ast.walk(statement))
             yield from (each for each in inside if isinstance(each, ast.Name) and each.id in names)
+
+
+def _fields(tree: ast.AST) -> Iterator[ast.Name]:
+    """The names of the fields of a class where they are declared."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ClassDef):
+            declared = (each for each in node.body if isinstance(each, ast.AnnAssign))
+            yield from (each.target for each in declared if isinstance(each.target, ast.Name))
 
 
 def _bad_arguments(call: ast.Call, aliases: dict[str, str]) -> Iterator[str]:

@@ -84,7 +84,7 @@ def _owner(model: nn.Module, site: Site) -> str | None:
         return None
     if type(owner) is Attention and site.kind in ("head", "v_dim", "qk_dim"):
         # behind a norm or a gate the units' activations are no longer what attention puts out
-        plain = owner.gate is None and isinstance(owner.norm, nn.Identity)
+        plain = is_plain_attention(owner)
         return path if owner.qkv is not None and (plain or site.kind == "qk_dim") else None
     if site.kind == "neuron":
         return path if is_plain_mlp(owner) else None
@@ -101,6 +101,28 @@ def is_plain_mlp(owner: Any) -> bool:
         and isinstance(owner.fc2, nn.Linear)
         and activation_of(owner.act) is not None
     )
+
+
+def is_plain_attention(owner: Any) -> bool:
+    """Whether a module is an attention of timm whose heads' outputs go straight to ``proj``."""
+    return (
+        type(owner) is Attention
+        and runs_its_class(owner)
+        and owner.qkv is not None
+        and owner.gate is None
+        and isinstance(owner.norm, nn.Identity)
+        and _is_plain(owner.norm)
+        and _is_plain(owner.attn_drop)
+    )
+
+
+def packed_qkv(attn: Any, x: Tensor) -> Tensor:
+    """Queries, keys and values of timm's Attention, ``(B, N, 3, H, K)``, after its norms."""
+    qkv_BN3HK = attn.qkv(x).unflatten(2, (3, attn.num_heads, attn.head_dim))
+    if not isinstance(attn.q_norm, nn.Identity) or not isinstance(attn.k_norm, nn.Identity):
+        q, k, v = qkv_BN3HK.unbind(2)
+        qkv_BN3HK = torch.stack((attn.q_norm(q), attn.k_norm(k), v), 2)
+    return qkv_BN3HK
 
 
 def runs_its_class(module: Any) -> bool:
@@ -143,13 +165,9 @@ def _attention(
         raise InvalidInput(
             "score: attention must be without a mask, got one; score with path='taps'"
         )
-    batch, tokens, _ = x.shape
     heads, width = attn.num_heads, attn.head_dim
     gate = attn.gate(x).sigmoid() if attn.gate is not None else None
-    qkv_BN3HK = attn.qkv(x).reshape(batch, tokens, 3, heads, width)
-    if not isinstance(attn.q_norm, nn.Identity) or not isinstance(attn.k_norm, nn.Identity):
-        q, k, v = qkv_BN3HK.unbind(2)
-        qkv_BN3HK = torch.stack((attn.q_norm(q), attn.k_norm(k), v), 2)
+    qkv_BN3HK = packed_qkv(attn, x)
 
     sizes = {"head": (heads,), "v_dim": (heads, width), "qk_dim": (heads, width)}
     inside = {kind: probes.leaf(site.key, x, *sizes[kind]) for kind, site in sites.items()}
