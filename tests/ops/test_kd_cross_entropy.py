@@ -61,7 +61,9 @@ def test_kd_cross_entropy_matches_reference(shape, shares, dtype, backend):
     student, teacher, labels = inputs(shape, dtype, shares, backend)
     for temperature, smoothing in ((1.0, 0.0), (4.0, 0.1), (0.3, 0.0)):
         got = value_and_gradient(
-            lambda *a, t=temperature, e=smoothing: kd_cross_entropy(*a, 0.3, t, e, backend=backend),
+            lambda *a, t=temperature, e=smoothing: kd_cross_entropy(
+                *a, alpha=0.3, temperature=t, label_smoothing=e, backend=backend
+            ),
             student,
             teacher,
             labels,
