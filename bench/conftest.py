@@ -42,7 +42,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--json", type=Path, help="where results go (bench/results/<month>_<device>)")
 
 
-def keep_freed_memory() -> None:
+def keep_freed_memory(up_to: int = 2**30) -> None:
     """Have glibc keep what was freed, as it does in the long run of a training.
 
     Else results of some megabytes are given back and asked for anew at every call, or not, by
@@ -52,7 +52,7 @@ def keep_freed_memory() -> None:
     if hasattr(libc, "mallopt"):
         trim_threshold, mmap_threshold = -1, -3
         libc.mallopt(trim_threshold, 2**31 - 1)
-        libc.mallopt(mmap_threshold, 2**30)
+        libc.mallopt(mmap_threshold, up_to)
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -184,6 +184,7 @@ def race(request: pytest.FixtureRequest):
         device: str,
         bytes_moved: int,
         exact: bool = False,
+        rounds: int = ROUNDS,
     ):
         torch.set_num_threads(1)
         ours, *others = (tensors(call()) for call in forms.values())
@@ -199,7 +200,7 @@ def race(request: pytest.FixtureRequest):
             repeats[name] = max(1, int(MEASUREMENT_S / max(measure(call, device, 3), 1e-7)))
         times: dict[str | None, list[float]] = {name: [] for name in calls}
         order, shuffle = list(calls), random.Random(0).shuffle
-        for _ in range(ROUNDS):
+        for _ in range(rounds):
             # whoever comes after a form that left the caches full of something else pays for it
             shuffle(order)
             for name in order:
@@ -216,7 +217,7 @@ def race(request: pytest.FixtureRequest):
                 "min_us": round(best * 1e6, 2),
                 "median_us": round(median * 1e6, 2),
                 "spread": round(median / best - 1, 3),
-                "rounds": ROUNDS,
+                "rounds": rounds,
                 "gb_per_s": round(bytes_moved / best / 1e9, 1),
                 "of_copy": round(limit / best, 3),
                 "times_ours": round(best / best_of_ours, 2),

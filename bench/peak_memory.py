@@ -28,6 +28,17 @@ def peak_of_prune(model: str) -> tuple[int, int]:
     return needed, made
 
 
+def peak_of_manifold(how: str, kind: str, batch: int) -> int:
+    """Bytes that a fresh process needs for a manifold loss and its gradient.
+
+    Args:
+        how: ``"vitprune"``, or ``"materialised"`` for all similarities written out.
+        kind: ``"intra"`` or ``"full"``.
+        batch: number of images of 196 tokens, 192 wide beside a teacher's 384.
+    """
+    return _run(how, kind, batch, None)[0]
+
+
 def _run(how: str, model: str, batch: int, micro_batch: int | None) -> list[int]:
     command = [sys.executable, __file__, how, model, str(batch), str(micro_batch or batch)]
     # every tensor is given back when it is freed: else the peak is that of a fragmented heap
@@ -72,6 +83,35 @@ def prune_half(name: str) -> tuple[int, int]:
     return _peak_so_far() - before, made
 
 
+def manifold(how: str, kind: str, batch: int) -> int:
+    """Bytes above what the states and the libraries need."""
+    import torch
+    from torch.nn import functional as F
+
+    from vitprune_fast.distill.losses import manifold_full, manifold_intra
+
+    torch.set_num_threads(1)
+
+    def written_out(student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
+        if kind == "full":
+            student, teacher = student.flatten(0, 1), teacher.flatten(0, 1)
+        s, t = F.normalize(student, dim=-1), F.normalize(teacher, dim=-1)
+        return (s @ s.mT - t @ t.mT).square().mean()
+
+    ours = {"intra": manifold_intra, "full": manifold_full}[kind]
+    loss = ours if how == "vitprune" else written_out
+
+    def states(batch: int) -> tuple[torch.Tensor, torch.Tensor]:
+        student = torch.randn(batch, 196, 192, requires_grad=True)
+        return student, torch.randn(batch, 196, 384)
+
+    loss(*states(1)).backward()
+    student, teacher = states(batch)
+    before = _peak_so_far()
+    loss(student, teacher).backward()
+    return _peak_so_far() - before
+
+
 def main(how: str, name: str, batch: int, micro_batch: int) -> int:
     """Bytes above what the model, the images and the libraries need."""
     import timm
@@ -101,5 +141,7 @@ def main(how: str, name: str, batch: int, micro_batch: int) -> int:
 if __name__ == "__main__":
     if sys.argv[1] == "prune":
         print(*prune_half(sys.argv[2]))
+    elif sys.argv[1] in ("vitprune", "materialised"):
+        print(manifold(sys.argv[1], sys.argv[2], int(sys.argv[3])))
     else:
         print(main(sys.argv[1], sys.argv[2], int(sys.argv[3]), int(sys.argv[4])))

@@ -94,6 +94,12 @@ def races(content: dict) -> str:
         for found in content.get("memory", [])
         if "prune" in found
     ]
+    lines += [
+        f"Peak memory, {found['case']}: {found['vitprune'] / 2**20:,.0f} MiB, and "
+        f"{found['materialised'] / 2**20:,.0f} MiB with all similarities written out."
+        for found in content.get("memory", [])
+        if "materialised" in found
+    ]
     return "\n".join([*lines, ""])
 
 

@@ -283,11 +283,14 @@ def tiles(num_rows: int, operand_bytes: int, stored_bytes: int, large: bool) -> 
     rows = max(triton.next_power_of_2(num_rows), SMALLEST_TILE)
     if operand_bytes == 4:
         # without tensor cores the rows of a set do not fit
-        return Tiles(min(rows, 32), min(rows, 32), 32, 128, 4, 2)
+        return Tiles(min(rows, 32), min(rows, 32), 16, 128, 4, 2)
     if rows <= 256:
+        block_m = min(rows, 64 if large else 32)
         warps = 8 if rows >= 128 else 4
-        return Tiles(min(rows, 64), rows, 32, 64 if large and stored_bytes == 2 else 32, warps, 2)
-    return Tiles(64, 128, 32, 128 if large and stored_bytes == 2 else 64, 8, 2)
+        return Tiles(block_m, rows, 32, 64 if stored_bytes == 2 else 32, warps, 2)
+    if large:
+        return Tiles(64, 128, 32, 128 if stored_bytes == 2 else 64, 8, 2)
+    return Tiles(64, 64, 32, 128, 8, 2)
 
 
 def manifold_loss_fwd_bwd(

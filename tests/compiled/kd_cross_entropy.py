@@ -64,7 +64,7 @@ CASES = [
     case("fp32", 1024, 80, shares=True),
     case("fp32", 1024, 80, gradient=False),
     case("fp32", 10, 48),
-    case("fp32", 21841, 96),
+    case("fp32", 21841, 112),
     case("fp32", 65536, 96, shares=True),
     rows(256),
     rows(4096),

@@ -13,7 +13,6 @@ from vitprune_fast.distill.losses import cross_entropy, soft_kd
 from vitprune_fast.errors import BackendUnavailable, InvalidInput
 from vitprune_fast.ops import kd_cross_entropy
 from vitprune_fast.reference.kd_cross_entropy import kd_cross_entropy as reference
-from vitprune_fast.reference.kd_cross_entropy import with_gradient
 
 FP32, FP64, FP16, BF16 = torch.float32, torch.float64, torch.float16, torch.bfloat16
 ON_GPU = torch.cuda.is_available()
@@ -44,13 +43,18 @@ def value_and_gradient(loss, student, *rest):
 
 
 @pytest.mark.parametrize("shares", [False, True], ids=["numbers", "shares"])
-def test_reference_has_the_gradient_of_its_formula(shares):
+def test_reference_is_its_formula_and_has_its_gradient(shares):
     student, teacher, labels = inputs((3, 5), FP64, shares)
     arguments = (teacher, labels, 0.3, 0.7, 4.0, 2.0, 0.1)
     assert torch.autograd.gradcheck(lambda x: reference(x, *arguments)[0], student)
-    wanted = value_and_gradient(reference, student, *arguments)
-    for one, other in zip(with_gradient(student, *arguments), wanted, strict=True):
-        torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-15)
+    q = labels if shares else torch.nn.functional.one_hot(labels, 5)
+    q = 0.9 * q.double() + 0.1 / 5
+    p, s, t = (x.softmax(1) for x in (student, student / 2, teacher / 2))
+    ce, kd = -(q * p.log()).sum() / 3, 4 * (t * (t / s).log()).sum() / 3
+    for got, wanted in zip(
+        reference(student, *arguments), (0.3 * ce + 0.7 * kd, ce, kd), strict=True
+    ):
+        torch.testing.assert_close(got, wanted, rtol=1e-7, atol=0)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -61,7 +65,9 @@ def test_kd_cross_entropy_matches_reference(shape, shares, dtype, backend):
     student, teacher, labels = inputs(shape, dtype, shares, backend)
     for temperature, smoothing in ((1.0, 0.0), (4.0, 0.1), (0.3, 0.0)):
         got = value_and_gradient(
-            lambda *a, t=temperature, e=smoothing: kd_cross_entropy(*a, 0.3, t, e, backend=backend),
+            lambda *a, t=temperature, e=smoothing: kd_cross_entropy(
+                *a, alpha=0.3, temperature=t, label_smoothing=e, backend=backend
+            ),
             student,
             teacher,
             labels,
@@ -129,7 +135,9 @@ def test_kd_cross_entropy_of_equal_logits_has_no_divergence(backend):
     )
     got.loss.backward()
     assert got.loss == got.kd == 0
-    assert student.grad is not None and not student.grad.any()
+    assert student.grad is not None
+    # torch's softmax sums to 1 but for rounding
+    assert student.grad.abs().max() <= (1e-8 if backend == "eager" else 0)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -175,19 +183,17 @@ def test_kd_cross_entropy_reads_any_layout_and_is_the_same_bits_again(backend):
             torch.testing.assert_close(part, other)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_kd_cross_entropy_refuses_a_second_derivative(backend):
-    tensors = inputs((2, 5), FP32, False, backend)
+def test_kd_cross_entropy_refuses_a_second_derivative():
+    tensors = inputs((2, 5), FP32, False, "triton")
     with pytest.raises(RuntimeError, match="kd_cross_entropy: create_graph must be False"):
-        loss = kd_cross_entropy(*tensors, backend=backend).loss
+        loss = kd_cross_entropy(*tensors, backend="triton").loss
         torch.autograd.grad(loss, tensors[0], create_graph=True)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_kd_cross_entropy_opcheck(backend):
-    op = getattr(torch.ops.vitprune_fast, f"kd_cross_entropy_{backend}")
+def test_kd_cross_entropy_opcheck():
+    op = torch.ops.vitprune_fast.kd_cross_entropy_triton
     for dtype, shares, gradient in ((FP32, False, True), (FP16, True, True), (FP32, True, False)):
-        tensors = inputs((3, 13), dtype, shares, backend)
+        tensors = inputs((3, 13), dtype, shares, "triton")
         opcheck(op.default, (*tensors, 0.3, 0.7, 4.0, 2.0, 0.1, gradient))
 
 

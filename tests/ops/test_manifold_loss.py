@@ -19,10 +19,10 @@ FP32, FP64, FP16, BF16 = torch.float32, torch.float64, torch.float16, torch.bflo
 ON_GPU = torch.cuda.is_available()
 BACKENDS = ["triton", "eager"]
 SHAPES = [
-    pytest.param((2, 197, 64, 96), id="S2-R197-D64-E96"),
-    pytest.param((3, 49, 192, 384), id="S3-R49-D192-E384"),
-    pytest.param((1, 257, 37, 29), id="S1-R257-primes"),
-    pytest.param((1, 260, 136, 40), id="S1-R260-many-rows"),
+    pytest.param((1, 197, 16, 24), id="S1-R197-D16-E24"),
+    pytest.param((2, 49, 20, 40), id="S2-R49-D20-E40"),
+    pytest.param((1, 257, 13, 7), id="S1-R257-primes"),
+    pytest.param((2, 5, 192, 384), id="S2-R5-D192-E384"),
     pytest.param((5, 2, 16, 8), id="S5-R2"),
 ]
 
@@ -76,9 +76,26 @@ def test_manifold_loss_matches_reference(shape, dtype, backend):
     )
     assert [part.dtype for part in got] == [FP32, dtype]
     assert_results_within_budget(got, student, teacher, factor)
-    # the loss alone
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_manifold_loss_of_many_rows_and_columns(backend):
+    """More rows than a program's tile of 16-bit numbers, and two parts of the gradient."""
+    student, teacher = inputs((1, 260, 136, 8), FP16, backend)
+    got = value_and_gradient(
+        lambda s, t: manifold_loss(s, t, backend=backend), student, teacher, 2.0**14
+    )
+    assert_results_within_budget(got, student, teacher, 2.0**14)
     alone = manifold_loss(student.detach(), teacher, backend=backend)
     torch.testing.assert_close(alone, got[0], rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_manifold_loss_of_a_single_row_is_0(backend):
+    student, teacher = inputs((3, 1, 8, 12), FP32, backend)
+    got = value_and_gradient(lambda s, t: manifold_loss(s, t, backend=backend), student, teacher)
+    # a row is as similar to itself as rounding lets it be
+    assert got[0] < 1e-12 and got[1].abs().max() < 1e-6
 
 
 def test_manifold_loss_fp64_matches_reference():
@@ -101,7 +118,7 @@ def test_manifold_loss_takes_sides_of_other_dtypes(backend):
 
 
 def test_manifold_loss_rounds_operands_as_autocast_does():
-    student, teacher = inputs((3, 197, 64, 40), FP32, "triton")
+    student, teacher = inputs((2, 49, 64, 40), FP32, "triton")
 
     def rounded(s, t):
         return manifold_loss(s, t, operand_dtype=FP16, backend="triton")
@@ -117,7 +134,7 @@ def test_manifold_loss_rounds_operands_as_autocast_does():
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("dtype", [FP32, FP16], ids=["fp32", "fp16"])
-@pytest.mark.parametrize("rows", [17, 260])
+@pytest.mark.parametrize("rows", [17, 40])
 def test_manifold_loss_of_equal_states_is_exactly_0(rows, dtype, backend):
     student, _ = inputs((1, rows, 40, 8), dtype, backend)
     loss = manifold_loss(student, student.detach().clone(), backend=backend)
@@ -206,15 +223,12 @@ def test_manifold_loss_launches_one_program_for_each_block(monkeypatch):
     grids = []
 
     class Record:
-        def __init__(self, kernel):
-            self.kernel = kernel
-
         def __getitem__(self, grid):
             grids.append(grid)
-            return self.kernel[grid]
+            return lambda *arguments, **constants: None
 
     for name in ("_inverse_norms_kernel", "_manifold_loss_kernel"):
-        monkeypatch.setattr(kernels, name, Record(getattr(kernels, name)))
+        monkeypatch.setattr(kernels, name, Record())
     student, teacher = inputs((2, 257, 130, 16), FP16, "triton")
     manifold_loss(student, teacher, backend="triton")
     # blocks of 64 rows and of 128 columns of the gradient, which needs all rows
@@ -232,10 +246,9 @@ def test_manifold_loss_refuses_a_second_derivative(backend):
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_manifold_loss_opcheck(backend):
     op = getattr(torch.ops.vitprune_fast, f"manifold_loss_{backend}")
-    for dtype in (FP32, FP16):
+    for dtype, with_gradient in ((FP32, False), (FP16, True)):
         student, teacher = inputs((2, 13, 12, 8), dtype, backend)
-        for with_gradient in (True, False):
-            opcheck(op.default, (student, teacher, with_gradient, None))
+        opcheck(op.default, (student, teacher, with_gradient, None))
 
 
 @pytest.mark.parametrize("backend", ["auto", *BACKENDS])

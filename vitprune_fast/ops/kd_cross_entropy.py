@@ -10,7 +10,7 @@ from torch import Tensor
 from vitprune_fast import _checks
 from vitprune_fast.ops._dispatch import Backend, choose
 from vitprune_fast.ops._probes import DTYPES, refuse_second_derivative, score_dtype
-from vitprune_fast.reference.kd_cross_entropy import with_gradient as _closed_form
+from vitprune_fast.reference.kd_cross_entropy import kd_cross_entropy as _eager
 
 _OP = "kd_cross_entropy"
 _REDUCTIONS = ("batchmean", "numel", "sum")
@@ -28,24 +28,6 @@ class KdCrossEntropy(NamedTuple):
     loss: Tensor
     ce: Tensor
     kd: Tensor
-
-
-@torch.library.custom_op("vitprune_fast::kd_cross_entropy_eager", mutates_args=())
-def _eager(
-    student_BC: Tensor,
-    teacher_BC: Tensor,
-    labels: Tensor,
-    ce_weight: float,
-    kd_weight: float,
-    factor: float,
-    temperature: float,
-    label_smoothing: float,
-    with_gradient: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    loss, ce, kd, grad_BC = _closed_form(
-        student_BC, teacher_BC, labels, ce_weight, kd_weight, factor, temperature, label_smoothing
-    )
-    return loss, ce, kd, grad_BC if with_gradient else grad_BC.new_empty(0)
 
 
 @torch.library.custom_op("vitprune_fast::kd_cross_entropy_triton", mutates_args=())
@@ -75,7 +57,8 @@ def _triton(
     )
 
 
-def _fake(
+@_triton.register_fake
+def _(
     student_BC: Tensor,
     teacher_BC: Tensor,
     labels: Tensor,
@@ -110,9 +93,7 @@ def _backward(ctx, grad_loss: Tensor, *_grads: Tensor | None):
     return torch.mul(grad_BC, grad_loss, out=out), *none
 
 
-for _op in (_eager, _triton):
-    _op.register_fake(_fake)
-    _op.register_autograd(_backward, setup_context=_save)
+_triton.register_autograd(_backward, setup_context=_save)
 
 
 def kd_cross_entropy(
@@ -130,13 +111,13 @@ def kd_cross_entropy(
 ) -> KdCrossEntropy:
     """``(1 - alpha) * CE(labels) + alpha * T^2 * KL(teacher_T || student_T)``, and its gradient.
 
-    One launch reads both logits and writes every row's losses and the student's gradient, which is
-    kept for backward; a second one adds the rows: ::
+    On a GPU one launch reads both logits and writes the losses of every row and the student's
+    gradient, which is kept for backward; a second one adds the rows: ::
 
         (1 - alpha) * (p - q) / B + alpha * T * (student_T - teacher_T) / B
 
-    with q the smoothed labels. Equal logits give a KL and a gradient of it that are exactly 0 on
-    the kernel's path. Differentiable once, by the student alone.
+    with q the smoothed labels. Equal logits give a KL and a gradient of it that are exactly 0 in
+    the kernel, which is differentiable once. The student alone gets a gradient.
 
     Reference: Hinton et al., "Distilling the Knowledge in a Neural Network", 2015
     (arXiv:1503.02531), section 2.
@@ -153,7 +134,8 @@ def kd_cross_entropy(
         reduction: what the divergences are divided by: B, B * C as in DeiT's code, or nothing as in
             UP-ViT's.
         times_squared_temperature: keep the factor T^2.
-        backend: implementation to run; an explicit choice never falls back.
+        backend: implementation to run (``"eager"`` is torch's own, with its backward); an explicit
+            choice never falls back.
 
     Returns:
         Three scalars, fp64 for an fp64 student and else fp32, which is also what is computed in.
@@ -178,18 +160,20 @@ def kd_cross_entropy(
     unable = {}
     if torch.float64 in (student_BC.dtype, teacher_BC.dtype):
         unable["triton"] = "its weights and its temperature are float32"
-    chosen = choose(_OP, student_BC.device, backend, unable)
-    loss, ce, kd, _ = (_triton if chosen == "triton" else _eager)(
-        student_BC,
-        teacher_BC.detach(),
-        labels.detach(),
+    weights = (
         float(1 - alpha if ce_weight is None else ce_weight),
         float(alpha),
         float(factor),
         float(temperature),
         float(label_smoothing),
-        torch.is_grad_enabled() and student_BC.requires_grad,
     )
+    teacher_BC, labels = teacher_BC.detach(), labels.detach()
+    if choose(_OP, student_BC.device, backend, unable) == "eager":
+        # torch's own backward costs no more there
+        loss, ce, kd = _eager(student_BC, teacher_BC, labels, *weights)
+        return KdCrossEntropy(loss, ce.detach(), kd.detach())
+    with_gradient = torch.is_grad_enabled() and student_BC.requires_grad
+    loss, ce, kd, _ = _triton(student_BC, teacher_BC, labels, *weights, with_gradient)
     return KdCrossEntropy(loss, ce, kd)
 
 

@@ -18,7 +18,7 @@ from vitprune_fast.reference.manifold_loss import inverse_norms
 # rows whose products are summed in fp32, and held beside the states
 _CHUNK_ROWS = 1024
 # rows of a symmetric matrix that are computed from the diagonal on
-_BLOCK = 128
+_BLOCK = 96
 
 
 def manifold_full(
@@ -73,15 +73,22 @@ def manifold_full(
 
 
 @torch.library.custom_op("vitprune_fast::manifold_full", mutates_args=())
-def _full(student_BND: Tensor, teacher_BNE: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The loss, and what the rows x and y are multiplied with for ``(S S^T - T T^T) S``."""
+def _full(
+    student_BND: Tensor, teacher_BNE: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """The loss, what x and y are multiplied with for ``(S S^T - T T^T) S``, and inverse lengths."""
     (batch, tokens, width), other = student_BND.shape, teacher_BNE.shape[2]
+    dtype = score_dtype(student_BND)
+    inverses = [student_BND.new_empty(batch, tokens, 1, dtype=dtype) for _ in range(2)]
     xx_DD, yx_ED, yy_EE = (
         student_BND.new_zeros(shape, dtype=torch.float64)
         for shape in ((width, width), (other, width), (other, other))
     )
     with _exact_products(student_BND):
-        for x, y, _, _ in _rows(student_BND, teacher_BNE):
+        for some in _chunks(student_BND):
+            for states, inverse in zip((student_BND, teacher_BNE), inverses, strict=True):
+                inverse[some] = inverse_norms(states[some].to(dtype))
+            x, y, _ = _rows(student_BND[some], teacher_BNE[some], *(i[some] for i in inverses))
             _add_gram(xx_DD, x)
             _add_gram(yy_EE, y)
             yx_ED += y.mT @ x
@@ -93,52 +100,62 @@ def _full(student_BND: Tensor, teacher_BNE: Tensor) -> tuple[Tensor, Tensor, Ten
         squares = [gram.square().sum() for gram in (xx_DD, yx_ED, yy_EE)]
         total = squares[0] - 2 * squares[1] + squares[2]
         for_x_DD, for_y_ED = xx_DD, -yx_ED
-    dtype = score_dtype(student_BND)
     # below 0 by rounding alone
     loss = (total / (batch * tokens) ** 2).clamp(min=0)
-    return loss.to(dtype), for_x_DD.to(dtype, copy=True), for_y_ED.to(dtype)
+    return loss.to(dtype), for_x_DD.to(dtype), for_y_ED.to(dtype), inverses[0], inverses[1]
 
 
 @_full.register_fake
-def _(student_BND: Tensor, teacher_BNE: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    width, dtype = student_BND.shape[2], score_dtype(student_BND)
-    return (
-        student_BND.new_empty((), dtype=dtype),
-        student_BND.new_empty(width, width, dtype=dtype),
-        student_BND.new_empty(teacher_BNE.shape[2], width, dtype=dtype),
-    )
+def _(student_BND: Tensor, teacher_BNE: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    (batch, tokens, width), other = student_BND.shape, teacher_BNE.shape[2]
+    dtype = score_dtype(student_BND)
+    shapes = ((), (width, width), (other, width), (batch, tokens, 1), (batch, tokens, 1))
+    loss, for_x_DD, for_y_ED, of_s, of_t = (student_BND.new_empty(x, dtype=dtype) for x in shapes)
+    return loss, for_x_DD, for_y_ED, of_s, of_t
 
 
 @torch.library.custom_op("vitprune_fast::manifold_full_backward", mutates_args=())
 def _full_backward(
-    grad_loss: Tensor, student_BND: Tensor, teacher_BNE: Tensor, for_x_DD: Tensor, for_y_ED: Tensor
+    grad_loss: Tensor,
+    student_BND: Tensor,
+    teacher_BNE: Tensor,
+    for_x_DD: Tensor,
+    for_y_ED: Tensor,
+    inverse_student: Tensor,
+    inverse_teacher: Tensor,
 ) -> Tensor:
     batch, tokens, _ = student_BND.shape
     grad_BND = torch.empty_like(student_BND)
     scale = grad_loss * (4 / (batch * tokens) ** 2)
     with _exact_products(student_BND):
-        for (x, y, s, inverse), images in zip(
-            _rows(student_BND, teacher_BNE), _chunks(student_BND), strict=True
-        ):
+        for some in _chunks(student_BND):
+            inverses = inverse_student[some], inverse_teacher[some]
+            x, y, s = _rows(student_BND[some], teacher_BNE[some], *inverses)
             g = x @ for_x_DD
             g += y @ for_y_ED
-            g -= s * (s * g).sum(1, keepdim=True)
-            g *= inverse * scale
-            grad_BND[images] = g.view(-1, tokens, g.shape[1])
+            # without the part along the row, which only changes its length
+            g.addcmul_(s, (s * g).sum(1, keepdim=True), value=-1)
+            g *= inverses[0].flatten(0, 1) * scale
+            grad_BND[some] = g.view(-1, tokens, g.shape[1])
     return grad_BND
 
 
 @_full_backward.register_fake
 def _(
-    grad_loss: Tensor, student_BND: Tensor, teacher_BNE: Tensor, for_x_DD: Tensor, for_y_ED: Tensor
+    grad_loss: Tensor,
+    student_BND: Tensor,
+    teacher_BNE: Tensor,
+    for_x_DD: Tensor,
+    for_y_ED: Tensor,
+    inverse_student: Tensor,
+    inverse_teacher: Tensor,
 ) -> Tensor:
     return torch.empty_like(student_BND)
 
 
 def _save(ctx, inputs, output) -> None:
-    _, for_x_DD, for_y_ED = output
-    ctx.mark_non_differentiable(for_x_DD, for_y_ED)
-    ctx.save_for_backward(*inputs, for_x_DD, for_y_ED)
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.save_for_backward(*inputs, *output[1:])
 
 
 def _backward(ctx, grad_loss: Tensor, *_grads: Tensor | None):
@@ -163,17 +180,13 @@ def _add_gram(gram_DD: Tensor, x: Tensor) -> None:
 
 
 def _rows(
-    student_BND: Tensor, teacher_BNE: Tensor
-) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor]]:
-    """Of some images at a time: x, y, S and the inverse lengths of the student's rows."""
-    dtype = score_dtype(student_BND)
-    for images in _chunks(student_BND):
-        rows = student_BND[images].flatten(0, 1).to(dtype)
-        inverse = inverse_norms(rows)
-        s = rows * inverse
-        t = teacher_BNE[images].flatten(0, 1).to(dtype)
-        t = t * inverse_norms(t)
-        yield *((s - t, s + t) if s.shape == t.shape else (s, t)), s, inverse
+    student: Tensor, teacher: Tensor, inverse_student: Tensor, inverse_teacher: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Of some images: x, y, and S."""
+    s = (student * inverse_student).flatten(0, 1)
+    # in the dtype of the student's
+    t = (teacher.to(s.dtype) * inverse_teacher).flatten(0, 1)
+    return *((s - t, s + t) if s.shape == t.shape else (s, t)), s
 
 
 @contextmanager
