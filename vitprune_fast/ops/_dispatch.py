@@ -20,7 +20,7 @@ _NAMES = get_args(Backend)
 IMPLEMENTED = {
     "activation_score": ("triton", "cpu", "eager"),
     "attention_score": ("triton", "cpu", "eager"),
-    "gated_attention": ("triton", "eager"),
+    "gated_attention": ("triton", "cpu", "eager"),
     "gather": ("cpu", "eager"),
     "gather_all": ("cuda", "cpu", "eager"),
     "glu_score": ("triton", "cpu", "eager"),
