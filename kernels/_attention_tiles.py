@@ -56,15 +56,19 @@ def takes_row(num_tokens: int, head_dim: int, dtype: torch.dtype, large: bool) -
     return num_tokens in ROW_TOKENS and fits and large
 
 
-def forward_tiles(head_dim: int, dtype: torch.dtype, large: bool) -> Tiles:
-    """Tiles of the forward. Chosen, as all, so that nothing spills (tests/compiled)."""
+def forward_tiles(head_dim: int, dtype: torch.dtype, large: bool, masked: bool = False) -> Tiles:
+    """Tiles of the forward. Chosen, as all, so that nothing spills (tests/compiled).
+
+    A key mask needs registers for its bits.
+    """
     if dtype.itemsize == 4:
         return Tiles(32 if head_dim <= 64 else 16, 32, 8, 2)
-    return Tiles(64 if large or head_dim <= 96 else 32, 64, 4, 2)
+    block_n = 32 if masked and not large and head_dim > 80 else 64
+    return Tiles(64 if large or head_dim <= 96 else 32, block_n, 4, 2)
 
 
 def query_tiles(head_dim: int, dtype: torch.dtype, large: bool, masked: bool = False) -> Tiles:
-    """Tiles of the backward's first launch; with a key mask registers are needed for its bits."""
+    """Tiles of the backward's first launch."""
     if dtype.itemsize == 4:
         return Tiles(32, 32, 4, 2) if head_dim <= 64 else Tiles(16, 32, 8, 2)
     if large:
@@ -75,7 +79,7 @@ def query_tiles(head_dim: int, dtype: torch.dtype, large: bool, masked: bool = F
 
 
 def key_tiles(head_dim: int, dtype: torch.dtype, large: bool, masked: bool = False) -> Tiles:
-    """Tiles of the backward's second launch, likewise."""
+    """Tiles of the backward's second launch."""
     if dtype.itemsize == 4:
         return Tiles(32, 32, 4, 2) if head_dim <= 64 else Tiles(32, 16, 8, 2)
     if masked and not large:

@@ -374,7 +374,7 @@ def gated_attention_fwd(
     lse_BLN = qkv_BN3HK.new_empty(batch, num_live, num_tokens, dtype=torch.float32)
     qkv_BN3HK = with_near_tokens(qkv_BN3HK)
     dtype, large = qkv_BN3HK.dtype, large_tiles_of(qkv_BN3HK)
-    tiles = forward_tiles(head_dim, dtype, large)
+    tiles = forward_tiles(head_dim, dtype, large, mask_BN is not None)
     num_blocks = triton.cdiv(num_tokens, tiles.block_m)
     if num_blocks * num_out * batch == 0:
         return out_BNHK, raw_BNLK, lse_BLN

@@ -1,5 +1,5 @@
 // attention and attention_score on the CPU: softmax attention on packed qkv, and its backward with
-// the scores of heads, q/k dims and v dims.
+// the scores of heads, q/k dims and v dims; for gated_attention of some heads and keys.
 //
 // B batch, N tokens, H heads, K head dim; packed qkv is (B, N, 3, H, K).
 // One task owns one head of one sample. It copies the head's q, k, v (and dout) into small tiles of
@@ -28,6 +28,7 @@
 
 #include "checks.h"
 #include "cpu/activations.h"
+#include "cpu/attention.h"
 #include "cpu/columns.h"
 #include "cpu/isa.h"
 #include "cpu/lanes.h"
@@ -361,20 +362,66 @@ struct Head {
   }
 };
 
+// The keys of a sample that are attended, as runs [first, last) of adjacent tokens.
+struct Keys {
+  std::vector<std::pair<int64_t, int64_t>> runs;
+  int64_t count = 0;
+
+  Keys(const Tensor* mask, int64_t sample, int64_t tokens) {
+    if (!mask) {
+      runs.emplace_back(0, tokens);
+      count = tokens;
+      return;
+    }
+    const bool* attended = static_cast<const bool*>(mask->data_ptr()) + sample * tokens;
+    for (int64_t n = 0; n < tokens; ++n) {
+      if (!attended[n]) continue;
+      const bool continues = n > 0 && attended[n - 1];
+      if (!continues) runs.emplace_back(n, n);
+      runs.back().second = n + 1;
+      ++count;
+    }
+  }
+
+  // their rows of a head, one after the other
+  template <typename In, typename Acc>
+  void gather(const In* from, int64_t from_row, int64_t width, Acc* to, int64_t to_row) const {
+    for (const auto& [first, last] : runs) {
+      run<Gather<In, Acc>>(from + first * from_row, from_row, last - first, width, to, to_row);
+      to += (last - first) * to_row;
+    }
+  }
+
+  // the way back, times a factor
+  template <typename In, typename Acc>
+  void scatter(const Acc* from, int64_t from_row, int64_t width, Acc factor, In* to,
+               int64_t to_row) const {
+    for (const auto& [first, last] : runs) {
+      run<Scatter<In, Acc>>(from, from_row, last - first, width, static_cast<const Acc*>(&factor),
+                            int64_t(0), to + first * to_row, to_row);
+      from += (last - first) * from_row;
+    }
+  }
+};
+
+template <typename Acc>
+Acc gate_of(const Selected& selected, int64_t head) {
+  return selected.gate ? static_cast<const Acc*>(selected.gate->data_ptr())[head] : Acc(1);
+}
+
 template <typename In, typename Acc>
-void forward(const Tensor& qkv,  // (B, N, 3, H, K)
-             Tensor& out,        // (B, N, H, K), contiguous
-             Tensor& lse,        // (B, H, N), contiguous
-             Acc scale) {
-  const int64_t batch = qkv.size(0), num_heads = qkv.size(3);
+void forward(const Selected& selected, const Tensor& qkv, Acc scale, Tensor& out, Tensor* raw,
+             Tensor& lse) {
+  const int64_t batch = qkv.size(0), num_live = selected.heads.size(), num_out = out.size(2);
   const Head head = Head::of<Acc>(qkv.size(1), qkv.size(4));
   const In* from = static_cast<const In*>(qkv.data_ptr());
   In* to = static_cast<In*>(out.data_ptr());
+  In* raw_to = raw ? static_cast<In*>(raw->data_ptr()) : nullptr;
   Acc* normalisers = static_cast<Acc*>(lse.data_ptr());
   const int64_t part = qkv.stride(2), token = qkv.stride(1);
   const int64_t row = head.dims_row, s_row = head.tokens_row;
 
-  torch::stable::parallel_for(0, batch * num_heads, 1, [&](int64_t begin, int64_t end) {
+  torch::stable::parallel_for(0, batch * num_live, 1, [&](int64_t begin, int64_t end) {
     Workspace<Acc> space(2 * head.rows * row + head.dims * s_row + kBlock * (row + s_row + 3) +
                          8 * kLanes<Acc>);
     Acc *q = space.take(head.rows * row), *v = space.take(head.rows * row);
@@ -382,51 +429,58 @@ void forward(const Tensor& qkv,  // (B, N, 3, H, K)
     Acc *s = space.take(kBlock * s_row), *o = space.take(kBlock * row);
     Acc *top = space.take(kBlock), *total = space.take(kBlock), *inverse = space.take(kBlock);
     for (int64_t task = begin; task < end; ++task) {
-      const int64_t b = task / num_heads, h = task % num_heads;
+      const int64_t b = task / num_live, slot = task % num_live, h = selected.heads[slot];
+      const int64_t place = selected.compact ? slot : h;
+      const Acc gate = gate_of<Acc>(selected, h);
+      const Keys keys(selected.keys, b, head.tokens);
+      const int64_t columns = round_up(keys.count, kLanes<Acc>);
       const In* q_in = from + b * qkv.stride(0) + h * qkv.stride(3);
       // v's place is free until k is transposed
-      run<Gather<In, Acc>>(q_in + part, token, head.tokens, head.dims, v, row);
-      run<Transpose<Acc>>(static_cast<const Acc*>(v), row, head.tokens, head.dims, k_transposed,
+      keys.gather(q_in + part, token, head.dims, v, row);
+      run<Transpose<Acc>>(static_cast<const Acc*>(v), row, keys.count, head.dims, k_transposed,
                           s_row);
       run<Gather<In, Acc>>(q_in, token, head.tokens, head.dims, q, row);
-      run<Gather<In, Acc>>(q_in + 2 * part, token, head.tokens, head.dims, v, row);
+      keys.gather(q_in + 2 * part, token, head.dims, v, row);
       for (int64_t first = 0; first < head.tokens; first += kBlock) {
         const int64_t rows = std::min(kBlock, head.tokens - first);
         const int64_t padded = round_up(rows, kRows);
-        run<Multiply<Acc>>(q + first * row, row, int64_t(1), k_transposed, s_row, s, s_row, padded,
-                           head.columns, head.dims, false);
-        run<Weigh<Acc>>(s, s_row, rows, head.tokens, scale, top, total);
-        run<Multiply<Acc>>(s, s_row, int64_t(1), v, row, o, row, padded, row, head.tokens, false);
+        if (keys.count > 0) {
+          run<Multiply<Acc>>(q + first * row, row, int64_t(1), k_transposed, s_row, s, s_row,
+                             padded, columns, head.dims, false);
+          run<Weigh<Acc>>(s, s_row, rows, keys.count, scale, top, total);
+          run<Multiply<Acc>>(s, s_row, int64_t(1), v, row, o, row, padded, row, keys.count, false);
+        } else {
+          // without a key the output is 0, and so is every weight that backward computes again
+          std::fill_n(o, kBlock * row, Acc(0));
+          std::fill_n(top, kBlock, Acc(INFINITY));
+          std::fill_n(total, kBlock, Acc(1));
+        }
         for (int64_t r = 0; r < rows; ++r) {
           inverse[r] = 1 / total[r];
           normalisers[task * head.tokens + first + r] =
               static_cast<Acc>(top[r] + logarithm(total[r]));
         }
+        if (raw_to) {
+          run<Scatter<In, Acc>>(static_cast<const Acc*>(o), row, rows, head.dims,
+                                static_cast<const Acc*>(inverse), int64_t(1),
+                                raw_to + ((b * head.tokens + first) * num_live + slot) * head.dims,
+                                num_live * head.dims);
+        }
+        for (int64_t r = 0; r < rows; ++r) inverse[r] *= gate;
         run<Scatter<In, Acc>>(static_cast<const Acc*>(o), row, rows, head.dims,
                               static_cast<const Acc*>(inverse), int64_t(1),
-                              to + ((b * head.tokens + first) * num_heads + h) * head.dims,
-                              num_heads * head.dims);
+                              to + ((b * head.tokens + first) * num_out + place) * head.dims,
+                              num_out * head.dims);
       }
     }
   });
 }
 
-// which results are asked for
-struct Wanted {
-  bool qkv, head, qk_dim, v_dim;
-};
-
 template <typename In, typename Acc>
-void backward(const Tensor& grad,  // (B, N, H, K)
-              const Tensor& qkv,   // (B, N, 3, H, K)
-              const Tensor& out,   // (B, N, H, K)
-              const Tensor& lse,   // (B, H, N), contiguous
-              Acc scale, bool per_token, Wanted wanted,
-              Tensor& dqkv,      // (B, N, 3, H, K), contiguous
-              Tensor& heads,     // (B, H)
-              Tensor& qk_dims,   // (B, H, K)
-              Tensor& v_dims) {  // (B, H, K)
-  const int64_t batch = qkv.size(0), num_heads = qkv.size(3);
+void backward(const Selected& selected, Wanted wanted, const Tensor& grad, const Tensor& qkv,
+              const Tensor& out, const Tensor& lse, Acc scale, bool per_token, Tensor& dqkv,
+              Tensor& heads, Tensor& qk_dims, Tensor& v_dims) {
+  const int64_t batch = qkv.size(0), num_heads = qkv.size(3), num_live = selected.heads.size();
   const Head head = Head::of<Acc>(qkv.size(1), qkv.size(4));
   const In* from = static_cast<const In*>(qkv.data_ptr());
   const In* grad_from = static_cast<const In*>(grad.data_ptr());
@@ -440,9 +494,8 @@ void backward(const Tensor& grad,  // (B, N, H, K)
   const int64_t row = head.dims_row, s_row = head.tokens_row;
   const int64_t to_part = num_heads * head.dims, to_token = 3 * to_part;
   const bool attends = wanted.qkv || wanted.qk_dim;
-  const Acc one = 1;
 
-  torch::stable::parallel_for(0, batch * num_heads, 1, [&](int64_t begin, int64_t end) {
+  torch::stable::parallel_for(0, batch * num_live, 1, [&](int64_t begin, int64_t end) {
     Workspace<Acc> space(6 * head.rows * row + 2 * head.dims * s_row +
                          kBlock * (2 * row + 2 * s_row + 1) + 3 * row + 16 * kLanes<Acc>);
     Acc *q = space.take(head.rows * row), *k = space.take(head.rows * row);
@@ -455,19 +508,23 @@ void backward(const Tensor& grad,  // (B, N, H, K)
     Acc* delta = space.take(kBlock);
     Acc *per_dim = space.take(row), *qk_score = space.take(row), *v_score = space.take(row);
     for (int64_t task = begin; task < end; ++task) {
-      const int64_t b = task / num_heads, h = task % num_heads;
+      const int64_t b = task / num_live, slot = task % num_live, h = selected.heads[slot];
+      const Acc gate = gate_of<Acc>(selected, h), factor = scale * gate;
+      const Keys keys(selected.keys, b, head.tokens);
+      const int64_t columns = round_up(keys.count, kLanes<Acc>);
       const In* q_in = from + b * qkv.stride(0) + h * qkv.stride(3);
-      const In* grad_in = grad_from + b * grad.stride(0) + h * grad.stride(2);
-      const In* out_in = out_from + b * out.stride(0) + h * out.stride(2);
+      const In* grad_in =
+          grad_from + b * grad.stride(0) + (selected.compact ? slot : h) * grad.stride(2);
+      const In* out_in = out_from + b * out.stride(0) + slot * out.stride(2);
       In* dq_out = to + b * head.tokens * to_token + h * head.dims;
       run<Gather<In, Acc>>(grad_in, grad.stride(1), head.tokens, head.dims, dout, row);
       if (attends) {
         run<Gather<In, Acc>>(q_in, token, head.tokens, head.dims, q, row);
-        run<Gather<In, Acc>>(q_in + part, token, head.tokens, head.dims, k, row);
-        run<Gather<In, Acc>>(q_in + 2 * part, token, head.tokens, head.dims, v, row);
-        run<Transpose<Acc>>(static_cast<const Acc*>(k), row, head.tokens, head.dims, k_transposed,
+        keys.gather(q_in + part, token, head.dims, k, row);
+        keys.gather(q_in + 2 * part, token, head.dims, v, row);
+        run<Transpose<Acc>>(static_cast<const Acc*>(k), row, keys.count, head.dims, k_transposed,
                             s_row);
-        run<Transpose<Acc>>(static_cast<const Acc*>(v), row, head.tokens, head.dims, v_transposed,
+        run<Transpose<Acc>>(static_cast<const Acc*>(v), row, keys.count, head.dims, v_transposed,
                             s_row);
       }
       Acc head_score = 0;
@@ -486,24 +543,24 @@ void backward(const Tensor& grad,  // (B, N, H, K)
           block_score += per_token ? std::abs(delta[r]) : delta[r];
         }
         head_score += block_score;
-        if (!attends) continue;
+        if (!attends || keys.count == 0) continue;
         run<Multiply<Acc>>(q_block, row, int64_t(1), static_cast<const Acc*>(k_transposed), s_row,
-                           s, s_row, padded, head.columns, head.dims, false);
+                           s, s_row, padded, columns, head.dims, false);
         run<Multiply<Acc>>(dout_block, row, int64_t(1), static_cast<const Acc*>(v_transposed),
-                           s_row, ds, s_row, padded, head.columns, head.dims, false);
-        run<Differentiate<Acc>>(s, ds, s_row, rows, head.columns, scale,
+                           s_row, ds, s_row, padded, columns, head.dims, false);
+        run<Differentiate<Acc>>(s, ds, s_row, rows, columns, scale,
                                 normalisers + task * head.tokens + first,
                                 static_cast<const Acc*>(delta));
         run<Multiply<Acc>>(static_cast<const Acc*>(ds), s_row, int64_t(1),
-                           static_cast<const Acc*>(k), row, dq, row, padded, row, head.tokens,
+                           static_cast<const Acc*>(k), row, dq, row, padded, row, keys.count,
                            false);
         if (wanted.qk_dim) {
           run<Score<Acc>>(q_block, static_cast<const Acc*>(dq), row, rows, row, per_token, qk_score,
                           per_dim, delta);
         }
         if (!wanted.qkv) continue;
-        run<Scatter<In, Acc>>(static_cast<const Acc*>(dq), row, rows, head.dims, &scale, int64_t(0),
-                              dq_out + first * to_token, to_token);
+        run<Scatter<In, Acc>>(static_cast<const Acc*>(dq), row, rows, head.dims, &factor,
+                              int64_t(0), dq_out + first * to_token, to_token);
         run<Multiply<Acc>>(static_cast<const Acc*>(ds), int64_t(1), s_row, q_block, row, dk, row,
                            head.rows, row, rows, first > 0);
         run<Multiply<Acc>>(static_cast<const Acc*>(s), int64_t(1), s_row, dout_block, row, dv, row,
@@ -516,23 +573,13 @@ void backward(const Tensor& grad,  // (B, N, H, K)
         qk_scores[task * head.dims + d] = qk_score[d] * (per_token ? std::abs(scale) : scale);
       }
       if (wanted.qkv) {
-        run<Scatter<In, Acc>>(static_cast<const Acc*>(dk), row, head.tokens, head.dims, &scale,
-                              int64_t(0), dq_out + to_part, to_token);
-        run<Scatter<In, Acc>>(static_cast<const Acc*>(dv), row, head.tokens, head.dims, &one,
-                              int64_t(0), dq_out + 2 * to_part, to_token);
+        keys.scatter(static_cast<const Acc*>(dk), row, head.dims, factor, dq_out + to_part,
+                     to_token);
+        keys.scatter(static_cast<const Acc*>(dv), row, head.dims, gate, dq_out + 2 * to_part,
+                     to_token);
       }
     }
   });
-}
-
-ScalarType wide_type(const Tensor& x) {
-  return x.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
-}
-
-void check_qkv(const char* op, const Tensor& qkv) {
-  VP_CHECK(qkv.dim() == 5, op, "qkv_BN3HK", "have 5 dimensions", qkv.dim());
-  VP_CHECK(qkv.size(2) == 3 && qkv.size(4) >= 1, op, "qkv_BN3HK",
-           "have 3 parts (q, k, v) in dimension 2 and a head dim of at least 1", "others");
 }
 
 // calls f<In, Acc>() for the dtype of qkv
@@ -552,15 +599,56 @@ void for_dtype(const char* op, const Tensor& qkv, F f) {
   }
 }
 
+}  // namespace
+
+namespace vitprune {
+
+ScalarType wide_type(const Tensor& x) {
+  return x.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
+}
+
+void check_qkv(const char* op, const Tensor& qkv) {
+  VP_CHECK(qkv.dim() == 5, op, "qkv_BN3HK", "have 5 dimensions", qkv.dim());
+  VP_CHECK(qkv.size(2) == 3 && qkv.size(4) >= 1, op, "qkv_BN3HK",
+           "have 3 parts (q, k, v) in dimension 2 and a head dim of at least 1", "others");
+}
+
+Selected all_heads(const Tensor& qkv) {
+  Selected selected;
+  for (int64_t h = 0; h < qkv.size(3); ++h) selected.heads.push_back(h);
+  return selected;
+}
+
+void attention_forward(const char* op, const Selected& selected, const Tensor& qkv, double scale,
+                       Tensor& out, Tensor* raw, Tensor& lse) {
+  for_dtype(op, qkv, [&](auto in, auto acc) {
+    forward<decltype(in), decltype(acc)>(selected, qkv, static_cast<decltype(acc)>(scale), out, raw,
+                                         lse);
+  });
+}
+
+void attention_backward(const char* op, const Selected& selected, Wanted wanted, const Tensor& grad,
+                        const Tensor& qkv, const Tensor& out, const Tensor& lse, double scale,
+                        bool per_token, Tensor& dqkv, Tensor& heads, Tensor& qk_dims,
+                        Tensor& v_dims) {
+  for_dtype(op, qkv, [&](auto in, auto acc) {
+    backward<decltype(in), decltype(acc)>(selected, wanted, grad, qkv, out, lse,
+                                          static_cast<decltype(acc)>(scale), per_token, dqkv, heads,
+                                          qk_dims, v_dims);
+  });
+}
+
+}  // namespace vitprune
+
+namespace {
+
 std::tuple<Tensor, Tensor> attention(Tensor qkv, double scale) {
   check_qkv("attention", qkv);
   qkv = with_adjacent_columns(qkv);
   const int64_t batch = qkv.size(0), tokens = qkv.size(1), heads = qkv.size(3), dims = qkv.size(4);
   Tensor out = torch::stable::new_empty(qkv, {batch, tokens, heads, dims});
   Tensor lse = torch::stable::new_empty(qkv, {batch, heads, tokens}, wide_type(qkv));
-  for_dtype("attention", qkv, [&](auto in, auto acc) {
-    forward<decltype(in), decltype(acc)>(qkv, out, lse, static_cast<decltype(acc)>(scale));
-  });
+  attention_forward("attention", all_heads(qkv), qkv, scale, out, nullptr, lse);
   return {out, lse};
 }
 
@@ -596,10 +684,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> attention_score(Tensor grad, Tensor q
   Tensor head = result(needs_head, {batch, heads}, wide);
   Tensor qk_dim = result(needs_qk_dim, {batch, heads, dims}, wide);
   Tensor v_dim = result(needs_v_dim, {batch, heads, dims}, wide);
-  for_dtype(op, qkv, [&](auto in, auto acc) {
-    backward<decltype(in), decltype(acc)>(grad, qkv, out, lse, static_cast<decltype(acc)>(scale),
-                                          per_token, wanted, dqkv, head, qk_dim, v_dim);
-  });
+  attention_backward(op, all_heads(qkv), wanted, grad, qkv, out, lse, scale, per_token, dqkv, head,
+                     qk_dim, v_dim);
   return {dqkv, head, qk_dim, v_dim};
 }
 

@@ -51,7 +51,7 @@ def forward(
 ) -> Case:
     """In whole rows, or tile by tile."""
     dtype = DTYPES[element]
-    tiles = sizes.forward_tiles(head_dim, dtype, large)
+    tiles = sizes.forward_tiles(head_dim, dtype, large, masked)
     row = not masked and sizes.takes_row(num_tokens, head_dim, dtype, large)
     return case(
         "forward, whole rows" if row else "forward",
@@ -116,21 +116,21 @@ def keys(
 # element, tokens, head dim, key mask; registers of forward, dQ, dK and dV with large tiles and with
 # small ones, as compiled by Triton 3.8 and with some room for others
 SIZES = [
-    ("bf16", 197, 64, False, (255, 255, 255), (255, 255, 255)),
-    ("bf16", 197, 64, True, (255, 255, 255), (255, 255, 255)),
-    ("bf16", 577, 64, False, (255, 255, 255), (255, 255, 255)),
-    ("bf16", 197, 32, False, (255, 255, 255), (255, 255, 255)),
-    ("bf16", 197, 48, False, (255, 255, 255), (255, 255, 255)),
-    ("bf16", 257, 80, False, (255, 255, 255), (255, 255, 255)),
-    ("bf16", 257, 80, True, (255, 255, 255), (255, 255, 255)),
-    ("bf16", 197, 96, False, (255, 255, 255), (255, 255, 255)),
-    ("bf16", 197, 96, True, (255, 255, 255), (255, 255, 255)),
-    ("bf16", 257, 128, False, (255, 255, 255), (255, 255, 255)),
-    ("bf16", 257, 128, True, (255, 255, 255), (255, 255, 255)),
-    ("fp16", 197, 64, False, (255, 255, 255), (255, 255, 255)),
-    ("fp32", 197, 64, False, (255, 255, 255), (255, 255, 255)),
-    ("fp32", 197, 64, True, (255, 255, 255), (255, 255, 255)),
-    ("fp32", 257, 80, False, (255, 255, 255), (255, 255, 255)),
+    ("bf16", 197, 64, False, (208, 140, 176), (224, 228, 248)),
+    ("bf16", 197, 64, True, (140, 168, 176), (255, 212, 240)),
+    ("bf16", 577, 64, False, (124, 140, 176), (224, 228, 248)),
+    ("bf16", 197, 32, False, (196, 116, 144), (136, 104, 176)),
+    ("bf16", 197, 48, False, (124, 124, 160), (140, 180, 200)),
+    ("bf16", 257, 80, False, (144, 168, 204), (228, 252, 255)),
+    ("bf16", 257, 80, True, (164, 176, 208), (255, 255, 255)),
+    ("bf16", 197, 96, False, (168, 172, 248), (255, 255, 255)),
+    ("bf16", 197, 96, True, (180, 176, 255), (255, 232, 236)),
+    ("bf16", 257, 128, False, (184, 172, 255), (236, 255, 255)),
+    ("bf16", 257, 128, True, (220, 180, 255), (244, 236, 255)),
+    ("fp16", 197, 64, False, (208, 140, 176), (224, 228, 248)),
+    ("fp32", 197, 64, False, (184, 204, 216), (180, 208, 220)),
+    ("fp32", 197, 64, True, (184, 216, 220), (180, 212, 220)),
+    ("fp32", 257, 80, False, (116, 140, 124), (112, 112, 140)),
 ]
 CASES = [
     kind(element, num_tokens, head_dim, large, bounds[index], masked)

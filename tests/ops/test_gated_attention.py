@@ -162,8 +162,7 @@ def test_gated_attention_matches_reference(shape, live, dtype, backend):
 @pytest.mark.parametrize(("shape", "live"), [SHAPES[k] for k in (0, 2, 4)] + SHAPES[8:])
 def test_gated_attention_with_a_key_mask_matches_reference(shape, live, dtype, backend):
     """The first sample has no key at all, and the output has the live heads only."""
-    if backend != "cpu":
-        assert_matches(shape, dtype, backend, live, mask_of(shape), compact=True)
+    assert_matches(shape, dtype, backend, live, mask_of(shape), compact=True)
 
 
 @pytest.mark.parametrize(("backend", "dtype"), RUNS)
@@ -209,8 +208,6 @@ def test_gated_attention_gradcheck(backend, options):
     qkv, gate, _ = inputs((2, 5, 3, 4), FP64)
     live, compact = options.get("live", (0, 1, 2)), options.get("compact", False)
     mask = mask_of((2, 5)) if options.get("masked") else None
-    if backend == "cpu" and mask is not None:
-        return
 
     def call(qkv, gate):
         if backend == "reference":
@@ -251,7 +248,7 @@ def test_gated_attention_never_reads_dead_heads_and_masked_keys(value, compact, 
     qkv, gate, grad = inputs((3, 35, 4, 24), FP32, backend)
     live = [1, 2]
     grad = grad[:, :, live] if compact else grad
-    mask = None if backend == "cpu" else mask_of((3, 35)).to(qkv.device)
+    mask = mask_of((3, 35)).to(qkv.device)
 
     def call(qkv, gate, grad):
         options = {"live_heads": live, "key_mask_BN": mask, "compact": compact}
@@ -262,15 +259,13 @@ def test_gated_attention_never_reads_dead_heads_and_masked_keys(value, compact, 
     qkv[:, :, :, [0, 3]] = value
     if not compact:
         grad[:, :, [0, 3]] = value
-    if mask is not None:
-        qkv[:, :, 1:][~mask] = value
+    qkv[:, :, 1:][~mask] = value
     got = call(qkv, gate, grad)
     assert all(x.isfinite().all() for x in got)
     assert all(map(torch.equal, got, wanted))
     assert not got[1][:, :, :, [0, 3]].any() and not got[2][[0, 3]].any()
-    if mask is not None:
-        assert not got[0][0].any() and not got[1][0].any()
-        assert not got[1][:, :, 1:][~mask].any()
+    assert not got[0][0].any() and not got[1][0].any()
+    assert not got[1][:, :, 1:][~mask].any()
 
 
 @pytest.mark.parametrize("backend", [name for name in BACKENDS if name != "eager"])
@@ -316,42 +311,38 @@ def test_gated_attention_handles_any_layout(backend):
     torch.testing.assert_close(leaf.grad, want[1])
 
 
-def test_gated_attention_can_be_differentiated_once():
-    qkv, _, _ = inputs((1, 9, 2, 8), FP32, "triton")
-    out = ops.gated_attention(qkv.requires_grad_(), backend="triton")
+@pytest.mark.parametrize("backend", [name for name in BACKENDS if name != "eager"])
+def test_gated_attention_can_be_differentiated_once(backend):
+    qkv, _, _ = inputs((1, 9, 2, 8), FP32, backend)
+    out = ops.gated_attention(qkv.requires_grad_(), backend=backend)
     with pytest.raises(RuntimeError, match="gated_attention: create_graph must be False"):
         torch.autograd.grad(out.sum(), qkv, create_graph=True)
 
 
-def test_gated_attention_opcheck():
-    qkv, gate, grad = inputs((2, 13, 3, 12), FP32, "triton")
+@pytest.mark.parametrize("backend", [name for name in BACKENDS if name != "eager"])
+def test_gated_attention_opcheck(backend):
+    qkv, gate, grad = inputs((2, 13, 3, 12), FP32, backend)
     mask = mask_of((2, 13)).to(qkv.device)
-    forward = torch.ops.vitprune_fast.gated_attention_triton.default
-    backward = torch.ops.vitprune_fast.gated_attention_backward_triton.default
+    twin = "" if backend == "cpu" else "_triton"
+    forward, backward = (
+        getattr(torch.ops.vitprune_fast, name + twin).default
+        for name in ("gated_attention", "gated_attention_backward")
+    )
+    leaf, gate_leaf = qkv.clone().requires_grad_(), gate.clone().requires_grad_()
     for arguments in (
-        (
-            qkv.clone().requires_grad_(),
-            gate.clone().requires_grad_(),
-            None,
-            [0, 2],
-            0.3,
-            False,
-            True,
-        ),
-        (qkv.clone().requires_grad_(), gate, mask, [0, 2], 0.3, True, False),
-        (qkv.clone().requires_grad_(), None, None, [0, 1, 2], 0.3, True, False),
+        (leaf, gate_leaf, None, [0, 2], 0.3, False, True),
+        (leaf, gate, mask, [0, 2], 0.3, True, True),
+        (leaf, None, None, [0, 1, 2], 0.3, True, False),
     ):
         opcheck(forward, arguments)
         raw = arguments[6]
         out, before, lse = (x.detach() for x in forward(*arguments))
         fixed = [x.detach() if isinstance(x, Tensor) else x for x in arguments]
         given = grad[:, :, : out.shape[2]]
-        kept = before if raw else out
-        opcheck(backward, (given, *fixed[:3], kept, lse, *fixed[3:], True))
-        if raw:
-            opcheck(backward, (given, *fixed[:3], kept, lse, *fixed[3:], False))
+        for qkv_too in (True, False):
+            opcheck(backward, (given, *fixed[:3], before if raw else out, lse, *fixed[3:], qkv_too))
     with pytest.raises(RuntimeError, match="raw must be True where the gate needs a gradient"):
-        forward(qkv, gate.requires_grad_(), None, [0], 0.3, False, False)
+        forward(qkv, gate_leaf, None, [0], 0.3, False, False)
 
 
 @pytest.mark.parametrize("backend", ["auto", *BACKENDS])
@@ -430,3 +421,50 @@ def test_gated_attention_takes_the_peer_where_it_is_better(monkeypatch):
         assert module._choose(qkv, gate, backend) == "triton"
     monkeypatch.setenv("VITPRUNE_BACKEND", "triton")
     assert module._choose(long, None, "auto") == "triton"
+
+
+@pytest.mark.parametrize("backend", [name for name in BACKENDS if name == "cpu"])
+def test_gated_attention_same_bits_for_any_number_of_threads(backend):
+    qkv, gate, grad = inputs((3, 61, 5, 20), FP32)
+    options = {"live_heads": [0, 1, 4], "key_mask_BN": mask_of((3, 61)), "backend": backend}
+    results = []
+    try:
+        for threads in (1, 2, 7):
+            torch.set_num_threads(threads)
+            results.append(with_gradients(ops.gated_attention, qkv, gate, grad, **options))
+    finally:
+        torch.set_num_threads(1)
+    for other in results[1:]:
+        assert all(map(torch.equal, results[0], other))
+
+
+@pytest.mark.skipif(OBSTACLE is not None, reason=str(OBSTACLE))
+def test_gated_attention_native_checks_memory_safety():
+    forward, backward = (
+        getattr(torch.ops.vitprune_fast, name)
+        for name in ("gated_attention", "gated_attention_backward")
+    )
+    qkv, gate, mask = torch.ones(2, 4, 3, 2, 8), torch.ones(2), torch.ones(2, 4, dtype=torch.bool)
+    for arguments in (
+        (qkv[0], gate, mask, [0]),
+        (qkv, gate[:1], mask, [0]),
+        (qkv, gate.double(), mask, [0]),
+        (qkv, gate, mask[:, :3], [0]),
+        (qkv, gate, mask.float(), [0]),
+        (qkv, gate, mask, [2]),
+        (qkv, gate, mask, [-1]),
+        (qkv, gate, mask, [1, 0]),
+    ):
+        with pytest.raises(RuntimeError, match=r"gated_attention: \w+ must .*, got"):
+            forward(*arguments, 1.0, False, True)
+    out, raw, lse = forward(qkv, gate, mask, [1], 1.0, False, True)
+    for arguments in (
+        (out[:, :, :1], qkv, gate, mask, raw, lse, [1]),
+        (out.double(), qkv, gate, mask, raw, lse, [1]),
+        (out, qkv, gate, mask, out, lse, [1]),
+        (out, qkv, gate, mask, raw, lse[:, :0], [1]),
+        (out, qkv, gate, mask, raw, lse.double(), [1]),
+        (out, qkv, gate, mask, raw, lse, [2]),
+    ):
+        with pytest.raises(RuntimeError, match=r"gated_attention: \w+ must .*, got"):
+            backward(*arguments, 1.0, False, True, True)

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from .. import ops
 from ..errors import InvalidInput
-from ..scoring.fused import activation_of, is_plain_mlp
+from ..scoring.fused import activation_of, is_plain_attention, is_plain_mlp, packed_qkv
 from ..structure import Axis, Structure
 from ..structure.axes import Tap
 from ..structure.paths import get
@@ -76,8 +76,9 @@ def install(model: nn.Module, gates: Source) -> None:
     for axis, tap, module in placed:
         path = tap.module.rpartition(".")[0]
         owner = get(model, path)
-        if axis.kind == "neuron" and is_plain_mlp(owner) and "forward" not in vars(owner):
-            owner.forward = partial(_gated_mlp, owner, _Gate(gates, axis, tap))
+        forward = _forward_with(axis, owner)
+        if forward is not None:
+            owner.forward = partial(forward, owner, _Gate(gates, axis, tap))
             exchanged.append(path)
         elif tap.side == "input":
             handle = module.register_forward_pre_hook(_Before(gates, axis, tap))
@@ -175,6 +176,39 @@ class _Before(_Gate):
 class _After(_Gate):
     def __call__(self, module: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> Tensor:
         return self.multiplied(output, module.training)
+
+
+def _forward_with(axis: Axis, owner: Any) -> Callable[..., Tensor] | None:
+    """The forward that has the gates of an axis in its own op; None where a hook multiplies."""
+    if "forward" in vars(owner):
+        return None
+    if axis.kind == "head" and is_plain_attention(owner):
+        return _gated_attention
+    return _gated_mlp if axis.kind == "neuron" and is_plain_mlp(owner) else None
+
+
+def _gated_attention(
+    attn: Any,
+    gate: _Gate,
+    x: Tensor,
+    attn_mask: Tensor | None = None,
+    is_causal: bool = False,
+) -> Tensor:
+    """timm's Attention without an inner norm; with a mask or dropout as it is, and multiplied."""
+    if attn_mask is not None or is_causal or (attn.training and attn.attn_drop.p > 0):
+        # what enters the projection is multiplied there
+        handle = attn.proj.register_forward_pre_hook(_Before(gate.gates, gate.axis, gate.tap))
+        try:
+            return type(attn).forward(attn, x, attn_mask=attn_mask, is_causal=is_causal)
+        finally:
+            handle.remove()
+    out_BNHK = ops.gated_attention(
+        packed_qkv(attn, x),
+        gate.value(attn.training),
+        # timm's fused path takes the scale from the width, the other one from the attribute
+        scale=None if attn.fused_attn else attn.scale,
+    )
+    return attn.proj_drop(attn.proj(out_BNHK.flatten(2)))
 
 
 def _gated_mlp(mlp: Any, gate: _Gate, x: Tensor) -> Tensor:

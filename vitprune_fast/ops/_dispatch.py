@@ -22,7 +22,7 @@ IMPLEMENTED = {
     "attention_score": ("triton", "cpu", "eager"),
     "gated_activation": ("triton", "cpu", "eager"),
     "gated_glu": ("triton", "cpu", "eager"),
-    "gated_attention": ("triton", "eager"),
+    "gated_attention": ("triton", "cpu", "eager"),
     "gather": ("cpu", "eager"),
     "gather_all": ("cuda", "cpu", "eager"),
     "glu_score": ("triton", "cpu", "eager"),

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -27,7 +28,21 @@ _OP = "gated_attention"
 # and that of torch's kernels 5. An estimate (no GPU has timed it yet).
 _SDPA_TOKENS = 400
 
+_library = torch.library.Library("vitprune_fast", "FRAGMENT")
+_library.define(
+    "gated_attention(Tensor qkv_BN3HK, Tensor? gate_H, Tensor? mask_BN, int[] live, float scale, "
+    "bool compact, bool raw) -> (Tensor, Tensor, Tensor)",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+_library.define(
+    "gated_attention_backward(Tensor grad_out_BNHK, Tensor qkv_BN3HK, Tensor? gate_H, "
+    "Tensor? mask_BN, Tensor out_BNHK, Tensor lse_BLN, int[] live, float scale, bool compact, "
+    "bool raw, bool qkv) -> (Tensor, Tensor)",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
 
+
+@torch.library.register_fake("vitprune_fast::gated_attention", lib=_library)
 def _fake(
     qkv_BN3HK: Tensor,
     gate_H: Tensor | None,
@@ -47,6 +62,7 @@ def _fake(
     )
 
 
+@torch.library.register_fake("vitprune_fast::gated_attention_backward", lib=_library)
 def _fake_backward(
     grad_out_BNHK: Tensor,
     qkv_BN3HK: Tensor,
@@ -65,6 +81,7 @@ def _fake_backward(
     return dqkv_BN3HK, qkv_BN3HK.new_empty(gates, dtype=score_dtype(qkv_BN3HK))
 
 
+# C++ and Triton cannot both hold the CUDA key of one op, so the twins have their own names
 @torch.library.custom_op("vitprune_fast::gated_attention_triton", mutates_args=())
 def _triton(
     qkv_BN3HK: Tensor,
@@ -120,11 +137,11 @@ def _setup_context(ctx, inputs, output):
     ctx.save_for_backward(qkv_BN3HK, gate_H, mask_BN, kept, lse_BLN)
 
 
-def _backward(ctx, grad_out_BNHK: Tensor, _grad_raw, _grad_lse):
+def _differentiate(backward, ctx, grad_out_BNHK: Tensor):
     refuse_second_derivative(_OP)
     qkv_BN3HK, gate_H, mask_BN, kept, lse_BLN = ctx.saved_tensors
     needs_qkv, needs_gate = ctx.needs_input_grad[:2]
-    dqkv_BN3HK, dgate_H = _triton_backward(
+    dqkv_BN3HK, dgate_H = backward(
         grad_out_BNHK,
         qkv_BN3HK,
         gate_H,
@@ -141,7 +158,18 @@ def _backward(ctx, grad_out_BNHK: Tensor, _grad_raw, _grad_lse):
     return *given, None, None, None, None, None
 
 
-_triton.register_autograd(_backward, setup_context=_setup_context)
+def _backward_triton(ctx, grad_out_BNHK: Tensor, _grad_raw, _grad_lse):
+    return _differentiate(_triton_backward, ctx, grad_out_BNHK)
+
+
+def _backward_cpu(ctx, grad_out_BNHK: Tensor, _grad_raw, _grad_lse):
+    return _differentiate(torch.ops.vitprune_fast.gated_attention_backward, ctx, grad_out_BNHK)
+
+
+_triton.register_autograd(_backward_triton, setup_context=_setup_context)
+torch.library.register_autograd(
+    "vitprune_fast::gated_attention", _backward_cpu, setup_context=_setup_context, lib=_library
+)
 
 
 def _eager(
@@ -236,6 +264,14 @@ def _check_mask(mask_BN: Tensor, qkv_BN3HK: Tensor) -> None:
     _checks.require(near, _OP, "key_mask_BN", rule, mask_BN.device)
 
 
+def gated_attention_ops() -> list[Any]:
+    """The registered forwards, ``(qkv, gate, mask, live, ...)``, for those who count FLOPs."""
+    return [
+        torch.ops.vitprune_fast.gated_attention,
+        torch.ops.vitprune_fast.gated_attention_triton,
+    ]
+
+
 def gated_attention(
     qkv_BN3HK: Tensor,
     gate_H: Tensor | None = None,
@@ -299,7 +335,12 @@ def gated_attention(
     live = _checked_heads(live_heads, qkv_BN3HK.shape[3])
     factor = factor_of_logits(scale, qkv_BN3HK)
     chosen = _choose(qkv_BN3HK, gate_H, backend)
+    arguments = (qkv_BN3HK, gate_H, key_mask_BN, live, factor, compact)
     if chosen == "triton":
-        raw = _needs_gradient(gate_H)
-        return _triton(qkv_BN3HK, gate_H, key_mask_BN, live, factor, compact, raw)[0]
-    return _eager(qkv_BN3HK, gate_H, key_mask_BN, live, factor, compact)
+        return _triton(*arguments, _needs_gradient(gate_H))[0]
+    if chosen == "cpu":
+        # its backward reads no other output than the one before the gate, of live heads alone
+        needed = gate_H is not None or len(live) < qkv_BN3HK.shape[3]
+        raw = needed and torch.is_grad_enabled()
+        return torch.ops.vitprune_fast.gated_attention(*arguments, raw)[0]
+    return _eager(*arguments)

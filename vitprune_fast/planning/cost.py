@@ -12,6 +12,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode, flop_registry, sdpa_flop_count
 
 from ..modes import evaluating
+from ..ops.gated_attention import gated_attention_ops
 from ..structure import Structure, describe
 from ..structure.axes import Dim, Write
 from ..structure.index import Index
@@ -62,13 +63,19 @@ def count_macs(run: Callable[[], Any]) -> int:
 
 
 def _uncounted() -> dict[Any, Any]:
-    """Attention on the CPU, which the flop counter of PyTorch before 2.15 passes over."""
-    packet = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+    """Attention that the flop counter passes over: PyTorch's on the CPU before 2.15, and ours."""
 
     def flops(query: Any, key: Any, value: Any, *args: Any, out_shape: Any, **kwargs: Any) -> int:
         return sdpa_flop_count(query, key, value)
 
-    return {} if packet in flop_registry else {packet: flops}
+    def of_live(qkv: Any, gate: Any, mask: Any, live: Any, *args: Any, **kwargs: Any) -> int:
+        batch, tokens, _, _, width = qkv
+        heads = (batch, len(live), tokens, width)
+        return sdpa_flop_count(heads, heads, heads)
+
+    packet = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+    own = dict.fromkeys(gated_attention_ops(), of_live)
+    return own if packet in flop_registry else {packet: flops, **own}
 
 
 def predict_cost(structure: Structure, plan: Plan | None = None) -> Cost:
