@@ -35,8 +35,8 @@ SHAPES = [
     pytest.param((3, 2, 4, 32), (1, 2, 3), id="N2-K32"),
     pytest.param((2, 49, 4, 48), (0, 1, 2, 3), id="N49-K48-all-live"),
     pytest.param((2, 49, 6, 96), (5,), id="N49-K96"),
-    pytest.param((1, 197, 4, 64), (0, 1, 3), id="N197-K64"),
-    pytest.param((1, 197, 3, 48), (1, 2), id="N197-K48"),
+    pytest.param((1, 197, 3, 64), (0, 2), id="N197-K64"),
+    pytest.param((1, 197, 2, 48), (1,), id="N197-K48"),
     pytest.param((1, 257, 3, 80), (1,), id="N257-K80"),
     pytest.param((1, 33, 4, 128), (1, 3), id="N33-K128"),
     pytest.param((2, 9, 3, 16), (), id="none-live"),
@@ -166,8 +166,7 @@ def test_gated_attention_with_a_key_mask_matches_reference(shape, live, dtype, b
 
 
 @pytest.mark.parametrize(("backend", "dtype"), RUNS)
-@pytest.mark.parametrize("compact", [False, True])
-@pytest.mark.parametrize("scale", [None, 0.0, -0.3])
+@pytest.mark.parametrize(("scale", "compact"), [(None, False), (0.0, True), (-0.3, True)])
 def test_gated_attention_without_a_gate_matches_reference(scale, compact, dtype, backend):
     shape, live = (2, 37, 4, 24), (0, 1, 3)
     assert_matches(shape, dtype, backend, live, gated=False, compact=compact, scale=scale)
@@ -229,7 +228,7 @@ def test_gated_attention_gradcheck(backend, options):
 @pytest.mark.parametrize("needs_gate", [False, True])
 def test_gated_attention_frozen_gate_gives_the_same_gradient_of_qkv(needs_gate, backend):
     """Then the output behind the gate is kept in place of the one before it."""
-    qkv, gate, grad = inputs((2, 35, 4, 24), FP32, backend)
+    qkv, gate, grad = inputs((2, 19, 4, 24), FP32, backend)
     wanted = with_gradients(ops.gated_attention, qkv, gate, grad, live_heads=[0, 1, 3])
     leaf = qkv.requires_grad_(not needs_gate)
     gate.requires_grad_(needs_gate)
@@ -245,10 +244,10 @@ def test_gated_attention_frozen_gate_gives_the_same_gradient_of_qkv(needs_gate, 
 @pytest.mark.parametrize("compact", [False, True])
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
 def test_gated_attention_never_reads_dead_heads_and_masked_keys(value, compact, backend):
-    qkv, gate, grad = inputs((3, 35, 4, 24), FP32, backend)
+    qkv, gate, grad = inputs((2, 19, 4, 24), FP32, backend)
     live = [1, 2]
     grad = grad[:, :, live] if compact else grad
-    mask = mask_of((3, 35)).to(qkv.device)
+    mask = mask_of((2, 19)).to(qkv.device)
 
     def call(qkv, gate, grad):
         options = {"live_heads": live, "key_mask_BN": mask, "compact": compact}
@@ -271,7 +270,7 @@ def test_gated_attention_never_reads_dead_heads_and_masked_keys(value, compact, 
 @pytest.mark.parametrize("backend", [name for name in BACKENDS if name != "eager"])
 @pytest.mark.parametrize("dtype", ["fp32", "fp16"])
 def test_gated_attention_same_bits_again_and_for_any_batch(dtype, backend):
-    qkv, gate, grad = inputs((4, 35, 3, 24), DTYPES[dtype], backend)
+    qkv, gate, grad = inputs((4, 19, 3, 24), DTYPES[dtype], backend)
 
     def call(qkv, grad):
         options = {"live_heads": [0, 1], "backend": backend}
@@ -291,10 +290,10 @@ def test_gated_attention_same_bits_again_and_for_any_batch(dtype, backend):
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_gated_attention_handles_any_layout(backend):
     """qkv whose dims are not adjacent, inside NaN; and a gradient that was broadcast."""
-    qkv, gate, grad = inputs((2, 34, 3, 48), FP32, backend)
+    qkv, gate, grad = inputs((2, 18, 2, 48), FP32, backend)
     want = with_gradients(ops.gated_attention, qkv, gate, grad, backend=backend)
-    around = torch.full((2, 60, 3, 5, 70), torch.nan, device=qkv.device)
-    inside = around[:, 3:37, :, 1:4, 2:50]
+    around = torch.full((2, 30, 3, 4, 70), torch.nan, device=qkv.device)
+    inside = around[:, 3:21, :, 1:3, 2:50]
     inside.copy_(qkv)
     swapped = qkv.transpose(0, 4).contiguous().transpose(0, 4)
     for layout in (inside, swapped):
