@@ -74,6 +74,23 @@ def test_the_sum_has_the_weights_of_the_config() -> None:
         assert float(loss) == pytest.approx(float(want), rel=1e-12)
 
 
+@pytest.mark.parametrize("loss", ["soft", "soft_deit", "soft_sum"])
+def test_one_launch_gives_the_same_loss_and_gradient(
+    loss: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    teacher = Teacher(random_vit(seed=1), weight=2.0)
+    config = DistillConfig(loss=(loss, "hidden"), alpha=0.3, temperature=3.0, label_smoothing=0.1)
+    found = []
+    for fuses in (False, True):
+        monkeypatch.setattr(Objective, "_fuses", staticmethod(lambda _, fuses=fuses: fuses))
+        student = random_vit()
+        value, parts, _ = evaluated(config, student, teacher)
+        value.backward()
+        found.append((value, parts, student.head.weight.grad))
+    for a, b in zip(*found, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12)
+
+
 def test_without_a_logit_loss_labels_count_whole() -> None:
     student, teacher = random_vit(), Teacher(random_vit(seed=1))
     loss, parts, _ = evaluated(DistillConfig(loss=("hidden",), alpha=0.9), student, teacher)

@@ -118,12 +118,23 @@ def test_gates_under_autocast_are_those_of_full_precision() -> None:
             assert (mixed - exact).norm() <= 0.1 * exact.norm()
 
 
-@pytest.mark.parametrize("units", [("head",), ("neuron",), GATED_UNITS])
-def test_closed_units_contribute_nothing_whatever_they_hold(units: tuple[str, ...]) -> None:
+@pytest.mark.parametrize(
+    ("units", "kind"),
+    [
+        (("head",), "fixed"),
+        (("neuron",), "l1"),
+        (("v_dim", "neuron"), "l1"),
+        (GATED_UNITS, "fixed"),
+    ],
+)
+def test_closed_units_contribute_nothing_whatever_they_hold(
+    units: tuple[str, ...], kind: Any
+) -> None:
+    """Heads whose gates learn are computed while closed, since a closed gate has a gradient."""
     model = random_vit()
     images = random_images(model)
     axes = ("blocks.1.attn.heads", "blocks.1.mlp.neurons")
-    with vp.gates.attach(model, units) as gates, torch.no_grad():
+    with vp.gates.attach(model, units, kind, init=1.0) as gates, torch.no_grad():
         for name in axes:
             if name in gates.axes:
                 gates.score(name)[1] = 0

@@ -380,8 +380,8 @@ def test_gated_attention_rejects_wrong_arguments():
         ops.gated_attention(qkv, torch.ones(3))
     with pytest.raises(InvalidInput, match=r"gate_H must be float32, got torch\.float64"):
         ops.gated_attention(qkv, gate.double())
-    with pytest.raises(InvalidInput, match=r"gate_H must hold no NaN, got \[1.0, nan\]"):
-        ops.gated_attention(qkv, torch.tensor([1.0, torch.nan]))
+    # which costs a look at the gates; it is seen in the loss
+    assert ops.gated_attention(qkv, torch.tensor([1.0, torch.nan]))[:, :, 1].isnan().all()
     for live in ([1, 0], [0, 0], [2], [-1], [0.5], ["0"]):
         with pytest.raises(
             InvalidInput, match=r"live_heads must hold .* 0 to 1, each once, .* got"

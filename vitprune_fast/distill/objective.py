@@ -14,6 +14,7 @@ import torch
 from timm.utils import unwrap_model
 from torch import Tensor, nn
 
+from vitprune_fast import ops
 from vitprune_fast.batches import as_input
 from vitprune_fast.distill import losses
 from vitprune_fast.distill.config import FEATURE_LOSSES, LOGIT_LOSSES, DistillConfig
@@ -147,46 +148,83 @@ class Objective(nn.Module):
             A scalar; and ``ce``, every loss by its name and, with a logit loss, ``kd``, their
             weighted sum.
         """
-        config, parts = self.config, dict[str, Tensor]()
-        ce = losses.cross_entropy(student.class_BC, labels, config.label_smoothing)
-        parts["ce"] = ce
-        kd, inside = None, None
+        of_logits = [term for term in self.terms if term.loss in LOGIT_LOSSES]
+        if len(of_logits) == 1 and of_logits[0].loss in _REDUCTIONS and self._fuses(student):
+            loss, parts = self._fused(of_logits[0], student, labels, answers, done)
+        else:
+            loss, parts = self._of_logits(of_logits, student, labels, answers, done)
         for term in self.terms:
-            value = self._term(term, student, answers[term.teacher], generator)
-            parts[term.name] = value
-            weight = config.weight(term.word, done) * self._weight_of(term.teacher)
-            if term.loss in LOGIT_LOSSES:
-                kd = weight * value if kd is None else kd + weight * value
-            else:
-                inside = weight * value if inside is None else inside + weight * value
-        loss = ce
-        if kd is not None:
-            parts["kd"] = kd
-            loss = (1 - config.alpha) * ce + config.alpha * kd
-        return loss if inside is None else loss + inside, parts
+            if term.loss in FEATURE_LOSSES:
+                value = self._inside(term, student, answers[term.teacher], generator)
+                parts[term.name] = value
+                loss = loss + self._weight(term, done) * value
+        return loss, parts
 
-    def _weight_of(self, teacher: str) -> float:
+    def _weight(self, term: Term, done: float) -> float:
         teachers = self._teachers[0]
         assert teachers is not None
-        return teachers[teacher].weight
+        return self.config.weight(term.word, done) * teachers[term.teacher].weight
 
-    def _term(
+    @staticmethod
+    def _fuses(student: StudentOutput) -> bool:
+        """Whether one launch makes labels, divergence and their gradient."""
+        return student.class_BC is student.taught_BC and student.class_BC.is_cuda
+
+    def _fused(
+        self,
+        term: Term,
+        student: StudentOutput,
+        labels: Tensor,
+        answers: Mapping[str, TeacherOutput],
+        done: float,
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        config, weight = self.config, self._weight(term, done)
+        reduction: Any = _REDUCTIONS[term.loss]
+        found = ops.kd_cross_entropy(
+            student.class_BC,
+            answers[term.teacher].logits_BC,
+            labels,
+            config.alpha * weight,
+            config.temperature,
+            config.label_smoothing,
+            ce_weight=1 - config.alpha,
+            reduction=reduction,
+        )
+        return found.loss, {"ce": found.ce, term.name: found.kd, "kd": weight * found.kd}
+
+    def _of_logits(
+        self,
+        terms: list[Term],
+        student: StudentOutput,
+        labels: Tensor,
+        answers: Mapping[str, TeacherOutput],
+        done: float,
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        config = self.config
+        ce = losses.cross_entropy(student.class_BC, labels, config.label_smoothing)
+        parts, kd = {"ce": ce}, ce.new_zeros(())
+        for term in terms:
+            wanted_BC = answers[term.teacher].logits_BC
+            if term.loss == "hard":
+                value = losses.hard_kd(student.taught_BC, wanted_BC)
+            else:
+                reduction: Any = _REDUCTIONS[term.loss]
+                value = losses.soft_kd(
+                    student.taught_BC, wanted_BC, config.temperature, reduction=reduction
+                )
+            parts[term.name] = value
+            kd = kd + self._weight(term, done) * value
+        if not terms:
+            return ce, parts
+        return (1 - config.alpha) * ce + config.alpha * kd, {**parts, "kd": kd}
+
+    def _inside(
         self,
         term: Term,
         student: StudentOutput,
         answer: TeacherOutput,
         generator: torch.Generator,
     ) -> Tensor:
-        if term.loss == "hard":
-            return losses.hard_kd(student.taught_BC, answer.logits_BC)
-        if term.loss in LOGIT_LOSSES:
-            reduction: Any = _REDUCTIONS[term.loss]
-            return losses.soft_kd(
-                student.taught_BC,
-                answer.logits_BC,
-                self.config.temperature,
-                reduction=reduction,
-            )
         project: Any = dict(self.projectors).get(_key(term))
         if term.loss == "features":
             assert student.features is not None and answer.features is not None

@@ -30,6 +30,7 @@ class Source(Protocol):
 
     structure: Structure
     axes: dict[str, Axis]
+    kind: str
 
     def value(self, axis: str, training: bool = False) -> Tensor: ...
 
@@ -152,6 +153,7 @@ class _Gate(_Shared):
 
     def __init__(self, gates: Source, axis: Axis, tap: Tap):
         self.gates, self.axis, self.tap = gates, axis, tap
+        self._live: tuple[int, list[int]] | None = None
         self.group = tap.dim.length() // axis.size
 
     def value(self, training: bool) -> Tensor:
@@ -159,13 +161,26 @@ class _Gate(_Shared):
 
     def multiplied(self, x: Tensor, training: bool) -> Tensor:
         part = self.tap.part
-        columns = x.shape[-1] if part is None else part[1] - part[0]
+        self.check(x.shape[-1] if part is None else part[1] - part[0])
+        return gate_columns(x, self.value(training), self.group, part)
+
+    def check(self, columns: int) -> None:
+        """Refuse a model of other sizes than the gates were made for."""
         if columns != self.axis.size * self.group:
             raise InvalidInput(
                 f"gates.attach: model must give {self.tap.module} {self.axis.size} units of "
                 f"{self.group} columns, as the gates have, got {columns} columns"
             )
-        return gate_columns(x, self.value(training), self.group, part)
+
+    def live(self) -> list[int] | None:
+        """The units whose gate is not 0, where gates are constants; else None, for all."""
+        if self.gates.kind != "fixed":
+            return None
+        value = self.value(False)
+        if self._live is None or self._live[0] != value._version:
+            # reading it waits for the device, so once per value
+            self._live = value._version, value.nonzero().flatten().tolist()
+        return self._live[1]
 
 
 class _Before(_Gate):
@@ -202,9 +217,12 @@ def _gated_attention(
             return type(attn).forward(attn, x, attn_mask=attn_mask, is_causal=is_causal)
         finally:
             handle.remove()
+    qkv_BN3HK = packed_qkv(attn, x)
+    gate.check(qkv_BN3HK.shape[3] * qkv_BN3HK.shape[4])
     out_BNHK = ops.gated_attention(
-        packed_qkv(attn, x),
+        qkv_BN3HK,
         gate.value(attn.training),
+        live_heads=gate.live(),
         # timm's fused path takes the scale from the width, the other one from the attribute
         scale=None if attn.fused_attn else attn.scale,
     )

@@ -20,8 +20,15 @@ from vitprune_fast.distill.teachers import Teacher, resolve_teacher
 from vitprune_fast.errors import InvalidInput
 from vitprune_fast.randomness import derive_seed, seeded
 from vitprune_fast.recipes import models, stages
-from vitprune_fast.recipes.config import GateConfig, MaskConfig, ModelConfig, TeacherConfig
+from vitprune_fast.recipes.config import (
+    GateConfig,
+    MaskConfig,
+    ModelConfig,
+    ScoreConfig,
+    TeacherConfig,
+)
 from vitprune_fast.recipes.stages import OnEvent, Setting
+from vitprune_fast.scoring.scores import Scores
 
 _DTYPES = {"none": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -87,7 +94,7 @@ def teach(
             for number in range(len(teachers.names))
         ]
     if gates.kind != "none":
-        student = _cut_by_gates(student, config, gates, training)
+        student = _cut_by_gates(student, data, config, setting, gates, training)
     schedule = None
     if masks.macs is not None:
         schedule = MaskSchedule(
@@ -132,6 +139,11 @@ def _teacher(
     return resolve_teacher(model, student, **options, mean=data.mean, std=data.std)
 
 
+def _levelled(scores: Scores) -> dict[str, Tensor]:
+    """Scores whose mean is 1 in every axis, so that one learning rate serves them all."""
+    return {name: value / value.mean().clamp(min=1e-30) for name, value in scores.items()}
+
+
 class Resized(nn.Module):
     """A model behind the resizing that ``Teacher`` does.
 
@@ -153,16 +165,25 @@ class Resized(nn.Module):
 
 
 def _cut_by_gates(
-    student: nn.Module, config: DistillConfig, gates: GateConfig, training: Callable[..., Any]
+    student: nn.Module,
+    data: ImageData,
+    config: DistillConfig,
+    setting: Setting,
+    gates: GateConfig,
+    training: Callable[..., Any],
 ) -> nn.Module:
     """Learn gates beside the weights, then cut and fold them in."""
     assert gates.kind != "none"
-    keep = gates.macs if gates.kind == "ste" else None
+    keep = init = None
+    if gates.kind == "ste":
+        # equal scores would leave it open who goes
+        keep, init = gates.macs, _levelled(stages.score(student, data, ScoreConfig(), setting))
     attached = vp.gates.attach(
         student,
         gates.units,
         gates.kind,
         keep=keep,
+        init=init,
         penalty=gates.penalty,
         seed=derive_seed(config.seed, "gates"),
     )
