@@ -15,7 +15,7 @@ RESULTS = ROOT / "bench" / "results"
 README = ROOT / "README.md"
 MARKS = {
     name: (f"<!-- {name}:begin -->", f"<!-- {name}:end -->")
-    for name in ("kernels", "scoring", "criteria", "compensation")
+    for name in ("kernels", "scoring", "training", "criteria", "compensation")
 }
 INTRODUCTION = """# Measured results
 
@@ -67,20 +67,8 @@ def races(content: dict) -> str:
     """The table of whole scoring steps of one results file; empty where there are none."""
     if not content.get("scoring"):
         return ""
-    lines = [
-        "| case | form | ms | images/s | times ours | of limit | spread |",
-        "|---|---|--:|--:|--:|--:|--:|",
-    ]
-    for found in content["scoring"]:
-        for entry in found["entries"]:
-            form = f"{entry['name']} ({entry['note']})" if entry["note"] else entry["name"]
-            limit = f"{100 * entry['of_limit']:.0f} %" if entry["of_limit"] else "-"
-            lines.append(
-                f"| {found['case']} | {form} | {1e3 * entry['seconds']:,.1f} "
-                f"| {entry['images_per_s']:,.1f} | {entry['times_ours']:.2f} | {limit} "
-                f"| {100 * entry['spread']:.0f} % |"
-            )
-    lines += ["", "Of limit: the matrix products at the best rate measured beside them."]
+    lines = [*race_lines(content["scoring"]), ""]
+    lines += ["Of limit: the matrix products at the best rate measured beside them."]
     lines += [
         f"Peak memory, {found['case']}: {found['score'] / 2**20:,.0f} MiB to score, "
         f"{found['full'] / 2**20:,.0f} MiB for a full backward, whose gradients are "
@@ -94,6 +82,14 @@ def races(content: dict) -> str:
         for found in content.get("memory", [])
         if "prune" in found
     ]
+    return "\n".join([*lines, ""])
+
+
+def training_races(content: dict) -> str:
+    """The table of whole training steps of one results file; empty where there are none."""
+    if not content.get("training"):
+        return ""
+    lines = [*race_lines(content["training"]), ""]
     lines += [
         f"Peak memory, {found['case']}: {found['vitprune'] / 2**20:,.0f} MiB, and "
         f"{found['materialised'] / 2**20:,.0f} MiB with all similarities written out."
@@ -101,6 +97,24 @@ def races(content: dict) -> str:
         if "materialised" in found
     ]
     return "\n".join([*lines, ""])
+
+
+def race_lines(races: list[dict]) -> list[str]:
+    """A line per form of every race."""
+    lines = [
+        "| case | form | ms | images/s | times ours | of limit | spread |",
+        "|---|---|--:|--:|--:|--:|--:|",
+    ]
+    for found in races:
+        for entry in found["entries"]:
+            form = f"{entry['name']} ({entry['note']})" if entry["note"] else entry["name"]
+            limit = f"{100 * entry['of_limit']:.0f} %" if entry["of_limit"] else "-"
+            lines.append(
+                f"| {found['case']} | {form} | {1e3 * entry['seconds']:,.1f} "
+                f"| {entry['images_per_s']:,.1f} | {entry['times_ours']:.2f} | {limit} "
+                f"| {100 * entry['spread']:.0f} % |"
+            )
+    return lines
 
 
 def contents() -> list[dict]:
@@ -111,7 +125,7 @@ def contents() -> list[dict]:
 
 def page() -> str:
     """The README of the results: a table for every file that holds timings of ops."""
-    parts = [part for c in contents() for part in (table(c), races(c)) if part]
+    parts = [part for c in contents() for part in (table(c), races(c), training_races(c)) if part]
     return "\n".join([INTRODUCTION, *parts])
 
 
@@ -169,6 +183,11 @@ def kernels(content: dict) -> str:
 def scoring(content: dict) -> str:
     """The other table of the README: whole scoring steps, from one results file."""
     return "\n".join([races(content), f"{content['device']}: {facts(content)}"])
+
+
+def training(content: dict) -> str:
+    """Whole training steps, from one results file."""
+    return "\n".join([training_races(content), f"{content['device']}: {facts(content)}"])
 
 
 def criteria(content: dict) -> str:
@@ -239,6 +258,8 @@ def readme(text: str) -> str:
     text = filled(text, kernels(latest))
     if latest.get("scoring"):
         text = filled(text, scoring(latest), "scoring")
+    if latest.get("training"):
+        text = filled(text, training(latest), "training")
     for name, made in (("criteria", criteria), ("compensation", compensation)):
         for path in sorted(RESULTS.glob(f"*_{name}.json"))[-1:]:
             text = filled(text, made(json.loads(path.read_text())), name)

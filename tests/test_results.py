@@ -77,6 +77,19 @@ def test_a_race_of_scoring_steps_is_a_line_per_form() -> None:
     assert table.races(results()) == ""
 
 
+def test_a_race_of_training_steps_has_a_table_of_its_own() -> None:
+    entry = {"name": "ours", "seconds": 0.5, "images_per_s": 32.0, "times_ours": 1.0}
+    entry |= {"of_limit": None, "spread": 0.02, "note": "53 % left"}
+    memory = {"case": "manifold", "vitprune": 2**20, "materialised": 9 * 2**20}
+    content = results(training=[{"case": "tiny", "entries": [entry]}], memory=[memory])
+    lines = table.training_races(content).splitlines()
+    assert lines[2] == "| tiny | ours (53 % left) | 500.0 | 32.0 | 1.00 | - | 2 % |"
+    assert lines[-1] == (
+        "Peak memory, manifold: 1 MiB, and 9 MiB with all similarities written out."
+    )
+    assert table.training_races(results()) == table.races(content) == ""
+
+
 def test_readme_without_its_marks_is_refused() -> None:
     with pytest.raises(SystemExit, match="once, found 0"):
         table.filled("no marks", "rows")
