@@ -299,6 +299,16 @@ def test_gates_learn_with_the_weights_and_meet_the_budget(data: ImageData) -> No
         torch.testing.assert_close(small.eval()(images), want, rtol=0, atol=1e-4)
 
 
+def test_the_average_of_a_gated_student_is_validated_with_its_gates() -> None:
+    model = random_vit()
+    gates = vp.gates.attach(model, kind="fixed", init=0.0)
+    data_ = batches(model, [4] * 3)
+    result = distill(model, None, data_, data_, DistillConfig(**PLAIN, ema=0.5), gates=gates)
+    assert result.history[0]["val_loss"] == pytest.approx(vp.evaluate(model, data_).loss)
+    gates.detach(model)
+    assert result.history[0]["val_loss"] != pytest.approx(vp.evaluate(model, data_).loss)
+
+
 def test_rates_are_told(data: ImageData) -> None:
     events: list[dict] = []
     model = digits_vit()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -96,6 +97,25 @@ def test_pruned_units_come_back_with_their_weights() -> None:
         again = masked.soft.refresh()(images)
     assert not torch.allclose(small, whole)
     torch.testing.assert_close(again, whole, rtol=0, atol=1e-12)
+
+
+def test_the_live_part_trains_with_dropout_and_both_heads() -> None:
+    """Whatever mode the student came in."""
+    model = random_vit("deit_distilled", dtype=torch.float32, proj_drop_rate=0.5).eval()
+    plan = half(describe(model))
+    teacher, data = random_vit(seed=1, dtype=torch.float32), batches(model)
+    config = DistillConfig(epochs=1, warmup_epochs=0, loss=("hard",), log_steps=1)
+    schedule = MaskSchedule(0.3, "one_shot", planner=fixed(plan))
+    losses = []
+    for seed in (0, 1):
+        student = copy.deepcopy(model)
+        result = distill(student, teacher, data, None, replace(config, seed=seed), masks=schedule)
+        losses.append(result.history[0]["loss"])
+        moved = student.head_dist.weight - model.head_dist.weight
+        # labels reach the class head, the teacher the other one, and no average of the two
+        assert float(moved.detach().abs().max()) > 0
+    # dropout draws from the seed
+    assert losses[0] != losses[1]
 
 
 class _Products(TorchDispatchMode):

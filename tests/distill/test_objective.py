@@ -69,9 +69,9 @@ def test_the_sum_has_the_weights_of_the_config() -> None:
         soft, manifold, hidden = (
             2 * w * parts[n] for w, n in zip(weights, config.loss, strict=True)
         )
-        assert float(parts["kd"]) == pytest.approx(float(soft), rel=1e-12)
+        assert float(parts["kd"].detach()) == pytest.approx(float(soft.detach()), rel=1e-12)
         want = 0.7 * parts["ce"] + 0.3 * soft + manifold + hidden
-        assert float(loss) == pytest.approx(float(want), rel=1e-12)
+        assert float(loss.detach()) == pytest.approx(float(want.detach()), rel=1e-12)
 
 
 @pytest.mark.parametrize("loss", ["soft", "soft_deit", "soft_sum"])

@@ -207,6 +207,9 @@ class _Run:
         self.task = DistillTask(student, objective, config, gates, gate_budget)
         self.optimizer = make_optimizer(student, self.named, self._other_groups(), config)
         self.average = ModelEmaV3(student, config.ema, use_warmup=True) if config.ema else None
+        if self.average is not None and gates is not None:
+            # a copy of a gated model is plain
+            gates.attach(self.average.module)
         scales = config.amp == "fp16"
         self.scaler = torch.amp.GradScaler(self.task.device.type, enabled=scales)
         self.mixing = _mixing(student, config)

@@ -61,6 +61,13 @@ class DistillTask(TrainingTask):
         self.done = 0.0
         self.generator = torch.Generator()
 
+    def train(self, mode: bool = True) -> DistillTask:
+        """Set the mode of the student and of what runs in its place."""
+        super().train(mode)
+        for runner in self._runner:
+            runner.train(mode)
+        return self
+
     def named_extras(self) -> Iterator[tuple[str, nn.Parameter]]:
         """The parameters that learn beside the student, each once."""
         return self.extras.named_parameters()

@@ -70,8 +70,8 @@ def _uncounted() -> dict[Any, Any]:
 
     def of_live(qkv: Any, gate: Any, mask: Any, live: Any, *args: Any, **kwargs: Any) -> int:
         batch, tokens, _, _, width = qkv
-        heads = (batch, len(live), tokens, width)
-        return sdpa_flop_count(heads, heads, heads)
+        # two products, and a multiply-accumulate is two
+        return 4 * batch * len(live) * tokens**2 * width
 
     packet = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
     own = dict.fromkeys(gated_attention_ops(), of_live)
