@@ -1,0 +1,101 @@
+"""`vitprune-fast distill` on the digits: losses, a CNN that is trained first, gates, masks."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+import vitprune_fast as vp
+from vitprune_fast.cli.main import main
+
+SHORT = ("--data", "digits", "--epochs", "2", "--warmup-epochs", "0", "--batch-size", "64")
+
+
+@pytest.fixture(scope="module")
+def dense(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small model that has seen the digits for a moment."""
+    folder = tmp_path_factory.mktemp("distill")
+    sizes = ("img_size=8", "patch_size=4", "in_chans=1", "embed_dim=24", "num_heads=3", "depth=2")
+    model = ("--model", "vit_tiny_patch16_224", "--model-args", *sizes, "num_classes=10")
+    words = (*SHORT, "--alpha", "0", "--lr", "5e-3", "--epochs", "6", "--batch-size", "32")
+    assert main(["distill", *model, *words, "--out", str(folder / "dense")]) == 0
+    return folder / "dense"
+
+
+def distilled(dense: Path, out: Path, *words: str) -> float:
+    """Top-1 on the test digits of what the verb saves."""
+    command = ["distill", "--model", str(dense), *SHORT, "--lr", "2e-3", "--out", str(out), *words]
+    assert main(command) == 0
+    from vitprune_fast.data import Loader, open_data
+
+    data = open_data("digits", image_size=8, channels=1)
+    return vp.evaluate(vp.load(out), Loader(data.split("test"), 256)).top1
+
+
+def test_the_manifold_is_learnt(dense: Path, tmp_path: Path) -> None:
+    words = ("--teacher", str(dense), "--loss", "manifold", "--loss-weights", "2")
+    assert distilled(dense, tmp_path / "out", *words) > 0.4
+
+
+def test_a_cnn_is_trained_first_and_teaches(
+    dense: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ("--teacher", "resnet18", "--no-teacher-pretrained", "--teacher-epochs", "3")
+    more = ("--checkpoints", str(tmp_path / "checkpoints"), "--loss", "soft", "hard")
+    assert distilled(dense, tmp_path / "out", *words, *more) > 0.4
+    assert {folder.name for folder in (tmp_path / "checkpoints").iterdir()} == {
+        "distill",
+        "teacher-0",
+    }
+    capsys.readouterr()
+    # the same command finds both trainings done
+    assert distilled(dense, tmp_path / "again", *words, *more) > 0.4
+    text = capsys.readouterr().out
+    assert "teacher-0 resumes at step" in text and "distill   resumes at step" in text
+    same = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("out", "again")]
+    assert same[0] == same[1]
+
+
+@pytest.mark.parametrize("kind", ["l1", "ste", "hard_concrete"])
+def test_gates_choose_what_goes(kind: str, dense: Path, tmp_path: Path) -> None:
+    words = ("--teacher", "self", "--gates", kind, "--gate-epochs", "1", "--gate-macs", "0.6")
+    assert distilled(dense, tmp_path / "out", *words) > 0.4
+    share = vp.cost(vp.load(tmp_path / "out")).macs / vp.cost(vp.load(dense)).macs
+    assert 0.4 < share <= 0.6
+
+
+def test_masks_grow_while_training(
+    dense: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ("--teacher", "self", "--mask-macs", "0.6", "--mask-every", "2", "--mask-samples", "64")
+    assert distilled(dense, tmp_path / "out", *words) > 0.4
+    assert "60% of the MACs left, heads" in capsys.readouterr().out
+    share = vp.cost(vp.load(tmp_path / "out")).macs / vp.cost(vp.load(dense)).macs
+    assert 0.4 < share <= 0.6
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        ((), "teacher must be given, got none"),
+        (("--teacher", "self", "--gates", "l1", "--mask-macs", "0.5"), "gates must be none with"),
+        (("--teacher", "self", "--loss", "warmth"), "loss must hold names among soft"),
+        (("--teacher", "self", "--policy", "rand-m9-mstd0.5-inc1"), "policy must be empty for dig"),
+        (("--teacher", "self", "--teacher-weights", "1", "2"), "one number per teacher"),
+        (("--teacher", "no_such_model"), "no_such_model"),
+        (("--teacher", "self", "--gates", "l1", "--gate-units", "embed"), "units must be a list"),
+    ],
+)
+def test_what_cannot_be_is_one_sentence(
+    words: tuple[str, ...],
+    sentence: str,
+    dense: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    command = ["distill", "--model", str(dense), *SHORT, "--out", str(tmp_path / "out"), *words]
+    assert main(command) == 2
+    error = capsys.readouterr().err
+    assert sentence in error and error.count("\n") == 1, error
+    assert not (tmp_path / "out").exists()
