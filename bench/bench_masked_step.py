@@ -114,14 +114,20 @@ def check(forms: dict[str, Loop], images: torch.Tensor, labels: torch.Tensor) ->
 
 
 def race(
-    calls: dict[str, Callable[[], None]], device: str, batch: int, rounds: int, note: str
+    calls: dict[str, Callable[[], None]],
+    device: str,
+    batch: int,
+    rounds: int,
+    note: str,
+    ours: str = OURS,
 ) -> list[Entry]:
+    """Interleaved rounds in random order; the least time of each form, beside that of ``ours``."""
     times: dict[str, list[float]] = {name: [] for name in calls}
     order = list(calls)
     for call in calls.values():
         call()
     for _ in range(rounds):
-        random.Random(len(times[OURS])).shuffle(order)
+        random.Random(len(times[ours])).shuffle(order)
         for name in order:
             times[name].append(measure(calls[name], device, 1))
     best = {name: min(taken) for name, taken in times.items()}
@@ -131,8 +137,8 @@ def race(
             best[name],
             statistics.median(taken) / best[name] - 1,
             batch / best[name],
-            best[name] / best[OURS],
-            note=note if name == OURS else "",
+            best[name] / best[ours],
+            note=note if name == ours else "",
         )
         for name, taken in times.items()
     ]
