@@ -39,6 +39,8 @@ class Distill:
     schedule: Annotated[DistillConfig, arg(name="")] = field(default_factory=DistillConfig)
     device: Annotated[str, arg(metavar="auto|cpu|cuda")] = "auto"
     """Where to compute."""
+    tensorboard: Annotated[Path | None, arg(metavar="DIR")] = None
+    """Also write the curves for TensorBoard, a folder per training."""
 
 
 def main(words: list[str]) -> int:
@@ -49,6 +51,7 @@ def main(words: list[str]) -> int:
     import vitprune_fast as vp
     from vitprune_fast.checkpoint import check_folder
     from vitprune_fast.cli.display import Display
+    from vitprune_fast.recipes.board import Board
     from vitprune_fast.recipes.opened import open_both
     from vitprune_fast.recipes.teaching import teach
 
@@ -71,6 +74,7 @@ def main(words: list[str]) -> int:
             masks=options.masks,
             checkpoints=options.checkpoints,
             on_event=display,
+            board=options.tensorboard and Board(options.tensorboard),
         )
     vp.save(taught, options.out)
     print(options.out)

@@ -10,9 +10,14 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from vitprune_fast.distill.config import FEATURE_LOSSES, LOGIT_LOSSES
 from vitprune_fast.errors import BackendUnavailable
 
-CURVES = ("loss", "ce", "kd", "lr", "val_loss", "val_top1", "val_agreement")
+CURVES = (
+    *("loss", "ce", "kd", "lr", "val_loss", "val_top1", "val_agreement"),
+    *LOGIT_LOSSES,
+    *FEATURE_LOSSES,
+)
 
 
 class Board:
@@ -24,7 +29,7 @@ class Board:
             from torch.utils.tensorboard import SummaryWriter
         except ModuleNotFoundError as error:
             raise BackendUnavailable(
-                f"run: --tensorboard needs {error.name}; install vitprune_fast[tensorboard], or "
+                f"--tensorboard needs {error.name}; install vitprune_fast[tensorboard], or "
                 "leave the flag out: report.html has the same curves"
             ) from None
         self.folder = folder
@@ -54,6 +59,7 @@ class Board:
 
     def _add(self, line: dict[str, Any]) -> None:
         if line.get("event") == "epoch":
-            for name in CURVES:
-                if line.get(name) is not None:
+            for name in line:
+                # a loss of one of several teachers is TEACHER:LOSS
+                if name.rpartition(":")[2] in CURVES and line[name] is not None:
                     self._writer.add_scalar(name, line[name], line["step"])

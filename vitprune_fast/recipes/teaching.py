@@ -20,6 +20,7 @@ from vitprune_fast.distill.teachers import Teacher, resolve_teacher
 from vitprune_fast.errors import InvalidInput
 from vitprune_fast.randomness import derive_seed, seeded
 from vitprune_fast.recipes import models, stages
+from vitprune_fast.recipes.board import Board
 from vitprune_fast.recipes.config import (
     GateConfig,
     MaskConfig,
@@ -45,6 +46,7 @@ def teach(
     checkpoints: Path | None = None,
     on_event: OnEvent | None = None,
     stop: Callable[[], bool] | None = None,
+    board: Board | None = None,
 ) -> nn.Module:
     """The taught model; with gates or masks it is smaller than the one that was given.
 
@@ -59,6 +61,7 @@ def teach(
         checkpoints: folder; a stopped call goes on from there.
         on_event: told about steps and epochs.
         stop: asked after every step.
+        board: gets the curves of every training.
 
     Raises:
         InvalidInput: options that do not go together, or a teacher that does not fit.
@@ -70,10 +73,15 @@ def teach(
         folder = None if checkpoints is None else checkpoints / purpose
 
         def told(event: dict[str, Any]) -> None:
+            event = {**event, "stage": purpose}
             if on_event is not None:
-                on_event({**event, "stage": purpose})
+                on_event(event)
+            if board is not None:
+                board.add(event)
 
-        return stages.train(
+        if board is not None:
+            board.restart(purpose, [])
+        result = stages.train(
             model,
             more.pop("teacher", taught_by),
             data,
@@ -85,6 +93,12 @@ def teach(
             stop=stop,
             **more,
         )
+        if board is not None:
+            # a run that went on from a checkpoint tells of its earlier epochs in its result alone
+            lines = [{"stage": purpose, "event": "epoch", **entry} for entry in result.history]
+            board.restart(purpose, lines)
+            board.close()
+        return result
 
     taught_by: Any = None
     if config.needs_teacher:
