@@ -88,6 +88,18 @@ def test_time_left_counts_from_where_a_resumed_training_began() -> None:
     assert pace.text() == "epoch 5/10  step 510/1,000  0:16:20 left"
 
 
+def test_a_training_after_another_counts_anew() -> None:
+    pace = Pace()
+    for step, now in ((1, 0.0), (5, 4.0)):
+        event = {"event": "step", "stage": "gates", "step": step, "steps": 10, "loss": 1.0}
+        pace.update({**event, "ce": 0.5, "soft": 2.0, "alive": {"head": [3, 6]}}, now)
+    assert pace.text() == (
+        "epoch 1  step 5/10  loss 1.0000 (ce 0.5000 soft 2.0000)  heads 3/6  0:00:05 left"
+    )
+    pace.update({"event": "step", "stage": "distill", "step": 1, "steps": 20, "loss": 3.0}, 9.0)
+    assert pace.text() == "epoch 1  step 1/20  loss 3.0000"
+
+
 def test_a_terminal_gets_a_bar() -> None:
     text = shown(terminal=True)
     assert "\x1b" in text and "3.0 s" in text

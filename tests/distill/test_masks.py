@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -59,6 +60,51 @@ def fixed(*plans: Plan) -> Any:
 def test_the_share_falls_from_start_to_end(shape: Any, wanted: list[float]) -> None:
     schedule = MaskSchedule(0.4, shape, start=0.2, end=0.6, every=2)
     assert [schedule.share(step, 10) for step in range(10)] == pytest.approx(wanted, abs=1e-12)
+
+
+@pytest.mark.parametrize("shape", ["one_shot", "linear", "cubic"])
+@pytest.mark.parametrize("start", [0.0, 1 - 1e-9])
+def test_the_goal_is_reached_in_the_last_step_at_the_latest(shape: Any, start: float) -> None:
+    assert MaskSchedule(0.4, shape, start=start, end=1.0, every=50).share(9, 10) == 0.4
+
+
+def test_a_student_in_evaluation_mode_trains_and_resumes_like_any_other(tmp_path: Path) -> None:
+    def go(train: bool, crash_at: int = 0) -> dict[str, Tensor]:
+        model, steps = random_vit(dtype=torch.float32, drop_path_rate=0.5), 0
+        model.train(train)
+
+        def stop() -> bool:
+            nonlocal steps
+            steps += 1
+            return steps == crash_at
+
+        config = DistillConfig(epochs=1, warmup_epochs=0, alpha=0.0)
+        masks = MaskSchedule(0.5, "one_shot", start=0.5, samples=4)
+        folder = None if train else tmp_path
+        data = batches(model)
+        distill(model, None, data, None, config, masks=masks, checkpoint_dir=folder, stop=stop)
+        return model.state_dict()
+
+    wanted = go(train=True)
+    for crash_at in (2, 3):
+        go(False, crash_at)
+    got = go(False)
+    assert all(torch.equal(got[name], wanted[name]) for name in wanted)
+
+
+def test_the_best_epoch_is_one_of_the_masks_that_come_back() -> None:
+    model = random_vit(dtype=torch.float32)
+    # the first epoch, of the whole model, is right about all labels
+    data = batches(model)
+    right = [(images, model.eval()(images).argmax(1)) for images, _ in data]
+    config = DistillConfig(
+        epochs=3, lr=1e-9, min_lr=0.0, warmup_epochs=0, alpha=0.0, keep="best", log_steps=0
+    )
+    masks = MaskSchedule(0.3, "one_shot", start=0.5, planner=fixed(half(describe(model))))
+    result = distill(model, None, data, right, config, masks=masks)
+    assert result.history[0]["val_top1"] == 1 > result.history[-1]["val_top1"]
+    assert result.plan is not None and result.best_top1 is not None
+    assert result.best_top1 == vp.evaluate(vp.prune(model, result.plan), right).top1
 
 
 def test_masked_training_is_that_of_the_pruned_model() -> None:

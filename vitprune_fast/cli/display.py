@@ -142,7 +142,12 @@ class Pace:
         self._left_s: float | None = None
 
     def update(self, event: dict[str, Any], now: float) -> None:
-        """Takes in a `step` or `epoch` event; what it does not say stays as it was."""
+        """Takes in a `step` or `epoch` event; what it does not say stays as it was.
+
+        Another stage starts anew.
+        """
+        if event.get("stage") != self._event.get("stage", event.get("stage")):
+            self.steps, self._event, self._first, self._left_s = None, {}, None, None
         self.steps = event.get("steps", self.steps)
         self._event = {**self._event, "val_top1": None, **event}
         done = event["step"]

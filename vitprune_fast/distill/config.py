@@ -32,7 +32,7 @@ class DistillConfig:
     min_lr: float = 1e-5
     """Learning rate at the end of the cosine."""
     warmup_epochs: float = 5.0
-    """Epochs of linear warm-up, fractions allowed; at most half of the run."""
+    """Epochs of linear warm-up, fractions allowed; at most half of those before the cooldown."""
     warmup_lr: float = 0.0
     """Learning rate before the first step of the warm-up."""
     cooldown_epochs: float = 0.0
@@ -99,7 +99,8 @@ class DistillConfig:
     """Of dropout, drop-path, mixing and whatever else draws numbers inside a step."""
     keep: Literal["last", "best"] = "last"
     """Which weights come back: those of the last epoch, or of the epoch with the best top-1 on the
-    validation images (the earliest of equals)."""
+    validation images (the earliest of equals; with masks among those that ended with the last
+    ones)."""
     max_bad_steps: int = 10
     """More steps with a non-finite loss or gradient in a row end the run."""
     checkpoint_steps: int = 0

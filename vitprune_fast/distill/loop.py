@@ -48,8 +48,8 @@ class DistillResult:
         history: one entry per epoch: epoch, step, lr, loss, ce, kd and every loss by its name
             (None without a teacher), skipped, and with validation images val_top1, val_loss,
             val_agreement.
-        best_epoch: epoch of the best validation top-1, the earliest of equals; None without
-            validation images.
+        best_epoch: epoch of the best validation top-1, the earliest of equals, with ``masks`` among
+            those that ended with the last ones; None without validation images.
         best_top1: that top-1, a share.
         skipped_steps: steps left out for a non-finite loss or gradient.
         finished: False when ``stop`` ended the run early; the same call goes on from there.
@@ -136,8 +136,8 @@ def distill(
 
     Raises:
         InvalidInput: no training batches or none of that form, nothing to train or in float16,
-            ``keep="best"`` without ``val``, gates and masks at once, or outputs that do not fit
-            each other.
+            ``keep="best"`` without ``val``, gates with masks, ``ema`` or ``keep="best"``, or
+            outputs that do not fit each other.
         RunFolderError: the checkpoint is of another config or model, or cannot be written.
         StageFailed: more than ``max_bad_steps`` steps in a row were not finite.
     """
@@ -147,6 +147,11 @@ def distill(
         raise InvalidInput("distill: gates must be None with masks, got both; fold the gates first")
     if gate_budget is not None and gates is None:
         raise InvalidInput("distill: gates must be given with a gate_budget, got None")
+    if gates is not None and (config.ema or config.keep == "best"):
+        raise InvalidInput(
+            "distill: ema must be 0 and keep `last` with gates, whose values are those of the last "
+            f"step, got {config.ema} and `{config.keep}`"
+        )
     teachers = _as_set(teacher) if config.needs_teacher else None
     with (
         keeping_modes(student),
@@ -207,9 +212,6 @@ class _Run:
         self.task = DistillTask(student, objective, config, gates, gate_budget)
         self.optimizer = make_optimizer(student, self.named, self._other_groups(), config)
         self.average = ModelEmaV3(student, config.ema, use_warmup=True) if config.ema else None
-        if self.average is not None and gates is not None:
-            # a copy of a gated model is plain
-            gates.attach(self.average.module)
         scales = config.amp == "fp16"
         self.scaler = torch.amp.GradScaler(self.task.device.type, enabled=scales)
         self.mixing = _mixing(student, config)
@@ -251,7 +253,8 @@ class _Run:
         if self.masked is None:
             self.task.run_on(self.student, whole=True)
         else:
-            self.task.run_on(self.masked.soft.refresh(), whole=False)
+            # a copy is made in the mode that the student has at the time
+            self.task.run_on(self.masked.soft.refresh().train(), whole=False)
         self.pace = Pace(self.task)
 
     def _epoch(self, epoch: int, start: int) -> bool:
@@ -306,7 +309,7 @@ class _Run:
 
         def seen() -> list[Any]:
             stream = numbered(self.train, self.config.seed, epoch, 0)
-            batches, left = [], masked.samples
+            batches, left = [], masked.schedule.samples
             for _, batch in stream:
                 images, labels = unpack("distill", batch, self.student)
                 batches.append((images[:left], labels[:left]))
@@ -316,6 +319,9 @@ class _Run:
             return batches
 
         if masked.update(step, self.steps, seen):
+            # weights that were measured with other units live are not those of this plan
+            self.progress.best_epoch = self.progress.best_top1 = None
+            self.best = {}
             self._run_on_what_is_live()
             self._tell("masks", epoch, share=masked.share, alive=masked.alive())
 
@@ -337,10 +343,17 @@ class _Run:
         if self.scaler.is_enabled():
             self.scaler.unscale_(self.optimizer)
         limit = config.clip_norm or math.inf
-        norm = float(nn.utils.clip_grad_norm_(list(self.named.values()), limit))
-        means = task.average_values([float(value) / len(batches) for value in sums.values()])
+        extras = [p.grad for _, p in task.named_extras() if p.grad is not None]
+        norms = (
+            nn.utils.clip_grad_norm_(list(self.named.values()), limit),
+            nn.utils.get_total_norm(extras),
+        )
+        # the device is waited for once
+        together = torch.stack([each.double().to(task.device) for each in (*norms, *sums.values())])
+        norm, beside, *totals = together.tolist()
+        means = task.average_values([total / len(batches) for total in totals])
         values = dict(zip(sums, means, strict=True))
-        finite = math.isfinite(values["loss"]) and math.isfinite(norm)
+        finite = all(math.isfinite(value) for value in (values["loss"], norm, beside))
         if self.scaler.is_enabled():
             # lowers the scale after an overflow, and leaves the step out
             self.scaler.step(self.optimizer) if finite else None
@@ -348,7 +361,7 @@ class _Run:
         elif finite:
             self.optimizer.step()
         if not finite:
-            self._skip(values["loss"], norm)
+            self._skip(values["loss"], norm if math.isfinite(beside) else beside)
             return dict.fromkeys(values)
         if self.average is not None:
             self.average.update(self.student, step=progress.step)

@@ -74,9 +74,12 @@ class MaskSchedule:
     def share(self, step: int, steps: int) -> float:
         """Share of the multiply-accumulates that the masks of a step leave, of a run of ``steps``.
 
-        It changes at multiples of ``every`` and at the last one before ``end``.
+        It changes every ``every`` steps from ``start`` on, and at ``end``, in the last step at the
+        latest.
         """
-        first, last = round(self.start * steps), round(self.end * steps)
+        # the last step at least computes with what comes out
+        last = min(round(self.end * steps), steps - 1)
+        first = min(round(self.start * steps), last)
         if step < first:
             return 1.0
         if self.shape == "one_shot" or step >= last:
@@ -148,9 +151,9 @@ class MaskedStudent:
         self.plan, self._share, self._soft = plan, share, None
 
     @property
-    def samples(self) -> int:
-        """Training images that each change looks at."""
-        return self._schedule.samples
+    def schedule(self) -> MaskSchedule:
+        """When the part changes."""
+        return self._schedule
 
     @property
     def share(self) -> float:

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from timm.layers import DropPath
 from timm.optim import param_groups_layer_decay
+from timm.utils import unwrap_model
 from torch import nn
 
 from vitprune_fast.distill.config import DistillConfig
@@ -56,15 +57,17 @@ def _by_depth(student: nn.Module, config: DistillConfig) -> list[dict[str, Any]]
             "distill: layer_decay must be 1 for a student without timm's group_matcher, got "
             f"{config.layer_decay} for {type(student).__name__}"
         )
+    # a compiled module has other names, which no matcher knows
     return param_groups_layer_decay(
-        student, weight_decay=config.weight_decay, layer_decay=config.layer_decay
+        unwrap_model(student), weight_decay=config.weight_decay, layer_decay=config.layer_decay
     )
 
 
 def learning_rate(step: int, steps_per_epoch: int, config: DistillConfig) -> float:
     """Learning rate of a step: linear warm-up to ``lr``, half a cosine, then ``min_lr``."""
-    warmup = min(config.warmup_epochs, config.epochs / 2) * steps_per_epoch
-    total = (config.epochs - config.cooldown_epochs) * steps_per_epoch
+    epochs = config.epochs - config.cooldown_epochs
+    warmup = min(config.warmup_epochs, epochs / 2) * steps_per_epoch
+    total = epochs * steps_per_epoch
     if step < warmup:
         share = (step + 1) / (math.floor(warmup) + 1)
         return config.warmup_lr + (config.lr - config.warmup_lr) * share

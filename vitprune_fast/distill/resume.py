@@ -33,6 +33,7 @@ def write(run: _Run, epoch: int) -> None:
         "steps_per_epoch": run.steps_per_epoch,
         "world": run.ranks.world,
         "progress": asdict(run.progress),
+        "told": _told(run),
     }
     if run.scaler.is_enabled():
         state["scaler"] = run.scaler.state_dict()
@@ -94,13 +95,30 @@ def _check_same(run: _Run, state: dict[str, Any]) -> None:
         changed = f"processes: {state.get('world', 1)} -> {run.ranks.world}"
     elif steps != run.steps_per_epoch:
         changed = f"steps per epoch: {steps} -> {run.steps_per_epoch}"
-    elif ("masks" in state) != (run.masked is not None):
-        changed = f"masks: {'masks' in state} -> {run.masked is not None}"
+    told, stored = _told(run), state.get("told", {})
+    for name in told:
+        if not changed and told[name] != stored.get(name):
+            changed = f"{name}: {stored.get(name)} -> {told[name]}"
     if changed:
         raise RunFolderError(
             f"distill: config and data must be those of the checkpoint in {run.folder}, "
             f"got others ({changed}); take another checkpoint_dir"
         )
+
+
+def _told(run: _Run) -> dict[str, Any]:
+    """What a run is told beside its config, as far as that is data."""
+    told: dict[str, Any] = {"masks": run.masked is not None, "gates": run.gates is not None}
+    if run.masked is not None:
+        schedule = vars(run.masked.schedule)
+        told |= {f"masks.{name}": schedule[name] for name in schedule if name != "planner"}
+        told["masks.units"] = list(run.masked.schedule.units)
+    if run.gates is not None:
+        for name in ("kind", "keep", "round_to", "penalties", "seed"):
+            told[f"gates.{name}"] = getattr(run.gates, name)
+    budget: Any = dict(run.task.extras).get("gate_budget")
+    told["gate_budget"] = None if budget is None else budget.limit
+    return told
 
 
 def _load_optimizer(run: _Run, stored: dict[str, Tensor]) -> None:
