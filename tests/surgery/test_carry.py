@@ -10,14 +10,18 @@ import pytest
 import timm.optim
 import torch
 from timm.utils import ModelEmaV3
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.optim.swa_utils import AveragedModel
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.plans import draw_plan, some
+from vitprune_fast import _extension
 from vitprune_fast.errors import InvalidInput
 from vitprune_fast.planning import Plan
 from vitprune_fast.structure import describe
 from vitprune_fast.structure.index import Index
+from vitprune_fast.structure.paths import put
 from vitprune_fast.surgery import mask, prune
 from vitprune_fast.surgery.compaction import Compaction
 from vitprune_fast.testing import random_images, random_vit
@@ -218,6 +222,29 @@ def test_one_call_moves_everything(state: bool) -> None:
         else:
             prune(model, plan)
     assert moved.calls == ["vitprune_fast.gather_all.default"]
+
+
+def test_one_call_moves_everything_that_lies_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With tensors that have a device and no memory, since calls are counted and not run."""
+    monkeypatch.setattr(_extension, "OBSTACLE", None)
+    monkeypatch.setattr(_extension, "cuda_obstacle", lambda op: None)
+    model, ema = random_vit(dtype=torch.float32), random_vit(seed=1, dtype=torch.float32)
+    plan = heads_and_neurons(model)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        for one in (model, ema):
+            for name, parameter in list(one.named_parameters()):
+                put(one, name, nn.Parameter(torch.empty(parameter.shape, device="cuda")))
+        optimizer = torch.optim.AdamW(model.parameters(), foreach=False, fused=False)
+        for parameter in model.parameters():
+            moments = {key: torch.zeros_like(parameter) for key in ("exp_avg", "exp_avg_sq")}
+            optimizer.state[parameter] = {"step": 1.0, **moments}
+        with Moved() as moved:
+            pruned, carried, averaged = prune(model, plan, optimizer, ema)
+    assert moved.calls == ["vitprune_fast.gather_all.default"]
+    first = pruned.blocks[0].attn.qkv.weight
+    moment = carried.state[first]["exp_avg"]
+    for tensor in (first, moment, averaged.blocks[0].attn.qkv.weight):
+        assert tensor.device.type == "cuda" and tensor.shape == first.shape
 
 
 def test_rows_are_never_one_long_line() -> None:
