@@ -286,7 +286,7 @@ def test_a_checkpoint_without_masks_is_not_gone_on_with_masks(
 def test_other_masks_or_gates_are_refused_with_the_difference(tmp_path: Path) -> None:
     def go(folder: str, masks: MaskSchedule | None = None, **gates: Any) -> None:
         model = random_vit()
-        more = {"gates": vp.gates.attach(model, **gates)} if gates else {}
+        more: dict[str, Any] = {"gates": vp.gates.attach(model, **gates)} if gates else {}
         config, data_ = DistillConfig(**PLAIN), batches(model, [4])
         distill(
             model, None, data_, None, config, masks=masks, checkpoint_dir=tmp_path / folder, **more

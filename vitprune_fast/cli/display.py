@@ -82,6 +82,9 @@ class Display:
         self._say(f"{event['stage']:<9} step {event['step']:,} is skipped: not finite")
 
     def _on_step(self, event: dict[str, Any]) -> None:
+        if event.get("stage") != self._pace.stage:
+            # one training after another in one command
+            self._pace = Pace()
         self._pace.update(event, time.monotonic())
         if self.quiet:
             return
@@ -137,13 +140,14 @@ class Pace:
 
     def __init__(self) -> None:
         self.steps: int | None = None
+        self.stage: str | None = None
         self._event: dict[str, Any] = {}
         self._first: tuple[int, float] | None = None
         self._left_s: float | None = None
 
     def update(self, event: dict[str, Any], now: float) -> None:
         """Takes in a `step` or `epoch` event; what it does not say stays as it was."""
-        self.steps = event.get("steps", self.steps)
+        self.steps, self.stage = event.get("steps", self.steps), event.get("stage")
         self._event = {**self._event, "val_top1": None, **event}
         done = event["step"]
         if self._first is None:
