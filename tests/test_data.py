@@ -413,6 +413,8 @@ def test_copies_stand_together_and_differ(digit_data: ImageData) -> None:
     assert torch.equal(later[0], batches[2][0])
     with pytest.raises(InvalidInput, match="repeats must be at least 1, got 0"):
         Loader(images, 30, repeats=0)
+    with pytest.raises(InvalidInput, match="repeats must be 1 without shuffle"):
+        Loader(images, 30, repeats=3)
 
 
 def test_digits_refuse_crops_of_photographs(digit_data: ImageData) -> None:

@@ -100,6 +100,19 @@ def test_a_training_after_another_counts_anew() -> None:
     assert pace.text() == "epoch 1  step 1/20  loss 3.0000"
 
 
+def test_time_left_is_of_the_training_that_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(display, "time", Clock())
+    stream = io.StringIO()
+    shows = Display(console=Console(file=stream, width=100))
+    for stage, alive in (("gates", {"head": (1, 2)}), ("distill", None)):
+        for step in (1, 2):
+            event = {"event": "step", "stage": stage, "step": step, "steps": 4, "epoch": 0}
+            shows({**event, "alive": alive} if alive else event)
+    last = stream.getvalue().splitlines()[-1]
+    # three looks at the clock between two steps
+    assert "0:01:00 left" in last and "heads" not in last
+
+
 def test_a_terminal_gets_a_bar() -> None:
     text = shown(terminal=True)
     assert "\x1b" in text and "3.0 s" in text

@@ -552,6 +552,7 @@ def test_validation_images_decide_nothing_by_default(data: ImageData) -> None:
         ({"epochs": 0}, "epochs must be at least 1, got 0"),
         ({"lr": 0.0}, "lr must be above 0, got 0.0"),
         ({"lr": math.nan}, "lr must be above 0, got nan"),
+        ({"lr": math.inf}, "lr must be finite, got inf"),
         ({"min_lr": 1.0}, "min_lr must be between 0 and lr, got 1.0"),
         ({"warmup_epochs": -1}, "warmup_epochs must be at least 0, got -1"),
         ({"alpha": 1.5}, r"alpha must be in \[0, 1\], got 1.5"),

@@ -32,8 +32,9 @@ class Loader:
             your batch", CVPR 2020, arXiv:1901.09335; DeiT has 3).
 
     Raises:
-        InvalidInput: ``batch_size`` or ``repeats`` is below 1, ``workers`` below 0, or no batch is
-            left.
+        InvalidInput: ``batch_size`` or ``repeats`` is below 1, ``workers`` below 0, ``repeats``
+            above 1 in a fixed order, of which every epoch would see the same few images, or no
+            batch is left.
     """
 
     def __init__(
@@ -54,6 +55,11 @@ class Loader:
             raise InvalidInput(f"Loader: workers must be at least 0, got {workers}")
         if repeats < 1:
             raise InvalidInput(f"Loader: repeats must be at least 1, got {repeats}")
+        if repeats > 1 and not shuffle:
+            raise InvalidInput(
+                f"Loader: repeats must be 1 without shuffle, which brings the other images, got "
+                f"{repeats}"
+            )
         self.images = images
         self.repeats = repeats
         self.batch_size = batch_size

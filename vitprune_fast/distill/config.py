@@ -147,6 +147,8 @@ class DistillConfig:
             "log_steps": (self.log_steps >= 0, "be at least 0"),
         }
         for name, (holds, rule) in rules.items():
+            if getattr(self, name) == math.inf:
+                raise InvalidInput(f"DistillConfig: {name} must be finite, got inf")
             if not holds:
                 raise InvalidInput(f"DistillConfig: {name} must {rule}, got {getattr(self, name)}")
         known = (*LOGIT_LOSSES, *FEATURE_LOSSES)

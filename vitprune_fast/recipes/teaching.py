@@ -15,6 +15,7 @@ from torch import Tensor, nn
 import vitprune_fast as vp
 from vitprune_fast.data import ImageData
 from vitprune_fast.distill.config import DistillConfig
+from vitprune_fast.distill.conversion import Conversion
 from vitprune_fast.distill.masks import MaskSchedule
 from vitprune_fast.distill.teachers import Teacher, resolve_teacher
 from vitprune_fast.errors import InvalidInput
@@ -45,7 +46,6 @@ def teach(
     masks: MaskConfig,
     checkpoints: Path | None = None,
     on_event: OnEvent | None = None,
-    stop: Callable[[], bool] | None = None,
     board: Board | None = None,
 ) -> nn.Module:
     """The taught model; with gates or masks it is smaller than the one that was given.
@@ -60,7 +60,6 @@ def teach(
         masks: or prune while training.
         checkpoints: folder; a stopped call goes on from there.
         on_event: told about steps and epochs.
-        stop: asked after every step.
         board: gets the curves of every training.
 
     Raises:
@@ -90,7 +89,6 @@ def teach(
             purpose=purpose,
             checkpoint_dir=folder,
             on_event=told,
-            stop=stop,
             **more,
         )
         if board is not None:
@@ -100,8 +98,14 @@ def teach(
             board.close()
         return result
 
+    schedule = None
+    if masks.macs is not None:
+        schedule = MaskSchedule(
+            masks.macs, masks.shape, masks.start, masks.end, masks.every, samples=masks.samples
+        )
     taught_by: Any = None
     if config.needs_teacher:
+        _check_names(config, [Path(name).name for name in teachers.names])
         own = DistillConfig(epochs=teachers.epochs, lr=teachers.lr, alpha=0, amp=config.amp)
         taught_by = [
             _teacher(student, data, teachers, number, setting, own, training)
@@ -109,13 +113,22 @@ def teach(
         ]
     if gates.kind != "none":
         student = _cut_by_gates(student, data, config, setting, gates, training)
-    schedule = None
-    if masks.macs is not None:
-        schedule = MaskSchedule(
-            masks.macs, masks.shape, masks.start, masks.end, masks.every, samples=masks.samples
-        )
     result = training("distill", student, config, masks=schedule)
     return result.model if result.plan is None else vp.prune(result.model, result.plan)
+
+
+def _check_names(config: DistillConfig, names: list[str]) -> None:
+    """Refuse before a teacher is trained what would be refused after it."""
+    if len(set(names)) < len(names):
+        raise InvalidInput(
+            f"distill: teachers must have a name of their own each, got {', '.join(names)}"
+        )
+    for word in config.loss:
+        name = word.rpartition(":")[0]
+        if name and name not in names:
+            raise InvalidInput(
+                f"distill: loss must name one of the teachers ({', '.join(names)}), got {word!r}"
+            )
 
 
 def _teacher(
@@ -148,7 +161,8 @@ def _teacher(
     args = {"in_chans": data.channels, "num_classes": len(data.classes)}
     with seeded(setting.seed, "teacher", number):
         model = models.open_model(ModelConfig(name=name, pretrained=config.pretrained, args=args))
-    training(f"teacher-{number}", Resized(model, config.size), own, teacher=None)
+    size = Conversion(model, (None, None), (None, None), config.size, options["name"]).image_size
+    training(f"teacher-{number}", Resized(model, size), own, teacher=None)
     # it learnt from images as the student gets them
     return resolve_teacher(model, student, **options, mean=data.mean, std=data.std)
 
@@ -163,18 +177,17 @@ class Resized(nn.Module):
 
     Args:
         model: sees the resized images.
-        size: height and width in pixels; None resizes nothing.
+        size: (height, width) in pixels; None resizes nothing.
     """
 
-    def __init__(self, model: nn.Module, size: int | None) -> None:
+    def __init__(self, model: nn.Module, size: tuple[int, int] | None) -> None:
         super().__init__()
         self.model, self.size = model, size
 
     def forward(self, images: Tensor) -> Tensor:
         """Logits ``(B, C)`` of images ``(B, C, H, W)``."""
-        if self.size is not None:
-            size = (self.size, self.size)
-            images = F.interpolate(images, size, mode="bicubic", antialias=True)
+        if self.size not in (None, tuple(images.shape[2:])):
+            images = F.interpolate(images, self.size, mode="bicubic", antialias=True)
         return self.model(images)
 
 
