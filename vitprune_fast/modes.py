@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import inspect
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import nn
@@ -32,6 +34,15 @@ def keeping_modes(*models: nn.Module | None) -> Iterator[None]:
             # writing takes 30 times as long as looking, and a training step may come here
             if module.training != mode:
                 module.training = mode
+
+
+def compiled(model: nn.Module, backend: bool | str = True) -> Any:
+    """Compile a model for itself, with the hooks that it has when it first runs."""
+    options: dict[str, Any] = {} if backend is True else {"backend": backend}
+    # else code that was compiled for a model of the same class and shape, without hooks, would run
+    if "isolate_recompiles" in inspect.signature(torch.compile).parameters:
+        options["isolate_recompiles"] = True
+    return torch.compile(model, **options)
 
 
 @contextmanager

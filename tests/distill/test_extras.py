@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
+import functools
 import math
 from pathlib import Path
 from typing import Any
@@ -191,7 +193,23 @@ def test_an_overflow_in_fp16_lowers_the_scale_and_skips(data: ImageData) -> None
     assert all(bool(t.isfinite().all()) for t in model.state_dict().values())
 
 
-def test_checkpointing_and_compiling_change_no_more_than_rounding() -> None:
+def test_a_compiled_student_is_looked_into_after_another_was_compiled(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
+    torch.compiler.reset()
+    models = [random_vit(seed=number) for number in range(3)]
+    data_ = batches(models[0], [4] * 2)
+    for loss in ("soft", "hidden"):
+        config = DistillConfig(**{**PLAIN, "alpha": 0.5}, loss=(loss,), compile=True)
+        plain = copy.deepcopy(models[0])
+        result = distill(models[0], models[1], data_, None, config)
+        wanted = distill(plain, models[1], data_, None, dataclasses.replace(config, compile=False))
+        assert result.history[0][loss] == pytest.approx(wanted.history[0][loss], rel=1e-9)
+    torch.compiler.reset()
+
+
+def test_checkpointing_changes_no_more_than_rounding() -> None:
     model = random_vit(dtype=torch.float64)
     data_ = batches(model, [4] * 2)
     plain = copy.deepcopy(model)

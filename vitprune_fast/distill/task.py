@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from vitprune_fast.batches import as_input, check_labels, check_logits
 from vitprune_fast.distill.config import DistillConfig
 from vitprune_fast.distill.objective import Objective
-from vitprune_fast.modes import evaluating
+from vitprune_fast.modes import compiled, evaluating
 from vitprune_fast.scoring.ranks import Ranks
 
 _AMP = {"none": None, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -83,7 +83,7 @@ class DistillTask(TrainingTask):
         self._watching.__enter__()
         runner: Any = module
         if self._config.compile:
-            runner = torch.compile(runner)
+            runner = compiled(runner)
         self._sums_itself = whole and self._ranks.world > 1
         if self._sums_itself:
             from torch.nn.parallel import DistributedDataParallel

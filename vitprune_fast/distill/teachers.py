@@ -6,7 +6,6 @@ Dimensions: ``B`` images, ``C`` classes or channels, ``N`` tokens, ``D`` width.
 from __future__ import annotations
 
 import copy
-import inspect
 import math
 from collections.abc import Sequence
 from contextlib import nullcontext
@@ -22,7 +21,7 @@ from vitprune_fast.batches import as_input
 from vitprune_fast.distill.conversion import Conversion, image_channels
 from vitprune_fast.distill.features import HiddenStates
 from vitprune_fast.errors import InvalidInput
-from vitprune_fast.modes import evaluating
+from vitprune_fast.modes import compiled, evaluating
 
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
@@ -118,7 +117,7 @@ class Teacher(nn.Module):
         self.convert = Conversion(
             inner, (student_mean, student_std), (mean, std), image_size, self.name
         )
-        self._runner = (_compiled(self.model, compile) if compile else self.model,)
+        self._runner = (compiled(self.model, compile) if compile else self.model,)
         self._hidden: HiddenStates | None = None
         self.record(blocks, features)
         self.training = False
@@ -363,11 +362,3 @@ def _converted(model: nn.Module, dtype: torch.dtype | None, channels_last: bool)
     copied = copy.deepcopy(unwrap_model(model)).requires_grad_(False).eval()
     copied = copied if dtype is None else copied.to(dtype)
     return copied.to(memory_format=torch.channels_last) if channels_last else copied
-
-
-def _compiled(model: nn.Module, backend: bool | str) -> Any:
-    options: dict[str, Any] = {} if backend is True else {"backend": backend}
-    # else code that was compiled for a model of the same class and shape, without hooks, would run
-    if "isolate_recompiles" in inspect.signature(torch.compile).parameters:
-        options["isolate_recompiles"] = True
-    return torch.compile(model, **options)
