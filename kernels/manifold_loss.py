@@ -23,8 +23,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from vitprune_fast.kernels._attention_tiles import has_large_tiles
 from vitprune_fast.kernels._launch import on_device_of
-from vitprune_fast.kernels.attention_score import has_large_tiles
 from vitprune_fast.reference.manifold_loss import MIN_NORM
 
 # a matrix product has at least this many rows and columns

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+import pickle
 from typing import Any
 
 import pytest
@@ -408,3 +409,28 @@ def test_gates_are_modules_of_their_own() -> None:
         assert "scores.blocks/0/attn/heads" in gates.state_dict()
         other = copy.deepcopy(gates)
         other.load_state_dict(gates.state_dict())
+
+
+def test_fixed_gates_that_are_exchanged_are_seen() -> None:
+    model = random_vit()
+    heads = {axis.name: torch.tensor([0.0, 1, 1]) for axis in describe(model).units("head")}
+    images = random_images(model)
+    want = model(images)
+    gates = vp.gates.attach(model, ["head"], "fixed", init=heads)
+    model(images)
+    opened = {
+        name: torch.ones_like(value) if value.ndim else value
+        for name, value in gates.state_dict().items()
+    }
+    gates.load_state_dict(opened, assign=True)
+    assert (model(images) - want).abs().max() <= 1e-12
+
+
+def test_a_gated_model_is_not_pickled() -> None:
+    model = random_vit()
+    with vp.gates.attach(model):
+        for part in (model, model.blocks[0]):
+            with pytest.raises(InvalidInput, match=r"pickle copy.deepcopy\(model\), or detach"):
+                pickle.dumps(part)
+        pickle.dumps(copy.deepcopy(model))
+    pickle.dumps(model)

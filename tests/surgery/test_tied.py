@@ -14,6 +14,7 @@ from tests.plans import KINDS, draw_plan
 from tests.surgery.test_prune import TOLERANCE, assert_prunes_exactly, gap
 from vitprune_fast.errors import InvalidInput, UnsupportedArchitecture
 from vitprune_fast.planning import Plan
+from vitprune_fast.scoring.scores import Scores
 from vitprune_fast.structure import describe
 from vitprune_fast.structure.paths import get, put
 from vitprune_fast.surgery.compensate import calibrate
@@ -179,3 +180,77 @@ def test_other_ties_are_refused() -> None:
     put(model, "blocks.0.mlp.fc1.weight", model.blocks[0].attn.qkv.weight)
     with pytest.raises(UnsupportedArchitecture, match=r"units of the same kinds"):
         describe(model)
+
+
+def tie(model: Any, first: str, *others: str) -> Any:
+    for name in others:
+        put(model, name, get(model, first))
+    return model
+
+
+def test_dims_stored_as_wide_as_tied_ones_are_the_same() -> None:
+    # the projection alone: its columns are as many as the wider of v dims and q/k dims
+    names = [f"{each}.attn.proj.weight" for each in TIED]
+    model = tie(random_vit(), *names)
+    structure, untied, rng = describe(model), describe(random_vit()), random.Random(0)
+    narrow = {f"{each}.attn.v_dims": [0, 8, 16] for each in TIED}
+    with pytest.raises(InvalidInput, match=r"'blocks.2.attn.qk_dims' must be those of 'blocks.0"):
+        Plan.of(structure, narrow | {"blocks.0.attn.qk_dims": [0, 1, 8, 9, 16, 17]})
+    for _ in range(4):
+        pruned = assert_prunes_exactly(model, alike(model, draw_plan(untied, "v_dim", rng)))
+        assert get(pruned, names[0]) is get(pruned, names[1])
+
+
+def test_an_emptied_branch_leaves_what_another_shares() -> None:
+    model = tie(random_vit("qk_norm-rms"), *(f"{each}.attn.k_norm.weight" for each in TIED))
+    for each in TIED:
+        assert_prunes_exactly(model, Plan.of(describe(model), {f"{each}.attn.heads": []}))
+
+
+@pytest.mark.parametrize("key", ["blocks.0.attn.k_norm.weight", "blocks.2.attn.k_norm.weight"])
+def test_a_key_that_is_a_query_too_cannot_carry_the_softmax_scale(key: str) -> None:
+    model = tie(random_vit("qk_norm"), "blocks.0.attn.q_norm.weight", key)
+    dims = {f"{each}.attn.qk_dims": [0, 1, 2] for each in TIED}
+    dims |= {f"{each}.attn.v_dims": [0, 8, 16] for each in TIED}
+    with pytest.raises(UnsupportedArchitecture, match=rf"tied to queries alone .* tie with {key}"):
+        vp.prune(model, Plan.of(describe(model), dims))
+
+
+@pytest.mark.parametrize("part", ["attn.qkv.bias", "attn.proj.bias"])
+def test_tied_attention_biases_are_left_alone(part: str) -> None:
+    model = tie(random_vit(), *(f"{each}.{part}" for each in TIED))
+    images = random_images(model, 2)
+    want = model(images)
+    assert vp.fold_attention_biases(model) > 0
+    assert gap(model(images), want) <= TOLERANCE[torch.float64]
+
+
+def test_share_of_units_and_saved_time_count_every_place() -> None:
+    model = tied_vit("mlp")
+    structure = describe(model)
+    axes = [axis.name for axis in structure.units("neuron")]
+    values = {name: torch.arange(96.0) + (0 if "1" in name else 99) for name in axes}
+    scores = Scores(values, "gates", "mean", 0)
+    # of 288 neurons 144 stay: one elsewhere, and 71 of the pair twice
+    plan = vp.plan(structure, scores, vp.Budget(keep={"neuron": 0.5}), normalization="none")
+    assert [len(plan[name]) for name in axes] == [71, 1, 71]
+    # a neuron of the pair saves twice what one elsewhere does, so the pair goes first
+    even = Scores({name: torch.ones(96) for name in axes}, "gates", "mean", 0)
+    plan = vp.plan(
+        structure,
+        even,
+        vp.Budget(keep={"neuron": 0.5}),
+        normalization="latency",
+        latency_saved=dict.fromkeys(axes, 1.0),
+    )
+    assert len(plan["blocks.0.mlp.neurons"]) < len(plan["blocks.1.mlp.neurons"]) == 96
+
+
+def test_a_unit_stays_where_any_of_its_gates_keeps_it() -> None:
+    model = tied_vit("mlp")
+    first, last = torch.zeros(2, 96)
+    first[3] = last[5] = 1
+    init = {"blocks.0.mlp.neurons": first, "blocks.2.mlp.neurons": last}
+    with vp.gates.attach(model, ["neuron"], "fixed", init=init) as gates:
+        plan = vp.gates.to_plan(model, gates)
+    assert plan["blocks.0.mlp.neurons"] == plan["blocks.2.mlp.neurons"] == [3, 5]

@@ -33,7 +33,8 @@ def to_plan(
     Without a budget the units stay whose gate is above ``threshold`` in magnitude: for ``ste`` and
     ``hard_concrete`` the gates settle it. With one the units are ranked by their gates (by the
     scores behind them for ``ste`` and ``hard_concrete``), all axes together as they are, and the
-    lowest go until the budget is met.
+    lowest go until the budget is met. Of axes that share tied parameters a unit stays where any of
+    their gates keeps it.
 
     Args:
         model: the model the gates belong to, or its Structure.
@@ -80,13 +81,16 @@ def _above(gates: Gates, threshold: float, min_units: int) -> Plan:
         raise InvalidInput(
             f"gates.to_plan: min_units must be a whole number >= 0, got {min_units!r}"
         )
-    kept, values = {}, gates.values()
+    stay, values = {}, gates.values()
     for name, axis in gates.axes.items():
         stays = values[name].abs() > threshold
         if min_units:
             stays = stays | _best(_ranking(gates, name), axis, min_units)
-        kept[name] = stays.nonzero().flatten().tolist()
-    return Plan.of(gates.structure, kept)
+        stay[name] = stays
+    for group in gates.structure.twins():
+        gated = [stay[axis.name] for axis in group if axis.name in stay]
+        stay |= {axis.name: torch.stack(gated).any(0) for axis in group if gated}
+    return Plan.of(gates.structure, {n: s.nonzero().flatten().tolist() for n, s in stay.items()})
 
 
 def _ranking(gates: Gates, axis: str) -> Tensor:

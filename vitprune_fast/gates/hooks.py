@@ -114,7 +114,15 @@ def _remove(model: nn.Module, added: list[tuple[str, str, int]], exchanged: list
         del get(model, path).forward
 
 
-class _PlainCopy:
+class _Unpicklable:
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        raise InvalidInput(
+            "gates.attach: model must have no gates to be pickled, got one with gates; "
+            "pickle copy.deepcopy(model), or detach them first"
+        )
+
+
+class _PlainCopy(_Unpicklable):
     """``deepcopy`` of a gated model: a copy of the model alone, with none of our hooks."""
 
     def __init__(self, model: nn.Module, added: list[tuple[str, str, int]], exchanged: list[str]):
@@ -133,7 +141,7 @@ class _PlainCopy:
         return copied
 
 
-class _Shared:
+class _Shared(_Unpicklable):
     """A hook; a copy of a part of a gated model shares it, and so the gates."""
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
@@ -153,7 +161,7 @@ class _Gate(_Shared):
 
     def __init__(self, gates: Source, axis: Axis, tap: Tap):
         self.gates, self.axis, self.tap = gates, axis, tap
-        self._live: tuple[int, list[int]] | None = None
+        self._live: tuple[Tensor, int, list[int]] | None = None
         self.group = tap.dim.length() // axis.size
 
     def value(self, training: bool) -> Tensor:
@@ -177,10 +185,11 @@ class _Gate(_Shared):
         if self.gates.kind != "fixed":
             return None
         value = self.value(False)
-        if self._live is None or self._live[0] != value._version:
+        known = self._live
+        if known is None or known[0] is not value or known[1] != value._version:
             # reading it waits for the device, so once per value
-            self._live = value._version, value.nonzero().flatten().tolist()
-        return self._live[1]
+            known = self._live = value, value._version, value.nonzero().flatten().tolist()
+        return known[2]
 
 
 class _Before(_Gate):

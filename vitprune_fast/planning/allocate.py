@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import Literal
 
 import numpy as np
@@ -316,12 +317,12 @@ def _drop_share(
     share: float,
 ) -> None:
     """Drop steps of the member axes until no more than the share of their units is left."""
-    total = sum(ladders[i].axis.size for i in members)
+    total = sum(ladders[i].axis.size * len(ladders[i].names) for i in members)
     left, goal = total, round(share * total)
     for i, rung in _drops(ladders, values, members):
         if left <= goal:
             break
-        left -= counts[i] - ladders[i].rungs[rung]
+        left -= (counts[i] - ladders[i].rungs[rung]) * len(ladders[i].names)
         counts[i] = ladders[i].rungs[rung]
 
 
@@ -384,12 +385,14 @@ def _normalised(
     unit = {name: value / (np.linalg.norm(value) or 1.0) for name, value in raw.items()}
     if normalization == "l2_per_layer":
         return unit
-    if latency_saved is None or raw.keys() - latency_saved.keys():
+    twins = {group[0].name: [axis.name for axis in group] for group in groups}
+    if latency_saved is None or {*chain(*twins.values())} - latency_saved.keys():
         raise InvalidInput(
             "plan: latency_saved must give the seconds one unit of every scored axis saves for the "
             f"normalization 'latency', got {'none' if latency_saved is None else 'fewer axes'}"
         )
-    return {name: value - latency_weight * latency_saved[name] for name, value in unit.items()}
+    saved = {name: sum(latency_saved[twin] for twin in twins[name]) for name in unit}
+    return {name: value - latency_weight * saved[name] for name, value in unit.items()}
 
 
 def _share_ranks(axes: Sequence[Axis], raw: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:

@@ -238,7 +238,7 @@ def _normalised(
 def _check_twins(
     s: Structure, kept: Mapping[str, tuple[int, ...]], removed: frozenset[str]
 ) -> None:
-    """Axes that share their weights keep the same units, unless their branch goes altogether."""
+    """Twins among the axes keep the same units, unless their branch goes altogether."""
     gone = tuple(f"{path}." for path in removed)
     for group in s.twins():
         staying = [axis for axis in group if not axis.name.startswith(gone)]
@@ -246,8 +246,9 @@ def _check_twins(
             everything = tuple(range(first.size))
             if kept.get(other.name, everything) != kept.get(first.name, everything):
                 raise InvalidInput(
-                    f"Plan: kept units of {other.name!r} must be those of {first.name!r}, whose "
-                    "parameters are tied to theirs, got others; keep the same units or untie them"
+                    f"Plan: kept units of {other.name!r} must be those of {first.name!r}, since "
+                    "they share parameters, or a width with axes that do, got others; keep the "
+                    "same units or untie the parameters"
                 )
 
 

@@ -201,24 +201,39 @@ class Structure:
         """Whether a parameter has other names as well."""
         return tensor in self.ties or tensor in self.ties.values()
 
+    def names(self, tensor: str) -> set[str]:
+        """All names of a tensor."""
+        first = self.ties.get(tensor, tensor)
+        return {first, *(name for name, other in self.ties.items() if other == first)}
+
     def twins(self) -> list[tuple[Axis, ...]]:
         """Groups of axes that tied parameters run over, each in model order.
 
-        A plan keeps the same units of all axes of a group, since they share their weights.
+        A plan keeps the same units of all axes of a group, since they share their weights, or are
+        stored at one width with axes that do.
         """
         groups: dict[str, dict[str, Axis]] = {}
-        for name, first in self.ties.items():
-            for a, b in zip(self.tensors[first], self.tensors[name], strict=True):
-                for one, other in zip(_axes_of(a), _axes_of(b), strict=True):
-                    if one != other:
-                        group = groups.get(one.name, {one.name: one})
-                        group |= groups.get(other.name, {other.name: other})
-                        groups |= dict.fromkeys(group, group)
+        for one, other in self._tied_axes():
+            group = groups.get(one.name, {one.name: one})
+            group |= groups.get(other.name, {other.name: other})
+            groups |= dict.fromkeys(group, group)
         distinct = {id(group): group for group in groups.values()}
         return [
             tuple(axis for name, axis in self.axes.items() if name in group)
             for group in distinct.values()
         ]
+
+    def _tied_axes(self) -> Iterator[tuple[Axis, Axis]]:
+        """Pairs of different axes that have to keep the same units."""
+        # what cannot be filled is as wide as its own units are many
+        boxes = {a.name: box for box in self.boxes for a in box if a.name not in self.unpaddable}
+        for name, first in self.ties.items():
+            for a, b in zip(self.tensors[first], self.tensors[name], strict=True):
+                for one, other in zip(_axes_of(a), _axes_of(b), strict=True):
+                    own, others = boxes.get(one.name, (one,)), boxes.get(other.name, (other,))
+                    for left, right in zip(own, others, strict=True):
+                        if left != right:
+                            yield left, right
 
     def writes(self) -> Iterator[Write]:
         """The branches of the residual stream, without the stem."""

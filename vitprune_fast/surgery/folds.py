@@ -71,8 +71,9 @@ def fold_attention_biases(model: nn.Module) -> int:
     (their share of the constant moves): fold before scoring, or not at all.
 
     Where a norm or a gate stands between (q/k norm for keys; sub-norm or output gate for values),
-    or the projection has no bias, that part is left alone. With attention dropout in training the
-    rows no longer add up to one; the outputs are those of before in eval mode.
+    or the projection has no bias, or a bias is tied, that part is left alone. With attention
+    dropout in training the rows no longer add up to one; the outputs are those of before in eval
+    mode.
 
     Args:
         model: a supported model.
@@ -90,7 +91,7 @@ def fold_attention_biases(model: nn.Module) -> int:
             continue
         attention = axis.name.rpartition(".")[0]
         for name, layout in structure.tensors.items():
-            if not name.startswith(f"{attention}.") or len(layout) != 1:
+            if not name.startswith(f"{attention}.") or len(layout) != 1 or structure.is_tied(name):
                 continue
             parts = _parts_of(layout[0], axis)
             # queries come first, then keys; a norm's weight has one part for each of them alone
@@ -137,7 +138,7 @@ def _pass_through(
     attention, projection = axis.name.rpartition(".")[0], get(model, tap.module)
     between = f"{attention}.norm.normalized_shape" in structure.attrs
     between |= f"{attention}.gate.weight" in structure.tensors
-    if between or projection.bias is None:
+    if between or projection.bias is None or structure.is_tied(f"{tap.module}.bias"):
         return 0
     wide = torch.promote_types(bias.dtype, torch.float32)
     projection.bias += (projection.weight.to(wide) @ bias[part].to(wide)).to(projection.bias)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..planning.plan import Plan
-from ..structure import describe
+from ..structure import Structure, describe
 from ..structure.index import Index
 from ..structure.norms import norm_over_kept
 from ..structure.paths import get
@@ -39,14 +39,13 @@ def mask(model: nn.Module, plan: Plan) -> Iterator[nn.Module]:
     plan = plan.check(structure)
     index = Index(structure, plan, plan.removed)
     with ExitStack() as restore:
-        for name, layout in structure.tensors.items():
-            if structure.is_tied(name) and name.startswith(tuple(f"{b}." for b in plan.removed)):
-                # silenced below; its twin may live
-                continue
-            tensor = get(model, name)
+        for names in _names_of_tensors(structure, plan):
+            tensor = get(model, names[0])
             masked = tensor.data
-            for axis, dim in enumerate(layout):
-                lost = np.setdiff1d(np.arange(dim.length()), index.kept_positions(dim))
+            for axis, size in enumerate(tensor.shape):
+                # what one place of a tied tensor has lost another may still need
+                kept = [index.kept_positions(structure.tensors[name][axis]) for name in names]
+                lost = np.setdiff1d(np.arange(size), np.concatenate(kept))
                 if len(lost):
                     positions = torch.from_numpy(lost).to(tensor.device)
                     masked = masked.index_fill(axis, positions, 0)
@@ -68,6 +67,16 @@ def mask(model: nn.Module, plan: Plan) -> Iterator[nn.Module]:
                 silent = get(model, write.tail[1] if write.tail else write.name)
                 restore.callback(silent.register_forward_hook(_zeros).remove)
         yield model
+
+
+def _names_of_tensors(structure: Structure, plan: Plan) -> list[list[str]]:
+    """The names of every tensor; of a tied one without those in branches that are silenced."""
+    silenced = tuple(f"{branch}." for branch in plan.removed)
+    names: dict[str, list[str]] = {}
+    for name in structure.tensors:
+        if not (structure.is_tied(name) and name.startswith(silenced)):
+            names.setdefault(structure.ties.get(name, name), []).append(name)
+    return list(names.values())
 
 
 def _zeros(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:

@@ -195,6 +195,13 @@ def _keep_softmax_scale(
             f"prune: {scale.module} must have query weights or an affine q_norm to carry the "
             "softmax scale when head dims go, got neither; keep all qk dims and v dims"
         )
+    readers = {name for other in structure.scales for name in other.queries}
+    for name in scale.queries:
+        if other := sorted(structure.names(name) - readers):
+            raise UnsupportedArchitecture(
+                f"prune: {name} must be tied to queries alone to carry the softmax scale when head "
+                f"dims go, got a tie with {other[0]}; untie it, or keep all qk dims and v dims"
+            )
     factor = math.sqrt(width / old_width)
     put(cut.model, f"{scale.module}.scale", width**-0.5)
     for name in scale.queries:
