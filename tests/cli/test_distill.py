@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -65,6 +70,27 @@ def test_gates_choose_what_goes(kind: str, dense: Path, tmp_path: Path) -> None:
     assert 0.4 < share <= 0.6
 
 
+def test_a_signal_writes_a_checkpoint_and_the_command_goes_on(dense: Path, tmp_path: Path) -> None:
+    words = [*("distill", "--model", str(dense), "--teacher", "self"), *SHORT]
+    words += ["--epochs", "400", "--out", str(tmp_path / "out")]
+    words += ["--checkpoints", str(tmp_path / "checkpoints")]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "vitprune_fast.cli.main", *words],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+    )
+    steps = tmp_path / "checkpoints" / "distill"
+    while process.poll() is None and not list(steps.glob("*.json")):
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    _, error = process.communicate(timeout=60)
+    assert process.returncode == 128 + signal.SIGINT, error
+    assert error == "stopped by SIGINT; the same command resumes the run\n"
+    assert not (tmp_path / "out").exists() and len(list(steps.glob("*.json"))) >= 1
+
+
 def test_curves_for_tensorboard(dense: Path, tmp_path: Path) -> None:
     accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
     words = ("--teacher", "self", "--loss", "soft", "hidden", "--checkpoints", str(tmp_path / "c"))
@@ -95,7 +121,10 @@ def test_masks_grow_while_training(
         (("--teacher", "self", "--policy", "rand-m9-mstd0.5-inc1"), "policy must be empty for dig"),
         (("--teacher", "self", "--teacher-weights", "1", "2"), "one number per teacher"),
         (("--teacher", "no_such_model"), "no_such_model"),
-        (("--teacher", "self", "--gates", "l1", "--gate-units", "embed"), "units must be a list"),
+        (
+            ("--teacher", "self", "--gates", "l1", "--gate-units", "embed"),
+            "gate-units must be head, neuron or both",
+        ),
     ],
 )
 def test_what_cannot_be_is_one_sentence(

@@ -375,6 +375,30 @@ def test_gates_learn_with_the_weights_and_meet_the_budget(data: ImageData) -> No
         torch.testing.assert_close(small.eval()(images), want, rtol=0, atol=1e-4)
 
 
+def test_another_teacher_or_other_batches_are_not_gone_on_with(
+    data: ImageData, tmp_path: Path
+) -> None:
+    config = DistillConfig(epochs=1, warmup_epochs=0)
+    teacher, other = digits_vit(1), digits_vit(2)
+    distill(digits_vit(), teacher, loader(data), None, config, checkpoint_dir=tmp_path)
+    distill(digits_vit(), teacher, loader(data), None, config, checkpoint_dir=tmp_path)
+    with pytest.raises(RunFolderError, match=r"teacher VisionTransformer: \w{32} -> \w{32}"):
+        distill(digits_vit(), other, loader(data), None, config, checkpoint_dir=tmp_path)
+    with pytest.raises(RunFolderError, match=r"train.seed: 3 -> 4"):
+        distill(digits_vit(), teacher, loader(data, seed=4), None, config, checkpoint_dir=tmp_path)
+
+
+def test_gates_learn_beside_a_frozen_student(data: ImageData) -> None:
+    model = digits_vit().requires_grad_(False)
+    before = weights(model)
+    with pytest.raises(InvalidInput, match="must have a parameter that requires a gradient"):
+        distill(model, None, loader(data), None, DistillConfig(**PLAIN))
+    gates = vp.gates.attach(model)
+    distill(model, None, loader(data), None, DistillConfig(**PLAIN), gates=gates)
+    assert same(before, weights(model))
+    assert float((gates.score("blocks.0.attn.heads").detach() - 1).abs().max()) > 0
+
+
 def test_rates_are_told(data: ImageData) -> None:
     events: list[dict] = []
     model = digits_vit()

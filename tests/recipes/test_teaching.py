@@ -14,7 +14,7 @@ from vitprune_fast.errors import InvalidInput
 from vitprune_fast.recipes import stages
 from vitprune_fast.recipes.config import GateConfig, MaskConfig, TeacherConfig
 from vitprune_fast.recipes.stages import Setting
-from vitprune_fast.recipes.teaching import teach
+from vitprune_fast.recipes.teaching import Trainings, teach
 from vitprune_fast.testing import random_vit
 
 
@@ -26,13 +26,15 @@ def seen(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, tuple[int, ...]]]:
     def train(model: Any, *_: Any, purpose: str, **__: Any) -> Any:
         with torch.no_grad():
             trainings.append((purpose, tuple(model(torch.zeros(2, 1, 8, 8)).shape)))
-        return SimpleNamespace(model=model, plan=None)
+        return SimpleNamespace(model=model, plan=None, finished=True)
 
     monkeypatch.setattr(stages, "train", train)
     return trainings
 
 
-def taught(*names: str, loss: str = "soft", masks: float | None = None) -> None:
+def taught(
+    *names: str, loss: str = "soft", masks: float | None = None, size: int | None = None
+) -> None:
     sizes: dict[str, Any] = {
         "img_size": 8,
         "patch_size": 4,
@@ -42,10 +44,12 @@ def taught(*names: str, loss: str = "soft", masks: float | None = None) -> None:
     }
     teach(
         random_vit(dtype=torch.float32, **sizes),
-        open_data("digits", image_size=8, channels=1),
         DistillConfig(loss=(loss,)),
-        Setting(seed=0, device="cpu", workers=0, augment=False, batch_size=32),
-        teachers=TeacherConfig(names, pretrained=False),
+        Trainings(
+            open_data("digits", image_size=8, channels=1),
+            Setting(seed=0, device="cpu", workers=0, augment=False, batch_size=32),
+        ),
+        teachers=TeacherConfig(names, pretrained=False, size=size),
         gates=GateConfig(),
         masks=MaskConfig(masks),
     )
@@ -54,6 +58,12 @@ def taught(*names: str, loss: str = "soft", masks: float | None = None) -> None:
 def test_a_teacher_of_one_size_learns_from_images_of_that_size(seen: list) -> None:
     taught("vit_tiny_patch16_224")
     assert seen == [("teacher-0", (2, 10)), ("distill", (2, 10))]
+
+
+def test_a_size_is_for_those_who_take_any(seen: list) -> None:
+    """The dense model has one of its own."""
+    taught("self", "resnet18", size=32)
+    assert [purpose for purpose, _ in seen] == ["teacher-1", "distill"]
 
 
 @pytest.mark.parametrize(

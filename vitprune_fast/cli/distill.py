@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 from tyro.conf import arg
 
@@ -51,9 +51,11 @@ def main(words: list[str]) -> int:
     import vitprune_fast as vp
     from vitprune_fast.checkpoint import check_folder
     from vitprune_fast.cli.display import Display
+    from vitprune_fast.cli.signals import Interrupted, Stopper
+    from vitprune_fast.files import probe_folder
     from vitprune_fast.recipes.board import Board
     from vitprune_fast.recipes.opened import open_both
-    from vitprune_fast.recipes.teaching import teach
+    from vitprune_fast.recipes.teaching import Trainings, TrainingStopped, teach
 
     if options.schedule.needs_teacher and not options.teacher.names:
         raise InvalidInput(
@@ -61,21 +63,31 @@ def main(words: list[str]) -> int:
             "--alpha 0 learns from the labels alone"
         )
     check_folder(options.out)
+    if options.checkpoints is not None:
+        probe_folder(options.checkpoints)
     seed = options.schedule.seed
     model, data, setting = open_both(options.model, options.data, seed, options.device)
+    stop = Stopper()
     with Display() as display:
-        taught = teach(
-            model,
-            data,
-            options.schedule,
-            setting,
-            teachers=options.teacher,
-            gates=options.gates,
-            masks=options.masks,
-            checkpoints=options.checkpoints,
-            on_event=display,
-            board=options.tensorboard and Board(options.tensorboard),
-        )
+
+        def on_event(event: dict[str, Any]) -> None:
+            stop.watch(event)
+            display(event)
+
+        board = options.tensorboard and Board(options.tensorboard)
+        trainings = Trainings(data, setting, options.checkpoints, on_event, stop, board)
+        try:
+            taught = teach(
+                model,
+                options.schedule,
+                trainings,
+                teachers=options.teacher,
+                gates=options.gates,
+                masks=options.masks,
+            )
+        except TrainingStopped:
+            assert stop.number is not None
+            raise Interrupted(stop.number, resumes=options.checkpoints is not None) from None
     vp.save(taught, options.out)
     print(options.out)
     return 0

@@ -47,7 +47,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except VitpruneError as error:
         return _fail(str(error))
     except Interrupted as stop:
-        hint = "; the same command resumes the run" if verb == "run" else ""
+        resumes = verb == "run" or stop.resumes
+        hint = "; the same command resumes the run" if resumes else ""
         print(f"stopped by {signal.Signals(stop.number).name}{hint}", file=sys.stderr)
         return 128 + stop.number
     except BrokenPipeError:

@@ -15,11 +15,16 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 
 
 class Interrupted(BaseException):
-    """One of `SIGNALS` arrived; no handler of ordinary errors may swallow it."""
+    """One of `SIGNALS` arrived; no handler of ordinary errors may swallow it.
 
-    def __init__(self, number: int) -> None:
+    Attributes:
+        number: of the signal.
+        resumes: a checkpoint was written from which the same command goes on.
+    """
+
+    def __init__(self, number: int, *, resumes: bool = False) -> None:
         super().__init__(number)
-        self.number = number
+        self.number, self.resumes = number, resumes
 
 
 def listen() -> None:

@@ -32,6 +32,7 @@ from vitprune_fast.modes import keeping_modes
 from vitprune_fast.planning import Plan
 from vitprune_fast.randomness import derive_seed, seeded
 from vitprune_fast.scoring.ranks import Ranks
+from vitprune_fast.scoring.resume import fingerprint
 from vitprune_fast.surgery import prune
 
 Event = dict[str, Any]
@@ -206,7 +207,7 @@ class _Run:
             )
         self.steps = self.steps_per_epoch * config.epochs
         self.named = {n: p for n, p in student.named_parameters() if p.requires_grad}
-        _check_parameters(self.named)
+        _check_parameters(self.named, alone=gates is None)
         pictures = images_like(student) if _looks_inside(config, teachers) else torch.empty(0)
         objective = Objective(config, student, teachers, pictures)
         self.task = DistillTask(student, objective, config, gates, gate_budget)
@@ -217,6 +218,8 @@ class _Run:
         self.mixing = _mixing(student, config)
         half = torch.bfloat16 if config.amp == "bf16" else None
         self.masked = MaskedStudent(student, masks, half) if masks else None
+        # taken before anybody learns: a teacher may be a copy of the student
+        self.teacher_weights = {t.name: fingerprint(t.model) for t in teachers or ()}
         self.progress = Progress()
         self.best: dict[str, Tensor] = {}
 
@@ -515,8 +518,9 @@ def _looks_inside(config: DistillConfig, teachers: TeacherSet | None) -> bool:
     return teachers is not None and config.looks_inside
 
 
-def _check_parameters(named: dict[str, nn.Parameter]) -> None:
-    if not named:
+def _check_parameters(named: dict[str, nn.Parameter], *, alone: bool) -> None:
+    """Refuse a student that cannot learn; with gates beside it all of it may be frozen."""
+    if not named and alone:
         raise InvalidInput(
             "distill: student must have a parameter that requires a gradient, got all frozen; "
             "call student.requires_grad_(True) or on the part to train"

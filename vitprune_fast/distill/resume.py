@@ -109,6 +109,11 @@ def _check_same(run: _Run, state: dict[str, Any]) -> None:
 def _told(run: _Run) -> dict[str, Any]:
     """What a run is told beside its config, as far as that is data."""
     told: dict[str, Any] = {"masks": run.masked is not None, "gates": run.gates is not None}
+    told |= {f"teacher {name}": weights for name, weights in run.teacher_weights.items()}
+    told["teachers"] = list(run.teacher_weights)
+    for name in ("batch_size", "seed", "shuffle", "repeats", "augment"):
+        if hasattr(run.train, name):
+            told[f"train.{name}"] = repr(getattr(run.train, name))
     if run.masked is not None:
         schedule = vars(run.masked.schedule)
         told |= {f"masks.{name}": schedule[name] for name in schedule if name != "planner"}

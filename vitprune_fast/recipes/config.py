@@ -211,9 +211,16 @@ class GateConfig:
     """Epochs in which gates and weights learn together, before the cut."""
     penalty: Annotated[float, arg(name="gate-penalty")] = 1e-4
     """Weight of the size of the gates in the loss."""
+    budget: Annotated[bool, arg(name="gate-budget")] = False
+    """Also drive the gates towards gate-macs while they learn, by a penalty that rises until they
+    are there."""
 
     def __post_init__(self) -> None:
         rules = {
+            "units": (
+                bool(self.units) and {*self.units} <= {"head", "neuron"},
+                "be head, neuron or both",
+            ),
             "macs": (0 < self.macs <= 1, "be in (0, 1]"),
             "epochs": (self.epochs >= 1, "be at least 1"),
             "penalty": (self.penalty >= 0, "be at least 0"),

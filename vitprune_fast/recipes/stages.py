@@ -48,6 +48,7 @@ def train(
     *,
     purpose: str,
     gates: Any = None,
+    gate_budget: Any = None,
     masks: Any = None,
     checkpoint_dir: Any = None,
     on_event: OnEvent | None = None,
@@ -63,6 +64,7 @@ def train(
         setting: seed, device, loader processes, batch size, augmentation.
         purpose: keeps the randomness of two trainings with one seed apart.
         gates: attached to the student; they learn too.
+        gate_budget: holds the gates' multiply-accumulates down.
         masks: when units go and come back while training.
         checkpoint_dir: where to checkpoint, and to resume from; None keeps nothing.
         on_event: told about steps and epochs.
@@ -90,6 +92,7 @@ def train(
         validation,
         replace(config, seed=seed),
         gates=gates,
+        gate_budget=gate_budget,
         masks=masks,
         checkpoint_dir=checkpoint_dir,
         on_event=on_event,

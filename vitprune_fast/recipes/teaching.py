@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +15,11 @@ from torch import Tensor, nn
 import vitprune_fast as vp
 from vitprune_fast.data import ImageData
 from vitprune_fast.distill.config import DistillConfig
-from vitprune_fast.distill.conversion import Conversion
+from vitprune_fast.distill.conversion import fixed_size
+from vitprune_fast.distill.loop import DistillResult
 from vitprune_fast.distill.masks import MaskSchedule
 from vitprune_fast.distill.teachers import Teacher, resolve_teacher
-from vitprune_fast.errors import InvalidInput
+from vitprune_fast.errors import InvalidInput, VitpruneError
 from vitprune_fast.randomness import derive_seed, seeded
 from vitprune_fast.recipes import models, stages
 from vitprune_fast.recipes.board import Board
@@ -35,85 +36,115 @@ from vitprune_fast.scoring.scores import Scores
 _DTYPES = {"none": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
+class TrainingStopped(VitpruneError):
+    """A training was asked to stop, and wrote its checkpoint where it has a folder."""
+
+
+@dataclass(frozen=True)
+class Trainings:
+    """Runs one training after another on the same data, each with a folder and curves of its own.
+
+    Attributes:
+        data: `train` is learnt from, `validation` measured.
+        setting: seed, device, loader processes, batch size, augmentation.
+        checkpoints: a folder per training is made in it; a stopped one goes on from there.
+        on_event: told about steps and epochs.
+        stop: asked after every step.
+        board: gets the curves.
+    """
+
+    data: ImageData
+    setting: Setting
+    checkpoints: Path | None = None
+    on_event: OnEvent | None = None
+    stop: Callable[[], bool] | None = None
+    board: Board | None = None
+
+    def __call__(
+        self,
+        purpose: str,
+        student: nn.Module,
+        config: DistillConfig,
+        teacher: Sequence[nn.Module] | None = None,
+        **more: Any,
+    ) -> DistillResult:
+        """The result of the training of that name.
+
+        Raises:
+            TrainingStopped: `stop` said so.
+        """
+
+        def told(event: dict[str, Any]) -> None:
+            event = {**event, "stage": purpose}
+            if self.on_event is not None:
+                self.on_event(event)
+            if self.board is not None:
+                self.board.add(event)
+
+        if self.board is not None:
+            self.board.restart(purpose, [])
+        result = stages.train(
+            student,
+            teacher,
+            self.data,
+            config,
+            self.setting,
+            purpose=purpose,
+            checkpoint_dir=None if self.checkpoints is None else self.checkpoints / purpose,
+            on_event=told,
+            stop=self.stop,
+            **more,
+        )
+        if self.board is not None:
+            # a run that went on from a checkpoint tells of its earlier epochs in its result alone
+            lines = [{"stage": purpose, "event": "epoch", **entry} for entry in result.history]
+            self.board.restart(purpose, lines)
+            self.board.close()
+        if not result.finished:
+            raise TrainingStopped(f"distill: {purpose} must run to its end, got a stop")
+        return result
+
+
 def teach(
     student: nn.Module,
-    data: ImageData,
     config: DistillConfig,
-    setting: Setting,
+    trainings: Trainings,
     *,
     teachers: TeacherConfig,
     gates: GateConfig,
     masks: MaskConfig,
-    checkpoints: Path | None = None,
-    on_event: OnEvent | None = None,
-    board: Board | None = None,
 ) -> nn.Module:
     """The taught model; with gates or masks it is smaller than the one that was given.
 
     Args:
         student: the dense model for gates and masks, else pruned already; trained in place.
-        data: `train` is learnt from, `validation` measured.
         config: losses and schedule.
-        setting: seed, device, loader processes, batch size, augmentation.
+        trainings: runs all that is trained here.
         teachers: who teaches.
         gates: learn with gates what goes, before the cut and the training of what is left.
         masks: or prune while training.
-        checkpoints: folder; a stopped call goes on from there.
-        on_event: told about steps and epochs.
-        board: gets the curves of every training.
 
     Raises:
         InvalidInput: options that do not go together, or a teacher that does not fit.
+        TrainingStopped: as said.
     """
     if gates.kind != "none" and masks.macs is not None:
         raise InvalidInput("distill: gates must be none with mask-macs, got both; choose one")
-
-    def training(purpose: str, model: nn.Module, own: DistillConfig, **more: Any) -> Any:
-        folder = None if checkpoints is None else checkpoints / purpose
-
-        def told(event: dict[str, Any]) -> None:
-            event = {**event, "stage": purpose}
-            if on_event is not None:
-                on_event(event)
-            if board is not None:
-                board.add(event)
-
-        if board is not None:
-            board.restart(purpose, [])
-        result = stages.train(
-            model,
-            more.pop("teacher", taught_by),
-            data,
-            own,
-            setting,
-            purpose=purpose,
-            checkpoint_dir=folder,
-            on_event=told,
-            **more,
-        )
-        if board is not None:
-            # a run that went on from a checkpoint tells of its earlier epochs in its result alone
-            lines = [{"stage": purpose, "event": "epoch", **entry} for entry in result.history]
-            board.restart(purpose, lines)
-            board.close()
-        return result
-
     schedule = None
     if masks.macs is not None:
         schedule = MaskSchedule(
             masks.macs, masks.shape, masks.start, masks.end, masks.every, samples=masks.samples
         )
-    taught_by: Any = None
+    taught_by = None
     if config.needs_teacher:
         _check_names(config, [Path(name).name for name in teachers.names])
-        own = DistillConfig(epochs=teachers.epochs, lr=teachers.lr, alpha=0, amp=config.amp)
         taught_by = [
-            _teacher(student, data, teachers, number, setting, own, training)
+            _teacher(student, teachers, number, config, trainings)
             for number in range(len(teachers.names))
         ]
     if gates.kind != "none":
-        student = _cut_by_gates(student, data, config, setting, gates, training)
-    result = training("distill", student, config, masks=schedule)
+        student = _cut_by_gates(student, config, gates, taught_by, trainings)
+    result = trainings("distill", student, config, taught_by, masks=schedule)
     return result.model if result.plan is None else vp.prune(result.model, result.plan)
 
 
@@ -132,39 +163,43 @@ def _check_names(config: DistillConfig, names: list[str]) -> None:
 
 
 def _teacher(
-    student: Any,
-    data: ImageData,
-    config: TeacherConfig,
-    number: int,
-    setting: Setting,
-    own: DistillConfig,
-    training: Callable[..., Any],
+    student: Any, teachers: TeacherConfig, number: int, config: DistillConfig, trainings: Trainings
 ) -> Teacher:
     """A teacher by name, trained on the data where it knows other classes."""
-    name = config.names[number]
+    name, data, seed = teachers.names[number], trainings.data, trainings.setting.seed
     options: dict[str, Any] = {
         "student_mean": data.mean,
         "student_std": data.std,
-        "dtype": _DTYPES[config.dtype],
-        "channels_last": config.channels_last,
-        "compile": config.compile,
-        "weight": config.weights[number] if config.weights else 1.0,
+        "dtype": _DTYPES[teachers.dtype],
+        "channels_last": teachers.channels_last,
+        "compile": teachers.compile,
+        "weight": teachers.weights[number] if teachers.weights else 1.0,
         "name": Path(name).name,
+        "logits": config.learns_logits,
     }
-    if config.size is not None:
-        options["image_size"] = config.size
     if name == "self" or Path(name).is_dir():
+        options |= _sized(student if name == "self" else vp.load(name), teachers)
         return resolve_teacher(name, student, **options)
-    known = timm.models.get_pretrained_cfg(name)
-    if config.pretrained and known is not None and known.num_classes == len(data.classes):
+    stated = timm.models.get_pretrained_cfg(name)
+    if teachers.pretrained and stated is not None and stated.num_classes == len(data.classes):
+        options |= {} if teachers.size is None else {"image_size": teachers.size}
         return resolve_teacher(name, student, **options)
     args = {"in_chans": data.channels, "num_classes": len(data.classes)}
-    with seeded(setting.seed, "teacher", number):
-        model = models.open_model(ModelConfig(name=name, pretrained=config.pretrained, args=args))
-    size = Conversion(model, (None, None), (None, None), config.size, options["name"]).image_size
-    training(f"teacher-{number}", Resized(model, size), own, teacher=None)
-    # it learnt from images as the student gets them
-    return resolve_teacher(model, student, **options, mean=data.mean, std=data.std)
+    with seeded(seed, "teacher", number):
+        model = models.open_model(ModelConfig(name=name, pretrained=teachers.pretrained, args=args))
+    # it learns from images as the student gets them
+    options |= {"mean": data.mean, "std": data.std, **_sized(model, teachers)}
+    resized = Resized(model, fixed_size(model) or options.get("image_size"))
+    own = DistillConfig(epochs=teachers.epochs, lr=teachers.lr, alpha=0, amp=config.amp)
+    trainings(f"teacher-{number}", resized, own)
+    return resolve_teacher(model, student, **options)
+
+
+def _sized(model: nn.Module, teachers: TeacherConfig) -> dict[str, tuple[int, int]]:
+    """The size asked for, for a teacher that takes any."""
+    if teachers.size is None or fixed_size(model) is not None:
+        return {}
+    return {"image_size": (teachers.size, teachers.size)}
 
 
 def _levelled(scores: Scores) -> dict[str, Tensor]:
@@ -193,18 +228,20 @@ class Resized(nn.Module):
 
 def _cut_by_gates(
     student: nn.Module,
-    data: ImageData,
     config: DistillConfig,
-    setting: Setting,
     gates: GateConfig,
-    training: Callable[..., Any],
+    taught_by: Sequence[nn.Module] | None,
+    trainings: Trainings,
 ) -> nn.Module:
     """Learn gates beside the weights, then cut and fold them in."""
     assert gates.kind != "none"
     keep = init = None
     if gates.kind == "ste":
         # equal scores would leave it open who goes
-        keep, init = gates.macs, _levelled(stages.score(student, data, ScoreConfig(), setting))
+        keep, init = (
+            gates.macs,
+            _levelled(stages.score(student, trainings.data, ScoreConfig(), trainings.setting)),
+        )
     attached = vp.gates.attach(
         student,
         gates.units,
@@ -215,7 +252,8 @@ def _cut_by_gates(
         seed=derive_seed(config.seed, "gates"),
     )
     own = replace(config, epochs=gates.epochs, keep="last", ema=0.0, cooldown_epochs=0.0)
-    training("gates", student, own, gates=attached)
+    budget = vp.gates.BudgetLoss(attached, gates.macs) if gates.budget else None
+    trainings("gates", student, own, taught_by, gates=attached, gate_budget=budget)
     plan = vp.gates.to_plan(student, attached, vp.Budget(macs=gates.macs))
     vp.gates.fold(student, attached)
     return vp.prune(student, plan)
