@@ -298,7 +298,8 @@ def gated_attention(
         qkv_BN3HK: q, k and v side by side, ``(B, N, 3, H, K)``, fp32/fp64/bf16/fp16, any strides
             (a head's dims are copied together first when they are not adjacent).
         gate_H: one factor per head, ``(H,)``, fp64 for fp64 inputs and else fp32, any number; None
-            for 1. NaN is not looked for, and comes out of its head.
+            for 1. NaN is not looked for, and comes out of its head. A head that is live is computed
+            whatever its gate: NaN inside it comes out at a gate of 0 too.
         live_heads: numbers of the heads to compute, ascending; may be empty; None for all. A list
             costs nothing; a GPU tensor is read by the host, which waits for it. The kernels' copy
             of a list is made at its first use, so a CUDA graph is captured after a call like it.

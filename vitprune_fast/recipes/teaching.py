@@ -238,10 +238,8 @@ def _cut_by_gates(
     keep = init = None
     if gates.kind == "ste":
         # equal scores would leave it open who goes
-        keep, init = (
-            gates.macs,
-            _levelled(stages.score(student, trainings.data, ScoreConfig(), trainings.setting)),
-        )
+        scores = stages.score(student, trainings.data, ScoreConfig(), trainings.setting)
+        keep, init = gates.macs, _levelled(scores)
     attached = vp.gates.attach(
         student,
         gates.units,
