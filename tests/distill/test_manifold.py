@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from tests.registration import opcheck
 from vitprune_fast.distill.losses import (
     manifold,
     manifold_full,
@@ -217,7 +218,7 @@ def test_losses_are_the_same_bits_again(loss) -> None:
 
 def test_full_is_an_honest_op() -> None:
     student, teacher = _states(3, 5, 6, 10, torch.float32)
-    torch.library.opcheck(torch.ops.vitprune_fast.manifold_full.default, (student, teacher))
+    opcheck(torch.ops.vitprune_fast.manifold_full.default, (student, teacher))
     compiled = torch.compile(manifold_full, fullgraph=True, backend="aot_eager")
     for one, other in zip(
         _value_and_gradient(compiled, student, teacher),

@@ -102,11 +102,11 @@ def test_targets_state_what_is_in_the_image(mode: Any) -> None:
 
 def test_mixing_can_be_off() -> None:
     images, labels = _batch(1)
-    for options in ({"mixup": 0.0, "cutmix": 0.0}, {"prob": 0.0}):
+    none: tuple[dict[str, Any], ...] = ({"mixup": 0.0, "cutmix": 0.0}, {"prob": 0.0})
+    for options in none:
         for mode in ("batch", "elem"):
-            got, targets = Mixing(5, mode=mode, **options)(  # type: ignore[arg-type]
-                images, labels, np.random.default_rng(0)
-            )
+            mixing = Mixing(5, mode=mode, **options)
+            got, targets = mixing(images, labels, np.random.default_rng(0))
             assert torch.equal(got, images)
             assert targets.tolist() == [pytest.approx([0.92, 0.02, 0.02, 0.02, 0.02])]
 
@@ -115,7 +115,8 @@ def test_mixing_can_be_off() -> None:
 def test_a_broken_image_stays_out_of_what_is_not_mixed_with_it(off: str) -> None:
     images, labels = _batch(64)
     images[:32] = math.nan
-    mixing = Mixing(5, mode="elem", prob=0.5, **{off: 0.0})  # type: ignore[arg-type]
+    options: dict[str, Any] = {off: 0.0}
+    mixing = Mixing(5, mode="elem", prob=0.5, **options)
     mixed, _ = mixing(images, labels, np.random.default_rng(0))
     same = (mixed[32:] == images[32:]).flatten(1).all(1)
     assert 8 <= int(same.sum()) < 32
@@ -220,14 +221,15 @@ def test_batches_that_do_not_fit_are_refused() -> None:
         Mixing(2)(images, labels, draw)
     with pytest.raises(InvalidInput, match=r"erase: images .* torch\.uint8"):
         erase(images.to(torch.uint8), 0.5, draw)
-    for options, sentence in (
+    refused: tuple[tuple[dict[str, Any], str], ...] = (
         ({"probability": 1.1}, r"probability must be in \[0, 1\], got 1.1"),
         ({"fill": "noise"}, "fill must be const, rand or pixel, got noise"),
         ({"min_area": 0.5}, "min_area must be in"),
         ({"min_aspect": 0.0}, "min_aspect must be in"),
-    ):
+    )
+    for options, sentence in refused:
         with pytest.raises(InvalidInput, match=sentence):
-            erase(images, **{"probability": 0.5, "draw": draw, **options})  # type: ignore[arg-type]
+            erase(images, **{"probability": 0.5, "draw": draw, **options})
 
 
 @pytest.mark.gpu

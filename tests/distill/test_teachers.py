@@ -357,9 +357,10 @@ def test_a_student_is_not_its_own_teacher() -> None:
     student = _vit()
     twin = copy.deepcopy(student)
     twin.head = student.head
-    for same in (student, nn.DataParallel(student), torch.compile(student), twin):
+    guises: tuple[Any, ...] = (student, nn.DataParallel(student), torch.compile(student), twin)
+    for same in guises:
         with pytest.raises(InvalidInput, match=r"chase itself; give copy\.deepcopy"):
-            resolve_teacher(same, student)  # type: ignore[arg-type]
+            resolve_teacher(same, student)
     resolve_teacher(copy.deepcopy(student), student)
     # a converted copy is another model
     resolve_teacher(student, student, dtype=torch.bfloat16)
@@ -412,8 +413,9 @@ def test_images_and_outputs_that_do_not_fit_are_refused() -> None:
         teacher(torch.randn(2, 1, 16, 16))
     with pytest.raises(InvalidInput, match=r"must give logits \(2, classes\), got \(2, 5, 5\)"):
         Teacher(_vit(global_pool=""))(torch.randn(2, 3, 16, 16))
+    name: Any = "resnet18"
     with pytest.raises(InvalidInput, match="model must be a module, got str"):
-        Teacher("resnet18")  # type: ignore[arg-type]
+        Teacher(name)
 
 
 # from names and folders

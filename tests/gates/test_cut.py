@@ -124,15 +124,16 @@ def test_a_budget_ranks_gates_of_all_axes_together() -> None:
 def test_bad_input_is_refused() -> None:
     model = random_vit()
     gates = vp.gates.attach(model, GATED_UNITS)
-    for options, message in (
+    refused: tuple[tuple[dict[str, Any], str], ...] = (
         ({"threshold": -1.0}, "threshold must be a number >= 0, got -1.0"),
         ({"threshold": math.nan}, "threshold must be a number >= 0, got nan"),
         ({"min_units": -1}, "min_units must be a whole number >= 0, got -1"),
         ({"round_to": 8}, "round_to must come with a budget, got none"),
         ({"budget": vp.Budget(macs=0.5)}, "budget must be None for gates of qk_dim"),
-    ):
+    )
+    for options, message in refused:
         with pytest.raises(InvalidInput, match=f"gates.to_plan: {message}"):
-            vp.gates.to_plan(model, gates, **options)  # type: ignore
+            vp.gates.to_plan(model, gates, **options)
     gates.detach()
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     with torch.no_grad():

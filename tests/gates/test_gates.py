@@ -89,7 +89,8 @@ def test_gradcheck_of_a_gated_model(config: str) -> None:
         value[0] = 0
 
     def logits(*given: torch.Tensor) -> torch.Tensor:
-        gates.value = lambda axis, training=False: given[names.index(axis)]  # type: ignore
+        # in place of the parameters, which cannot be a function's arguments
+        vars(gates)["value"] = lambda axis, training=False: given[names.index(axis)]
         return model(images)
 
     assert torch.autograd.gradcheck(logits, [value.requires_grad_() for value in values])
@@ -391,9 +392,14 @@ def test_two_sets_of_gates_are_refused() -> None:
 
 
 def test_a_gate_that_is_not_a_number_is_seen() -> None:
-    for kind, options in (("l1", {}), ("ste", {"keep": 1.0}), ("hard_concrete", {})):
+    kinds: tuple[dict[str, Any], ...] = (
+        {"kind": "l1"},
+        {"kind": "ste", "keep": 1.0},
+        {"kind": "hard_concrete"},
+    )
+    for options in kinds:
         model = random_vit()
-        with vp.gates.attach(model, kind=kind, **options) as gates, torch.no_grad():  # type: ignore
+        with vp.gates.attach(model, **options) as gates, torch.no_grad():
             gates.score("blocks.0.attn.heads")[0] = math.nan
             assert model(random_images(model)).isnan().any()
             with pytest.raises(InvalidInput, match="gates must be finite, got NaN or Inf"):

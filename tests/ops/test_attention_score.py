@@ -10,8 +10,8 @@ import pytest
 import torch
 from error_budget import assert_within_budget
 from torch import Tensor
-from torch.library import opcheck
 
+from tests.registration import opcheck
 from vitprune_fast import ops
 from vitprune_fast._extension import OBSTACLE
 from vitprune_fast.errors import BackendUnavailable, InvalidInput

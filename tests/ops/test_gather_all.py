@@ -15,9 +15,9 @@ import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
-from torch.library import opcheck
 
 from tests.ops.test_gather import DTYPES, KINDS, assert_same_bits, index, random_matrix
+from tests.registration import opcheck
 from vitprune_fast import ops
 from vitprune_fast._extension import OBSTACLE, cuda_obstacle
 from vitprune_fast.errors import BackendUnavailable, InvalidInput

@@ -6,9 +6,9 @@ import pytest
 import torch
 from error_budget import assert_within_budget
 from torch import Tensor
-from torch.library import opcheck
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from tests.registration import opcheck
 from vitprune_fast import ops
 from vitprune_fast.errors import BackendUnavailable, InvalidInput
 from vitprune_fast.ops import manifold_loss

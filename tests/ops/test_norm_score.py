@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 import torch
 from error_budget import assert_within_budget
-from torch.library import opcheck
 from torch.nn import functional as F
 
+from tests.registration import opcheck
 from vitprune_fast import ops
 from vitprune_fast._extension import OBSTACLE
 from vitprune_fast.errors import BackendUnavailable, InvalidInput

@@ -185,7 +185,8 @@ class _Run:
         self,
         student: nn.Module,
         teachers: TeacherSet | None,
-        train: Batches,
+        # iterable; whether it has a length is asked here
+        train: Any,
         val: Batches | None,
         config: DistillConfig,
         gates: Gates | None,
@@ -196,7 +197,7 @@ class _Run:
         self.train, self.val, self.config = train, val, config
         self.gates = gates
         self.ranks = Ranks.current()
-        batches = len(train) if hasattr(train, "__len__") else 0  # type: ignore[arg-type]
+        batches = len(train) if hasattr(train, "__len__") else 0
         # micro-batches of this process in an epoch, and how they make steps
         self.batches_per_epoch = batches // self.ranks.world
         self.steps_per_epoch = math.ceil(self.batches_per_epoch / config.accumulate)
@@ -539,16 +540,23 @@ def _marked(batches: Sequence[Any]) -> Iterator[tuple[bool, Any]]:
         yield index + 1 == len(batches), batch
 
 
-def numbered(train: Batches, seed: int, epoch: int, start: int) -> Iterator[tuple[int, Any]]:
-    """Yield (number, batch) of an epoch from batch ``start`` on."""
+def numbered(train: Any, seed: int, epoch: int, start: int) -> Iterator[tuple[int, Any]]:
+    """Yield (number, batch) of an epoch from batch ``start`` on.
+
+    Args:
+        train: has ``epoch(number, first_batch)``, or is an iterable with a length.
+        seed: of the order and samples of a plain iterable.
+        epoch: number of the epoch.
+        start: first batch.
+    """
     if hasattr(train, "epoch"):
-        yield from enumerate(train.epoch(epoch, start), start)  # type: ignore[attr-defined]
+        yield from enumerate(train.epoch(epoch, start), start)
         return
     # a plain loader draws its order and its samples' augmentation from the global generators
     with seeded(seed, "order", epoch):
         iterator = iter(train)
-    for index in range(len(train)):  # type: ignore[arg-type]
-        with seeded(seed, "batch", epoch * len(train) + index):  # type: ignore[arg-type]
+    for index in range(len(train)):
+        with seeded(seed, "batch", epoch * len(train) + index):
             batch = next(iterator, None)
         if batch is None:
             return

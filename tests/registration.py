@@ -1,0 +1,10 @@
+"""One door to torch's own tests of a registered op."""
+
+from __future__ import annotations
+
+from torch.library import (
+    # schema, fake form, autograd registration and tracing of one call
+    opcheck,
+)
+
+__all__ = ["opcheck"]
