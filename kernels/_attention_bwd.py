@@ -9,7 +9,14 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from vitprune_fast.kernels._attention_rows import LOG2_E, attended, load_rows, operand
+from vitprune_fast.kernels._attention_rows import (
+    LOG2_E,
+    attended,
+    load_pieces,
+    load_rows,
+    operand,
+    zero_pieces,
+)
 
 
 @triton.jit
@@ -93,10 +100,7 @@ def walk_keys(
     UPCAST: tl.constexpr,
 ):
     """dQ in both pieces: ``scale * sum_n P (gate dP - delta) k``."""
-    dq0 = tl.zeros((BLOCK_M, K0), tl.float32)
-    dq1 = dq0
-    if K1 > 0:
-        dq1 = tl.zeros((BLOCK_M, K1), tl.float32)
+    dq0, dq1 = zero_pieces(BLOCK_M, K0, K1)
     lse_log2 = lse * LOG2_E
     scale_log2 = scale * LOG2_E
     WHOLE: tl.constexpr = NUM_TOKENS // BLOCK_N * BLOCK_N
@@ -214,19 +218,10 @@ def walk_queries(
     UPCAST: tl.constexpr,
 ):
     """dK and, before the gate, dV, in both pieces each."""
-    k0 = load_rows(k_ptr, stride_n, there_n, BLOCK_N, 0, K0, HEAD_DIM, True, UPCAST)
-    v0 = load_rows(v_ptr, stride_n, there_n, BLOCK_N, 0, K0, HEAD_DIM, True, UPCAST)
-    k1 = k0
-    v1 = v0
-    dk0 = tl.zeros((BLOCK_N, K0), tl.float32)
-    dv0 = tl.zeros((BLOCK_N, K0), tl.float32)
-    dk1 = dk0
-    dv1 = dv0
-    if K1 > 0:
-        k1 = load_rows(k_ptr, stride_n, there_n, BLOCK_N, K0, K1, HEAD_DIM, True, UPCAST)
-        v1 = load_rows(v_ptr, stride_n, there_n, BLOCK_N, K0, K1, HEAD_DIM, True, UPCAST)
-        dk1 = tl.zeros((BLOCK_N, K1), tl.float32)
-        dv1 = tl.zeros((BLOCK_N, K1), tl.float32)
+    k0, k1 = load_pieces(k_ptr, stride_n, there_n, BLOCK_N, HEAD_DIM, K0, K1, UPCAST)
+    v0, v1 = load_pieces(v_ptr, stride_n, there_n, BLOCK_N, HEAD_DIM, K0, K1, UPCAST)
+    dk0, dk1 = zero_pieces(BLOCK_N, K0, K1)
+    dv0, dv1 = zero_pieces(BLOCK_N, K0, K1)
     scale_log2 = scale * LOG2_E
     WHOLE: tl.constexpr = NUM_TOKENS // BLOCK_M * BLOCK_M
     for _ in range(0, WHOLE, BLOCK_M):

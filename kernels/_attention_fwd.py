@@ -5,7 +5,15 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from vitprune_fast.kernels._attention_rows import LN_2, LOG2_E, attended, load_rows, operand
+from vitprune_fast.kernels._attention_rows import (
+    LN_2,
+    LOG2_E,
+    attended,
+    load_pieces,
+    load_rows,
+    operand,
+    zero_pieces,
+)
 
 
 @triton.jit
@@ -84,13 +92,8 @@ def attend(
 ):
     """Output before its normaliser (both pieces), the normaliser, and its natural logarithm."""
     there = tl.arange(0, BLOCK_M) < num_rows
-    q0 = load_rows(q_ptr, stride_n, there, BLOCK_M, 0, K0, HEAD_DIM, True, UPCAST)
-    q1 = q0
-    acc0 = tl.zeros((BLOCK_M, K0), tl.float32)
-    acc1 = acc0
-    if K1 > 0:
-        q1 = load_rows(q_ptr, stride_n, there, BLOCK_M, K0, K1, HEAD_DIM, True, UPCAST)
-        acc1 = tl.zeros((BLOCK_M, K1), tl.float32)
+    q0, q1 = load_pieces(q_ptr, stride_n, there, BLOCK_M, HEAD_DIM, K0, K1, UPCAST)
+    acc0, acc1 = zero_pieces(BLOCK_M, K0, K1)
     top = tl.full((BLOCK_M,), -float("inf"), tl.float32)
     total = tl.zeros((BLOCK_M,), tl.float32)
     scale_log2 = scale * LOG2_E

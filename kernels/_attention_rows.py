@@ -72,6 +72,46 @@ def store_rows(
 
 
 @triton.jit
+def load_pieces(
+    ptr,
+    stride_n,
+    there,
+    ROWS: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    K0: tl.constexpr,
+    K1: tl.constexpr,
+    UPCAST: tl.constexpr,
+):
+    """Both pieces of a head's dims, masked; the first one twice where there is no second."""
+    x0 = load_rows(ptr, stride_n, there, ROWS, 0, K0, HEAD_DIM, True, UPCAST)
+    x1 = x0
+    if K1 > 0:
+        x1 = load_rows(ptr, stride_n, there, ROWS, K0, K1, HEAD_DIM, True, UPCAST)
+    return x0, x1
+
+
+@triton.jit
+def store_pieces(
+    ptr, x0, x1, stride_n, num_rows, ROWS: tl.constexpr, HEAD_DIM: tl.constexpr,
+    K0: tl.constexpr, K1: tl.constexpr,
+):  # fmt: skip
+    """Write both pieces of a head's dims."""
+    store_rows(ptr, x0, stride_n, num_rows, ROWS, 0, K0, HEAD_DIM)
+    if K1 > 0:
+        store_rows(ptr, x1, stride_n, num_rows, ROWS, K0, K1, HEAD_DIM)
+
+
+@triton.jit
+def zero_pieces(ROWS: tl.constexpr, K0: tl.constexpr, K1: tl.constexpr):
+    """Zeros for both pieces of a head's dims, fp32."""
+    x0 = tl.zeros((ROWS, K0), tl.float32)
+    x1 = x0
+    if K1 > 0:
+        x1 = tl.zeros((ROWS, K1), tl.float32)
+    return x0, x1
+
+
+@triton.jit
 def operand(x, ELEMENT: tl.constexpr, UPCAST: tl.constexpr):
     """``x`` rounded to what the tensor cores multiply."""
     x = x.to(ELEMENT)

@@ -6,16 +6,19 @@ from collections.abc import Mapping
 
 import torch
 
+from vitprune_fast.kernels import _attention_kernels as kernels
 from vitprune_fast.kernels import _attention_tiles as sizes
-from vitprune_fast.kernels import attention_score as kernels
 from vitprune_fast.kernels._attention_tiles import Tiles, pieces, tail
+from vitprune_fast.kernels.attention_score import PARTS_BLOCK, _sum_parts_kernel
 
 from .case import Case
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+HEADS = ("num_heads", "num_live")
 QKV_STRIDES = ("stride_b", "stride_n", "stride_part", "stride_h")
 GRAD_STRIDES = ("stride_g_b", "stride_g_n", "stride_g_h")
 OUT_STRIDES = ("stride_o_b", "stride_o_n", "stride_o_h")
+SCORES = ("delta_ptr", "head_ptr", "qk_dim_ptr", "v_dim_ptr", "lse_ptr")
 # the launchers give the newer GPUs larger tiles
 LARGE = {True: (90, 100), False: (80,)}
 
@@ -35,7 +38,11 @@ def case(
     attends: bool = True,
     op: str = "attention_score",
 ) -> Case:
-    """What the launchers give to every kernel, for contiguous tensors."""
+    """What the launchers give to every kernel, for contiguous tensors; without gates, if not said.
+
+    Any tensor stands for what is not there.
+    """
+    pointers = {**dict.fromkeys(("gate_ptr", "heads_ptr", "mask_ptr"), element), **pointers}
     types = {key: f"*{kind}" for key, kind in pointers.items()}
     types |= dict.fromkeys(integers, "i32")
     types["scale"] = "fp32"
@@ -50,6 +57,7 @@ def case(
         "BLOCK_N": tiles.block_n,
         "PRECISION": "ieee" if element == "fp32" else "tf32",
         "UPCAST": False,
+        **dict.fromkeys(("GATED", "LISTED", "COMPACT", "KEY_MASK", "RAW"), False),
         **constants,
     }
     return Case(
@@ -79,15 +87,15 @@ def forward(element: str, num_tokens: int, head_dim: int, large: bool, registers
     row = sizes.takes_row(num_tokens, head_dim, dtype, large)
     return case(
         "forward, whole rows" if row else "forward",
-        kernels._attention_fwd_row_kernel if row else kernels._attention_fwd_kernel,
+        kernels.attention_fwd_kernel,
         tiles,
         element,
         num_tokens,
         head_dim,
         large,
-        {"qkv_ptr": element, "out_ptr": element, "lse_ptr": "fp32"},
-        ("num_heads", *QKV_STRIDES),
-        {"TAIL": tail(num_tokens, tiles.block_n)},
+        {**dict.fromkeys(("qkv_ptr", "out_ptr", "raw_ptr"), element), "lse_ptr": "fp32"},
+        ("num_out", "num_live", *QKV_STRIDES),
+        {"TAIL": tail(num_tokens, tiles.block_n), "WHOLE_ROWS": row},
         registers,
     )
 
@@ -102,18 +110,18 @@ def queries(
 ) -> Case:
     """With every score, or with those alone that need no attention."""
     tiles = sizes.query_tiles(head_dim, DTYPES[element], large)
-    scores = dict.fromkeys(("delta_ptr", "head_ptr", "qk_dim_ptr", "v_dim_ptr", "lse_ptr"), "fp32")
+    scores = dict.fromkeys(SCORES, "fp32")
     tensors = dict.fromkeys(("grad_ptr", "qkv_ptr", "out_ptr", "dqkv_ptr"), element)
     return case(
         "dQ and scores" if attends else "scores alone",
-        kernels._attention_bwd_dq_kernel,
+        kernels.attention_bwd_dq_kernel,
         tiles,
         element,
         num_tokens,
         head_dim,
         large,
         {**tensors, **scores},
-        ("num_samples", "num_heads", *GRAD_STRIDES, *QKV_STRIDES, *OUT_STRIDES),
+        ("num_samples", *HEADS, *GRAD_STRIDES, *QKV_STRIDES, *OUT_STRIDES),
         {
             "TAIL": tail(num_tokens, tiles.block_n),
             "QKV": attends,
@@ -138,14 +146,14 @@ def keys(element: str, num_tokens: int, head_dim: int, large: bool, registers: i
     tensors = dict.fromkeys(("grad_ptr", "qkv_ptr", "dqkv_ptr"), element)
     return case(
         "dK and dV",
-        kernels._attention_bwd_dkdv_kernel,
+        kernels.attention_bwd_dkdv_kernel,
         tiles,
         element,
         num_tokens,
         head_dim,
         large,
         {**tensors, "lse_ptr": "fp32", "delta_ptr": "fp32"},
-        ("num_heads", *GRAD_STRIDES, *QKV_STRIDES),
+        (*HEADS, *GRAD_STRIDES, *QKV_STRIDES),
         {"TAIL": tail(num_tokens, tiles.block_m)},
         registers,
     )
@@ -155,9 +163,9 @@ def parts() -> Case:
     """The second stage of the scores: four blocks of queries."""
     return Case(
         label="attention_score sum of parts",
-        kernel=kernels._sum_parts_kernel,
+        kernel=_sum_parts_kernel,
         types={"part_ptr": "*fp32", "score_ptr": "*fp32", "num_units": "i32"},
-        constants={"NUM_PARTS": 4, "BLOCK_U": kernels.PARTS_BLOCK},
+        constants={"NUM_PARTS": 4, "BLOCK_U": PARTS_BLOCK},
         aligned=frozenset({"part_ptr", "score_ptr"}),
         registers=32,
     )

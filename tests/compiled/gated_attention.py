@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from vitprune_fast.kernels import _attention_kernels as kernels
 from vitprune_fast.kernels import _attention_tiles as sizes
-from vitprune_fast.kernels import gated_attention as kernels
 from vitprune_fast.kernels._attention_tiles import Tiles, tail
 
-from .attention_score import DTYPES, GRAD_STRIDES, OUT_STRIDES, QKV_STRIDES
+from .attention_score import DTYPES, GRAD_STRIDES, HEADS, OUT_STRIDES, QKV_STRIDES, SCORES
 from .attention_score import case as attention_case
 from .case import Case
 
@@ -55,7 +55,7 @@ def forward(
     row = not masked and sizes.takes_row(num_tokens, head_dim, dtype, large)
     return case(
         "forward, whole rows" if row else "forward",
-        kernels._gated_attention_fwd_kernel,
+        kernels.attention_fwd_kernel,
         tiles,
         element,
         num_tokens,
@@ -77,15 +77,19 @@ def queries(
     tensors = dict.fromkeys(("grad_ptr", "qkv_ptr", "out_ptr", "dqkv_ptr"), element)
     return case(
         "dQ and gate",
-        kernels._gated_attention_bwd_dq_kernel,
+        kernels.attention_bwd_dq_kernel,
         tiles,
         element,
         num_tokens,
         head_dim,
         large,
-        {**tensors, "delta_ptr": "fp32", "part_ptr": "fp32"},
-        ("num_heads", "num_live", *GRAD_STRIDES, *QKV_STRIDES, *OUT_STRIDES),
-        {"TAIL": tail(num_tokens, tiles.block_n), "QKV": True},
+        {**tensors, **dict.fromkeys(SCORES, "fp32")},
+        ("num_samples", *HEADS, *GRAD_STRIDES, *QKV_STRIDES, *OUT_STRIDES),
+        {
+            "TAIL": tail(num_tokens, tiles.block_n),
+            **dict.fromkeys(("QKV", "HEAD"), True),
+            **dict.fromkeys(("QK_DIM", "V_DIM", "PER_TOKEN"), False),
+        },
         masked,
         registers,
     )
@@ -99,14 +103,14 @@ def keys(
     tensors = dict.fromkeys(("grad_ptr", "qkv_ptr", "dqkv_ptr"), element)
     return case(
         "dK and dV",
-        kernels._gated_attention_bwd_dkdv_kernel,
+        kernels.attention_bwd_dkdv_kernel,
         tiles,
         element,
         num_tokens,
         head_dim,
         large,
         {**tensors, "delta_ptr": "fp32"},
-        ("num_heads", "num_live", *GRAD_STRIDES, *QKV_STRIDES),
+        (*HEADS, *GRAD_STRIDES, *QKV_STRIDES),
         {"TAIL": tail(num_tokens, tiles.block_m)},
         masked,
         registers,
@@ -119,7 +123,7 @@ SIZES = [
     ("bf16", 197, 64, False, (208, 140, 176), (224, 228, 248)),
     ("bf16", 197, 64, True, (140, 168, 176), (255, 212, 240)),
     ("bf16", 577, 64, False, (124, 140, 176), (224, 228, 248)),
-    ("bf16", 197, 32, False, (196, 116, 144), (136, 104, 176)),
+    ("bf16", 197, 32, False, (196, 120, 144), (136, 104, 176)),
     ("bf16", 197, 48, False, (124, 124, 160), (140, 180, 200)),
     ("bf16", 257, 80, False, (144, 168, 204), (228, 252, 255)),
     ("bf16", 257, 80, True, (164, 176, 208), (255, 255, 255)),

@@ -647,7 +647,7 @@ def test_attention_score_launches_nothing_for_an_empty_result(monkeypatch):
 @pytest.mark.parametrize("num_tokens", [1, 16, 63, 64, 65, 197, 208, 577])
 @pytest.mark.parametrize("block", [16, 32, 64])
 def test_attention_score_tiles_cover_the_tokens(num_tokens, block):
-    from vitprune_fast.kernels.attention_score import tail
+    from vitprune_fast.kernels._attention_tiles import tail
 
     last, rest = tail(num_tokens, block), num_tokens % block
     assert last & (last - 1) == 0 and rest <= last <= max(block, 16)
@@ -672,7 +672,7 @@ def test_attention_score_tiles_cover_the_tokens(num_tokens, block):
     ],
 )
 def test_attention_score_head_dims_are_cut_in_pieces(head_dim, cut):
-    from vitprune_fast.kernels.attention_score import pieces
+    from vitprune_fast.kernels._attention_tiles import pieces
 
     assert pieces(head_dim) == cut
 

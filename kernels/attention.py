@@ -1,0 +1,255 @@
+"""Softmax attention on packed qkv, forward and backward: every kernel of it, and their launches.
+
+B batch, N tokens, H heads, L live heads, K head dim; packed ``qkv`` is (B, N, 3, H, K).
+
+``attention_score`` and ``gated_attention`` are these kernels with other flags; what a flag leaves
+out is not compiled.
+
+The grid runs over slots: the first L are the live heads in order; where zeros are due, the dead
+heads follow, whose programs write zeros and read nothing. Forward is one launch, backward two
+without atomics, because nothing is added to across programs: the first owns queries (``delta``, dQ,
+and what its tokens add to the scores of units or to the gradient of the gate), the second owns keys
+(dK and dV) and zeros. Both compute the logits again (7 matrix products where one program per head
+would need 5, but that one spills). Tiles, and how a head dim is cut in pieces K0 + K1:
+``_attention_rows``.
+
+With the output o before its gate g: ``delta = sum_k o dout`` is the gradient of the gate for one
+token, and ``dS = P (g dP - g delta)``. Where the gate needs no gradient, o need not be kept:
+``g delta = sum_k out dout``. Nothing is ever divided by the gate.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+
+from vitprune_fast.kernels._attention_kernels import (
+    attention_bwd_dkdv_kernel,
+    attention_bwd_dq_kernel,
+    attention_fwd_kernel,
+)
+from vitprune_fast.kernels._attention_tiles import (
+    Tiles,
+    forward_tiles,
+    interpreting,
+    key_tiles,
+    large_tiles_of,
+    pieces,
+    precision,
+    query_tiles,
+    tail,
+    takes_row,
+    with_near_tokens,
+)
+from vitprune_fast.kernels._launch import on_device_of
+
+
+@lru_cache(maxsize=1024)
+def _heads_tensor(live: tuple[int, ...], num_heads: int, device: torch.device) -> Tensor:
+    """The live heads, then the dead ones, ``(H,)`` int32: copied to the device once per list."""
+    dead = sorted({*range(num_heads)} - {*live})
+    return torch.tensor([*live, *dead], dtype=torch.int32).to(device)
+
+
+class Attention:
+    """One call's inputs, and the launches on them.
+
+    Args:
+        qkv_BN3HK: packed q, k and v, the dims of a head adjacent.
+        scale: factor of the logits.
+        gate_H: factor of each head's output, fp32; None is 1.
+        mask_BN: keys to attend, bool; None is all.
+        live: heads to compute, ascending; None is all.
+        compact: outputs and their gradients have the live heads only.
+    """
+
+    def __init__(
+        self,
+        qkv_BN3HK: Tensor,
+        scale: float,
+        gate_H: Tensor | None = None,
+        mask_BN: Tensor | None = None,
+        live: list[int] | None = None,
+        compact: bool = False,
+    ) -> None:
+        self.qkv_BN3HK = qkv = with_near_tokens(qkv_BN3HK)
+        self.batch, self.num_tokens, _, self.num_heads, self.head_dim = qkv.shape
+        self.num_live = self.num_heads if live is None else len(live)
+        self.scale, self.compact = scale, compact
+        self.large, self.masked = large_tiles_of(qkv), mask_BN is not None
+        is_listed = self.num_live < self.num_heads
+        # any tensor stands for what is not there
+        gate = qkv if gate_H is None else gate_H.contiguous()
+        heads = _heads_tensor(tuple(live or ()), self.num_heads, qkv.device) if is_listed else qkv
+        mask = qkv if mask_BN is None else mask_BN.contiguous().view(torch.uint8)
+        self._read = gate, heads, mask
+        k0, k1 = pieces(self.head_dim)
+        self._constants: dict[str, Any] = {
+            "NUM_TOKENS": self.num_tokens,
+            "HEAD_DIM": self.head_dim,
+            "K0": k0,
+            "K1": k1,
+            "GATED": gate_H is not None,
+            "LISTED": is_listed,
+            "COMPACT": compact,
+            "KEY_MASK": self.masked,
+            "PRECISION": precision(qkv.dtype),
+            "UPCAST": interpreting(),
+            # named, because its default is not the same in every Triton
+            "enable_fp_fusion": True,
+        }
+
+    @property
+    def num_query_blocks(self) -> int:
+        """Programs that share the queries of one head in the backward."""
+        return triton.cdiv(self.num_tokens, self._query_tiles.block_m)
+
+    @property
+    def _query_tiles(self) -> Tiles:
+        return query_tiles(self.head_dim, self.qkv_BN3HK.dtype, self.large, self.masked)
+
+    def forward(self, raw: bool = False) -> tuple[Tensor, Tensor, Tensor]:
+        """Launch the forward.
+
+        Returns:
+            The output; the output before the gate for live heads, without elements unless ``raw``;
+            and the natural logarithm of each row's normaliser, ``(B, L, N)`` fp32.
+        """
+        qkv, num_live = self.qkv_BN3HK, self.num_live
+        num_out = num_live if self.compact else self.num_heads
+        out_BNHK = qkv.new_empty(self.batch, self.num_tokens, num_out, self.head_dim)
+        shape = (self.batch, self.num_tokens, num_live, self.head_dim) if raw else (0,)
+        raw_BNLK = qkv.new_empty(shape)
+        lse_BLN = qkv.new_empty(self.batch, num_live, self.num_tokens, dtype=torch.float32)
+        tiles = forward_tiles(self.head_dim, qkv.dtype, self.large, self.masked)
+        takes = takes_row(self.num_tokens, self.head_dim, qkv.dtype, self.large)
+        self._launch(
+            attention_fwd_kernel,
+            tiles,
+            triton.cdiv(self.num_tokens, tiles.block_m) * num_out,
+            qkv,
+            *self._read,
+            out_BNHK,
+            raw_BNLK,
+            lse_BLN,
+            num_out,
+            num_live,
+            self.scale,
+            *qkv.stride()[:4],
+            TAIL=tail(self.num_tokens, tiles.block_n),
+            WHOLE_ROWS=takes and not self.masked,
+            RAW=raw,
+        )
+        return out_BNHK, raw_BNLK, lse_BLN
+
+    def backward_queries(
+        self,
+        grad_out_BNHK: Tensor,
+        out_BNHK: Tensor,
+        lse_BLN: Tensor,
+        delta_BLN: Tensor,
+        dqkv_BN3HK: Tensor,
+        head_PBH: Tensor,
+        qk_dim_PBHK: Tensor,
+        v_dim_PBHK: Tensor,
+        *,
+        raw: bool = False,
+        per_token: bool = False,
+    ) -> None:
+        """Launch the backward's first half; a tensor without elements is not written.
+
+        Args:
+            grad_out_BNHK: gradient of the output.
+            out_BNHK: the output, before the gate when ``raw``.
+            lse_BLN: of the forward.
+            delta_BLN: gets the row sums of output times gradient, times the gate; written with
+                ``dqkv_BN3HK``.
+            dqkv_BN3HK: gets dQ of the live heads.
+            head_PBH: gets what each block of queries adds to the score of a head, P blocks.
+            qk_dim_PBHK: the same of q/k dims.
+            v_dim_PBHK: the same of v dims.
+            raw: see above.
+            per_token: add up magnitudes of tokens' terms.
+        """
+        grad_out_BNHK, out_BNHK = with_near_tokens(grad_out_BNHK), with_near_tokens(out_BNHK)
+        tiles = self._query_tiles
+        self._launch(
+            attention_bwd_dq_kernel,
+            tiles,
+            self.num_query_blocks * self.num_live,
+            grad_out_BNHK,
+            self.qkv_BN3HK,
+            *self._read,
+            out_BNHK,
+            lse_BLN,
+            delta_BLN,
+            dqkv_BN3HK,
+            head_PBH,
+            qk_dim_PBHK,
+            v_dim_PBHK,
+            self.batch,
+            self.num_heads,
+            self.num_live,
+            self.scale,
+            *grad_out_BNHK.stride()[:3],
+            *self.qkv_BN3HK.stride()[:4],
+            *out_BNHK.stride()[:3],
+            TAIL=tail(self.num_tokens, tiles.block_n),
+            QKV=dqkv_BN3HK.numel() > 0,
+            HEAD=head_PBH.numel() > 0,
+            QK_DIM=qk_dim_PBHK.numel() > 0,
+            V_DIM=v_dim_PBHK.numel() > 0,
+            PER_TOKEN=per_token,
+            RAW=raw,
+        )
+
+    def backward_keys(
+        self, grad_out_BNHK: Tensor, lse_BLN: Tensor, delta_BLN: Tensor, dqkv_BN3HK: Tensor
+    ) -> None:
+        """Launch the backward's second half: dK and dV, and zeros for all of dead heads.
+
+        Args:
+            grad_out_BNHK: gradient of the output.
+            lse_BLN: of the forward.
+            delta_BLN: of the first half.
+            dqkv_BN3HK: gets the gradients.
+        """
+        grad_out_BNHK = with_near_tokens(grad_out_BNHK)
+        tiles = key_tiles(self.head_dim, self.qkv_BN3HK.dtype, self.large, self.masked)
+        self._launch(
+            attention_bwd_dkdv_kernel,
+            tiles,
+            triton.cdiv(self.num_tokens, tiles.block_n) * self.num_heads,
+            grad_out_BNHK,
+            self.qkv_BN3HK,
+            *self._read,
+            lse_BLN,
+            delta_BLN,
+            dqkv_BN3HK,
+            self.num_heads,
+            self.num_live,
+            self.scale,
+            *grad_out_BNHK.stride()[:3],
+            *self.qkv_BN3HK.stride()[:4],
+            TAIL=tail(self.num_tokens, tiles.block_m),
+        )
+
+    def _launch(
+        self, kernel: Any, tiles: Tiles, per_sample: int, *given: Any, **flags: Any
+    ) -> None:
+        if per_sample * self.batch == 0:
+            return
+        with on_device_of(self.qkv_BN3HK):
+            kernel[(per_sample * self.batch,)](
+                *given,
+                **self._constants,
+                **flags,
+                BLOCK_M=tiles.block_m,
+                BLOCK_N=tiles.block_n,
+                num_warps=tiles.num_warps,
+                num_stages=tiles.num_stages,
+            )
