@@ -32,7 +32,6 @@ from vitprune_fast.modes import keeping_modes
 from vitprune_fast.planning import Plan
 from vitprune_fast.randomness import derive_seed, seeded
 from vitprune_fast.scoring.ranks import Ranks
-from vitprune_fast.scoring.resume import fingerprint
 from vitprune_fast.surgery import prune
 
 Event = dict[str, Any]
@@ -209,7 +208,8 @@ class _Run:
         self.steps = self.steps_per_epoch * config.epochs
         self.named = {n: p for n, p in student.named_parameters() if p.requires_grad}
         _check_parameters(self.named, alone=gates is None)
-        pictures = images_like(student) if _looks_inside(config, teachers) else torch.empty(0)
+        compares_insides = teachers is not None and config.looks_inside
+        pictures = images_like(student) if compares_insides else torch.empty(0)
         objective = Objective(config, student, teachers, pictures)
         self.task = DistillTask(student, objective, config, gates, gate_budget)
         self.optimizer = make_optimizer(student, self.named, self._other_groups(), config)
@@ -219,8 +219,8 @@ class _Run:
         self.mixing = _mixing(student, config)
         half = torch.bfloat16 if config.amp == "bf16" else None
         self.masked = MaskedStudent(student, masks, half) if masks else None
-        # taken before anybody learns: a teacher may be a copy of the student
-        self.teacher_weights = {t.name: fingerprint(t.model) for t in teachers or ()}
+        # teacher -> what tells its weights from others; only checkpoints need it
+        self.teacher_weights: dict[str, str] = {}
         self.progress = Progress()
         self.best: dict[str, Tensor] = {}
 
@@ -240,6 +240,8 @@ class _Run:
         return [*groups, matrices]
 
     def go(self) -> DistillResult:
+        if self.folder is not None:
+            self.teacher_weights = {t.name: t.fingerprint() for t in self.teachers or ()}
         self.progress = resume.read(self)
         self._run_on_what_is_live()
         while self.progress.step < self.steps:
@@ -257,13 +259,14 @@ class _Run:
         if self.masked is None:
             self.task.run_on(self.student, whole=True)
         else:
-            # a copy is made in the mode that the student has at the time
-            self.task.run_on(self.masked.soft.refresh().train(), whole=False)
+            self.task.run_on(self.masked.soft.refresh(), whole=False)
+        self.task.train()
         self.pace = Pace(self.task)
 
     def _epoch(self, epoch: int, start: int) -> bool:
         """Run the rest of an epoch; False when asked to stop in it."""
         progress, config = self.progress, self.config
+        self.task.train()
         self.pace.restart()
         first = taken = start * config.accumulate
         batches = self._batches(epoch, first)
@@ -341,7 +344,8 @@ class _Run:
             parts = self._micro_step(number, images, labels, len(batches), last)
             for name, value in parts.items():
                 sums[name] = sums[name] + value if name in sums else value
-        task.average_gradients(self._unsummed())
+        if self.ranks.world > 1:
+            task.average_gradients(self._unsummed())
         if self.masked is not None:
             self.masked.soft.scatter()
         if self.scaler.is_enabled():
@@ -384,7 +388,6 @@ class _Run:
         if self.gates is not None:
             self.gates.set_step(number)
         images, target = self._varied(images, labels, number)
-        task.train()
         with seeded(seed, "step", number), nullcontext() if last else task.no_sync():
             result = task(images, target)
             self.scaler.scale(result["loss"] / count).backward()
@@ -513,10 +516,6 @@ def _mixing(student: nn.Module, config: DistillConfig) -> Mixing | None:
         # the loss smooths
         label_smoothing=0.0,
     )
-
-
-def _looks_inside(config: DistillConfig, teachers: TeacherSet | None) -> bool:
-    return teachers is not None and config.looks_inside
 
 
 def _check_parameters(named: dict[str, nn.Parameter], *, alone: bool) -> None:

@@ -133,14 +133,12 @@ class DistillTask(TrainingTask):
         return {"loss": loss, "output": said.class_BC, **parts}
 
     def average_gradients(self, others: Mapping[str, Tensor]) -> None:
-        """Average over processes the gradients that nobody else does.
+        """Average over processes, of which there are several, the gradients that nobody else does.
 
         Args:
             others: tensors with gradients beside those of the student that
                 DistributedDataParallel looks after.
         """
-        if self._ranks.world == 1:
-            return
         gradients = [t.grad for t in others.values() if t.grad is not None]
         for dtype in sorted({g.dtype for g in gradients}, key=str):
             same = [g for g in gradients if g.dtype == dtype]

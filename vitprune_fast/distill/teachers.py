@@ -22,6 +22,7 @@ from vitprune_fast.distill.conversion import Conversion, image_channels
 from vitprune_fast.distill.features import HiddenStates
 from vitprune_fast.errors import InvalidInput
 from vitprune_fast.modes import compiled, evaluating
+from vitprune_fast.scoring.resume import fingerprint
 
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
@@ -133,6 +134,12 @@ class Teacher(nn.Module):
         wanted = bool(blocks or features or qkv)
         hidden = HiddenStates(self._runner[0], blocks, features, qkv) if wanted else None
         self._hidden = hidden
+
+    def fingerprint(self) -> str:
+        """What tells its weights from others; of a sharded model its name alone."""
+        if any(hasattr(parameter, "placements") for parameter in self.model.parameters()):
+            return self.name
+        return fingerprint(self.model)
 
     def as_classifier(self) -> nn.Module:
         """This teacher as a module that gives logits alone, e.g. for ``evaluate``."""
