@@ -140,7 +140,7 @@ def test_wrong_arguments_are_refused() -> None:
         InvalidInput, match=r"soft_kd: teacher_BC must have shape \(2, 3\) .* classes"
     ):
         soft_kd(x, torch.ones(2, 4))
-    with pytest.raises(InvalidInput, match="temperature must be positive, got 0"):
+    with pytest.raises(InvalidInput, match="temperature must be positive and finite, got 0"):
         soft_kd(x, x, 0)
     with pytest.raises(InvalidInput, match=r"reduction must be one of batchmean, .*, got 'mean'"):
         soft_kd(x, x, reduction="mean")  # pyright: ignore[reportArgumentType]

@@ -10,9 +10,12 @@ import timm
 import torch
 from torch import Tensor
 
-from vitprune_fast.distill import DistillConfig
+from vitprune_fast.distill import DistillConfig, qkv_relation
+from vitprune_fast.distill.config import FEATURE_LOSSES, LOGIT_LOSSES
+from vitprune_fast.distill.features import HiddenStates
 from vitprune_fast.distill.objective import Objective, images_like
 from vitprune_fast.distill.teachers import Teacher, TeacherSet
+from vitprune_fast.distill.terms import LOSSES, InsideLoss, Manifold
 from vitprune_fast.errors import InvalidInput
 from vitprune_fast.testing import random_images, random_vit
 
@@ -127,7 +130,7 @@ def test_a_trunk_without_class_token_and_a_cnn_teach_the_manifold() -> None:
         "cait_xxs24_224", img_size=32, patch_size=8, num_classes=5, depth=6, pretrained=False
     )
     _, parts, objective = evaluated(DistillConfig(loss=("manifold",)), student, Teacher(cait))
-    assert objective.terms[0].pairs == [(0, 0), (1, 1), (2, 4), (3, 5)]
+    assert objective.terms[0].loss == Manifold([(0, 0), (1, 1), (2, 4), (3, 5)], num_rows=192)
     parts["manifold"].backward()
     assert float(student.blocks[0].mlp.fc1.weight.grad.abs().max()) > 0
     # 4 x 4 patches and a feature map of 4 x 4
@@ -135,6 +138,32 @@ def test_a_trunk_without_class_token_and_a_cnn_teach_the_manifold() -> None:
     config = DistillConfig(loss=("manifold_full",), layers=((-1, 1),))
     _, parts, _ = evaluated(config, student, cnn)
     assert float(parts["manifold_full"]) > 0
+
+
+def test_relations_know_which_tokens_are_patches() -> None:
+    # grids of 2 x 3, where what is over a square is not the prefix: 3 of 7 tokens, 2 of 11
+    student, model = (
+        random_vit(img_size=(8, 12)),
+        random_vit(img_size=(8, 12), reg_tokens=4, seed=1),
+    )
+    teacher, config = Teacher(model), DistillConfig(loss=("relation",), layers=((0, 0),))
+    _, parts, _ = evaluated(config, student, teacher)
+    images, packed = random_images(student, 3), []
+    for each in (student, model):
+        with HiddenStates(each, (), qkv=(0,)) as hidden:
+            each(images)
+            packed.append(hidden.qkv[0])
+            assert hidden.qkv_prefix_tokens == [each.num_prefix_tokens]
+    ours, theirs = packed
+    kept = model.num_prefix_tokens - 1
+    assert torch.equal(parts["relation"], qkv_relation(ours, theirs[:, kept:]))
+
+
+def test_every_loss_of_the_config_is_there() -> None:
+    config, student, teacher = DistillConfig(), random_vit(), random_vit(seed=1)
+    made = {name: make(config, student, teacher) for name, make in LOSSES.items()}
+    inside = [name for name, loss in made.items() if isinstance(loss, InsideLoss)]
+    assert tuple(LOSSES) == (*LOGIT_LOSSES, *FEATURE_LOSSES) and tuple(inside) == FEATURE_LOSSES
 
 
 def test_who_does_not_fit_is_refused_at_once() -> None:

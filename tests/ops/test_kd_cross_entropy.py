@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from error_budget import assert_within_budget
@@ -228,8 +230,13 @@ def test_kd_cross_entropy_rejects_wrong_arguments():
         kd_cross_entropy(x, x, labels + 3)
     with pytest.raises(InvalidInput, match="labels must hold numbers from 0 to 2, got -100"):
         kd_cross_entropy(x, x, labels - 100)
-    with pytest.raises(InvalidInput, match="temperature must be positive, got 0"):
-        kd_cross_entropy(x, x, labels, temperature=0)
+    for temperature in (0, -1.0, math.inf, math.nan):
+        with pytest.raises(InvalidInput, match="temperature must be positive and finite, got"):
+            kd_cross_entropy(x, x, labels, temperature=temperature)
+    with pytest.raises(InvalidInput, match="alpha must be finite, got nan"):
+        kd_cross_entropy(x, x, labels, math.nan)
+    with pytest.raises(InvalidInput, match="ce_weight must be finite, got inf"):
+        kd_cross_entropy(x, x, labels, ce_weight=math.inf)
     with pytest.raises(InvalidInput, match="label_smoothing must be from 0 to 1, got 2"):
         kd_cross_entropy(x, x, labels, label_smoothing=2)
     with pytest.raises(InvalidInput, match=r"reduction must be one of .*, got 'mean'"):

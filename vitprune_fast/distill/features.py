@@ -133,13 +133,12 @@ class HiddenStates:
     @property
     def prefix_tokens(self) -> list[int]:
         """How many tokens of each state come before its patches (class, distillation, register)."""
-        counts = []
-        for name, grid in zip(self._names, self.grids, strict=True):
-            if grid is None:
-                counts.append(int(getattr(self._inner, "num_prefix_tokens", 0) or 0))
-            else:
-                counts.append(self._tokens(name).shape[1] - grid[0] * grid[1])
-        return counts
+        return [self._prefix_tokens(name) for name in self._names]
+
+    @property
+    def qkv_prefix_tokens(self) -> list[int]:
+        """The same of each packed q, k, v."""
+        return [self._prefix_tokens(name) for name in self._qkv_names]
 
     @property
     def features(self) -> Tensor | None:
@@ -217,6 +216,12 @@ class HiddenStates:
         if self._is_channels_last():
             return output.flatten(1, 2)
         return output.flatten(2).transpose(1, 2)
+
+    def _prefix_tokens(self, name: str) -> int:
+        grid = self._grid(name)
+        if grid is None:
+            return int(getattr(self._inner, "num_prefix_tokens", 0) or 0)
+        return self._tokens(name).shape[1] - grid[0] * grid[1]
 
     def _grid(self, name: str) -> tuple[int, int] | None:
         output, size = self._output(name)

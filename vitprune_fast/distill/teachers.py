@@ -38,6 +38,7 @@ class TeacherOutput:
         prefix_tokens: tokens of each state that come before its patches.
         grids: rows and columns of each state's patches; None where they form no grid.
         qkv: packed q, k, v ``(B, N, 3, 1, H * K)`` of each block asked for.
+        qkv_prefix_tokens: tokens of each of them that come before its patches.
     """
 
     logits_BC: Tensor
@@ -46,6 +47,7 @@ class TeacherOutput:
     prefix_tokens: list[int] = field(default_factory=list)
     grids: list[tuple[int, int] | None] = field(default_factory=list)
     qkv: list[Tensor] = field(default_factory=list)
+    qkv_prefix_tokens: list[int] = field(default_factory=list)
 
 
 class Teacher(nn.Module):
@@ -184,6 +186,7 @@ class Teacher(nn.Module):
             hidden.prefix_tokens,
             hidden.grids,
             hidden.qkv,
+            hidden.qkv_prefix_tokens,
         )
         hidden.clear()
         return answer

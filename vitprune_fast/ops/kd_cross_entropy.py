@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Literal, NamedTuple
 
 import torch
@@ -128,7 +129,7 @@ def kd_cross_entropy(
         labels: ``(B,)`` int64 in ``[0, C)``, or shares ``(B, C)`` of a floating dtype. A number
             out of range is refused on the CPU and makes the loss NaN on a GPU.
         alpha: weight of the teacher.
-        temperature: T > 0.
+        temperature: T > 0, finite.
         label_smoothing: the share of a label spread over all classes, ``[0, 1]``.
         ce_weight: weight of the labels; None is ``1 - alpha``.
         reduction: what the divergences are divided by: B, B * C as in DeiT's code, or nothing as in
@@ -147,7 +148,10 @@ def kd_cross_entropy(
         BackendUnavailable: ``backend`` was named and cannot run here; the message says why.
     """
     _check(student_BC, teacher_BC, labels)
-    _checks.require(temperature > 0, _OP, "temperature", "be positive", temperature)
+    positive = 0 < temperature < math.inf
+    _checks.require(positive, _OP, "temperature", "be positive and finite", temperature)
+    for name, weight in (("alpha", alpha), ("ce_weight", ce_weight or 0.0)):
+        _checks.require(math.isfinite(weight), _OP, name, "be finite", weight)
     in_range = 0 <= label_smoothing <= 1
     _checks.require(in_range, _OP, "label_smoothing", "be from 0 to 1", label_smoothing)
     rule = f"be one of {', '.join(_REDUCTIONS)}"

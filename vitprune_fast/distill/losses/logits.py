@@ -5,6 +5,7 @@ Labels are numbers of classes, ``(B,)`` int64, or shares of classes, ``(B, C)``,
 
 from __future__ import annotations
 
+import math
 from typing import Literal, get_args
 
 import torch
@@ -163,8 +164,9 @@ def check_labels(op: str, logits_BC: Tensor, labels: Tensor) -> None:
 
 
 def check_softening(op: str, temperature: float, reduction: str) -> None:
-    """Raise unless the temperature is positive and the reduction has a name."""
-    require(temperature > 0, op, "temperature", "be positive", temperature)
+    """Raise unless the temperature is positive and finite and the reduction has a name."""
+    positive = 0 < temperature < math.inf
+    require(positive, op, "temperature", "be positive and finite", temperature)
     known = reduction in REDUCTIONS
     require(known, op, "reduction", f"be one of {', '.join(REDUCTIONS)}", repr(reduction))
 

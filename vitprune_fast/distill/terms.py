@@ -1,0 +1,295 @@
+"""The losses of a config as objects: what each reads inside the models, and what it makes of it.
+
+B images, C classes, N tokens, D width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from vitprune_fast.distill import losses
+from vitprune_fast.distill.config import DistillConfig
+from vitprune_fast.distill.features import block_names
+from vitprune_fast.errors import InvalidInput
+
+# the manifold loss compares so many of the first and of the last blocks, as published
+_MANIFOLD_ENDS = 4
+
+Pairs = list[tuple[int, int]]
+
+
+@dataclass(frozen=True)
+class Reads:
+    """What is read inside a model.
+
+    Attributes:
+        states: blocks whose states are read, ascending.
+        qkv: blocks whose queries, keys and values are read, ascending.
+        features: whether pooled features are.
+    """
+
+    states: tuple[int, ...] = ()
+    qkv: tuple[int, ...] = ()
+    features: bool = False
+
+    @classmethod
+    def all_of(cls, several: Sequence[Reads]) -> Reads:
+        """What any of them reads."""
+        return cls(
+            tuple(sorted({block for each in several for block in each.states})),
+            tuple(sorted({block for each in several for block in each.qkv})),
+            any(each.features for each in several),
+        )
+
+    def __bool__(self) -> bool:
+        return bool(self.states or self.qkv or self.features)
+
+
+class _Recorded(Protocol):
+    """``HiddenStates`` after a forward, or a ``TeacherOutput``: lists in the order of blocks."""
+
+    @property
+    def states(self) -> list[Tensor]: ...
+    @property
+    def prefix_tokens(self) -> list[int]: ...
+    @property
+    def qkv(self) -> list[Tensor]: ...
+    @property
+    def qkv_prefix_tokens(self) -> list[int]: ...
+    @property
+    def features(self) -> Tensor | None: ...
+
+
+@dataclass(frozen=True)
+class Insides:
+    """What one forward showed of a model.
+
+    Attributes:
+        states: block -> state ``(B, N, D)``.
+        qkv: block -> packed q, k, v.
+        prefix_tokens: block -> tokens before its patches.
+        features: pooled ``(B, D)``.
+    """
+
+    states: Mapping[int, Tensor] = field(default_factory=dict)
+    qkv: Mapping[int, Tensor] = field(default_factory=dict)
+    prefix_tokens: Mapping[int, int] = field(default_factory=dict)
+    features: Tensor | None = None
+
+    @classmethod
+    def of(cls, reads: Reads, recorded: _Recorded) -> Insides:
+        """Put the blocks' numbers beside what was recorded of them."""
+        return cls(
+            dict(zip(reads.states, recorded.states, strict=True)),
+            dict(zip(reads.qkv, recorded.qkv, strict=True)),
+            dict(zip(reads.states, recorded.prefix_tokens, strict=True))
+            | dict(zip(reads.qkv, recorded.qkv_prefix_tokens, strict=True)),
+            recorded.features,
+        )
+
+
+@dataclass(frozen=True)
+class Soft:
+    """``soft``, ``soft_deit`` and ``soft_sum``: the teacher's probabilities."""
+
+    reduction: Literal["batchmean", "numel", "sum"]
+    temperature: float
+
+    def __call__(self, student_BC: Tensor, teacher_BC: Tensor) -> Tensor:
+        return losses.soft_kd(student_BC, teacher_BC, self.temperature, reduction=self.reduction)
+
+
+@dataclass(frozen=True)
+class Hard:
+    """``hard``: the teacher's class."""
+
+    def __call__(self, student_BC: Tensor, teacher_BC: Tensor) -> Tensor:
+        return losses.hard_kd(student_BC, teacher_BC)
+
+
+class InsideLoss:
+    """A loss on what happens inside, which may need a map to the teacher's widths."""
+
+    def reads(self, side: int) -> Reads:
+        """What it reads of the student (0) or of the teacher (1)."""
+        raise NotImplementedError
+
+    def make_projector(self, student: Insides, teacher: Insides) -> nn.Module | None:
+        """A new map from the student's widths to the teacher's; None where none is needed."""
+        return None
+
+    def __call__(
+        self,
+        student: Insides,
+        teacher: Insides,
+        projector: Any,
+        generator: torch.Generator,
+    ) -> Tensor:
+        """The loss, a scalar; ``generator`` is of the CPU and draws what is looked at."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class Features(InsideLoss):
+    """``features``: pooled features."""
+
+    def reads(self, side: int) -> Reads:
+        return Reads(features=True)
+
+    def make_projector(self, student: Insides, teacher: Insides) -> nn.Module | None:
+        ours, theirs = self._pooled(student), self._pooled(teacher)
+        made = _projectors([ours], [theirs])
+        return None if made is None else made.maps[0]
+
+    def __call__(
+        self, student: Insides, teacher: Insides, projector: Any, generator: torch.Generator
+    ) -> Tensor:
+        return losses.feature_mse(self._pooled(student), self._pooled(teacher), projector)
+
+    @staticmethod
+    def _pooled(insides: Insides) -> Tensor:
+        assert insides.features is not None
+        return insides.features
+
+
+@dataclass(frozen=True)
+class _OfBlocks(InsideLoss):
+    """A loss on pairs of (student block, teacher block)."""
+
+    pairs: Pairs
+
+    def _blocks(self, side: int) -> tuple[int, ...]:
+        return tuple(pair[side] for pair in self.pairs)
+
+    def _prefixes(self, student: Insides, teacher: Insides) -> dict[str, int]:
+        first, other = self.pairs[0]
+        return {
+            "student_prefix": student.prefix_tokens[first],
+            "teacher_prefix": teacher.prefix_tokens[other],
+        }
+
+
+@dataclass(frozen=True)
+class _OfStates(_OfBlocks):
+    """A loss on what blocks return."""
+
+    def reads(self, side: int) -> Reads:
+        return Reads(states=self._blocks(side))
+
+    def _states(self, student: Insides, teacher: Insides) -> tuple[list[Tensor], list[Tensor]]:
+        return (
+            [student.states[block] for block in self._blocks(0)],
+            [teacher.states[block] for block in self._blocks(1)],
+        )
+
+
+@dataclass(frozen=True)
+class Hidden(_OfStates):
+    """``hidden``: states number by number."""
+
+    def make_projector(self, student: Insides, teacher: Insides) -> nn.Module | None:
+        prefixes: Any = self._prefixes(student, teacher)
+        pairs = zip(*self._states(student, teacher), strict=True)
+        aligned = [losses.align_tokens(ours, theirs, **prefixes) for ours, theirs in pairs]
+        return _projectors([ours for ours, _ in aligned], [theirs for _, theirs in aligned])
+
+    def __call__(
+        self, student: Insides, teacher: Insides, projector: Any, generator: torch.Generator
+    ) -> Tensor:
+        prefixes = self._prefixes(student, teacher)
+        return losses.hidden_mse(*self._states(student, teacher), projector, **prefixes)
+
+
+@dataclass(frozen=True)
+class Manifold(_OfStates):
+    """``manifold``: similarities of tokens, within images, across images and of drawn ones."""
+
+    num_rows: int
+
+    def __call__(
+        self, student: Insides, teacher: Insides, projector: Any, generator: torch.Generator
+    ) -> Tensor:
+        states, prefixes = self._states(student, teacher), self._prefixes(student, teacher)
+        return losses.manifold(*states, generator, num_rows=self.num_rows, **prefixes)
+
+
+@dataclass(frozen=True)
+class ManifoldFull(_OfStates):
+    """``manifold_full``: similarities of all tokens of the batch."""
+
+    def __call__(
+        self, student: Insides, teacher: Insides, projector: Any, generator: torch.Generator
+    ) -> Tensor:
+        prefixes: Any = self._prefixes(student, teacher)
+        pairs = zip(*self._states(student, teacher), strict=True)
+        values = [losses.manifold_full(ours, theirs, **prefixes) for ours, theirs in pairs]
+        return torch.stack(values).mean()
+
+
+@dataclass(frozen=True)
+class Relation(_OfBlocks):
+    """``relation``: how queries, keys and values lie to one another."""
+
+    def reads(self, side: int) -> Reads:
+        return Reads(qkv=self._blocks(side))
+
+    def __call__(
+        self, student: Insides, teacher: Insides, projector: Any, generator: torch.Generator
+    ) -> Tensor:
+        prefixes: Any = self._prefixes(student, teacher)
+        values = [
+            losses.qkv_relation(student.qkv[ours], teacher.qkv[theirs], **prefixes)
+            for ours, theirs in self.pairs
+        ]
+        return torch.stack(values).mean()
+
+
+LogitLoss = Soft | Hard
+Loss = LogitLoss | InsideLoss
+
+# by the name a config has for it: made for a config, a student and a teacher
+LOSSES: dict[str, Callable[[DistillConfig, nn.Module, nn.Module], Loss]] = {
+    "soft": lambda config, *_: Soft("batchmean", config.temperature),
+    "soft_deit": lambda config, *_: Soft("numel", config.temperature),
+    "soft_sum": lambda config, *_: Soft("sum", config.temperature),
+    "hard": lambda *_: Hard(),
+    "hidden": lambda *given: Hidden(_pairs(*given)),
+    "features": lambda *_: Features(),
+    "manifold": lambda config, *models: Manifold(
+        _pairs(config, *models, ends=_MANIFOLD_ENDS), config.manifold_rows
+    ),
+    "manifold_full": lambda *given: ManifoldFull(_pairs(*given)),
+    "relation": lambda *given: Relation(_pairs(*given)),
+}
+
+
+def _projectors(students: list[Tensor], teachers: list[Tensor]) -> losses.Projectors | None:
+    """Linear maps from the widths of some tensors to those of others, if any differ."""
+    ours, theirs = [x.shape[-1] for x in students], [x.shape[-1] for x in teachers]
+    return None if ours == theirs else losses.Projectors(ours, theirs)
+
+
+def _pairs(
+    config: DistillConfig, student: nn.Module, teacher: nn.Module, ends: int | None = None
+) -> Pairs:
+    """The pairs of a config; unset: so many at both ends, or every block of the student."""
+    depth, teacher_depth = len(block_names(student)), len(block_names(teacher))
+    for a, b in config.layers:
+        if not (-depth <= a < depth and -teacher_depth <= b < teacher_depth):
+            raise InvalidInput(
+                f"distill: layers must be blocks of the student ({depth}) and the teacher "
+                f"({teacher_depth}), got {a} {b}"
+            )
+    if config.layers:
+        return [(a % depth, b % teacher_depth) for a, b in config.layers]
+    if ends is None:
+        return losses.map_blocks(depth, teacher_depth)
+    ends = min(ends, max(depth // 2, 1), max(teacher_depth // 2, 1))
+    first = [(i, i) for i in range(ends)]
+    last = [(depth - i, teacher_depth - i) for i in range(ends, 0, -1)]
+    return list(dict.fromkeys((*first, *last)))
