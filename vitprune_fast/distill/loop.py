@@ -3,26 +3,24 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, field
-from itertools import islice
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
-from vitprune_fast.batches import unpack
 from vitprune_fast.distill import resume
 from vitprune_fast.distill.config import DistillConfig
 from vitprune_fast.distill.masks import MaskedStudent, MaskSchedule
-from vitprune_fast.distill.mixing import Mixing, erase
 from vitprune_fast.distill.objective import Objective, images_like
 from vitprune_fast.distill.optim import as_trained, learning_rate, make_optimizer
 from vitprune_fast.distill.pace import Pace
+from vitprune_fast.distill.progress import Event, Progress
+from vitprune_fast.distill.stream import MicroBatch, Stream
 from vitprune_fast.distill.task import DistillTask
 from vitprune_fast.distill.teachers import Teacher, TeacherSet
 from vitprune_fast.errors import DamagedFile, InvalidInput, StageFailed
@@ -34,7 +32,6 @@ from vitprune_fast.randomness import derive_seed, seeded
 from vitprune_fast.scoring.ranks import Ranks
 from vitprune_fast.surgery import prune
 
-Event = dict[str, Any]
 Batches = Iterable[Sequence[Any]]
 Teachers = nn.Module | Teacher | TeacherSet | Sequence[nn.Module]
 
@@ -64,22 +61,6 @@ class DistillResult:
     skipped_steps: int
     finished: bool = True
     plan: Plan | None = None
-
-
-@dataclass
-class Progress:
-    """The counters of a run; with weights and optimizer all that a checkpoint holds."""
-
-    step: int = 0
-    skipped: int = 0
-    skipped_in_a_row: int = 0
-    best_epoch: int | None = None
-    best_top1: float | None = None
-    history: list[Event] = field(default_factory=list)
-    # sums over this epoch's steps that were not skipped
-    epoch_sums: dict[str, float] = field(default_factory=dict)
-    epoch_steps: int = 0
-    epoch_skipped: int = 0
 
 
 def distill(
@@ -184,8 +165,7 @@ class _Run:
         self,
         student: nn.Module,
         teachers: TeacherSet | None,
-        # iterable; whether it has a length is asked here
-        train: Any,
+        train: Batches,
         val: Batches | None,
         config: DistillConfig,
         gates: Gates | None,
@@ -193,19 +173,10 @@ class _Run:
         masks: MaskSchedule | None,
     ) -> None:
         self.student, self.teachers = student, teachers
-        self.train, self.val, self.config = train, val, config
+        self.val, self.config = val, config
         self.gates = gates
         self.ranks = Ranks.current()
-        batches = len(train) if hasattr(train, "__len__") else 0
-        # micro-batches of this process in an epoch, and how they make steps
-        self.batches_per_epoch = batches // self.ranks.world
-        self.steps_per_epoch = math.ceil(self.batches_per_epoch / config.accumulate)
-        if self.steps_per_epoch == 0:
-            wanted = f"{self.ranks.world} batches" if self.ranks.world > 1 else "one batch"
-            raise InvalidInput(
-                f"distill: train must have a length of at least {wanted}, got {batches or 'none'}"
-            )
-        self.steps = self.steps_per_epoch * config.epochs
+        self.stream = Stream(train, student, config, self.ranks)
         self.named = {n: p for n, p in student.named_parameters() if p.requires_grad}
         _check_parameters(self.named, alone=gates is None)
         compares_insides = teachers is not None and config.looks_inside
@@ -216,7 +187,6 @@ class _Run:
         self.average = ModelEmaV3(student, config.ema, use_warmup=True) if config.ema else None
         scales = config.amp == "fp16"
         self.scaler = torch.amp.GradScaler(self.task.device.type, enabled=scales)
-        self.mixing = _mixing(student, config)
         half = torch.bfloat16 if config.amp == "bf16" else None
         self.masked = MaskedStudent(student, masks, half) if masks else None
         # teacher -> what tells its weights from others; only checkpoints need it
@@ -244,8 +214,8 @@ class _Run:
             self.teacher_weights = {t.name: t.fingerprint() for t in self.teachers or ()}
         self.progress = resume.read(self)
         self._run_on_what_is_live()
-        while self.progress.step < self.steps:
-            epoch, start = divmod(self.progress.step, self.steps_per_epoch)
+        while self.progress.step < self.stream.steps:
+            epoch, start = divmod(self.progress.step, self.stream.steps_per_epoch)
             if not self._epoch(epoch, start):
                 return self._result(finished=False)
         if self.config.keep == "best":
@@ -268,20 +238,17 @@ class _Run:
         progress, config = self.progress, self.config
         self.task.train()
         self.pace.restart()
-        first = taken = start * config.accumulate
-        batches = self._batches(epoch, first)
-        while batch := list(islice(batches, config.accumulate)):
-            taken += len(batch)
+        for batches in self.stream.epoch(epoch, start):
             self._change_masks(epoch)
-            lr = learning_rate(progress.step, self.steps_per_epoch, config)
+            lr = learning_rate(progress.step, self.stream.steps_per_epoch, config)
             for group in self.optimizer.param_groups:
                 group["lr"] = lr * group["lr_scale"]
-            parts = self._step(batch)
+            parts = self._step(batches)
             progress.step += 1
-            self.pace.add(batch, self.ranks.world)
+            self.pace.add(batches, self.ranks.world)
             if config.log_steps and progress.step % config.log_steps == 0:
                 self._tell_step(epoch, lr, parts)
-            done = taken == self.batches_per_epoch
+            done = progress.step % self.stream.steps_per_epoch == 0
             if done:
                 self._end_epoch(epoch, lr)
             stopping = self.task.average_values([float(self.stop())])[0] > 0
@@ -290,58 +257,33 @@ class _Run:
                 resume.write(self, epoch)
             if stopping:
                 return False
-        if taken != self.batches_per_epoch:
-            raise InvalidInput(
-                f"distill: train must give {self.batches_per_epoch} batches as its length says, "
-                f"got {taken}"
-            )
         return True
-
-    def _batches(self, epoch: int, first: int) -> Iterator[tuple[int, Tensor, Tensor]]:
-        """This process' micro-batches of an epoch: (number in the run of all, images, labels)."""
-        world, count = self.ranks.world, self.batches_per_epoch
-        stream = numbered(self.train, self.config.seed, epoch, first * world)
-        for number, batch in stream:
-            if number >= count * world:
-                return
-            if self.ranks.owns(number):
-                images, labels = unpack("distill", batch, self.student)
-                yield epoch * count * world + number, images, labels
 
     def _change_masks(self, epoch: int) -> None:
         masked = self.masked
         if masked is None:
             return
-        step = self.progress.step
 
         def seen() -> list[Any]:
-            stream = numbered(self.train, self.config.seed, epoch, 0)
-            batches, left = [], masked.schedule.samples
-            for _, batch in stream:
-                images, labels = unpack("distill", batch, self.student)
-                batches.append((images[:left], labels[:left]))
-                left -= len(images)
-                if left <= 0:
-                    break
-            return batches
+            return self.stream.samples(epoch, masked.schedule.samples)
 
-        if masked.update(step, self.steps, seen):
+        if masked.update(self.progress.step, self.stream.steps, seen):
             # weights that were measured with other units live are not those of this plan
-            self.progress.best_epoch = self.progress.best_top1 = None
+            self.progress.forget_best()
             self.best = {}
             self._run_on_what_is_live()
             self._tell("masks", epoch, share=masked.share, alive=masked.alive())
 
-    def _step(self, batches: Sequence[tuple[int, Tensor, Tensor]]) -> dict[str, float | None]:
+    def _step(self, batches: Sequence[MicroBatch]) -> dict[str, float | None]:
         """Take one optimizer step, or skip it; return the parts of the loss."""
         progress, config, task = self.progress, self.config, self.task
         self.optimizer.zero_grad(set_to_none=True)
         if self.masked is not None:
             self.masked.soft.refresh()
-        task.done = progress.step / max(self.steps - 1, 1)
+        task.done = progress.step / max(self.stream.steps - 1, 1)
         sums: dict[str, Tensor] = {}
-        for last, (number, images, labels) in _marked(batches):
-            parts = self._micro_step(number, images, labels, len(batches), last)
+        for batch in batches:
+            parts = self._micro_step(batch, len(batches), last=batch is batches[-1])
             for name, value in parts.items():
                 sums[name] = sums[name] + value if name in sums else value
         if self.ranks.world > 1:
@@ -373,36 +315,20 @@ class _Run:
             return dict.fromkeys(values)
         if self.average is not None:
             self.average.update(self.student, step=progress.step)
-        progress.skipped_in_a_row = 0
-        progress.epoch_steps += 1
-        for name, value in values.items():
-            progress.epoch_sums[name] = progress.epoch_sums.get(name, 0.0) + value
+        progress.add(values)
         return {**values, "grad_norm": norm}
 
-    def _micro_step(
-        self, number: int, images: Tensor, labels: Tensor, count: int, last: bool
-    ) -> dict[str, Tensor]:
+    def _micro_step(self, batch: MicroBatch, count: int, *, last: bool) -> dict[str, Tensor]:
         """Add one micro-batch's share to the gradients; return the parts of its loss."""
-        seed, task = self.config.seed, self.task
+        number, seed, task = batch[0], self.config.seed, self.task
         task.generator.manual_seed(derive_seed(seed, "loss", number))
         if self.gates is not None:
             self.gates.set_step(number)
-        images, target = self._varied(images, labels, number)
+        images, target = self.stream.varied(batch, task.device)
         with seeded(seed, "step", number), nullcontext() if last else task.no_sync():
             result = task(images, target)
             self.scaler.scale(result["loss"] / count).backward()
         return {n: v.detach() for n, v in result.items() if n != "output"}
-
-    def _varied(self, images: Tensor, labels: Tensor, number: int) -> tuple[Tensor, Tensor]:
-        """Images mixed and erased, and labels as they then are."""
-        seed, share = self.config.seed, self.config.erase
-        images = images.to(self.task.device, non_blocking=True)
-        if self.mixing is not None:
-            draw = np.random.default_rng(derive_seed(seed, "mix", number))
-            images, labels = self.mixing(images, labels, draw)
-        if share:
-            images = erase(images, share, np.random.default_rng(derive_seed(seed, "erase", number)))
-        return images, labels
 
     def _unsummed(self) -> dict[str, Tensor]:
         """The tensors whose gradients are not averaged over processes yet."""
@@ -414,10 +340,8 @@ class _Run:
     def _skip(self, loss: float, norm: float) -> None:
         """Count a step that is not finite; weights and optimizer stay as they were."""
         progress, config = self.progress, self.config
-        progress.skipped += 1
-        progress.epoch_skipped += 1
-        progress.skipped_in_a_row += 1
-        epoch = progress.step // self.steps_per_epoch
+        progress.skip()
+        epoch = progress.step // self.stream.steps_per_epoch
         self._tell("skipped_step", epoch, loss_text=str(loss), grad_norm_text=str(norm))
         if progress.skipped_in_a_row > config.max_bad_steps:
             raise StageFailed(
@@ -429,26 +353,14 @@ class _Run:
     def _end_epoch(self, epoch: int, lr: float) -> None:
         """Average the epoch, look at the validation images, remember the best."""
         progress = self.progress
-        steps = progress.epoch_steps
-        named = dict.fromkeys(("loss", "ce", "kd", *progress.epoch_sums))
-        means = {
-            name: progress.epoch_sums[name] / steps
-            if steps and name in progress.epoch_sums
-            else None
-            for name in named
-        }
-        entry: Event = {"epoch": epoch, "step": progress.step, "lr": lr, **means}
-        entry["skipped"] = progress.epoch_skipped
-        progress.epoch_sums, progress.epoch_steps, progress.epoch_skipped = {}, 0, 0
+        entry = progress.end_epoch(epoch, lr)
         if self.val is not None:
             seen = evaluate(self._evaluated(), self.val, self._agrees_with())
             entry |= {"val_top1": seen.top1, "val_loss": seen.loss}
             entry["val_agreement"] = seen.agreement
-            if progress.best_top1 is None or seen.top1 > progress.best_top1:
-                progress.best_epoch, progress.best_top1 = epoch, seen.top1
-                if self.config.keep == "best":
-                    kept = self.student if self.average is None else self.average.module
-                    self.best = {n: t.clone() for n, t in kept.state_dict().items()}
+            if progress.is_best(epoch, seen.top1) and self.config.keep == "best":
+                kept = self.student if self.average is None else self.average.module
+                self.best = {n: t.clone() for n, t in kept.state_dict().items()}
         progress.history.append(entry)
         self._tell("epoch", **entry)
 
@@ -472,7 +384,7 @@ class _Run:
             self.on_event({"stage": "distill", "event": event, **place, **values})
 
     def _tell_step(self, epoch: int, lr: float, parts: dict[str, float | None]) -> None:
-        values: Event = {"steps": self.steps, "lr": lr, **self.pace.rates(), **parts}
+        values: Event = {"steps": self.stream.steps, "lr": lr, **self.pace.rates(), **parts}
         counted = self.masked or self.gates
         if counted is not None:
             values["alive"] = counted.alive()
@@ -499,25 +411,6 @@ class _Run:
         self._tell(event, epoch)
 
 
-def _mixing(student: nn.Module, config: DistillConfig) -> Mixing | None:
-    if not config.mixup and not config.cutmix:
-        return None
-    classes = getattr(student, "num_classes", None)
-    if classes is None:
-        raise InvalidInput(
-            "distill: mixup and cutmix must be 0 for a student without num_classes, got "
-            f"{config.mixup} and {config.cutmix}"
-        )
-    return Mixing(
-        classes,
-        mixup=config.mixup,
-        cutmix=config.cutmix,
-        prob=config.mix_prob,
-        # the loss smooths
-        label_smoothing=0.0,
-    )
-
-
 def _check_parameters(named: dict[str, nn.Parameter], *, alone: bool) -> None:
     """Refuse a student that cannot learn; with gates beside it all of it may be frozen."""
     if not named and alone:
@@ -531,33 +424,3 @@ def _check_parameters(named: dict[str, nn.Parameter], *, alone: bool) -> None:
             "float16, in which AdamW divides by squared gradients that have become 0; "
             "train student.float() with amp='fp16', or call .half() afterwards"
         )
-
-
-def _marked(batches: Sequence[Any]) -> Iterator[tuple[bool, Any]]:
-    """(whether it is the last one, batch)."""
-    for index, batch in enumerate(batches):
-        yield index + 1 == len(batches), batch
-
-
-def numbered(train: Any, seed: int, epoch: int, start: int) -> Iterator[tuple[int, Any]]:
-    """Yield (number, batch) of an epoch from batch ``start`` on.
-
-    Args:
-        train: has ``epoch(number, first_batch)``, or is an iterable with a length.
-        seed: of the order and samples of a plain iterable.
-        epoch: number of the epoch.
-        start: first batch.
-    """
-    if hasattr(train, "epoch"):
-        yield from enumerate(train.epoch(epoch, start), start)
-        return
-    # a plain loader draws its order and its samples' augmentation from the global generators
-    with seeded(seed, "order", epoch):
-        iterator = iter(train)
-    for index in range(len(train)):
-        with seeded(seed, "batch", epoch * len(train) + index):
-            batch = next(iterator, None)
-        if batch is None:
-            return
-        if index >= start:
-            yield index, batch

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from vitprune_fast.distill.stream import MicroBatch
 from vitprune_fast.distill.task import DistillTask
 
 # dense tensor-core FLOP/s in 16 bits, as their makers state them, by a part of the device's name
@@ -41,7 +42,7 @@ class Pace:
         """Start the clock."""
         self._clock, self._images = time.perf_counter(), 0
 
-    def add(self, batches: Sequence[tuple[int, Tensor, Tensor]], world: int) -> None:
+    def add(self, batches: Sequence[MicroBatch], world: int) -> None:
         """Take in the micro-batches of a step of this process, of ``world`` processes."""
         self._images += world * sum(len(images) for _, images, _ in batches)
         self._one = batches[0][1][:1]

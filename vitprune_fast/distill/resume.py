@@ -8,11 +8,12 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, nn
 
 from vitprune_fast.distill.checkpoints import Checkpoint, read_newest, tidy, write_checkpoint
+from vitprune_fast.distill.progress import Progress
 from vitprune_fast.errors import RunFolderError
 from vitprune_fast.planning import Plan
 
 if TYPE_CHECKING:
-    from vitprune_fast.distill.loop import Progress, _Run
+    from vitprune_fast.distill.loop import _Run
 
 
 def write(run: _Run, epoch: int) -> None:
@@ -30,7 +31,7 @@ def write(run: _Run, epoch: int) -> None:
                 tensors[f"optimizer.{key}.{name}"] = value
     state: dict[str, Any] = {
         "config": asdict(run.config),
-        "steps_per_epoch": run.steps_per_epoch,
+        "steps_per_epoch": run.stream.steps_per_epoch,
         "world": run.ranks.world,
         "progress": asdict(run.progress),
         "told": _told(run),
@@ -79,12 +80,12 @@ def read(run: _Run) -> Progress:
     if run.masked is not None:
         masks = stored.state["masks"]
         run.masked.set(Plan.from_json(masks["plan"]), masks["share"])
-    progress = type(run.progress)(**stored.state["progress"])
+    progress = Progress(**stored.state["progress"])
     # a kill may have come between the newest checkpoint and the end of the oldest
     if run.ranks.is_first:
         tidy(run.folder, progress.step)
     run.progress = progress
-    run.tell_place("resume", progress.step // run.steps_per_epoch)
+    run.tell_place("resume", progress.step // run.stream.steps_per_epoch)
     return progress
 
 
@@ -93,8 +94,8 @@ def _check_same(run: _Run, state: dict[str, Any]) -> None:
     steps = state["steps_per_epoch"]
     if state.get("world", 1) != run.ranks.world:
         changed = f"processes: {state.get('world', 1)} -> {run.ranks.world}"
-    elif steps != run.steps_per_epoch:
-        changed = f"steps per epoch: {steps} -> {run.steps_per_epoch}"
+    elif steps != run.stream.steps_per_epoch:
+        changed = f"steps per epoch: {steps} -> {run.stream.steps_per_epoch}"
     told, stored = _told(run), state.get("told", {})
     for name in told:
         if not changed and told[name] != stored.get(name):
@@ -112,8 +113,8 @@ def _told(run: _Run) -> dict[str, Any]:
     told |= {f"teacher {name}": weights for name, weights in run.teacher_weights.items()}
     told["teachers"] = list(run.teacher_weights)
     for name in ("batch_size", "seed", "shuffle", "repeats", "augment"):
-        if hasattr(run.train, name):
-            told[f"train.{name}"] = repr(getattr(run.train, name))
+        if hasattr(run.stream.train, name):
+            told[f"train.{name}"] = repr(getattr(run.stream.train, name))
     if run.masked is not None:
         schedule = vars(run.masked.schedule)
         told |= {f"masks.{name}": schedule[name] for name in schedule if name != "planner"}

@@ -1,0 +1,70 @@
+"""Where a training is: its counters, which with weights and optimizer make a checkpoint."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+Event = dict[str, Any]
+
+
+@dataclass
+class Progress:
+    """The counters of a run.
+
+    Attributes:
+        step: steps done, skipped ones included.
+        skipped: steps left out.
+        skipped_in_a_row: of these, the ones since a step that was not.
+        best_epoch: the earliest epoch of the best validation top-1.
+        best_top1: that top-1.
+        history: an entry per epoch.
+        epoch_sums: of the parts of the loss over this epoch's steps that were not skipped.
+        epoch_steps: how many these are.
+        epoch_skipped: the others of this epoch.
+    """
+
+    step: int = 0
+    skipped: int = 0
+    skipped_in_a_row: int = 0
+    best_epoch: int | None = None
+    best_top1: float | None = None
+    history: list[Event] = field(default_factory=list)
+    epoch_sums: dict[str, float] = field(default_factory=dict)
+    epoch_steps: int = 0
+    epoch_skipped: int = 0
+
+    def add(self, parts: Mapping[str, float]) -> None:
+        """Count a step that was taken, with the parts of its loss."""
+        self.skipped_in_a_row = 0
+        self.epoch_steps += 1
+        for name, value in parts.items():
+            self.epoch_sums[name] = self.epoch_sums.get(name, 0.0) + value
+
+    def skip(self) -> None:
+        """Count a step that was left out."""
+        self.skipped += 1
+        self.epoch_skipped += 1
+        self.skipped_in_a_row += 1
+
+    def end_epoch(self, epoch: int, lr: float) -> Event:
+        """What the history says of an epoch, and a new epoch's sums."""
+        sums, steps = self.epoch_sums, self.epoch_steps
+        names = dict.fromkeys(("loss", "ce", "kd", *sums))
+        means = {name: sums[name] / steps if steps and name in sums else None for name in names}
+        entry = {"epoch": epoch, "step": self.step, "lr": lr, **means}
+        entry["skipped"] = self.epoch_skipped
+        self.epoch_sums, self.epoch_steps, self.epoch_skipped = {}, 0, 0
+        return entry
+
+    def is_best(self, epoch: int, top1: float) -> bool:
+        """Whether no epoch before was as good; then it is remembered."""
+        if self.best_top1 is not None and top1 <= self.best_top1:
+            return False
+        self.best_epoch, self.best_top1 = epoch, top1
+        return True
+
+    def forget_best(self) -> None:
+        """Let any epoch be the best of those to come."""
+        self.best_epoch = self.best_top1 = None

@@ -1,0 +1,154 @@
+"""The micro-batches of a training: which come in which step, and how they are varied."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from itertools import islice
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from vitprune_fast.batches import unpack
+from vitprune_fast.distill.config import DistillConfig
+from vitprune_fast.distill.mixing import Mixing, erase
+from vitprune_fast.errors import InvalidInput
+from vitprune_fast.randomness import derive_seed, seeded
+from vitprune_fast.scoring.ranks import Ranks
+
+# number in the run of all processes, images, labels
+MicroBatch = tuple[int, Tensor, Tensor]
+
+
+class Stream:
+    """This process' micro-batches, each at a place that depends on the seed and its number alone.
+
+    Args:
+        train: has a length and ``epoch(number, first_batch)``, or is an iterable with a length.
+        student: takes the images.
+        config: how many micro-batches make a step, and what is mixed and erased.
+        ranks: the processes that share them.
+
+    Attributes:
+        steps_per_epoch: steps in an epoch; the last one may have fewer micro-batches.
+        steps: of the whole run.
+
+    Raises:
+        InvalidInput: ``train`` is too short, or its labels cannot be mixed.
+    """
+
+    def __init__(
+        self,
+        # iterable; whether it has a length is asked here
+        train: Any,
+        student: nn.Module,
+        config: DistillConfig,
+        ranks: Ranks,
+    ) -> None:
+        self.train, self._student, self._config, self._ranks = train, student, config, ranks
+        batches = len(train) if hasattr(train, "__len__") else 0
+        self._per_epoch = batches // ranks.world
+        self.steps_per_epoch = math.ceil(self._per_epoch / config.accumulate)
+        if self.steps_per_epoch == 0:
+            wanted = f"{ranks.world} batches" if ranks.world > 1 else "one batch"
+            raise InvalidInput(
+                f"distill: train must have a length of at least {wanted}, got {batches or 'none'}"
+            )
+        self.steps = self.steps_per_epoch * config.epochs
+        self._mixing = _mixing(student, config)
+
+    def epoch(self, epoch: int, first_step: int) -> Iterator[list[MicroBatch]]:
+        """The micro-batches of each step of an epoch, from a step on.
+
+        Raises:
+            InvalidInput: ``train`` gives fewer batches than its length says.
+        """
+        first = first_step * self._config.accumulate
+        batches = self._own(epoch, first)
+        for start in range(first, self._per_epoch, self._config.accumulate):
+            wanted = min(self._config.accumulate, self._per_epoch - start)
+            step = list(islice(batches, wanted))
+            if len(step) < wanted:
+                raise InvalidInput(
+                    f"distill: train must give {self._per_epoch} batches as its length says, "
+                    f"got {start + len(step)}"
+                )
+            yield step
+
+    def samples(self, epoch: int, count: int) -> list[tuple[Tensor, Tensor]]:
+        """The first samples of an epoch, in batches, as all processes see them."""
+        batches: list[tuple[Tensor, Tensor]] = []
+        for _, batch in numbered(self.train, self._config.seed, epoch, 0):
+            images, labels = unpack("distill", batch, self._student)
+            batches.append((images[:count], labels[:count]))
+            count -= len(images)
+            if count <= 0:
+                break
+        return batches
+
+    def varied(self, batch: MicroBatch, device: torch.device) -> tuple[Tensor, Tensor]:
+        """Images mixed and erased on a device, and labels as they then are."""
+        number, images, labels = batch
+        seed, share = self._config.seed, self._config.erase
+        images = images.to(device, non_blocking=True)
+        if self._mixing is not None:
+            draw = np.random.default_rng(derive_seed(seed, "mix", number))
+            images, labels = self._mixing(images, labels, draw)
+        if share:
+            images = erase(images, share, np.random.default_rng(derive_seed(seed, "erase", number)))
+        return images, labels
+
+    def _own(self, epoch: int, first: int) -> Iterator[MicroBatch]:
+        """This process' micro-batches of an epoch, from its own number ``first`` on."""
+        world, count = self._ranks.world, self._per_epoch * self._ranks.world
+        for number, batch in numbered(self.train, self._config.seed, epoch, first * world):
+            if number >= count:
+                return
+            if self._ranks.owns(number):
+                images, labels = unpack("distill", batch, self._student)
+                yield epoch * count + number, images, labels
+
+
+def numbered(train: Any, seed: int, epoch: int, start: int) -> Iterator[tuple[int, Any]]:
+    """Yield (number, batch) of an epoch from batch ``start`` on.
+
+    Args:
+        train: has ``epoch(number, first_batch)``, or is an iterable with a length.
+        seed: of the order and samples of a plain iterable.
+        epoch: number of the epoch.
+        start: first batch.
+    """
+    if hasattr(train, "epoch"):
+        yield from enumerate(train.epoch(epoch, start), start)
+        return
+    # a plain loader draws its order and its samples' augmentation from the global generators
+    with seeded(seed, "order", epoch):
+        iterator = iter(train)
+    for index in range(len(train)):
+        with seeded(seed, "batch", epoch * len(train) + index):
+            batch = next(iterator, None)
+        if batch is None:
+            return
+        if index >= start:
+            yield index, batch
+
+
+def _mixing(student: nn.Module, config: DistillConfig) -> Mixing | None:
+    if not config.mixup and not config.cutmix:
+        return None
+    classes = getattr(student, "num_classes", None)
+    if classes is None:
+        raise InvalidInput(
+            "distill: mixup and cutmix must be 0 for a student without num_classes, got "
+            f"{config.mixup} and {config.cutmix}"
+        )
+    return Mixing(
+        classes,
+        mixup=config.mixup,
+        cutmix=config.cutmix,
+        prob=config.mix_prob,
+        # the loss smooths
+        label_smoothing=0.0,
+    )
