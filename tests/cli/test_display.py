@@ -100,6 +100,21 @@ def test_a_training_after_another_counts_anew() -> None:
     assert pace.text() == "epoch 1  step 1/20  loss 3.0000"
 
 
+def test_a_line_after_a_change_of_masks_says_what_is_live_now(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(display, "time", Clock())
+    stream = io.StringIO()
+    shows = Display(console=Console(file=stream, width=100))
+    event = {"stage": "distill", "epoch": 0, "step": 1}
+    shows({**event, "event": "step", "steps": 2, "loss": 1.0, "alive": {"head": (6, 6)}})
+    shows({**event, "event": "masks", "share": 0.5, "alive": {"head": (3, 6)}})
+    shows({**event, "event": "epoch", "step": 2, "loss": 0.5})
+    _, change, last = stream.getvalue().splitlines()
+    assert change == "distill   step 1: 50% of the MACs left, heads 3/6"
+    assert "step 2/2  loss 0.5000  heads 3/6" in last
+
+
 def test_time_left_is_of_the_training_that_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(display, "time", Clock())
     stream = io.StringIO()

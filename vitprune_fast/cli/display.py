@@ -99,6 +99,7 @@ class Display:
             self._say(f"{event.get('stage', ''):<9} {self._pace.text()}")
 
     def _on_masks(self, event: dict[str, Any]) -> None:
+        self._pace.update(event, time.monotonic())
         self._say(
             f"{event['stage']:<9} step {event['step']:,}: {event['share']:.0%} of the MACs left, "
             f"{alive_text(event['alive'])}"
@@ -142,7 +143,7 @@ class Pace:
         self._left_s: float | None = None
 
     def update(self, event: dict[str, Any], now: float) -> None:
-        """Takes in a `step` or `epoch` event; what it does not say stays as it was.
+        """Takes in a `step`, `epoch` or `masks` event; what it does not say stays as it was.
 
         Another stage starts anew.
         """
