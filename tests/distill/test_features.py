@@ -125,6 +125,16 @@ def test_grid_of_a_picture_that_is_not_square() -> None:
     assert hidden.grids == [(2, 4)] and hidden.prefix_tokens == [1]
 
 
+@pytest.mark.parametrize("size", [(48, 48), (64, 96)])
+def test_a_trunk_without_the_prefix_tokens_that_the_model_states(size: tuple[int, int]) -> None:
+    model = timm.create_model("xcit_nano_12_p16_224", img_size=size, num_classes=3).eval()
+    with HiddenStates(model, (0,), qkv=(1,)) as hidden:
+        model(torch.randn(2, 3, *size))
+    assert model.num_prefix_tokens == 1
+    assert hidden.grids == [(size[0] // 16, size[1] // 16)]
+    assert hidden.prefix_tokens == [0] and hidden.qkv_prefix_tokens == [0]
+
+
 def test_dropped_patches_form_no_grid() -> None:
     model = _model("vit_tiny_patch16_224", img_size=64, patch_drop_rate=0.25).train()
     with HiddenStates(model, (0,)) as hidden:

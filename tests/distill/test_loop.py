@@ -18,7 +18,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from vitprune_fast.data import ImageData, Loader, open_data
-from vitprune_fast.distill import DistillConfig, DistillResult, distill
+from vitprune_fast.distill import DistillConfig, DistillResult, MaskSchedule, distill
 from vitprune_fast.distill.checkpoints import read_newest
 from vitprune_fast.distill.loop import learning_rate
 from vitprune_fast.errors import InvalidInput, RunFolderError, StageFailed
@@ -226,6 +226,21 @@ def test_result_does_not_depend_on_global_generators(data: ImageData) -> None:
         distill(student, None, _train(data), None, DistillConfig(epochs=1))
         results.append(_weights(student))
     assert _same(*results)
+
+
+@pytest.mark.parametrize("masks", [None, MaskSchedule(macs=0.7, every=2)])
+def test_whoever_looks_at_the_student_leaves_it_training(
+    data: ImageData, masks: MaskSchedule | None
+) -> None:
+    plain, looked_at = _vit(), _vit()
+    config = DistillConfig(epochs=1, lr=1e-2, alpha=0.0, log_steps=1)
+
+    def looks(_: Any) -> None:
+        looked_at.eval()
+
+    for model, listener in ((plain, None), (looked_at, looks)):
+        distill(model, None, _train(data), None, config, masks=masks, on_event=listener)
+    assert _same(_weights(plain), _weights(looked_at))
 
 
 def test_another_seed_draws_other_dropout(data: ImageData) -> None:

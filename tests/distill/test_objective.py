@@ -84,7 +84,8 @@ def test_one_launch_gives_the_same_loss_and_gradient(
     config = DistillConfig(loss=(loss, "hidden"), alpha=0.3, temperature=3.0, label_smoothing=0.1)
     found = []
     for fuses in (False, True):
-        monkeypatch.setattr(Objective, "_fuses", staticmethod(lambda _, fuses=fuses: fuses))
+        one = (lambda self, _: self.logit_terms[0]) if fuses else lambda *_: None
+        monkeypatch.setattr(Objective, "_one_soft", one)
         student = random_vit()
         value, parts, _ = evaluated(config, student, teacher)
         value.backward()
@@ -129,7 +130,9 @@ def test_a_trunk_without_class_token_and_a_cnn_teach_the_manifold() -> None:
         "cait_xxs24_224", img_size=32, patch_size=8, num_classes=5, depth=6, pretrained=False
     )
     _, parts, objective = evaluated(DistillConfig(loss=("manifold",)), student, Teacher(cait))
-    assert objective.terms[0].loss == Manifold([(0, 0), (1, 1), (2, 4), (3, 5)], num_rows=192)
+    assert objective.inside_terms[0].loss == Manifold(
+        [(0, 0), (1, 1), (2, 4), (3, 5)], num_rows=192
+    )
     parts["manifold"].backward()
     assert float(student.blocks[0].mlp.fc1.weight.grad.abs().max()) > 0
     # 4 x 4 patches and a feature map of 4 x 4

@@ -30,7 +30,7 @@ def test_an_epoch_is_the_mean_of_the_steps_that_were_taken() -> None:
 
 def test_the_best_epoch_is_the_earliest_of_equals() -> None:
     progress = Progress()
-    assert [progress.is_best(e, v) for e, v in enumerate((0.5, 0.5, 0.7, 0.6))] == [
+    assert [progress.note_best(e, v) for e, v in enumerate((0.5, 0.5, 0.7, 0.6))] == [
         True,
         False,
         True,
@@ -38,4 +38,4 @@ def test_the_best_epoch_is_the_earliest_of_equals() -> None:
     ]
     assert (progress.best_epoch, progress.best_top1) == (2, 0.7)
     progress.forget_best()
-    assert progress.is_best(4, 0.1) and progress.best_epoch == 4
+    assert progress.note_best(4, 0.1) and progress.best_epoch == 4

@@ -271,13 +271,18 @@ def test_a_sharded_teacher_passes_through() -> None:
         model = _vit().eval()
         images = torch.randn(2, 3, 16, 16)
         wanted = Teacher(copy.deepcopy(model), blocks=(0, 1), features=True)(images)
+        assert Teacher(copy.deepcopy(model), name="whole").fingerprint() != "whole"
         mesh = init_device_mesh("cpu", (1,))
         for block in model.blocks:
             fully_shard(block, mesh=mesh)
         fully_shard(model, mesh=mesh)
-        got = Teacher(model, blocks=(0, 1), features=True)(images)
+        teacher = Teacher(model, blocks=(0, 1), features=True, name="shards")
+        assert teacher.fingerprint() == "shards"
+        got = teacher(images)
         assert torch.equal(got.logits_BC, wanted.logits_BC)
         assert all(map(torch.equal, got.states, wanted.states))
+        # its parameters are whole ones after a forward
+        assert teacher.fingerprint() == "shards"
         with pytest.raises(InvalidInput, match="left alone for a sharded model"):
             Teacher(model, dtype=torch.bfloat16)
     finally:

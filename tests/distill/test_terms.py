@@ -6,7 +6,7 @@ import pytest
 
 from vitprune_fast.distill import DistillConfig
 from vitprune_fast.distill.config import FEATURE_LOSSES, LOGIT_LOSSES
-from vitprune_fast.distill.terms import LOSSES, InsideLoss, Reads
+from vitprune_fast.distill.terms import LOSSES, Hidden, InsideLoss, Reads
 from vitprune_fast.errors import InvalidInput
 from vitprune_fast.testing import random_vit
 
@@ -40,12 +40,13 @@ def test_every_loss_of_the_config_is_there() -> None:
 )
 def test_a_loss_says_what_it_reads(name: str, student: Reads, teacher: Reads) -> None:
     loss = made(name)
-    assert (loss.reads(0), loss.reads(1)) == (student, teacher)
+    assert loss.reads() == (student, teacher)
 
 
 def test_blocks_may_be_counted_from_the_end() -> None:
     loss = made("hidden", layers=((-1, -1), (0, 2)))
-    assert (loss.reads(0).states, loss.reads(1).states) == ((2, 0), (5, 2))
+    assert isinstance(loss, Hidden) and loss.pairs == [(2, 5), (0, 2)]
+    assert loss.reads() == (Reads(states=(0, 2)), Reads(states=(2, 5)))
     for layers in (((3, 0),), ((0, 6),), ((-4, 0),)):
         with pytest.raises(
             InvalidInput, match=r"blocks of the student \(3\) and the teacher \(6\)"
@@ -55,5 +56,5 @@ def test_blocks_may_be_counted_from_the_end() -> None:
 
 def test_what_several_read_is_read_once() -> None:
     several = [made("hidden"), made("manifold"), made("relation", layers=((1, 4),))]
-    assert Reads.all_of([loss.reads(1) for loss in several]) == Reads((0, 1, 3, 5), (4,))
+    assert Reads.all_of([loss.reads()[1] for loss in several]) == Reads((0, 1, 3, 5), (4,))
     assert not Reads.all_of([])

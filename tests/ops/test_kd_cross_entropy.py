@@ -210,6 +210,15 @@ def test_kd_cross_entropy_compiles_fullgraph(backend):
     assert all(torch.equal(one, other) for one, other in zip(got, wanted, strict=True))
 
 
+def test_kd_cross_entropy_compiles_with_weights_that_change():
+    # from the second value on they are symbols of the compiler
+    tensors = inputs((3, 13), FP32, False, "eager")
+    compiled = torch.compile(kd_cross_entropy, fullgraph=True, backend="aot_eager")
+    for alpha, temperature in ((0.3, 2.0), (0.4, 2.0), (0.5, 3.0), (0.6, 4.0)):
+        got, wanted = (f(*tensors, alpha, temperature).loss for f in (compiled, kd_cross_entropy))
+        torch.testing.assert_close(got, wanted)
+
+
 def test_kd_cross_entropy_rejects_wrong_arguments():
     x, labels = torch.ones(2, 3), torch.zeros(2).long()
     with pytest.raises(TypeError, match="labels must be a tensor, got list"):

@@ -246,9 +246,13 @@ class HiddenStates:
             # the trunk of a CaiT has none of the prefix tokens that the model states
             return (height, width) if tokens - height * width in (0, prefix) else None
         rows, columns = self._image_size
-        height = round(((tokens - prefix) * rows / columns) ** 0.5)
-        width = (tokens - prefix) // max(height, 1)
-        return (height, width) if height * width == tokens - prefix else None
+        for patches in (tokens - prefix, tokens):
+            height = round((patches * rows / columns) ** 0.5)
+            width = round((patches * columns / rows) ** 0.5)
+            # the trunk of an XCiT has none of the prefix tokens either
+            if height * width == patches:
+                return height, width
+        return None
 
 
 def block_names(model: nn.Module) -> list[str]:

@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -100,7 +101,8 @@ def distill(
             evaluated without gradients and left as it was. A plain module sees the images as the
             student does. None trains on labels alone.
         train: (images ``(B, C, H, W)`` floating, labels: B integers, ...) with a length, read once
-            per epoch; images go to the device and dtype of each model.
+            per epoch, and no further than its length; images go to the device and dtype of each
+            model.
         val: likewise, read again after every epoch; it decides only with ``keep="best"``.
         config: the settings.
         gates: attached to the student by ``gates.attach``; they learn too, with their penalty.
@@ -189,10 +191,13 @@ class _Run:
         self.scaler = torch.amp.GradScaler(self.task.device.type, enabled=scales)
         half = torch.bfloat16 if config.amp == "bf16" else None
         self.masked = MaskedStudent(student, masks, half) if masks else None
-        # teacher -> what tells its weights from others; only checkpoints need it
-        self.teacher_weights: dict[str, str] = {}
         self.progress = Progress()
         self.best: dict[str, Tensor] = {}
+
+    @cached_property
+    def teacher_weights(self) -> dict[str, str]:
+        """Teacher -> what tells its weights from others."""
+        return {teacher.name: teacher.fingerprint() for teacher in self.teachers or ()}
 
     def _other_groups(self) -> list[dict[str, Any]]:
         """What learns beside the student, with its own learning rate."""
@@ -210,8 +215,6 @@ class _Run:
         return [*groups, matrices]
 
     def go(self) -> DistillResult:
-        if self.folder is not None:
-            self.teacher_weights = {t.name: t.fingerprint() for t in self.teachers or ()}
         self.progress = resume.read(self)
         self._run_on_what_is_live()
         while self.progress.step < self.stream.steps:
@@ -236,7 +239,6 @@ class _Run:
     def _epoch(self, epoch: int, start: int) -> bool:
         """Run the rest of an epoch; False when asked to stop in it."""
         progress, config = self.progress, self.config
-        self.task.train()
         self.pace.restart()
         for batches in self.stream.epoch(epoch, start):
             self._change_masks(epoch)
@@ -277,6 +279,7 @@ class _Run:
     def _step(self, batches: Sequence[MicroBatch]) -> dict[str, float | None]:
         """Take one optimizer step, or skip it; return the parts of the loss."""
         progress, config, task = self.progress, self.config, self.task
+        task.keep_training()
         self.optimizer.zero_grad(set_to_none=True)
         if self.masked is not None:
             self.masked.soft.refresh()
@@ -358,7 +361,7 @@ class _Run:
             seen = evaluate(self._evaluated(), self.val, self._agrees_with())
             entry |= {"val_top1": seen.top1, "val_loss": seen.loss}
             entry["val_agreement"] = seen.agreement
-            if progress.is_best(epoch, seen.top1) and self.config.keep == "best":
+            if progress.note_best(epoch, seen.top1) and self.config.keep == "best":
                 kept = self.student if self.average is None else self.average.module
                 self.best = {n: t.clone() for n, t in kept.state_dict().items()}
         progress.history.append(entry)

@@ -17,30 +17,21 @@ from torch import Tensor, nn
 from vitprune_fast import ops
 from vitprune_fast.batches import as_input
 from vitprune_fast.distill import losses
-from vitprune_fast.distill.config import LOGIT_LOSSES, DistillConfig
+from vitprune_fast.distill.config import DistillConfig
 from vitprune_fast.distill.features import HiddenStates
 from vitprune_fast.distill.teachers import TeacherOutput, TeacherSet
-from vitprune_fast.distill.terms import LOSSES, InsideLoss, Insides, Loss, Reads, Soft
+from vitprune_fast.distill.terms import (
+    InsideLoss,
+    Insides,
+    LogitLoss,
+    Reads,
+    Soft,
+    Term,
+    make_terms,
+)
 from vitprune_fast.errors import InvalidInput
 from vitprune_fast.modes import evaluating
 from vitprune_fast.randomness import seeded
-
-
-@dataclass(frozen=True)
-class Term:
-    """One loss with one teacher.
-
-    Attributes:
-        name: of its part: ``LOSS``, or ``TEACHER:LOSS`` where there are several teachers.
-        word: as the config says it.
-        teacher: by name.
-        loss: what is computed.
-    """
-
-    name: str
-    word: str
-    teacher: str
-    loss: Loss
 
 
 @dataclass(frozen=True)
@@ -79,27 +70,25 @@ class Objective(nn.Module):
         super().__init__()
         self.config = config
         self._teachers = (teachers,)  # in a tuple: its parameters are not this module's
-        self.terms = _terms(config, student, teachers)
-        self._reads = self._reads_of(0)
+        self.logit_terms: list[Term[LogitLoss]] = []
+        self.inside_terms: list[Term[InsideLoss]] = []
+        self._reads = Reads()
         self.projectors = nn.ModuleDict()
         if teachers is None:
             return
+        self.logit_terms, self.inside_terms = make_terms(config, student, teachers)
         teachers.check_student(student, logits=config.learns_logits)
-        self._teacher_reads = {name: self._reads_of(1, name) for name in teachers.names}
+        self._reads = Reads.all_of([term.loss.reads()[0] for term in self.inside_terms])
+        self._teacher_reads = {
+            name: Reads.all_of(
+                [term.loss.reads()[1] for term in self.inside_terms if term.teacher == name]
+            )
+            for name in teachers.names
+        }
         for name, reads in self._teacher_reads.items():
             teachers[name].record(reads.states, reads.features, reads.qkv)
-        if self._reads:
+        if self.inside_terms:
             self._look(student, images)
-
-    def _reads_of(self, side: int, teacher: str | None = None) -> Reads:
-        """What is read of the student (0), or of a teacher (1)."""
-        return Reads.all_of(
-            [
-                term.loss.reads(side)
-                for term in self.terms
-                if isinstance(term.loss, InsideLoss) and teacher in (None, term.teacher)
-            ]
-        )
 
     @contextmanager
     def watching(self, model: nn.Module) -> Iterator[_Watch]:
@@ -115,7 +104,8 @@ class Objective(nn.Module):
     def ask(self, images: Tensor) -> dict[str, TeacherOutput]:
         """The answers of all teachers, by name."""
         teachers = self._teachers[0]
-        return teachers(images) if teachers is not None and self.terms else {}
+        learns = self.logit_terms or self.inside_terms
+        return teachers(images) if teachers is not None and learns else {}
 
     def forward(
         self,
@@ -138,18 +128,13 @@ class Objective(nn.Module):
             A scalar; and ``ce``, every loss by its name and, with a logit loss, ``kd``, their
             weighted sum.
         """
-        of_logits = [term for term in self.terms if not isinstance(term.loss, InsideLoss)]
-        if len(of_logits) == 1 and isinstance(of_logits[0].loss, Soft) and self._fuses(student):
-            loss, parts = self._fused(of_logits[0], student, labels, answers, done)
-        else:
-            loss, parts = self._of_logits(of_logits, student, labels, answers, done)
+        loss, parts = self._on_logits(student, labels, answers, done)
         insides = self._insides_of(answers)
-        for term in self.terms:
-            if isinstance(term.loss, InsideLoss):
-                project: Any = dict(self.projectors).get(_key(term))
-                value = term.loss(student.insides, insides[term.teacher], project, generator)
-                parts[term.name] = value
-                loss = loss + self._weight(term, done) * value
+        for term in self.inside_terms:
+            project = dict(self.projectors).get(_key(term))
+            value = term.loss(student.insides, insides[term.teacher], project, generator)
+            parts[term.name] = value
+            loss = loss + self._weight(term, done) * value
         return loss, parts
 
     def _insides_of(self, answers: Mapping[str, TeacherOutput]) -> dict[str, Insides]:
@@ -157,55 +142,46 @@ class Objective(nn.Module):
             name: Insides.of(self._teacher_reads[name], answer) for name, answer in answers.items()
         }
 
-    def _weight(self, term: Term, done: float) -> float:
+    def _weight(self, term: Term[Any], done: float) -> float:
         teachers = self._teachers[0]
         assert teachers is not None
         return self.config.weight(term.word, done) * teachers[term.teacher].weight
 
-    @staticmethod
-    def _fuses(student: StudentOutput) -> bool:
-        """Whether one launch makes labels, divergence and their gradient."""
-        return student.class_BC is student.taught_BC and student.class_BC.is_cuda
+    def _one_soft(self, student: StudentOutput) -> Term[Soft] | None:
+        """The logit loss that one launch computes with the labels' and the gradient of both."""
+        term: Any = self.logit_terms[0] if len(self.logit_terms) == 1 else None
+        both = student.class_BC is student.taught_BC and student.class_BC.is_cuda
+        return term if both and term is not None and isinstance(term.loss, Soft) else None
 
-    def _fused(
+    def _on_logits(
         self,
-        term: Term,
         student: StudentOutput,
         labels: Tensor,
         answers: Mapping[str, TeacherOutput],
         done: float,
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        config, weight = self.config, self._weight(term, done)
-        assert isinstance(term.loss, Soft)
-        found = ops.kd_cross_entropy(
-            student.class_BC,
-            answers[term.teacher].logits_BC,
-            labels,
-            config.alpha * weight,
-            term.loss.temperature,
-            config.label_smoothing,
-            ce_weight=1 - config.alpha,
-            reduction=term.loss.reduction,
-        )
-        return found.loss, {"ce": found.ce, term.name: found.kd, "kd": weight * found.kd}
-
-    def _of_logits(
-        self,
-        terms: list[Term],
-        student: StudentOutput,
-        labels: Tensor,
-        answers: Mapping[str, TeacherOutput],
-        done: float,
-    ) -> tuple[Tensor, dict[str, Tensor]]:
-        config = self.config
+        """The labels' loss and those on logits."""
+        config, one = self.config, self._one_soft(student)
+        if one is not None:
+            weight = self._weight(one, done)
+            found = ops.kd_cross_entropy(
+                student.class_BC,
+                answers[one.teacher].logits_BC,
+                labels,
+                config.alpha * weight,
+                one.loss.temperature,
+                config.label_smoothing,
+                ce_weight=1 - config.alpha,
+                reduction=one.loss.reduction,
+            )
+            return found.loss, {"ce": found.ce, one.name: found.kd, "kd": weight * found.kd}
         ce = losses.cross_entropy(student.class_BC, labels, config.label_smoothing)
         parts, kd = {"ce": ce}, ce.new_zeros(())
-        for term in terms:
-            assert not isinstance(term.loss, InsideLoss)
+        for term in self.logit_terms:
             value = term.loss(student.taught_BC, answers[term.teacher].logits_BC)
             parts[term.name] = value
             kd = kd + self._weight(term, done) * value
-        if not terms:
+        if not self.logit_terms:
             return ce, parts
         return (1 - config.alpha) * ce + config.alpha * kd, {**parts, "kd": kd}
 
@@ -217,14 +193,13 @@ class Objective(nn.Module):
         answers = self.ask(images)
         insides = self._insides_of(answers)
         weight = next(student.parameters())
-        for term in self.terms:
-            if isinstance(term.loss, InsideLoss):
-                # not from the global generator: a run must be one whatever was done before it
-                with seeded(self.config.seed, "projectors", term.name):
-                    project = term.loss.make_projector(output.insides, insides[term.teacher])
-                if project is not None:
-                    dtype = torch.promote_types(weight.dtype, torch.float32)
-                    self.projectors[_key(term)] = project.to(weight.device, dtype)
+        for term in self.inside_terms:
+            # not from the global generator: a run must be one whatever was done before it
+            with seeded(self.config.seed, "projectors", term.name):
+                project = term.loss.make_projector(output.insides, insides[term.teacher])
+            if project is not None:
+                dtype = torch.promote_types(weight.dtype, torch.float32)
+                self.projectors[_key(term)] = project.to(weight.device, dtype)
         labels = torch.zeros(len(images), dtype=torch.int64, device=output.class_BC.device)
         self(output, labels, answers, 0.0, torch.Generator().manual_seed(0))
 
@@ -248,30 +223,9 @@ class _Watch:
         return StudentOutput(class_BC, taught_BC, insides)
 
 
-def _key(term: Term) -> str:
+def _key(term: Term[Any]) -> str:
     # a module's name has no dots
     return term.name.replace(".", "/")
-
-
-def _terms(config: DistillConfig, student: nn.Module, teachers: TeacherSet | None) -> list[Term]:
-    """Every loss with every teacher it is learnt from."""
-    if teachers is None:
-        return []
-    terms = []
-    for word in config.loss:
-        name, _, kind = word.rpartition(":")
-        if name and name not in teachers.names:
-            raise InvalidInput(
-                f"distill: loss must name one of the teachers ({', '.join(teachers.names)}), got "
-                f"{word!r}"
-            )
-        if kind in LOGIT_LOSSES and config.alpha == 0:
-            continue
-        for teacher in [name] if name else teachers.names:
-            whole = word if name or len(teachers) == 1 else f"{teacher}:{kind}"
-            loss = LOSSES[kind](config, student, teachers[teacher].model)
-            terms.append(Term(whole, word, teacher, loss))
-    return terms
 
 
 def images_like(model: nn.Module) -> Tensor:

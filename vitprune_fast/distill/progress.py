@@ -49,7 +49,7 @@ class Progress:
         self.skipped_in_a_row += 1
 
     def end_epoch(self, epoch: int, lr: float) -> Event:
-        """What the history says of an epoch, and a new epoch's sums."""
+        """Close an epoch: what the history says of it; the sums begin anew."""
         sums, steps = self.epoch_sums, self.epoch_steps
         names = dict.fromkeys(("loss", "ce", "kd", *sums))
         means = {name: sums[name] / steps if steps and name in sums else None for name in names}
@@ -58,8 +58,8 @@ class Progress:
         self.epoch_sums, self.epoch_steps, self.epoch_skipped = {}, 0, 0
         return entry
 
-    def is_best(self, epoch: int, top1: float) -> bool:
-        """Whether no epoch before was as good; then it is remembered."""
+    def note_best(self, epoch: int, top1: float) -> bool:
+        """Remember an epoch if none before was as good; says whether."""
         if self.best_top1 is not None and top1 <= self.best_top1:
             return False
         self.best_epoch, self.best_top1 = epoch, top1

@@ -32,6 +32,7 @@ class Stream:
         ranks: the processes that share them.
 
     Attributes:
+        train: as given.
         steps_per_epoch: steps in an epoch; the last one may have fewer micro-batches.
         steps: of the whole run.
 
@@ -80,7 +81,7 @@ class Stream:
     def samples(self, epoch: int, count: int) -> list[tuple[Tensor, Tensor]]:
         """The first samples of an epoch, in batches, as all processes see them."""
         batches: list[tuple[Tensor, Tensor]] = []
-        for _, batch in numbered(self.train, self._config.seed, epoch, 0):
+        for _, batch in _numbered(self.train, self._config.seed, epoch, 0):
             images, labels = unpack("distill", batch, self._student)
             batches.append((images[:count], labels[:count]))
             count -= len(images)
@@ -103,7 +104,7 @@ class Stream:
     def _own(self, epoch: int, first: int) -> Iterator[MicroBatch]:
         """This process' micro-batches of an epoch, from its own number ``first`` on."""
         world, count = self._ranks.world, self._per_epoch * self._ranks.world
-        for number, batch in numbered(self.train, self._config.seed, epoch, first * world):
+        for number, batch in _numbered(self.train, self._config.seed, epoch, first * world):
             if number >= count:
                 return
             if self._ranks.owns(number):
@@ -111,7 +112,7 @@ class Stream:
                 yield epoch * count + number, images, labels
 
 
-def numbered(train: Any, seed: int, epoch: int, start: int) -> Iterator[tuple[int, Any]]:
+def _numbered(train: Any, seed: int, epoch: int, start: int) -> Iterator[tuple[int, Any]]:
     """Yield (number, batch) of an epoch from batch ``start`` on.
 
     Args:

@@ -68,6 +68,15 @@ class DistillTask(TrainingTask):
             runner.train(mode)
         return self
 
+    def keep_training(self) -> None:
+        """Put the training mode back where somebody took it, e.g. an event's listener that looks.
+
+        Reads a flag of each part, not of every module: this is asked in every step.
+        """
+        parts = (self.trainable_module, *self.extras.values(), *self._runner)
+        if not all(part.training for part in parts):
+            self.train()
+
     def named_extras(self) -> Iterator[tuple[str, nn.Parameter]]:
         """The parameters that learn beside the student, each once."""
         return self.extras.named_parameters()

@@ -139,7 +139,8 @@ class Teacher(nn.Module):
 
     def fingerprint(self) -> str:
         """What tells its weights from others; of a sharded model its name alone."""
-        if any(hasattr(parameter, "placements") for parameter in self.model.parameters()):
+        # after a forward the parameters of an FSDP2 module are whole ones, those of its state not
+        if any(hasattr(tensor, "placements") for tensor in self.model.state_dict().values()):
             return self.name
         return fingerprint(self.model)
 

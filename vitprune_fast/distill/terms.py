@@ -5,9 +5,10 @@ B images, C classes, N tokens, D width.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, Protocol
+from typing import Generic, Literal, Protocol, TypedDict, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -15,12 +16,21 @@ from torch import Tensor, nn
 from vitprune_fast.distill import losses
 from vitprune_fast.distill.config import DistillConfig
 from vitprune_fast.distill.features import block_names
+from vitprune_fast.distill.teachers import TeacherSet
 from vitprune_fast.errors import InvalidInput
 
 # the manifold loss compares so many of the first and of the last blocks, as published
 _MANIFOLD_ENDS = 4
 
+# (student block, teacher block)
 Pairs = list[tuple[int, int]]
+
+
+class _Prefixes(TypedDict):
+    """Arguments of losses that bring tokens together."""
+
+    student_prefix: int
+    teacher_prefix: int
 
 
 @dataclass(frozen=True)
@@ -71,14 +81,16 @@ class Insides:
 
     Attributes:
         states: block -> state ``(B, N, D)``.
-        qkv: block -> packed q, k, v.
-        prefix_tokens: block -> tokens before its patches.
+        prefix_tokens: block -> tokens of its state before the patches.
+        qkv: block -> packed q, k, v ``(B, N, 3, H, K)``.
+        qkv_prefix_tokens: block -> tokens of these before the patches.
         features: pooled ``(B, D)``.
     """
 
     states: Mapping[int, Tensor] = field(default_factory=dict)
-    qkv: Mapping[int, Tensor] = field(default_factory=dict)
     prefix_tokens: Mapping[int, int] = field(default_factory=dict)
+    qkv: Mapping[int, Tensor] = field(default_factory=dict)
+    qkv_prefix_tokens: Mapping[int, int] = field(default_factory=dict)
     features: Tensor | None = None
 
     @classmethod
@@ -86,15 +98,28 @@ class Insides:
         """Put the blocks' numbers beside what was recorded of them."""
         return cls(
             dict(zip(reads.states, recorded.states, strict=True)),
+            dict(zip(reads.states, recorded.prefix_tokens, strict=True)),
             dict(zip(reads.qkv, recorded.qkv, strict=True)),
-            dict(zip(reads.states, recorded.prefix_tokens, strict=True))
-            | dict(zip(reads.qkv, recorded.qkv_prefix_tokens, strict=True)),
+            dict(zip(reads.qkv, recorded.qkv_prefix_tokens, strict=True)),
             recorded.features,
         )
 
+    def pooled(self) -> Tensor:
+        """The features, which were read."""
+        assert self.features is not None
+        return self.features
+
+
+class LogitLoss(ABC):
+    """A loss on logits."""
+
+    @abstractmethod
+    def __call__(self, student_BC: Tensor, teacher_BC: Tensor) -> Tensor:
+        """The loss, a scalar."""
+
 
 @dataclass(frozen=True)
-class Soft:
+class Soft(LogitLoss):
     """``soft``, ``soft_deit`` and ``soft_sum``: the teacher's probabilities."""
 
     reduction: Literal["batchmean", "numel", "sum"]
@@ -104,103 +129,104 @@ class Soft:
         return losses.soft_kd(student_BC, teacher_BC, self.temperature, reduction=self.reduction)
 
 
-@dataclass(frozen=True)
-class Hard:
+class Hard(LogitLoss):
     """``hard``: the teacher's class."""
 
     def __call__(self, student_BC: Tensor, teacher_BC: Tensor) -> Tensor:
         return losses.hard_kd(student_BC, teacher_BC)
 
 
-class InsideLoss:
-    """A loss on what happens inside, which may need a map to the teacher's widths."""
+class InsideLoss(ABC):
+    """A loss on what happens inside."""
 
-    def reads(self, side: int) -> Reads:
-        """What it reads of the student (0) or of the teacher (1)."""
-        raise NotImplementedError
+    @abstractmethod
+    def reads(self) -> tuple[Reads, Reads]:
+        """What it reads of the student, and of the teacher."""
+
+    @abstractmethod
+    def __call__(
+        self,
+        student: Insides,
+        teacher: Insides,
+        projector: nn.Module | None,
+        generator: torch.Generator,
+    ) -> Tensor:
+        """The loss, a scalar.
+
+        Args:
+            student: gradients flow here only.
+            teacher: what the student is compared with.
+            projector: of :meth:`make_projector`.
+            generator: of the CPU, draws what is looked at.
+        """
 
     def make_projector(self, student: Insides, teacher: Insides) -> nn.Module | None:
         """A new map from the student's widths to the teacher's; None where none is needed."""
         return None
 
+
+class Features(InsideLoss):
+    """``features``: pooled features."""
+
+    def reads(self) -> tuple[Reads, Reads]:
+        return Reads(features=True), Reads(features=True)
+
+    def make_projector(self, student: Insides, teacher: Insides) -> nn.Module | None:
+        made = _projectors([student.pooled()], [teacher.pooled()])
+        return None if made is None else made.maps[0]
+
     def __call__(
         self,
         student: Insides,
         teacher: Insides,
-        projector: Any,
+        projector: nn.Module | None,
         generator: torch.Generator,
     ) -> Tensor:
-        """The loss, a scalar; ``generator`` is of the CPU and draws what is looked at."""
-        raise NotImplementedError
+        return losses.feature_mse(student.pooled(), teacher.pooled(), projector)
 
 
 @dataclass(frozen=True)
-class Features(InsideLoss):
-    """``features``: pooled features."""
-
-    def reads(self, side: int) -> Reads:
-        return Reads(features=True)
-
-    def make_projector(self, student: Insides, teacher: Insides) -> nn.Module | None:
-        ours, theirs = self._pooled(student), self._pooled(teacher)
-        made = _projectors([ours], [theirs])
-        return None if made is None else made.maps[0]
-
-    def __call__(
-        self, student: Insides, teacher: Insides, projector: Any, generator: torch.Generator
-    ) -> Tensor:
-        return losses.feature_mse(self._pooled(student), self._pooled(teacher), projector)
-
-    @staticmethod
-    def _pooled(insides: Insides) -> Tensor:
-        assert insides.features is not None
-        return insides.features
-
-
-@dataclass(frozen=True)
-class _OfBlocks(InsideLoss):
-    """A loss on pairs of (student block, teacher block)."""
+class _OfStates(InsideLoss):
+    """A loss on what blocks return, by pairs of (student block, teacher block)."""
 
     pairs: Pairs
 
-    def _blocks(self, side: int) -> tuple[int, ...]:
-        return tuple(pair[side] for pair in self.pairs)
+    def reads(self) -> tuple[Reads, Reads]:
+        ours, theirs = _sides(self.pairs)
+        return Reads(states=ours), Reads(states=theirs)
 
-    def _prefixes(self, student: Insides, teacher: Insides) -> dict[str, int]:
-        first, other = self.pairs[0]
+    def _states(self, student: Insides, teacher: Insides) -> tuple[list[Tensor], list[Tensor]]:
+        ours, theirs = zip(*self.pairs, strict=True)
+        return [student.states[block] for block in ours], [
+            teacher.states[block] for block in theirs
+        ]
+
+    def _prefixes(self, student: Insides, teacher: Insides) -> _Prefixes:
+        # a model's blocks have the same tokens before their patches, so the first pair tells
+        ours, theirs = self.pairs[0]
         return {
-            "student_prefix": student.prefix_tokens[first],
-            "teacher_prefix": teacher.prefix_tokens[other],
+            "student_prefix": student.prefix_tokens[ours],
+            "teacher_prefix": teacher.prefix_tokens[theirs],
         }
 
 
-@dataclass(frozen=True)
-class _OfStates(_OfBlocks):
-    """A loss on what blocks return."""
-
-    def reads(self, side: int) -> Reads:
-        return Reads(states=self._blocks(side))
-
-    def _states(self, student: Insides, teacher: Insides) -> tuple[list[Tensor], list[Tensor]]:
-        return (
-            [student.states[block] for block in self._blocks(0)],
-            [teacher.states[block] for block in self._blocks(1)],
-        )
-
-
-@dataclass(frozen=True)
 class Hidden(_OfStates):
     """``hidden``: states number by number."""
 
     def make_projector(self, student: Insides, teacher: Insides) -> nn.Module | None:
-        prefixes: Any = self._prefixes(student, teacher)
+        prefixes = self._prefixes(student, teacher)
         pairs = zip(*self._states(student, teacher), strict=True)
         aligned = [losses.align_tokens(ours, theirs, **prefixes) for ours, theirs in pairs]
         return _projectors([ours for ours, _ in aligned], [theirs for _, theirs in aligned])
 
     def __call__(
-        self, student: Insides, teacher: Insides, projector: Any, generator: torch.Generator
+        self,
+        student: Insides,
+        teacher: Insides,
+        projector: nn.Module | None,
+        generator: torch.Generator,
     ) -> Tensor:
+        assert projector is None or isinstance(projector, losses.Projectors)
         prefixes = self._prefixes(student, teacher)
         return losses.hidden_mse(*self._states(student, teacher), projector, **prefixes)
 
@@ -212,48 +238,63 @@ class Manifold(_OfStates):
     num_rows: int
 
     def __call__(
-        self, student: Insides, teacher: Insides, projector: Any, generator: torch.Generator
+        self,
+        student: Insides,
+        teacher: Insides,
+        projector: nn.Module | None,
+        generator: torch.Generator,
     ) -> Tensor:
         states, prefixes = self._states(student, teacher), self._prefixes(student, teacher)
         return losses.manifold(*states, generator, num_rows=self.num_rows, **prefixes)
 
 
-@dataclass(frozen=True)
 class ManifoldFull(_OfStates):
     """``manifold_full``: similarities of all tokens of the batch."""
 
     def __call__(
-        self, student: Insides, teacher: Insides, projector: Any, generator: torch.Generator
+        self,
+        student: Insides,
+        teacher: Insides,
+        projector: nn.Module | None,
+        generator: torch.Generator,
     ) -> Tensor:
-        prefixes: Any = self._prefixes(student, teacher)
+        prefixes = self._prefixes(student, teacher)
         pairs = zip(*self._states(student, teacher), strict=True)
         values = [losses.manifold_full(ours, theirs, **prefixes) for ours, theirs in pairs]
         return torch.stack(values).mean()
 
 
 @dataclass(frozen=True)
-class Relation(_OfBlocks):
+class Relation(InsideLoss):
     """``relation``: how queries, keys and values lie to one another."""
 
-    def reads(self, side: int) -> Reads:
-        return Reads(qkv=self._blocks(side))
+    pairs: Pairs
+
+    def reads(self) -> tuple[Reads, Reads]:
+        ours, theirs = _sides(self.pairs)
+        return Reads(qkv=ours), Reads(qkv=theirs)
 
     def __call__(
-        self, student: Insides, teacher: Insides, projector: Any, generator: torch.Generator
+        self,
+        student: Insides,
+        teacher: Insides,
+        projector: nn.Module | None,
+        generator: torch.Generator,
     ) -> Tensor:
-        prefixes: Any = self._prefixes(student, teacher)
         values = [
-            losses.qkv_relation(student.qkv[ours], teacher.qkv[theirs], **prefixes)
+            losses.qkv_relation(
+                student.qkv[ours],
+                teacher.qkv[theirs],
+                student_prefix=student.qkv_prefix_tokens[ours],
+                teacher_prefix=teacher.qkv_prefix_tokens[theirs],
+            )
             for ours, theirs in self.pairs
         ]
         return torch.stack(values).mean()
 
 
-LogitLoss = Soft | Hard
-Loss = LogitLoss | InsideLoss
-
 # by the name a config has for it: made for a config, a student and a teacher
-LOSSES: dict[str, Callable[[DistillConfig, nn.Module, nn.Module], Loss]] = {
+LOSSES: dict[str, Callable[[DistillConfig, nn.Module, nn.Module], LogitLoss | InsideLoss]] = {
     "soft": lambda config, *_: Soft("batchmean", config.temperature),
     "soft_deit": lambda config, *_: Soft("numel", config.temperature),
     "soft_sum": lambda config, *_: Soft("sum", config.temperature),
@@ -266,6 +307,58 @@ LOSSES: dict[str, Callable[[DistillConfig, nn.Module, nn.Module], Loss]] = {
     "manifold_full": lambda *given: ManifoldFull(_pairs(*given)),
     "relation": lambda *given: Relation(_pairs(*given)),
 }
+
+L = TypeVar("L", bound=LogitLoss | InsideLoss)
+
+
+@dataclass(frozen=True)
+class Term(Generic[L]):
+    """One loss with one teacher.
+
+    Attributes:
+        name: of its part: ``LOSS``, or ``TEACHER:LOSS`` where there are several teachers.
+        word: as the config says it.
+        teacher: by name.
+        loss: what is computed.
+    """
+
+    name: str
+    word: str
+    teacher: str
+    loss: L
+
+
+def make_terms(
+    config: DistillConfig, student: nn.Module, teachers: TeacherSet
+) -> tuple[list[Term[LogitLoss]], list[Term[InsideLoss]]]:
+    """Every loss with every teacher it is learnt from: those on logits, and those on insides.
+
+    Raises:
+        InvalidInput: a loss names a teacher or blocks that are not there.
+    """
+    on_logits: list[Term[LogitLoss]] = []
+    on_insides: list[Term[InsideLoss]] = []
+    for word in config.loss:
+        name, _, kind = word.rpartition(":")
+        if name and name not in teachers.names:
+            raise InvalidInput(
+                f"distill: loss must name one of the teachers ({', '.join(teachers.names)}), got "
+                f"{word!r}"
+            )
+        for teacher in [name] if name else teachers.names:
+            whole = word if name or len(teachers) == 1 else f"{teacher}:{kind}"
+            loss = LOSSES[kind](config, student, teachers[teacher].model)
+            if isinstance(loss, InsideLoss):
+                on_insides.append(Term(whole, word, teacher, loss))
+            elif config.alpha > 0:
+                on_logits.append(Term(whole, word, teacher, loss))
+    return on_logits, on_insides
+
+
+def _sides(pairs: Pairs) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """The blocks of the student, and those of the teacher, ascending."""
+    ours, theirs = zip(*pairs, strict=True)
+    return tuple(sorted({*ours})), tuple(sorted({*theirs}))
 
 
 def _projectors(students: list[Tensor], teachers: list[Tensor]) -> losses.Projectors | None:

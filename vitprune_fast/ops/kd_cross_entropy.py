@@ -151,7 +151,8 @@ def kd_cross_entropy(
     positive = 0 < temperature < math.inf
     _checks.require(positive, _OP, "temperature", "be positive and finite", temperature)
     for name, weight in (("alpha", alpha), ("ce_weight", ce_weight or 0.0)):
-        _checks.require(math.isfinite(weight), _OP, name, "be finite", weight)
+        # math.isfinite takes no number of torch.compile's
+        _checks.require(-math.inf < weight < math.inf, _OP, name, "be finite", weight)
     in_range = 0 <= label_smoothing <= 1
     _checks.require(in_range, _OP, "label_smoothing", "be from 0 to 1", label_smoothing)
     rule = f"be one of {', '.join(_REDUCTIONS)}"
