@@ -76,16 +76,27 @@ def gather(
     """
     _checks.require_tensor("gather", "source_RC", source_RC)
     _checks.require_dims("gather", "source_RC", source_RC, 2)
-    for name, index, size in (
-        ("rows", rows, source_RC.shape[0]),
-        ("columns", columns, source_RC.shape[1]),
-    ):
+    device = source_RC.device
+    for name, index in (("rows", rows), ("columns", columns)):
         if index is not None:
-            _checks.require_index("gather", name, index, size, source_RC.device)
+            _checks.require_index("gather", name, index, device)
     source_RC = source_RC.detach()
-    if choose("gather", source_RC.device, backend) == "cpu":
-        return torch.ops.vitprune_fast.gather(source_RC, rows, columns)
+    if choose("gather", device, backend) == "cpu":
+        try:
+            return torch.ops.vitprune_fast.gather(source_RC, rows, columns)
+        except RuntimeError:
+            # the kernel looks at every number; what is wrong with one is said here
+            _check_values(source_RC, rows, columns)
+            raise
+    _check_values(source_RC, rows, columns)
     return _eager(source_RC, rows, columns)
+
+
+def _check_values(source_RC: Tensor, rows: Tensor | None, columns: Tensor | None) -> None:
+    if rows is not None:
+        _checks.require_index_values("gather", "rows", rows, source_RC.shape[0])
+    if columns is not None:
+        _checks.require_index_values("gather", "columns", columns, source_RC.shape[1])
 
 
 @dataclass(frozen=True)
