@@ -21,6 +21,7 @@ from vitprune_fast.distill.config import DistillConfig
 from vitprune_fast.distill.features import HiddenStates
 from vitprune_fast.distill.teachers import TeacherOutput, TeacherSet
 from vitprune_fast.distill.terms import (
+    Comparison,
     InsideLoss,
     Insides,
     LogitLoss,
@@ -132,7 +133,9 @@ class Objective(nn.Module):
         insides = self._insides_of(answers)
         for term in self.inside_terms:
             project = dict(self.projectors).get(_key(term))
-            value = term.loss(student.insides, insides[term.teacher], project, generator)
+            value = term.loss(
+                Comparison(student.insides, insides[term.teacher], generator, project)
+            )
             parts[term.name] = value
             loss = loss + self._weight(term, done) * value
         return loss, parts
@@ -192,16 +195,19 @@ class Objective(nn.Module):
             output = watch.output(student(as_input(student, images)))
         answers = self.ask(images)
         insides = self._insides_of(answers)
+        generator = torch.Generator().manual_seed(0)
         weight = next(student.parameters())
         for term in self.inside_terms:
             # not from the global generator: a run must be one whatever was done before it
             with seeded(self.config.seed, "projectors", term.name):
-                project = term.loss.make_projector(output.insides, insides[term.teacher])
+                project = term.loss.make_projector(
+                    Comparison(output.insides, insides[term.teacher], generator)
+                )
             if project is not None:
                 dtype = torch.promote_types(weight.dtype, torch.float32)
                 self.projectors[_key(term)] = project.to(weight.device, dtype)
         labels = torch.zeros(len(images), dtype=torch.int64, device=output.class_BC.device)
-        self(output, labels, answers, 0.0, torch.Generator().manual_seed(0))
+        self(output, labels, answers, 0.0, generator)
 
 
 @dataclass(frozen=True)

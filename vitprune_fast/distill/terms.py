@@ -110,6 +110,23 @@ class Insides:
         return self.features
 
 
+@dataclass(frozen=True)
+class Comparison:
+    """One forward of both models.
+
+    Attributes:
+        student: gradients flow here only.
+        teacher: what the student is compared with.
+        generator: of the CPU, draws what is looked at.
+        projector: of ``make_projector``.
+    """
+
+    student: Insides
+    teacher: Insides
+    generator: torch.Generator
+    projector: nn.Module | None = None
+
+
 class LogitLoss(ABC):
     """A loss on logits."""
 
@@ -144,23 +161,10 @@ class InsideLoss(ABC):
         """What it reads of the student, and of the teacher."""
 
     @abstractmethod
-    def __call__(
-        self,
-        student: Insides,
-        teacher: Insides,
-        projector: nn.Module | None,
-        generator: torch.Generator,
-    ) -> Tensor:
-        """The loss, a scalar.
+    def __call__(self, both: Comparison) -> Tensor:
+        """The loss, a scalar."""
 
-        Args:
-            student: gradients flow here only.
-            teacher: what the student is compared with.
-            projector: of :meth:`make_projector`.
-            generator: of the CPU, draws what is looked at.
-        """
-
-    def make_projector(self, student: Insides, teacher: Insides) -> nn.Module | None:
+    def make_projector(self, both: Comparison) -> nn.Module | None:
         """A new map from the student's widths to the teacher's; None where none is needed."""
         return None
 
@@ -171,18 +175,12 @@ class Features(InsideLoss):
     def reads(self) -> tuple[Reads, Reads]:
         return Reads(features=True), Reads(features=True)
 
-    def make_projector(self, student: Insides, teacher: Insides) -> nn.Module | None:
-        made = _projectors([student.pooled()], [teacher.pooled()])
+    def make_projector(self, both: Comparison) -> nn.Module | None:
+        made = _projectors([both.student.pooled()], [both.teacher.pooled()])
         return None if made is None else made.maps[0]
 
-    def __call__(
-        self,
-        student: Insides,
-        teacher: Insides,
-        projector: nn.Module | None,
-        generator: torch.Generator,
-    ) -> Tensor:
-        return losses.feature_mse(student.pooled(), teacher.pooled(), projector)
+    def __call__(self, both: Comparison) -> Tensor:
+        return losses.feature_mse(both.student.pooled(), both.teacher.pooled(), both.projector)
 
 
 @dataclass(frozen=True)
@@ -195,40 +193,33 @@ class _OfStates(InsideLoss):
         ours, theirs = _sides(self.pairs)
         return Reads(states=ours), Reads(states=theirs)
 
-    def _states(self, student: Insides, teacher: Insides) -> tuple[list[Tensor], list[Tensor]]:
+    def _states(self, both: Comparison) -> tuple[list[Tensor], list[Tensor]]:
         ours, theirs = zip(*self.pairs, strict=True)
-        return [student.states[block] for block in ours], [
-            teacher.states[block] for block in theirs
-        ]
+        student, teacher = both.student.states, both.teacher.states
+        return [student[block] for block in ours], [teacher[block] for block in theirs]
 
-    def _prefixes(self, student: Insides, teacher: Insides) -> _Prefixes:
+    def _prefixes(self, both: Comparison) -> _Prefixes:
         # a model's blocks have the same tokens before their patches, so the first pair tells
         ours, theirs = self.pairs[0]
         return {
-            "student_prefix": student.prefix_tokens[ours],
-            "teacher_prefix": teacher.prefix_tokens[theirs],
+            "student_prefix": both.student.prefix_tokens[ours],
+            "teacher_prefix": both.teacher.prefix_tokens[theirs],
         }
 
 
 class Hidden(_OfStates):
     """``hidden``: states number by number."""
 
-    def make_projector(self, student: Insides, teacher: Insides) -> nn.Module | None:
-        prefixes = self._prefixes(student, teacher)
-        pairs = zip(*self._states(student, teacher), strict=True)
+    def make_projector(self, both: Comparison) -> nn.Module | None:
+        prefixes = self._prefixes(both)
+        pairs = zip(*self._states(both), strict=True)
         aligned = [losses.align_tokens(ours, theirs, **prefixes) for ours, theirs in pairs]
         return _projectors([ours for ours, _ in aligned], [theirs for _, theirs in aligned])
 
-    def __call__(
-        self,
-        student: Insides,
-        teacher: Insides,
-        projector: nn.Module | None,
-        generator: torch.Generator,
-    ) -> Tensor:
-        assert projector is None or isinstance(projector, losses.Projectors)
-        prefixes = self._prefixes(student, teacher)
-        return losses.hidden_mse(*self._states(student, teacher), projector, **prefixes)
+    def __call__(self, both: Comparison) -> Tensor:
+        assert both.projector is None or isinstance(both.projector, losses.Projectors)
+        prefixes = self._prefixes(both)
+        return losses.hidden_mse(*self._states(both), both.projector, **prefixes)
 
 
 @dataclass(frozen=True)
@@ -237,29 +228,17 @@ class Manifold(_OfStates):
 
     num_rows: int
 
-    def __call__(
-        self,
-        student: Insides,
-        teacher: Insides,
-        projector: nn.Module | None,
-        generator: torch.Generator,
-    ) -> Tensor:
-        states, prefixes = self._states(student, teacher), self._prefixes(student, teacher)
-        return losses.manifold(*states, generator, num_rows=self.num_rows, **prefixes)
+    def __call__(self, both: Comparison) -> Tensor:
+        states, prefixes = self._states(both), self._prefixes(both)
+        return losses.manifold(*states, both.generator, num_rows=self.num_rows, **prefixes)
 
 
 class ManifoldFull(_OfStates):
     """``manifold_full``: similarities of all tokens of the batch."""
 
-    def __call__(
-        self,
-        student: Insides,
-        teacher: Insides,
-        projector: nn.Module | None,
-        generator: torch.Generator,
-    ) -> Tensor:
-        prefixes = self._prefixes(student, teacher)
-        pairs = zip(*self._states(student, teacher), strict=True)
+    def __call__(self, both: Comparison) -> Tensor:
+        prefixes = self._prefixes(both)
+        pairs = zip(*self._states(both), strict=True)
         values = [losses.manifold_full(ours, theirs, **prefixes) for ours, theirs in pairs]
         return torch.stack(values).mean()
 
@@ -274,13 +253,8 @@ class Relation(InsideLoss):
         ours, theirs = _sides(self.pairs)
         return Reads(qkv=ours), Reads(qkv=theirs)
 
-    def __call__(
-        self,
-        student: Insides,
-        teacher: Insides,
-        projector: nn.Module | None,
-        generator: torch.Generator,
-    ) -> Tensor:
+    def __call__(self, both: Comparison) -> Tensor:
+        student, teacher = both.student, both.teacher
         values = [
             losses.qkv_relation(
                 student.qkv[ours],
