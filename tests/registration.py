@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from torch.library import (
-    # schema, fake form, autograd registration and tracing of one call
-    opcheck,
-)
+from torch import library
 
-__all__ = ["opcheck"]
+# schema, fake form, autograd registration and tracing of one call
+opcheck = library.opcheck

@@ -6,7 +6,7 @@ B batch, N tokens, F columns.
 from __future__ import annotations
 
 import torch
-from torch import Tensor
+from torch import Tensor, library
 
 from vitprune_fast import _checks
 from vitprune_fast.ops._dispatch import Backend, choose
@@ -21,7 +21,7 @@ from vitprune_fast.reference.activation_score import activation_score as _eager
 
 ACTIVATIONS = tuple(_FORWARD)
 
-_library = torch.library.Library("vitprune_fast", "FRAGMENT")
+_library = library.Library("vitprune_fast", "FRAGMENT")
 _library.define(
     "activation_score(Tensor x_BNF, Tensor grad_BNF, str activation, bool per_token)"
     " -> (Tensor, Tensor)",
@@ -29,7 +29,7 @@ _library.define(
 )
 
 
-@torch.library.register_fake("vitprune_fast::activation_score", lib=_library)
+@library.register_fake("vitprune_fast::activation_score", lib=_library)
 def _fake(
     x_BNF: Tensor, grad_BNF: Tensor, activation: str, per_token: bool
 ) -> tuple[Tensor, Tensor]:
@@ -38,7 +38,7 @@ def _fake(
 
 
 # C++ and Triton cannot both hold the CUDA key of one op, so the twin has its own name
-@torch.library.custom_op("vitprune_fast::activation_score_triton", mutates_args=())
+@library.custom_op("vitprune_fast::activation_score_triton", mutates_args=())
 def _triton(
     x_BNF: Tensor, grad_BNF: Tensor, activation: str, per_token: bool
 ) -> tuple[Tensor, Tensor]:
@@ -120,7 +120,7 @@ def activation_score(
 
 
 # torch's own forward is at the speed of memory; the backward is what has no equal there
-@torch.library.custom_op("vitprune_fast::scored_activation", mutates_args=())
+@library.custom_op("vitprune_fast::scored_activation", mutates_args=())
 def _scored(
     x_BNF: Tensor, probe_BF: Tensor, activation: str, per_token: bool, backend: str
 ) -> Tensor:

@@ -9,7 +9,7 @@ from collections.abc import Collection
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, library
 
 from vitprune_fast import _checks
 from vitprune_fast.ops._dispatch import Backend, choose
@@ -50,7 +50,7 @@ class AttentionScore(NamedTuple):
     v_dim: Tensor | None
 
 
-_library = torch.library.Library("vitprune_fast", "FRAGMENT")
+_library = library.Library("vitprune_fast", "FRAGMENT")
 _library.define(
     "attention(Tensor qkv_BN3HK, float scale) -> (Tensor, Tensor)",
     tags=(torch.Tag.pt2_compliant_tag,),
@@ -63,7 +63,7 @@ _library.define(
 )
 
 
-@torch.library.register_fake("vitprune_fast::attention", lib=_library)
+@library.register_fake("vitprune_fast::attention", lib=_library)
 def _fake(qkv_BN3HK: Tensor, scale: float) -> tuple[Tensor, Tensor]:
     batch, num_tokens, _, num_heads, head_dim = qkv_BN3HK.shape
     out_BNHK = qkv_BN3HK.new_empty(batch, num_tokens, num_heads, head_dim)
@@ -71,7 +71,7 @@ def _fake(qkv_BN3HK: Tensor, scale: float) -> tuple[Tensor, Tensor]:
     return out_BNHK, lse_BHN
 
 
-@torch.library.register_fake("vitprune_fast::attention_score", lib=_library)
+@library.register_fake("vitprune_fast::attention_score", lib=_library)
 def _fake_score(
     grad_out_BNHK: Tensor,
     qkv_BN3HK: Tensor,
@@ -95,14 +95,14 @@ def _fake_score(
 
 
 # C++ and Triton cannot both hold the CUDA key of one op, so the twins have their own names
-@torch.library.custom_op("vitprune_fast::attention_triton", mutates_args=())
+@library.custom_op("vitprune_fast::attention_triton", mutates_args=())
 def _triton(qkv_BN3HK: Tensor, scale: float) -> tuple[Tensor, Tensor]:
     from vitprune_fast.kernels.attention_score import attention_fwd
 
     return attention_fwd(qkv_BN3HK, scale)
 
 
-@torch.library.custom_op("vitprune_fast::attention_score_triton", mutates_args=())
+@library.custom_op("vitprune_fast::attention_score_triton", mutates_args=())
 def _triton_score(
     grad_out_BNHK: Tensor,
     qkv_BN3HK: Tensor,
@@ -248,7 +248,7 @@ def _run_score(
 
 
 # opaque to autograd and to compilers; the normalisers come out because backward needs them
-@torch.library.custom_op("vitprune_fast::scored_attention", mutates_args=())
+@library.custom_op("vitprune_fast::scored_attention", mutates_args=())
 def _scored(
     qkv_BN3HK: Tensor,
     head_BH: Tensor | None,

@@ -6,7 +6,7 @@ B batch, N tokens, F columns.
 from __future__ import annotations
 
 import torch
-from torch import Tensor
+from torch import Tensor, library
 
 from vitprune_fast import _checks
 from vitprune_fast.ops._dispatch import Backend, choose
@@ -15,7 +15,7 @@ from vitprune_fast.ops.activation_score import check_activation
 from vitprune_fast.reference.gated_activation import gated_activation as _eager
 from vitprune_fast.reference.gated_activation import gated_activation_backward as _eager_backward
 
-_library = torch.library.Library("vitprune_fast", "FRAGMENT")
+_library = library.Library("vitprune_fast", "FRAGMENT")
 _library.define(
     "gated_activation_fwd(Tensor x_BNF, Tensor gate_F, str activation) -> Tensor",
     tags=(torch.Tag.pt2_compliant_tag,),
@@ -28,12 +28,12 @@ _library.define(
 )
 
 
-@torch.library.register_fake("vitprune_fast::gated_activation_fwd", lib=_library)
+@library.register_fake("vitprune_fast::gated_activation_fwd", lib=_library)
 def _fake(x_BNF: Tensor, gate_F: Tensor, activation: str) -> Tensor:
     return x_BNF.new_empty(x_BNF.shape)
 
 
-@torch.library.register_fake("vitprune_fast::gated_activation_bwd", lib=_library)
+@library.register_fake("vitprune_fast::gated_activation_bwd", lib=_library)
 def _fake_backward(
     x_BNF: Tensor, gate_F: Tensor, grad_BNF: Tensor, activation: str
 ) -> tuple[Tensor, Tensor]:
@@ -42,14 +42,14 @@ def _fake_backward(
 
 
 # C++ and Triton cannot both hold the CUDA key of one op, so the twins have names of their own
-@torch.library.custom_op("vitprune_fast::gated_activation_fwd_triton", mutates_args=())
+@library.custom_op("vitprune_fast::gated_activation_fwd_triton", mutates_args=())
 def _triton(x_BNF: Tensor, gate_F: Tensor, activation: str) -> Tensor:
     from vitprune_fast.kernels.gated_activation import gated_activation_fwd
 
     return gated_activation_fwd(x_BNF, gate_F, activation)
 
 
-@torch.library.custom_op("vitprune_fast::gated_activation_bwd_triton", mutates_args=())
+@library.custom_op("vitprune_fast::gated_activation_bwd_triton", mutates_args=())
 def _triton_backward(
     x_BNF: Tensor, gate_F: Tensor, grad_BNF: Tensor, activation: str
 ) -> tuple[Tensor, Tensor]:
@@ -71,7 +71,7 @@ _FORMS = {
 }
 
 
-@torch.library.custom_op("vitprune_fast::gated_activation", mutates_args=())
+@library.custom_op("vitprune_fast::gated_activation", mutates_args=())
 def _gated(x_BNF: Tensor, gate_F: Tensor, activation: str, backend: str) -> Tensor:
     return _FORMS[backend][0](x_BNF, gate_F, activation)
 

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, library
 
 from vitprune_fast import _checks
 from vitprune_fast.ops._dispatch import Backend, choose
@@ -28,7 +28,7 @@ _OP = "gated_attention"
 # and that of torch's kernels 5. An estimate (no GPU has timed it yet).
 _SDPA_TOKENS = 400
 
-_library = torch.library.Library("vitprune_fast", "FRAGMENT")
+_library = library.Library("vitprune_fast", "FRAGMENT")
 _library.define(
     "gated_attention(Tensor qkv_BN3HK, Tensor? gate_H, Tensor? mask_BN, int[] live, float scale, "
     "bool compact, bool raw) -> (Tensor, Tensor, Tensor)",
@@ -42,7 +42,7 @@ _library.define(
 )
 
 
-@torch.library.register_fake("vitprune_fast::gated_attention", lib=_library)
+@library.register_fake("vitprune_fast::gated_attention", lib=_library)
 def _fake(
     qkv_BN3HK: Tensor,
     gate_H: Tensor | None,
@@ -62,7 +62,7 @@ def _fake(
     )
 
 
-@torch.library.register_fake("vitprune_fast::gated_attention_backward", lib=_library)
+@library.register_fake("vitprune_fast::gated_attention_backward", lib=_library)
 def _fake_backward(
     grad_out_BNHK: Tensor,
     qkv_BN3HK: Tensor,
@@ -82,7 +82,7 @@ def _fake_backward(
 
 
 # C++ and Triton cannot both hold the CUDA key of one op, so the twins have their own names
-@torch.library.custom_op("vitprune_fast::gated_attention_triton", mutates_args=())
+@library.custom_op("vitprune_fast::gated_attention_triton", mutates_args=())
 def _triton(
     qkv_BN3HK: Tensor,
     gate_H: Tensor | None,
@@ -99,7 +99,7 @@ def _triton(
     )
 
 
-@torch.library.custom_op("vitprune_fast::gated_attention_backward_triton", mutates_args=())
+@library.custom_op("vitprune_fast::gated_attention_backward_triton", mutates_args=())
 def _triton_backward(
     grad_out_BNHK: Tensor,
     qkv_BN3HK: Tensor,
@@ -167,7 +167,7 @@ def _backward_cpu(ctx, grad_out_BNHK: Tensor, _grad_raw, _grad_lse):
 
 
 _triton.register_autograd(_backward_triton, setup_context=_setup_context)
-torch.library.register_autograd(
+library.register_autograd(
     "vitprune_fast::gated_attention", _backward_cpu, setup_context=_setup_context, lib=_library
 )
 

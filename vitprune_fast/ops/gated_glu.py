@@ -7,7 +7,7 @@ goes through the activation, ``gate_F`` the gates of the columns.
 from __future__ import annotations
 
 import torch
-from torch import Tensor
+from torch import Tensor, library
 
 from vitprune_fast import _checks
 from vitprune_fast.ops._dispatch import Backend, choose
@@ -18,7 +18,7 @@ from vitprune_fast.ops.glu_score import both_gradients, new_gradients, split
 from vitprune_fast.reference.gated_glu import gated_glu as _eager
 from vitprune_fast.reference.gated_glu import gated_glu_backward as _eager_backward
 
-_library = torch.library.Library("vitprune_fast", "FRAGMENT")
+_library = library.Library("vitprune_fast", "FRAGMENT")
 _library.define(
     "gated_glu_fwd(Tensor gate_BNF, Tensor value_BNF, Tensor gate_F, str activation) -> Tensor",
     tags=(torch.Tag.pt2_compliant_tag,),
@@ -32,12 +32,12 @@ _library.define(
 )
 
 
-@torch.library.register_fake("vitprune_fast::gated_glu_fwd", lib=_library)
+@library.register_fake("vitprune_fast::gated_glu_fwd", lib=_library)
 def _fake(gate_BNF: Tensor, value_BNF: Tensor, gate_F: Tensor, activation: str) -> Tensor:
     return gate_BNF.new_empty(gate_BNF.shape)
 
 
-@torch.library.register_fake("vitprune_fast::gated_glu_bwd", lib=_library)
+@library.register_fake("vitprune_fast::gated_glu_bwd", lib=_library)
 def _fake_backward(
     gate_BNF: Tensor,
     value_BNF: Tensor,
@@ -51,14 +51,14 @@ def _fake_backward(
 
 
 # C++ and Triton cannot both hold the CUDA key of one op, so the twins have names of their own
-@torch.library.custom_op("vitprune_fast::gated_glu_fwd_triton", mutates_args=())
+@library.custom_op("vitprune_fast::gated_glu_fwd_triton", mutates_args=())
 def _triton(gate_BNF: Tensor, value_BNF: Tensor, gate_F: Tensor, activation: str) -> Tensor:
     from vitprune_fast.kernels.gated_glu import gated_glu_fwd
 
     return gated_glu_fwd(gate_BNF, value_BNF, gate_F, activation)
 
 
-@torch.library.custom_op("vitprune_fast::gated_glu_bwd_triton", mutates_args=())
+@library.custom_op("vitprune_fast::gated_glu_bwd_triton", mutates_args=())
 def _triton_backward(
     gate_BNF: Tensor,
     value_BNF: Tensor,
@@ -99,7 +99,7 @@ _FORMS = {
 }
 
 
-@torch.library.custom_op("vitprune_fast::gated_glu", mutates_args=())
+@library.custom_op("vitprune_fast::gated_glu", mutates_args=())
 def _gated(
     gate_BNF: Tensor, value_BNF: Tensor, gate_F: Tensor, activation: str, backend: str
 ) -> Tensor:
@@ -126,7 +126,7 @@ def _backward(ctx, grad_BNF: Tensor):
 _gated.register_autograd(_backward, setup_context=_save)
 
 
-@torch.library.custom_op("vitprune_fast::gated_glu_packed", mutates_args=())
+@library.custom_op("vitprune_fast::gated_glu_packed", mutates_args=())
 def _gated_packed(
     x_BN2F: Tensor, gate_F: Tensor, activation: str, gate_last: bool, backend: str
 ) -> Tensor:

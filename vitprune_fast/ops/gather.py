@@ -15,7 +15,7 @@ from operator import mul
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
+from torch import Tensor, library
 
 from vitprune_fast import _checks
 from vitprune_fast.errors import InvalidInput
@@ -25,7 +25,7 @@ from vitprune_fast.reference.gather import gather_all as _eager_all
 
 # read once: looking for a module is slow
 _HAS_HOST = importlib.util.find_spec("vitprune_fast._host") is not None
-_library = torch.library.Library("vitprune_fast", "FRAGMENT")
+_library = library.Library("vitprune_fast", "FRAGMENT")
 _library.define(
     "gather(Tensor source_RC, Tensor? rows, Tensor? columns) -> Tensor",
     tags=(torch.Tag.pt2_compliant_tag,),
@@ -38,7 +38,7 @@ _library.define(
 )
 
 
-@torch.library.register_fake("vitprune_fast::gather", lib=_library)
+@library.register_fake("vitprune_fast::gather", lib=_library)
 def _fake(source_RC: Tensor, rows: Tensor | None, columns: Tensor | None) -> Tensor:
     num_rows = source_RC.shape[0] if rows is None else rows.shape[0]
     num_columns = source_RC.shape[1] if columns is None else columns.shape[0]

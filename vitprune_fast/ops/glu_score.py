@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, library
 
 from vitprune_fast import _checks
 from vitprune_fast.ops._dispatch import Backend, choose
@@ -22,7 +22,7 @@ from vitprune_fast.ops.activation_score import check_activation
 from vitprune_fast.reference.activation_score import ACTIVATIONS as _FORWARD
 from vitprune_fast.reference.glu_score import glu_score as _eager
 
-_library = torch.library.Library("vitprune_fast", "FRAGMENT")
+_library = library.Library("vitprune_fast", "FRAGMENT")
 # an op has no outputs that share memory, so both gradients come as one tensor: (B, N, 2F) when
 # packed, else (2, B, N, F)
 _library.define(
@@ -53,7 +53,7 @@ def both_gradients(gradients: Tensor, packed: str | None) -> tuple[Tensor, Tenso
     return split(gradients, packed == "gate_last")
 
 
-@torch.library.register_fake("vitprune_fast::glu_score", lib=_library)
+@library.register_fake("vitprune_fast::glu_score", lib=_library)
 def _fake(
     gate_BNF: Tensor,
     value_BNF: Tensor,
@@ -68,7 +68,7 @@ def _fake(
 
 
 # C++ and Triton cannot both hold the CUDA key of one op, so the twin has its own name
-@torch.library.custom_op("vitprune_fast::glu_score_triton", mutates_args=())
+@library.custom_op("vitprune_fast::glu_score_triton", mutates_args=())
 def _triton(
     gate_BNF: Tensor,
     value_BNF: Tensor,
@@ -181,7 +181,7 @@ def glu_score(
 
 
 # torch's own forward is at the speed of memory; the backward is what has no equal there
-@torch.library.custom_op("vitprune_fast::scored_glu", mutates_args=())
+@library.custom_op("vitprune_fast::scored_glu", mutates_args=())
 def _scored(
     gate_BNF: Tensor,
     value_BNF: Tensor,
@@ -221,7 +221,7 @@ def _backward(ctx, grad_BNF: Tensor):
 _scored.register_autograd(_backward, setup_context=_save)
 
 
-@torch.library.custom_op("vitprune_fast::scored_glu_packed", mutates_args=())
+@library.custom_op("vitprune_fast::scored_glu_packed", mutates_args=())
 def _scored_packed(
     x_BN2F: Tensor,
     probe_BF: Tensor,

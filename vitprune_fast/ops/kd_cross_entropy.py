@@ -6,7 +6,7 @@ import math
 from typing import Literal, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, library
 
 from vitprune_fast import _checks
 from vitprune_fast.ops._dispatch import Backend, choose
@@ -31,7 +31,7 @@ class KdCrossEntropy(NamedTuple):
     kd: Tensor
 
 
-@torch.library.custom_op("vitprune_fast::kd_cross_entropy_triton", mutates_args=())
+@library.custom_op("vitprune_fast::kd_cross_entropy_triton", mutates_args=())
 def _triton(
     student_BC: Tensor,
     teacher_BC: Tensor,

@@ -6,7 +6,7 @@ S sets, R rows, D width of the student, E width of the teacher.
 from __future__ import annotations
 
 import torch
-from torch import Tensor
+from torch import Tensor, library
 
 from vitprune_fast import _checks
 from vitprune_fast.ops._dispatch import Backend, choose
@@ -26,7 +26,7 @@ def _new_gradient(student_SRD: Tensor, with_gradient: bool) -> Tensor:
     return torch.empty_like(student_SRD, dtype=dtype)
 
 
-@torch.library.custom_op("vitprune_fast::manifold_loss_eager", mutates_args=())
+@library.custom_op("vitprune_fast::manifold_loss_eager", mutates_args=())
 def _eager(
     student_SRD: Tensor, teacher_SRE: Tensor, with_gradient: bool, operand: torch.dtype | None
 ) -> tuple[Tensor, Tensor]:
@@ -35,7 +35,7 @@ def _eager(
         return set_by_set(student_SRD, teacher_SRE, grad_SRD), grad_SRD
 
 
-@torch.library.custom_op("vitprune_fast::manifold_loss_triton", mutates_args=())
+@library.custom_op("vitprune_fast::manifold_loss_triton", mutates_args=())
 def _triton(
     student_SRD: Tensor, teacher_SRE: Tensor, with_gradient: bool, operand: torch.dtype | None
 ) -> tuple[Tensor, Tensor]:

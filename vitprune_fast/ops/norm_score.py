@@ -6,7 +6,7 @@ B batch, N tokens, C channels.
 from __future__ import annotations
 
 import torch
-from torch import Tensor
+from torch import Tensor, library
 from torch.nn import functional as F
 
 from vitprune_fast import _checks
@@ -19,7 +19,7 @@ from vitprune_fast.ops._probes import (
 )
 from vitprune_fast.reference.norm_score import norm_score as _eager
 
-_library = torch.library.Library("vitprune_fast", "FRAGMENT")
+_library = library.Library("vitprune_fast", "FRAGMENT")
 _library.define(
     "norm_score(Tensor x_BNC, Tensor grad_y_BNC, Tensor? weight_C, Tensor? bias_C, float eps, "
     "bool rms, bool output) -> (Tensor, Tensor)",
@@ -27,7 +27,7 @@ _library.define(
 )
 
 
-@torch.library.register_fake("vitprune_fast::norm_score", lib=_library)
+@library.register_fake("vitprune_fast::norm_score", lib=_library)
 def _fake(
     x_BNC: Tensor,
     grad_y_BNC: Tensor,
@@ -42,7 +42,7 @@ def _fake(
 
 
 # C++ and Triton cannot both hold the CUDA key of one op, so the twin has its own name
-@torch.library.custom_op("vitprune_fast::norm_score_triton", mutates_args=())
+@library.custom_op("vitprune_fast::norm_score_triton", mutates_args=())
 def _triton(
     x_BNC: Tensor,
     grad_y_BNC: Tensor,
@@ -150,7 +150,7 @@ def norm_score(
 
 
 # torch's own forward is at the speed of memory; the backward is what has no equal there
-@torch.library.custom_op("vitprune_fast::scored_norm", mutates_args=())
+@library.custom_op("vitprune_fast::scored_norm", mutates_args=())
 def _scored(
     x_BNC: Tensor,
     probe_BC: Tensor,

@@ -6,14 +6,14 @@ B batch, N tokens, F columns, U units of ``group_size`` adjacent columns each.
 from __future__ import annotations
 
 import torch
-from torch import Tensor
+from torch import Tensor, library
 
 from vitprune_fast import _checks
 from vitprune_fast.ops._dispatch import Backend, choose
 from vitprune_fast.ops._probes import DTYPES, score_dtype
 from vitprune_fast.reference.taylor_score import taylor_score as _eager
 
-_library = torch.library.Library("vitprune_fast", "FRAGMENT")
+_library = library.Library("vitprune_fast", "FRAGMENT")
 _library.define(
     "taylor_score(Tensor activation_BNF, Tensor gradient_BNF, int group_size, bool per_token)"
     " -> Tensor",
@@ -21,14 +21,14 @@ _library.define(
 )
 
 
-@torch.library.register_fake("vitprune_fast::taylor_score", lib=_library)
+@library.register_fake("vitprune_fast::taylor_score", lib=_library)
 def _fake(activation_BNF: Tensor, gradient_BNF: Tensor, group_size: int, per_token: bool) -> Tensor:
     batch, _, columns = activation_BNF.shape
     return activation_BNF.new_empty(batch, columns // group_size, dtype=score_dtype(activation_BNF))
 
 
 # C++ and Triton cannot both hold the CUDA key of one op, so the twin has its own name
-@torch.library.custom_op("vitprune_fast::taylor_score_triton", mutates_args=())
+@library.custom_op("vitprune_fast::taylor_score_triton", mutates_args=())
 def _triton(
     activation_BNF: Tensor, gradient_BNF: Tensor, group_size: int, per_token: bool
 ) -> Tensor:
