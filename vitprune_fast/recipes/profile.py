@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import platform
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 
 from vitprune_fast.errors import BackendUnavailable, InvalidInput
+from vitprune_fast.recipes.cores import available_cores, default_threads
 
 
 @dataclass(frozen=True)
@@ -33,20 +33,16 @@ class Profile:
         return asdict(self)
 
 
-def available_cores() -> int:
-    """Cores this process may use (its affinity, not the whole machine)."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
-
-
 def choose_profile(
     device: str = "auto", threads: int | None = None, workers: int | None = None
 ) -> Profile:
     """Device, dtype, threads and loader processes for this machine; explicit values are obeyed.
 
+    Threads that are not given are `OMP_NUM_THREADS`, or else one per core that affinity and cgroups
+    leave to this process. The profile only says so: `applied` sets them.
+
     Raises:
-        InvalidInput: an unknown device or a count out of range.
+        InvalidInput: an unknown device, a count out of range, or an `OMP_NUM_THREADS` that is none.
         BackendUnavailable: CUDA is asked for and there is none.
     """
     import torch
@@ -55,7 +51,6 @@ def choose_profile(
         raise InvalidInput(f"run: threads must be at least 1, got {threads}")
     if workers is not None and workers < 0:
         raise InvalidInput(f"run: workers must be 0 or more, got {workers}")
-    cores = available_cores()
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     kind = device.partition(":")[0]
@@ -65,7 +60,7 @@ def choose_profile(
                 "run: device cuda was asked for, but torch sees no GPU; use --device cpu"
             )
         hardware = torch.cuda.get_device_name(device)
-        default_workers = max(1, min(8, cores - 1))
+        default_workers = max(1, min(8, available_cores() - 1))
     elif kind == "cpu":
         hardware = _cpu_name()
         default_workers = 0
@@ -76,7 +71,7 @@ def choose_profile(
         device=device,
         hardware=hardware,
         dtype="float32",
-        threads=threads or cores,
+        threads=default_threads() if threads is None else threads,
         workers=default_workers if workers is None else workers,
     )
 
