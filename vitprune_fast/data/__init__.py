@@ -219,13 +219,13 @@ def open_data(
         default_mean = tuple(train.mean((0, 2, 3)).tolist())
         default_std = tuple(train.std((0, 2, 3)).tolist())
         augmentation: Augment = Affine()
-        defaults, split_origins = "the training images", SPLIT_ORIGINS
+        defaults, split_origins = "of the training images", SPLIT_ORIGINS
         crop_share, interpolation = 1.0, source.interpolation
     elif kind in PHOTOGRAPHS and path:
         crop_share, interpolation = crop_share or 1.0, interpolation or "bicubic"
         source = PHOTOGRAPHS[kind](Path(path), size, channels, seed, crop_share, interpolation)
         splits, split_origins = source.splits, source.split_origins
-        defaults = "those of ImageNet"
+        defaults = "of ImageNet, the default"
         luma = torch.tensor([0.299, 0.587, 0.114])
         default_mean, default_std = IMAGENET_MEAN, IMAGENET_STD
         if channels == 1:

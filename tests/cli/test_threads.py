@@ -1,0 +1,77 @@
+"""Every verb computes with the threads it is told, or else with OMP_NUM_THREADS."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import timm
+import torch
+
+import vitprune_fast as vp
+from tests.recipes.conftest import TINY
+from vitprune_fast.cli.main import VERBS, main
+from vitprune_fast.recipes.chain import run
+from vitprune_fast.recipes.yamlfile import to_yaml
+
+SIZES: dict[str, Any] = {
+    "img_size": 8,
+    "patch_size": 4,
+    "in_chans": 1,
+    "embed_dim": 24,
+    "depth": 2,
+    "num_heads": 3,
+    "num_classes": 10,
+}
+COMMANDS = {
+    "run": "run --config tiny.yaml --out fresh",
+    "describe": "describe --model dense",
+    "score": "score --model dense --data digits --score-samples 8",
+    "plan": "plan --model dense --scores s.safetensors --macs 0.8",
+    "prune": "prune --model dense --plan p.json",
+    "distill": "distill --model dense --teacher self --data digits --epochs 1 --warmup-epochs 0",
+    "eval": "eval --model dense --data digits --split validation",
+    "bench": "bench --model dense --batch-sizes 1 --seconds 0.01",
+    "report": "report run",
+    "doctor": "doctor",
+}
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    top = tmp_path_factory.mktemp("threads")
+    model = timm.create_model("vit_tiny_patch16_224", **SIZES)
+    vp.save(model, top / "dense")
+    scores = vp.score(model, None, criterion="magnitude")
+    scores.save(top / "s.safetensors")
+    vp.plan(model, scores, budget=vp.Budget(macs=0.8)).save(top / "p.json")
+    (top / "tiny.yaml").write_text(to_yaml(TINY).replace("threads: 1\n", "threads: null\n"))
+    run(replace(TINY, out=top / "run"))
+    return top
+
+
+def test_every_verb_is_tried() -> None:
+    assert COMMANDS.keys() == VERBS.keys()
+
+
+@pytest.mark.parametrize("verb", COMMANDS)
+def test_threads_are_those_that_were_asked_for(
+    verb: str, made: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(made)
+    told: list[int] = []
+    # how many threads really compute is torch's affair, and would slow the tests down
+    monkeypatch.setattr(torch, "set_num_threads", told.append)
+    monkeypatch.setenv("OMP_NUM_THREADS", "3")
+    words = COMMANDS[verb].split()
+    assert main(words) == 0
+    assert told[0] == 3
+    told.clear()
+    again = [word.replace("fresh", "more") for word in words]
+    assert main([*again, "--threads", "5"]) == 0
+    assert told[0] == 5
+    capsys.readouterr()
+    assert main([*again, "--threads", "0"]) == 2
+    assert "threads must be at least 1, got 0" in capsys.readouterr().err
