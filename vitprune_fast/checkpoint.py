@@ -10,6 +10,7 @@ A saved model is a folder:
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import os
 from collections.abc import Mapping
@@ -43,11 +44,30 @@ from .structure.paths import put
 FORMAT_VERSION = 1
 # a line of text can ask for a block, which takes a millisecond to build
 MAX_BLOCKS = 1 << 10
-# timm's names for the two classes; every argument of theirs is given, so the size in it is moot
+# timm's names for models that have none of their own; every argument is given, so the size in the
+# name is moot
 _ENTRYPOINTS = {
     "VisionTransformer": "vit_base_patch16_224",
     "VisionTransformerDistilled": "deit_base_distilled_patch16_224",
 }
+# of timm's pretrained_cfg; not where other weights can be had, nor sizes that only those can take
+_KEPT = (
+    "architecture",
+    "tag",
+    "mean",
+    "std",
+    "interpolation",
+    "crop_pct",
+    "crop_mode",
+    "first_conv",
+    "classifier",
+    "label_names",
+    "label_descriptions",
+    "license",
+    "origin_url",
+    "paper_name",
+    "paper_ids",
+)
 # how a model runs here and now, not what it is
 _RUNTIME_ATTRIBUTES = {"training", "fused_attn", "grad_checkpointing", "weight_init_mode"}
 
@@ -356,20 +376,21 @@ def _timm_config(model: Any, spec: Mapping[str, Any]) -> dict[str, Any] | None:
         "pos_drop_rate": model.pos_drop.p,
         "drop_rate": model.head_drop.p,
     }
-    architecture = _ENTRYPOINTS[spec["class"]]
-    try:
-        with torch.device("meta"):
-            rebuilt = timm.create_model(architecture, **args)
-        # drop path follows no rule of timm's after blocks went; it is off in a model opened by timm
-        same = not _check_same(rebuilt, model, ignore="drop_path")
-    except (UnsupportedArchitecture, AssertionError, TypeError):
-        return None
-    return _config(model, architecture, args) if same else None
+    own = (getattr(model, "pretrained_cfg", None) or {}).get("architecture")
+    for architecture in (own, _ENTRYPOINTS[spec["class"]]):
+        if isinstance(architecture, str) and timm.is_model(architecture):
+            with contextlib.suppress(UnsupportedArchitecture, AssertionError, TypeError):
+                with torch.device("meta"):
+                    rebuilt = timm.create_model(architecture, **args)
+                # drop path follows no rule of timm's after blocks went; it is off in a model opened
+                # by timm
+                if not _check_same(rebuilt, model, ignore="drop_path"):
+                    return _config(model, architecture, args)
+    return None
 
 
 def _config(model: Any, architecture: str, args: Mapping[str, Any]) -> dict[str, Any]:
     known = getattr(model, "pretrained_cfg", None) or {}
-    keep = ("mean", "std", "interpolation", "crop_pct", "label_names")
     image = model.patch_embed.img_size
     return {
         "architecture": architecture,
@@ -382,6 +403,6 @@ def _config(model: Any, architecture: str, args: Mapping[str, Any]) -> dict[str,
             "first_conv": "patch_embed.proj",
             "classifier": "head",
             **({"input_size": [model.in_chans, *image]} if image else {}),
-            **{name: known[name] for name in keep if known.get(name) is not None},
+            **{name: known[name] for name in _KEPT if known.get(name) is not None},
         },
     }

@@ -158,11 +158,17 @@ def build_block(spec: Mapping[str, Any], kwargs: dict[str, Any]) -> nn.Module:
 
 
 def load(folder: str | Path) -> VisionTransformer:
-    """The saved model of this folder, on the CPU, in eval mode."""
+    """The saved model of this folder, on the CPU, in eval mode.
+
+    Its ``pretrained_cfg`` says how images are prepared, as timm's ``resolve_model_data_config``
+    reads it, and which architecture was pruned.
+    """
     folder = Path(folder)
-    model = build(json.loads((folder / "config.json").read_text())["vitprune_fast"])
+    config: Any = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    model: Any = build(config["vitprune_fast"])
     tensors = load_file(folder / "model.safetensors")
     model.load_state_dict(tensors, strict=True, assign=True)
+    model.pretrained_cfg = model.default_cfg = config["pretrained_cfg"]
     return model.eval()
 
 

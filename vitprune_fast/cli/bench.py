@@ -8,7 +8,7 @@ from typing import Annotated
 from tyro.conf import arg
 
 from vitprune_fast.cli.options import parse, required_model
-from vitprune_fast.recipes.config import ModelConfig
+from vitprune_fast.recipes.config import Count, ModelConfig
 
 
 @dataclass(frozen=True)
@@ -27,8 +27,8 @@ class Bench:
     """How long each batch size is measured."""
     device: Annotated[str, arg(metavar="auto|cpu|cuda")] = "auto"
     """Where to compute."""
-    threads: Annotated[int | None, arg(metavar="N")] = None
-    """Torch threads on the CPU; unset: one per available core."""
+    threads: Count = None
+    """Torch threads on the CPU; unset: OMP_NUM_THREADS, or one per available core."""
 
 
 def main(words: list[str]) -> int:

@@ -8,7 +8,7 @@ from typing import Annotated
 from tyro.conf import arg
 
 from vitprune_fast.cli.options import parse, required_model
-from vitprune_fast.recipes.config import ModelConfig
+from vitprune_fast.recipes.config import Count, ModelConfig
 
 
 @dataclass(frozen=True)
@@ -16,6 +16,8 @@ class Describe:
     """List the axes of a model: what can be removed, how many units, and the model's cost."""
 
     model: Annotated[ModelConfig, arg(name="")] = field(default_factory=required_model)
+    threads: Count = None
+    """Torch threads on the CPU; unset: OMP_NUM_THREADS, or one per available core."""
 
 
 def main(words: list[str]) -> int:
@@ -26,9 +28,11 @@ def main(words: list[str]) -> int:
     import vitprune_fast as vp
     from vitprune_fast.cli.display import print_table
     from vitprune_fast.recipes.models import skeleton
+    from vitprune_fast.recipes.profile import applied, choose_profile
 
-    model = skeleton(options.model)
-    structure, cost = vp.describe(model), vp.cost(model)
+    with applied(choose_profile("cpu", options.threads)):
+        model = skeleton(options.model)
+        structure, cost = vp.describe(model), vp.cost(model)
     rows = [(name, axis.kind, f"{axis.size:,}") for name, axis in structure.axes.items()]
     print_table(("axis", "unit", "size"), rows)
     print(f"{cost.params:,} params, {cost.macs:,} MACs")

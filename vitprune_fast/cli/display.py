@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rich.console import Console
@@ -53,6 +53,9 @@ class Display:
 
     def _on_profile(self, event: dict[str, Any]) -> None:
         self._say(f"profile   {event['profile']}")
+
+    def _on_assumption(self, event: dict[str, Any]) -> None:
+        self._say(f"{event['topic']:<9} {event['text']}")
 
     def _on_note(self, event: dict[str, Any]) -> None:
         self._say(f"note      {event['text']}")
@@ -131,6 +134,12 @@ class Display:
         self.console.print()
         self.console.print(table)
         self.console.print(f"\nreport: {event['report']}", markup=False)
+
+
+def print_assumptions(assumptions: Mapping[str, str]) -> None:
+    """A line for each thing a verb takes for granted."""
+    for topic, text in assumptions.items():
+        print(f"{topic:<9} {text}")
 
 
 class Pace:

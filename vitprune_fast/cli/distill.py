@@ -12,6 +12,7 @@ from vitprune_fast.cli.options import parse, required_data, required_model
 from vitprune_fast.distill.config import DistillConfig
 from vitprune_fast.errors import InvalidInput
 from vitprune_fast.recipes.config import (
+    Count,
     DataConfig,
     GateConfig,
     MaskConfig,
@@ -39,22 +40,25 @@ class Distill:
     schedule: Annotated[DistillConfig, arg(name="")] = field(default_factory=DistillConfig)
     device: Annotated[str, arg(metavar="auto|cpu|cuda")] = "auto"
     """Where to compute."""
+    threads: Count = None
+    """Torch threads on the CPU; unset: OMP_NUM_THREADS, or one per available core."""
     tensorboard: Annotated[Path | None, arg(metavar="DIR")] = None
     """Also write the curves for TensorBoard, a folder per training."""
 
 
 def main(words: list[str]) -> int:
     """Distils the model and saves it."""
-    options = parse("distill", words, lambda chosen: Distill())
+    options = parse("distill", words, lambda chosen: Distill(), outputs=_outputs)
     if options is None:
         return 0
     import vitprune_fast as vp
     from vitprune_fast.checkpoint import check_folder
-    from vitprune_fast.cli.display import Display
+    from vitprune_fast.cli.display import Display, print_assumptions
     from vitprune_fast.cli.signals import Interrupted, Stopper
     from vitprune_fast.files import probe_folder
     from vitprune_fast.recipes.board import Board
     from vitprune_fast.recipes.opened import open_both
+    from vitprune_fast.recipes.profile import applied
     from vitprune_fast.recipes.teaching import Trainings, TrainingStopped, teach
 
     if options.schedule.needs_teacher and not options.teacher.names:
@@ -66,19 +70,22 @@ def main(words: list[str]) -> int:
     if options.checkpoints is not None:
         probe_folder(options.checkpoints)
     seed = options.schedule.seed
-    model, data, setting = open_both(options.model, options.data, seed, options.device)
+    opened = open_both(options.model, options.data, seed, options.device, options.threads)
+    print_assumptions(opened.assumptions)
     stop = Stopper()
-    with Display() as display:
+    with applied(opened.profile), Display() as display:
 
         def on_event(event: dict[str, Any]) -> None:
             stop.watch(event)
             display(event)
 
         board = options.tensorboard and Board(options.tensorboard)
-        trainings = Trainings(data, setting, options.checkpoints, on_event, stop, board)
+        trainings = Trainings(
+            opened.data, opened.setting, options.checkpoints, on_event, stop, board
+        )
         try:
             taught = teach(
-                model,
+                opened.model,
                 options.schedule,
                 trainings,
                 teachers=options.teacher,
@@ -91,3 +98,11 @@ def main(words: list[str]) -> int:
     vp.save(taught, options.out)
     print(options.out)
     return 0
+
+
+def _outputs(options: Distill) -> dict[str, Path | None]:
+    return {
+        "out": options.out,
+        "checkpoints": options.checkpoints,
+        "tensorboard": options.tensorboard,
+    }

@@ -5,18 +5,25 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from vitprune_fast.cli.options import parse
+from vitprune_fast.recipes.config import Count
 
 
 @dataclass(frozen=True)
 class Doctor:
     """Show versions, devices, compilers, and which backend every op takes here and why."""
 
+    threads: Count = None
+    """Torch threads on the CPU; unset: OMP_NUM_THREADS, or one per available core."""
+
 
 def main(words: list[str]) -> int:
     """Prints what `vp.doctor()` finds."""
-    if parse("doctor", words, lambda chosen: Doctor()) is None:
+    options = parse("doctor", words, lambda chosen: Doctor())
+    if options is None:
         return 0
     import vitprune_fast as vp
+    from vitprune_fast.recipes.profile import applied, choose_profile
 
-    print(vp.doctor())
+    with applied(choose_profile("cpu", options.threads)):
+        print(vp.doctor())
     return 0

@@ -9,7 +9,7 @@ from typing import Annotated, Literal
 from tyro.conf import arg
 
 from vitprune_fast.cli.options import parse, required_data, required_model
-from vitprune_fast.recipes.config import DataConfig, ModelConfig
+from vitprune_fast.recipes.config import Count, DataConfig, ModelConfig
 
 
 @dataclass(frozen=True)
@@ -24,6 +24,8 @@ class Eval:
     """Saved model to count agreement with."""
     device: Annotated[str, arg(metavar="auto|cpu|cuda")] = "auto"
     """Where to compute."""
+    threads: Count = None
+    """Torch threads on the CPU; unset: OMP_NUM_THREADS, or one per available core."""
 
 
 def main(words: list[str]) -> int:
@@ -31,18 +33,20 @@ def main(words: list[str]) -> int:
     options = parse("eval", words, lambda chosen: Eval())
     if options is None:
         return 0
+    from vitprune_fast.cli.display import print_assumptions
     from vitprune_fast.recipes import models, stages
+    from vitprune_fast.recipes.assumptions import about_test_images
     from vitprune_fast.recipes.opened import open_both
+    from vitprune_fast.recipes.profile import applied
 
-    model, data, setting = open_both(options.model, options.data, 0, options.device)
+    opened = open_both(options.model, options.data, 0, options.device, options.threads)
+    unknown = about_test_images(options.model, opened.data) if options.split == "test" else {}
+    print_assumptions({**opened.assumptions, **unknown})
     teacher = models.open_model(ModelConfig(name=str(options.teacher))) if options.teacher else None
-    result = stages.evaluate(
-        model,
-        data,
-        setting,
-        split=options.split,
-        teacher=teacher,
-    )
+    with applied(opened.profile):
+        result = stages.evaluate(
+            opened.model, opened.data, opened.setting, split=options.split, teacher=teacher
+        )
     print(f"top-1 {result.top1:.2%} ({result.top1_count} of {result.samples})")
     print(f"top-5 {result.top5:.2%} ({result.top5_count} of {result.samples})")
     if teacher is not None:

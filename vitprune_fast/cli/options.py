@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, make_dataclass
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
@@ -13,6 +13,7 @@ import tyro
 from tyro.conf import arg
 
 from vitprune_fast.recipes.config import DataConfig, ModelConfig
+from vitprune_fast.recipes.outputs import refuse_overwriting
 from vitprune_fast.recipes.yamlfile import from_yaml, to_yaml
 
 T = TypeVar("T")
@@ -51,6 +52,7 @@ def parse(
     words: Sequence[str],
     default: Callable[[argparse.Namespace], T],
     flags: type[FileFlags] = FileFlags,
+    outputs: Callable[[T], Mapping[str, Path | None]] = lambda options: {},
 ) -> T | None:
     """The options of a verb, or None when they were only to be printed.
 
@@ -60,6 +62,10 @@ def parse(
         default: gives the default options; it sees the words that choose them (`config`,
             `preset`, `data`, `model`; None where not given).
         flags: which of the choosing words this verb takes.
+        outputs: option -> what the verb will write.
+
+    Raises:
+        InvalidInput: an option is out of range, or an output would destroy an input.
     """
     early = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     for name in ("config", "preset", "data", "model"):
@@ -85,4 +91,5 @@ def parse(
     if parsed.files.print_config:
         print(to_yaml(parsed.options), end="")
         return None
+    refuse_overwriting(verb, parsed.options, outputs(parsed.options), config=parsed.files.config)
     return parsed.options

@@ -10,7 +10,7 @@ import tyro
 from tyro.conf import arg
 
 from vitprune_fast.cli.options import parse, required_model
-from vitprune_fast.recipes.config import ModelConfig, PlanConfig
+from vitprune_fast.recipes.config import Count, ModelConfig, PlanConfig
 
 
 @dataclass(frozen=True)
@@ -23,22 +23,30 @@ class Plan:
     """Where the plan goes (JSON)."""
     model: Annotated[ModelConfig, arg(name="")] = field(default_factory=required_model)
     plan: Annotated[PlanConfig, arg(name="")] = field(default_factory=PlanConfig)
+    threads: Count = None
+    """Torch threads on the CPU; unset: OMP_NUM_THREADS, or one per available core."""
 
 
 def main(words: list[str]) -> int:
     """Plans within the budget and saves the plan."""
-    options = parse("plan", words, lambda chosen: Plan())
+    options = parse("plan", words, lambda chosen: Plan(), outputs=lambda plan: {"out": plan.out})
     if options is None:
         return 0
     import vitprune_fast as vp
+    from vitprune_fast.cli.display import print_assumptions
     from vitprune_fast.planning.cost import predict_cost
     from vitprune_fast.recipes import models, stages
+    from vitprune_fast.recipes.assumptions import about_budget, about_scores
+    from vitprune_fast.recipes.profile import applied, choose_profile
 
-    model = models.skeleton(options.model)
-    plan = stages.plan(model, vp.Scores.load(options.scores), options.plan)
-    plan.save(options.out)
-    structure = vp.describe(model)
-    before, after = vp.cost(model), predict_cost(structure, plan)
+    scores = vp.Scores.load(options.scores)
+    print_assumptions({**about_scores(scores), **about_budget(options.plan)})
+    with applied(choose_profile("cpu", options.threads)):
+        model = models.skeleton(options.model)
+        plan = stages.plan(model, scores, options.plan)
+        plan.save(options.out)
+        structure = vp.describe(model)
+        before, after = vp.cost(model), predict_cost(structure, plan)
     print(
         f"{options.out}: {after.macs:,} of {before.macs:,} MACs, "
         f"{after.params:,} of {before.params:,} params"

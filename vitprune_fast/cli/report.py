@@ -10,6 +10,7 @@ import tyro
 from tyro.conf import Positional, arg
 
 from vitprune_fast.cli.options import parse
+from vitprune_fast.recipes.config import Count
 
 
 @dataclass(frozen=True)
@@ -20,17 +21,26 @@ class Report:
     """Run folders."""
     out: Annotated[Path, arg(metavar="FILE")] = Path("comparison.html")
     """Where the comparison of several runs is written."""
+    threads: Count = None
+    """Torch threads on the CPU; unset: OMP_NUM_THREADS, or one per available core."""
 
 
 def main(words: list[str]) -> int:
     """Writes the report or the comparison and prints its path."""
-    options = parse("report", words, lambda chosen: Report())
+    options = parse("report", words, lambda chosen: Report(), outputs=_outputs)
     if options is None:
         return 0
+    from vitprune_fast.recipes.profile import applied, choose_profile
     from vitprune_fast.report import write_comparison, write_report
 
-    if len(options.folders) == 1:
-        print(write_report(options.folders[0]))
-    else:
-        print(write_comparison(options.folders, options.out))
+    with applied(choose_profile("cpu", options.threads)):
+        if len(options.folders) == 1:
+            print(write_report(options.folders[0]))
+        else:
+            print(write_comparison(options.folders, options.out))
     return 0
+
+
+def _outputs(options: Report) -> dict[str, Path | None]:
+    """One run gets its report among its own files; a comparison goes elsewhere."""
+    return {"out": options.out if len(options.folders) > 1 else None}

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any
 
 from tyro.conf import arg
 
 from vitprune_fast.cli.options import parse, required_data, required_model
-from vitprune_fast.recipes.config import DataConfig, ModelConfig, ScoreConfig
+from vitprune_fast.recipes.config import Count, DataConfig, ModelConfig, ScoreConfig
 
 
 @dataclass(frozen=True)
@@ -29,28 +29,33 @@ class Score:
     """Chooses which training images are scored."""
     device: Annotated[str, arg(metavar="auto|cpu|cuda")] = "auto"
     """Where to compute."""
+    threads: Count = None
+    """Torch threads on the CPU; unset: OMP_NUM_THREADS, or one per available core."""
 
 
 def main(words: list[str]) -> int:
     """Scores the model and saves the scores."""
-    options = parse("score", words, lambda chosen: Score())
+    options = parse("score", words, lambda chosen: Score(), outputs=_outputs)
     if options is None:
         return 0
     from vitprune_fast import files
-    from vitprune_fast.cli.display import Display, print_table, rate_text
+    from vitprune_fast.cli.display import Display, print_assumptions, print_table, rate_text
     from vitprune_fast.cli.signals import Interrupted, Stopper
     from vitprune_fast.errors import InvalidInput
     from vitprune_fast.recipes import stages
     from vitprune_fast.recipes.opened import open_both
+    from vitprune_fast.recipes.profile import applied
     from vitprune_fast.scoring import ScoringStopped
 
     # found out before the work whose result goes there
     files.probe_folder(options.out.parent)
     if options.out.is_dir():
         raise InvalidInput(f"score: out must be a file, got the folder {options.out}")
-    model, data, setting = open_both(options.model, options.data, options.seed, options.device)
+    opened = open_both(options.model, options.data, options.seed, options.device, options.threads)
+    model = opened.model
+    print_assumptions(opened.assumptions)
     stop = Stopper()
-    with Display() as display:
+    with applied(opened.profile), Display() as display:
 
         def on_event(event: dict) -> None:
             stop.watch(event)
@@ -61,9 +66,9 @@ def main(words: list[str]) -> int:
         try:
             scores = stages.score(
                 model,
-                data,
+                opened.data,
                 options.score,
-                setting,
+                opened.setting,
                 checkpoint=_partial(options.out),
                 on_event=on_event,
                 stop=stop,
@@ -73,6 +78,8 @@ def main(words: list[str]) -> int:
             raise Interrupted(stop.number) from None
         seconds = time.perf_counter() - started
     files.make_folder(options.out.parent)
+    if options.model.origin == "random":
+        scores = replace(scores, provenance={**scores.provenance, "weights": "random"})
     scores.save(options.out)
     rate = f", {rate_text(scores.samples / seconds)}" if scores.samples else ""
     aside = f", {scores.skipped:,} set aside" if scores.skipped else ""
@@ -84,9 +91,13 @@ def main(words: list[str]) -> int:
     return 0
 
 
+def _outputs(options: Score) -> dict[str, Path | None]:
+    return {"out": options.out, "the partial sums of out": _partial(options.out)}
+
+
 def _partial(out: Path) -> Path:
     """Where the sums of a stopped scoring are; other scores beside it have another file."""
-    return out.with_name(f"{out.name.removesuffix('.safetensors')}.partial.safetensors")
+    return out.parent / f"{out.name.removesuffix('.safetensors')}.partial.safetensors"
 
 
 def _summary(model: Any, scores: Any) -> list[tuple[str, ...]]:

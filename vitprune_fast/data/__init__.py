@@ -5,18 +5,19 @@ Scoring and training read train, choices read validation, only the before/after 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
 
 from vitprune_fast.data.augment import Affine, Augment, RandomCrop
-from vitprune_fast.data.digits import Digits, committed_splits
+from vitprune_fast.data.digits import SPLIT_ORIGINS, Digits, committed_splits
 from vitprune_fast.data.folder import Folder
 from vitprune_fast.data.hub import Hub
 from vitprune_fast.data.images import Images, Source, check_normalisation
 from vitprune_fast.data.loader import Batch, Loader
+from vitprune_fast.data.photographs import INTERPOLATIONS
 from vitprune_fast.data.quarantine import BadImage, find_bad_images, refuse_too_many
 from vitprune_fast.data.shards import Shards
 from vitprune_fast.data.splits import SPLIT_SEED, split_hash
@@ -51,6 +52,11 @@ class ImageData:
         channels: 1 or 3.
         mean: per channel, of pixels in ``[0, 1]``.
         std: per channel.
+        crop_share: share of the shorter side that the centre window of evaluation covers.
+        interpolation: how images are resized: ``nearest``, ``bilinear``, ``bicubic``, ``lanczos``,
+            or ``none`` where they are not.
+        origins: where ``mean``, ``std``, ``crop_share`` and ``interpolation`` come from, and which
+            folder or share became ``train``, ``validation`` and ``test``, in words.
         augmentation: what training on this data uses unless told otherwise.
         split_hashes: SHA-256 of each split's ids, labels and names.
         set_aside: the unreadable images that were taken out.
@@ -62,6 +68,9 @@ class ImageData:
     channels: int
     mean: tuple[float, ...]
     std: tuple[float, ...]
+    crop_share: float
+    interpolation: str
+    origins: Mapping[str, str] = field(repr=False)
     augmentation: Augment
     source: Source = field(repr=False)
     split_ids: dict[str, list[int]] = field(repr=False)
@@ -147,7 +156,8 @@ def open_data(
     seed: int = SPLIT_SEED,
     mean: tuple[float, ...] | None = None,
     std: tuple[float, ...] | None = None,
-    crop_share: float = 1.0,
+    crop_share: float | None = None,
+    interpolation: str | None = None,
 ) -> ImageData:
     """Open a data set with its three splits.
 
@@ -167,7 +177,9 @@ def open_data(
             ImageNet's for photographs.
         std: per channel, likewise.
         crop_share: share of the shorter side that evaluation's centre window covers, ``(0, 1]``;
-            for photographs only.
+            for photographs only; default: 1.
+        interpolation: how photographs are resized: ``nearest``, ``bilinear``, ``bicubic`` (the
+            default) or ``lanczos``.
 
     Raises:
         InvalidInput: the spec is unknown, or the folder is missing, empty, has one class, an empty
@@ -182,18 +194,38 @@ def open_data(
         raise InvalidInput(f"open_data: image_size must be at least 1 pixel, got {image_size}")
     if channels not in (1, 3):
         raise InvalidInput(f"open_data: channels must be 1 or 3, got {channels}")
-    if not 0 < crop_share <= 1:
+    if crop_share is not None and not 0 < crop_share <= 1:
         raise InvalidInput(f"open_data: crop_share must be in (0, 1], got {crop_share}")
+    if interpolation not in (None, *INTERPOLATIONS):
+        raise InvalidInput(
+            f"open_data: interpolation must be {', '.join(INTERPOLATIONS)}, got {interpolation!r}"
+        )
     kind, _, path = spec.partition(":")
+    statistics = {
+        "mean": mean,
+        "std": std,
+        "crop_share": crop_share,
+        "interpolation": interpolation,
+    }
+    given = {name: value for name, value in statistics.items() if value is not None}
     if kind == "digits" and not path:
+        for name in given.keys() - {"mean", "std"}:
+            raise InvalidInput(
+                f"open_data: {name} must be unset for the digits, which are no photographs, got "
+                f"{given[name]}"
+            )
         source, splits = Digits(size, channels), committed_splits()
         train = source.images[splits["train"]].double()
         default_mean = tuple(train.mean((0, 2, 3)).tolist())
         default_std = tuple(train.std((0, 2, 3)).tolist())
         augmentation: Augment = Affine()
+        defaults, split_origins = "the training images", SPLIT_ORIGINS
+        crop_share, interpolation = 1.0, source.interpolation
     elif kind in PHOTOGRAPHS and path:
-        source = PHOTOGRAPHS[kind](Path(path), size, channels, seed=seed, crop_share=crop_share)
-        splits = source.splits
+        crop_share, interpolation = crop_share or 1.0, interpolation or "bicubic"
+        source = PHOTOGRAPHS[kind](Path(path), size, channels, seed, crop_share, interpolation)
+        splits, split_origins = source.splits, source.split_origins
+        defaults = "those of ImageNet"
         luma = torch.tensor([0.299, 0.587, 0.114])
         default_mean, default_std = IMAGENET_MEAN, IMAGENET_STD
         if channels == 1:
@@ -214,6 +246,14 @@ def open_data(
         channels=channels,
         mean=tuple(mean),
         std=tuple(std),
+        crop_share=crop_share,
+        interpolation=interpolation,
+        origins={
+            **dict.fromkeys(("mean", "std"), defaults),
+            **dict.fromkeys(("crop_share", "interpolation"), "the default"),
+            **dict.fromkeys(given, "given"),
+            **split_origins,
+        },
         augmentation=augmentation,
         source=source,
         split_ids={name: splits[name] for name in ("train", "validation", "test")},

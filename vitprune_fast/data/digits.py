@@ -16,6 +16,11 @@ from vitprune_fast.files import read_json
 
 SPLIT_FILE = Path(__file__).parents[1] / "splits" / "digits.json"
 SHARES = {"test": 1 / 3, "validation": 1 / 10}
+SPLIT_ORIGINS = {
+    "train": "the rest of the digits",
+    "validation": "10% of the digits, by the committed list",
+    "test": "33% of the digits, by the committed list",
+}
 
 
 class Digits:
@@ -32,6 +37,7 @@ class Digits:
         self.labels = labels.tolist()
         self.classes = tuple(str(digit) for digit in range(10))
         images = torch.from_numpy(pixels)[:, None].float() / 16
+        self.interpolation = "none" if image_size == (8, 8) else "bilinear"
         if image_size != (8, 8):
             images = F.interpolate(images, image_size, mode="bilinear", align_corners=False)
         self.images = images.expand(-1, channels, -1, -1)

@@ -18,6 +18,12 @@ from vitprune_fast.data.splits import stratified
 from vitprune_fast.errors import InvalidInput
 
 SHARES = {"test": 0.2, "validation": 0.1}
+INTERPOLATIONS = {
+    "nearest": Image.Resampling.NEAREST,
+    "bilinear": Image.Resampling.BILINEAR,
+    "bicubic": Image.Resampling.BICUBIC,
+    "lanczos": Image.Resampling.LANCZOS,
+}
 _HELD_OUT = {"val": "validation", "validation": "validation", "test": "test"}
 PARTS = ("train", *_HELD_OUT)
 
@@ -48,6 +54,7 @@ class Photographs(ABC):
         channels: 3, or 1 for grey.
         seed: of the splits that the data set does not bring.
         crop_share: share of the shorter side that the centre window of evaluation covers.
+        interpolation: how images are resized, one of ``INTERPOLATIONS``.
 
     Raises:
         InvalidInput: nothing is there, or no classes, one class, an empty one, or one that the
@@ -56,17 +63,26 @@ class Photographs(ABC):
     """
 
     def __init__(
-        self, root: Path, image_size: tuple[int, int], channels: int, seed: int, crop_share: float
+        self,
+        root: Path,
+        image_size: tuple[int, int],
+        channels: int,
+        seed: int,
+        crop_share: float,
+        interpolation: str,
     ) -> None:
         self.root = root
         self.image_size = image_size
         self.channels = channels
         self.seed = seed
         self.crop_share = crop_share
+        self.resampling = INTERPOLATIONS[interpolation]
         # relative to the root, as plain text: a data set may have millions
         self.names: list[str] = []
         self.labels: list[int] = []
         self.classes: tuple[str, ...] = ()
+        # split -> which folder or share it is, for people
+        self.split_origins: dict[str, str] = {}
         self.splits = self._cut(self._parts())
 
     @abstractmethod
@@ -112,7 +128,7 @@ class Photographs(ABC):
             wide, high = width * share, height * share
             left, top = (image.width - wide) / 2, (image.height - high) / 2
             window = (left, top, left + wide, top + high)
-        view = image.resize((width, height), Image.Resampling.BICUBIC, box=window)
+        view = image.resize((width, height), self.resampling, box=window)
         if isinstance(augment, RandomCrop):
             view = augment.changed(view, draw)
         return np.asarray(view)[:, ::-1] if flip else np.asarray(view)
@@ -120,22 +136,29 @@ class Photographs(ABC):
     def _cut(self, parts: Mapping[str, Part]) -> dict[str, list[int]]:
         if "train" not in parts:
             (only,) = parts.values()
-            return self._derived(self._add(only), SHARES)
+            return self._derived(self._add(only), SHARES, only.where)
         if {"val", "validation"} <= parts.keys():
             raise InvalidInput(
                 f"open_data: {self.root} must have one validation part, got val and validation"
             )
         splits = {}
         for name, part in parts.items():
-            if name != "train":
+            split, origin = _HELD_OUT.get(name, name), part.where
+            if split == "validation" and len(parts) == 2:
                 # a single held-out part is what the result is measured on
-                name = "test" if len(parts) == 2 else _HELD_OUT[name]
-            splits[name] = self._add(part)
+                split, origin = "test", f"{part.where}, the only part held out"
+            splits[split] = self._add(part)
+            self.split_origins[split] = origin
         missing = {split: share for split, share in SHARES.items() if split not in splits}
-        return {**splits, **self._derived(splits["train"], missing)}
+        return {**splits, **self._derived(splits["train"], missing, parts["train"].where)}
 
-    def _derived(self, samples: Sequence[int], shares: Mapping[str, float]) -> dict[str, list[int]]:
+    def _derived(
+        self, samples: Sequence[int], shares: Mapping[str, float], where: str
+    ) -> dict[str, list[int]]:
         """Cut ``shares`` out of ``samples``; names and a fixed seed decide, see ``stratified``."""
+        for split, share in shares.items():
+            self.split_origins[split] = f"{share:.0%} of {where}"
+        self.split_origins["train"] = f"the rest of {where}" if shares else where
         names = [self.names[sample] for sample in samples]
         labels = [self.labels[sample] for sample in samples]
         chosen = stratified(names, labels, shares, self.seed)

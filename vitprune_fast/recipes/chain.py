@@ -25,7 +25,7 @@ from vitprune_fast.data import BadImage, ImageData
 from vitprune_fast.errors import InvalidInput, StageFailed
 from vitprune_fast.planning.cost import predict_cost
 from vitprune_fast.randomness import seeded
-from vitprune_fast.recipes import checks, models, stages
+from vitprune_fast.recipes import assumptions, checks, models, stages
 from vitprune_fast.recipes.board import Board
 from vitprune_fast.recipes.config import RunConfig
 from vitprune_fast.recipes.folder import Metrics, RunFolder, read_metrics
@@ -35,6 +35,7 @@ from vitprune_fast.recipes.opened import (
     remember_normalisation,
     setting_of,
 )
+from vitprune_fast.recipes.outputs import refuse_overwriting
 from vitprune_fast.recipes.presets import preset
 from vitprune_fast.recipes.profile import Profile, applied, choose_profile, versions
 from vitprune_fast.recipes.stages import OnEvent, Setting
@@ -146,9 +147,11 @@ def run(
     tell({"event": "profile", "profile": str(profile)})
     skeleton = check_inputs(config)
     with folder.claim(), applied(profile):
-        data = data or open_model_data(config.data, skeleton, trained=config.has_weights)
+        data = data or open_model_data(config.data, skeleton, config.model)
         if config.has_weights:
             check_fit(skeleton, data)
+        for topic, text in assumed(config, data).items():
+            tell({"event": "assumption", "topic": topic, "text": text})
         resumed = folder.begin(
             identity_of(config, data, profile),
             {
@@ -175,6 +178,7 @@ def run(
 def check_inputs(config: RunConfig) -> nn.Module:
     """Refuses, before any work, what cannot succeed; returns the model without its weights."""
     config.plan.budget()
+    refuse_overwriting("run", config, {"out": config.out}, may_hold_inputs=True)
     skeleton = models.skeleton(replace(config.model, pretrained=False))
     vp.describe(skeleton)
     if config.model.checkpoint and not config.model.checkpoint.is_file():
@@ -189,6 +193,15 @@ def check_inputs(config: RunConfig) -> nn.Module:
     return skeleton
 
 
+def assumed(config: RunConfig, data: ImageData) -> dict[str, str]:
+    """Topic -> what the run takes for granted."""
+    return {
+        **assumptions.about_data(data),
+        **assumptions.about_test_images(config.model, data),
+        **assumptions.about_budget(config.plan),
+    }
+
+
 def identity_of(config: RunConfig, data: ImageData, profile: Profile) -> dict[str, Any]:
     """Everything that decides the results of a run: the same identity gives the same bits."""
     plain = to_plain(config)
@@ -201,7 +214,11 @@ def identity_of(config: RunConfig, data: ImageData, profile: Profile) -> dict[st
         plain["model"]["checkpoint"] = f"sha256:{files.sha256(config.model.checkpoint)}"
     return {
         "config": plain,
-        "data": {"name": data.name, "split_hashes": dict(data.split_hashes)},
+        "data": {
+            "name": data.name,
+            "split_hashes": dict(data.split_hashes),
+            "pixels": assumptions.pixel_statistics(data),
+        },
         "versions": versions(),
         "device": profile.device,
         "dtype": profile.dtype,
@@ -417,7 +434,12 @@ def _evaluate(job: Job) -> dict[str, Any]:
         "before": _row(dense, before, slow),
         "after": {**_row(model, after, fast), "agreement": after.agreement},
         "seed": job.config.seed,
-        "data": job.data.name,
+        "data": assumptions.data_facts(job.data),
+        "weights": {
+            "origin": job.config.model.origin if job.config.has_weights else "trained here",
+            "source": _fact(job, "dense", "source", job.config.model.name),
+        },
+        "assumptions": assumed(job.config, job.data),
         "split_hashes": dict(job.data.split_hashes),
         "versions": versions(),
         "profile": job.profile.to_dict(),

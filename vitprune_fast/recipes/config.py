@@ -59,6 +59,15 @@ class ModelConfig:
     pretrained: bool = False
     """Download timm's own weights for this model."""
 
+    @property
+    def origin(self) -> Literal["saved", "checkpoint", "pretrained", "random"]:
+        """Where the weights come from: our own folder, a file, timm's download, or nowhere."""
+        if self.name and Path(self.name).is_dir():
+            return "saved"
+        if self.checkpoint is not None:
+            return "checkpoint"
+        return "pretrained" if self.pretrained else "random"
+
 
 @dataclass(frozen=True)
 class DataConfig:
@@ -85,6 +94,8 @@ class DataConfig:
     """Per channel, divides; unset: what the weights were trained with."""
     crop_share: Amount = None
     """Share of the shorter side that testing looks at; unset: the weights' own, or all."""
+    interpolation: Literal["nearest", "bilinear", "bicubic", "lanczos"] | None = None
+    """How photographs are resized; unset: the weights' own, or bicubic."""
     max_bad: Annotated[float, arg(metavar="SHARE")] = 0.01
     """Largest share of unreadable images that may be set aside; above it the run stops."""
     workers: Count = None
@@ -126,7 +137,8 @@ class PlanConfig:
     """What the smaller model may cost; half of the MACs when no budget is given."""
 
     macs: Amount = None
-    """Budget in multiply-accumulates: a share of the dense model up to 1, or a number above 1."""
+    """Budget in multiply-accumulates: a share of the dense model up to 1, or a number above 1;
+    unset: 0.5 if no other budget is given."""
     params: Amount = None
     """Budget in parameters: a share up to 1, or a number above 1."""
     keep: Pairs = field(default_factory=dict)
@@ -139,6 +151,11 @@ class PlanConfig:
     """Units every layer keeps at least; 0 allows emptied layers."""
     round_to: Annotated[int, arg(metavar="N")] = 1
     """Keep a multiple of this many neurons (e.g. 8 for tensor cores)."""
+
+    @property
+    def is_default(self) -> bool:
+        """Whether no budget was given."""
+        return (self.macs, self.params, self.keep) == (None, None, {})
 
     def budget(self) -> dict[str, Any]:
         """The one budget asked for, as the keyword `vp.Budget` takes.
@@ -273,7 +290,7 @@ class RunConfig:
     device: Annotated[str, arg(metavar="auto|cpu|cuda")] = "auto"
     """Where to compute."""
     threads: Count = None
-    """Torch threads on the CPU; unset: one per available core."""
+    """Torch threads on the CPU; unset: OMP_NUM_THREADS, or one per available core."""
     latency_seconds: Annotated[float, arg(metavar="SECONDS")] = 1.0
     """How long each latency is measured; two models at batch 1 and 64 make four of them."""
     tensorboard: bool = False
@@ -286,5 +303,4 @@ class RunConfig:
     @property
     def has_weights(self) -> bool:
         """Whether the dense model comes trained."""
-        model = self.model
-        return bool(model.checkpoint or model.pretrained or Path(model.name).is_dir())
+        return self.model.origin != "random"

@@ -18,18 +18,13 @@ from vitprune_fast.errors import DamagedFile, InvalidInput
 from vitprune_fast.recipes.config import ModelConfig
 
 
-def is_folder(config: ModelConfig) -> bool:
-    """Whether the model is one of our own saved folders rather than a name of timm."""
-    return bool(config.name) and Path(config.name).is_dir()
-
-
 def skeleton(config: ModelConfig) -> nn.Module:
     """The model without memory for its weights: enough to read sizes and check the family.
 
     Raises:
         InvalidInput: unknown name (near matches are shown) or arguments it does not take.
     """
-    if is_folder(config):
+    if config.origin == "saved":
         return open_model(config)
     with torch.device("meta"):
         return _create(config, **_head_of_checkpoint(config))
@@ -47,7 +42,7 @@ def open_model(config: ModelConfig, classes: int | None = None) -> nn.Module:
         InvalidInput: unknown model, bad arguments, or a checkpoint of another shape.
         DamagedFile: the checkpoint is no tensor file (pickled code is never executed).
     """
-    if is_folder(config):
+    if config.origin == "saved":
         import vitprune_fast as vp
 
         if config.args or config.checkpoint or config.pretrained:

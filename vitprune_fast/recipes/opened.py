@@ -2,41 +2,89 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import nn
 
 import vitprune_fast as vp
-from vitprune_fast.data import ImageData, open_data
+from vitprune_fast.data import INTERPOLATIONS, ImageData, open_data
 from vitprune_fast.randomness import seeded
 from vitprune_fast.recipes import models
+from vitprune_fast.recipes.assumptions import about_data, about_weights
 from vitprune_fast.recipes.config import DataConfig, ModelConfig
 from vitprune_fast.recipes.profile import Profile, choose_profile
 from vitprune_fast.recipes.stages import Setting
 
 
-def open_model_data(config: DataConfig, model: Any, *, trained: bool) -> ImageData:
+@dataclass(frozen=True)
+class Opened:
+    """What a verb works with.
+
+    Attributes:
+        model: with its weights, in evaluation mode.
+        data: read at the model's input size.
+        setting: what a stage needs besides its inputs.
+        profile: where to compute.
+        assumptions: topic -> what was taken for granted.
+    """
+
+    model: Any
+    data: ImageData
+    setting: Setting
+    profile: Profile
+    assumptions: dict[str, str]
+
+
+def open_model_data(config: DataConfig, model: Any, weights: ModelConfig) -> ImageData:
     """The data set as the model wants to see it.
 
     Args:
-        config: which data; a mean, std or crop given there wins.
-        model: decides size and channels, and where `trained` also mean, std and crop.
-        trained: whether the model has weights that expect its own normalisation.
+        config: which data; pixel statistics given there win.
+        model: decides size and channels, and where it is trained also the pixel statistics.
+        weights: where the model comes from.
     """
     channels, height, width = vp.describe(model).input_size
-    own = getattr(model, "pretrained_cfg", None) or {} if trained else {}
-    mean, std = config.mean or own.get("mean"), config.std or own.get("std")
-    # a configuration made for colour says nothing about grey images
-    if mean is not None and std is not None and {len(mean), len(std)} != {channels}:
-        mean, std = config.mean, config.std
-    return open_data(
-        config.source,
-        image_size=(height, width),
-        channels=channels,
-        mean=None if mean is None else tuple(mean),
-        std=None if std is None else tuple(std),
-        crop_share=config.crop_share or own.get("crop_pct") or 1.0,
+    own = {} if weights.origin == "random" else _own_statistics(model, channels)
+    given = {name: getattr(config, name) for name in _STATISTICS}
+    known = {name: value for name, value in own.items() if given[name] is None}
+    # the digits are shown whole and as they are
+    if config.source == "digits":
+        known = {name: known[name] for name in ("mean", "std") if name in known}
+    data = open_data(
+        config.source, image_size=(height, width), channels=channels, **{**given, **known}
     )
+    origin = {
+        "saved": "of the saved model",
+        "checkpoint": f"timm's for {weights.name}, not the checkpoint's own: it may have others",
+        "pretrained": f"timm's for {weights.name}",
+        "random": "",
+    }[weights.origin]
+    return replace(data, origins={**data.origins, **dict.fromkeys(known, origin)})
+
+
+_STATISTICS = {
+    "mean": "mean",
+    "std": "std",
+    "crop_share": "crop_pct",
+    "interpolation": "interpolation",
+}
+"""Our name -> timm's, of how pixels become a model's input."""
+
+
+def _own_statistics(model: Any, channels: int) -> dict[str, Any]:
+    """What a trained model says of its own input, as far as it can be followed."""
+    stated = getattr(model, "pretrained_cfg", None) or {}
+    own = {name: stated[key] for name, key in _STATISTICS.items() if stated.get(key) is not None}
+    for name in ("mean", "std"):
+        if name in own:
+            own[name] = tuple(own[name])
+    # a configuration made for colour says nothing about grey images
+    if {len(own.get("mean", ())), len(own.get("std", ()))} != {channels}:
+        own = {name: value for name, value in own.items() if name not in ("mean", "std")}
+    if own.get("interpolation") not in INTERPOLATIONS:
+        own.pop("interpolation", None)
+    return own
 
 
 def remember_normalisation(model: Any, data: ImageData) -> None:
@@ -46,8 +94,9 @@ def remember_normalisation(model: Any, data: ImageData) -> None:
         "input_size": (data.channels, *data.image_size),
         "mean": data.mean,
         "std": data.std,
-        "crop_pct": getattr(data.source, "crop_share", 1.0),
+        "crop_pct": data.crop_share,
         "num_classes": len(data.classes),
+        **({"interpolation": data.interpolation} if data.interpolation in INTERPOLATIONS else {}),
     }
 
 
@@ -56,23 +105,32 @@ def check_fit(model: Any, data: ImageData) -> None:
     data.check_model(num_classes=model.num_classes, patch_size=model.patch_embed.patch_size)
 
 
-def open_both(
-    model_config: ModelConfig, data_config: DataConfig, seed: int, device: str
-) -> tuple[nn.Module, ImageData, Setting]:
-    """The model with its weights, the data read at its input size, and where to compute.
+def open_weights(config: ModelConfig, seed: int = 0) -> nn.Module:
+    """The model with its weights; those that come from nowhere are drawn by the seed."""
+    with seeded(seed, "init"):
+        return models.open_model(config)
 
-    Weights that come from nowhere else are drawn by the seed, as those of a run are.
+
+def open_both(
+    model_config: ModelConfig,
+    data_config: DataConfig,
+    seed: int,
+    device: str,
+    threads: int | None = None,
+) -> Opened:
+    """The model with its weights, the data read at its input size, and where to compute.
 
     Raises:
         InvalidInput: the head and the data disagree on the number of classes, or either cannot be
             opened.
     """
-    profile = choose_profile(device, workers=data_config.workers)
-    with seeded(seed, "init"):
-        model = models.open_model(model_config)
-    data = open_model_data(data_config, model, trained=True)
+    profile = choose_profile(device, threads, data_config.workers)
+    model = open_weights(model_config, seed)
+    data = open_model_data(data_config, model, model_config)
     check_fit(model, data)
-    return model, data, setting_of(data_config, profile, seed)
+    setting = setting_of(data_config, profile, seed)
+    assumptions = {**about_weights(model_config, seed), **about_data(data)}
+    return Opened(model, data, setting, profile, assumptions)
 
 
 def setting_of(data_config: DataConfig, profile: Profile, seed: int) -> Setting:

@@ -53,7 +53,7 @@ def render_comparison(runs: Sequence[RunFolder]) -> str:
     return template("compare.html.j2").render(
         names=names,
         models=[identity["config"]["model"]["name"] for identity in identities],
-        data=[summary["data"] for summary in summaries],
+        data=[summary["data"]["name"] for summary in summaries],
         budgets=[budget_text(plan["facts"].get("budget", {})) for plan in plans],
         rows=table(summaries),
         told=told_differently(identities),

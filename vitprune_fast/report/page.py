@@ -88,6 +88,7 @@ def render(run: RunFolder) -> str:
         curves=curve_figures(run),
         costs=cost_figure(summary),
         set_aside=set_aside(record, summary),
+        weights=weights_text(summary["weights"]),
     )
 
 
@@ -119,6 +120,17 @@ def budget_text(budget: dict[str, Any]) -> str:
         else:
             parts.append(f"{value:,.0f} {words[name]}")
     return " and ".join(parts)
+
+
+def weights_text(weights: dict[str, Any]) -> str:
+    """Where the weights of the dense model come from, in words."""
+    words = {
+        "trained here": "trained by this run on the train split",
+        "saved": f"those of the saved model {weights['source']}",
+        "checkpoint": f"the checkpoint {weights['source']}",
+        "pretrained": f"downloaded by timm for {weights['source']}",
+    }
+    return words[weights["origin"]]
 
 
 def unit_facts(run: RunFolder) -> dict[str, list[dict[str, Any]]]:

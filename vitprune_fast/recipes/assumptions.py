@@ -1,0 +1,90 @@
+"""What a command takes for granted, said in one line each: nothing is assumed in silence."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from vitprune_fast.data import ImageData
+from vitprune_fast.recipes.config import ModelConfig, PlanConfig
+
+SPLITS = ("train", "validation", "test")
+
+
+def about_weights(config: ModelConfig, seed: int) -> dict[str, str]:
+    """Says so where the weights of a model are random."""
+    if config.origin != "random":
+        return {}
+    return {
+        "weights": f"those of {config.name} are random (drawn by seed {seed}), so what is measured "
+        "here says nothing of a trained model; give --checkpoint FILE or --pretrained"
+    }
+
+
+def about_scores(scores: Any) -> dict[str, str]:
+    """Says so where scores are those of random weights."""
+    if scores.provenance.get("weights") != "random":
+        return {}
+    return {"scores": "those of random weights, so they say nothing of a trained model"}
+
+
+def about_data(data: ImageData) -> dict[str, str]:
+    """Which folder or share became which split, and how pixels become the model's input."""
+    splits = (f"{name}: {data.origins[name]} ({len(data.split_ids[name]):,})" for name in SPLITS)
+    values = {
+        "mean": _numbers(data.mean),
+        "std": _numbers(data.std),
+        "crop_share": f"{data.crop_share:g}",
+        "interpolation": data.interpolation,
+    }
+    by_origin: dict[str, list[str]] = {}
+    for name, value in values.items():
+        by_origin.setdefault(data.origins[name], []).append(f"{name} {value}")
+    pixels = (f"{', '.join(named)} ({origin})" for origin, named in by_origin.items())
+    return {"splits": "; ".join(splits), "pixels": "; ".join(pixels)}
+
+
+def about_test_images(config: ModelConfig, data: ImageData) -> dict[str, str]:
+    """What cannot be known here: whether a trained model has seen the images that judge it."""
+    if config.origin == "random":
+        return {}
+    return {
+        "unknown": f"whether {config.checkpoint or config.name} was trained on images of the test "
+        f"split ({data.origins['test']}); if it was, its accuracy is overestimated"
+    }
+
+
+def about_budget(config: PlanConfig) -> dict[str, str]:
+    """Says so where no budget was given."""
+    if not config.is_default:
+        return {}
+    return {"budget": "half of the MACs, the default, since none was given (--macs 0.5)"}
+
+
+def data_facts(data: ImageData) -> dict[str, Any]:
+    """The same about the data as plain values, for `summary.json`."""
+    return {
+        "name": data.name,
+        "splits": {
+            name: {"images": len(data.split_ids[name]), "origin": data.origins[name]}
+            for name in SPLITS
+        },
+        "pixels": {
+            name: {"value": value, "origin": data.origins[name]}
+            for name, value in pixel_statistics(data).items()
+        },
+    }
+
+
+def pixel_statistics(data: ImageData) -> dict[str, Any]:
+    """How pixels become the model's input, as plain values."""
+    return {
+        "mean": list(data.mean),
+        "std": list(data.std),
+        "crop_share": data.crop_share,
+        "interpolation": data.interpolation,
+    }
+
+
+def _numbers(values: Sequence[float]) -> str:
+    return " ".join(f"{value:.4g}" for value in values)
