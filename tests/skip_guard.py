@@ -36,6 +36,7 @@ def conditions() -> dict[str, bool]:
         "no-triton": importlib.util.find_spec("triton") is None,
         "no-tensorboard": importlib.util.find_spec("tensorboard") is None,
         "no-mount": os.geteuid() != 0 or not _succeeds("unshare", "--mount", "true"),
+        "no-schedstat": not Path("/proc/self/schedstat").is_file(),
         "no-compiler": not any(shutil.which(name) for name in ("c++", "g++", "clang++")),
     }
 

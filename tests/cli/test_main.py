@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -44,6 +45,35 @@ def test_parsing_needs_nothing_heavy() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stderr.strip() == "[]"
+
+
+@pytest.mark.parametrize(
+    ("chosen", "spins"),
+    [
+        pytest.param({}, "'1000'", id="nothing"),
+        pytest.param({"GOMP_SPINCOUNT": "77"}, "'77'", id="spins"),
+        # its own number for those who want to spin, and none for those who do not
+        pytest.param({"OMP_WAIT_POLICY": "ACTIVE"}, "'30000000000'", id="active"),
+        pytest.param({"OMP_WAIT_POLICY": "PASSIVE"}, "'0'", id="passive"),
+    ],
+)
+def test_threads_that_wait_sleep_soon_unless_the_user_chose(chosen: dict, spins: str) -> None:
+    """GNU's OpenMP, when torch loads it, tells what it read."""
+    others = {k: v for k, v in os.environ.items() if not k.startswith(("OMP_", "GOMP_"))}
+    environ = {**others, **chosen, "OMP_DISPLAY_ENV": "VERBOSE"}
+    code = "from vitprune_fast.cli.main import main; main(['--version']); import torch"
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, env=environ, capture_output=True, text=True, check=True)
+    assert f"GOMP_SPINCOUNT = {spins}" in done.stderr
+
+
+def test_a_program_that_has_loaded_torch_keeps_its_environment(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    assert "torch" in sys.modules
+    monkeypatch.delenv("GOMP_SPINCOUNT", raising=False)
+    assert main(["--version"]) == 0
+    assert "GOMP_SPINCOUNT" not in os.environ
 
 
 def test_unknown_verb_shows_near_ones(capsys: pytest.CaptureFixture[str]) -> None:

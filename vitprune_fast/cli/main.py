@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import os
 import signal
 import sys
 from collections.abc import Sequence
@@ -27,6 +28,7 @@ VERBS = {
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one verb and returns the exit code: 0, 2 for bad input, 128 + signal when stopped."""
+    _let_waiting_threads_sleep()
     words = list(sys.argv[1:] if argv is None else argv)
     if not words or words[0] in ("-h", "--help", "help"):
         print(_overview())
@@ -55,6 +57,19 @@ def main(argv: Sequence[str] | None = None) -> int:
         # the reader of our output (head, less) went away: not our error, but not a success
         sys.stderr.close()
         return 128 + signal.SIGPIPE
+
+
+def _let_waiting_threads_sleep() -> None:
+    """Has OpenMP's threads sleep soon while they wait for each other, unless the user chose.
+
+    GNU's OpenMP, which comes with torch, looks 300,000 times (10 ms and more) whether the other
+    threads are done before it sleeps. As soon as something else runs on the machine, a thread that
+    looks has the core which the one it waits for needs. A thousand looks take about as long as
+    being woken does. Results do not depend on it.
+    """
+    # the library reads the variables when torch loads it; after that they would only mislead
+    if "torch" not in sys.modules and "OMP_WAIT_POLICY" not in os.environ:
+        os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
 
 def _fail(sentence: str) -> int:

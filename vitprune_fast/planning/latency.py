@@ -12,6 +12,7 @@ from torch import nn
 
 from vitprune_fast.errors import InvalidInput
 from vitprune_fast.modes import evaluating
+from vitprune_fast.planning.waiting import TOLERATED, Waits, load_warning
 
 _TURN = 5
 """Passes of one model before it is the next one's turn."""
@@ -27,6 +28,9 @@ class Latency:
         p90_s: seconds, nine of ten passes took at most this.
         images_per_s: ``batch_size / median_s``.
         runs: measured passes.
+        waited: share of the time, 0 to 1, for which this process was ready to compute and other
+            work had the cores: times of such a measurement are too long. On CUDA it tells of the
+            host, which launches the kernels. None where the system does not say.
     """
 
     batch_size: int
@@ -34,6 +38,17 @@ class Latency:
     p90_s: float
     images_per_s: float
     runs: int
+    waited: float | None = None
+
+    @property
+    def loaded(self) -> bool:
+        """Whether other work ran beside this measurement, and made its times too long."""
+        return self.waited is not None and self.waited > TOLERATED
+
+    @property
+    def warning(self) -> str:
+        """One sentence about that; empty where the machine was quiet, or did not say."""
+        return load_warning(self.waited)
 
 
 def latency(
@@ -49,7 +64,12 @@ def latency(
     """Measure forward passes on random images, in evaluation and inference mode.
 
     The model comes back with the modes and on the device it had. On CUDA the times are those of
-    events on the current stream; elsewhere wall time.
+    events on the current stream; elsewhere wall time. Both grow with whatever else the machine
+    does: ``Latency.loaded`` says whether it did.
+
+    With more than one thread the growth is out of proportion where OpenMP's threads spin while they
+    wait for each other. The command line has them sleep; a program that imports this package can
+    only ask for it before torch is loaded: ``OMP_WAIT_POLICY=passive`` in its environment.
 
     Args:
         model: maps images to anything.
@@ -101,7 +121,7 @@ def latencies(
         warmup_runs: passes of each before the measured ones.
 
     Returns:
-        One ``Latency`` per model, in order.
+        One ``Latency`` per model, in order; ``waited`` is that of all of them together.
 
     Raises:
         InvalidInput: as ``latency``; no models.
@@ -130,19 +150,23 @@ def latencies(
             for clock, model, images in contestants:
                 for _ in range(warmup_runs):
                     clock(model, images)
+            before = Waits.now()
             start = time.perf_counter()
             while len(times[0]) < min_runs or time.perf_counter() - start < seconds * len(models):
                 for own, (clock, model, images) in zip(times, contestants, strict=True):
                     own += [clock(model, images) for _ in range(passes)]
+            after = Waits.now()
     finally:
         for model, home in zip(models, homes, strict=True):
             model.to(home)
-    return [_summary(batch_size, own) for own in times]
+    # the models were measured in turns, so what ran beside them met them all
+    waited = after.share_since(before) if before and after else None
+    return [_summary(batch_size, own, waited) for own in times]
 
 
-def _summary(batch_size: int, times: list[float]) -> Latency:
+def _summary(batch_size: int, times: list[float], waited: float | None) -> Latency:
     median, p90 = np.quantile(times, [0.5, 0.9]).tolist()
-    return Latency(batch_size, median, p90, batch_size / median, len(times))
+    return Latency(batch_size, median, p90, batch_size / median, len(times), waited)
 
 
 def _time_on_cpu(model: Callable[[torch.Tensor], object], images: torch.Tensor) -> float:
