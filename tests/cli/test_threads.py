@@ -13,6 +13,8 @@ import torch
 import vitprune_fast as vp
 from tests.recipes.conftest import TINY
 from vitprune_fast.cli.main import VERBS, main
+from vitprune_fast.files import read_json
+from vitprune_fast.planning.waiting import Waits
 from vitprune_fast.recipes.chain import run
 from vitprune_fast.recipes.yamlfile import to_yaml
 
@@ -75,3 +77,19 @@ def test_threads_are_those_that_were_asked_for(
     capsys.readouterr()
     assert main([*again, "--threads", "0"]) == 2
     assert "threads must be at least 1, got 0" in capsys.readouterr().err
+
+
+def test_latencies_measured_beside_other_work_say_so(
+    made: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(made)
+    monkeypatch.setattr(Waits, "share_since", lambda *_: 0.48)
+    sentence = "latencies were measured beside other work: the process waited for a core 48%"
+    assert main(COMMANDS["bench"].split()) == 0
+    assert sentence in capsys.readouterr().out
+    run(replace(TINY, out=Path("loaded")))
+    assert read_json("loaded/summary.json")["before"]["latency_waited"] == 0.48
+    assert sentence in Path("loaded/report.html").read_text()
+    monkeypatch.setattr(Waits, "share_since", lambda *_: 0.01)
+    run(replace(TINY, out=Path("quiet")))
+    assert "beside other work" not in Path("quiet/report.html").read_text()

@@ -6,7 +6,13 @@ import json
 from pathlib import Path
 from typing import Any
 
-MEASURED = ("latency_ms", "latency_p90_ms", "latency_ms_batch64", "images_per_s")
+MEASURED = (
+    "latency_ms",
+    "latency_p90_ms",
+    "latency_ms_batch64",
+    "images_per_s",
+    "latency_waited",
+)
 
 # they hold the folder's own name, the command, or seconds
 NOT_BITWISE = ("config.yaml", "run.json", "summary.json", "report.html", ".lock")

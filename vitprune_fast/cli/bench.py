@@ -8,7 +8,7 @@ from typing import Annotated
 from tyro.conf import arg
 
 from vitprune_fast.cli.options import parse, required_model
-from vitprune_fast.recipes.config import Count, ModelConfig
+from vitprune_fast.recipes.config import ModelConfig, Threads
 
 
 @dataclass(frozen=True)
@@ -27,8 +27,7 @@ class Bench:
     """How long each batch size is measured."""
     device: Annotated[str, arg(metavar="auto|cpu|cuda")] = "auto"
     """Where to compute."""
-    threads: Count = None
-    """Torch threads on the CPU; unset: OMP_NUM_THREADS, or one per available core."""
+    threads: Threads = None
 
 
 def main(words: list[str]) -> int:
@@ -42,6 +41,7 @@ def main(words: list[str]) -> int:
         return 0
     import vitprune_fast as vp
     from vitprune_fast.cli.display import print_table
+    from vitprune_fast.planning.waiting import load_warning
     from vitprune_fast.recipes import models, stages
     from vitprune_fast.recipes.profile import applied, choose_profile
 
@@ -68,4 +68,7 @@ def main(words: list[str]) -> int:
         for result in results
     ]
     print_table(("model", "batch", "median ms", "p90 ms", "images/s"), rows)
+    warning = load_warning(*(result.waited for results in measured for result in results))
+    if warning:
+        print(f"note      the latencies were {warning}")
     return 0

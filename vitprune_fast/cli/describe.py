@@ -8,7 +8,7 @@ from typing import Annotated
 from tyro.conf import arg
 
 from vitprune_fast.cli.options import parse, required_model
-from vitprune_fast.recipes.config import Count, ModelConfig
+from vitprune_fast.recipes.config import ModelConfig, Threads
 
 
 @dataclass(frozen=True)
@@ -16,8 +16,7 @@ class Describe:
     """List the axes of a model: what can be removed, how many units, and the model's cost."""
 
     model: Annotated[ModelConfig, arg(name="")] = field(default_factory=required_model)
-    threads: Count = None
-    """Torch threads on the CPU; unset: OMP_NUM_THREADS, or one per available core."""
+    threads: Threads = None
 
 
 def main(words: list[str]) -> int:

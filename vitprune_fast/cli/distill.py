@@ -12,12 +12,12 @@ from vitprune_fast.cli.options import parse, required_data, required_model
 from vitprune_fast.distill.config import DistillConfig
 from vitprune_fast.errors import InvalidInput
 from vitprune_fast.recipes.config import (
-    Count,
     DataConfig,
     GateConfig,
     MaskConfig,
     ModelConfig,
     TeacherConfig,
+    Threads,
 )
 
 
@@ -40,8 +40,7 @@ class Distill:
     schedule: Annotated[DistillConfig, arg(name="")] = field(default_factory=DistillConfig)
     device: Annotated[str, arg(metavar="auto|cpu|cuda")] = "auto"
     """Where to compute."""
-    threads: Count = None
-    """Torch threads on the CPU; unset: OMP_NUM_THREADS, or one per available core."""
+    threads: Threads = None
     tensorboard: Annotated[Path | None, arg(metavar="DIR")] = None
     """Also write the curves for TensorBoard, a folder per training."""
 

@@ -5,15 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from vitprune_fast.cli.options import parse
-from vitprune_fast.recipes.config import Count
+from vitprune_fast.recipes.config import Threads
 
 
 @dataclass(frozen=True)
 class Doctor:
     """Show versions, devices, compilers, and which backend every op takes here and why."""
 
-    threads: Count = None
-    """Torch threads on the CPU; unset: OMP_NUM_THREADS, or one per available core."""
+    threads: Threads = None
 
 
 def main(words: list[str]) -> int:

@@ -9,7 +9,7 @@ from typing import Annotated, Literal
 from tyro.conf import arg
 
 from vitprune_fast.cli.options import parse, required_data, required_model
-from vitprune_fast.recipes.config import Count, DataConfig, ModelConfig
+from vitprune_fast.recipes.config import DataConfig, ModelConfig, Threads
 
 
 @dataclass(frozen=True)
@@ -24,8 +24,7 @@ class Eval:
     """Saved model to count agreement with."""
     device: Annotated[str, arg(metavar="auto|cpu|cuda")] = "auto"
     """Where to compute."""
-    threads: Count = None
-    """Torch threads on the CPU; unset: OMP_NUM_THREADS, or one per available core."""
+    threads: Threads = None
 
 
 def main(words: list[str]) -> int:

@@ -10,7 +10,7 @@ import tyro
 from tyro.conf import arg
 
 from vitprune_fast.cli.options import parse, required_model
-from vitprune_fast.recipes.config import Count, ModelConfig, PlanConfig
+from vitprune_fast.recipes.config import ModelConfig, PlanConfig, Threads
 
 
 @dataclass(frozen=True)
@@ -23,8 +23,7 @@ class Plan:
     """Where the plan goes (JSON)."""
     model: Annotated[ModelConfig, arg(name="")] = field(default_factory=required_model)
     plan: Annotated[PlanConfig, arg(name="")] = field(default_factory=PlanConfig)
-    threads: Count = None
-    """Torch threads on the CPU; unset: OMP_NUM_THREADS, or one per available core."""
+    threads: Threads = None
 
 
 def main(words: list[str]) -> int:

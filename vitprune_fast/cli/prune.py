@@ -10,7 +10,7 @@ import tyro
 from tyro.conf import arg
 
 from vitprune_fast.cli.options import parse, required_model
-from vitprune_fast.recipes.config import Count, ModelConfig
+from vitprune_fast.recipes.config import ModelConfig, Threads
 
 
 @dataclass(frozen=True)
@@ -24,8 +24,7 @@ class Prune:
     model: Annotated[ModelConfig, arg(name="")] = field(default_factory=required_model)
     seed: Annotated[int, arg(metavar="N")] = 0
     """Draws weights that come from nowhere else, as `score` does."""
-    threads: Count = None
-    """Torch threads on the CPU; unset: OMP_NUM_THREADS, or one per available core."""
+    threads: Threads = None
 
 
 def main(words: list[str]) -> int:

@@ -10,7 +10,7 @@ import tyro
 from tyro.conf import Positional, arg
 
 from vitprune_fast.cli.options import parse
-from vitprune_fast.recipes.config import Count
+from vitprune_fast.recipes.config import Threads
 
 
 @dataclass(frozen=True)
@@ -21,8 +21,7 @@ class Report:
     """Run folders."""
     out: Annotated[Path, arg(metavar="FILE")] = Path("comparison.html")
     """Where the comparison of several runs is written."""
-    threads: Count = None
-    """Torch threads on the CPU; unset: OMP_NUM_THREADS, or one per available core."""
+    threads: Threads = None
 
 
 def main(words: list[str]) -> int:

@@ -10,7 +10,7 @@ from typing import Annotated, Any
 from tyro.conf import arg
 
 from vitprune_fast.cli.options import parse, required_data, required_model
-from vitprune_fast.recipes.config import Count, DataConfig, ModelConfig, ScoreConfig
+from vitprune_fast.recipes.config import DataConfig, ModelConfig, ScoreConfig, Threads
 
 
 @dataclass(frozen=True)
@@ -29,8 +29,7 @@ class Score:
     """Chooses which training images are scored."""
     device: Annotated[str, arg(metavar="auto|cpu|cuda")] = "auto"
     """Where to compute."""
-    threads: Count = None
-    """Torch threads on the CPU; unset: OMP_NUM_THREADS, or one per available core."""
+    threads: Threads = None
 
 
 def main(words: list[str]) -> int:

@@ -24,6 +24,7 @@ from vitprune_fast import files
 from vitprune_fast.data import BadImage, ImageData
 from vitprune_fast.errors import InvalidInput, StageFailed
 from vitprune_fast.planning.cost import predict_cost
+from vitprune_fast.planning.waiting import load_warning
 from vitprune_fast.randomness import seeded
 from vitprune_fast.recipes import assumptions, checks, models, stages
 from vitprune_fast.recipes.board import Board
@@ -460,6 +461,9 @@ def _evaluate(job: Job) -> dict[str, Any]:
         ],
     }
     files.write_json(job.folder / "summary.json", summary)
+    warning = load_warning(summary["before"]["latency_waited"])
+    if warning:
+        job.on_event({"event": "note", "text": f"the latencies were {warning}"})
     return {**facts, "text": f"top-1 {before.top1:.2%} -> {after.top1:.2%}"}
 
 
@@ -482,6 +486,9 @@ def _row(model: nn.Module, result: Any, latency: list[Any]) -> dict[str, Any]:
         "latency_p90_ms": single.p90_s * 1e3,
         "latency_ms_batch64": batch.median_s * 1e3,
         "images_per_s": batch.images_per_s,
+        "latency_waited": max(
+            (w for w in (single.waited, batch.waited) if w is not None), default=None
+        ),
     }
 
 

@@ -44,6 +44,13 @@ Pairs = Annotated[
 
 Amount = Annotated[float | None, arg(metavar="SHARE|NUMBER")]
 Count = Annotated[int | None, arg(metavar="N")]
+Threads = Annotated[
+    int | None,
+    arg(
+        metavar="N",
+        help="Torch threads on the CPU; unset: OMP_NUM_THREADS, or one per available core.",
+    ),
+]
 
 
 @dataclass(frozen=True)
@@ -289,8 +296,7 @@ class RunConfig:
     """All randomness of the run is derived from this number."""
     device: Annotated[str, arg(metavar="auto|cpu|cuda")] = "auto"
     """Where to compute."""
-    threads: Count = None
-    """Torch threads on the CPU; unset: OMP_NUM_THREADS, or one per available core."""
+    threads: Threads = None
     latency_seconds: Annotated[float, arg(metavar="SECONDS")] = 1.0
     """How long each latency is measured; two models at batch 1 and 64 make four of them."""
     tensorboard: bool = False

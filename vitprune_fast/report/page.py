@@ -15,6 +15,7 @@ import jinja2
 import vitprune_fast as vp
 from vitprune_fast import files
 from vitprune_fast.errors import DamagedFile, RunFolderError
+from vitprune_fast.planning.waiting import load_warning
 from vitprune_fast.recipes.comparison import comparison
 from vitprune_fast.recipes.folder import RunFolder, read_metrics
 from vitprune_fast.report import figures
@@ -88,6 +89,7 @@ def render(run: RunFolder) -> str:
         curves=curve_figures(run),
         costs=cost_figure(summary),
         set_aside=set_aside(record, summary),
+        load_warning=load_warning(summary["before"]["latency_waited"]),
         weights=weights_text(summary["weights"]),
     )
 
