@@ -1,4 +1,4 @@
-"""Seeds, threads, the Triton interpreter, and the guard over skipped tests."""
+"""Seeds, threads, no deadlines, the Triton interpreter, and the guard over skipped tests."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import random
 import numpy as np
 import pytest
 import torch
+from hypothesis import HealthCheck, settings
 from skip_guard import SkipGuard, is_controller
 
 # before any test imports triton; on a GPU the kernels run for real
@@ -17,6 +18,14 @@ os.environ.pop("VITPRUNE_BACKEND", None)
 # workers share the cores, so each has one thread; child processes inherit it
 os.environ["OMP_NUM_THREADS"] = "1"
 torch.set_num_threads(1)
+
+# an example may take as long as a busy machine needs for it; a folder of the test is shared by all
+settings.register_profile(
+    "any machine",
+    deadline=None,
+    suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture],
+)
+settings.load_profile("any machine")
 
 
 def pytest_configure(config: pytest.Config) -> None:

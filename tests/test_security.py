@@ -11,7 +11,6 @@ import resource
 import struct
 import sys
 import tarfile
-import time
 import zipfile
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
@@ -22,6 +21,7 @@ from typing import Any
 import pytest
 import torch
 
+from tests.work import counted
 from vitprune_fast import files
 from vitprune_fast.checkpoint import load, save
 from vitprune_fast.data import open_data
@@ -43,36 +43,36 @@ class Outcome:
 
     error: str
     ours: bool
-    seconds: float
+    calls: int
     growth: int
 
 
 def _open_and_measure(open_file: Callable[[Path], Any], path: Path) -> Outcome:
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    # the time of this process alone: the machine may be busy with other tests
-    start = time.process_time()
-    try:
-        open_file(path)
-    except Exception as error:
-        caught: Exception | None = error
-    else:
-        caught = None
-    seconds = time.process_time() - start
+    caught = None
+    with counted() as work:
+        try:
+            open_file(path)
+        except Exception as error:
+            caught = error
     growth = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * RSS_UNIT
     name = "opened" if caught is None else f"{type(caught).__name__}: {caught}"
-    return Outcome(name, isinstance(caught, VitpruneError), seconds, growth)
+    return Outcome(name, isinstance(caught, VitpruneError), work.calls, growth)
 
 
 def _refused(open_file: Callable[[Path], Any], path: Path) -> None:
-    """The file gives one of our errors within a second, in bounded memory; nothing runs."""
-    size = path.stat().st_size if path.is_file() else 0
+    """The file gives one of our errors after bounded work in bounded memory; nothing runs."""
+    inside = [each for each in (path, *path.glob("*")) if each.is_file()]
+    # what is on the disk: a file of holes gives no right to its length
+    size = sum(each.stat().st_blocks * 512 for each in inside)
     mark = path.parent / "executed"
     # a process of its own, which starts with a peak of what it already has
     context = multiprocessing.get_context("fork")
     with ProcessPoolExecutor(1, mp_context=context) as pool:
         outcome = pool.submit(_open_and_measure, open_file, path).result()
     assert outcome.ours, outcome.error[:2000]
-    assert outcome.seconds < 1, outcome
+    # importing what reads it takes 40,000; a reader in Python takes 6 for each byte of a pickle
+    assert outcome.calls <= 100_000 + 10 * size, outcome
     assert outcome.growth <= 2 * size + 100 * MEGABYTE, outcome
     assert "\n" not in outcome.error and len(outcome.error) < 2000
     assert not mark.exists()
@@ -191,7 +191,6 @@ def _long(number: int) -> bytes:
     ],
 )
 @pytest.mark.parametrize("suffix", ["pth", "safetensors"])
-@pytest.mark.timeout(60)
 def test_checkpoints_are_bounded(tmp_path: Path, make: Callable[[Path], None], suffix: str) -> None:
     path = tmp_path / f"x.{suffix}"
     make(path)
@@ -239,7 +238,6 @@ def _entries(count: int) -> bytes:
     ],
 )
 @pytest.mark.parametrize("read", [files.read_tensors, Scores.load, _checkpoint])
-@pytest.mark.timeout(60)
 def test_safetensors_are_bounded(
     tmp_path: Path, make: Callable[[Path], None], read: Callable[[Path], Any]
 ) -> None:
@@ -302,7 +300,6 @@ def _plan(**changes: Any) -> bytes:
         pytest.param(_plan(removed={"a": 1}), id="removed"),
     ],
 )
-@pytest.mark.timeout(60)
 def test_plans_are_bounded(tmp_path: Path, content: bytes) -> None:
     path = tmp_path / "plan.json"
     path.write_bytes(content)
@@ -376,7 +373,6 @@ def _set(*keys: Any, to: Any) -> Callable[[dict], None]:
         _set("feature_info", to=[["a"]]),
     ],
 )
-@pytest.mark.timeout(60)
 def test_descriptions_of_models_are_bounded(
     saved: Path, tmp_path: Path, change: Callable[[dict], None]
 ) -> None:
@@ -478,7 +474,6 @@ def _tar_bomb(path: Path) -> None:
 
 @pytest.mark.parametrize("make", [_long_tar, _many_headers, _tar_bomb])
 @pytest.mark.parametrize("kind", ["tar", "wds"])
-@pytest.mark.timeout(60)
 def test_archives_are_bounded(tmp_path: Path, make: Callable[[Path], None], kind: str) -> None:
     path = tmp_path / "x.tar"
     make(path)

@@ -171,7 +171,7 @@ def test_a_signal_ends_the_run_with_one_line_and_it_resumes(
     while process.poll() is None and not list(steps.glob("*.json")):
         time.sleep(0.05)
     process.send_signal(number)
-    _, err = process.communicate(timeout=60)
+    _, err = process.communicate()
     assert process.returncode == 128 + number, err
     assert err == f"stopped by {number.name}; the same command resumes the run\n"
     events: list[dict] = []

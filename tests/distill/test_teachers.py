@@ -66,7 +66,7 @@ _VALUES = st.floats(-1, 1)
 _SCALES = st.floats(0.05, 2)
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(st.tuples(*[_VALUES] * 6), st.tuples(*[_SCALES] * 6))
 def test_normalisation_is_that_of_the_same_pixels(
     means: tuple[float, ...], stds: tuple[float, ...]

@@ -8,7 +8,8 @@ import sys
 
 import pytest
 import torch
-from error_budget import assert_within_budget
+from attention_sums import attention_sums
+from error_budget import Rounded, assert_within_budget
 from torch import Tensor
 
 from tests.registration import opcheck
@@ -114,13 +115,26 @@ def ours(qkv, grad, scale=None, per_token=False, backend: ops.Backend = "auto") 
     return [out, *(score for score in scores if score is not None)]
 
 
-def assert_matches(got, eager, exact):
+def sums_of(qkv, grad, scale, out=None) -> dict[str, Rounded]:
+    """What rounding may do to each result of forward, or of backward from a given ``out``."""
+    sums = attention_sums(qkv, grad, scale, out_BNHK=out)
+    return {
+        "out": sums.out,
+        "lse": sums.lse,
+        "qkv": sums.dqkv,
+        "head": sums.head.sum(2),
+        "qk_dim": sums.qk_dim.sum(2),
+        "v_dim": sums.v_dim.sum(2),
+    }
+
+
+def assert_matches(got, eager, exact, sums: Rounded):
     assert got.is_contiguous() and got.dtype == eager.dtype
     if got.dtype == FP64:
         # nothing exacter is at hand than the reference itself
         torch.testing.assert_close(got, exact, rtol=1e-12, atol=1e-12)
     else:
-        assert_within_budget(got.cpu(), eager, exact)
+        assert_within_budget(got.cpu(), eager, exact, sums)
 
 
 def assert_backward_matches(shape, dtype, backend, per_token, scale=None):
@@ -133,22 +147,24 @@ def assert_backward_matches(shape, dtype, backend, per_token, scale=None):
         grad, qkv, out, lse, scale=scale, per_token=per_token, backend=backend
     )
     eager, exact = backward_of_torch(grad, qkv, out, lse, factor, per_token)
-    for one, other, truth in zip(got, eager, exact, strict=True):
-        assert_matches(one, other, truth)
+    sums = sums_of(qkv, grad, factor, out)
+    for name, one, other, truth in zip(NAMES, got, eager, exact, strict=True):
+        assert_matches(one, other, truth, sums[name])
 
 
 def assert_forward_matches(shape, dtype, backend, scale=None):
-    qkv, _ = inputs(shape, dtype, backend)
+    qkv, grad = inputs(shape, dtype, backend)
     out, lse = ops.attention(qkv, scale=scale, backend=backend)
     factor = shape[3] ** -0.5 if scale is None else scale
     eager, exact, exact_lse = forward_of_torch(qkv, factor)
-    assert_matches(out, eager.contiguous(), exact)
+    sums = sums_of(qkv, grad, factor)
+    assert_matches(out, eager.contiguous(), exact, sums["out"])
     if backend == "eager" and dtype.itemsize == 2:
         # before it sums the weights of a row, torch rounds them to the dtype of the input
         atol = torch.finfo(dtype).eps
         torch.testing.assert_close(lse.double(), exact_lse, rtol=0, atol=atol)
     else:
-        assert_matches(lse, reference.attention(qkv.cpu(), factor)[1], exact_lse)
+        assert_matches(lse, reference.attention(qkv.cpu(), factor)[1], exact_lse, sums["lse"])
 
 
 @pytest.mark.parametrize(("backend", "dtype"), RUNS)
@@ -227,11 +243,12 @@ def test_attention_score_gpu_eager_matches_reference(dtype):
     qkv, grad = (x.cuda() for x in inputs((2, 197, 3, 64), dtype))
     out, lse = ops.attention(qkv, backend="eager")
     eager, exact, _ = forward_of_torch(qkv, 0.125)
-    assert_matches(out, eager.contiguous(), exact)
+    assert_matches(out, eager.contiguous(), exact, sums_of(qkv, grad, 0.125)["out"])
     got = ops.attention_score(grad, qkv, out, lse, backend="eager")
     eager, exact = backward_of_torch(grad, qkv, out, lse, 0.125)
-    for one, other, truth in zip(got, eager, exact, strict=True):
-        assert_matches(one, other, truth)
+    sums = sums_of(qkv, grad, 0.125, out)
+    for name, one, other, truth in zip(NAMES, got, eager, exact, strict=True):
+        assert_matches(one, other, truth, sums[name])
 
 
 def test_attention_score_reference_is_the_gradient_of_its_forward():

@@ -90,7 +90,7 @@ def test_gather_matches_reference(dtype, kind):
 
 
 @given(data=st.data())
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 def test_gather_matches_its_definition(data):
     num_rows = data.draw(st.integers(0, 6))
     num_columns = data.draw(st.integers(0, 150))

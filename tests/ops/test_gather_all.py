@@ -179,7 +179,7 @@ def test_opcheck() -> None:
 
 
 @native
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(data=st.data())
 def test_a_table_with_any_word_changed_is_refused_or_reads_nothing_else(data: Any) -> None:
     """The op trusts no table: what passes its checks stays within the matrices."""

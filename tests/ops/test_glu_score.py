@@ -11,7 +11,7 @@ from operator import itemgetter
 
 import pytest
 import torch
-from error_budget import assert_within_budget
+from error_budget import Rounded, assert_within_budget
 from exact_activations import exact_value_and_slope, rounded, sum_of_tokens
 from torch import Tensor
 
@@ -74,12 +74,21 @@ def inputs(shape, dtype, backend="cpu") -> Three:
     return each(lambda x: x.to(dtype).to(device), (2 * gate, value, grad))
 
 
+def sums_of(tensors: Three, activation) -> tuple[None, None, Rounded]:
+    """The gradients are no sums; a score adds one share of each token."""
+    gate, value, grad = each(Tensor.double, tensors)
+    dtype = tensors[0].dtype
+    h = Rounded.of(FORWARD[activation](gate), dtype) * Rounded.of(value, dtype)
+    return None, None, (h * Rounded.of(grad, dtype)).sum(1)
+
+
 def assert_results_within_budget(got, tensors: Three, activation, per_token):
     eager = reference(*tensors, activation, per_token=per_token)
     doubles = each(lambda x: x.double().cpu(), tensors)
     exact = reference(*doubles, activation, per_token=per_token)
-    for one, eager_one, exact_one in zip(got, eager, exact, strict=True):
-        assert_within_budget(one.cpu(), eager_one.cpu(), exact_one)
+    sums = sums_of(tensors, activation)
+    for one, eager_one, exact_one, its_sums in zip(got, eager, exact, sums, strict=True):
+        assert_within_budget(one.cpu(), eager_one.cpu(), exact_one, its_sums)
 
 
 def assert_same_bits(ones, others):
@@ -120,13 +129,15 @@ def test_glu_score_fp64_matches_exact_numbers(activation, backend):
         rounded([act * g for act, _, _, g in flat], shape),
     )
     shares = [act * v * g for act, _, v, g in flat]
+    sums = sums_of((gate, value, grad), activation)
     for per_token in (False, True):
         got = glu_score(gate, value, grad, activation, per_token=per_token, backend=backend)
         eager = reference(gate, value, grad, activation, per_token=per_token)
         score = sum_of_tokens(shares, shape, per_token)
-        for one, eager_one, exact_one in zip(got, eager, (*exact, score), strict=True):
+        wanted = (*exact, score)
+        for one, eager_one, exact_one, its_sums in zip(got, eager, wanted, sums, strict=True):
             assert one.dtype == FP64
-            assert_within_budget(one.cpu(), eager_one.cpu(), exact_one)
+            assert_within_budget(one.cpu(), eager_one.cpu(), exact_one, its_sums)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

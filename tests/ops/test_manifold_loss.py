@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from error_budget import assert_within_budget
+from error_budget import Rounded, assert_within_budget
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -12,8 +12,8 @@ from tests.registration import opcheck
 from vitprune_fast import ops
 from vitprune_fast.errors import BackendUnavailable, InvalidInput
 from vitprune_fast.ops import manifold_loss
+from vitprune_fast.reference.manifold_loss import MIN_NORM, set_by_set
 from vitprune_fast.reference.manifold_loss import manifold_loss as reference
-from vitprune_fast.reference.manifold_loss import set_by_set
 
 FP32, FP64, FP16, BF16 = torch.float32, torch.float64, torch.float16, torch.bfloat16
 ON_GPU = torch.cuda.is_available()
@@ -54,9 +54,29 @@ def eager_and_exact(student, teacher, factor: float = 1.0):
     )
 
 
+def unit_rows(x: Rounded) -> tuple[Rounded, Rounded]:
+    """The rows at length 1, and the inverse of their lengths."""
+    length = (x * x).sum(-1).power(0.5).unsqueeze(-1)
+    inverse = length.power(-1).masked_fill(length.value <= MIN_NORM, 0)
+    return x * inverse, inverse
+
+
+def sums_of(student, teacher, factor: float = 1.0) -> tuple[Rounded, Rounded]:
+    """What rounding may do to the loss and its gradient, by the formulas of ``set_by_set``."""
+    sets, rows, _ = student.shape
+    x, inverse = unit_rows(Rounded.of(student, student.dtype))
+    y, _ = unit_rows(Rounded.of(teacher, student.dtype))
+    difference = x @ x.mT - y @ y.mT
+    g = difference @ x
+    g = (g - x * (x * g).sum(-1).unsqueeze(-1)) * inverse
+    share = 1 / (sets * rows**2)
+    return (difference * difference).sum((0, 1, 2)) * share, g * (4 * factor * share)
+
+
 def assert_results_within_budget(got, student, teacher, factor: float = 1.0):
-    for one, eager, exact in zip(got, *eager_and_exact(student, teacher, factor), strict=True):
-        assert_within_budget(one.cpu(), eager, exact)
+    both, sums = eager_and_exact(student, teacher, factor), sums_of(student, teacher, factor)
+    for one, eager, exact, its_sums in zip(got, *both, sums, strict=True):
+        assert_within_budget(one.cpu(), eager, exact, its_sums)
 
 
 def test_reference_has_the_gradient_of_its_formula():

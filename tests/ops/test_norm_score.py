@@ -9,7 +9,7 @@ import sys
 import numpy as np
 import pytest
 import torch
-from error_budget import assert_within_budget
+from error_budget import Rounded, assert_within_budget
 from torch.nn import functional as F
 
 from tests.registration import opcheck
@@ -62,11 +62,33 @@ def call(function, tensors, eps=EPS, **options):
     return function(x, grad_y, weight, bias, eps, **options)
 
 
+def sums_of(x, grad_y, weight, bias, eps, rms=False, output=True) -> tuple[Rounded, Rounded]:
+    """What rounding may do to both results, by the formulas of the reference."""
+    dtype = x.dtype
+    x, grad_y = Rounded.of(x, dtype), Rounded.of(grad_y, dtype)
+    weight, bias = (
+        Rounded.of(torch.tensor(default) if given is None else given, dtype)
+        for given, default in ((weight, 1.0), (bias, 0.0))
+    )
+    centred = x if rms else x - x.mean(2)
+    variance = (centred * centred).mean(2)
+    scale = (variance + eps).power(-0.5)
+    x_hat = centred * scale
+    grad_x_hat = grad_y * weight
+    c1 = (grad_x_hat * x_hat).mean(2)
+    c2 = c1 * 0.0 if rms else grad_x_hat.mean(2)
+    share = x_hat * c2 * -1.0 - (x_hat * x_hat - variance * scale * scale) * c1 * 0.5
+    if output:
+        share = share + (x_hat * weight + bias) * grad_y
+    return (grad_x_hat - c2 - x_hat * c1) * scale, share.sum(1)
+
+
 def assert_right(got, tensors, eps=EPS, **options):
-    """Both results within the budget of the error of plain torch."""
-    eager = call(reference, tensors, eps, **options)
-    for ours, plain, true in zip(got, eager, call(exact, tensors, eps, **options), strict=True):
-        assert_within_budget(ours.cpu(), plain.cpu(), true)
+    """Both results within the budget of plain torch and of the sums."""
+    eager, truth = (call(function, tensors, eps, **options) for function in (reference, exact))
+    sums = call(sums_of, tensors, eps, **options)
+    for ours, plain, true, its_sums in zip(got, eager, truth, sums, strict=True):
+        assert_within_budget(ours.cpu(), plain.cpu(), true, its_sums)
 
 
 def assert_same(got, want):

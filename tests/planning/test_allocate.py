@@ -37,7 +37,7 @@ FULL = predict_cost(STRUCTURE)
 LATENCY = {name: 1e-3 for name in SCORES}
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     share=st.floats(0.35, 1.0),
     measure=st.sampled_from(["macs", "params"]),

@@ -46,7 +46,7 @@ def test_branches_blocks_and_removed_say_the_same() -> None:
 
 
 @given(kind=st.sampled_from(KINDS), seed=st.integers(0, 10_000))
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 def test_plans_survive_json(kind: str, seed: int) -> None:
     plan = draw_plan(STRUCTURE, kind, random.Random(seed))
     assert Plan.from_json(json.loads(json.dumps(plan.to_json()))) == plan

@@ -32,10 +32,9 @@ def test_a_second_process_is_refused_at_once(
     words, go_on = command(TINY, tmp_path / "run"), tmp_path / "go on"
     owner = attempts.start(words, hold=go_on)
     assert owner.wait_for(lambda events: any(e[0] == "stage" for e in events))
-    start = time.monotonic()
     second = attempts.finish(words)
-    assert time.monotonic() - start < 5
-    assert second.status == 2
+    # it did not wait for the owner, who waits for a file
+    assert second.status == 2 and alive(owner.pid)
     sentence = one_sentence(second.err)
     assert f"is in use by process {owner.pid} on {socket.gethostname()}" in sentence
     go_on.touch()
@@ -84,8 +83,7 @@ def test_of_twenty_starts_one_owns_the_folder(
 ) -> None:
     words, go_on = command(TINY, tmp_path / "run"), tmp_path / "go on"
     started = [attempts.start(words, hold=go_on) for _ in range(20)]
-    deadline = time.monotonic() + 200
-    while sum(alive(each.pid) for each in started) > 1 and time.monotonic() < deadline:
+    while sum(alive(each.pid) for each in started) > 1:
         time.sleep(0.01)
     go_on.touch()
     outcomes = {each.pid: each.wait() for each in started}
@@ -112,10 +110,8 @@ def test_a_signal_ends_the_run_with_a_checkpoint(
     for _ in range(2):
         attempt = attempts.start(words)
         assert in_distillation(attempt)
-        start = time.monotonic()
         attempt.signal(number)
         outcome = attempt.wait()
-        assert time.monotonic() - start < 30
         # 143 for SIGTERM
         assert outcome.status == 128 + number
         assert outcome.err == f"stopped by {number.name}; the same command resumes the run\n"

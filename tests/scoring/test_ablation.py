@@ -92,7 +92,7 @@ def test_equals_one_mask_at_a_time(config: str) -> None:
             assert (got[name] - value).norm() <= 1e-10 * value.norm(), name
         # in every axis at once: one axis alone has too few values for a fair largest error
         assert all(value.dtype == torch.float32 for value in got32[measure].values())
-        assert_within_budget(*(_flat(s) for s in (got32[measure], loop32[measure], want)))
+        assert_within_budget(_flat(got32[measure]), _flat(loop32[measure]), _flat(want))
 
 
 def _flat(scores: Scores) -> Tensor:

@@ -60,7 +60,7 @@ def test_batch_sums_are_weight_times_gradient(config: str) -> None:
         assert max(error, head_error) < 1e-6
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(
     cut=st.lists(st.integers(1, 4), min_size=1, max_size=6),
     dtype=st.sampled_from([torch.float32, torch.float64]),

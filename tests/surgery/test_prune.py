@@ -92,7 +92,7 @@ def vits(draw: st.DrawFn) -> VisionTransformer:
     return randomise(model.to(dtype).eval(), draw(st.integers(0, 9)))
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(model=vits(), kind=st.sampled_from(KINDS), seed=st.integers(0, 999), batch=st.integers(1, 3))
 def test_any_shape_prunes_exactly(model: Any, kind: str, seed: int, batch: int) -> None:
     plan = draw_plan(describe(model), kind, random.Random(seed))
