@@ -17,7 +17,7 @@ CPU_SOURCES = sorted(path.as_posix() for path in Path("csrc/cpu").glob("*.cpp"))
 CUDA_SOURCES = sorted(path.as_posix() for path in Path("csrc/cuda").glob("*.cu"))
 HEADERS = sorted(path.as_posix() for path in Path("csrc").rglob("*.h"))
 # the extension runs with every torch from this one on
-TORCH_TARGET = "-DTORCH_TARGET_VERSION=0x020a000000000000"
+TORCH_TARGET = "-DTORCH_TARGET_VERSION=0x020b000000000000"
 # no -march: wheels travel, so faster instructions are chosen at run time. No contraction of
 # a * b + c: with it the bits of a sum would depend on the instruction set and on the lane.
 CXX_FLAGS = ["-O3", "-ffp-contract=off", "-fvisibility=hidden", "-Wall", "-Wno-psabi"]

@@ -40,7 +40,8 @@ def compile_with_nvcc(source: Path, target: Path) -> str:
     assert home is not None
     include = Path(torch.__file__).parent / "include"
     command = [str(home / "bin" / "nvcc"), "-c", str(source), "-o", str(target)]
-    command += ["-std=c++20", "-arch=sm_90", "-DTORCH_TARGET_VERSION=0x020a000000000000"]
+    (stable,) = re.findall(r"-DTORCH_TARGET_VERSION=\w+", (ROOT / "setup.py").read_text())
+    command += ["-std=c++20", "-arch=sm_90", stable]
     command += ["-DUSE_CUDA", "-Xptxas", "-v", f"-I{include}", f"-I{ROOT / 'csrc'}"]
     result = subprocess.run(command, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr

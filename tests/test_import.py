@@ -45,7 +45,7 @@ def test_scoring_and_pruning_need_only_the_core_dependencies():
     script = """
 import sys
 # what imports raise for; unlike a raising finder it still answers "is it installed?" with no
-for name in ("scipy", "tyro", "rich", "yaml", "matplotlib", "sklearn", "jinja2", "pybind11"):
+for name in ("tyro", "rich", "yaml", "matplotlib", "sklearn", "jinja2", "pybind11"):
     sys.modules[name] = None
 import torch
 import vitprune_fast as vp

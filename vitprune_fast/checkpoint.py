@@ -252,7 +252,7 @@ def _constructor_args(model: Any) -> dict[str, Any]:
     args = {
         "img_size": list(embed.img_size) if embed.img_size else None,
         "patch_size": list(embed.patch_size),
-        "in_chans": model.in_chans,
+        "in_chans": model.patch_embed.proj.in_channels,
         "num_classes": model.num_classes,
         "global_pool": model.global_pool,
         "embed_dim": model.embed_dim,
@@ -402,7 +402,7 @@ def _config(model: Any, architecture: str, args: Mapping[str, Any]) -> dict[str,
             "num_classes": model.num_classes,
             "first_conv": "patch_embed.proj",
             "classifier": "head",
-            **({"input_size": [model.in_chans, *image]} if image else {}),
+            **({"input_size": [model.patch_embed.proj.in_channels, *image]} if image else {}),
             **{name: known[name] for name in _KEPT if known.get(name) is not None},
         },
     }

@@ -57,14 +57,15 @@ class AttentionBlock(nn.Module):
         self.norm1, self.attn, self.drop_path1 = block.norm1, block.attn, block.drop_path1
         self.ls1 = getattr(block, "ls1", nn.Identity())
 
-    def forward(
-        self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False
-    ) -> Tensor:
-        """``x`` (B, N, C) plus the attention branch."""
+    def forward(self, x: Tensor, **mask: Any) -> Tensor:
+        """``x`` (B, N, C) plus the attention branch; masks are named as timm's version names them.
+
+        That is ``attn_mask``, and ``is_causal`` where attention knows of it.
+        """
         if self.post_norm:
-            y = self.norm1(self.attn(x, attn_mask=attn_mask, is_causal=is_causal))
+            y = self.norm1(self.attn(x, **mask))
         else:
-            y = self.ls1(self.attn(self.norm1(x), attn_mask=attn_mask, is_causal=is_causal))
+            y = self.ls1(self.attn(self.norm1(x), **mask))
         return x + self.drop_path1(y)
 
 
@@ -77,10 +78,8 @@ class MlpBlock(nn.Module):
         self.norm2, self.mlp, self.drop_path2 = block.norm2, block.mlp, block.drop_path2
         self.ls2 = getattr(block, "ls2", nn.Identity())
 
-    def forward(
-        self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False
-    ) -> Tensor:
-        """``x`` (B, N, C) plus the MLP branch."""
+    def forward(self, x: Tensor, **_: Any) -> Tensor:
+        """``x`` (B, N, C) plus the MLP branch; masks are for attention."""
         y = self.norm2(self.mlp(x)) if self.post_norm else self.ls2(self.mlp(self.norm2(x)))
         return x + self.drop_path2(y)
 

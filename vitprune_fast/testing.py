@@ -80,5 +80,7 @@ def random_images(model: Any, batch: int = 2, *, seed: int = 0) -> torch.Tensor:
     generator = torch.Generator().manual_seed(seed)
     size = model.patch_embed.img_size
     assert size is not None
-    images = torch.randn(batch, model.in_chans, *size, generator=generator, dtype=torch.float64)
+    images = torch.randn(
+        batch, model.patch_embed.proj.in_channels, *size, generator=generator, dtype=torch.float64
+    )
     return images.to(next(model.parameters()).dtype)

@@ -5,12 +5,11 @@ B samples, F columns, U units of adjacent columns.
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
-from torch import Tensor
+from torch import Tensor, library
 
 from .. import ops
+from ..ops._probes import refuse_second_derivative
 from ..scoring.probes import as_tokens
 
 
@@ -31,37 +30,42 @@ def gate_columns(
         sum of x times the gradient over samples, tokens and columns, also at 0, accumulated in
         fp32 (fp64 for fp64) and in a fixed order. Differentiable once.
     """
-    return _GateColumns.apply(x, gate_U, group, part)  # pyright: ignore[reportReturnType]
+    first, last = part or (0, x.shape[-1])
+    return _gate_columns(x, gate_U, group, first, last)
 
 
-def _scaled(x: Tensor, gate_U: Tensor, group: int, part: tuple[int, int] | None) -> Tensor:
+def _scaled(x: Tensor, gate_U: Tensor, group: int, first: int, last: int) -> Tensor:
     # not repeat_interleave: it would be an index on the device
     factor = gate_U[:, None].expand(-1, group).reshape(-1)
-    if part is not None:
+    if (first, last) != (0, x.shape[-1]):
         ones = factor.new_ones(x.shape[-1])
-        ones[part[0] : part[1]] = factor
+        ones[first:last] = factor
         factor = ones
     return torch.where(factor == 0, 0, x * factor).to(x.dtype)
 
 
-class _GateColumns(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, gate_U: Tensor, group: int, part: tuple[int, int] | None
-    ) -> Tensor:
-        ctx.save_for_backward(x, gate_U)
-        ctx.how = group, part
-        return _scaled(x, gate_U, group, part)
+# A registered op and no autograd.Function: torch.compile of torch 2.11 takes the gradients of a
+# Function as 0 when its forward ends in an operation that changes nothing, as `.to(x.dtype)` does.
+_gate_columns = library.custom_op("vitprune_fast::gate_columns", _scaled, mutates_args=())
+# run on tensors without data the form itself gives the strides too
+_gate_columns.register_fake(_scaled)
 
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> Any:
-        (x, gate_U), (group, part) = ctx.saved_tensors, ctx.how
-        (grad,) = grads
-        grad_x = _scaled(grad, gate_U, group, part) if ctx.needs_input_grad[0] else None
-        grad_gate_U = None
-        if ctx.needs_input_grad[1]:
-            first, last = part or (0, x.shape[-1])
-            x, grad = (as_tokens(each)[..., first:last] for each in (x, grad))
-            score_BU = ops.taylor_score(x, grad.to(x.dtype), group)
-            grad_gate_U = score_BU.sum(0).to(gate_U.dtype)
-        return grad_x, grad_gate_U, None, None
+
+def _save(ctx, inputs, output) -> None:
+    x, gate_U, *ctx.how = inputs
+    ctx.save_for_backward(x, gate_U)
+
+
+def _backward(ctx, grad: Tensor):
+    refuse_second_derivative("gates")
+    (x, gate_U), (group, first, last) = ctx.saved_tensors, ctx.how
+    grad_x = _scaled(grad, gate_U, group, first, last) if ctx.needs_input_grad[0] else None
+    grad_gate_U = None
+    if ctx.needs_input_grad[1]:
+        x, grad = (as_tokens(each)[..., first:last] for each in (x, grad))
+        score_BU = ops.taylor_score(x, grad.to(x.dtype), group)
+        grad_gate_U = score_BU.sum(0).to(gate_U.dtype)
+    return grad_x, grad_gate_U, None, None, None
+
+
+_gate_columns.register_autograd(_backward, setup_context=_save)

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from .. import ops
 from ..errors import InvalidInput
-from ..scoring.fused import activation_of, is_plain_attention, is_plain_mlp, packed_qkv
+from ..scoring.fused import activation_of, has_mask, is_plain_attention, is_plain_mlp, packed_qkv
 from ..structure import Axis, Structure
 from ..structure.axes import Tap
 from ..structure.paths import get
@@ -211,19 +211,13 @@ def _forward_with(axis: Axis, owner: Any) -> Callable[..., Tensor] | None:
     return _gated_mlp if axis.kind == "neuron" and is_plain_mlp(owner) else None
 
 
-def _gated_attention(
-    attn: Any,
-    gate: _Gate,
-    x: Tensor,
-    attn_mask: Tensor | None = None,
-    is_causal: bool = False,
-) -> Tensor:
+def _gated_attention(attn: Any, gate: _Gate, x: Tensor, **mask: Any) -> Tensor:
     """timm's Attention without an inner norm; with a mask or dropout as it is, and multiplied."""
-    if attn_mask is not None or is_causal or (attn.training and attn.attn_drop.p > 0):
+    if has_mask(mask) or (attn.training and attn.attn_drop.p > 0):
         # what enters the projection is multiplied there
         handle = attn.proj.register_forward_pre_hook(_Before(gate.gates, gate.axis, gate.tap))
         try:
-            return type(attn).forward(attn, x, attn_mask=attn_mask, is_causal=is_causal)
+            return type(attn).forward(attn, x, **mask)
         finally:
             handle.remove()
     qkv_BN3HK = packed_qkv(attn, x)

@@ -8,7 +8,7 @@ saved, and gradients of q, k and v are written where the qkv projection wants th
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any
@@ -109,11 +109,20 @@ def is_plain_attention(owner: Any) -> bool:
         type(owner) is Attention
         and runs_its_class(owner)
         and owner.qkv is not None
-        and owner.gate is None
+        # timm's attention got gates after 1.0.23
+        and getattr(owner, "gate", None) is None
         and isinstance(owner.norm, nn.Identity)
         and _is_plain(owner.norm)
         and _is_plain(owner.attn_drop)
     )
+
+
+def has_mask(mask: Mapping[str, Any]) -> bool:
+    """Whether one of the arguments that timm's version of attention takes beside x masks tokens.
+
+    They are ``attn_mask``, and ``is_causal`` in versions after 1.0.23.
+    """
+    return any(value is not None and value is not False for value in mask.values())
 
 
 def packed_qkv(attn: Any, x: Tensor) -> Tensor:
@@ -157,16 +166,16 @@ def _attention(
     sites: dict[str, Site],
     probes: Probes,
     x: Tensor,
-    attn_mask: Tensor | None = None,
-    is_causal: bool = False,
+    **mask: Any,
 ) -> Tensor:
     """timm's Attention; B batch, N tokens, H heads, K head dim."""
-    if attn_mask is not None or is_causal:
+    if has_mask(mask):
         raise InvalidInput(
             "score: attention must be without a mask, got one; score with path='taps'"
         )
     heads, width = attn.num_heads, attn.head_dim
-    gate = attn.gate(x).sigmoid() if attn.gate is not None else None
+    gated = getattr(attn, "gate", None)
+    gate = gated(x).sigmoid() if gated is not None else None
     qkv_BN3HK = packed_qkv(attn, x)
 
     sizes = {"head": (heads,), "v_dim": (heads, width), "qk_dim": (heads, width)}

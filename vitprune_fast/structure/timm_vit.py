@@ -34,11 +34,11 @@ def describe(model: Any, image: tuple[int, int] | None) -> Structure:
     tokens = num_patches + model.num_prefix_tokens
     pooled = tokens if model.global_pool == "" else 1
 
-    t = Table(model, type(model).__name__, (model.in_chans, height, width))
+    t = Table(model, type(model).__name__, (model.patch_embed.proj.in_channels, height, width))
     embed = t.axis("embed", model.embed_dim, "embed")
     for name in ("cls_token", "dist_token", "reg_token", "pos_embed"):
         t.tensor(name, 1, ..., embed)
-    t.linear("patch_embed.proj", embed, model.in_chans, num_patches)
+    t.linear("patch_embed.proj", embed, model.patch_embed.proj.in_channels, num_patches)
     for name in ("patch_embed.norm", "norm_pre", "norm", "fc_norm"):
         t.norm(name, embed)
     for name in ("head", "head_dist"):
