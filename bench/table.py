@@ -123,9 +123,15 @@ def contents() -> list[dict]:
     return [content for content in found if content.get("records")]
 
 
+def newest_files(name: str) -> list[Path]:
+    """The newest file of a measurement that has its own; none before it was made."""
+    return sorted(RESULTS.glob(f"*_{name}.json"))[-1:]
+
+
 def page() -> str:
-    """The README of the results: a table for every file that holds timings of ops."""
+    """The README of the results: a table for every file with timings of ops, and of threads."""
     parts = [part for c in contents() for part in (table(c), races(c), training_races(c)) if part]
+    parts += [threads(json.loads(path.read_text())) for path in newest_files("threads")]
     return "\n".join([INTRODUCTION, *parts])
 
 
@@ -236,6 +242,29 @@ def compensation(content: dict) -> str:
     return "\n".join(lines)
 
 
+def threads(content: dict) -> str:
+    """Default threads and one thread beside other work, as a section of the page."""
+    lines = [
+        "## Threads beside other work\n",
+        f"`{content['command']}`, commit {content['commit']}, {content['date']}, "
+        f"torch {content['versions']['torch']}, {content['device']}, {content['cores']} cores.\n",
+        "| beside | form | median s | min s | times `--threads 1` | from | to |",
+        "|---|---|--:|--:|--:|--:|--:|",
+    ]
+    lines += [
+        f"| {row['beside']} | {row['form']} | {row['median_s']} | {row['min_s']} "
+        f"| {row['times_one']} | {row['least']} | {row['most']} |"
+        for row in content["threads"]
+    ]
+    lines += [
+        "",
+        f"Training and saving of {content['model']} with `vitprune-fast distill`, "
+        f"{content['rounds']} interleaved rounds; ratios are those of one round. What was saved "
+        "with as many threads had the same bits in all of them.",
+    ]
+    return "\n".join([*lines, ""])
+
+
 def filled(readme: str, rows: str, marks: str = "kernels") -> str:
     """The README's text with the table between its marks replaced."""
     begin, end = MARKS[marks]
@@ -261,7 +290,7 @@ def readme(text: str) -> str:
     if latest.get("training"):
         text = filled(text, training(latest), "training")
     for name, made in (("criteria", criteria), ("compensation", compensation)):
-        for path in sorted(RESULTS.glob(f"*_{name}.json"))[-1:]:
+        for path in newest_files(name):
             text = filled(text, made(json.loads(path.read_text())), name)
     return text
 

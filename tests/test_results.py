@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+
 import pytest
 
 from bench import table
@@ -101,3 +104,18 @@ def test_compensation_is_a_line_per_budget() -> None:
     lines = table.compensation(content).splitlines()
     assert lines[2] == "| 50% | 80.00% | 78.00% | 91.80% | 55% / 40% |"
     assert "which has 98.66% whole" in lines[-1]
+
+
+def test_threads_beside_other_work_are_a_section_of_the_page(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    row = {"beside": "2 busy loops", "form": "default", "median_s": 8.5, "min_s": 8.0}
+    row |= {"times_one": 1.4, "least": 1.3, "most": 1.9}
+    content = results(threads=[row], model="m", cores=2, rounds=5)
+    (tmp_path / "202611_threads.json").write_text(json.dumps(content))
+    monkeypatch.setattr(table, "RESULTS", tmp_path)
+    lines = table.page().splitlines()
+    assert "## Threads beside other work" in lines
+    assert "| 2 busy loops | default | 8.5 | 8.0 | 1.4 | 1.3 | 1.9 |" in lines
+    (tmp_path / "202611_threads.json").unlink()
+    assert "Threads" not in table.page()

@@ -50,7 +50,7 @@ def test_parsing_needs_nothing_heavy() -> None:
 @pytest.mark.parametrize(
     ("chosen", "spins"),
     [
-        pytest.param({}, "'1000'", id="nothing"),
+        pytest.param({}, "'3000'", id="nothing"),
         pytest.param({"GOMP_SPINCOUNT": "77"}, "'77'", id="spins"),
         # its own number for those who want to spin, and none for those who do not
         pytest.param({"OMP_WAIT_POLICY": "ACTIVE"}, "'30000000000'", id="active"),

@@ -64,12 +64,12 @@ def _let_waiting_threads_sleep() -> None:
 
     GNU's OpenMP, which comes with torch, looks 300,000 times (10 ms and more) whether the other
     threads are done before it sleeps. As soon as something else runs on the machine, a thread that
-    looks has the core which the one it waits for needs. A thousand looks take about as long as
-    being woken does. Results do not depend on it.
+    looks has the core which the one it waits for needs. 3,000 looks take little longer than being
+    woken does. Results do not depend on it.
     """
     # the library reads the variables when torch loads it; after that they would only mislead
     if "torch" not in sys.modules and "OMP_WAIT_POLICY" not in os.environ:
-        os.environ.setdefault("GOMP_SPINCOUNT", "1000")
+        os.environ.setdefault("GOMP_SPINCOUNT", "3000")
 
 
 def _fail(sentence: str) -> int:

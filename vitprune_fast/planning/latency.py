@@ -67,9 +67,9 @@ def latency(
     events on the current stream; elsewhere wall time. Both grow with whatever else the machine
     does: ``Latency.loaded`` says whether it did.
 
-    With more than one thread the growth is out of proportion where OpenMP's threads spin while they
-    wait for each other. The command line has them sleep; a program that imports this package can
-    only ask for it before torch is loaded: ``OMP_WAIT_POLICY=passive`` in its environment.
+    With more than one thread they grow out of proportion where OpenMP's threads spin while they
+    wait for each other. The command line has them sleep; for a program that imports this package
+    see ``vitprune_fast.recipes.profile.applied``.
 
     Args:
         model: maps images to anything.
