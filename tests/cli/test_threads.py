@@ -84,7 +84,7 @@ def test_latencies_measured_beside_other_work_say_so(
 ) -> None:
     monkeypatch.chdir(made)
     monkeypatch.setattr(Waits, "share_since", lambda *_: 0.48)
-    sentence = "latencies were measured beside other work: the process waited for a core 48%"
+    sentence = "measured beside other work: the process waited for a core 48%"
     assert main(COMMANDS["bench"].split()) == 0
     assert sentence in capsys.readouterr().out
     run(replace(TINY, out=Path("loaded")))
@@ -93,3 +93,19 @@ def test_latencies_measured_beside_other_work_say_so(
     monkeypatch.setattr(Waits, "share_since", lambda *_: 0.01)
     run(replace(TINY, out=Path("quiet")))
     assert "beside other work" not in Path("quiet/report.html").read_text()
+
+
+def test_a_run_goes_on_with_the_threads_it_began_with(
+    made: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(made)
+    words = ["run", "--config", "tiny.yaml", "--out", "begun"]
+    monkeypatch.setattr(torch, "set_num_threads", lambda _: None)
+    monkeypatch.setenv("OMP_NUM_THREADS", "3")
+    assert main(words) == 0
+    monkeypatch.setenv("OMP_NUM_THREADS", "7")
+    capsys.readouterr()
+    assert main(words) == 0
+    assert ", 3 threads, " in capsys.readouterr().out
+    assert main([*words, "--threads", "5"]) == 2
+    assert "belongs to another run (threads: 3 -> 5)" in capsys.readouterr().err

@@ -40,7 +40,7 @@ def main(words: list[str]) -> int:
     if options is None:
         return 0
     import vitprune_fast as vp
-    from vitprune_fast.cli.display import print_table
+    from vitprune_fast.cli.display import print_assumptions, print_table
     from vitprune_fast.planning.waiting import load_warning
     from vitprune_fast.recipes import models, stages
     from vitprune_fast.recipes.profile import applied, choose_profile
@@ -69,6 +69,5 @@ def main(words: list[str]) -> int:
     ]
     print_table(("model", "batch", "median ms", "p90 ms", "images/s"), rows)
     warning = load_warning(*(result.waited for results in measured for result in results))
-    if warning:
-        print(f"note      the latencies were {warning}")
+    print_assumptions({"latency": warning} if warning else {})
     return 0

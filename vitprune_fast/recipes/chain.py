@@ -144,7 +144,9 @@ def run(
     folder = RunFolder(config.out)
     board = Board(folder / "tensorboard") if config.tensorboard else None
     started = time.perf_counter()
-    profile = choose_profile(config.device, config.threads, config.data.workers)
+    # a run that goes on computes with the threads it began with, whatever is the default now
+    threads = folder.recorded_threads() if config.threads is None else config.threads
+    profile = choose_profile(config.device, threads, config.data.workers)
     tell({"event": "profile", "profile": str(profile)})
     skeleton = check_inputs(config)
     with folder.claim(), applied(profile):
@@ -463,7 +465,7 @@ def _evaluate(job: Job) -> dict[str, Any]:
     files.write_json(job.folder / "summary.json", summary)
     warning = load_warning(summary["before"]["latency_waited"])
     if warning:
-        job.on_event({"event": "note", "text": f"the latencies were {warning}"})
+        job.on_event({"event": "assumption", "topic": "latency", "text": warning})
     return {**facts, "text": f"top-1 {before.top1:.2%} -> {after.top1:.2%}"}
 
 

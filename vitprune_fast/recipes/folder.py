@@ -162,6 +162,15 @@ class RunFolder:
             files.write_json(record, {**known, "command": facts.get("command")})
         return True
 
+    def recorded_threads(self) -> int | None:
+        """How many threads the run in this folder computes with; None where there is none."""
+        if not (self / "run.json").is_file():
+            return None
+        known = files.read_json(self / "run.json")
+        identity = known.get("identity") if isinstance(known, dict) else None
+        threads = identity.get("threads") if isinstance(identity, dict) else None
+        return threads if isinstance(threads, int) and threads > 0 else None
+
     def changes(self) -> list[list[str]]:
         """The differences that `begin` was allowed to go on with, one list per occasion."""
         return files.read_json(self / "run.json")["changes"]
