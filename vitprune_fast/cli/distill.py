@@ -70,7 +70,9 @@ def main(words: list[str]) -> int:
         probe_folder(options.checkpoints)
     seed = options.schedule.seed
     opened = open_both(options.model, options.data, seed, options.device, options.threads)
-    print_assumptions(opened.assumptions)
+    gates = options.gates
+    budget = {} if gates.kind == "none" else {"budget": f"{gates.macs:.0%} of the MACs, gate-macs"}
+    print_assumptions({**opened.assumptions, **budget})
     stop = Stopper()
     with applied(opened.profile), Display() as display:
 
@@ -88,7 +90,7 @@ def main(words: list[str]) -> int:
                 options.schedule,
                 trainings,
                 teachers=options.teacher,
-                gates=options.gates,
+                gates=gates,
                 masks=options.masks,
             )
         except TrainingStopped:
