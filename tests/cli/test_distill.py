@@ -46,7 +46,7 @@ def test_the_manifold_is_learnt(dense: Path, tmp_path: Path) -> None:
 def test_a_cnn_is_trained_first_and_teaches(
     dense: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    words = ("--teacher", "resnet18", "--no-teacher-pretrained", "--teacher-epochs", "3")
+    words = ("--teacher", "test_resnet", "--no-teacher-pretrained", "--teacher-epochs", "2")
     more = ("--checkpoints", str(tmp_path / "checkpoints"), "--loss", "soft", "hard")
     assert distilled(dense, tmp_path / "out", *words, *more) > 0.4
     assert {folder.name for folder in (tmp_path / "checkpoints").iterdir()} == {

@@ -150,9 +150,10 @@ def test_eval_of_the_result_repeats_the_summary(
     ("number", "when"),
     [
         pytest.param(signal.SIGTERM, "distill", id="SIGTERM-in-training"),
-        pytest.param(signal.SIGINT, "dense", id="SIGINT-in-training", marks=pytest.mark.slow),
+        pytest.param(signal.SIGINT, "dense", id="SIGINT-in-training"),
     ],
 )
+@pytest.mark.slow
 def test_a_signal_ends_the_run_with_one_line_and_it_resumes(
     number: signal.Signals, when: str, tmp_path: Path
 ) -> None:

@@ -1,9 +1,17 @@
-"""Fresh memory is full of NaN, so a kernel that forgets an element is found out."""
+"""Fresh memory is full of NaN, so a forgotten element is found out; and other processors."""
 
 from __future__ import annotations
 
 import pytest
 import torch
+from processors import Processors
+
+
+@pytest.fixture(scope="session")
+def processors(tmp_path_factory):
+    """Every instruction set that this processor has."""
+    with Processors(tmp_path_factory.mktemp("processors")) as found:
+        yield found
 
 
 @pytest.fixture(autouse=True)

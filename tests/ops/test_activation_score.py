@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-
 import pytest
 import torch
 from error_budget import Rounded, assert_within_budget
@@ -223,32 +219,19 @@ def test_activation_score_same_bits_for_any_number_of_threads(backend):
 
 
 @native
-@pytest.mark.parametrize("capability", ["default", "avx2"])
-def test_activation_score_bits_are_the_same_for_every_instruction_set(tmp_path, capability):
+def test_activation_score_bits_are_the_same_for_every_instruction_set(processors):
     script = """
-import sys, torch
+import torch
 from vitprune_fast import ops
-x, g = torch.load(sys.argv[1], weights_only=True)
-results = [part for t in (torch.float32, torch.float64, torch.bfloat16, torch.float16)
-           for name in ops.ACTIVATIONS for per_token in (False, True)
-           for part in ops.activation_score(x.to(t), g.to(t), name, per_token=per_token,
-                                            backend="cpu")]
-torch.save(results, sys.argv[2])
+x, g = inputs
+found = [part for t in (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+         for name in ops.ACTIVATIONS for per_token in (False, True)
+         for part in ops.activation_score(x.to(t), g.to(t), name, per_token=per_token,
+                                          backend="cpu")]
 """
     x, grad = inputs((2, 37, 83), FP32)
     x[0, 0, :6] = torch.tensor([1e30, -1e30, 50.0, -50.0, 13.2, -13.2])
-    torch.save((x, grad), tmp_path / "inputs.pt")
-    results = []
-    for name in (capability, None):
-        environment = dict(os.environ)
-        environment.pop("ATEN_CPU_CAPABILITY", None)
-        if name:
-            environment["ATEN_CPU_CAPABILITY"] = name
-        out = tmp_path / f"{name}.pt"
-        command = [sys.executable, "-c", script, str(tmp_path / "inputs.pt"), str(out)]
-        subprocess.run(command, check=True, env=environment)
-        results.append(torch.load(out, weights_only=True))
-    assert all(torch.equal(one, other) for one, other in zip(*results, strict=True))
+    processors.assert_same_bits(script, (x, grad))
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

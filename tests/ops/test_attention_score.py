@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-
 import pytest
 import torch
 from attention_sums import attention_sums
@@ -575,34 +571,21 @@ def test_attention_score_same_bits_for_any_number_of_threads(backend):
 
 
 @native
-@pytest.mark.parametrize("capability", ["default", "avx2"])
-def test_attention_score_bits_are_the_same_for_every_instruction_set(tmp_path, capability):
+def test_attention_score_bits_are_the_same_for_every_instruction_set(processors):
     script = """
-import sys, torch
+import torch
 from vitprune_fast import ops
-qkv, grad = torch.load(sys.argv[1], weights_only=True)
-results = []
+qkv, grad = inputs
+found = []
 for dtype in (torch.float32, torch.float64, torch.bfloat16, torch.float16):
     for dims in (37, 16):
         x, g = (y[..., :dims].to(dtype) for y in (qkv, grad))
         out, lse = ops.attention(x, backend="cpu")
         for per_token in (False, True):
             scores = ops.attention_score(g, x, out, lse, per_token=per_token, backend="cpu")
-            results += [out, lse, *scores]
-torch.save(results, sys.argv[2])
+            found += [out, lse, *scores]
 """
-    torch.save(inputs((2, 67, 2, 37), FP32), tmp_path / "inputs.pt")
-    results = []
-    for name in (capability, None):
-        environment = dict(os.environ)
-        environment.pop("ATEN_CPU_CAPABILITY", None)
-        if name:
-            environment["ATEN_CPU_CAPABILITY"] = name
-        out = tmp_path / f"{name}.pt"
-        command = [sys.executable, "-c", script, str(tmp_path / "inputs.pt"), str(out)]
-        subprocess.run(command, check=True, env=environment)
-        results.append(torch.load(out, weights_only=True))
-    assert len(results[0]) == 96 and all(map(torch.equal, *results))
+    processors.assert_same_bits(script, inputs((2, 67, 2, 37), FP32))
 
 
 @native

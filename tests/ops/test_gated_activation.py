@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from typing import Any
 
 import pytest
@@ -207,34 +204,21 @@ def test_gated_activation_same_bits_for_any_number_of_threads(backend):
 
 
 @native
-@pytest.mark.parametrize("capability", ["default", "avx2"])
-def test_gated_activation_bits_are_the_same_for_every_instruction_set(tmp_path, capability):
+def test_gated_activation_bits_are_the_same_for_every_instruction_set(processors):
     script = """
-import sys, torch
+import torch
 from vitprune_fast import ops
-x, gate, g = torch.load(sys.argv[1], weights_only=True)
+x, gate, g = inputs
 native, found = torch.ops.vitprune_fast, []
 for t in (torch.float32, torch.float64, torch.bfloat16, torch.float16):
     wide = torch.float64 if t == torch.float64 else torch.float32
     for name in ops.ACTIVATIONS:
         found.append(native.gated_activation_fwd(x.to(t), gate.to(wide), name))
         found += native.gated_activation_bwd(x.to(t), gate.to(wide), g.to(t), name)
-torch.save(found, sys.argv[2])
 """
     x, gate, grad = inputs((2, 37, 83), FP32)
     x[0, 0, :6] = torch.tensor([1e30, -1e30, 50.0, -50.0, 13.2, -13.2])
-    torch.save((x, gate, grad), tmp_path / "inputs.pt")
-    found = []
-    for name in (capability, None):
-        environment = dict(os.environ)
-        environment.pop("ATEN_CPU_CAPABILITY", None)
-        if name:
-            environment["ATEN_CPU_CAPABILITY"] = name
-        out = tmp_path / f"{name}.pt"
-        command = [sys.executable, "-c", script, str(tmp_path / "inputs.pt"), str(out)]
-        subprocess.run(command, check=True, env=environment)
-        found.append(torch.load(out, weights_only=True))
-    assert all(torch.equal(one, other) for one, other in zip(*found, strict=True))
+    processors.assert_same_bits(script, (x, gate, grad))
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from typing import Any
 
 import pytest
@@ -183,34 +180,21 @@ def test_gated_glu_same_bits_repeated_and_samples_apart(dtype, backend):
 
 
 @native
-@pytest.mark.parametrize("capability", ["default", "avx2"])
-def test_gated_glu_bits_are_the_same_for_every_instruction_set(tmp_path, capability):
+def test_gated_glu_bits_are_the_same_for_every_instruction_set(processors):
     script = """
-import sys, torch
+import torch
 from vitprune_fast import ops
-gate, value, unit, g = torch.load(sys.argv[1], weights_only=True)
+gate, value, unit, g = inputs
 native, found = torch.ops.vitprune_fast, []
 for t in (torch.float32, torch.float64, torch.bfloat16, torch.float16):
     wide = torch.float64 if t == torch.float64 else torch.float32
-    inputs = gate.to(t), value.to(t), unit.to(wide)
+    tensors = gate.to(t), value.to(t), unit.to(wide)
     for name in ops.ACTIVATIONS:
-        found.append(native.gated_glu_fwd(*inputs, name))
-        found += native.gated_glu_bwd(*inputs, g.to(t), name, "gate_last")
-torch.save(found, sys.argv[2])
+        found.append(native.gated_glu_fwd(*tensors, name))
+        found += native.gated_glu_bwd(*tensors, g.to(t), name, "gate_last")
 """
     tensors = inputs((2, 37, 83), FP32)
-    torch.save(tensors, tmp_path / "inputs.pt")
-    found = []
-    for name in (capability, None):
-        environment = dict(os.environ)
-        environment.pop("ATEN_CPU_CAPABILITY", None)
-        if name:
-            environment["ATEN_CPU_CAPABILITY"] = name
-        out = tmp_path / f"{name}.pt"
-        command = [sys.executable, "-c", script, str(tmp_path / "inputs.pt"), str(out)]
-        subprocess.run(command, check=True, env=environment)
-        found.append(torch.load(out, weights_only=True))
-    assert_same_bits(*found)
+    processors.assert_same_bits(script, tensors)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import os
-import subprocess
-import sys
 from collections.abc import Callable
 from operator import itemgetter
 
@@ -216,30 +213,16 @@ def test_glu_score_same_bits_for_any_number_of_threads(backend):
 
 
 @native
-@pytest.mark.parametrize("capability", ["default", "avx2"])
-def test_glu_score_bits_are_the_same_for_every_instruction_set(tmp_path, capability):
+def test_glu_score_bits_are_the_same_for_every_instruction_set(processors):
     script = """
-import sys, torch
+import torch
 from vitprune_fast import ops
-tensors = torch.load(sys.argv[1], weights_only=True)
-results = [part for t in (torch.float32, torch.float64, torch.bfloat16, torch.float16)
-           for name in ops.ACTIVATIONS for per_token in (False, True)
-           for part in ops.glu_score(*(x.to(t) for x in tensors), name, per_token=per_token,
-                                     backend="cpu")]
-torch.save(results, sys.argv[2])
+found = [part for t in (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+         for name in ops.ACTIVATIONS for per_token in (False, True)
+         for part in ops.glu_score(*(x.to(t) for x in inputs), name, per_token=per_token,
+                                   backend="cpu")]
 """
-    torch.save(inputs((2, 37, 83), FP32), tmp_path / "inputs.pt")
-    results = []
-    for name in (capability, None):
-        environment = dict(os.environ)
-        environment.pop("ATEN_CPU_CAPABILITY", None)
-        if name:
-            environment["ATEN_CPU_CAPABILITY"] = name
-        out = tmp_path / f"{name}.pt"
-        command = [sys.executable, "-c", script, str(tmp_path / "inputs.pt"), str(out)]
-        subprocess.run(command, check=True, env=environment)
-        results.append(torch.load(out, weights_only=True))
-    assert_same_bits(*results)
+    processors.assert_same_bits(script, inputs((2, 37, 83), FP32))
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

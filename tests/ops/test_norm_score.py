@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-
 import numpy as np
 import pytest
 import torch
@@ -299,30 +295,15 @@ def test_norm_score_same_bits_for_any_number_of_threads(backend):
 
 
 @native
-@pytest.mark.parametrize("capability", ["default", "avx2"])
-def test_norm_score_bits_are_the_same_for_every_instruction_set(tmp_path, capability):
+def test_norm_score_bits_are_the_same_for_every_instruction_set(processors):
     script = """
-import sys, torch
+import torch
 from vitprune_fast import ops
-tensors = torch.load(sys.argv[1], weights_only=True)
-results = [ops.norm_score(*(x.to(t) for x in tensors), 1e-6, rms=r, backend="cpu")
-           for t in (torch.float32, torch.float64, torch.bfloat16, torch.float16)
-           for r in (False, True)]
-torch.save(results, sys.argv[2])
+found = [part for t in (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+         for r in (False, True)
+         for part in ops.norm_score(*(x.to(t) for x in inputs), 1e-6, rms=r, backend="cpu")]
 """
-    torch.save(inputs((2, 71, 147), FP32), tmp_path / "inputs.pt")
-    results = []
-    for name in (capability, None):
-        environment = dict(os.environ)
-        environment.pop("ATEN_CPU_CAPABILITY", None)
-        if name:
-            environment["ATEN_CPU_CAPABILITY"] = name
-        out = tmp_path / f"{name}.pt"
-        command = [sys.executable, "-c", script, str(tmp_path / "inputs.pt"), str(out)]
-        subprocess.run(command, check=True, env=environment)
-        results.append(torch.load(out, weights_only=True))
-    for one, other in zip(*results, strict=True):
-        assert_same(one, other)
+    processors.assert_same_bits(script, inputs((2, 71, 147), FP32))
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -178,29 +175,16 @@ def test_taylor_score_same_bits_for_any_number_of_threads(backend, per_token):
 
 
 @native
-@pytest.mark.parametrize("capability", ["default", "avx2"])
-def test_taylor_score_bits_are_the_same_for_every_instruction_set(tmp_path, capability):
+def test_taylor_score_bits_are_the_same_for_every_instruction_set(processors):
     script = """
-import sys, torch
+import torch
 from vitprune_fast import ops
-a, g = torch.load(sys.argv[1], weights_only=True)
-scores = [ops.taylor_score(a.to(t), g.to(t), k, per_token=p, backend="cpu")
-          for t in (torch.float32, torch.float64, torch.bfloat16, torch.float16)
-          for k in (1, 21) for p in (False, True)]
-torch.save(scores, sys.argv[2])
+a, g = inputs
+found = [ops.taylor_score(a.to(t), g.to(t), k, per_token=p, backend="cpu")
+         for t in (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+         for k in (1, 21) for p in (False, True)]
 """
-    torch.save(inputs((2, 131, 21 * 7), FP32), tmp_path / "inputs.pt")
-    results = []
-    for name in (capability, None):
-        environment = dict(os.environ)
-        environment.pop("ATEN_CPU_CAPABILITY", None)
-        if name:
-            environment["ATEN_CPU_CAPABILITY"] = name
-        out = tmp_path / f"{name}.pt"
-        command = [sys.executable, "-c", script, str(tmp_path / "inputs.pt"), str(out)]
-        subprocess.run(command, check=True, env=environment)
-        results.append(torch.load(out, weights_only=True))
-    assert all(torch.equal(one, other) for one, other in zip(*results, strict=True))
+    processors.assert_same_bits(script, inputs((2, 131, 21 * 7), FP32))
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
@@ -32,11 +33,29 @@ def test_scores_of_every_unit_kind_are_gate_derivatives(config: str, path: Any) 
         assert (got[name].double() - value).norm() <= 2**-23 * value.norm(), name
 
 
+def disturbed(config: str) -> Any:
+    """The model in fp64 with every parameter off by as much as rounding puts off a sum in fp32.
+
+    That is sqrt(terms) unit roundoffs for the longest sum of a layer. What it does to a result is
+    what fp32 may do in any order of the sums, however lucky it is on one processor.
+    """
+    model = random_vit(config)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            relative = math.sqrt(max(parameter.shape)) * 2.0**-24
+            parameter.mul_(1 + relative * torch.randn_like(parameter))
+    return model
+
+
 @pytest.mark.parametrize("config", VITS)
 def test_both_paths_agree_in_fp32(config: str) -> None:
     model = random_vit(config, dtype=torch.float32)
     batch = batch_of(model)
-    exact = score(random_vit(config), [(batch[0].double(), batch[1])], units="all", per_sample=True)
+    wide = [(batch[0].double(), batch[1])]
+    exact, off = (
+        score(each, wide, units="all", per_sample=True)
+        for each in (random_vit(config), disturbed(config))
+    )
     fused, taps = (
         score(model, [batch], units="all", per_sample=True, path=path) for path in ("auto", "taps")
     )
@@ -45,9 +64,10 @@ def test_both_paths_agree_in_fp32(config: str) -> None:
             (scores.per_sample[name].double() - value).norm() / value.norm()
             for scores in (fused, taps)
         ]
+        rounding = (off.per_sample[name].double() - value).norm() / value.norm()
         # the same arithmetic in another order: neither may be far worse than the other
-        assert errors[0] <= 2 * errors[1] + 1e-6, (name, errors)
-        assert errors[1] <= 2 * errors[0] + 1e-6, (name, errors)
+        assert errors[0] <= 2 * max(errors[1], rounding) + 1e-6, (name, errors, rounding)
+        assert errors[1] <= 2 * max(errors[0], rounding) + 1e-6, (name, errors, rounding)
 
 
 def test_fused_path_is_taken_and_can_be_insisted_on() -> None:
