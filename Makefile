@@ -53,7 +53,7 @@ $(VENV)/.torch:
 		{ echo "make: PYTHON must be Python 3.10 or newer, got $$($(PYTHON) --version 2>&1)"; exit 1; }
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install -q --upgrade pip
-	$(BIN)/python -m pip install -q torch torchvision "setuptools>=77" wheel ninja "pybind11>=2.13"
+	$(BIN)/python -m pip install -q torch torchvision "setuptools>=77.0.1" wheel ninja "pybind11>=2.13"
 	touch $@
 
 $(VENV)/.package: $(VENV)/.torch pyproject.toml setup.py $(CXX_FILES)

@@ -3,19 +3,15 @@
 from __future__ import annotations
 
 import ast
-import importlib
 import subprocess
 import sys
 from collections.abc import Iterable
-from pathlib import Path
-from typing import Any
+from itertools import chain
 
 from packaging.requirements import Requirement
 
-ROOT = Path(__file__).parent.parent
-tomllib: Any = importlib.import_module("tomllib" if sys.version_info >= (3, 11) else "tomli")
-PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
-EXTRAS = PYPROJECT["project"]["optional-dependencies"]
+from tests.declared import BUILD, EXTRAS, PROJECT, ROOT, TEST
+
 # where the package that is installed and the module that is imported differ in more than a hyphen
 MODULES = {"pillow": "PIL", "pyyaml": "yaml", "scikit-learn": "sklearn"}
 OURS = {"vitprune_fast", "kernels", "tests", "bench"}
@@ -54,14 +50,10 @@ def imported(*folders: str) -> dict[str, str]:
 
 
 def test_what_is_imported_is_declared() -> None:
-    declared = modules(PYPROJECT["project"]["dependencies"])
-    for name, requirements in EXTRAS.items():
-        declared |= set() if name in ("test", "lint") else modules(requirements)
-    undeclared = imported("vitprune_fast", "kernels").items()
-    assert not [(top, path) for top, path in undeclared if top not in declared]
-    undeclared = imported("tests", "bench").items()
-    declared |= modules(EXTRAS["test"])
-    assert not [(top, path) for top, path in undeclared if top not in declared]
+    declared = modules([*PROJECT["dependencies"], *chain(*EXTRAS.values())])
+    for folders, more in ((("vitprune_fast", "kernels"), []), (("tests", "bench"), TEST)):
+        declared |= modules(more)
+        assert not [found for found in imported(*folders).items() if found[0] not in declared]
 
 
 def test_what_is_declared_is_imported() -> None:
@@ -70,19 +62,13 @@ def test_what_is_declared_is_imported() -> None:
         assert sign in (ROOT / path).read_text()
         assert module not in used
         used.add(module)
-    declared = modules(PYPROJECT["project"]["dependencies"])
-    for name, requirements in EXTRAS.items():
-        declared |= set() if name in ("test", "lint") else modules(requirements)
-    assert not declared - used
+    assert not modules([*PROJECT["dependencies"], *chain(*EXTRAS.values())]) - used
 
 
 def test_the_oldest_torch_is_the_same_everywhere() -> None:
     building, running = (
         {each.name: each.specifier for each in map(Requirement, requirements)}
-        for requirements in (
-            PYPROJECT["build-system"]["requires"],
-            PYPROJECT["project"]["dependencies"],
-        )
+        for requirements in (BUILD, PROJECT["dependencies"])
     )
     (oldest,) = running["torch"]
     assert oldest.operator == ">=" and building["torch"] == running["torch"]

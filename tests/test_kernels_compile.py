@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.compiled import machine
+from tests.compiled import known, machine
 from tests.compiled.case import Case
 from tests.compiled.machine import Code, faults
 
@@ -157,6 +157,27 @@ def test_every_check_can_fail(changes, added, fault):
     code = dataclasses.replace(GOOD, instructions=GOOD.instructions + added, **changes)
     (found,) = faults(example(), 90, code)
     assert re.search(fault, found)
+
+
+def test_a_known_spill_may_neither_grow_nor_be_listed_when_it_is_gone():
+    local = (*GOOD.instructions, "STL", "LDL")
+    spilt = dataclasses.replace(GOOD, stack=8, instructions=local)
+    assert faults(example(), 90, spilt, 8) == []
+    (found,) = faults(example(), 90, spilt, 4)
+    assert found == "registers spill: 8 bytes of stack, 2 local accesses"
+    (found,) = faults(example(), 90, GOOD, 8)
+    assert found == "tests/compiled/known.py is out of date: 8 -> 0 bytes"
+
+
+def test_known_spills_are_those_of_cases():
+    cases = {
+        (case.label, target)
+        for stem in machine.stems()
+        for target in machine.TARGETS
+        for case in machine.cases(stem, target)
+    }
+    for version, stacks in known.STACKS.items():
+        assert stacks.keys() <= cases, version
 
 
 def test_bound_of_registers_may_differ_by_target():

@@ -10,6 +10,7 @@ import os
 import sys
 
 from . import machine
+from .known import known_stack
 
 
 def main() -> int:
@@ -29,7 +30,7 @@ def main() -> int:
             for case in machine.cases(stem, target):
                 code = machine.compile_case(case, target)
                 print(machine.row(case, target, code), flush=True)
-                found = machine.faults(case, target, code)
+                found = machine.faults(case, target, code, known_stack(case.label, target))
                 wrong += [f"{case.label} sm_{target}: {fault}" for fault in found]
     print("\n".join(wrong))
     return 1 if wrong else 0

@@ -147,7 +147,7 @@ def test_other_models_are_refused() -> None:
     with pytest.raises(UnsupportedArchitecture, match=r"layers\.1\.attention must have separate"):
         hf.units(model)
     del model.vit.layers
-    with pytest.raises(UnsupportedArchitecture, match=r"vit\.layers, as from transformers 5 on"):
+    with pytest.raises(UnsupportedArchitecture, match=r"vit\.layers, as from transformers 5.18 on"):
         hf.units(model)
     with pytest.raises(InvalidInput, match="units must be among"):
         hf.score(model_of(), [batch_of()], units=("heads",))

@@ -1,4 +1,4 @@
-"""Hugging Face transformers 5: scores of ViT, DeiT and DINOv2 classifiers.
+"""Hugging Face transformers 5.18 and newer: scores of ViT, DeiT and DINOv2 classifiers.
 
 Read it beside ``transformers/models/{vit,deit,dinov2}/modeling_*.py``: every line states one fact
 of those files. Nothing here imports transformers: whoever has such a model has it.
@@ -97,7 +97,7 @@ def units(model: nn.Module) -> Structure:
 
     Raises:
         UnsupportedArchitecture: the class of the model is not one of those above, or it comes from
-            transformers older than 5.
+            transformers older than 5.18.
     """
     kind = type(model)
     family = _FAMILIES.get(kind.__name__)
@@ -127,7 +127,7 @@ def units(model: nn.Module) -> Structure:
     layers = get(model, blocks)
     if layers is None:
         raise UnsupportedArchitecture(
-            f"integrations.transformers: model must have {blocks}, as from transformers 5 on, "
+            f"integrations.transformers: model must have {blocks}, as from transformers 5.18 on, "
             f"got {kind.__name__} without it"
         )
     for i in range(len(layers)):
