@@ -77,6 +77,8 @@ def busy(loops: int) -> Iterator[None]:
 @pytest.mark.timeout(7200)
 def bench_threads(tmp_path: Path) -> None:
     cores = available_cores()
+    # of others: ours come later
+    load_average = round(os.getloadavg()[0], 1)
     loads = {"nothing": 0, f"{cores} busy loops": cores}
     saved: dict[str, bytes] = {}
     times: dict[tuple[str, str], list[float]] = {}
@@ -115,6 +117,7 @@ def bench_threads(tmp_path: Path) -> None:
         model="an untrained student of the digits preset",
         device=doctor().devices["cpu"].partition(",")[0],
         cores=cores,
+        load_average=load_average,
         rounds=ROUNDS,
         threads=rows,
     )
