@@ -247,7 +247,8 @@ def threads(content: dict) -> str:
     lines = [
         "## Threads beside other work\n",
         f"`{content['command']}`, commit {content['commit']}, {content['date']}, "
-        f"torch {content['versions']['torch']}, {content['device']}, {content['cores']} cores.\n",
+        f"torch {content['versions']['torch']}, {content['device']}, {content['cores']} cores"
+        f"{load_note(content)}.\n",
         "| beside | form | median s | min s | times `--threads 1` | from | to |",
         "|---|---|--:|--:|--:|--:|--:|",
     ]

@@ -48,23 +48,34 @@ def test_parsing_needs_nothing_heavy() -> None:
 
 
 @pytest.mark.parametrize(
-    ("chosen", "spins"),
+    ("chosen", "spins", "block_ms"),
     [
-        pytest.param({}, "'3000'", id="nothing"),
-        pytest.param({"GOMP_SPINCOUNT": "77"}, "'77'", id="spins"),
-        # its own number for those who want to spin, and none for those who do not
-        pytest.param({"OMP_WAIT_POLICY": "ACTIVE"}, "'30000000000'", id="active"),
-        pytest.param({"OMP_WAIT_POLICY": "PASSIVE"}, "'0'", id="passive"),
+        pytest.param({}, "'3000'", "1", id="nothing"),
+        pytest.param({"GOMP_SPINCOUNT": "77"}, "'77'", "1", id="spins"),
+        pytest.param({"KMP_BLOCKTIME": "50"}, "'3000'", "50", id="blocktime"),
+        # the library's own numbers for those who want to spin, and for those who do not
+        pytest.param({"OMP_WAIT_POLICY": "ACTIVE"}, "'30000000000'", "None", id="active"),
+        pytest.param({"OMP_WAIT_POLICY": "PASSIVE"}, "'0'", "None", id="passive"),
     ],
 )
-def test_threads_that_wait_sleep_soon_unless_the_user_chose(chosen: dict, spins: str) -> None:
+def test_threads_that_wait_sleep_soon_unless_the_user_chose(
+    chosen: dict, spins: str, block_ms: str
+) -> None:
     """GNU's OpenMP, when torch loads it, tells what it read."""
-    others = {k: v for k, v in os.environ.items() if not k.startswith(("OMP_", "GOMP_"))}
+    ours = ("OMP_", "GOMP_", "KMP_")
+    others = {name: value for name, value in os.environ.items() if not name.startswith(ours)}
     environ = {**others, **chosen, "OMP_DISPLAY_ENV": "VERBOSE"}
-    code = "from vitprune_fast.cli.main import main; main(['--version']); import torch"
+    code = (
+        "import os\n"
+        "from vitprune_fast.cli.main import main\n"
+        "main(['--version'])\n"
+        "import torch\n"
+        "print('blocktime', os.environ.get('KMP_BLOCKTIME'))\n"
+    )
     command = [sys.executable, "-c", code]
     done = subprocess.run(command, env=environ, capture_output=True, text=True, check=True)
     assert f"GOMP_SPINCOUNT = {spins}" in done.stderr
+    assert f"blocktime {block_ms}\n" in done.stdout
 
 
 def test_a_program_that_has_loaded_torch_keeps_its_environment(

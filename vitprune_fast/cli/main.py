@@ -65,11 +65,13 @@ def _let_waiting_threads_sleep() -> None:
     GNU's OpenMP, which comes with torch, looks 300,000 times (10 ms and more) whether the other
     threads are done before it sleeps. As soon as something else runs on the machine, a thread that
     looks has the core which the one it waits for needs. 3,000 looks take little longer than being
-    woken does. Results do not depend on it.
+    woken does. Intel's OpenMP looks for 200 ms; a millisecond is the least that it takes before it
+    sleeps at once, which is slow for small models. Results do not depend on either.
     """
     # the library reads the variables when torch loads it; after that they would only mislead
     if "torch" not in sys.modules and "OMP_WAIT_POLICY" not in os.environ:
         os.environ.setdefault("GOMP_SPINCOUNT", "3000")
+        os.environ.setdefault("KMP_BLOCKTIME", "1")
 
 
 def _fail(sentence: str) -> int:
