@@ -20,7 +20,15 @@ from vitprune_fast._toolkit import cuda_home
 from vitprune_fast.ops import Choice, backends
 
 _PACKAGES = ("torch", "torchvision", "timm", "triton", "numpy", "safetensors")
-_SETTINGS = ("VITPRUNE_BACKEND", "TRITON_INTERPRET", "CUDA_HOME", "OMP_NUM_THREADS")
+_SETTINGS = (
+    "VITPRUNE_BACKEND",
+    "TRITON_INTERPRET",
+    "CUDA_HOME",
+    "OMP_NUM_THREADS",
+    "OMP_WAIT_POLICY",
+    "GOMP_SPINCOUNT",
+    "KMP_BLOCKTIME",
+)
 
 
 @dataclass(frozen=True)
