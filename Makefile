@@ -10,7 +10,7 @@ WITH_TOOLKIT = CUDA_HOME="$$($(BIN)/python vitprune_fast/_toolkit.py)"; export C
 	if [ -z "$$CUDA_HOME" ]; then VITPRUNE_WITH_CUDA="$${VITPRUNE_WITH_CUDA:-0}"; export VITPRUNE_WITH_CUDA; fi;
 PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q
 
-.PHONY: prune test test-slow lint ext bench kernels gpu clean
+.PHONY: prune test test-slow oldest lint ext bench kernels gpu clean
 .DELETE_ON_ERROR:
 
 prune: $(VENV)/.package
@@ -19,8 +19,12 @@ prune: $(VENV)/.package
 test: $(VENV)/.package
 	$(PYTEST) -n 2 -m "not slow and not gpu"
 
-test-slow: $(VENV)/.package
+test-slow: $(VENV)/.package oldest
 	$(PYTEST) -n 2 -m "slow and not gpu"
+
+# the lower bounds of pyproject.toml, installed beside .venv: quick tests, and every kernel compiled
+oldest: $(VENV)/.package
+	$(BIN)/python -m tests.oldest
 
 lint: $(VENV)/.package
 	$(BIN)/ruff check .
