@@ -36,6 +36,7 @@ sys.exit(pytest.main(sys.argv[2:]))
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(3000)
 @pytest.mark.parametrize("capability", CAPABILITIES)
 def test_ops_match_their_references_on_other_processors(capability: str) -> None:
     switches = {"ATEN_CPU_CAPABILITY": capability.lower(), **PROCESSORS.get(capability, {})}
