@@ -13,6 +13,8 @@ STACKS: dict[str, dict[tuple[str, int], int]] = {
         ("gated_activation backward bf16 quick_gelu N=197", 90): 8,
         ("gated_activation backward bf16 silu N=197", 90): 8,
         ("gated_attention forward, key mask bf16 N=257 K=128", 100): 16,
+        ("gated_glu backward fp32 gelu_tanh N=197", 80): 8,
+        ("gated_glu backward fp32 quick_gelu N=197", 80): 8,
         ("manifold_loss fp32 R=196 D=768 E=768, products in bf16", 90): 8,
         ("taylor_score fp32 N=197 K=64 per token", 90): 8,
     },
