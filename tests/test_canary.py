@@ -280,6 +280,8 @@ def timm_helpers() -> None:
 
 # transformers and torchvision
 
+_HF, _PRUNING = "integrations/transformers.py", "integrations/torch_pruning.py"
+
 
 def _small(name: str) -> Any:
     import transformers
@@ -291,32 +293,45 @@ def _small(name: str) -> Any:
     return getattr(transformers, f"{name}ForImageClassification")(config)
 
 
-def _hugging_face(layer: Any, norms: str) -> None:
-    has(layer, f"attention mlp {norms}")
-    has(layer.attention, "q_proj k_proj v_proj o_proj num_attention_heads head_dim")
-    has(layer.mlp, "fc1 fc2")
+def _hugging_face(body: Any, norms: str) -> Any:
+    """The first layer, whichever version named its parts."""
+    layer = (body.layers if hasattr(body, "layers") else body.encoder.layer)[0]
+    has(layer, f"attention {norms}")
+    if hasattr(layer.attention, "q_proj"):
+        has(layer.attention, "k_proj v_proj o_proj num_attention_heads head_dim scaling")
+    else:
+        has(layer.attention.output, "dense")
+        names = "query key value num_attention_heads attention_head_size all_head_size scaling"
+        has(layer.attention.attention, names)
+    if hasattr(layer, "mlp"):
+        has(layer.mlp, "fc1 fc2")
+    else:
+        has(layer.intermediate, "dense")
+        # the residual is added beside this Linear, in the module that holds it
+        written = layer.output.dense(torch.zeros(2, 5, 48))
+        same(layer.output(torch.zeros(2, 5, 48), torch.ones(2, 5, 24)), written + 1)
+    return layer
 
 
-@fact("transformers' ViT has separate projections below vit.layers", "integrations/transformers.py")
+@fact("transformers' ViT has separate projections, by one set of names", _HF, _PRUNING)
 def transformers_vit() -> None:
     model = _small("ViT")
     has(model.vit.embeddings, "cls_token position_embeddings patch_embeddings")
     has(model.vit.embeddings.patch_embeddings, "projection num_patches")
     has(model.vit, "layernorm")
-    _hugging_face(model.vit.layers[0], "layernorm_before layernorm_after")
+    _hugging_face(model.vit, "layernorm_before layernorm_after")
 
 
-@fact("transformers' DeiT has them below deit.layers", "integrations/transformers.py")
+@fact("transformers' DeiT has them too", _HF, _PRUNING)
 def transformers_deit() -> None:
     model = _small("DeiT")
     has(model.deit.embeddings, "cls_token distillation_token position_embeddings")
-    _hugging_face(model.deit.layers[0], "layernorm_before layernorm_after")
+    _hugging_face(model.deit, "layernorm_before layernorm_after")
 
 
-@fact("transformers' DINOv2 has them below dinov2.encoder.layer", "integrations/transformers.py")
+@fact("transformers' DINOv2 has them too, and LayerScales", _HF, _PRUNING)
 def transformers_dinov2() -> None:
-    layer = _small("Dinov2").dinov2.encoder.layer[0]
-    _hugging_face(layer, "norm1 norm2 layer_scale1 layer_scale2")
+    layer = _hugging_face(_small("Dinov2").dinov2, "norm1 norm2 layer_scale1 layer_scale2")
     has(layer.layer_scale1, "lambda1")
 
 

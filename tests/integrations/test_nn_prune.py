@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from integrations.huggingface import batch_of, layers_of, model_of
 from torch import Tensor, nn
 from torch.nn.utils import prune
 from torchvision.models import VisionTransformer
@@ -14,6 +15,7 @@ from torchvision.models import VisionTransformer
 import vitprune_fast as vp
 from vitprune_fast.errors import InvalidInput, UnsupportedArchitecture
 from vitprune_fast.integrations import torchvision as tv
+from vitprune_fast.integrations import transformers as hf
 from vitprune_fast.integrations.nn_prune import importance_scores
 from vitprune_fast.testing import random_images, random_vit, randomise
 
@@ -136,6 +138,24 @@ def test_packed_weights_of_torchvision() -> None:
         amount=0.3,
     )
     assert model(torch.randn(2, 3, 16, 16)).isfinite().all()
+
+
+@pytest.mark.parametrize("name", ["vit", "dinov2-giant"])
+def test_weights_of_transformers(name: str) -> None:
+    model = model_of(name)
+    scores = hf.score(model, [batch_of()])
+    importance = importance_scores(model, scores)
+    for layer in layers_of(model):
+        heads = scores[f"{layer.heads}.heads"].repeat_interleave(8)
+        neurons = scores[f"{layer.neurons}.neurons"]
+        for projection in layer.projections:
+            assert torch.equal(importance[projection, "weight"], heads[:, None].expand(24, 24))
+        assert torch.equal(importance[layer.out, "weight"], heads.expand(24, 24))
+        assert torch.equal(importance[layer.last, "weight"], neurons.expand(24, -1))
+        rows = torch.cat([importance[linear, "weight"] for linear in layer.first])
+        # gate and value of a SwiGLU, in one Linear or in two
+        each = 2 if name == "dinov2-giant" else 1
+        assert torch.equal(rows, neurons.repeat(each)[:, None].expand(-1, 24))
 
 
 def test_what_does_not_fit_is_refused() -> None:

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from integrations.gates import Gates
-from integrations.huggingface import MLP, MODELS, batch_of, model_of
+from integrations.huggingface import MLP, MODELS, batch_of, layers_of, model_of
 from torch import nn
 from transformers import ViTMAEConfig, ViTMAEForPreTraining
 
@@ -21,24 +21,17 @@ from vitprune_fast.structure import UNIT_KINDS
 
 
 def gates_of(model: Any, batch: int) -> Gates:
-    """By the names in the modeling files, not by our table."""
     gates = Gates(batch)
-    base = model.base_model_prefix
-    body = getattr(model, base)
-    dino = base.startswith("dinov2")
-    blocks = body.encoder.layer if dino else body.layers
-    where = f"{base}.encoder.layer" if dino else f"{base}.layers"
+    layers = layers_of(model)
     embed = gates.leaf("embed", 24)
-    for i, block in enumerate(blocks):
-        path, attention = f"{where}.{i}", block.attention
-        qk = gates.attention(f"{path}.attention", attention.o_proj, 3)
-        gates.after(attention.q_proj, lambda q, g=qk: q * g.flatten(1)[:, None])
-        gates.neurons(f"{path}.mlp", getattr(block.mlp, "fc2", None) or block.mlp.down_proj)
-        norms = ("norm1", "norm2") if dino else ("layernorm_before", "layernorm_after")
-        for norm in norms:
-            gates.norm(getattr(block, norm), embed)
-    gates.norm(body.layernorm, embed)
-    gates.branches([b.attention for b in blocks], [b.mlp for b in blocks])
+    for layer in layers:
+        qk = gates.attention(layer.heads, layer.out, 3)
+        gates.after(layer.projections[0], lambda q, g=qk: q * g.flatten(1)[:, None])
+        gates.neurons(layer.neurons, layer.last)
+        for norm in layer.norms:
+            gates.norm(norm, embed)
+    gates.norm(getattr(model, model.base_model_prefix).layernorm, embed)
+    gates.branches([layer.attention for layer in layers], [layer.mlp for layer in layers])
     return gates
 
 
@@ -78,13 +71,13 @@ def test_activation_of_branches_is_how_far_they_turn_the_stream(name: str) -> No
     turns = []
     for before, after in pairwise(hidden):
         turns.append(1 - nn.functional.cosine_similarity(before, after, dim=-1).mean())
-    blocks = model.vit.layers if name == "vit" else model.dinov2.encoder.layer
     assert torch.allclose(scores["blocks"].double(), torch.stack(turns), rtol=1e-6)
-    block = blocks[0]
-    if name == "vit":
-        written = block.attention(block.layernorm_before(hidden[0]))[0]
-    else:
-        written = block.layer_scale1(block.attention(block.norm1(hidden[0]))[0])
+    layer = layers_of(model)[0]
+    written = layer.attention(layer.norms[0](hidden[0]))
+    if isinstance(written, tuple):
+        written = written[0]
+    if name == "dinov2":
+        written = layer.block.layer_scale1(written)
     turn = 1 - nn.functional.cosine_similarity(hidden[0], hidden[0] + written, dim=-1).mean()
     assert scores["attn_branches"][0].item() == pytest.approx(turn.item(), 1e-6)
 
@@ -125,8 +118,10 @@ def test_every_parameter_has_a_layout() -> None:
 def test_magnitude_needs_no_data() -> None:
     model = model_of("dinov2-giant")
     scores = hf.score(model, criterion="magnitude", reduction="group", units=("neuron",))
-    mlp = model.dinov2.encoder.layer[1].mlp
-    owned = (mlp.gate_proj.weight[5], mlp.up_proj.weight[5], mlp.down_proj.weight[:, 5])
+    layer = layers_of(model)[1]
+    # the value of neuron 5 stands below all gates, or in a layer of its own
+    rows = torch.cat([linear.weight for linear in layer.first])
+    owned = (rows[5], rows[5 + layer.last.in_features], layer.last.weight[:, 5])
     got = scores["dinov2.encoder.layer.1.mlp.neurons"][5].item()
     assert got == pytest.approx(torch.cat(owned).norm().item(), 1e-6)
 
@@ -143,11 +138,16 @@ def test_other_models_are_refused() -> None:
     with pytest.raises(UnsupportedArchitecture):
         hf.units(ViTForImageClassification())
     model = model_of()
-    model.vit.layers[1].attention = nn.Identity()
-    with pytest.raises(UnsupportedArchitecture, match=r"layers\.1\.attention must have separate"):
+    layers_of(model)[1].block.attention = nn.Identity()
+    wanted = (
+        r"\.1\.attention must have q_proj, .*; or attention\.query, .*, got Identity with other"
+    )
+    with pytest.raises(UnsupportedArchitecture, match=wanted):
         hf.units(model)
-    del model.vit.layers
-    with pytest.raises(UnsupportedArchitecture, match=r"vit\.layers, as from transformers 5.18 on"):
+    for name in ("layers", "encoder"):
+        if hasattr(model.vit, name):
+            delattr(model.vit, name)
+    with pytest.raises(UnsupportedArchitecture, match=r"vit must have layers; or encoder\.layer, "):
         hf.units(model)
     with pytest.raises(InvalidInput, match="units must be among"):
         hf.score(model_of(), [batch_of()], units=("heads",))

@@ -22,13 +22,13 @@ def branch(t: Table, path: str, inner: Inner, embed: Axis, norm: str, gain: str 
     t.reader(embed, path, norm)
 
 
-def branch_axes(t: Table, attention: str, mlp: str) -> None:
-    """Axes of whole branches and blocks; the arguments are how the paths of branches end."""
-    for kind, leaf in (("attn", attention), ("mlp", mlp)):
-        paths = tuple(w.name for w in t.structure.writes() if w.name.endswith(f".{leaf}"))
+def branch_axes(t: Table) -> None:
+    """Axes of whole branches and blocks; every block holds its attention, then its MLP."""
+    held = t.structure.blocks.values()
+    for kind, paths in (("attn", [a for a, _ in held]), ("mlp", [m for _, m in held])):
         t.axis(f"{kind}_branches", len(paths), f"{kind}_branch")
-        t.structure.branches[f"{kind}_branches"] = paths
-    t.axis("blocks", len(t.structure.blocks), "block")
+        t.structure.branches[f"{kind}_branches"] = tuple(paths)
+    t.axis("blocks", len(held), "block")
 
 
 def attention_axes(t: Table, path: str, heads: int, head_dim: int) -> tuple[Axis, Axis, Axis]:

@@ -10,6 +10,7 @@ Written for Torch-Pruning 1.6.1.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -19,7 +20,7 @@ from torch import Tensor, nn
 from ..errors import BackendUnavailable, InvalidInput, UnsupportedArchitecture
 from ..scoring import Scores
 from ..structure.axes import Axis, Dim, Structure
-from ..structure.paths import get
+from ..structure.paths import get, put
 from .models import scorer_of, structure_of
 
 try:
@@ -281,13 +282,15 @@ class _Columns:
 def repair(model: nn.Module, pruner: Any) -> nn.Module:
     """Set what modules remember of their sizes, after ``pruner`` has pruned ``model`` in place.
 
-    Sets ``num_heads``, ``head_dim`` and ``attn_dim`` of timm's attention (``num_attention_heads``
-    and ``head_dim`` of transformers'), and ``embed_dim``, ``num_features`` and the like of the
-    model, so that its own forward runs. A head whose dims were pruned keeps the softmax temperature
-    of its original head_dim: the factor goes into the rows of the query (or into the query's norm),
-    and ``scale`` becomes that of the new head_dim, as the fused path assumes. May be called after
-    every step; a second call changes nothing. The configuration of a transformers ViT or DeiT
-    follows where all layers have one size, so that ``save_pretrained`` keeps a usable model.
+    Sets ``num_heads``, ``head_dim`` and ``attn_dim`` of timm's attention (in transformers' they are
+    ``num_attention_heads`` and ``head_dim``, or ``attention_head_size`` and ``all_head_size``), and
+    ``embed_dim``, ``num_features`` and the like of the model, so that its own forward runs. A head
+    whose dims were pruned keeps the softmax temperature of its original head_dim: the factor goes
+    into the rows of the query (or into the query's norm), and ``scale`` becomes that of the new
+    head_dim, as the fused path assumes. May be called after every step; a second call changes
+    nothing. The configuration of a transformers ViT or DeiT follows where all layers have one size,
+    so that ``save_pretrained`` keeps a usable model; before transformers 5.9 they take no
+    ``head_dim`` from it, and what lost heads or dims of heads cannot be loaded.
 
     Args:
         model: what the pruner pruned: a timm ViT, or a transformers ViT, DeiT or DINOv2.
@@ -303,7 +306,7 @@ def repair(model: nn.Module, pruner: Any) -> nn.Module:
     """
     modules = dict(model.named_modules())
     attentions = {path: m for path, m in modules.items() if _kind_of(m) is not None}
-    known = {getattr(m, name) for m in attentions.values() for name in _kind_of(m).rows}
+    known = {get(m, name) for m in attentions.values() for name in _kind_of(m).rows}
     for path, module in modules.items():
         if module in pruner.num_heads and module not in known:
             raise UnsupportedArchitecture(
@@ -323,35 +326,55 @@ def repair(model: nn.Module, pruner: Any) -> nn.Module:
         if norm.weight is not None:
             norm.normalized_shape = tuple(norm.weight.shape)
     _repair_width(model)
-    if all(_kind_of(m) is _HF for m in attentions.values()):
+    if all(_kind_of(m) in _HF for m in attentions.values()):
         _repair_config(model, list(attentions.values()))
     return model
 
 
+@dataclass(frozen=True)
 class _Kind:
-    """Names of one library's attention module."""
+    """Names of one library's attention module, some of them below it."""
 
-    def __init__(self, heads: str, scale: str, rows: tuple[str, ...], out: str):
-        self.heads, self.scale, self.rows, self.out = heads, scale, rows, out
+    heads: str
+    head_dim: str
+    scale: str
+    rows: tuple[str, ...]
+    out: str
+    # of all heads together, where the module has it
+    width: str = ""
 
 
-_TIMM = _Kind("num_heads", "scale", ("qkv",), "proj")
-_HF = _Kind("num_attention_heads", "scaling", ("q_proj", "k_proj", "v_proj"), "o_proj")
+_TIMM = _Kind("num_heads", "head_dim", "scale", ("qkv",), "proj", "attn_dim")
+# as integrations.transformers has them: since 5.9 (ViT, DeiT) and 5.18 (DINOv2), and before
+_HF = (
+    _Kind("num_attention_heads", "head_dim", "scaling", ("q_proj", "k_proj", "v_proj"), "o_proj"),
+    _Kind(
+        "attention.num_attention_heads",
+        "attention.attention_head_size",
+        "attention.scaling",
+        ("attention.query", "attention.key", "attention.value"),
+        "output.dense",
+        "attention.all_head_size",
+    ),
+)
 
 
 def _kind_of(module: Any) -> Any:
     if type(module) is Attention and module.qkv is not None:
         return _TIMM
-    names = (_HF.heads, _HF.scale, "head_dim", _HF.out, *_HF.rows)
-    return _HF if all(hasattr(module, name) for name in names) else None
+    for kind in _HF:
+        names = (kind.heads, kind.head_dim, kind.scale, kind.out, *kind.rows)
+        if all(get(module, name) is not None for name in names):
+            return kind
+    return None
 
 
 def _repair_attention(path: str, attention: Any, pruner: Any) -> None:
     kind = _kind_of(attention)
-    layers = [getattr(attention, name) for name in kind.rows]
-    heads, head_dim = getattr(attention, kind.heads), attention.head_dim
+    layers = [get(attention, name) for name in kind.rows]
+    heads, head_dim = get(attention, kind.heads), get(attention, kind.head_dim)
     widths = {layer.out_features * len(layers) // 3 for layer in layers}
-    width = getattr(attention, kind.out).in_features
+    width = get(attention, kind.out).in_features
     if widths != {width}:
         raise UnsupportedArchitecture(
             f"repair: {path} must have as many rows for q, k and v as {kind.out} has columns "
@@ -365,8 +388,8 @@ def _repair_attention(path: str, attention: Any, pruner: Any) -> None:
                 pruner.num_heads[layer] = pruner.out_channel_groups[layer] = heads
     else:
         _recount(path, attention, kind, layers, width, pruner)
-    if hasattr(attention, "attn_dim"):
-        attention.attn_dim = width
+    if kind.width and get(attention, kind.width) is not None:
+        put(attention, kind.width, width)
     _keep_temperature(path, attention, kind)
 
 
@@ -374,7 +397,7 @@ def _recount(
     path: str, attention: Any, kind: _Kind, layers: list[Any], width: int, pruner: Any
 ) -> None:
     """Heads and head_dim of an attention that has ``width`` columns left."""
-    heads, head_dim = getattr(attention, kind.heads), attention.head_dim
+    heads, head_dim = get(attention, kind.heads), get(attention, kind.head_dim)
     if any(layer not in pruner.num_heads for layer in layers):
         raise InvalidInput(
             f"repair: {path} must be pruned with num_heads, got a pruner that was not told which "
@@ -392,15 +415,15 @@ def _recount(
             f"repair: {path} must keep {left} of {heads} heads with at most {head_dim} dims each, "
             f"got {width} columns"
         )
-    setattr(attention, kind.heads, left)
-    attention.head_dim = width // left
+    put(attention, kind.heads, left)
+    put(attention, kind.head_dim, width // left)
 
 
 @torch.no_grad()
 def _keep_temperature(path: str, attention: Any, kind: _Kind) -> None:
     """Fold the change of ``head_dim ** -0.5`` into the query."""
-    new = attention.head_dim**-0.5
-    factor = getattr(attention, kind.scale) / new
+    new = get(attention, kind.head_dim) ** -0.5
+    factor = get(attention, kind.scale) / new
     if abs(factor - 1) < 1e-12:
         return
     norm = getattr(attention, "q_norm", None)
@@ -413,12 +436,12 @@ def _keep_temperature(path: str, attention: Any, kind: _Kind) -> None:
             )
     else:
         rows = attention.num_heads * attention.head_dim if kind is _TIMM else None
-        layer = getattr(attention, kind.rows[0])
+        layer = get(attention, kind.rows[0])
         query = [layer.weight[:rows], None if layer.bias is None else layer.bias[:rows]]
     for tensor in query:
         if tensor is not None:
             tensor.mul_(factor)
-    setattr(attention, kind.scale, new)
+    put(attention, kind.scale, new)
 
 
 def _repair_width(model: Any) -> None:
@@ -438,13 +461,14 @@ def _repair_config(model: Any, attentions: list[Any]) -> None:
     """Sizes in the configuration of a transformers model, those that all layers share."""
     config = model.config
     sizes: dict[str, set[int]] = {
-        "num_attention_heads": {a.num_attention_heads for a in attentions},
-        "head_dim": {a.head_dim for a in attentions},
+        "num_attention_heads": {get(a, _kind_of(a).heads) for a in attentions},
+        "head_dim": {get(a, _kind_of(a).head_dim) for a in attentions},
     }
     for path, module in model.named_modules():
         if path.endswith("patch_embeddings.projection"):
             sizes.setdefault("hidden_size", set()).add(module.out_channels)
-        if path.endswith("mlp.fc1") and hasattr(config, "intermediate_size"):
+        first = path.endswith(("mlp.fc1", "intermediate.dense"))
+        if first and hasattr(config, "intermediate_size"):
             sizes.setdefault("intermediate_size", set()).add(module.out_features)
     for name, found in sizes.items():
         if len(found) == 1:

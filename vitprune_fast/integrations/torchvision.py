@@ -94,7 +94,7 @@ def units(model: nn.Module) -> Structure:
     if isinstance(first, nn.Linear):
         t.linear(path, first.out_features, embed, 1)
     t.reader(embed, "heads", "encoder.ln")
-    branch_axes(t, "self_attention", "mlp")
+    branch_axes(t)
     return t.structure
 
 

@@ -1,7 +1,8 @@
-"""Hugging Face transformers 5.18 and newer: scores of ViT, DeiT and DINOv2 classifiers.
+"""Hugging Face transformers 5: scores of ViT, DeiT and DINOv2 classifiers.
 
 Read it beside ``transformers/models/{vit,deit,dinov2}/modeling_*.py``: every line states one fact
-of those files. Nothing here imports transformers: whoever has such a model has it.
+of those files. They named their parts anew in 5.9 (ViT, DeiT) and 5.18 (DINOv2); which names hold
+is read from the model. Nothing here imports transformers: whoever has such a model has it.
 """
 
 from __future__ import annotations
@@ -26,10 +27,9 @@ __all__ = ["score", "units"]
 
 @dataclass(frozen=True)
 class _Family:
-    """Where a classifier keeps its parts; paths of blocks and norms are below ``base``."""
+    """Where a classifier keeps its parts; paths of norms and gains are below a block."""
 
     base: str
-    blocks: str
     norms: tuple[str, str]
     gains: tuple[str, str] = ("", "")
     classifiers: tuple[str, ...] = ("classifier",)
@@ -37,10 +37,9 @@ class _Family:
     reads: int = 1
 
 
-_VIT = _Family("vit", "layers", ("layernorm_before", "layernorm_after"))
+_VIT = _Family("vit", ("layernorm_before", "layernorm_after"))
 _DINO = _Family(
     "dinov2",
-    "encoder.layer",
     ("norm1", "norm2"),
     ("layer_scale1.lambda1", "layer_scale2.lambda1"),
     # the class token beside the mean of the patches
@@ -48,18 +47,38 @@ _DINO = _Family(
 )
 _FAMILIES = {
     "ViTForImageClassification": _VIT,
-    "DeiTForImageClassification": _Family("deit", "layers", _VIT.norms),
+    "DeiTForImageClassification": _Family("deit", _VIT.norms),
     "DeiTForImageClassificationWithTeacher": _Family(
-        "deit",
-        "layers",
-        _VIT.norms,
-        classifiers=("cls_classifier", "distillation_classifier"),
+        "deit", _VIT.norms, classifiers=("cls_classifier", "distillation_classifier")
     ),
     "Dinov2ForImageClassification": _DINO,
     "Dinov2WithRegistersForImageClassification": _Family(
-        "dinov2_with_registers", _DINO.blocks, _DINO.norms, _DINO.gains, reads=2
+        "dinov2_with_registers", _DINO.norms, _DINO.gains, reads=2
     ),
 }
+
+
+# names of the same parts in different versions, the newest first: a model has one row of each
+_BLOCKS = (("layers",), ("encoder.layer",))
+# of q, k, v and out, and of the numbers of heads and of dims in each, below ``attention``
+_ATTENTIONS = (
+    ("q_proj", "k_proj", "v_proj", "o_proj", "num_attention_heads", "head_dim"),
+    (
+        "attention.query",
+        "attention.key",
+        "attention.value",
+        "output.dense",
+        "attention.num_attention_heads",
+        "attention.attention_head_size",
+    ),
+)
+# the Linears of an MLP, below a block
+_MLPS = (
+    ("mlp.fc1", "mlp.fc2"),
+    ("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"),
+    ("mlp.weights_in", "mlp.weights_out"),
+    ("intermediate.dense", "output.dense"),
+)
 
 
 def score(
@@ -77,7 +96,9 @@ def score(
         options: all other arguments of :func:`vitprune_fast.score`, except ``structure``.
 
     Returns:
-        Scores of axes such as ``vit.layers.3.attention.heads`` and ``vit.layers.3.mlp.neurons``.
+        Scores of axes such as ``vit.layers.3.attention.heads`` and ``vit.layers.3.mlp.neurons``,
+        before transformers 5.9 ``vit.encoder.layer.3.attention.heads`` and
+        ``vit.encoder.layer.3.intermediate.neurons``.
 
     Raises:
         InvalidInput: as the core.
@@ -95,9 +116,12 @@ def units(model: nn.Module) -> Structure:
     Structure is for scoring and for :mod:`vitprune_fast.integrations.nn_prune`; ``prune`` and
     ``mask`` do not know these models.
 
+    Axes have the paths of the modules that hold them, so that their names are those of the
+    installed version.
+
     Raises:
-        UnsupportedArchitecture: the class of the model is not one of those above, or it comes from
-            transformers older than 5.18.
+        UnsupportedArchitecture: the class of the model is not one of those above, or its modules
+            have names that no version of transformers 5 gave them.
     """
     kind = type(model)
     family = _FAMILIES.get(kind.__name__)
@@ -123,14 +147,9 @@ def units(model: nn.Module) -> Structure:
         f"{embeddings}.patch_embeddings.projection", embed, config.num_channels, patches.num_patches
     )
     t.stem(f"{embeddings}.position_embeddings")
-    blocks = f"{family.base}.{family.blocks}"
-    layers = get(model, blocks)
-    if layers is None:
-        raise UnsupportedArchitecture(
-            f"integrations.transformers: model must have {blocks}, as from transformers 5.18 on, "
-            f"got {kind.__name__} without it"
-        )
-    for i in range(len(layers)):
+    (name,) = _names(model, family.base, _BLOCKS)
+    blocks = f"{family.base}.{name}"
+    for i in range(len(get(model, blocks))):
         _block(t, f"{blocks}.{i}", family, embed, tokens)
     t.norm(f"{family.base}.layernorm", embed)
     for name in family.classifiers:
@@ -138,52 +157,62 @@ def units(model: nn.Module) -> Structure:
         read = embed + embed if family.reads == 2 else embed
         t.linear(name, outputs, read, 1)
     t.reader(embed, family.base, f"{family.base}.layernorm")
-    branch_axes(t, "attention", "mlp")
+    branch_axes(t)
     return t.structure
+
+
+def _names(model: nn.Module, path: str, rows: Sequence[tuple[str, ...]]) -> tuple[str, ...]:
+    """The row of names that the module at ``path`` has."""
+    for row in rows:
+        if all(get(model, f"{path}.{name}") is not None for name in row):
+            return row
+    wanted = "; or ".join(", ".join(row) for row in rows)
+    raise UnsupportedArchitecture(
+        f"integrations.transformers: {path} must have {wanted}, "
+        f"got {type(get(model, path)).__name__} with other names"
+    )
 
 
 def _block(t: Table, path: str, family: _Family, embed: Axis, tokens: int) -> None:
     """Attention and MLP, each behind a norm and before a LayerScale, where there is one."""
-    cores = (("attention", _attention), ("mlp", _mlp))
-    for (name, core), norm, gain in zip(cores, family.norms, family.gains, strict=True):
+    branches = []
+    for core, norm, gain in zip((_attention, _mlp), family.norms, family.gains, strict=True):
         t.norm(f"{path}.{norm}", embed)
-        inner = core(t, f"{path}.{name}", embed, tokens)
-        scale = f"{path}.{gain}" if gain else ""
-        branch(t, f"{path}.{name}", inner, embed, f"{path}.{norm}", scale)
-    t.structure.blocks[path] = (f"{path}.attention", f"{path}.mlp")
+        name, inner = core(t, path, embed, tokens)
+        branch(t, name, inner, embed, f"{path}.{norm}", f"{path}.{gain}" if gain else "")
+        branches.append(name)
+    t.structure.blocks[path] = tuple(branches)
 
 
-def _attention(t: Table, path: str, embed: Axis, tokens: int) -> Inner:
+def _attention(t: Table, block: str, embed: Axis, tokens: int) -> tuple[str, Inner]:
     """Separate projections, one head_dim for q, k and v."""
-    module = get(t.model, path)
-    if getattr(module, "q_proj", None) is None:
-        raise UnsupportedArchitecture(
-            f"integrations.transformers: {path} must have separate q_proj, k_proj and v_proj, "
-            f"got {type(module).__name__}"
-        )
-    heads, qk, v = attention_axes(t, path, module.num_attention_heads, module.head_dim)
-    for name, dims in (("q_proj", qk), ("k_proj", qk), ("v_proj", v)):
-        t.linear(f"{path}.{name}", heads * dims, embed, tokens)
-    t.linear(f"{path}.o_proj", embed, heads * v, tokens)
-    t.work(path, tokens * tokens, heads * qk)
-    t.work(path, tokens * tokens, heads * v)
-    t.tap(heads, f"{path}.o_proj", heads * v)
-    t.tap(v, f"{path}.o_proj", heads * v)
-    t.tap(qk, f"{path}.q_proj", heads * qk, "output")
-    return heads * v, f"{path}.o_proj"
+    path = f"{block}.attention"
+    q, k, v, out, *sizes = (f"{path}.{name}" for name in _names(t.model, path, _ATTENTIONS))
+    heads, qk_dims, v_dims = attention_axes(t, path, *(get(t.model, size) for size in sizes))
+    for projection, dims in ((q, qk_dims), (k, qk_dims), (v, v_dims)):
+        t.linear(projection, heads * dims, embed, tokens)
+    t.linear(out, embed, heads * v_dims, tokens)
+    t.work(path, tokens * tokens, heads * qk_dims)
+    t.work(path, tokens * tokens, heads * v_dims)
+    t.tap(heads, out, heads * v_dims)
+    t.tap(v_dims, out, heads * v_dims)
+    t.tap(qk_dims, q, heads * qk_dims, "output")
+    return path, (heads * v_dims, out)
 
 
-def _mlp(t: Table, path: str, embed: Axis, tokens: int) -> Inner:
-    """fc1 and fc2, or the gate, up and down projections of a SwiGLU."""
-    gated = get(t.model, f"{path}.down_proj") is not None
-    first, last = (("gate_proj", "up_proj"), "down_proj") if gated else (("fc1",), "fc2")
-    out = f"{path}.{last}"
-    neurons = t.axis(f"{path}.neurons", get(t.model, out).in_features, "neuron")
+def _mlp(t: Table, block: str, embed: Axis, tokens: int) -> tuple[str, Inner]:
+    """Two Linears, or those of a SwiGLU, whose gate and value may be packed into one."""
+    *first, last = (f"{block}.{name}" for name in _names(t.model, block, _MLPS))
+    path = first[0].rpartition(".")[0]
+    size = get(t.model, last).in_features
+    neurons = t.axis(f"{path}.neurons", size, "neuron")
     for name in first:
-        t.linear(f"{path}.{name}", neurons, embed, tokens)
-    t.linear(out, embed, neurons, tokens)
-    t.tap(neurons, out, neurons)
-    return neurons, out
+        packed = get(t.model, name).out_features == 2 * size
+        t.linear(name, neurons + neurons if packed else neurons, embed, tokens)
+    t.linear(last, embed, neurons, tokens)
+    t.tap(neurons, last, neurons)
+    # the module around a last Linear apart from the first adds the stream to what that puts out
+    return (path if last.startswith(f"{path}.") else last), (neurons, last)
 
 
 @contextmanager

@@ -67,7 +67,7 @@ def leave_one_out(
         )
     if candidates < 1:
         raise InvalidInput(f"score: candidates must be at least 1, got {candidates}")
-    blocks = list(dict.fromkeys(_block(write.name) for write in structure.writes()))
+    blocks = list(dict.fromkeys(_block(structure, write.name) for write in structure.writes()))
     trials = [
         trial for axis in axes for trial in _trials(model, structure, axis, blocks, candidates)
     ]
@@ -163,10 +163,11 @@ def _trials(
         outputs = {w.name: w.tail[1] if w.tail else w.name for w in structure.writes()}
         for unit, names in enumerate(held):
             silent = tuple(outputs[name] for name in names)
-            yield Trial(axis.name, [unit], blocks.index(_block(names[0])), silent=silent)
+            start = blocks.index(_block(structure, names[0]))
+            yield Trial(axis.name, [unit], start, silent=silent)
         return
-    inside = [w.name for w in structure.writes() if axis.name.startswith(f"{w.name}.")]
-    start = blocks.index(_block(inside[0])) if inside else None
+    inside = (i for i, block in enumerate(blocks) if axis.name.startswith(f"{block}."))
+    start = next(inside, None)
     places = places_of(model, structure, axis)
     late = start is not None and any(place.at == "input" for place in places)
     for first in range(0, axis.size, candidates):
@@ -295,8 +296,10 @@ def _exchange_forward(module: nn.Module, forward: Callable, undo: ExitStack) -> 
     module.forward = forward
 
 
-def _block(branch: str) -> str:
-    return branch.rpartition(".")[0]
+def _block(structure: Structure, branch: str) -> str:
+    """The block that holds a branch; one that lost its other branch is no unit any more."""
+    holders = (path for path, held in structure.blocks.items() if branch in held)
+    return next(holders, branch.rpartition(".")[0])
 
 
 def _pass(x: Tensor, *_: Any, **__: Any) -> Tensor:
