@@ -38,22 +38,24 @@ from .files import (
     write_text,
 )
 from .modeling_pruned import ACTIVATIONS, MLPS, NORMS, PLAIN, Constant
+from .stated import caveats, stated_config
 from .structure import describe
 from .structure.paths import put
 
 FORMAT_VERSION = 1
 # a line of text can ask for a block, which takes a millisecond to build
 MAX_BLOCKS = 1 << 10
+MAX_CAVEAT = 1 << 10
 # timm's names for models that have none of their own; every argument is given, so the size in the
 # name is moot
 _ENTRYPOINTS = {
     "VisionTransformer": "vit_base_patch16_224",
     "VisionTransformerDistilled": "deit_base_distilled_patch16_224",
 }
-# of timm's pretrained_cfg; not where other weights can be had, nor sizes that only those can take
+# of timm's pretrained_cfg: how images are prepared, and what the outputs mean; not what timm says
+# by name of weights that need not be these (their home, tag, license and paper)
 _KEPT = (
     "architecture",
-    "tag",
     "mean",
     "std",
     "interpolation",
@@ -63,10 +65,6 @@ _KEPT = (
     "classifier",
     "label_names",
     "label_descriptions",
-    "license",
-    "origin_url",
-    "paper_name",
-    "paper_ids",
 )
 # how a model runs here and now, not what it is
 _RUNTIME_ATTRIBUTES = {"training", "fused_attn", "grad_checkpointing", "weight_init_mode"}
@@ -182,7 +180,21 @@ def load(folder: str | Path) -> nn.Module:
     fill(model, tensors, str(folder / "model.safetensors"))
     _tie(model, spec.get("ties", {}), folder / "config.json")
     model.pretrained_cfg = model.default_cfg = config.get("pretrained_cfg", {})
+    _note_caveats(model, spec.get("caveats", {}), folder / "config.json")
     return model.eval()
+
+
+def _note_caveats(model: Any, notes: Any, source: Path) -> None:
+    """Give the model its caveats again.
+
+    Raises:
+        DamagedFile: they are no short texts.
+    """
+    texts = [*notes, *notes.values()] if isinstance(notes, dict) else [None]
+    if not all(isinstance(text, str) and len(text) < MAX_CAVEAT for text in texts):
+        raise DamagedFile(f"load: {source} must hold caveats as short texts, got {notes!r:.80}")
+    if notes:
+        model.caveats = notes
 
 
 def _tie(model: nn.Module, ties: Any, source: Path) -> None:
@@ -239,7 +251,8 @@ def spec_of(model: Any) -> dict[str, Any]:
     }
     rebuilt = modeling_pruned.build(spec)
     spec["attributes"] = _check_same(rebuilt, model)
-    return spec | ({"ties": ties} if ties else {})
+    notes = {"ties": ties, "caveats": caveats(model)}
+    return spec | {name: note for name, note in notes.items() if note}
 
 
 def _constructor_args(model: Any) -> dict[str, Any]:
@@ -376,7 +389,7 @@ def _timm_config(model: Any, spec: Mapping[str, Any]) -> dict[str, Any] | None:
         "pos_drop_rate": model.pos_drop.p,
         "drop_rate": model.head_drop.p,
     }
-    own = (getattr(model, "pretrained_cfg", None) or {}).get("architecture")
+    own = stated_config(model).get("architecture")
     for architecture in (own, _ENTRYPOINTS[spec["class"]]):
         if isinstance(architecture, str) and timm.is_model(architecture):
             with contextlib.suppress(UnsupportedArchitecture, AssertionError, TypeError):
@@ -385,12 +398,14 @@ def _timm_config(model: Any, spec: Mapping[str, Any]) -> dict[str, Any] | None:
                 # drop path follows no rule of timm's after blocks went; it is off in a model opened
                 # by timm
                 if not _check_same(rebuilt, model, ignore="drop_path"):
-                    return _config(model, architecture, args)
+                    config = _config(model, architecture, args)
+                    config["pretrained_cfg"]["architecture"] = architecture
+                    return config
     return None
 
 
 def _config(model: Any, architecture: str, args: Mapping[str, Any]) -> dict[str, Any]:
-    known = getattr(model, "pretrained_cfg", None) or {}
+    known = stated_config(model)
     image = model.patch_embed.img_size
     return {
         "architecture": architecture,

@@ -167,7 +167,7 @@ def load(folder: str | Path) -> VisionTransformer:
     model: Any = build(config["vitprune_fast"])
     tensors = load_file(folder / "model.safetensors")
     model.load_state_dict(tensors, strict=True, assign=True)
-    model.pretrained_cfg = model.default_cfg = config["pretrained_cfg"]
+    model.pretrained_cfg = model.default_cfg = config.get("pretrained_cfg", {})
     return model.eval()
 
 

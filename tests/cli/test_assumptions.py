@@ -11,6 +11,7 @@ import pytest
 import timm
 import torch
 from PIL import Image
+from timm.data import resolve_model_data_config  # pyright: ignore[reportAttributeAccessIssue]
 
 import vitprune_fast as vp
 from vitprune_fast import files
@@ -47,8 +48,12 @@ def _here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def checkpoint() -> list[str]:
     """Options of a trained model whose training nobody here knows."""
-    files.write_tensors("dense.safetensors", timm.create_model(NAME, **SIZES).state_dict())
+    files.write_tensors("dense.safetensors", untrained().state_dict())
     return ["--model", NAME, *ARGS, "--checkpoint", "dense.safetensors"]
+
+
+def untrained() -> Any:
+    return timm.create_model(NAME, **SIZES)
 
 
 def said(capsys: pytest.CaptureFixture[str], *words: str) -> dict[str, str]:
@@ -107,7 +112,7 @@ def test_a_run_says_which_folder_or_share_became_what(
     assert "whether dense.safetensors was trained on images of the test split" in lines["unknown"]
     assert splits["test"]["origin"] in lines["unknown"]
     assert lines["budget"].startswith("half of the MACs, the default")
-    assert "timm's for vit_tiny_patch16_224, not the checkpoint's own" in lines["pixels"]
+    assert "timm's for vit_tiny_patch16_224, which the checkpoint need not share" in lines["pixels"]
     assert summary["weights"] == {"origin": "checkpoint", "source": "dense.safetensors"}
     assert set(summary["assumptions"]) == {"splits", "pixels", "unknown", "budget"}
     page = Path("run/report.html").read_text()
@@ -144,7 +149,7 @@ def test_random_weights_are_named_by_every_verb_that_uses_them(
 ) -> None:
     photographs(Path("photos"), "")
     model, data = ["--model", NAME, *ARGS], ["--data", "folder:photos"]
-    random = f"those of {NAME} are random (drawn by seed 0)"
+    random = f"{NAME} has random weights (seed 0)"
     lines = said(capsys, "score", *model, *data, "--out", "s.safetensors")
     assert lines["weights"].startswith(random)
     lines = said(capsys, "plan", *model, "--scores", "s.safetensors", "--out", "p.json")
@@ -152,12 +157,16 @@ def test_random_weights_are_named_by_every_verb_that_uses_them(
     assert lines["budget"].startswith("half of the MACs, the default")
     lines = said(capsys, "prune", *model, "--plan", "p.json", "--out", "pruned")
     assert lines["weights"].startswith(random)
+    # a saved model is not laundered by being saved, but by being trained
+    lines = said(capsys, "eval", "--model", "pruned", *data)
+    assert lines["weights"] == "pruned has random weights, as it was saved"
     assert said(capsys, "eval", *model, *data)["weights"].startswith(random)
     lines = said(
         *(capsys, "distill", *model, *data, "--teacher", "self", "--epochs", "1"),
         *("--warmup-epochs", "0", "--out", "taught"),
     )
     assert lines["weights"].startswith(random)
+    assert "weights" not in said(capsys, "eval", "--model", "taught", *data)
 
 
 def test_weights_of_a_name_are_the_same_for_score_and_prune(
@@ -165,7 +174,7 @@ def test_weights_of_a_name_are_the_same_for_score_and_prune(
 ) -> None:
     photographs(Path("photos"), "")
     model = ["--model", NAME, *ARGS]
-    plan = vp.Plan.of(vp.describe(timm.create_model(NAME, **SIZES)), {})
+    plan = vp.Plan.of(vp.describe(untrained()), {})
     plan.save("keep.json")
     for folder in ("one", "two"):
         torch.manual_seed(len(folder) + ord(folder[0]))
@@ -208,12 +217,12 @@ def test_interpolation_decides_the_pixels() -> None:
 
 @pytest.mark.parametrize("heads", [[0, 1, 2], [0]], ids=["plain-timm", "standalone"])
 def test_a_saved_model_says_how_its_images_are_prepared(heads: list[int]) -> None:
-    model = timm.create_model(NAME, **SIZES)
+    model = untrained()
     model.pretrained_cfg |= {"mean": (0.1, 0.2, 0.3), "crop_pct": 0.8}
     plan = vp.Plan.of(vp.describe(model), {"blocks.0.attn.heads": heads})
     vp.save(vp.prune(model, plan), "saved")
     config = json.loads(Path("saved/config.json").read_text())
-    opened = [vp.load("saved")]
+    opened: list[Any] = [vp.load("saved")]
     if len(heads) == 3:
         assert config["architecture"] == NAME
         opened.append(timm.create_model("local-dir:saved", pretrained=True))
@@ -222,7 +231,7 @@ def test_a_saved_model_says_how_its_images_are_prepared(heads: list[int]) -> Non
         exec(Path("saved/modeling_pruned.py").read_text(), space)
         opened.append(space["load"]("saved"))
     for each in opened:
-        prepared = timm.data.resolve_model_data_config(each)
+        prepared = resolve_model_data_config(each)
         assert tuple(prepared["input_size"]) == (3, 16, 16)
         assert tuple(prepared["mean"]) == (0.1, 0.2, 0.3) and prepared["crop_pct"] == 0.8
         assert each.pretrained_cfg["architecture"] == NAME
@@ -238,3 +247,56 @@ def test_the_digits_take_no_settings_of_photographs(option: str, value: Any) -> 
     options: Any = {option: value}
     with pytest.raises(vp.VitpruneError, match=f"{option} must be unset for the digits"):
         open_data("digits", image_size=8, channels=1, **options)
+
+
+def test_distil_saves_the_pixel_statistics_it_trained_with(
+    checkpoint: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    photographs(Path("photos"), "")
+    data = ["--data", "folder:photos"]
+    plan = vp.Plan.of(vp.describe(untrained()), {})
+    plan.save("keep.json")
+    said(capsys, "prune", *checkpoint, "--plan", "keep.json", "--out", "pruned")
+    # a guess stays a guess on the disk
+    guess = f"(timm's for {NAME}, which the weights need not share)"
+    assert guess in said(capsys, "eval", "--model", "pruned", *data)["pixels"]
+    statistics = ("--mean", ".1", ".2", ".3", "--std", "1", "1", "1", "--crop-share", "0.5")
+    training = ("--teacher", "self", "--epochs", "1", "--warmup-epochs", "0")
+    trained = said(
+        *(capsys, "distill", "--model", "pruned", *data, *training, *statistics),
+        *("--interpolation", "nearest", "--out", "taught"),
+    )
+    used = said(capsys, "eval", "--model", "taught", *data)
+    assert used["pixels"] == trained["pixels"].replace("(given)", "(of the saved model)")
+
+
+def test_a_way_to_prepare_images_that_is_not_ours_is_named(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    photographs(Path("photos"), "")
+    model = untrained()
+    model.pretrained_cfg |= {"crop_mode": "squash", "interpolation": "random"}
+    vp.save(model, "odd")
+    lines = said(capsys, "eval", "--model", "odd", "--data", "folder:photos")
+    assert "crop_mode squash" in lines["caution"] and "interpolation random" in lines["caution"]
+    words = ("--teacher", "self", "--epochs", "1", "--warmup-epochs", "0", "--out", "taught")
+    said(capsys, "distill", "--model", "odd", "--data", "folder:photos", *words)
+    assert "caution" not in said(capsys, "eval", "--model", "taught", "--data", "folder:photos")
+
+
+def test_a_saved_model_claims_no_weights_of_timm() -> None:
+    model = untrained()
+    assert {"tag", "license"} <= model.pretrained_cfg.keys()
+    # timm has an object for it, too
+    model.pretrained_cfg = timm.models.PretrainedCfg(**model.pretrained_cfg)
+    vp.save(model, "saved")
+    saved: Any = vp.load("saved")
+    stated = saved.pretrained_cfg
+    assert stated["architecture"] == NAME and not {"tag", "license", "url"} & stated.keys()
+
+
+def test_a_line_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    photographs(Path("two\nlines"), "")
+    vp.save(untrained(), "model")
+    lines = said(capsys, "eval", "--model", "model", "--data", "folder:two\nlines")
+    assert lines["splits"].startswith("train: the rest of two lines (28); validation")

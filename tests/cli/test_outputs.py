@@ -13,7 +13,10 @@ from PIL import Image
 
 import vitprune_fast as vp
 from vitprune_fast.cli.main import VERBS, main
+from vitprune_fast.data import open_data
 from vitprune_fast.errors import InvalidInput
+from vitprune_fast.recipes.chain import run
+from vitprune_fast.recipes.config import ModelConfig, RunConfig
 from vitprune_fast.recipes.outputs import refuse_overwriting
 
 
@@ -141,3 +144,26 @@ def test_a_run_goes_on_in_its_own_folder_with_its_own_configuration(made: Path) 
     words += " --distill.warmup-epochs 0 --quiet"
     assert main(words.split()) == 0
     assert main(["run", "--config", "run/config.yaml", "--preset", "images", "--quiet"]) == 0
+
+
+def test_a_new_run_does_not_replace_the_configuration_it_is_given(
+    made: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    Path("mine").mkdir()
+    Path("mine/config.yaml").write_text("# my notes\n")
+    error = refusal(f"{COMMANDS['run']} --config mine/config.yaml --out mine", made, capsys)
+    assert "run: out must not contain an input" in error
+
+
+def test_a_run_on_opened_images_does_not_write_among_them() -> None:
+    data = open_data("folder:photos", image_size=16, channels=3)
+    config = RunConfig(out=Path("photos/run"), model=ModelConfig(name="dense"))
+    with pytest.raises(InvalidInput, match="out must not lie inside an input"):
+        run(config, data=data)
+
+
+def test_the_report_of_one_run_goes_into_its_folder(
+    made: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    error = refusal("report dense --out page.html", made, capsys)
+    assert "report: out must be unset for one run" in error

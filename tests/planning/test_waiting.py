@@ -93,8 +93,8 @@ def test_what_the_host_took_counts_too() -> None:
 def test_the_warning_is_a_sentence_about_the_worst() -> None:
     assert load_warning() == load_warning(None) == load_warning(0.0, TOLERATED, None) == ""
     assert load_warning(0.01, None, 0.48) == (
-        "measured beside other work: the process waited for a core 48% of the time, so the times "
-        "are too long"
+        "the process waited for a core 48% of the time (other work, a quota, or more threads than "
+        "cores), so the times are too long"
     )
 
 

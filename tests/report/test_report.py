@@ -167,6 +167,14 @@ def test_a_damaged_run_is_one_sentence(
         write_report(tmp_path / "run")
 
 
+def test_a_run_of_another_version_is_refused_as_that(folder: Path, tmp_path: Path) -> None:
+    shutil.copytree(folder, tmp_path / "old")
+    record = json.loads((tmp_path / "old" / "run.json").read_text())
+    (tmp_path / "old" / "run.json").write_text(json.dumps({**record, "schema": 1}))
+    with pytest.raises(RunFolderError, match="must be of this version of the program"):
+        write_report(tmp_path / "old")
+
+
 def test_metrics_that_are_no_text_are_left_out(folder: Path, tmp_path: Path) -> None:
     shutil.copytree(folder, tmp_path / "run")
     with open(tmp_path / "run" / "metrics.jsonl", "ab") as metrics:

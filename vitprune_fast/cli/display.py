@@ -12,6 +12,8 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn
 from rich.table import Table
 
 from vitprune_fast.distill.config import FEATURE_LOSSES, LOGIT_LOSSES
+from vitprune_fast.planning.waiting import load_warning
+from vitprune_fast.recipes.assumptions import line
 from vitprune_fast.recipes.comparison import comparison
 
 _PARTS = ("ce", *LOGIT_LOSSES, *FEATURE_LOSSES)
@@ -55,7 +57,7 @@ class Display:
         self._say(f"profile   {event['profile']}")
 
     def _on_assumption(self, event: dict[str, Any]) -> None:
-        self._say(f"{event['topic']:<9} {event['text']}")
+        self._say(line(event["topic"], event["text"]))
 
     def _on_note(self, event: dict[str, Any]) -> None:
         self._say(f"note      {event['text']}")
@@ -133,13 +135,16 @@ class Display:
             table.add_row(*row)
         self.console.print()
         self.console.print(table)
+        warning = load_warning(summary["before"]["latency_waited"])
+        if warning:
+            self.console.print(f"\n{line('latency', warning)}", markup=False)
         self.console.print(f"\nreport: {event['report']}", markup=False)
 
 
 def print_assumptions(assumptions: Mapping[str, str]) -> None:
     """A line for each thing a verb takes for granted."""
     for topic, text in assumptions.items():
-        print(f"{topic:<9} {text}")
+        print(line(topic, text))
 
 
 class Pace:

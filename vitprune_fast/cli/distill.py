@@ -56,7 +56,7 @@ def main(words: list[str]) -> int:
     from vitprune_fast.cli.signals import Interrupted, Stopper
     from vitprune_fast.files import probe_folder
     from vitprune_fast.recipes.board import Board
-    from vitprune_fast.recipes.opened import open_both
+    from vitprune_fast.recipes.opened import open_both, remember_normalisation
     from vitprune_fast.recipes.profile import applied
     from vitprune_fast.recipes.teaching import Trainings, TrainingStopped, teach
 
@@ -96,6 +96,7 @@ def main(words: list[str]) -> int:
         except TrainingStopped:
             assert stop.number is not None
             raise Interrupted(stop.number, resumes=options.checkpoints is not None) from None
+    remember_normalisation(taught, opened.data)
     vp.save(taught, options.out)
     print(options.out)
     return 0

@@ -91,5 +91,11 @@ def parse(
     if parsed.files.print_config:
         print(to_yaml(parsed.options), end="")
         return None
-    refuse_overwriting(verb, parsed.options, outputs(parsed.options), config=parsed.files.config)
+    refuse_overwriting(
+        verb,
+        parsed.options,
+        outputs(parsed.options),
+        more={"config": parsed.files.config},
+        resumes=verb == "run",
+    )
     return parsed.options

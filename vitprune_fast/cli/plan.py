@@ -39,10 +39,10 @@ def main(words: list[str]) -> int:
     from vitprune_fast.recipes.profile import applied, choose_profile
 
     scores = vp.Scores.load(options.scores)
-    print_assumptions({**about_scores(scores), **about_budget(options.plan)})
     with applied(choose_profile("cpu", options.threads)):
         model = models.skeleton(options.model)
         plan = stages.plan(model, scores, options.plan)
+        print_assumptions({**about_scores(scores), **about_budget(options.plan)})
         plan.save(options.out)
         structure = vp.describe(model)
         before, after = vp.cost(model), predict_cost(structure, plan)

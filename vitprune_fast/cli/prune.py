@@ -41,10 +41,10 @@ def main(words: list[str]) -> int:
     from vitprune_fast.recipes.profile import applied, choose_profile
 
     check_folder(options.out)
-    print_assumptions(about_weights(options.model, options.seed))
     with applied(choose_profile("cpu", options.threads)):
         model = open_weights(options.model, options.seed)
         plan = vp.Plan.load(options.plan)
+        print_assumptions(about_weights(options.model, options.seed, model))
         pruned, proofs = checks.prune_and_prove(model, plan, checks.random_images(model))
         checks.require("prune", proofs)
         vp.save(pruned, options.out)

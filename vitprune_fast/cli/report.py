@@ -10,7 +10,10 @@ import tyro
 from tyro.conf import Positional, arg
 
 from vitprune_fast.cli.options import parse
+from vitprune_fast.errors import InvalidInput
 from vitprune_fast.recipes.config import Threads
+
+COMPARISON = Path("comparison.html")
 
 
 @dataclass(frozen=True)
@@ -19,8 +22,8 @@ class Report:
 
     folders: Annotated[Positional[tuple[Path, ...]], arg(metavar="DIR ...")] = tyro.MISSING
     """Run folders."""
-    out: Annotated[Path, arg(metavar="FILE")] = Path("comparison.html")
-    """Where the comparison of several runs is written."""
+    out: Annotated[Path | None, arg(metavar="FILE")] = None
+    """Where the comparison of several runs is written; unset: comparison.html."""
     threads: Threads = None
 
 
@@ -36,10 +39,17 @@ def main(words: list[str]) -> int:
         if len(options.folders) == 1:
             print(write_report(options.folders[0]))
         else:
-            print(write_comparison(options.folders, options.out))
+            print(write_comparison(options.folders, options.out or COMPARISON))
     return 0
 
 
 def _outputs(options: Report) -> dict[str, Path | None]:
     """One run gets its report among its own files; a comparison goes elsewhere."""
-    return {"out": options.out if len(options.folders) > 1 else None}
+    if len(options.folders) > 1:
+        return {"out": options.out or COMPARISON}
+    if options.out is not None:
+        raise InvalidInput(
+            "report: out must be unset for one run, whose report goes into its folder, got "
+            f"{options.out}"
+        )
+    return {}

@@ -19,7 +19,7 @@ def _default(chosen: Namespace) -> RunConfig:
 
 def main(words: list[str]) -> int:
     """Parses the options and runs the chain, showing its progress."""
-    options = parse("run", words, _default, PresetFlags)
+    options = parse("run", words, _default, PresetFlags, outputs=lambda run: {"out": run.out})
     if options is None:
         return 0
     from vitprune_fast.cli.display import Display

@@ -45,6 +45,7 @@ def main(words: list[str]) -> int:
     from vitprune_fast.recipes.opened import open_both
     from vitprune_fast.recipes.profile import applied
     from vitprune_fast.scoring import ScoringStopped
+    from vitprune_fast.stated import caveats
 
     # found out before the work whose result goes there
     files.probe_folder(options.out.parent)
@@ -77,7 +78,7 @@ def main(words: list[str]) -> int:
             raise Interrupted(stop.number) from None
         seconds = time.perf_counter() - started
     files.make_folder(options.out.parent)
-    if options.model.origin == "random":
+    if caveats(model).get("weights") == "random":
         scores = replace(scores, provenance={**scores.provenance, "weights": "random"})
     scores.save(options.out)
     rate = f", {rate_text(scores.samples / seconds)}" if scores.samples else ""

@@ -221,11 +221,12 @@ def open_data(
         augmentation: Augment = Affine()
         defaults, split_origins = "of the training images", SPLIT_ORIGINS
         crop_share, interpolation = 1.0, source.interpolation
+        otherwise = "the digits are shown whole"
     elif kind in PHOTOGRAPHS and path:
         crop_share, interpolation = crop_share or 1.0, interpolation or "bicubic"
         source = PHOTOGRAPHS[kind](Path(path), size, channels, seed, crop_share, interpolation)
         splits, split_origins = source.splits, source.split_origins
-        defaults = "of ImageNet, the default"
+        defaults, otherwise = "of ImageNet, the default", "the default"
         luma = torch.tensor([0.299, 0.587, 0.114])
         default_mean, default_std = IMAGENET_MEAN, IMAGENET_STD
         if channels == 1:
@@ -250,7 +251,7 @@ def open_data(
         interpolation=interpolation,
         origins={
             **dict.fromkeys(("mean", "std"), defaults),
-            **dict.fromkeys(("crop_share", "interpolation"), "the default"),
+            **dict.fromkeys(("crop_share", "interpolation"), otherwise),
             **dict.fromkeys(given, "given"),
             **split_origins,
         },

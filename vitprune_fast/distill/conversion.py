@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vitprune_fast.errors import InvalidInput
+from vitprune_fast.stated import stated_config
 
 _Pair = tuple[Sequence[float] | None, Sequence[float] | None]
 
@@ -123,7 +124,7 @@ def image_channels(model: Any) -> int | None:
 
 def _stated(model: Any, channels: int | None) -> _Pair:
     """Mean and std that a model states of its images, unless they are of other channels."""
-    known = getattr(model, "pretrained_cfg", None) or {}
+    known = stated_config(model)
     mean, std = known.get("mean"), known.get("std")
     # a configuration made for colour says nothing about grey images
     fits = mean is not None and std is not None and {len(mean), len(std)} <= {channels or len(mean)}

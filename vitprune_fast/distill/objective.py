@@ -33,6 +33,7 @@ from vitprune_fast.distill.terms import (
 from vitprune_fast.errors import InvalidInput
 from vitprune_fast.modes import evaluating
 from vitprune_fast.randomness import seeded
+from vitprune_fast.stated import stated_config
 
 
 @dataclass(frozen=True)
@@ -243,7 +244,7 @@ def images_like(model: nn.Module) -> Tensor:
     inner: Any = unwrap_model(model)
     size = getattr(getattr(inner, "patch_embed", None), "img_size", None)
     channels = getattr(inner, "in_chans", None)
-    known = (getattr(inner, "pretrained_cfg", None) or {}).get("input_size")
+    known = stated_config(inner).get("input_size")
     if size is None or channels is None:
         if known is None:
             raise InvalidInput(

@@ -23,6 +23,7 @@ from vitprune_fast.distill.features import HiddenStates
 from vitprune_fast.errors import InvalidInput
 from vitprune_fast.modes import compiled, evaluating
 from vitprune_fast.scoring.resume import fingerprint
+from vitprune_fast.stated import stated_config
 
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
@@ -354,7 +355,7 @@ def _named(
         model = open_model(ModelConfig(name=name, args=args, checkpoint=weights))
         return Teacher(model, **{**same, **options})
     model = open_model(ModelConfig(name=name, pretrained=True))
-    size = (getattr(model, "pretrained_cfg", None) or {}).get("input_size")
+    size = stated_config(model).get("input_size")
     return Teacher(model, **{"image_size": size and tuple(size[1:]), **options})
 
 

@@ -13,6 +13,7 @@ from torch import nn
 from vitprune_fast.errors import InvalidInput
 from vitprune_fast.modes import evaluating
 from vitprune_fast.planning.waiting import TOLERATED, Waits, load_warning
+from vitprune_fast.stated import stated_config
 
 _TURN = 5
 """Passes of one model before it is the next one's turn."""
@@ -193,7 +194,7 @@ def _image_shape(
     """Complete (channels, height, width) with what a timm model says of itself."""
     embed = getattr(model, "patch_embed", None)
     proj = getattr(embed, "proj", None)
-    config = (getattr(model, "pretrained_cfg", None) or {}).get("input_size") or (3,)
+    config = stated_config(model).get("input_size") or (3,)
     channels: int = proj.in_channels if isinstance(proj, nn.Conv2d) else config[0]
     size = input_size or getattr(embed, "img_size", None) or config[1:]
     shape = (size, size) if isinstance(size, int) else tuple(size)

@@ -80,6 +80,6 @@ def load_warning(*waited: float | None) -> str:
     if worst <= TOLERATED:
         return ""
     return (
-        f"measured beside other work: the process waited for a core {worst:.0%} of the time, "
-        "so the times are too long"
+        f"the process waited for a core {worst:.0%} of the time (other work, a quota, or more "
+        "threads than cores), so the times are too long"
     )

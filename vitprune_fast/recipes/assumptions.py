@@ -7,17 +7,20 @@ from typing import Any
 
 from vitprune_fast.data import ImageData
 from vitprune_fast.recipes.config import ModelConfig, PlanConfig
+from vitprune_fast.stated import caveats
 
 SPLITS = ("train", "validation", "test")
 
 
-def about_weights(config: ModelConfig, seed: int) -> dict[str, str]:
-    """Says so where the weights of a model are random."""
-    if config.origin != "random":
+def about_weights(config: ModelConfig, seed: int, model: Any) -> dict[str, str]:
+    """Says so where the weights of a model are random, or were when it was saved."""
+    if caveats(model).get("weights") != "random":
         return {}
+    if config.origin == "saved":
+        return {"weights": f"{config.name} has random weights, as it was saved"}
     return {
-        "weights": f"those of {config.name} are random (drawn by seed {seed}), so what is measured "
-        "here says nothing of a trained model; give --checkpoint FILE or --pretrained"
+        "weights": f"{config.name} has random weights (seed {seed}), whose results say nothing "
+        "about a trained model; give --checkpoint FILE or --pretrained"
     }
 
 
@@ -31,15 +34,9 @@ def about_scores(scores: Any) -> dict[str, str]:
 def about_data(data: ImageData) -> dict[str, str]:
     """Which folder or share became which split, and how pixels become the model's input."""
     splits = (f"{name}: {data.origins[name]} ({len(data.split_ids[name]):,})" for name in SPLITS)
-    values = {
-        "mean": _numbers(data.mean),
-        "std": _numbers(data.std),
-        "crop_share": f"{data.crop_share:g}",
-        "interpolation": data.interpolation,
-    }
     by_origin: dict[str, list[str]] = {}
-    for name, value in values.items():
-        by_origin.setdefault(data.origins[name], []).append(f"{name} {value}")
+    for name, value in pixel_statistics(data).items():
+        by_origin.setdefault(data.origins[name], []).append(f"{name} {_text(value)}")
     pixels = (f"{', '.join(named)} ({origin})" for origin, named in by_origin.items())
     return {"splits": "; ".join(splits), "pixels": "; ".join(pixels)}
 
@@ -86,5 +83,12 @@ def pixel_statistics(data: ImageData) -> dict[str, Any]:
     }
 
 
-def _numbers(values: Sequence[float]) -> str:
-    return " ".join(f"{value:.4g}" for value in values)
+def line(topic: str, text: str) -> str:
+    """How an assumption is printed: one line, whatever a path holds."""
+    return f"{topic:<9} {' '.join(text.split())}"
+
+
+def _text(value: str | float | Sequence[float]) -> str:
+    if isinstance(value, Sequence) and not isinstance(value, str):
+        return " ".join(f"{number:.4g}" for number in value)
+    return value if isinstance(value, str) else f"{value:g}"

@@ -24,7 +24,6 @@ from vitprune_fast import files
 from vitprune_fast.data import BadImage, ImageData
 from vitprune_fast.errors import InvalidInput, StageFailed
 from vitprune_fast.planning.cost import predict_cost
-from vitprune_fast.planning.waiting import load_warning
 from vitprune_fast.randomness import seeded
 from vitprune_fast.recipes import assumptions, checks, models, stages
 from vitprune_fast.recipes.board import Board
@@ -32,6 +31,7 @@ from vitprune_fast.recipes.config import RunConfig
 from vitprune_fast.recipes.folder import Metrics, RunFolder, read_metrics
 from vitprune_fast.recipes.opened import (
     check_fit,
+    not_followed,
     open_model_data,
     remember_normalisation,
     setting_of,
@@ -56,6 +56,7 @@ class Job:
     """One run at work: its configuration, its folder, and what earlier stages left there."""
 
     config: RunConfig
+    skeleton: nn.Module
     folder: RunFolder
     source: ImageData
     profile: Profile
@@ -148,13 +149,11 @@ def run(
     threads = folder.recorded_threads() if config.threads is None else config.threads
     profile = choose_profile(config.device, threads, config.data.workers)
     tell({"event": "profile", "profile": str(profile)})
-    skeleton = check_inputs(config)
+    skeleton = check_inputs(config, data)
     with folder.claim(), applied(profile):
         data = data or open_model_data(config.data, skeleton, config.model)
         if config.has_weights:
             check_fit(skeleton, data)
-        for topic, text in assumed(config, data).items():
-            tell({"event": "assumption", "topic": topic, "text": text})
         resumed = folder.begin(
             identity_of(config, data, profile),
             {
@@ -165,11 +164,13 @@ def run(
             },
             allow_change=config.allow_config_change,
         )
+        for topic, text in assumed(config, data, skeleton).items():
+            tell({"event": "assumption", "topic": topic, "text": text})
         files.write_text(folder / "config.yaml", to_yaml(config))
         metrics = Metrics(folder / "metrics.jsonl")
         with contextlib.closing(board) if board else contextlib.nullcontext():
             stop = stop or (lambda: False)
-            job = Job(config, folder, data, profile, metrics, tell, stop, board)
+            job = Job(config, skeleton, folder, data, profile, metrics, tell, stop, board)
             run_stages(job, resumed=resumed)
     summary = files.read_json(folder / "summary.json")
     seconds = time.perf_counter() - started
@@ -178,10 +179,12 @@ def run(
     return summary
 
 
-def check_inputs(config: RunConfig) -> nn.Module:
+def check_inputs(config: RunConfig, data: ImageData | None = None) -> nn.Module:
     """Refuses, before any work, what cannot succeed; returns the model without its weights."""
     config.plan.budget()
-    refuse_overwriting("run", config, {"out": config.out}, may_hold_inputs=True)
+    # images that were opened by the caller lie somewhere too
+    root = getattr(data and data.source, "root", None)
+    refuse_overwriting("run", config, {"out": config.out}, more={"data": root}, resumes=True)
     skeleton = models.skeleton(replace(config.model, pretrained=False))
     vp.describe(skeleton)
     if config.model.checkpoint and not config.model.checkpoint.is_file():
@@ -196,10 +199,12 @@ def check_inputs(config: RunConfig) -> nn.Module:
     return skeleton
 
 
-def assumed(config: RunConfig, data: ImageData) -> dict[str, str]:
-    """Topic -> what the run takes for granted."""
+def assumed(config: RunConfig, data: ImageData, model: nn.Module) -> dict[str, str]:
+    """Topic -> what the run takes for granted about its data and its dense model."""
     return {
+        **assumptions.about_weights(config.model, config.seed, model),
         **assumptions.about_data(data),
+        **not_followed(model, config.model, data),
         **assumptions.about_test_images(config.model, data),
         **assumptions.about_budget(config.plan),
     }
@@ -288,7 +293,7 @@ def _data(job: Job) -> dict[str, Any]:
 def _dense(job: Job) -> dict[str, Any]:
     config = job.config
     with seeded(config.seed, "init"):
-        model = models.open_model(
+        model: Any = models.open_model(
             config.model, None if config.has_weights else len(job.data.classes)
         )
     facts: dict[str, Any] = {"source": str(config.model.checkpoint or config.model.name)}
@@ -298,6 +303,9 @@ def _dense(job: Job) -> dict[str, Any]:
         facts["text"] = f"weights from {facts['source']}"
     check_fit(model, job.data)
     remember_normalisation(model, job.data)
+    if config.has_weights and job.data.origins["mean"].startswith("timm's"):
+        # these weights were not trained on what the run prepares: the guess stays one
+        model.caveats = {"pixels": job.data.origins["mean"]}
     model = model.to(job.profile.device).eval()
     cost = vp.cost(model)
     proofs = [checks.finite(model, job.images), job.save(model, "dense")]
@@ -442,7 +450,7 @@ def _evaluate(job: Job) -> dict[str, Any]:
             "origin": job.config.model.origin if job.config.has_weights else "trained here",
             "source": _fact(job, "dense", "source", job.config.model.name),
         },
-        "assumptions": assumed(job.config, job.data),
+        "assumptions": assumed(job.config, job.data, job.skeleton),
         "split_hashes": dict(job.data.split_hashes),
         "versions": versions(),
         "profile": job.profile.to_dict(),
@@ -463,9 +471,6 @@ def _evaluate(job: Job) -> dict[str, Any]:
         ],
     }
     files.write_json(job.folder / "summary.json", summary)
-    warning = load_warning(summary["before"]["latency_waited"])
-    if warning:
-        job.on_event({"event": "assumption", "topic": "latency", "text": warning})
     return {**facts, "text": f"top-1 {before.top1:.2%} -> {after.top1:.2%}"}
 
 

@@ -146,9 +146,7 @@ class RunFolder:
                 record, {"schema": SCHEMA, "identity": identity, **facts, "changes": []}
             )
             return False
-        known = files.read_json(record)
-        if not isinstance(known, dict) or known.get("schema") != SCHEMA:
-            raise RunFolderError(f"run: {record} was written by another version of this program")
+        known = self.record()
         lines = differences(known.get("identity"), identity)
         if lines and not allow_change:
             raise RunFolderError(
@@ -166,10 +164,26 @@ class RunFolder:
         """How many threads the run in this folder computes with; None where there is none."""
         if not (self / "run.json").is_file():
             return None
-        known = files.read_json(self / "run.json")
-        identity = known.get("identity") if isinstance(known, dict) else None
+        identity = self.record().get("identity")
         threads = identity.get("threads") if isinstance(identity, dict) else None
-        return threads if isinstance(threads, int) and threads > 0 else None
+        return threads if isinstance(threads, int) else None
+
+    def record(self) -> dict[str, Any]:
+        """What `begin` wrote down.
+
+        Raises:
+            DamagedFile: it is no record of a run.
+            RunFolderError: another version of this program wrote it.
+        """
+        known = files.read_json(self / "run.json")
+        if not isinstance(known, dict) or not isinstance(known.get("schema"), int):
+            raise DamagedFile(f"run: {self / 'run.json'} must be the record of a run")
+        if known["schema"] != SCHEMA:
+            raise RunFolderError(
+                f"run: {self / 'run.json'} must be of this version of the program, got another; "
+                "choose another --out, or use that version"
+            )
+        return known
 
     def changes(self) -> list[list[str]]:
         """The differences that `begin` was allowed to go on with, one list per occasion."""

@@ -15,6 +15,7 @@ from vitprune_fast.recipes.assumptions import about_data, about_weights
 from vitprune_fast.recipes.config import DataConfig, ModelConfig
 from vitprune_fast.recipes.profile import Profile, choose_profile
 from vitprune_fast.recipes.stages import Setting
+from vitprune_fast.stated import caveats, stated_config
 
 
 @dataclass(frozen=True)
@@ -36,6 +37,15 @@ class Opened:
     assumptions: dict[str, str]
 
 
+_STATISTICS = {
+    "mean": "mean",
+    "std": "std",
+    "crop_share": "crop_pct",
+    "interpolation": "interpolation",
+}
+"""How pixels become a model's input: our names and timm's."""
+
+
 def open_model_data(config: DataConfig, model: Any, weights: ModelConfig) -> ImageData:
     """The data set as the model wants to see it.
 
@@ -55,26 +65,17 @@ def open_model_data(config: DataConfig, model: Any, weights: ModelConfig) -> Ima
         config.source, image_size=(height, width), channels=channels, **{**given, **known}
     )
     origin = {
-        "saved": "of the saved model",
-        "checkpoint": f"timm's for {weights.name}, not the checkpoint's own: it may have others",
+        "saved": caveats(model).get("pixels", "of the saved model"),
+        "checkpoint": f"timm's for {weights.name}, which the checkpoint need not share",
         "pretrained": f"timm's for {weights.name}",
         "random": "",
     }[weights.origin]
     return replace(data, origins={**data.origins, **dict.fromkeys(known, origin)})
 
 
-_STATISTICS = {
-    "mean": "mean",
-    "std": "std",
-    "crop_share": "crop_pct",
-    "interpolation": "interpolation",
-}
-"""Our name -> timm's, of how pixels become a model's input."""
-
-
 def _own_statistics(model: Any, channels: int) -> dict[str, Any]:
     """What a trained model says of its own input, as far as it can be followed."""
-    stated = getattr(model, "pretrained_cfg", None) or {}
+    stated = stated_config(model)
     own = {name: stated[key] for name, key in _STATISTICS.items() if stated.get(key) is not None}
     for name in ("mean", "std"):
         if name in own:
@@ -87,17 +88,38 @@ def _own_statistics(model: Any, channels: int) -> dict[str, Any]:
     return own
 
 
+def not_followed(model: Any, weights: ModelConfig, data: ImageData) -> dict[str, str]:
+    """Says so where a trained model wants its images prepared in a way that is not ours."""
+    if weights.origin == "random" or data.name == "digits":
+        return {}
+    stated = stated_config(model)
+    ways = {"crop_mode": ("center",), "interpolation": tuple(INTERPOLATIONS)}
+    odd = [
+        f"{name} {stated[name]} (ours is {data.interpolation if name in data.origins else ours[0]})"
+        for name, ours in ways.items()
+        if stated.get(name) is not None and stated[name] not in ours
+    ]
+    return {"caution": f"the model asks for {' and '.join(odd)}"} if odd else {}
+
+
 def remember_normalisation(model: Any, data: ImageData) -> None:
-    """Writes down in the model, the way timm does, how its images must be prepared."""
+    """Writes down in the model, the way timm does, how its images must be prepared.
+
+    It was trained on images that were prepared so: nothing about it is a guess or random any more.
+    """
+    stated = stated_config(model)
+    stated.pop("interpolation", None)
     model.pretrained_cfg = {
-        **(getattr(model, "pretrained_cfg", None) or {}),
+        **stated,
         "input_size": (data.channels, *data.image_size),
         "mean": data.mean,
         "std": data.std,
         "crop_pct": data.crop_share,
+        "crop_mode": "center",
         "num_classes": len(data.classes),
         **({"interpolation": data.interpolation} if data.interpolation in INTERPOLATIONS else {}),
     }
+    model.caveats = {}
 
 
 def check_fit(model: Any, data: ImageData) -> None:
@@ -108,7 +130,12 @@ def check_fit(model: Any, data: ImageData) -> None:
 def open_weights(config: ModelConfig, seed: int = 0) -> nn.Module:
     """The model with its weights; those that come from nowhere are drawn by the seed."""
     with seeded(seed, "init"):
-        return models.open_model(config)
+        model: Any = models.open_model(config)
+    if config.origin == "random":
+        model.caveats = {"weights": "random"}
+    elif config.origin == "checkpoint":
+        model.caveats = {"pixels": f"timm's for {config.name}, which the weights need not share"}
+    return model
 
 
 def open_both(
@@ -129,7 +156,11 @@ def open_both(
     data = open_model_data(data_config, model, model_config)
     check_fit(model, data)
     setting = setting_of(data_config, profile, seed)
-    assumptions = {**about_weights(model_config, seed), **about_data(data)}
+    assumptions = {
+        **about_weights(model_config, seed, model),
+        **about_data(data),
+        **not_followed(model, model_config, data),
+    }
     return Opened(model, data, setting, profile, assumptions)
 
 

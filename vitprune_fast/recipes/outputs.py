@@ -17,30 +17,32 @@ def refuse_overwriting(
     options: Any,
     outputs: Mapping[str, Path | None],
     *,
-    config: Path | None = None,
-    may_hold_inputs: bool = False,
+    more: Mapping[str, Path | None] | None = None,
+    resumes: bool = False,
 ) -> None:
-    """Compares every output with every input, and with every other output; links are followed.
+    """Compares every output with every input, and with every other output.
+
+    Links to them are followed; links inside a folder are not.
 
     Args:
         verb: for the message.
         options: the dataclass of the verb. Every path in it that is no output is an input, so a new
             option is protected before anybody thinks of it.
         outputs: option -> the file or folder it has us write; None writes nothing.
-        config: the YAML file the options come from.
-        may_hold_inputs: for a run folder, which is read again when the run goes on.
+        more: option -> what is read beside the options, such as the YAML file they come from.
+        resumes: a run folder that stands already may hold inputs, since it is read again.
 
     Raises:
         InvalidInput: one sentence that names both.
     """
     written = {name: path for name, path in outputs.items() if path is not None}
     read = [*_inputs(options, skip=written)]
-    read += [] if config is None else [("config", config)]
+    read += [(name, path) for name, path in (more or {}).items() if path is not None]
     for out, target in written.items():
         for name, source in read:
             if _within(target, source):
                 how = "be" if _within(source, target) else "lie inside"
-            elif _within(source, target) and not may_hold_inputs:
+            elif _within(source, target) and not (resumes and (target / "run.json").is_file()):
                 how = "contain"
             else:
                 continue

@@ -10,6 +10,9 @@ from dataclasses import asdict, dataclass
 from vitprune_fast.errors import BackendUnavailable, InvalidInput
 from vitprune_fast.recipes.cores import available_cores, default_threads
 
+MAX_THREADS = 1024
+"""More would be a slip, and end the process instead of computing."""
+
 
 @dataclass(frozen=True)
 class Profile:
@@ -47,8 +50,9 @@ def choose_profile(
     """
     import torch
 
-    if threads is not None and threads < 1:
-        raise InvalidInput(f"run: threads must be at least 1, got {threads}")
+    threads = default_threads() if threads is None else threads
+    if not 1 <= threads <= MAX_THREADS:
+        raise InvalidInput(f"vitprune-fast: threads must be 1 to {MAX_THREADS}, got {threads}")
     if workers is not None and workers < 0:
         raise InvalidInput(f"run: workers must be 0 or more, got {workers}")
     if device == "auto":
@@ -71,7 +75,7 @@ def choose_profile(
         device=device,
         hardware=hardware,
         dtype="float32",
-        threads=default_threads() if threads is None else threads,
+        threads=threads,
         workers=default_workers if workers is None else workers,
     )
 

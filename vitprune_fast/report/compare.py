@@ -46,7 +46,7 @@ def write_comparison(folders: Sequence[Path | str], path: Path | str) -> Path:
 def render_comparison(runs: Sequence[RunFolder]) -> str:
     """The page as text."""
     summaries = [files.read_json(run / "summary.json") for run in runs]
-    identities = [files.read_json(run / "run.json")["identity"] for run in runs]
+    identities = [run.record()["identity"] for run in runs]
     plans = [run.record_of("plan") or {"facts": {}} for run in runs]
     names = names_of([run.path for run in runs])
     metrics = [read_metrics(run / "metrics.jsonl") for run in runs]

@@ -66,7 +66,7 @@ def finished_run(folder: Path | str) -> RunFolder:
 
 def render(run: RunFolder) -> str:
     """The page as text."""
-    record = files.read_json(run / "run.json")
+    record = run.record()
     summary = files.read_json(run / "summary.json")
     stages = {name: run.record_of(name) or {"facts": {}} for name in STAGES}
     config = record["identity"]["config"]
