@@ -177,7 +177,7 @@ def test_what_is_given_wins_over_the_variable_and_that_over_cores(
         choose_profile("cpu")
     monkeypatch.delenv("OMP_NUM_THREADS")
     assert choose_profile("cpu").threads == available_cores()
-    with pytest.raises(InvalidInput, match="threads must be at least 1, got 0"):
+    with pytest.raises(InvalidInput, match="threads must be 1 to 1024, got 0"):
         choose_profile("cpu", threads=0)
 
 
