@@ -58,9 +58,11 @@ class Processors:
         names: dict[str, Any] = {"inputs": inputs}
         exec(script, names)
         assert names["found"]
-        for name, child in self.children.items():
-            assert child.stdout and child.stderr
-            assert child.stdout.readline() == "done\n", child.stderr.read()
+        # all have answered before anything is judged: an answer left over would be the next one's
+        answers = [child.stdout and child.stdout.readline() for child in self.children.values()]
+        for answer, child in zip(answers, self.children.values(), strict=True):
+            assert answer == "done\n", child.stderr and child.stderr.read()
+        for name in self.children:
             found = torch.load(self.folder / f"{name}.pt", weights_only=True)
             assert len(found) == len(names["found"])
             assert all(map(torch.equal, found, names["found"])), name

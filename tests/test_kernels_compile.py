@@ -28,14 +28,8 @@ def table(*arguments: str, environment: dict[str, str] | None = None):
     return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
 
 
-@pytest.mark.parametrize(
-    "target",
-    [
-        # the quick suite compiles for the GPU that the speed is claimed for
-        pytest.param(target, id=f"sm_{target}", marks=[] if target == 90 else pytest.mark.slow)
-        for target in machine.TARGETS
-    ],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("target", machine.TARGETS, ids="sm_{}".format)
 @pytest.mark.parametrize("stem", machine.stems())
 def test_kernels_compile_to_what_they_must_be(request, stem, target):
     cache = request.config.cache.mkdir("triton")
