@@ -50,7 +50,9 @@ def interpreters() -> Iterator[Path]:
     if on_path:
         yield Path(on_path)
     pyenv = Path(os.environ.get("PYENV_ROOT") or Path.home() / ".pyenv")
-    yield from sorted(pyenv.glob(f"versions/{version}.*/bin/python{version}"))
+    # where pyenv made the Python that runs this, the others lie beside it
+    for folder in dict.fromkeys([pyenv / "versions", Path(sys.base_prefix).parent]):
+        yield from sorted(folder.glob(f"{version}.*/bin/python{version}"))
 
 
 def interpreter() -> Path:
