@@ -15,6 +15,7 @@ HALF = {
     "top5": 1.0,
     "latency_ms": 2.0,
     "latency_p90_ms": 2.5,
+    "latency_waited": None,
     "latency_ms_batch64": 20.0,
     "images_per_s": 3200.0,
 }
@@ -149,3 +150,12 @@ def test_the_table_shows_before_after_and_change() -> None:
 def test_quiet_prints_only_the_result() -> None:
     text = shown(terminal=False, quiet=True)
     assert "profile" not in text and "distill" not in text and "MACs" in text
+
+
+@pytest.mark.parametrize("quiet", [False, True])
+def test_times_that_are_too_long_are_never_shown_without_saying_so(
+    quiet: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert "too long" not in shown(terminal=False, quiet=quiet)
+    monkeypatch.setitem(HALF, "latency_waited", 0.48)
+    assert "the process waited for a core 48% of the time" in shown(terminal=False, quiet=quiet)
