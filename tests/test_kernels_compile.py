@@ -174,6 +174,14 @@ def test_known_spills_are_those_of_cases():
         assert stacks.keys() <= cases, version
 
 
+def test_registers_that_are_known_are_no_fault():
+    more = dataclasses.replace(GOOD, registers=70)
+    assert faults(example(), 90, more, known_registers=70) == []
+    assert faults(example(), 90, more, known_registers=69) == [
+        "70 registers are more than the recorded 69"
+    ]
+
+
 def test_bound_of_registers_may_differ_by_target():
     case = example(registers={80: 96, 90: 63, 100: 64})
     assert faults(case, 80, GOOD) == faults(case, 100, GOOD) == []

@@ -74,7 +74,8 @@ def save(model: nn.Module, folder: str | Path) -> None:
     """Write a model so that it can be opened again without pickle and, where it can, without us.
 
     A model with one size for all blocks that timm's own constructor can express opens with
-    ``timm.create_model("local-dir:<folder>", pretrained=True)``; any other carries
+    ``timm.create_model("local-dir:<folder>", pretrained=True)`` (timm 1.0.23 needs
+    ``checkpoint_path="<folder>/model.safetensors"`` in place of ``pretrained``); any other carries
     ``modeling_pruned.py``, which needs timm only. Files are replaced atomically, the manifest last.
     Tied parameters are tied again by :func:`load`; timm opens them as equal ones.
 
