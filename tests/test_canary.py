@@ -18,7 +18,7 @@ import timm.layers
 import torch
 from timm.layers import GluMlp, LayerScale, Mlp, SwiGLU
 from timm.models.vision_transformer import Attention, Block, ResPostBlock, VisionTransformer
-from torch import Tensor, nn
+from torch import Tensor, library, nn
 from torch.nn import functional as F
 
 ROOT = Path(__file__).parent.parent
@@ -385,7 +385,7 @@ def torch_forward() -> None:
 
 @fact("torch says whether an op has a kernel for a device", "_extension.py")
 def torch_dispatch() -> None:
-    ours = torch.library.Library("vitprune_fast_canary", "DEF")
+    ours = library.Library("vitprune_fast_canary", "DEF")
     ours.define("nothing(Tensor x) -> Tensor")
     has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key
     assert has_kernel("aten::mm", "CPU")
@@ -442,8 +442,6 @@ def torch_stance() -> None:
 
 @fact("an op keeps its schema, its fake form and its gradient in the library", "ops/", "gates/")
 def torch_library() -> None:
-    from torch import library
-
     has(library, "Library custom_op register_fake register_autograd opcheck")
     has(torch.Tag, "pt2_compliant_tag")
     has(torch.compiler, "is_compiling")

@@ -12,8 +12,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.compiled import known, machine
+from tests.compiled import machine
 from tests.compiled.case import Case
+from tests.compiled.known import KNOWN, Known
 from tests.compiled.machine import Code, faults
 
 ROOT = Path(__file__).parent.parent
@@ -156,28 +157,28 @@ def test_every_check_can_fail(changes, added, fault):
 def test_a_known_spill_may_neither_grow_nor_be_listed_when_it_is_gone():
     local = (*GOOD.instructions, "STL", "LDL")
     spilt = dataclasses.replace(GOOD, stack=8, instructions=local)
-    assert faults(example(), 90, spilt, 8) == []
-    (found,) = faults(example(), 90, spilt, 4)
+    assert faults(example(), 90, spilt, Known(stack=8)) == []
+    (found,) = faults(example(), 90, spilt, Known(stack=4))
     assert found == "registers spill: 8 bytes of stack, 2 local accesses"
-    (found,) = faults(example(), 90, GOOD, 8)
+    (found,) = faults(example(), 90, GOOD, Known(stack=8))
     assert found == "tests/compiled/known.py is out of date: 8 -> 0 bytes"
 
 
-def test_known_spills_are_those_of_cases():
+def test_what_is_known_is_of_cases():
     cases = {
         (case.label, target)
         for stem in machine.stems()
         for target in machine.TARGETS
         for case in machine.cases(stem, target)
     }
-    for version, stacks in known.STACKS.items():
-        assert stacks.keys() <= cases, version
+    for version, listed in KNOWN.items():
+        assert listed.keys() <= cases, version
 
 
 def test_registers_that_are_known_are_no_fault():
     more = dataclasses.replace(GOOD, registers=70)
-    assert faults(example(), 90, more, known_registers=70) == []
-    assert faults(example(), 90, more, known_registers=69) == [
+    assert faults(example(), 90, more, Known(registers=70)) == []
+    assert faults(example(), 90, more, Known(registers=69)) == [
         "70 registers are more than the recorded 69"
     ]
 

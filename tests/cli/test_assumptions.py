@@ -14,30 +14,14 @@ from PIL import Image
 from timm.data import resolve_model_data_config  # pyright: ignore[reportAttributeAccessIssue]
 
 import vitprune_fast as vp
+from tests.small import NAME, SMALL, photographs, words
 from vitprune_fast import files
 from vitprune_fast.cli.main import main
 from vitprune_fast.data import open_data
 
-NAME = "vit_tiny_patch16_224"
-SIZES: dict[str, Any] = {
-    "img_size": 16,
-    "patch_size": 8,
-    "embed_dim": 24,
-    "depth": 2,
-    "num_heads": 3,
-    "num_classes": 2,
-}
-ARGS = ["--model-args", *(f"{key}={value}" for key, value in SIZES.items())]
+SIZES = {**SMALL, "num_classes": 2}
+MODEL = words(SIZES)
 TRAINING = ["--distill.epochs", "1", "--distill.warmup-epochs", "0", "--latency-seconds", "0.01"]
-
-
-def photographs(top: Path, *parts: str, count: int = 20) -> None:
-    for label, name in enumerate(("ant", "bee")):
-        for part in parts:
-            (top / part / name).mkdir(parents=True)
-            for index in range(count):
-                image = Image.new("RGB", (24, 16), (120 * label, 6 * index, len(part)))
-                image.save(top / part / name / f"{index}.png")
 
 
 @pytest.fixture(autouse=True)
@@ -49,7 +33,7 @@ def _here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def checkpoint() -> list[str]:
     """Options of a trained model whose training nobody here knows."""
     files.write_tensors("dense.safetensors", untrained().state_dict())
-    return ["--model", NAME, *ARGS, "--checkpoint", "dense.safetensors"]
+    return [*MODEL, "--checkpoint", "dense.safetensors"]
 
 
 def untrained() -> Any:
@@ -97,7 +81,7 @@ def test_a_run_says_which_folder_or_share_became_what(
     checkpoint: list[str],
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    photographs(Path("photos"), *parts)
+    photographs(Path("photos"), *parts, count=20)
     words = ["run", *checkpoint, "--data", "folder:photos", *TRAINING, "--threads", "1"]
     lines = said(capsys, *words, "--out", "run")
     assert lines["splits"] == f"train: {train}; validation: {validation}; test: {test}"
@@ -123,7 +107,7 @@ def test_a_run_says_which_folder_or_share_became_what(
 def test_what_was_said_is_not_assumed(
     checkpoint: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    photographs(Path("photos"), "")
+    photographs(Path("photos"), count=20)
     statistics = ("--mean", ".1", ".2", ".3", "--std", "1", "1", "1", "--crop-share", "0.8")
     words = ["run", *checkpoint, "--data", "folder:photos", *TRAINING, "--threads", "1"]
     words += ["--macs", "0.6", *statistics, "--interpolation", "bilinear", "--out", "run"]
@@ -147,8 +131,8 @@ def test_what_was_said_is_not_assumed(
 def test_random_weights_are_named_by_every_verb_that_uses_them(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    photographs(Path("photos"), "")
-    model, data = ["--model", NAME, *ARGS], ["--data", "folder:photos"]
+    photographs(Path("photos"), count=20)
+    model, data = MODEL, ["--data", "folder:photos"]
     random = f"{NAME} has random weights (seed 0)"
     lines = said(capsys, "score", *model, *data, "--out", "s.safetensors")
     assert lines["weights"].startswith(random)
@@ -172,13 +156,12 @@ def test_random_weights_are_named_by_every_verb_that_uses_them(
 def test_weights_of_a_name_are_the_same_for_score_and_prune(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    photographs(Path("photos"), "")
-    model = ["--model", NAME, *ARGS]
+    photographs(Path("photos"), count=20)
     plan = vp.Plan.of(vp.describe(untrained()), {})
     plan.save("keep.json")
     for folder in ("one", "two"):
         torch.manual_seed(len(folder) + ord(folder[0]))
-        said(capsys, "prune", *model, "--plan", "keep.json", "--out", folder)
+        said(capsys, "prune", *MODEL, "--plan", "keep.json", "--out", folder)
     one, two = (vp.load(folder).state_dict() for folder in ("one", "two"))
     assert all(torch.equal(one[name], two[name]) for name in one)
 
@@ -186,7 +169,7 @@ def test_weights_of_a_name_are_the_same_for_score_and_prune(
 def test_scores_of_a_trained_model_say_nothing_of_random_weights(
     checkpoint: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    photographs(Path("photos"), "")
+    photographs(Path("photos"), count=20)
     assert "weights" not in said(
         *(capsys, "score", *checkpoint, "--data", "folder:photos", "--out", "s.safetensors")
     )
@@ -252,13 +235,13 @@ def test_the_digits_take_no_settings_of_photographs(option: str, value: Any) -> 
 def test_distil_saves_the_pixel_statistics_it_trained_with(
     checkpoint: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    photographs(Path("photos"), "")
+    photographs(Path("photos"), count=20)
     data = ["--data", "folder:photos"]
     plan = vp.Plan.of(vp.describe(untrained()), {})
     plan.save("keep.json")
     said(capsys, "prune", *checkpoint, "--plan", "keep.json", "--out", "pruned")
     # a guess stays a guess on the disk
-    guess = f"(timm's for {NAME}, which the weights need not share)"
+    guess = f"(timm's for {NAME}, which the checkpoint need not share)"
     assert guess in said(capsys, "eval", "--model", "pruned", *data)["pixels"]
     statistics = ("--mean", ".1", ".2", ".3", "--std", "1", "1", "1", "--crop-share", "0.5")
     training = ("--teacher", "self", "--epochs", "1", "--warmup-epochs", "0")
@@ -273,7 +256,7 @@ def test_distil_saves_the_pixel_statistics_it_trained_with(
 def test_a_way_to_prepare_images_that_is_not_ours_is_named(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    photographs(Path("photos"), "")
+    photographs(Path("photos"), count=20)
     model = untrained()
     model.pretrained_cfg |= {"crop_mode": "squash", "interpolation": "random"}
     vp.save(model, "odd")
@@ -296,7 +279,7 @@ def test_a_saved_model_claims_no_weights_of_timm() -> None:
 
 
 def test_a_line_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
-    photographs(Path("two\nlines"), "")
+    photographs(Path("two\nlines"), count=20)
     vp.save(untrained(), "model")
     lines = said(capsys, "eval", "--model", "model", "--data", "folder:two\nlines")
     assert lines["splits"].startswith("train: the rest of two lines (28); validation")

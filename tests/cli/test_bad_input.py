@@ -4,37 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import timm
 import torch
-from PIL import Image
 
+from tests import small
+from tests.small import NAME, SMALL, words
 from vitprune_fast import files
 from vitprune_fast.cli.main import main
 
-NAME = "vit_tiny_patch16_224"
-SMALL: dict[str, Any] = {
-    "img_size": 16,
-    "patch_size": 8,
-    "embed_dim": 24,
-    "depth": 2,
-    "num_heads": 3,
-}
-WORDS = [f"{key}={value}" for key, value in SMALL.items()]
-MODEL = ["--model", NAME, "--model-args", *WORDS]
+MODEL = words(SMALL)
 
 
 @pytest.fixture
 def photographs(tmp_path: Path) -> Path:
     """Three classes of ten 20 x 20 images."""
-    for label, name in enumerate(("ant", "bee", "cat")):
-        (tmp_path / "photos" / name).mkdir(parents=True)
-        for index in range(10):
-            image = Image.new("RGB", (20, 20), (80 * label, 20 * index, 0))
-            image.save(tmp_path / "photos" / name / f"{index}.png")
-    return tmp_path / "photos"
+    return small.photographs(tmp_path / "photos", classes=("ant", "bee", "cat"), size=(20, 20))
 
 
 @pytest.fixture
@@ -135,7 +121,7 @@ def test_unsupported_family(sentence: Callable[..., str]) -> None:
 
 def test_budget_that_cannot_be_met(sentence: Callable[..., str]) -> None:
     training = ("--dense.epochs", "1", "--dense.warmup-epochs", "0", "--batch-size", "512")
-    model = (*WORDS, "in_chans=1")
+    model = (*MODEL[3:], "in_chans=1")
     text = sentence("run", "--macs", "0.001", *training, "--threads", "1", "--model-args", *model)
     assert "smallest" in text
 

@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 import timm
-from PIL import Image
 
 import vitprune_fast as vp
+from tests.small import NAME, SMALL, photographs
 from vitprune_fast.cli.main import VERBS, main
 from vitprune_fast.data import open_data
 from vitprune_fast.errors import InvalidInput
@@ -24,13 +24,8 @@ from vitprune_fast.recipes.outputs import refuse_overwriting
 def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A saved model for two classes of photographs, its scores, a plan and the photographs."""
     top = tmp_path_factory.mktemp("made")
-    for label, name in enumerate(("ant", "bee")):
-        (top / "photos" / name).mkdir(parents=True)
-        for index in range(10):
-            image = Image.new("RGB", (16, 16), (80 * label, 20 * index, 0))
-            image.save(top / "photos" / name / f"{index}.png")
-    sizes: Any = {"img_size": 16, "patch_size": 8, "embed_dim": 24, "depth": 2, "num_heads": 3}
-    model = timm.create_model("vit_tiny_patch16_224", num_classes=2, **sizes)
+    photographs(top / "photos")
+    model = timm.create_model(NAME, num_classes=2, **SMALL)
     vp.save(model, top / "dense")
     scores = vp.score(model, None, criterion="magnitude")
     scores.save(top / "scores.safetensors")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 import timm
@@ -18,15 +17,6 @@ from vitprune_fast.planning.waiting import Waits
 from vitprune_fast.recipes.chain import run
 from vitprune_fast.recipes.yamlfile import to_yaml
 
-SIZES: dict[str, Any] = {
-    "img_size": 8,
-    "patch_size": 4,
-    "in_chans": 1,
-    "embed_dim": 24,
-    "depth": 2,
-    "num_heads": 3,
-    "num_classes": 10,
-}
 COMMANDS = {
     "run": "run --config tiny.yaml --out fresh",
     "describe": "describe --model dense",
@@ -44,7 +34,7 @@ COMMANDS = {
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     top = tmp_path_factory.mktemp("threads")
-    model = timm.create_model("vit_tiny_patch16_224", **SIZES)
+    model = timm.create_model(TINY.model.name, num_classes=10, **TINY.model.args)
     vp.save(model, top / "dense")
     scores = vp.score(model, None, criterion="magnitude")
     scores.save(top / "s.safetensors")

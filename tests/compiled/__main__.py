@@ -10,7 +10,7 @@ import os
 import sys
 
 from . import machine
-from .known import known_registers, known_stack
+from .known import known
 
 
 def main() -> int:
@@ -30,8 +30,7 @@ def main() -> int:
             for case in machine.cases(stem, target):
                 code = machine.compile_case(case, target)
                 print(machine.row(case, target, code), flush=True)
-                known = (known(case.label, target) for known in (known_stack, known_registers))
-                found = machine.faults(case, target, code, *known)
+                found = machine.faults(case, target, code, known(case.label, target))
                 wrong += [f"{case.label} sm_{target}: {fault}" for fault in found]
     print("\n".join(wrong))
     return 1 if wrong else 0

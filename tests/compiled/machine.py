@@ -16,8 +16,10 @@ from pathlib import Path
 from types import ModuleType
 
 from .case import Case
+from .known import Known
 
 TARGETS = (80, 90, 100)
+NOTHING = Known()
 HERE = Path(__file__).parent
 # beside the modules that hold cases
 MACHINERY = ("__init__", "__main__", "case", "known", "machine")
@@ -103,27 +105,24 @@ def _output(tool: Path, *arguments: str) -> str:
     return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
 
-def faults(
-    case: Case, target: int, code: Code, known_stack: int = 0, known_registers: int = 0
-) -> list[str]:
+def faults(case: Case, target: int, code: Code, known: Known = NOTHING) -> list[str]:
     """One sentence for each thing the machine code must not be.
 
     Args:
         case: what was compiled.
         target: for which compute capability.
         code: what came of it.
-        known_stack: bytes of stack that are listed for it in ``known.py``.
-        known_registers: likewise, registers of one thread.
+        known: what is listed for it in ``known.py``.
     """
     found = []
     local = code.count(LOCAL)
-    if code.stack > known_stack or (local and not known_stack):
+    if code.stack > known.stack or (local and not known.stack):
         found.append(f"registers spill: {code.stack} bytes of stack, {local} local accesses")
-    elif code.stack < known_stack:
-        found.append(f"tests/compiled/known.py is out of date: {known_stack} -> {code.stack} bytes")
+    elif code.stack < known.stack:
+        found.append(f"tests/compiled/known.py is out of date: {known.stack} -> {code.stack} bytes")
     bound = case.registers
     bound = bound[target] if isinstance(bound, Mapping) else bound
-    bound = max(bound, known_registers)
+    bound = max(bound, known.registers)
     if code.registers > bound:
         found.append(f"{code.registers} registers are more than the recorded {bound}")
     if code.shared > MAX_SHARED:

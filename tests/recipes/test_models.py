@@ -10,20 +10,14 @@ import timm
 import torch
 from safetensors.torch import save_file
 
+from tests import small
+from tests.small import NAME
 from vitprune_fast import files
 from vitprune_fast.errors import DamagedFile, InvalidInput
 from vitprune_fast.recipes.config import ModelConfig
 from vitprune_fast.recipes.models import open_model, skeleton
 
-NAME = "vit_tiny_patch16_224"
-SMALL: dict[str, Any] = {
-    "img_size": 16,
-    "patch_size": 8,
-    "embed_dim": 24,
-    "depth": 2,
-    "num_heads": 3,
-    "num_classes": 5,
-}
+SMALL = {**small.SMALL, "num_classes": 5}
 
 
 def weights() -> dict[str, torch.Tensor]:

@@ -55,6 +55,7 @@ def main(words: list[str]) -> int:
     from vitprune_fast.cli.display import Display, print_assumptions
     from vitprune_fast.cli.signals import Interrupted, Stopper
     from vitprune_fast.files import probe_folder
+    from vitprune_fast.recipes.assumptions import about_gates
     from vitprune_fast.recipes.board import Board
     from vitprune_fast.recipes.opened import open_both, remember_normalisation
     from vitprune_fast.recipes.profile import applied
@@ -70,9 +71,7 @@ def main(words: list[str]) -> int:
         probe_folder(options.checkpoints)
     seed = options.schedule.seed
     opened = open_both(options.model, options.data, seed, options.device, options.threads)
-    gates = options.gates
-    budget = {} if gates.kind == "none" else {"budget": f"{gates.macs:.0%} of the MACs, gate-macs"}
-    print_assumptions({**opened.assumptions, **budget})
+    print_assumptions({**opened.assumptions, **about_gates(options.gates)})
     stop = Stopper()
     with applied(opened.profile), Display() as display:
 
@@ -90,13 +89,13 @@ def main(words: list[str]) -> int:
                 options.schedule,
                 trainings,
                 teachers=options.teacher,
-                gates=gates,
+                gates=options.gates,
                 masks=options.masks,
             )
         except TrainingStopped:
             assert stop.number is not None
             raise Interrupted(stop.number, resumes=options.checkpoints is not None) from None
-    remember_normalisation(taught, opened.data)
+    remember_normalisation(taught, opened.data, trained=True)
     vp.save(taught, options.out)
     print(options.out)
     return 0

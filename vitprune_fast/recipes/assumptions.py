@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from vitprune_fast.data import ImageData
-from vitprune_fast.recipes.config import ModelConfig, PlanConfig
+from vitprune_fast.recipes.config import GateConfig, ModelConfig, PlanConfig
 from vitprune_fast.stated import caveats
 
 SPLITS = ("train", "validation", "test")
@@ -56,6 +56,13 @@ def about_budget(config: PlanConfig) -> dict[str, str]:
     if not config.is_default:
         return {}
     return {"budget": "half of the MACs, the default, since none was given (--macs 0.5)"}
+
+
+def about_gates(config: GateConfig) -> dict[str, str]:
+    """Says what learned gates cut to, where there are some."""
+    if config.kind == "none":
+        return {}
+    return {"budget": f"{config.macs:.0%} of the MACs (gate-macs)"}
 
 
 def data_facts(data: ImageData) -> dict[str, Any]:

@@ -24,7 +24,6 @@ from vitprune_fast import files
 from vitprune_fast.data import BadImage, ImageData
 from vitprune_fast.errors import InvalidInput, StageFailed
 from vitprune_fast.planning.cost import predict_cost
-from vitprune_fast.randomness import seeded
 from vitprune_fast.recipes import assumptions, checks, models, stages
 from vitprune_fast.recipes.board import Board
 from vitprune_fast.recipes.config import RunConfig
@@ -33,6 +32,7 @@ from vitprune_fast.recipes.opened import (
     check_fit,
     not_followed,
     open_model_data,
+    open_weights,
     remember_normalisation,
     setting_of,
 )
@@ -202,7 +202,12 @@ def check_inputs(config: RunConfig, data: ImageData | None = None) -> nn.Module:
 def assumed(config: RunConfig, data: ImageData, model: nn.Module) -> dict[str, str]:
     """Topic -> what the run takes for granted about its data and its dense model."""
     return {
-        **assumptions.about_weights(config.model, config.seed, model),
+        # weights that come from nowhere are trained by the run before anything else
+        **(
+            assumptions.about_weights(config.model, config.seed, model)
+            if config.has_weights
+            else {}
+        ),
         **assumptions.about_data(data),
         **not_followed(model, config.model, data),
         **assumptions.about_test_images(config.model, data),
@@ -292,20 +297,15 @@ def _data(job: Job) -> dict[str, Any]:
 
 def _dense(job: Job) -> dict[str, Any]:
     config = job.config
-    with seeded(config.seed, "init"):
-        model: Any = models.open_model(
-            config.model, None if config.has_weights else len(job.data.classes)
-        )
+    classes = None if config.has_weights else len(job.data.classes)
+    model = open_weights(config.model, config.seed, classes)
     facts: dict[str, Any] = {"source": str(config.model.checkpoint or config.model.name)}
     if not config.has_weights:
         model, facts = _train(job, model, None, config.dense)
     else:
         facts["text"] = f"weights from {facts['source']}"
     check_fit(model, job.data)
-    remember_normalisation(model, job.data)
-    if config.has_weights and job.data.origins["mean"].startswith("timm's"):
-        # these weights were not trained on what the run prepares: the guess stays one
-        model.caveats = {"pixels": job.data.origins["mean"]}
+    remember_normalisation(model, job.data, trained=not config.has_weights)
     model = model.to(job.profile.device).eval()
     cost = vp.cost(model)
     proofs = [checks.finite(model, job.images), job.save(model, "dense")]
@@ -411,6 +411,7 @@ def _prune(job: Job) -> dict[str, Any]:
 
 def _distill(job: Job) -> dict[str, Any]:
     model, facts = _train(job, job.load("pruned"), job.load("dense"), job.config.distill)
+    remember_normalisation(model, job.data, trained=True)
     model = model.to(job.profile.device).eval()
     proofs = [checks.finite(model, job.images), job.save(model, "model")]
     return {**facts, "checks": checks.require("distill", proofs)}

@@ -79,7 +79,7 @@ def _create(config: ModelConfig, **extra: Any) -> nn.Module:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            return timm.create_model(name, pretrained=config.pretrained, **arguments)
+            model: Any = timm.create_model(name, pretrained=config.pretrained, **arguments)
     except InvalidInput:
         raise
     except Exception as error:
@@ -87,6 +87,10 @@ def _create(config: ModelConfig, **extra: Any) -> nn.Module:
         reason = " ".join(str(error).split()) or type(error).__name__
         shown = " ".join(f"{key}={value}" for key, value in arguments.items()) or "no arguments"
         raise InvalidInput(f"model: cannot create {name} with {shown}: {reason}") from error
+    guess = f"timm's for {name}, which the checkpoint need not share"
+    notes = {"random": {"weights": "random"}, "checkpoint": {"pixels": guess}}
+    model.caveats = notes.get(config.origin, {})
+    return model
 
 
 def read_checkpoint(path: Path) -> dict[str, Tensor]:

@@ -64,12 +64,8 @@ def open_model_data(config: DataConfig, model: Any, weights: ModelConfig) -> Ima
     data = open_data(
         config.source, image_size=(height, width), channels=channels, **{**given, **known}
     )
-    origin = {
-        "saved": caveats(model).get("pixels", "of the saved model"),
-        "checkpoint": f"timm's for {weights.name}, which the checkpoint need not share",
-        "pretrained": f"timm's for {weights.name}",
-        "random": "",
-    }[weights.origin]
+    stated_by = "of the saved model" if weights.origin == "saved" else f"timm's for {weights.name}"
+    origin = caveats(model).get("pixels", stated_by)
     return replace(data, origins={**data.origins, **dict.fromkeys(known, origin)})
 
 
@@ -93,19 +89,23 @@ def not_followed(model: Any, weights: ModelConfig, data: ImageData) -> dict[str,
     if weights.origin == "random" or data.name == "digits":
         return {}
     stated = stated_config(model)
-    ways = {"crop_mode": ("center",), "interpolation": tuple(INTERPOLATIONS)}
+    ours = {
+        "crop_mode": ("center", {"center"}),
+        "interpolation": (data.interpolation, INTERPOLATIONS),
+    }
     odd = [
-        f"{name} {stated[name]} (ours is {data.interpolation if name in data.origins else ours[0]})"
-        for name, ours in ways.items()
-        if stated.get(name) is not None and stated[name] not in ours
+        f"{name} {stated[name]} (ours is {used})"
+        for name, (used, possible) in ours.items()
+        if stated.get(name) is not None and stated[name] not in possible
     ]
     return {"caution": f"the model asks for {' and '.join(odd)}"} if odd else {}
 
 
-def remember_normalisation(model: Any, data: ImageData) -> None:
+def remember_normalisation(model: Any, data: ImageData, *, trained: bool) -> None:
     """Writes down in the model, the way timm does, how its images must be prepared.
 
-    It was trained on images that were prepared so: nothing about it is a guess or random any more.
+    Nothing is random or a guess any more about a model that was trained on such images, and what
+    was given is no guess.
     """
     stated = stated_config(model)
     stated.pop("interpolation", None)
@@ -119,7 +119,12 @@ def remember_normalisation(model: Any, data: ImageData) -> None:
         "num_classes": len(data.classes),
         **({"interpolation": data.interpolation} if data.interpolation in INTERPOLATIONS else {}),
     }
-    model.caveats = {}
+    kept = caveats(model)
+    if trained:
+        kept = {}
+    elif data.origins["mean"] == "given":
+        kept.pop("pixels", None)
+    model.caveats = kept
 
 
 def check_fit(model: Any, data: ImageData) -> None:
@@ -127,15 +132,10 @@ def check_fit(model: Any, data: ImageData) -> None:
     data.check_model(num_classes=model.num_classes, patch_size=model.patch_embed.patch_size)
 
 
-def open_weights(config: ModelConfig, seed: int = 0) -> nn.Module:
-    """The model with its weights; those that come from nowhere are drawn by the seed."""
+def open_weights(config: ModelConfig, seed: int, classes: int | None = None) -> nn.Module:
+    """The model of `models.open_model`; weights that come from nowhere are drawn by the seed."""
     with seeded(seed, "init"):
-        model: Any = models.open_model(config)
-    if config.origin == "random":
-        model.caveats = {"weights": "random"}
-    elif config.origin == "checkpoint":
-        model.caveats = {"pixels": f"timm's for {config.name}, which the weights need not share"}
-    return model
+        return models.open_model(config, classes)
 
 
 def open_both(
