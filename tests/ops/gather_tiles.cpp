@@ -1,5 +1,4 @@
 // Runs the tiles of csrc/cuda/gather_tile.h on the CPU, thread after thread, for test_gather.py.
-#include <bit>
 #include <cstring>
 #include <vector>
 
@@ -7,17 +6,25 @@
 
 namespace vitprune {
 
+template <typename To, typename From>
+To bits_as(const From& from) {
+  static_assert(sizeof(To) == sizeof(From));
+  To to;
+  std::memcpy(&to, &from, sizeof(to));
+  return to;
+}
+
 uint16_t to_bfloat16(uint32_t bits) {
   if ((bits & 0x7fffffffu) > 0x7f800000u) return 0x7fffu;  // the NaN of the GPU
   return static_cast<uint16_t>((bits + 0x7fffu + (bits >> 16 & 1u)) >> 16);
 }
 
 uint16_t to_half(uint32_t bits) {
-  return std::bit_cast<uint16_t>(static_cast<_Float16>(std::bit_cast<float>(bits)));
+  return bits_as<uint16_t>(static_cast<_Float16>(bits_as<float>(bits)));
 }
 
 uint32_t from_half(uint16_t bits) {
-  return std::bit_cast<uint32_t>(static_cast<float>(std::bit_cast<_Float16>(bits)));
+  return bits_as<uint32_t>(static_cast<float>(bits_as<_Float16>(bits)));
 }
 
 }  // namespace vitprune

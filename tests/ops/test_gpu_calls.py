@@ -62,6 +62,7 @@ def test_plain_torch_is_told_from_our_kernels(op):
         assert own_kernels(call, "auto", "cpu")
 
 
+@pytest.mark.slow
 def test_one_launch_runs_every_kernel(capsys):
     one_launch.main(DEVICE)
     lines = capsys.readouterr().out.splitlines()
