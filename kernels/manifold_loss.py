@@ -166,7 +166,7 @@ def _manifold_loss_kernel(
     student_ptr,  # (S, R, D), columns adjacent
     teacher_ptr,  # (S, R, E), columns adjacent
     inverse_ptr,  # (S, 2, R), contiguous
-    part_ptr,  # (S, blocks of rows), contiguous: sums of squares
+    squares_ptr,  # (S, R), contiguous: sums of squared differences
     grad_ptr,  # (S, R, D), columns adjacent; not written without HAS_GRADIENT
     stride_student_s,
     stride_student_r,
@@ -264,7 +264,9 @@ def _manifold_loss_kernel(
             BLOCK_M, BLOCK_D,
         )  # fmt: skip
     if pid_d == 0:
-        tl.store(part_ptr + pid_s * NUM_BLOCKS + pid_m, tl.sum(squares, 0))
+        # their sum over the rows is taken outside: of a sum of products Triton 3.6 makes no code
+        # for sm_100
+        tl.store(squares_ptr + pid_s * NUM_ROWS + row + offs_m, squares, mask=mask_m)
 
 
 class Tiles(NamedTuple):
@@ -316,7 +318,7 @@ def manifold_loss_fwd_bwd(
     num_blocks = triton.cdiv(rows, chosen.block_m)
     splits = triton.cdiv(width, chosen.block_d) if has_gradient and rows > chosen.block_n else 1
     inverse_S2R = student_SRD.new_empty(sets, 2, rows, dtype=torch.float32)
-    part_SP = student_SRD.new_empty(sets, num_blocks, dtype=torch.float32)
+    squares_SR = student_SRD.new_empty(sets, rows, dtype=torch.float32)
     grad_strides = grad_SRD.stride()[:2] if has_gradient else (0, 0)
     inputs = (*student_SRD.stride()[:2], *teacher_SRE.stride()[:2])
     sizes = {"NUM_ROWS": rows, "STUDENT_WIDTH": width, "TEACHER_WIDTH": teacher_width}
@@ -338,7 +340,7 @@ def manifold_loss_fwd_bwd(
             student_SRD,
             teacher_SRE,
             inverse_S2R,
-            part_SP,
+            squares_SR,
             grad_SRD,
             *inputs,
             *grad_strides,
@@ -357,8 +359,7 @@ def manifold_loss_fwd_bwd(
             num_stages=chosen.num_stages,
             enable_fp_fusion=True,
         )
-    # one number for each block of rows, in their order
-    return part_SP.sum(dtype=torch.float64).mul_(1 / (sets * rows**2)).float()
+    return squares_SR.sum(dtype=torch.float64).mul_(1 / (sets * rows**2)).float()
 
 
 _ELEMENTS = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}

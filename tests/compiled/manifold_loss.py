@@ -38,7 +38,7 @@ def case(
     chosen = kernels.tiles(num_rows, operand_bytes, stored_bytes, large)
     pointers = {
         **dict.fromkeys(("student_ptr", "teacher_ptr", "grad_ptr"), f"*{element}"),
-        **dict.fromkeys(("inverse_ptr", "part_ptr"), "*fp32"),
+        **dict.fromkeys(("inverse_ptr", "squares_ptr"), "*fp32"),
     }
     if element == "fp16":
         pointers["grad_ptr"] = "*fp32"
