@@ -36,6 +36,8 @@ TESTS = [
     "tests/test_import.py",
     "tests/test_packaging.py",
 ]
+# long, and not decided by versions: the same sums again, and many models one mask at a time
+LEFT_OUT = ["-k", "not same_bits", "--ignore=tests/scoring/test_ablation.py"]
 
 
 def interpreters() -> Iterator[Path]:
@@ -142,7 +144,7 @@ def main() -> None:
     install()
     build()
     run(VENV / "bin" / "vitprune-fast", "doctor")
-    chosen = sys.argv[1:] or ["-n", "2", "-m", "not slow and not gpu", *TESTS]
+    chosen = sys.argv[1:] or ["-n", "2", "-m", "not slow and not gpu", *TESTS, *LEFT_OUT]
     run(PYTHON, "-m", "pytest", "-q", *chosen, OMP_NUM_THREADS="1")
     if not sys.argv[1:]:
         # for the GPU that the speed is claimed for, and what once did not compile
