@@ -36,8 +36,9 @@ TESTS = [
     "tests/test_import.py",
     "tests/test_packaging.py",
 ]
-# long, and not decided by versions: the same sums again, and many models one mask at a time
-LEFT_OUT = ["-k", "not same_bits", "--ignore=tests/scoring/test_ablation.py"]
+# long, and hardly decided by versions: the same sums again, fp16 besides fp32, and many models one
+# mask at a time
+LEFT_OUT = ["-k", "not same_bits and not fp16", "--ignore=tests/scoring/test_ablation.py"]
 
 
 def interpreters() -> Iterator[Path]:
