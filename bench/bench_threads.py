@@ -10,6 +10,7 @@ and its end stops it: imports and opening the data do not count.
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
 import random
 import statistics
@@ -95,9 +96,8 @@ def bench_threads(tmp_path: Path) -> None:
                 times.setdefault((load, form), []).append(seconds)
                 print(f"beside {load}, {form}: {seconds:.2f} s", flush=True)
     rows = []
-    for (load, form), taken in sorted(
-        times.items(), key=lambda item: list(loads).index(item[0][0])
-    ):
+    for load, form in itertools.product(loads, FORMS):
+        taken = times[load, form]
         ratios = [a / b for a, b in zip(taken, times[load, ONE], strict=True)]
         rows.append(
             {

@@ -264,8 +264,7 @@ def _manifold_loss_kernel(
             BLOCK_M, BLOCK_D,
         )  # fmt: skip
     if pid_d == 0:
-        # their sum over the rows is taken outside: of a sum of products Triton 3.6 makes no code
-        # for sm_100
+        # the launcher sums the rows: Triton 3.6 fails to compile a sum of these sums for sm_100
         tl.store(squares_ptr + pid_s * NUM_ROWS + row + offs_m, squares, mask=mask_m)
 
 

@@ -1,4 +1,4 @@
-// Runs the tiles of csrc/cuda/gather_tile.h on the CPU, thread after thread, for test_gather.py.
+// Runs the tiles of csrc/cuda/gather_tile.h on the CPU, thread by thread, for test_gather_all.py.
 #include <cstring>
 #include <vector>
 
