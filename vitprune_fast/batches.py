@@ -56,15 +56,35 @@ def unpack(function: str, batch: Any, *models: nn.Module | None) -> tuple[Tensor
         if isinstance(batch, Sequence) and not isinstance(batch, str):
             shown += f" of length {len(batch)}"
         raise InvalidInput(f"{function}: batches must yield (images, labels) pairs, got {shown}")
-    images = batch[0]
-    if not isinstance(images, Tensor) or images.ndim != 4 or not images.is_floating_point():
-        raise InvalidInput(
-            f"{function}: images must be a floating tensor (B, C, H, W), got {_shown(images)}"
-        )
-    for model in models:
-        if model is not None:
-            _check_size(function, model, images)
+    images = _images(function, batch[0], *models)
     return images, _labels(function, batch[1], len(images))
+
+
+def unlabelled(function: str, argument: str, batches: Any, *models: nn.Module) -> Iterator[Tensor]:
+    """The images of every batch, whatever else it carries.
+
+    Args:
+        function: the caller's name, for the error sentence.
+        argument: likewise, that of ``batches``.
+        batches: yields images ``(B, C, H, W)`` floating, or sequences that begin with them; or one
+            tensor of images.
+        models: that will see the images.
+
+    Raises:
+        InvalidInput: something else, or a model that states the size of its images takes others.
+    """
+    if isinstance(batches, Tensor):
+        batches = [batches]
+    if isinstance(batches, str) or not (
+        hasattr(batches, "__iter__") or hasattr(batches, "__getitem__")
+    ):
+        raise InvalidInput(
+            f"{function}: {argument} must be an iterable of batches of images, "
+            f"got {type(batches).__name__}"
+        )
+    for batch in batches:
+        pair = isinstance(batch, Sequence) and not isinstance(batch, str) and len(batch)
+        yield _images(function, batch[0] if pair else batch, *models)
 
 
 def as_input(model: nn.Module, images: Tensor) -> Tensor:
@@ -108,6 +128,17 @@ def check_labels(function: str, labels: Tensor, classes: int) -> None:
             f"{function}: labels must lie in 0..{classes - 1} like the classes of the model, "
             f"got {int(labels.min())}..{int(labels.max())}"
         )
+
+
+def _images(function: str, images: Any, *models: nn.Module | None) -> Tensor:
+    if not isinstance(images, Tensor) or images.ndim != 4 or not images.is_floating_point():
+        raise InvalidInput(
+            f"{function}: images must be a floating tensor (B, C, H, W), got {_shown(images)}"
+        )
+    for model in models:
+        if model is not None:
+            _check_size(function, model, images)
+    return images
 
 
 def _labels(function: str, labels: Any, count: int) -> Tensor:

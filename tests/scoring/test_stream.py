@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from vitprune_fast.errors import NotEnoughMemory, RunFolderError
 from vitprune_fast.files import read_metadata, read_tensors, write_tensors
 from vitprune_fast.scoring import Scores, ScoringStopped, resume, score
-from vitprune_fast.scoring.resume import CheckpointRefused
 from vitprune_fast.scoring.stream import MicroBatch, in_parts
+from vitprune_fast.sealed import CheckpointRefused, fingerprint
 from vitprune_fast.testing import random_images, random_vit
 
 BATCHES, SIZE = 5, 6
@@ -212,9 +212,9 @@ def test_a_place_that_holds_no_checkpoint_is_found_out_before_the_work(tmp_path:
 def test_weights_that_are_single_numbers_are_told_apart() -> None:
     model = nn.Module()
     model.register_buffer("step", torch.tensor(3))
-    three = resume.fingerprint(model)
+    three = fingerprint(model)
     model.get_buffer("step").add_(1)
-    assert resume.fingerprint(model) != three
+    assert fingerprint(model) != three
 
 
 def test_events_tell_how_far_and_how_fast() -> None:

@@ -22,7 +22,7 @@ from vitprune_fast.distill.conversion import Conversion, image_channels
 from vitprune_fast.distill.features import HiddenStates
 from vitprune_fast.errors import InvalidInput
 from vitprune_fast.modes import compiled, evaluating
-from vitprune_fast.scoring.resume import fingerprint
+from vitprune_fast.sealed import fingerprint
 from vitprune_fast.stated import stated_config
 
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)

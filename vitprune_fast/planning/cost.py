@@ -139,7 +139,7 @@ def gone(index: Index) -> tuple[str, ...]:
 
 
 def constant_dim(structure: Structure, write: Write) -> Dim:
-    """The dimension of the vector an emptied branch writes."""
-    name = write.tail[0] if write.tail else write.bias[0]
-    norm = f"{write.tail[1]}.weight" if write.tail else ""
-    return structure.tensors[name if name in structure.tensors else norm][0]
+    """The dimension of the vector an emptied branch writes: that of the stream."""
+    bias = write.tail[0] if write.tail else write.bias[0]
+    matrix = f"{bias.removesuffix('bias')}weight"
+    return structure.tensors[bias if bias in structure.tensors else matrix][0]

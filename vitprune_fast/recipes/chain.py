@@ -42,7 +42,7 @@ from vitprune_fast.recipes.profile import Profile, applied, choose_profile, vers
 from vitprune_fast.recipes.stages import OnEvent, Setting
 from vitprune_fast.recipes.yamlfile import to_plain, to_yaml
 from vitprune_fast.scoring import ScoringStopped
-from vitprune_fast.scoring.resume import CheckpointRefused
+from vitprune_fast.sealed import CheckpointRefused
 
 BATCH_SIZES = (1, 64)
 """Batch sizes at which latency is measured; the second one gives the throughput."""

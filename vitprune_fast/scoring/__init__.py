@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import InvalidInput
+from ..sealed import fingerprint
 from ..structure import UNIT_KINDS, Axis, Structure, describe
 from ..structure.paths import get
 from . import stream
@@ -19,7 +20,7 @@ from .ablation import leave_one_out
 from .activation import activation
 from .magnitude import NORMS, magnitude
 from .ranks import Ranks
-from .resume import Checkpoint, fingerprint
+from .resume import Checkpoint
 from .scores import Accumulator, Scores
 from .stream import OnEvent, ScoringStopped
 from .taylor import PathChoice, check_per_token, scorer

@@ -10,19 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
 
-from ..errors import InvalidInput
-from ..files import make_folder, parse_json, read_metadata, read_tensors, write_tensors
+from ..files import parse_json
+from ..sealed import CheckpointRefused, Sealed
 from .scores import Accumulator
 
-FORMAT = "vitprune_fast.partial_scores"
 # seconds between two writes
 EVERY_S = 30.0
-
-
-class CheckpointRefused(InvalidInput):
-    """A checkpoint is damaged, or of another run; without it the run starts anew."""
 
 
 class Checkpoint:
@@ -37,8 +31,13 @@ class Checkpoint:
     """
 
     def __init__(self, path: Path, identity: Mapping[str, Any]):
-        self.path = path
-        self._identity = json.dumps(dict(identity), sort_keys=True)
+        self._file = Sealed(
+            path,
+            "score",
+            "the sums of a score run",
+            json.dumps(dict(identity), sort_keys=True),
+            "model, criterion, units, seed, path or micro-batch",
+        )
         self._expected = ""
         self._written = time.monotonic()
         self._done = 0
@@ -51,33 +50,17 @@ class Checkpoint:
             RunFolderError: no file can be put there.
             CheckpointRefused: the file does not hold such sums, or those of another run.
         """
-        # found out now, and not when there is work to keep
-        make_folder(self.path.parent)
-        if not self.path.exists():
+        found = self._file.read()
+        if found is None:
             return 0
-        if not self.path.is_file():
-            raise CheckpointRefused(f"score: checkpoint must be a file, got {self.path}")
+        tensors, words = found
         try:
-            tensors, metadata = read_tensors(self.path), read_metadata(self.path)
-            if metadata["format"] != FORMAT:
-                raise ValueError(f"format {FORMAT}")
-            identity, done = metadata["identity"], parse_json(metadata["done"].encode())
-            self._expected = metadata["seen"]
+            done, self._expected = parse_json(words["done"].encode()), words["seen"]
             if type(done) is not int or done < 0:
                 raise ValueError("a number of micro-batches")
-            if metadata["content"] != _content(tensors, metadata):
-                raise ValueError("content as it was written")
+            accumulator.restore(tensors["sums"], tensors["counts"], tensors.get("rows"))
         except (KeyError, ValueError, TypeError) as error:
-            raise CheckpointRefused(
-                f"score: checkpoint {self.path} must hold the sums of a score run, got a file "
-                f"where this is wrong: {error!s:.300}; delete it to start anew"
-            ) from None
-        if identity != self._identity:
-            raise CheckpointRefused(
-                f"score: checkpoint {self.path} must be of this score run, got one of another "
-                "model, criterion, units, seed, path or micro-batch; delete it to start anew"
-            )
-        accumulator.restore(tensors["sums"], tensors["counts"], tensors.get("rows"))
+            raise self._file.damaged(error) from None
         return done
 
     def skip(self, stream: Iterator[Any], done: int) -> Iterator[Any]:
@@ -99,7 +82,7 @@ class Checkpoint:
     def _check(self) -> None:
         if self._seen.hexdigest() != self._expected:
             raise CheckpointRefused(
-                f"score: batches must be those that the checkpoint {self.path} was made of, "
+                f"score: batches must be those that the checkpoint {self._file.path} was made of, "
                 "got others; delete it to start anew"
             )
 
@@ -115,46 +98,15 @@ class Checkpoint:
         tensors = {"sums": accumulator.sums.cpu(), "counts": accumulator.counts.cpu()}
         if accumulator.rows:
             tensors["rows"] = torch.cat(accumulator.rows)
-        metadata = {
-            "format": FORMAT,
-            "identity": self._identity,
-            "done": str(self._done),
-            "seen": self._seen.hexdigest(),
-        }
-        metadata["content"] = _content(tensors, metadata)
-        write_tensors(self.path, tensors, metadata)
+        self._file.write(tensors, {"done": str(self._done), "seen": self._seen.hexdigest()})
         self._written = time.monotonic()
 
     def remove(self) -> None:
         """The run is done: nothing is to be taken up."""
-        self.path.unlink(missing_ok=True)
+        self._file.remove()
 
     def _note(self, pieces: Sequence[Any]) -> None:
         for piece in pieces:
             self._seen.update(len(piece.labels).to_bytes(8, "little"))
             self._seen.update(piece.labels.cpu().numpy().tobytes())
             self._done += 1
-
-
-def _content(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str:
-    """A number that changes with every bit of a checkpoint: damaged sums look like sums."""
-    digest = hashlib.blake2b(digest_size=16)
-    for name in ("format", "identity", "done", "seen"):
-        digest.update(f"{name} {metadata[name]} ".encode())
-    for name, tensor in sorted(tensors.items()):
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)} ".encode())
-        digest.update(_bytes(tensor))
-    return digest.hexdigest()
-
-
-def _bytes(tensor: Tensor) -> bytes:
-    return tensor.detach().cpu().reshape(-1).view(torch.uint8).numpy().tobytes()
-
-
-def fingerprint(model: nn.Module) -> str:
-    """A number that another set of weights does not have."""
-    digest = hashlib.blake2b(digest_size=16)
-    for name, tensor in model.state_dict().items():
-        digest.update(name.encode())
-        digest.update(_bytes(tensor))
-    return digest.hexdigest()

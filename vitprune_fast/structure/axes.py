@@ -96,7 +96,8 @@ class Write:
         weight: the matrix that produces the written value (``None`` for the stem).
         gain: the LayerScale that multiplies it; absorbed into weight and bias before a fold.
         tail: post-norm blocks: (inner bias, norm module), the constant is ``norm(inner bias)``.
-        inner: what reaches the output projection; empty means that only a constant is written.
+        inner: what reaches the output projection; empty means that only a constant is written, None
+            that nothing else ever was (the stem, and a branch that is a constant already).
         helpers: modules that die with the branch (norm, LayerScale, drop path).
     """
 

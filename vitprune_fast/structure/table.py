@@ -124,16 +124,28 @@ class Table:
         self.structure.stream.append(Write("stem", bias))
 
     def branch(
-        self, path: str, inner: Size, *, out: str, norm: str, gain: str, post_norm: bool, drop: str
+        self,
+        path: str,
+        inner: Size | None,
+        *,
+        out: str,
+        norm: str,
+        gain: str,
+        post_norm: bool,
+        drop: str,
     ) -> None:
-        """``x + gain * out(inner)``, or ``x + norm(out(inner))`` where ``post_norm``."""
-        bias, weight = f"{path}.{out}.bias", f"{path}.{out}.weight"
+        """``x + gain * out(inner)``, or ``x + norm(out(inner))`` where ``post_norm``.
+
+        Without ``inner`` the branch writes the bias of ``out`` and nothing else.
+        """
+        bias, weight = f"{out}.bias", f"{out}.weight"
         helpers = (norm, gain.removesuffix(".gamma"), drop)
+        what = None if inner is None else as_dim(inner)
         if post_norm:
-            write = Write(path, (f"{norm}.bias",), None, None, (bias, norm), as_dim(inner), helpers)
+            write = Write(path, (f"{norm}.bias",), None, None, (bias, norm), what, helpers)
         else:
-            gain_or_none = gain if self.has(gain) else None
-            write = Write(path, (bias,), weight, gain_or_none, None, as_dim(inner), helpers)
+            matrix, factor = (name if self.has(name) else None for name in (weight, gain))
+            write = Write(path, (bias,), matrix, factor, None, what, helpers)
         self.structure.stream.append(write)
 
     def branch_axes(self) -> None:

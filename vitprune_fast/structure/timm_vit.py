@@ -75,18 +75,19 @@ def describe_block(t: Table, path: str, block: Any, embed: Axis, tokens: int) ->
             continue
         t.norm(f"{path}.norm{k}", embed)
         t.tensor(f"{path}.ls{k}.gamma", embed)
-        if isinstance(core, Constant):
-            t.tensor(f"{core_path}.bias", embed)
-            continue
+        constant = isinstance(core, Constant)
+        t.tensor(f"{core_path}.bias", embed)
         t.branch(
             core_path,
-            layout(t, core_path, core, embed, tokens),
-            out=out,
+            None if constant else layout(t, core_path, core, embed, tokens),
+            out=core_path if constant else f"{core_path}.{out}",
             norm=f"{path}.norm{k}",
             gain=f"{path}.ls{k}.gamma",
             drop=f"{path}.drop_path{k}",
             post_norm=post_norm,
         )
+        if constant:
+            continue
         if post_norm:
             t.reader(embed, core_path)
             t.writer_norm(embed, f"{path}.norm{k}")

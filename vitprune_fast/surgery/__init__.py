@@ -7,11 +7,15 @@ from .folds import fold_attention_biases, fold_gates
 from .mask import mask
 from .prune import prune
 from .soft import SoftCompaction
+from .sweep import Fit, SweepReport, SweepStopped
 
 __all__ = [
     "Calibration",
     "Compensated",
+    "Fit",
     "SoftCompaction",
+    "SweepReport",
+    "SweepStopped",
     "calibrate",
     "compensate",
     "fold_attention_biases",

@@ -44,6 +44,8 @@ class Cut:
     factors: dict[str, Tensor] = field(default_factory=dict)
     # name of a bias -> the parameter it became, where a branch became a constant
     constants: dict[str, Tensor] = field(default_factory=dict)
+    # path in the old model -> module of the new one, also where blocks move up
+    modules: dict[str, nn.Module] = field(default_factory=dict)
 
     def rescale(self, name: str, rows: Tensor) -> None:
         """Multiply the rows of a tensor, where the model has it."""

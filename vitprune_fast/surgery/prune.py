@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import copy
 import math
-from typing import Any, TypeVar, overload
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any, Literal, TypeVar, overload
 
 import torch
 from torch import Tensor, nn
@@ -20,27 +22,49 @@ from ..structure.index import Index
 from ..structure.paths import get, put
 from .carry import Cut, Moments
 from .compaction import Compaction
+from .sweep import OnEvent, SweepReport, sweep
 
 Model = TypeVar("Model", bound=nn.Module)
-Ema = TypeVar("Ema", bound=nn.Module)
 
 
-@overload
-def prune(model: Model, plan: Plan) -> Model: ...
-@overload
-def prune(model: Model, plan: Plan, optimizer: Optimizer) -> tuple[Model, Optimizer]: ...
-@overload
-def prune(model: Model, plan: Plan, *, ema: Ema) -> tuple[Model, Ema]: ...
 @overload
 def prune(
-    model: Model, plan: Plan, optimizer: Optimizer, ema: Ema
-) -> tuple[Model, Optimizer, Ema]: ...
+    model: Model,
+    plan: Plan,
+    optimizer: None = None,
+    ema: None = None,
+    calibration: Iterable[Any] | None = None,
+    *,
+    report: Literal[False] = False,
+    checkpoint: str | Path | None = None,
+    on_event: OnEvent | None = None,
+    stop: Callable[[], bool] | None = None,
+) -> Model: ...
+@overload
+def prune(
+    model: nn.Module,
+    plan: Plan,
+    optimizer: Optimizer | None = None,
+    ema: nn.Module | None = None,
+    calibration: Iterable[Any] | None = None,
+    *,
+    report: bool = False,
+    checkpoint: str | Path | None = None,
+    on_event: OnEvent | None = None,
+    stop: Callable[[], bool] | None = None,
+) -> tuple[Any, ...]: ...
 @torch.no_grad()
 def prune(
     model: nn.Module,
     plan: Plan,
     optimizer: Optimizer | None = None,
     ema: nn.Module | None = None,
+    calibration: Iterable[Any] | None = None,
+    *,
+    report: bool = False,
+    checkpoint: str | Path | None = None,
+    on_event: OnEvent | None = None,
+    stop: Callable[[], bool] | None = None,
 ) -> Any:
     """A new, smaller, dense model that computes what ``model`` computes under ``plan``.
 
@@ -53,31 +77,54 @@ def prune(
     last live writer of the residual stream before it. In training with drop path that constant is
     then dropped together with the branch that took it over.
 
+    With ``calibration`` what stays makes up for what went, without labels and without training (the
+    *sweep*): the dense and the pruned residual stream are brought through the images side by side,
+    and branch after branch two maps are fitted by least squares. What a branch reads is mapped back
+    to what it read (``W <- W A``, ``b <- b + W c``), then its output projection is fitted so that
+    the stream comes out as the dense one; classifiers come last. Every tenth image is held out: it
+    chooses the ridge of each fit, and a fit that does not lower the error there is not applied.
+    Norms and LayerScale stay as they were. Products are in float32 at least, sums over batches and
+    solutions in float64; the same images in the same order give the same bits.
+
     Args:
         model: a supported model; it is left untouched and shares no memory with the result.
         plan: made for this model.
         optimizer: of ``model``; it is left untouched. Its moments come along: the surviving
             entries bit for bit, except where pruning rescales a weight row by f (softmax scale,
-            absorbed LayerScale): there first moments are divided by f and second ones by f^2.
+            absorbed LayerScale): there first moments are divided by f and second ones by f^2. They
+            are those of the weights before the sweep, which refits the weights and not them.
         ema: an averaged copy of ``model``, or a wrapper with one as ``.module``; left untouched
-            and pruned by the same plan.
+            and pruned by the same plan, with a sweep of its own.
+        calibration: batches of training images ``(B, C, H, W)``, normalised as the model takes
+            them, or sequences that begin with such a batch; labels are not read. A thousand images
+            are enough for most; below 512 the result is worse. The two streams of all of them are
+            held in memory (two times images x tokens x width numbers).
+        report: also return what the sweep did.
+        checkpoint: a file in which the sweep keeps what it fitted, every half minute; a call that
+            finds it goes on from there to the same bits. Gone when the sweep is done.
+        on_event: told ``{"event": "sweep", "step": k, "steps": n, "place": name}`` after each
+            branch.
+        stop: asked after each branch; True writes the checkpoint and ends the sweep.
 
     Returns:
         The pruned model, with the device, dtypes, training modes and ``requires_grad`` of
-        ``model``. With ``optimizer`` or ``ema`` a tuple: the model, then each of them that was
-        given, in this order.
+        ``model``. With ``optimizer``, ``ema`` or ``report`` a tuple: the model, then the optimizer,
+        the average and the ``SweepReport``, those that were asked for, in this order.
 
     Raises:
         InvalidInput: the plan, optimizer or EMA belongs to another model, or the plan would fill
-            zeros under a norm.
+            zeros under a norm, or ``calibration`` holds something else than images of this model.
         UnsupportedArchitecture: the model has no layout, or head dims go under a q/k norm without
-            weight, where the softmax scale has no place.
+            weight, where the softmax scale has no place, or its forward pass does more than its
+            branches, which a sweep cannot follow.
+        SweepStopped: ``stop`` said so.
+        CheckpointRefused: ``checkpoint`` is damaged, or of another model, plan or images.
     """
     structure = describe(model)
     plan = plan.check(structure)
     index = Index(structure, plan, plan.removed)
     averaged: Any = getattr(ema, "module", ema)
-    models = [model] if ema is None else [model, averaged]
+    models: list[nn.Module] = [model] if ema is None else [model, averaged]
     if ema is not None:
         _check_average(averaged, structure)
     # parameters, buffers, moments and average: one call moves them all
@@ -95,6 +142,14 @@ def prune(
         results.append(moments.carried(list(moved), cuts[0]))
     if ema is not None:
         results.append(copy.deepcopy(ema, {id(averaged): cuts[1].model}))
+    swept = SweepReport()
+    if calibration is not None and not plan.keeps_everything:
+        batches = calibration if ema is None else list(calibration)
+        file = None if checkpoint is None else Path(checkpoint)
+        swept = sweep(model, cuts[0], structure, index, batches, file, on_event=on_event, stop=stop)
+        if ema is not None:
+            sweep(averaged, cuts[1], structure, index, batches, stop=stop)
+    results += [swept] if report else []
     return tuple(results) if len(results) > 1 else cuts[0].model
 
 
@@ -145,6 +200,7 @@ def operate(model: nn.Module, structure: Structure, index: Index, moved: dict[st
             cut.constants[name] = constant.bias
         elif fate == "folded" and target is not None:
             _fold(cut, target, _constant(new, write, structure, index))
+    cut.modules = dict(new.named_modules())
     _drop_branches(new, structure, index)
     return cut
 

@@ -1,0 +1,105 @@
+"""Unfinished work in a file: tensors and words, sealed, since damaged sums look like sums."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from .errors import DamagedFile, InvalidInput
+from .files import make_folder, read_metadata, read_tensors, write_tensors
+
+
+class CheckpointRefused(InvalidInput):
+    """A checkpoint is damaged, or of another run; without it the work starts anew."""
+
+
+class Sealed:
+    """A safetensors file that says what it is, of which work, and what it holds.
+
+    Args:
+        path: of the file; gone when the work is done.
+        stage: who keeps it, for the error sentences.
+        holds: what it holds, likewise.
+        identity: what decides the results; a file of another identity is refused.
+        parts: what the identity is made of, in words.
+    """
+
+    def __init__(self, path: Path, stage: str, holds: str, identity: str, parts: str):
+        self.path = path
+        self._stage, self._holds = stage, holds
+        self._identity, self._parts = identity, parts
+        self._format = f"vitprune_fast.partial_{stage}"
+
+    def read(self) -> tuple[dict[str, Tensor], dict[str, str]] | None:
+        """Tensors and words of work that was stopped; None where there is no file.
+
+        Raises:
+            RunFolderError: no file can be put there.
+            CheckpointRefused: the file is damaged, or of other work.
+        """
+        # found out now, and not when there is work to keep
+        make_folder(self.path.parent)
+        if not self.path.exists():
+            return None
+        if not self.path.is_file():
+            raise CheckpointRefused(f"{self._stage}: checkpoint must be a file, got {self.path}")
+        try:
+            tensors, words = read_tensors(self.path), read_metadata(self.path)
+            if words["format"] != self._format:
+                raise ValueError(f"format {self._format}")
+            if words.pop("content") != content(tensors, words):
+                raise ValueError("content as it was written")
+            identity = words["identity"]
+        except (DamagedFile, KeyError, ValueError) as error:
+            raise self.damaged(error) from None
+        if identity != self._identity:
+            raise CheckpointRefused(
+                f"{self._stage}: checkpoint {self.path} must be of this work, got one of another "
+                f"{self._parts}; delete it to start anew"
+            )
+        return tensors, words
+
+    def damaged(self, error: Exception) -> CheckpointRefused:
+        """What to raise for a file that does not hold what it should."""
+        return CheckpointRefused(
+            f"{self._stage}: checkpoint {self.path} must hold {self._holds}, got a file where this "
+            f"is wrong: {error!s:.300}; delete it to start anew"
+        )
+
+    def write(self, tensors: Mapping[str, Tensor], words: Mapping[str, str]) -> None:
+        """Replace the file in one step."""
+        words = {**words, "format": self._format, "identity": self._identity}
+        write_tensors(self.path, tensors, {**words, "content": content(tensors, words)})
+
+    def remove(self) -> None:
+        """The work is done: nothing is to be taken up."""
+        self.path.unlink(missing_ok=True)
+
+
+def content(tensors: Mapping[str, Tensor], words: Mapping[str, str]) -> str:
+    """A number that changes with every bit of tensors and words."""
+    digest = hashlib.blake2b(digest_size=16)
+    for name, word in sorted(words.items()):
+        digest.update(f"{name} {word} ".encode())
+    for name, tensor in sorted(tensors.items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)} ".encode())
+        digest.update(as_bytes(tensor))
+    return digest.hexdigest()
+
+
+def fingerprint(model: nn.Module) -> str:
+    """A number that another set of weights does not have."""
+    digest = hashlib.blake2b(digest_size=16)
+    for name, tensor in model.state_dict().items():
+        digest.update(name.encode())
+        digest.update(as_bytes(tensor))
+    return digest.hexdigest()
+
+
+def as_bytes(tensor: Tensor) -> bytes:
+    """The bytes a tensor holds, in its own order."""
+    return tensor.detach().cpu().reshape(-1).view(torch.uint8).numpy().tobytes()

@@ -1,0 +1,152 @@
+"""The sweep: what stays is refitted, branch after branch, to make up for what goes."""
+
+from __future__ import annotations
+
+import hashlib
+import warnings
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ...errors import InvalidInput, UnsupportedArchitecture, VitpruneError
+from ...modes import evaluating, uncompiled
+from ...sealed import fingerprint
+from ...structure import Structure
+from ...structure.axes import Write
+from ...structure.index import Index
+from ..carry import Cut
+from .images import Streams
+from .places import Fitter
+from .report import Fit, SweepReport
+from .resume import Progress
+from .streamed import Streamed
+
+__all__ = ["Fit", "OnEvent", "SweepReport", "SweepStopped", "sweep"]
+
+OnEvent = Callable[[dict[str, Any]], None]
+
+
+class SweepStopped(VitpruneError):
+    """A sweep was asked to stop; what it did is in its checkpoint, if it has one."""
+
+
+def sweep(
+    model: nn.Module,
+    cut: Cut,
+    structure: Structure,
+    index: Index,
+    calibration: Iterable[Any],
+    checkpoint: Path | None = None,
+    *,
+    on_event: OnEvent | None = None,
+    stop: Callable[[], bool] | None = None,
+) -> SweepReport:
+    """Refit what stays of a cut, in place; see :func:`vitprune_fast.prune`.
+
+    Args:
+        model: the dense model, left as it is.
+        cut: what pruning made of it.
+        structure: of the dense model.
+        index: of the plan.
+        calibration: batches of images.
+        checkpoint: a file to go on from.
+        on_event: told after every place.
+        stop: asked after every place.
+
+    Raises:
+        InvalidInput: the batches are none, or give activations that are not finite.
+        UnsupportedArchitecture: a model does not compute what the table says.
+        SweepStopped: ``stop`` said so.
+        CheckpointRefused: the checkpoint is damaged, or of another sweep.
+    """
+    with evaluating(model, cut.model), uncompiled(), torch.no_grad():
+        dense = Streamed(model, dict(model.named_modules()), structure)
+        small = Streamed(cut.model, cut.modules, structure)
+        if not small.has_blocks:
+            return _warned(
+                SweepReport(odd=("plan leaves no branch to refit: this is the plain cut",))
+            )
+        streams = Streams(calibration, dense, small)
+        report = _warned(
+            SweepReport(
+                streams.images,
+                streams.count(held_out=True)[0],
+                streams.count(held_out=False)[1],
+                odd=streams.odd,
+            )
+        )
+        if not streams.can_judge:
+            return report
+        fitter = Fitter(dense, small, cut, structure, index, streams)
+        _check_forward(dense, structure.stream[1:], streams.example)
+        _check_forward(small, [place.write for place in fitter.places], streams.example)
+        identity = _identity(model, structure, index, streams.digest)
+        progress = Progress(checkpoint, identity, fitter.tensors)
+        _run(fitter, progress, on_event, stop)
+    return _warned(replace(report, fits=tuple(map(Fit.from_dict, progress.rows))), len(report.odd))
+
+
+def _run(
+    fitter: Fitter,
+    progress: Progress,
+    on_event: OnEvent | None,
+    stop: Callable[[], bool] | None,
+) -> None:
+    """Fit place after place; what was fitted before a stop runs as it did then."""
+    steps = len(fitter.places) + 1
+
+    def finish(place: str, fits: list[Fit]) -> None:
+        stopping = stop is not None and stop()
+        rows = [one.to_dict() for one in fits]
+        progress.finish_place(rows, fitter.changed, stopping=stopping)
+        if on_event is not None:
+            on_event({"event": "sweep", "step": progress.done, "steps": steps, "place": place})
+        if stopping:
+            raise SweepStopped(f"prune: the sweep must run to its end, got a stop at {place}")
+
+    fitter.begin()
+    for number, place in enumerate(fitter.places):
+        if number < progress.done:
+            fitter.pass_by(place)
+            continue
+        fits = fitter.fit(place)
+        finish(place.write.name, fits)
+    if progress.done < steps:
+        finish("classifier", fitter.fit_classifiers())
+    progress.remove()
+
+
+def _identity(model: nn.Module, structure: Structure, index: Index, images: str) -> str:
+    """What decides the fits."""
+    kept = {name: index.kept(axis).tolist() for name, axis in structure.axes.items()}
+    plan = repr((kept, sorted(index.removed))).encode()
+    return f"{fingerprint(model)} {hashlib.blake2b(plan, digest_size=16).hexdigest()} {images}"
+
+
+def _check_forward(model: Streamed, writes: Sequence[Write], example: Tensor) -> None:
+    """Refuse a model whose forward pass is more than its branches: that would be lost."""
+    want = model.model(example)
+    got = model.finish(model.through(writes, model.stem(example)), example)[0]
+    if not want.isfinite().all():
+        raise InvalidInput(
+            "prune: calibration must give finite logits, got others; look at the images and the "
+            "weights"
+        )
+    # the same sums in the same order
+    limit = 64 * torch.finfo(want.dtype).eps * max(1.0, float(want.abs().max()))
+    if float((want - got).abs().max()) > limit:
+        raise UnsupportedArchitecture(
+            "prune: model must compute its branches one after another and no more, to be refitted, "
+            "got other logits; take hooks and wrapped forwards off, or leave calibration out"
+        )
+
+
+def _warned(report: SweepReport, known: int = 0) -> SweepReport:
+    """The report, after its warnings beyond the first ``known`` were given."""
+    for text in report.warnings[known:]:
+        warnings.warn(f"prune: {text}", stacklevel=6)
+    return report

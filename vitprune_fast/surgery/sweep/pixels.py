@@ -1,0 +1,64 @@
+"""Whether images look like those a model was trained on."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+# photographs and drawings spread by about a quarter of the range of pixels
+_FLAT = 0.08
+# resizing overshoots a little, and augmentation may go on
+_OUTSIDE = 0.15
+
+
+class PixelRange:
+    """Mean and spread of pixels, by channel, over batches of one channel count."""
+
+    def __init__(self) -> None:
+        self._count = 0
+        self._sums: Tensor | None = None
+        self._low, self._high = torch.empty(0), torch.empty(0)
+
+    def add(self, images: Tensor) -> None:
+        """Images ``(B, C, H, W)``, normalised as the model gets them."""
+        if not images.numel():
+            return
+        pixels = images.detach().float().cpu().transpose(0, 1).flatten(1)
+        sums = torch.stack([pixels.double().sum(1), pixels.double().square().sum(1)])
+        low, high = pixels.amin(1), pixels.amax(1)
+        if self._sums is None:
+            self._sums, self._low, self._high = sums, low, high
+        else:
+            self._sums += sums
+            self._low, self._high = self._low.minimum(low), self._high.maximum(high)
+        self._count += pixels.shape[1]
+
+    def oddity(self, model: nn.Module) -> str:
+        """What speaks against the normalisation that the model states; empty where nothing does."""
+        stated: Any = getattr(model, "pretrained_cfg", None) or {}
+        if self._sums is None or not all(name in stated for name in ("mean", "std")):
+            return ""
+        mean, std = (torch.tensor(stated[name], dtype=torch.float64) for name in ("mean", "std"))
+        if len(mean) not in (1, len(self._low)):
+            return ""
+        average, square = self._sums / self._count
+        spread = (square - average.square()).clamp(min=0).sqrt() * std
+        low, high = self._low.double() * std + mean, self._high.double() * std + mean
+        if bool((low < -_OUTSIDE).any() or (high > 1 + _OUTSIDE).any()):
+            seen = (
+                f"pixels from {float(low.min()):.2f} to {float(high.max()):.2f} instead of 0 to 1"
+            )
+        elif bool((spread < _FLAT).all()):
+            seen = f"pixels that spread by {float(spread.max()):.3f} of their range"
+        else:
+            return ""
+        return (
+            f"calibration should be normalised as the model states (mean {_shown(mean)}, "
+            f"std {_shown(std)}), which would make {seen}"
+        )
+
+
+def _shown(values: Tensor) -> str:
+    return " ".join(f"{value:.3f}" for value in values.tolist())

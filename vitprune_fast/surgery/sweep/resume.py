@@ -1,0 +1,81 @@
+"""A sweep that can be stopped and taken up again: what it fitted, in a file."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from ...files import parse_json
+from ...sealed import Sealed
+
+# seconds between two writes
+EVERY_S = 30.0
+
+
+class Progress:
+    """Which places are fitted, and to what.
+
+    The streams are not kept: they come out of the weights again, bit for bit.
+
+    Args:
+        path: a safetensors file, gone when the sweep is done; None keeps nothing.
+        identity: what decides the fits; a file of another identity is refused.
+        tensors: name -> tensor of the model; those that were fitted are put into them.
+
+    Attributes:
+        done: how many places are fitted.
+        rows: the fits as plain values.
+
+    Raises:
+        RunFolderError: no file can be put there.
+        CheckpointRefused: the file is damaged, or of another sweep.
+    """
+
+    def __init__(self, path: Path | None, identity: str, tensors: Mapping[str, Tensor]):
+        self.rows: list[dict[str, Any]] = []
+        self.done = 0
+        self._tensors = tensors
+        self._changed: set[str] = set()
+        self._file = None
+        if path is not None:
+            parts = "model, plan or images"
+            self._file = Sealed(path, "prune", "the fits of a sweep", identity, parts)
+            self._load(self._file)
+        self._saved = time.monotonic()
+
+    def _load(self, file: Sealed) -> None:
+        found = file.read()
+        if found is None:
+            return
+        values, words = found
+        try:
+            state = parse_json(words["state"].encode())
+            self.rows, self.done = state["rows"], state["done"]
+            for name, value in values.items():
+                self._tensors[name].copy_(value)
+                self._changed.add(name)
+        except (KeyError, ValueError, TypeError, RuntimeError) as error:
+            raise file.damaged(error) from None
+
+    def finish_place(
+        self, rows: list[dict[str, Any]], changed: Iterable[str], *, stopping: bool
+    ) -> None:
+        """Take note of a place and of all tensors fitted so far; write when it is time."""
+        self.rows += rows
+        self.done += 1
+        self._changed |= set(changed)
+        if self._file is not None and (stopping or time.monotonic() - self._saved >= EVERY_S):
+            state = json.dumps({"done": self.done, "rows": self.rows})
+            values = {name: self._tensors[name] for name in self._changed}
+            self._file.write(values, {"state": state})
+            self._saved = time.monotonic()
+
+    def remove(self) -> None:
+        """The sweep is done: nothing is to be taken up."""
+        if self._file is not None:
+            self._file.remove()

@@ -1,0 +1,146 @@
+"""A model taken apart at its residual stream: what comes before the branches, each, and after."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from torch import Tensor, nn
+
+from ...structure import Structure
+from ...structure.axes import Write
+
+
+class _Reached(Exception):
+    """What a forward pass was run for has been seen; the rest of it is not needed."""
+
+
+class Streamed:
+    """Runs a model branch by branch, as its table says: ``x + gain * core(norm(x))``.
+
+    Args:
+        model: in eval mode; left as it is.
+        modules: path in the dense model -> module of this one, which may have other paths by now.
+        structure: of the dense model.
+    """
+
+    def __init__(self, model: nn.Module, modules: Mapping[str, nn.Module], structure: Structure):
+        self.model, self._modules = model, modules
+        cores = {id(modules[write.name]) for write in structure.stream[1:] if write.name in modules}
+        # what holds a branch is a block, in the order in which they run
+        self._blocks = [
+            module
+            for module in model.modules()
+            if any(id(child) in cores for child in module.children())
+        ]
+
+    @property
+    def has_blocks(self) -> bool:
+        """Whether any branch is left."""
+        return bool(self._blocks)
+
+    def module(self, path: str) -> Any:
+        """The module that has this path in the dense model; None where there is none."""
+        return self._modules.get(path)
+
+    def stem(self, images: Tensor) -> Tensor:
+        """The stream ``(B, N, C)`` before the first branch."""
+
+        def seen(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+            raise _Reached(x)
+
+        with self._instead_of_blocks(lambda block: seen):
+            return _seen(lambda: self.model(images))
+
+    def reading(self, write: Write, x: Tensor) -> Tensor:
+        """What the branch's maps read of the stream."""
+        return x if write.tail else self._through(write.helpers[0], x)
+
+    def features(self, write: Write, x: Tensor) -> Tensor:
+        """What the output projection of the branch reads ``(B, N, K)``."""
+
+        def seen(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+            raise _Reached(inputs[0])
+
+        hook = self._modules[projection(write)].register_forward_pre_hook(seen)
+        try:
+            return _seen(lambda: self._modules[write.name](self.reading(write, x)))
+        finally:
+            hook.remove()
+
+    def output(self, write: Write, x: Tensor) -> Tensor:
+        """What the output projection of the branch puts out."""
+        return self._modules[write.name](self.reading(write, x))
+
+    def scaled(self, write: Write, output: Tensor) -> Tensor:
+        """What an output of the branch adds to the stream: it times the gain, or its norm."""
+        return self._through(write.helpers[0 if write.tail else 1], output)
+
+    def through(self, writes: Iterable[Write], x: Tensor) -> Tensor:
+        """The stream after some branches."""
+        for write in writes:
+            x = x + self.scaled(write, self.output(write, x))
+        return x
+
+    def finish(
+        self, x: Tensor, image: Tensor, classifiers: Sequence[str] = ()
+    ) -> tuple[Tensor, dict[str, tuple[Tensor, Tensor]]]:
+        """The logits of a stream after the last branch, and what classifiers read and put out.
+
+        Args:
+            x: the stream ``(B, N, C)``.
+            image: any image ``(1, C, H, W)`` the model takes; what it computes of it is not used.
+            classifiers: module paths.
+        """
+        seen: dict[str, tuple[Tensor, Tensor]] = {}
+
+        def note(path: str) -> Any:
+            def hook(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+                seen[path] = inputs[0], output
+
+            return hook
+
+        hooks = [self._modules[path].register_forward_hook(note(path)) for path in classifiers]
+        first = self._blocks[0]
+
+        def given(block: nn.Module) -> Callable[..., Tensor]:
+            return lambda old, *args, **kwargs: x if block is first else old
+
+        try:
+            with self._instead_of_blocks(given):
+                return self.model(image.expand(len(x), *image.shape[1:])), seen
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+    def _through(self, path: str, x: Tensor) -> Tensor:
+        module = self._modules.get(path)
+        return x if module is None else module(x)
+
+    @contextmanager
+    def _instead_of_blocks(self, forward_of: Callable[[nn.Module], Any]) -> Iterator[None]:
+        """Blocks run another function; a forward that was put on a block itself comes back."""
+        own = [vars(block).get("forward") for block in self._blocks]
+        try:
+            for block in self._blocks:
+                block.forward = forward_of(block)
+            yield
+        finally:
+            for block, forward in zip(self._blocks, own, strict=True):
+                del block.forward
+                if forward is not None:
+                    block.forward = forward
+
+
+def projection(write: Write) -> str:
+    """Path of the output projection of a branch."""
+    return (write.tail[0] if write.tail else write.bias[0]).rpartition(".")[0]
+
+
+def _seen(run: Callable[[], Any]) -> Tensor:
+    try:
+        run()
+    except _Reached as reached:
+        return reached.args[0]
+    raise AssertionError("the forward pass met neither a block nor an output projection")
