@@ -37,32 +37,43 @@ def moments_of(a: Tensor, y: Tensor, pieces: int = 3) -> Moments:
 def test_moments_are_those_of_all_rows(inputs: int) -> None:
     a, y = data(700, inputs, 4)
     moments = moments_of(a, y)
-    gram, cross = moments.centred()
+    second = moments.second()
+    gram, cross = second.gram, second.cross
     centred = a - a.mean(0)
     size = centred.square().sum() / len(a)
     for got, want in ((gram, centred.T @ centred), (cross, (y - y.mean(0)).T @ centred)):
         assert (got - want / len(a)).abs().max() <= 1e-12 * size
-    raw, _ = moments.raw()
-    assert torch.allclose(raw, a.T @ a / len(a), rtol=1e-10)
+    raw = moments.second(centred=False)
+    assert torch.allclose(raw.gram, a.T @ a / len(a), rtol=1e-10)
+    assert raw.a.abs().max() == raw.y.abs().max() == 0
     assert torch.equal(gram, gram.T)
-    for got, want in zip(moments.means(), (a.mean(0), y.mean(0)), strict=True):
+    for got, want in ((second.a, a.mean(0)), (second.y, y.mean(0))):
         assert torch.allclose(got, want, rtol=1e-12)
-    assert moments.spread() == pytest.approx(float(y.var(0, correction=0).sum()), rel=1e-10)
+    assert torch.allclose(second.square, y.var(0, correction=0), rtol=1e-10)
     assert (moments.rows, moments.inputs, moments.outputs) == (700, inputs, 4)
 
 
 def test_the_error_is_the_one_of_all_rows() -> None:
     a, y = data(200, 6, 3)
     weight, bias = torch.randn(3, 6, dtype=torch.float64), torch.randn(3, dtype=torch.float64)
-    want = (y - a @ weight.T - bias).square().sum(1).mean()
-    assert moments_of(a, y).error(weight, bias) == pytest.approx(float(want), rel=1e-10)
+    residual = y - a @ weight.T - bias
+    second = moments_of(a, y).second()
+    want = float(residual.square().sum(1).mean())
+    assert second.error(weight, bias) == pytest.approx(want, rel=1e-10)
+    assert second.error(weight, bias, weight @ second.gram) == pytest.approx(want, rel=1e-10)
+    raw = moments_of(a, y).second(centred=False)
+    want = float((y - a @ weight.T).square().sum(1).mean())
+    assert raw.error(weight, bias * 0) == pytest.approx(want, rel=1e-10)
+    some = slice(None, None, 2)
+    want = float(residual[:, some].square().sum(1).mean())
+    assert second.of(some).error(weight[some], bias[some]) == pytest.approx(want, rel=1e-10)
 
 
 def test_float32_loses_no_variance_to_a_large_mean() -> None:
     """One product of raw float32 numbers would: the mean here is 3,000 times the spread."""
     a, y = data(4000, 8, 2)
     a = a / a.std(0) + 3000
-    got, _ = moments_of(a.float(), y.float()).centred()
+    got = moments_of(a.float(), y.float()).second().gram
     want = torch.cov(a.float().double().T, correction=0)
     # a sum of 4,000 rounded products of numbers of about unit size
     assert (got - want).abs().max() <= math.sqrt(4000) * 2**-24 * float(want.diagonal().max())
@@ -126,7 +137,7 @@ def test_outputs_that_may_not_change_do_not() -> None:
     a, y = data(400, 6, 3)
     moments, rows = moments_of(a, y), torch.tensor([True, False, True])
     weight, bias = torch.zeros(3, 6, dtype=a.dtype), torch.zeros(3, dtype=a.dtype)
-    found = fit(moments, moments, weight, bias, 1e-6, rows=rows)
+    found = fit(moments, moments, weight, bias, 1e-6, may_change=rows)
     assert found.weight[1].abs().max() == 0 == found.bias[1]
     free = fit(moments, moments, weight, bias, 1e-6)
     assert torch.allclose(found.weight[rows], free.weight[rows], rtol=1e-6)

@@ -10,10 +10,12 @@ from torch import Tensor
 
 # products of this many columns at once: of a symmetric matrix only blocks on and above the diagonal
 _BLOCK = 256
-# a ridge is worth the next step of the ladder while the held-out error falls by more than this
+# the next step of the ladder of ridges is taken while the held-out error falls by more than this
 _WORTH = 1e-4
 _LADDER = 10.0
 _LARGEST = 1e3
+# so many outputs choose the ridge of all
+_PROBES = 64
 
 
 class Moments:
@@ -57,37 +59,51 @@ class Moments:
         """Whether no sum overflowed or met NaN."""
         return all(bool(total.isfinite().all()) for total in self._sums)
 
-    def means(self) -> tuple[Tensor, Tensor]:
-        """Means of a ``(K,)`` and y ``(C,)``, float64."""
+    def second(self, *, centred: bool = True) -> Second:
+        """Covariances, or mean products as they are."""
         assert self._origin is not None
-        return (
-            self._origin[0].double() + self._sums[2] / self.rows,
-            self._origin[1].double() + self._sums[3] / self.rows,
-        )
-
-    def centred(self) -> tuple[Tensor, Tensor]:
-        """Covariances of a ``(K, K)`` and of y with a ``(C, K)``, float64."""
-        gram, cross, a, y = (total / self.rows for total in self._sums[:4])
-        return gram - a.outer(a), cross - y.outer(a)
-
-    def raw(self) -> tuple[Tensor, Tensor]:
-        """Means of ``a a^T`` and ``y a^T``, float64."""
-        (gram, cross), (a, y) = self.centred(), self.means()
-        return gram + a.outer(a), cross + y.outer(a)
-
-    def error(self, weight: Tensor, bias: Tensor) -> float:
-        """Mean square of ``y - weight a - bias`` over rows, summed over channels."""
         gram, cross, a, y, square = (total / self.rows for total in self._sums)
-        assert self._origin is not None
-        shift = bias + weight @ self._origin[0].double() - self._origin[1].double()
-        found = square.sum() - 2 * (weight * cross).sum() + ((weight @ gram) * weight).sum()
-        found = found + shift.square().sum() + 2 * (shift * (weight @ a - y)).sum()
-        return max(0.0, float(found))
+        gram, cross, square = gram - a.outer(a), cross - y.outer(a), square - y.square()
+        a, y = (mean + origin.double() for mean, origin in zip((a, y), self._origin, strict=True))
+        if centred:
+            return Second(gram, cross, square.clamp(min=0), a, y)
+        zeros = torch.zeros_like(a), torch.zeros_like(y)
+        return Second(gram + a.outer(a), cross + y.outer(a), square + y.square(), *zeros)
 
-    def spread(self) -> float:
-        """Variance of y, summed over channels."""
-        _, _, _, y, square = (total / self.rows for total in self._sums)
-        return max(0.0, float((square - y.square()).sum()))
+
+@dataclass(frozen=True)
+class Second:
+    """Second moments of a and y, about their means or, with means of zero, about zero; float64.
+
+    Attributes:
+        gram: of a with itself ``(K, K)``.
+        cross: of y with a ``(C, K)``.
+        square: of y with itself, channel by channel ``(C,)``.
+        a: mean taken off ``(K,)``.
+        y: mean taken off ``(C,)``.
+    """
+
+    gram: Tensor
+    cross: Tensor
+    square: Tensor
+    a: Tensor
+    y: Tensor
+
+    def error(self, weight: Tensor, bias: Tensor, product: Tensor | None = None) -> float:
+        """Mean square of ``y - weight a - bias`` over rows, summed over channels.
+
+        Args:
+            weight: ``(C, K)``.
+            bias: ``(C,)``.
+            product: ``weight @ gram``, where it is known.
+        """
+        product = weight @ self.gram if product is None else product
+        found = self.square.sum() + ((product - 2 * self.cross) * weight).sum()
+        return max(0.0, float(found + (self.y - weight @ self.a - bias).square().sum()))
+
+    def of(self, outputs: slice) -> Second:
+        """The same of some outputs."""
+        return Second(self.gram, self.cross[outputs], self.square[outputs], self.a, self.y[outputs])
 
 
 @dataclass(frozen=True)
@@ -120,59 +136,70 @@ def fit(
     *,
     smallest: float = 1e-12,
     has_bias: bool = True,
-    rows: Tensor | None = None,
+    may_change: Tensor | None = None,
 ) -> Fitted:
     """The map that changes ``y - W a - b`` least, pulled towards the one there is.
 
     ``W = W0 + (C - W0 S) (S + ridge * mean(diag S) I)^-1`` and ``b = E[y] - W E[a]``, with S and C
     the covariances of a, and of y with a; without a bias the same of the products themselves. The
-    ridge starts where it is told to and goes up or down by factors of ten while the error on the
-    held-out rows falls; the bias alone, and the map as it was, compete as well.
+    ridge starts where it is told to and goes up or down by factors of ten while the error of some
+    outputs on the held-out rows falls; the bias alone competes as well. What is not better than the
+    map as it was, by the error of all outputs on the held-out rows, is not taken.
 
     Args:
         moments: of the rows to fit to.
         held_out: of other rows, which choose.
         weight: W0 ``(C, K)``, float64.
-        bias: b0 ``(C,)``, float64.
+        bias: b0 ``(C,)``, float64; without a bias it is zero.
         ridge: to start with, a share of the mean variance of a.
         smallest: no smaller ridge is tried.
         has_bias: whether the map has a bias that can change.
-        rows: boolean ``(C,)``, the outputs that may change; None is all.
+        may_change: boolean ``(C,)``, the outputs that may; None is all.
 
     Returns:
         The best on the held-out rows.
     """
-    gram, cross = moments.centred() if has_bias else moments.raw()
-    a, y = moments.means()
-    scale = float(gram.diagonal().mean()) if len(gram) else 0.0
-    misfit = (cross - weight @ gram).T
-    unit = torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
+    seen, judge = (each.second(centred=has_bias) for each in (moments, held_out))
+    scale = float(seen.gram.diagonal().mean()) if len(seen.gram) else 0.0
+    product = weight @ seen.gram
+    misfit = seen.cross - product
 
-    def mapped(strength: float) -> tuple[Tensor, Tensor] | None:
-        new = weight
+    def mapped(strength: float, outputs: slice) -> tuple[Tensor, Tensor, Tensor] | None:
+        """Weight, bias, and weight @ gram; None where there is no solution."""
+        change, its_product = torch.zeros_like(weight[outputs]), torch.zeros_like(product[outputs])
         if math.isfinite(strength):
-            factor, failed = torch.linalg.cholesky_ex(gram + strength * scale * unit)
+            loaded = seen.gram.clone()
+            loaded.diagonal().add_(strength * scale)
+            factor, failed = torch.linalg.cholesky_ex(loaded)
             if failed or not factor.isfinite().all():
                 return None
-            new = weight + torch.cholesky_solve(misfit, factor).T
-        shift = y - new @ a if has_bias else bias
-        if rows is not None:
-            new = torch.where(rows[:, None], new, weight)
-            shift = torch.where(rows, shift, bias)
-        return new, shift
+            change = torch.cholesky_solve(misfit[outputs].T, factor).T
+            # the normal equations: change @ (gram + strength * scale * I) = misfit
+            its_product = misfit[outputs] - strength * scale * change
+        new, new_product = weight[outputs] + change, product[outputs] + its_product
+        shift = seen.y[outputs] - new @ seen.a if has_bias else bias[outputs]
+        if may_change is not None:
+            own = may_change[outputs]
+            new, new_product = (
+                torch.where(own[:, None], one, old[outputs])
+                for one, old in ((new, weight), (new_product, product))
+            )
+            shift = torch.where(own, shift, bias[outputs])
+        return new, shift, new_product
 
-    best: tuple[float, float | None, Tensor, Tensor]
-    best = held_out.error(weight, bias), None, weight, bias
+    probes = slice(None, None, max(1, len(weight) // _PROBES))
+    judge_some = judge.of(probes)
+    best: tuple[float, float | None] = judge_some.error(weight[probes], bias[probes]), None
 
     def tried(strength: float) -> bool:
-        """Whether it is better than all before it, and by how much it has to be to go on."""
+        """Whether it is so much better than all before it that it is worth to go on."""
         nonlocal best
-        found = mapped(strength)
+        found = mapped(strength, probes)
         if found is None:
             return False
-        error, limit = held_out.error(*found), best[0]
+        error, limit = judge_some.error(*found[:2]), best[0]
         if error < limit:
-            best = error, strength, *found
+            best = error, strength
         return error < limit * (1 - _WORTH)
 
     if has_bias:
@@ -185,8 +212,15 @@ def fit(
         if lower == ridge:
             while upper * _LADDER <= _LARGEST and tried(upper * _LADDER):
                 upper *= _LADDER
-    error, chosen, new, shift = best
-    return Fitted(new, shift, chosen, moments.error(weight, bias), moments.error(new, shift), error)
+    before, was = seen.error(weight, bias, product), judge.error(weight, bias)
+    chosen = best[1]
+    found = None if chosen is None else mapped(chosen, slice(None))
+    if found is not None:
+        new, shift, new_product = found
+        error = judge.error(new, shift)
+        if error < was:
+            return Fitted(new, shift, chosen, before, seen.error(new, shift, new_product), error)
+    return Fitted(weight, bias, None, before, before, was)
 
 
 def _gram(a: Tensor) -> Tensor:

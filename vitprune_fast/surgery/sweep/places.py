@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 import torch
@@ -17,12 +16,11 @@ from ...structure.index import Index
 from ...structure.paths import get
 from ..carry import Cut
 from .images import Streams
-from .least_squares import Fitted, Moments, fit
+from .least_squares import Fitted, fit
 from .report import Fit
+from .samples import Kept, Samples, Spread
 from .streamed import Streamed, projection
 
-# where the ridge of a fit starts, as a share of the mean variance of what is read
-RIDGE = {"reader": 1e-2, "writer": 1e-3, "classifier": 1e-1}
 # a gain below this share of the root mean square of its branch divides nothing
 SMALL_GAIN = 1e-3
 
@@ -67,6 +65,8 @@ class Fitter:
         self._structure, self._index, self._batches = structure, index, streams.batches
         self._example = streams.example
         self._lead, self.places = places_of(structure, index)
+        self._agree = True
+        self._tokens = streams.count(held_out=False)[1]
 
     def begin(self) -> None:
         """Bring the dense stream past branches that went before the first that is left."""
@@ -81,16 +81,12 @@ class Fitter:
 
     def fit(self, place: Place) -> list[Fit]:
         """Fit a branch, and bring both streams to where the next one reads."""
-        same = all(_equal(batch.dense, batch.small) for batch in self._batches)
-        if same and len(place.until_next) == 1 and self._is_whole(place.write):
+        if self._streams_agree() and len(place.until_next) == 1 and self._is_whole(place.write):
             self.pass_by(place)
             return []
         constant = isinstance(self._small.module(place.write.name), Constant)
-        reader = None if same or constant else self._fit_reader(place.write)
-        writer = self._fit_writer(place, constant=constant)
-        for batch in self._batches:
-            batch.small = self._small.through([place.write], batch.small)
-        return [one for one in (reader, writer) if one is not None]
+        fits = [] if constant or self._streams_agree() else self._fit_reader(place.write)
+        return [*fits, self._fit_writer(place, constant=constant)]
 
     def fit_classifiers(self) -> list[Fit]:
         """Fit the maps after the last branch that put out logits."""
@@ -103,6 +99,14 @@ class Fitter:
             and self._structure.owner(name) is None
         ]
 
+    def _streams_agree(self) -> bool:
+        """Whether nothing came before that makes a difference; once it did, it always does."""
+        self._agree = self._agree and all(
+            batch.dense.shape == batch.small.shape and torch.equal(batch.dense, batch.small)
+            for batch in self._batches
+        )
+        return self._agree
+
     def _is_whole(self, write: Write) -> bool:
         """Whether nothing of a branch went."""
         own = f"{write.name}."
@@ -113,27 +117,27 @@ class Fitter:
             for dim in layout
         )
 
-    def _fit_reader(self, write: Write) -> Fit | None:
+    def _fit_reader(self, write: Write) -> list[Fit]:
         """Map what the branch reads to what it read: ``W <- W A`` and ``b <- b + W c``."""
         names = self._maps_of(write)
         if not names:
-            return None
+            return []
         biases = [f"{name.removesuffix('weight')}bias" for name in names]
-        moments, held_out = Moments(), Moments()
+        samples = Samples("reader", self._tokens, self._batches[0].small.shape[-1])
+        some = samples.some
         for batch in self._batches:
-            into = held_out if batch.held_out else moments
-            read = self._small.reading(write, batch.small)
-            into.add(read, self._dense.reading(write, batch.dense))
-        kept = self._channels(write)
-        start = torch.zeros(moments.outputs, moments.inputs).to(kept.device, torch.float64)
-        start[kept, torch.arange(len(kept), device=kept.device)] = 1
+            read = self._small.reading(write, some(batch.small))
+            wanted = self._dense.reading(write, some(batch.dense))
+            samples.add(read, wanted, held_out=batch.held_out)
+        kept = self._channels(write, samples.outputs)
+        start = torch.eye(samples.outputs, dtype=torch.float64, device=self._device)[:, kept]
         tied = self._tied(*names, *biases)
-        found = self._fit(
-            (write.name, "reader"),
-            (moments, held_out),
-            (start, start.new_zeros(moments.outputs)),
+        found = self._solve(
+            write.name,
+            samples,
+            (start, start.new_zeros(samples.outputs)),
             has_bias=all(name in self._structure.tensors for name in biases),
-            may_change=start.new_full((moments.outputs,), not tied, dtype=torch.bool),
+            may_change=start.new_full((samples.outputs,), not tied, dtype=torch.bool),
         )
         if found.ridge is not None:
             for name, bias in zip(names, biases, strict=True):
@@ -141,72 +145,93 @@ class Fitter:
                 self._put(name, weight @ found.weight)
                 if bias in self._structure.tensors:
                     self._put(bias, self.tensors[bias].double() + weight @ found.bias)
-        return _row(write.name, "reader", found, moments, moments.spread(), tied)
+        return [samples.row(write.name, found, samples.spread(), tied)]
 
     def _fit_writer(self, place: Place, *, constant: bool) -> Fit:
         """Fit the output projection so that the stream comes out as the dense one does."""
         write = place.write
-        moments, held_out, written = Moments(), Moments(), Moments()
+        columns = 0 if constant else self._small.module(projection(write)).in_features
+        samples, written = Samples("writer", self._tokens, columns), Spread()
+        some, kept_features = samples.some, Kept()
         for batch in self._batches:
-            kept, old = self._channels(write), batch.dense
-            output = self._dense.output(write, old)
-            stream = old + self._dense.scaled(write, output)
+            old, kept = some(batch.dense), self._channels(write, batch.dense.shape[-1])
+            output = self._dense.output(write, batch.dense)
+            stream = batch.dense + self._dense.scaled(write, output)
             batch.dense = self._dense.through(place.until_next[1:], stream)
             # behind a norm only the output itself is linear in what is read
-            wrote = (output if write.tail else batch.dense - old)[..., kept]
-            target = wrote if write.tail else batch.dense[..., kept] - batch.small
-            read = self._small.features(write, batch.small) if not constant else target[..., :0]
-            (held_out if batch.held_out else moments).add(read, target)
+            wrote = some(output) if write.tail else some(batch.dense) - old
+            target = wrote if write.tail else some(batch.dense)
+            wrote, target = wrote[:, kept], target[:, kept]
+            if not write.tail:
+                target = target - some(batch.small)
+            read = target[:, :0] if constant else self._small.features(write, batch.small)
+            samples.add(read if constant else some(read), target, held_out=batch.held_out)
             if not batch.held_out:
-                written.add(read[..., :0], wrote)
+                written.add(wrote)
+            kept_features.append(read)
+        found, reason = self._fit_projection(write, samples, constant=constant)
+        for batch, features in zip(self._batches, kept_features, strict=True):
+            if constant or features is None:
+                batch.small = self._small.through([write], batch.small)
+            else:
+                output = self._small.projected(write, features)
+                batch.small = batch.small + self._small.scaled(write, output)
+        return samples.row(write.name, found, written.value(), reason)
+
+    def _fit_projection(
+        self, write: Write, samples: Samples, *, constant: bool
+    ) -> tuple[Fitted, str]:
         weight_name, bias_name = (f"{projection(write)}.{part}" for part in ("weight", "bias"))
         has_bias = bias_name in self._structure.tensors
         names = [bias_name] * has_bias + [weight_name] * (not constant)
-        tied = self._tied(*names)
-        reason = tied or ("a norm stands behind a constant" if constant and write.tail else "")
-        gain = torch.ones_like(moments.means()[1])
+        reason = self._tied(*names)
+        if constant and write.tail:
+            reason = "a norm stands behind a constant"
+        gain = torch.ones(samples.outputs, dtype=torch.float64, device=self._device)
         if write.gain:
             gain = self.tensors[write.gain].double()
         # what a gain hardly lets through is of no use, and dividing by that gain does harm
         heard = (gain.abs() > SMALL_GAIN * gain.square().mean().sqrt()) & (not reason)
-        old_weight, old_bias = gain.new_zeros(len(gain), 0), torch.zeros_like(gain)
+        weight, bias = gain.new_zeros(len(gain), 0), torch.zeros_like(gain)
         if not constant:
-            old_weight = self.tensors[weight_name].double()
+            weight = self.tensors[weight_name].double()
         if has_bias:
-            old_bias = self.tensors[bias_name].double()
-        found = self._fit(
-            (write.name, "writer"),
-            (moments, held_out),
-            (gain[:, None] * old_weight, gain * old_bias),
+            bias = self.tensors[bias_name].double()
+        found = self._solve(
+            write.name,
+            samples,
+            (gain[:, None] * weight, gain * bias),
             has_bias=has_bias,
             may_change=heard,
         )
         if found.ridge is not None:
             safe = torch.where(heard, gain, 1.0)
             new = {
-                weight_name: torch.where(heard[:, None], found.weight / safe[:, None], old_weight),
-                bias_name: torch.where(heard, found.bias / safe, old_bias),
+                weight_name: torch.where(heard[:, None], found.weight / safe[:, None], weight),
+                bias_name: torch.where(heard, found.bias / safe, bias),
             }
             for name in names:
                 self._put(name, new[name])
-        return _row(write.name, "writer", found, moments, written.spread(), reason)
+        return found, reason
 
     def _fit_classifier(self, path: str) -> Fit:
         """Fit a classifier to its own answers on the dense stream."""
-        moments, held_out = Moments(), Moments()
+        images = sum(len(batch.dense) for batch in self._batches if not batch.held_out)
+        samples = Samples("classifier", images, self._batches[0].small.shape[-1])
         for batch in self._batches:
             _, dense = self._dense.finish(batch.dense, self._example, [path])
             _, small = self._small.finish(batch.small, self._example, [path])
-            (held_out if batch.held_out else moments).add(small[path][0], dense[path][1])
+            read, answers = samples.some(small[path][0]), samples.some(dense[path][1])
+            samples.add(read, answers, held_out=batch.held_out)
         weight_name, bias_name = f"{path}.weight", f"{path}.bias"
         has_bias = bias_name in self._structure.tensors
         names = [weight_name] + [bias_name] * has_bias
         weight = self.tensors[weight_name].double()
         bias = self.tensors[bias_name].double() if has_bias else weight.new_zeros(len(weight))
         tied = self._tied(*names)
-        found = self._fit(
-            (path, "classifier"),
-            (moments, held_out),
+        found = self._solve(
+            path,
+            samples,
             (weight, bias),
             has_bias=has_bias,
             may_change=torch.full_like(bias, not tied, dtype=torch.bool),
@@ -214,43 +239,46 @@ class Fitter:
         if found.ridge is not None:
             for name, value in zip(names, (found.weight, found.bias), strict=False):
                 self._put(name, value)
-        return _row(path, "classifier", found, moments, moments.spread(), tied)
+        return samples.row(path, found, samples.spread(), tied)
 
     def _put(self, name: str, value: Tensor) -> None:
         self.tensors[name].copy_(value)
         self.changed.add(name)
 
-    def _fit(
+    def _solve(
         self,
-        what: tuple[str, str],
-        moments: tuple[Moments, Moments],
+        place: str,
+        samples: Samples,
         start: tuple[Tensor, Tensor],
         *,
         has_bias: bool,
         may_change: Tensor,
     ) -> Fitted:
-        place, part = what
-        if not all(one.is_finite for one in moments):
+        if not samples.is_finite:
             raise InvalidInput(
                 f"prune: calibration must give finite activations, got others in {place}; look at "
                 "the images and the weights"
             )
-        # fewer rows than columns leave directions about which the images say nothing
-        ridge = RIDGE[part] * max(1.0, moments[0].inputs / moments[0].rows)
         wide = torch.promote_types(next(self._dense.model.parameters()).dtype, torch.float32)
         return fit(
-            *moments,
+            samples.fitted,
+            samples.held_out,
             *start,
-            ridge,
+            samples.ridge,
             smallest=torch.finfo(wide).eps,
             has_bias=has_bias,
-            rows=may_change,
+            may_change=may_change,
         )
 
-    def _channels(self, write: Write) -> Tensor:
-        """The channels of the stream that are kept, on its device."""
+    @property
+    def _device(self) -> torch.device:
+        return self._batches[0].dense.device
+
+    def _channels(self, write: Write, width: int) -> Tensor | slice:
+        """The channels of a stream of this width that are kept."""
         kept = self._index.kept_positions(constant_dim(self._structure, write))
-        return torch.from_numpy(kept).to(self._batches[0].dense.device)
+        # an index of all would copy them
+        return torch.from_numpy(kept).to(self._device) if len(kept) < width else slice(None)
 
     def _maps_of(self, write: Write) -> list[str]:
         """The matrices with which a branch reads the stream."""
@@ -291,21 +319,3 @@ def places_of(structure: Structure, index: Index) -> tuple[tuple[Write, ...], li
         else:
             lead += (write,)
     return lead, places
-
-
-def _equal(one: Tensor, other: Tensor) -> bool:
-    return one.shape == other.shape and torch.equal(one, other)
-
-
-def _row(
-    place: str, part: str, found: Fitted, moments: Moments, spread: float, left_out: str
-) -> Fit:
-    def share(error: float) -> float:
-        return math.sqrt(error / spread) if spread > 0 else 0.0 if error == 0 else math.inf
-
-    if found.ridge is None and not left_out:
-        left_out = "no fit lowers the error on held-out images"
-    rows, columns = moments.rows, moments.inputs
-    note = f"{rows} tokens for {columns} columns, so the ridge is larger" if rows < columns else ""
-    errors = share(found.before), share(found.after), share(found.held_out)
-    return Fit(place, part, *errors, found.ridge, left_out, note)

@@ -69,8 +69,12 @@ class Streamed:
         finally:
             hook.remove()
 
+    def projected(self, write: Write, features: Tensor) -> Tensor:
+        """What comes out of the branch for what its output projection reads."""
+        return self._modules[projection(write)](features)
+
     def output(self, write: Write, x: Tensor) -> Tensor:
-        """What the output projection of the branch puts out."""
+        """What comes out of the branch, before its gain."""
         return self._modules[write.name](self.reading(write, x))
 
     def scaled(self, write: Write, output: Tensor) -> Tensor:

@@ -1,0 +1,107 @@
+"""What a fit is made from: rows of some tokens, of images to fit to and of others to judge by."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from .least_squares import Fitted, Moments
+from .report import Fit
+
+# where the ridge of a fit starts, as a share of the mean variance of what is read
+RIDGE = {"reader": 1e-2, "writer": 1e-3, "classifier": 1e-1}
+# tokens of one image tell much the same: more rows than this for each column cost and hardly help
+ROWS_PER_COLUMN = {"reader": 32, "writer": 64, "classifier": 64}
+# what branches put out is kept from one use to the next while it takes no more bytes than this
+KEPT_BYTES = 1 << 29
+
+
+class Samples:
+    """Rows of what is read and of what should come of it.
+
+    Args:
+        part: `reader`, `writer` or `classifier`.
+        rows: all there are to fit to.
+        columns: of what is read.
+    """
+
+    def __init__(self, part: str, rows: int, columns: int):
+        self.fitted, self.held_out = Moments(), Moments()
+        self._part = part
+        self._every = max(1, rows // (ROWS_PER_COLUMN[part] * max(columns, 1)))
+
+    def some(self, values: Tensor) -> Tensor:
+        """The rows that are used, of ``(..., C)``: every so many."""
+        return values.flatten(0, -2)[:: self._every]
+
+    def add(self, rows: Tensor, y: Tensor, *, held_out: bool) -> None:
+        """What is read ``(rows, K)`` and what should come of it ``(rows, C)``."""
+        (self.held_out if held_out else self.fitted).add(rows, y)
+
+    @property
+    def outputs(self) -> int:
+        """Columns of what should come out."""
+        return self.fitted.outputs
+
+    @property
+    def is_finite(self) -> bool:
+        """Whether there is no NaN and no overflow in them."""
+        return self.fitted.is_finite and self.held_out.is_finite
+
+    @property
+    def ridge(self) -> float:
+        """Where the ridge starts: fewer rows than columns leave directions without a word."""
+        return RIDGE[self._part] * max(1.0, self.fitted.inputs / self.fitted.rows)
+
+    def spread(self) -> float:
+        """Variance of what should come out, summed over channels."""
+        return float(self.fitted.second().square.sum())
+
+    def row(self, place: str, found: Fitted, spread: float, left_out: str) -> Fit:
+        """The fit in a report, with errors as shares of a standard deviation."""
+
+        def share(error: float) -> float:
+            return math.sqrt(error / spread) if spread > 0 else 0.0 if error == 0 else math.inf
+
+        if found.ridge is None and not left_out:
+            left_out = "no fit lowers the error on held-out images"
+        rows, columns = self.fitted.rows, self.fitted.inputs
+        note = ""
+        if rows < columns:
+            note = f"{rows} tokens for {columns} columns, so the ridge is larger"
+        errors = share(found.before), share(found.after), share(found.held_out)
+        return Fit(place, self._part, *errors, found.ridge, left_out, note)
+
+
+class Spread:
+    """Variance over rows, summed over channels."""
+
+    def __init__(self) -> None:
+        self._rows, self._sum, self._square = 0, torch.zeros(()), 0.0
+
+    def add(self, rows: Tensor) -> None:
+        """Rows ``(rows, C)``."""
+        rows = rows.to(torch.promote_types(rows.dtype, torch.float32))
+        self._rows += len(rows)
+        self._sum = self._sum.to(rows.device) + rows.sum(0).double()
+        self._square += float(rows.square().sum())
+
+    def value(self) -> float:
+        """Of all rows."""
+        mean = self._sum / self._rows
+        return max(0.0, self._square / self._rows - float(mean.square().sum()))
+
+
+class Kept(list[Tensor | None]):
+    """What branches put out, batch by batch; None where there was no room left."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._room = KEPT_BYTES
+
+    def append(self, features: Tensor) -> None:
+        """Keep it, or take note that it has to be computed again."""
+        self._room -= features.numel() * features.element_size()
+        super().append(features if self._room >= 0 else None)
