@@ -11,6 +11,7 @@ finished is kept: a second call goes on after it.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import math
 import subprocess
 import sys
@@ -123,7 +124,9 @@ def read_onnx(wheel: Path) -> dict[str, Tensor]:
             found[f"{ours}ls{n}.gamma"] = stored[f"{theirs}layer_scale{n}.lambda1"]
     for part in ("weight", "bias"):
         found[f"norm.{part}"] = stored[f"backbone.layernorm.{part}"]
-        found[f"patch_embed.proj.{part}"] = stored[f"{embeddings}patch_embeddings.projection.{part}"]
+        found[f"patch_embed.proj.{part}"] = stored[
+            f"{embeddings}patch_embeddings.projection.{part}"
+        ]
     found["cls_token"] = stored[f"{embeddings}cls_token"]
     # the exporter split the position of the class token from those of the patches
     positions = [stored["onnx::Concat_1957"], stored["onnx::Reshape_1962"]]
@@ -188,10 +191,8 @@ def train_digits(folder: Path, seed: int) -> None:
         )
 
     config: Any = preset("digits")
-    try:
+    with contextlib.suppress(RunStopped):
         run(replace(config, seed=seed, out=folder), on_event=listen, stop=lambda: finished)
-    except RunStopped:
-        pass
 
 
 def folder_of(work: Path, name: str) -> Path:
@@ -202,7 +203,7 @@ def folder_of(work: Path, name: str) -> Path:
 def dense(work: Path, name: str) -> nn.Module:
     """The model of this name in eval mode, trained if it is not there yet."""
     folder = folder_of(work, name)
-    if not folder.exists():
+    if not (folder / files.MANIFEST).exists():
         if name in LEARNT:
             vp.save(tune(work, name), folder)
         else:
