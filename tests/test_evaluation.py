@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from vitprune_fast.errors import InvalidInput
-from vitprune_fast.evaluation import Evaluation, evaluate
+from vitprune_fast.evaluation import Evaluation, evaluate, evaluate_beside, wilson
 
 
 class _Logits(nn.Module):
@@ -143,3 +144,38 @@ def test_a_model_agrees_with_itself_also_on_equal_logits(classes: int) -> None:
     assert found.agreement == 1.0
     # among equals the lowest class number counts as the answer
     assert (found.top1_count, found.top5_count) == (2, 6)
+
+
+def test_models_beside_each_other_count_as_each_does_alone() -> None:
+    generator = torch.Generator().manual_seed(3)
+    logits = torch.randn(23, 6, generator=generator)
+    labels = torch.randint(6, (23,), generator=generator)
+    dense, other = _Logits(), _Teacher()
+    read: list[int] = []
+
+    def once() -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        for images, answers in _batches(logits, labels, 8):
+            read.append(len(answers))
+            yield images, answers
+
+    found = evaluate_beside(dense, [other, dense], once())
+    batches = _batches(logits, labels, 8)
+    alone = [evaluate(other, batches, dense), evaluate(dense, batches, dense)]
+    assert found == [evaluate(dense, batches), *alone]
+    assert found[0].agreement is None and found[2].agreement == 1
+    assert read == [8, 8, 7]
+    with pytest.raises(InvalidInput, match="at least one sample"):
+        evaluate_beside(dense, [other], [])
+
+
+@pytest.mark.parametrize(("count", "samples"), [(0, 7), (1, 2), (591, 599), (40, 40)])
+def test_wilson_interval_ends_where_the_share_is_just_not_unlikely(
+    count: int, samples: int
+) -> None:
+    """Ends solve (share - end)^2 = z^2 end (1 - end) / n; the extreme counts have one end."""
+    share, low_high = count / samples, wilson(count, samples)
+    assert 0 <= low_high[0] <= share <= low_high[1] <= 1
+    for end in low_high:
+        room = 1.959963984540054**2 * end * (1 - end) / samples
+        # a root of a quadratic in float64
+        assert (share - end) ** 2 == pytest.approx(room, rel=1e-9, abs=1e-15)

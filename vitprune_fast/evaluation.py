@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 
 from vitprune_fast.batches import as_input, check_logits, checked
 from vitprune_fast.errors import InvalidInput
@@ -78,45 +78,109 @@ def evaluate(
         InvalidInput: no samples, a batch or logits of another form, a label outside the classes, or
             another number of classes in the teacher.
     """
-    samples = top1 = top5 = agreement = nonfinite = 0
-    losses: list[float] = []
+    counts = _Counts(agrees=teacher is not None)
     with evaluating(model, teacher):
         for images, labels in checked("evaluate", batches, model, teacher):
-            with torch.inference_mode():
-                logits = model(as_input(model, images))
-                other = teacher(as_input(teacher, images)) if teacher is not None else None
-            check_logits("evaluate", logits, labels)
-            if other is not None and other.shape != logits.shape:
-                raise InvalidInput(
-                    f"evaluate: teacher must give logits of shape {tuple(logits.shape)}, "
-                    f"got {tuple(other.shape)}"
-                )
-            logits, labels = logits.float(), labels.to(logits.device)
-            finite = logits.isfinite().all(1)
-            ranked = _ranked(logits)[:, :5]
-            hits = (ranked == labels[:, None]) & finite[:, None]
-            samples += len(labels)
-            top1 += int(hits[:, 0].sum())
-            top5 += int(hits.sum())
-            nonfinite += int((~finite).sum())
-            losses += F.cross_entropy(logits[finite], labels[finite], reduction="none").tolist()
-            if other is not None:
-                other = other.float()
-                both = finite & other.isfinite().all(1)
-                agreement += int(((ranked[:, 0] == _ranked(other)[:, 0]) & both).sum())
-    if samples == 0:
-        raise InvalidInput("evaluate: batches must hold at least one sample, got none")
-    return Evaluation(
-        samples=samples,
-        top1_count=top1,
-        top5_count=top5,
-        agreement_count=agreement if teacher is not None else None,
-        # exact, so that another batch size gives the same sum
-        loss_sum=math.fsum(losses),
-        nonfinite_count=nonfinite,
-    )
+            logits = _logits(model, images)
+            other = None if teacher is None else _logits(teacher, images)
+            counts.add(logits, labels, other)
+    return counts.result()
 
 
-def _ranked(logits: torch.Tensor) -> torch.Tensor:
+def evaluate_beside(
+    dense: nn.Module, others: Sequence[nn.Module], batches: Iterable[Sequence[Any]]
+) -> list[Evaluation]:
+    """Run several models over the same images, each of which is read once.
+
+    Args:
+        dense: the model that the others agree with, or not.
+        others: on the same device, with the same classes.
+        batches: as :func:`evaluate` takes them.
+
+    Returns:
+        That of ``dense``, then that of each other model: what ``evaluate`` gives for it with
+        ``dense`` for a teacher.
+
+    Raises:
+        InvalidInput: as ``evaluate``.
+    """
+    first, rest = _Counts(agrees=False), [_Counts(agrees=True) for _ in others]
+    with evaluating(dense, *others):
+        for images, labels in checked("evaluate", batches, dense, *others):
+            wanted = _logits(dense, images)
+            first.add(wanted, labels)
+            for counts, model in zip(rest, others, strict=True):
+                counts.add(_logits(model, images), labels, wanted)
+    return [counts.result() for counts in (first, *rest)]
+
+
+def wilson(count: int, samples: int) -> tuple[float, float]:
+    """The 95 % interval of a share of which ``count`` of ``samples`` were seen.
+
+    Reference: Wilson, "Probable inference, the law of succession, and statistical inference",
+    Journal of the American Statistical Association 22 (1927).
+
+    Returns:
+        Its ends, in ``[0, 1]``. They say what other images like these may give; the difference of
+        two models on the same images is known better than that.
+    """
+    # of the normal distribution, 0.975
+    z = 1.959963984540054
+    share, room = count / samples, z * z / samples
+    middle = (share + room / 2) / (1 + room)
+    half = math.sqrt(share * (1 - share) * room + room * room / 4) / (1 + room)
+    return max(0.0, middle - half), min(1.0, middle + half)
+
+
+class _Counts:
+    """The sums of one model."""
+
+    def __init__(self, *, agrees: bool) -> None:
+        self.agrees = agrees
+        self.samples = self.top1 = self.top5 = self.agreement = self.nonfinite = 0
+        self.losses: list[float] = []
+
+    def add(self, logits: Tensor, labels: Tensor, other: Tensor | None = None) -> None:
+        """Count one batch of logits ``(B, C)``; ``other`` is that of the model to agree with."""
+        check_logits("evaluate", logits, labels)
+        if other is not None and other.shape != logits.shape:
+            raise InvalidInput(
+                f"evaluate: teacher must give logits of shape {tuple(logits.shape)}, "
+                f"got {tuple(other.shape)}"
+            )
+        logits, labels = logits.float(), labels.to(logits.device)
+        finite = logits.isfinite().all(1)
+        ranked = _ranked(logits)[:, :5]
+        hits = (ranked == labels[:, None]) & finite[:, None]
+        self.samples += len(labels)
+        self.top1 += int(hits[:, 0].sum())
+        self.top5 += int(hits.sum())
+        self.nonfinite += int((~finite).sum())
+        self.losses += F.cross_entropy(logits[finite], labels[finite], reduction="none").tolist()
+        if other is not None:
+            other = other.float()
+            both = finite & other.isfinite().all(1)
+            self.agreement += int(((ranked[:, 0] == _ranked(other)[:, 0]) & both).sum())
+
+    def result(self) -> Evaluation:
+        if self.samples == 0:
+            raise InvalidInput("evaluate: batches must hold at least one sample, got none")
+        return Evaluation(
+            samples=self.samples,
+            top1_count=self.top1,
+            top5_count=self.top5,
+            agreement_count=self.agreement if self.agrees else None,
+            # exact, so that another batch size gives the same sum
+            loss_sum=math.fsum(self.losses),
+            nonfinite_count=self.nonfinite,
+        )
+
+
+@torch.inference_mode()
+def _logits(model: nn.Module, images: Tensor) -> Tensor:
+    return model(as_input(model, images))
+
+
+def _ranked(logits: Tensor) -> Tensor:
     """Classes by falling logit; equal ones by number, which ``topk`` and ``argmax`` leave open."""
     return logits.sort(dim=1, descending=True, stable=True).indices

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import io
+from collections.abc import Sequence
+from typing import Any
 
 import pytest
 from rich.console import Console
@@ -12,6 +14,9 @@ HALF = {
     "params": 1000,
     "macs": 4000,
     "top1": 0.98,
+    "top1_count": 588,
+    "top1_interval": [0.9654, 0.9885],
+    "samples": 600,
     "top5": 1.0,
     "latency_ms": 2.0,
     "latency_p90_ms": 2.5,
@@ -21,6 +26,8 @@ HALF = {
 }
 SUMMARY = {
     "before": HALF,
+    "cut": {**HALF, "top1": 0.9, "top1_count": 540, "agreement": 0.91},
+    "swept": {**HALF, "top1": 0.97, "top1_count": 582, "agreement": 0.98},
     "after": {
         **HALF,
         "macs": 2000,
@@ -55,11 +62,11 @@ class Clock:
         return self.now
 
 
-def shown(*, terminal: bool, quiet: bool = False) -> str:
+def shown(*, terminal: bool, quiet: bool = False, events: Sequence[dict[str, Any]] = EVENTS) -> str:
     stream = io.StringIO()
     console = Console(file=stream, force_terminal=terminal, width=100, highlight=False)
     with Display(quiet=quiet, console=console) as shows:
-        for event in EVENTS:
+        for event in events:
             shows(event)
     return stream.getvalue()
 
@@ -144,12 +151,45 @@ def test_the_table_shows_before_after_and_change() -> None:
     assert "2.00x faster" in rows["latency, batch 1 (ms)"]
     assert "99.00%" in rows["agreement with dense"]
     assert "2.00x" in rows["images/s, batch 64"]
-    assert text.endswith("report: runs/x/report.html\n")
+
+
+def test_the_last_line_says_what_each_step_did() -> None:
+    text = shown(terminal=False)
+    assert text.endswith(
+        "report: runs/x/report.html\n"
+        "top-1:  dense 98.00% -> cut 90.00% -> swept 97.00% -> distilled 97.50%\n"
+    )
+    rows = {line.split("│")[0].strip(): line for line in text.splitlines() if "│" in line}
+    for words in ("97.00%", "582 of 600", "96.5% to 98.9%", "98.00%"):
+        assert words in rows["swept"]
+    assert [name for name in rows if name in ("dense", "cut", "swept", "distilled")] == [
+        *("dense", "cut", "swept", "distilled")
+    ]
+
+
+def test_a_step_that_was_left_out_has_no_row() -> None:
+    end = {**EVENTS[-1], "summary": {**SUMMARY, "swept": None}}
+    text = shown(terminal=False, events=[end])
+    assert text.endswith("dense 98.00% -> cut 90.00% -> distilled 97.50%\n")
+    assert "swept" not in text
+
+
+@pytest.mark.parametrize("terminal", [False, True])
+def test_a_sweep_shows_the_places_done(terminal: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(display, "time", Clock())
+    places = [f"blocks.{k}.mlp" for k in range(3)]
+    events: list[dict[str, Any]] = [{"event": "stage", "stage": "sweep", "state": "start"}]
+    events += [
+        {"event": "sweep", "stage": "sweep", "step": k + 1, "steps": 3, "place": place}
+        for k, place in enumerate(places)
+    ]
+    text = shown(terminal=terminal, events=events)
+    assert "2/3 places  blocks.1.mlp" in text and "left" in text
 
 
 def test_quiet_prints_only_the_result() -> None:
     text = shown(terminal=False, quiet=True)
-    assert "profile" not in text and "distill" not in text and "MACs" in text
+    assert "profile" not in text and "distill  " not in text and "MACs" in text
 
 
 @pytest.mark.parametrize("quiet", [False, True])

@@ -42,7 +42,7 @@ def contents(top: Path) -> dict[Path, bytes]:
 COMMANDS = {
     "score": "score --model dense --data folder:photos --score-samples 4 --config options.yaml",
     "plan": "plan --model dense --scores scores.safetensors --macs 0.8 --config options.yaml",
-    "prune": "prune --model dense --plan plan.json --config options.yaml",
+    "prune": "prune --model dense --plan plan.json --data folder:photos --config options.yaml",
     "distill": "distill --model dense --teacher dense --data folder:photos --config options.yaml",
     "run": "run --preset images --model dense --data folder:photos",
 }

@@ -22,7 +22,7 @@ COMMANDS = {
     "describe": "describe --model dense",
     "score": "score --model dense --data digits --score-samples 8",
     "plan": "plan --model dense --scores s.safetensors --macs 0.8",
-    "prune": "prune --model dense --plan p.json",
+    "prune": "prune --model dense --plan p.json --data digits --calibration-images 50",
     "distill": "distill --model dense --teacher self --data digits --epochs 1 --warmup-epochs 0",
     "eval": "eval --model dense --data digits --split validation",
     "bench": "bench --model dense --batch-sizes 1 --seconds 0.01",

@@ -45,7 +45,10 @@ def test_run_prints_profile_stages_table_and_path(
     assert main(["run", "--out", str(folder), *TINY]) == 0
     text = capsys.readouterr().out
     assert text.startswith("profile   cpu: ")
-    assert text.count("done earlier") == 8
+    assert text.count("done earlier") == 9
+    assert re.search(r"^sweep     done earlier  1,019 images, \d+ of \d+ fits applied", text, re.M)
+    steps = " -> ".join(rf"{name} [\d.]+%" for name in ("dense", "cut", "swept", "distilled"))
+    assert re.search(rf"^top-1:  {steps}\n\Z", text, re.M)
     for row in ("parameters", "MACs", "top-1", "agreement with dense", "latency, batch 1 (ms)"):
         assert row in text
     assert str(folder / "report.html") in text
@@ -55,6 +58,14 @@ def test_quiet_run_prints_the_table_only(folder: Path, capsys: pytest.CaptureFix
     assert main(["run", "--out", str(folder), *TINY, "--quiet"]) == 0
     text = capsys.readouterr().out
     assert "profile" not in text and "top-1" in text
+
+
+def same_weights(one: Path, other: Path) -> bool:
+    """Whether two saved models have the same bits."""
+    states = [vp.load(folder).state_dict() for folder in (one, other)]
+    return states[0].keys() == states[1].keys() and all(
+        torch.equal(states[0][name], states[1][name]) for name in states[0]
+    )
 
 
 def test_verbs_make_the_chain(
@@ -73,8 +84,18 @@ def test_verbs_make_the_chain(
     assert scores.read_bytes() == (folder / "scores.safetensors").read_bytes()
     do("plan", "--model", dense, "--scores", scores, "--macs", 0.5, "--out", plan)
     assert json.loads(plan.read_text()) == json.loads((folder / "plan.json").read_text())
-    text = do("prune", "--model", dense, "--plan", plan, "--out", pruned)
+    text = do("prune", "--model", dense, "--plan", plan, "--out", here / "cut")
     assert "masked model equals pruned model" in text
+    assert "plain cut: give --data to refit what stays\n" in text
+    assert same_weights(here / "cut", folder / "pruned")
+    text = do(
+        *("prune", "--model", dense, "--plan", plan, "--data", "digits", "--batch-size", 32),
+        *("--out", pruned),
+    )
+    assert "plain cut" not in text and "masked model equals pruned model" in text
+    assert re.search(r"^sweep  .* s  1,019 images, .*median error .*% -> .*%", text, re.M)
+    # the run refitted on the same images with the same seed
+    assert same_weights(pruned, folder / "swept") and not same_weights(pruned, here / "cut")
     assert vp.cost(vp.load(pruned)) == vp.cost(vp.load(folder / "model"))
     training = ("--epochs", 1, "--warmup-epochs", 0, "--batch-size", 256)
     do(
@@ -103,7 +124,7 @@ def test_verbs_take_a_model_of_another_dtype(
     data, training = ("--data", "digits"), ("--epochs", 1, "--warmup-epochs", 0)
     for words in (
         ("score", "--model", model, *data, "--score-samples", 50, "--out", tmp_path / "s"),
-        ("prune", "--model", model, "--plan", plan, "--out", tmp_path / "pruned"),
+        ("prune", "--model", model, "--plan", plan, *data, "--out", tmp_path / "pruned"),
         (
             *("distill", "--model", tmp_path / "pruned", "--teacher", model, *data, *training),
             *("--out", taught),

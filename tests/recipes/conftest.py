@@ -16,8 +16,10 @@ from vitprune_fast.recipes.config import (
     ModelConfig,
     RunConfig,
     ScoreConfig,
+    SweepConfig,
 )
 from vitprune_fast.recipes.yamlfile import to_yaml
+from vitprune_fast.report import figures
 
 SCHEDULE = DistillConfig(epochs=2, warmup_epochs=0, log_steps=1)
 TINY = RunConfig(
@@ -34,6 +36,7 @@ TINY = RunConfig(
     ),
     data=DataConfig(batch_size=256),
     score=ScoreConfig(samples=100),
+    sweep=SweepConfig(images=96),
     train_dense=True,
     dense=SCHEDULE,
     distill=SCHEDULE,
@@ -41,6 +44,16 @@ TINY = RunConfig(
     latency_seconds=0.01,
 )
 """The digits job in about a second: all stages, nothing learnt."""
+
+
+def undrawn(title: str, height: float, draw: Any) -> str:
+    """Stands for a picture: they cost as much as all the rest, and nobody looks at them here."""
+    return "<svg></svg>"
+
+
+@pytest.fixture(autouse=True)
+def _no_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(figures, "drawn", undrawn)
 
 
 @pytest.fixture
@@ -53,7 +66,9 @@ def tiny(tmp_path: Path) -> RunConfig:
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A finished tiny run nobody disturbed; not to be written to."""
     out = tmp_path_factory.mktemp("finished") / "run"
-    run(replace(TINY, out=out))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(figures, "drawn", undrawn)
+        run(replace(TINY, out=out))
     return out
 
 

@@ -21,9 +21,10 @@ NOT_BITWISE = ("config.yaml", "run.json", "summary.json", "report.html", ".lock"
 def summary_without_times(folder: Path) -> dict[str, Any]:
     """The summary without the values that a clock gave."""
     summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
-    for half in ("before", "after"):
+    for row in ("before", "cut", "swept", "after"):
         for name in MEASURED:
-            del summary[half][name]
+            if summary[row] is not None:
+                del summary[row][name]
     return summary
 
 

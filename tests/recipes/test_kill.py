@@ -116,7 +116,7 @@ def test_the_kill_points_are_all_that_a_run_does_to_its_folder(
     assert appended == 4
     # all else is written to a temporary file, flushed and renamed, and its folder flushed
     written = count["write"] - appended - operations.count("write .lock")
-    folders_replaced = 3
+    folders_replaced = 4
     assert count["rename"] == written + folders_replaced
     assert count["fsync"] == 2 * written + appended + 1 + folders_replaced
     kept = [name for name in files_of(folder) if name not in ("metrics.jsonl", ".lock")]

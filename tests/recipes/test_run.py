@@ -13,12 +13,13 @@ import torch
 
 import vitprune_fast as vp
 from tests.recipes.conftest import TINY, Recorder
-from tests.recipes.same import assert_same_run, summary_without_times
+from tests.recipes.same import MEASURED, assert_same_run, summary_without_times
 from vitprune_fast.data import ImageData, open_data
-from vitprune_fast.errors import RunFolderError, StageFailed
+from vitprune_fast.errors import InvalidInput, RunFolderError, StageFailed
 from vitprune_fast.recipes import chain, checks
 from vitprune_fast.recipes.chain import STAGES, RunStopped, run
 from vitprune_fast.recipes.config import PlanConfig, RunConfig
+from vitprune_fast.surgery.sweep import resume
 
 
 class Killed(BaseException):
@@ -39,12 +40,15 @@ def test_a_run_leaves_everything_that_is_promised(finished: Path) -> None:
     names = {p.name for p in finished.iterdir() if not p.name.startswith(".")}
     assert names == {
         *("config.yaml", "run.json", "stages", "checkpoints", "metrics.jsonl", "set_aside.json"),
-        *("dense", "scores.safetensors", "plan.json", "pruned", "model"),
+        *("dense", "scores.safetensors", "plan.json", "pruned", "swept", "sweep.json", "model"),
         *("summary.json", "report.html"),
     }
     summary = json.loads((finished / "summary.json").read_text())
-    for half in ("before", "after"):
-        row = summary[half]
+    for step in ("before", "cut", "swept", "after"):
+        row = summary[step]
+        low, high = row["top1_interval"]
+        assert 0 <= low <= row["top1"] == row["top1_count"] / 599 <= high <= 1
+        assert ("agreement" in row) == (step != "before")
         assert {"params", "macs", "top1", "top5", "latency_ms", "images_per_s"} <= row.keys()
         assert 0 <= row["top1"] <= 1 and row["samples"] == 599
         assert 0 < row["latency_ms"] <= row["latency_p90_ms"]
@@ -56,23 +60,47 @@ def test_a_run_leaves_everything_that_is_promised(finished: Path) -> None:
     assert summary["seed"] == 0
     assert all(check["holds"] for check in summary["checks"])
     assert {check["stage"] for check in summary["checks"]} == {
-        *("dense", "prune", "distill", "evaluate")
+        *("dense", "prune", "sweep", "distill", "evaluate")
     }
 
 
-def test_the_saved_model_is_the_one_in_the_table(finished: Path) -> None:
+def test_the_saved_models_are_those_in_the_table(finished: Path) -> None:
     summary = json.loads((finished / "summary.json").read_text())
-    model = vp.load(finished / "model")
-    cost = vp.cost(model)
-    assert (cost.params, cost.macs) == (summary["after"]["params"], summary["after"]["macs"])
     data = open_data("digits", image_size=(8, 8), channels=1)
     images, labels, _ = data.split("test").batch(torch.arange(599))
-    with torch.no_grad():
-        hits = int((model(images).argmax(1) == labels).sum())
-    assert hits == summary["after"]["top1_count"]
+    answers = {}
+    for step, name in (("before", "dense"), ("cut", "pruned"), ("swept", "swept")):
+        answers[step] = model_answers(finished / name, images)
+    answers["after"] = model_answers(finished / "model", images)
+    for step, (cost, answer) in answers.items():
+        row = summary[step]
+        assert (cost.params, cost.macs) == (row["params"], row["macs"])
+        assert int((answer == labels).sum()) == row["top1_count"]
+        if step != "before":
+            same = int((answer == answers["before"][1]).sum())
+            assert row["agreement"] == same / 599
+    model: Any = vp.load(finished / "model")
     # the saved model says how its images must be prepared
     prepared: Any = model.pretrained_cfg
     assert tuple(prepared["mean"]) == data.mean
+
+
+def model_answers(folder: Path, images: torch.Tensor) -> tuple[Any, torch.Tensor]:
+    """Cost of a saved model, and the classes it gives."""
+    model = vp.load(folder)
+    with torch.no_grad():
+        return vp.cost(model), model(images).argmax(1)
+
+
+def test_models_of_one_shape_are_timed_once_and_say_so(finished: Path) -> None:
+    summary = json.loads((finished / "summary.json").read_text())
+    for step in ("cut", "swept"):
+        row = summary[step]
+        assert row["latency_of"] == "after"
+        for name in ("params", "macs", *MEASURED):
+            assert row[name] == summary["after"][name]
+    for step in ("before", "after"):
+        assert "latency_of" not in summary[step]
 
 
 def test_the_same_configuration_gives_the_same_bits(finished: Path, tiny: RunConfig) -> None:
@@ -165,7 +193,8 @@ def test_an_altered_output_is_noticed_and_done_again(finished: Path, copied: Run
     recorder = Recorder()
     run(copied, on_event=recorder)
     notes = [e["text"] for e in recorder.events if e["event"] == "note"]
-    assert notes == ["plan.json was changed: stage plan is done again"]
+    assert notes[0] == "plan.json was changed: stage plan is done again"
+    assert not any("again" in note or "anew" in note for note in notes[1:])
     assert recorder.stages("kept") == ["data", "dense", "score"]
     assert_same_run(finished, copied.out)
 
@@ -362,12 +391,14 @@ def test_selection_never_reads_the_test_images(keep: Any, tiny: RunConfig) -> No
     allowed = {
         "dense": {"train", "validation"},
         "score": {"train"},
+        "sweep": {"train"},
         "distill": {"train", "validation"},
         "evaluate": {"test"},
     }
     assert {stage: set(counts) for stage, counts in source.read.items()} == allowed
-    # both models see every test image once
-    assert source.read["evaluate"]["test"] == 2 * len(data.split("test"))
+    # every test image is read once, for all models
+    assert source.read["evaluate"]["test"] == len(data.split("test"))
+    assert source.read["sweep"]["train"] % TINY.sweep.images == 0
     # the second batch of 64 is read whole and cut short
     assert source.read["score"]["train"] == 128
     record = json.loads((tiny.out / "stages" / "score.json").read_text())
@@ -413,5 +444,151 @@ def test_damaged_sums_are_left_out_and_the_run_says_so(finished: Path, tiny: Run
     again = Recorder()
     run(tiny, on_event=again)
     notes = [e["text"] for e in again.events if e["event"] == "note"]
-    assert len(notes) == 1 and notes[0].startswith("scoring starts anew: score: checkpoint")
+    assert notes[0].startswith("scoring starts anew: score: checkpoint")
+    assert not any("again" in note or "anew" in note for note in notes[1:])
     assert_same_run_but_checkpoints(finished, tiny.out)
+
+
+# the sweep
+
+
+def steps_of_the_sweep(recorder: Recorder) -> list[int]:
+    return [e["step"] for e in recorder.events if e["event"] == "sweep"]
+
+
+def stopped_in_the_sweep(config: RunConfig) -> tuple[Path, int]:
+    """The checkpoint of a run that was asked to stop in the sweep, and the places done."""
+    recorder = Recorder()
+    with pytest.raises(RunStopped):
+        run(config, on_event=recorder, stop=lambda: len(steps_of_the_sweep(recorder)) >= 2)
+    assert not (config.out / "swept").exists()
+    steps = steps_of_the_sweep(recorder)
+    total = next(e["steps"] for e in recorder.events if e["event"] == "sweep")
+    assert steps == [*range(1, len(steps) + 1)] and len(steps) < total
+    return config.out / "checkpoints" / "sweep" / "sweep.safetensors", len(steps)
+
+
+@pytest.mark.parametrize("kept", [False, True], ids=["before-a-checkpoint", "after-one"])
+def test_a_run_killed_inside_the_sweep_ends_with_the_same_bits(
+    kept: bool, finished: Path, tiny: RunConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # seconds between two checkpoints
+    monkeypatch.setattr(resume, "EVERY_S", 0.0 if kept else 1e9)
+    with pytest.raises(Killed):
+        run(tiny, on_event=kill_at(event="sweep", stage="sweep", step=3))
+    again = Recorder()
+    run(tiny, on_event=again)
+    assert steps_of_the_sweep(again)[0] == (4 if kept else 1)
+    assert_same_run(finished, tiny.out)
+
+
+def test_a_run_stopped_inside_the_sweep_goes_on_at_its_checkpoint(
+    finished: Path, tiny: RunConfig
+) -> None:
+    checkpoint, done = stopped_in_the_sweep(tiny)
+    assert checkpoint.is_file()
+    again = Recorder()
+    run(tiny, on_event=again)
+    # what is fitted is not fitted again
+    assert steps_of_the_sweep(again)[0] == done + 1
+    assert_same_run(finished, tiny.out)
+    assert not checkpoint.exists()
+
+
+def test_a_damaged_checkpoint_of_the_sweep_is_left_out_and_the_run_says_so(
+    finished: Path, tiny: RunConfig
+) -> None:
+    checkpoint, _ = stopped_in_the_sweep(tiny)
+    checkpoint.write_bytes(checkpoint.read_bytes()[:-8])
+    again = Recorder()
+    run(tiny, on_event=again)
+    notes = [e["text"] for e in again.events if e["event"] == "note"]
+    assert notes[0].startswith("the sweep starts anew: ") and str(checkpoint) in notes[0]
+    assert steps_of_the_sweep(again)[0] == 1
+    assert_same_run(finished, tiny.out)
+
+
+def starting_weights(config: RunConfig, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """Runs the job; the weights that distillation began with."""
+    seen: dict[str, Any] = {}
+    original = chain.stages.train
+
+    def train(student: torch.nn.Module, *args: Any, purpose: str, **options: Any) -> Any:
+        seen[purpose] = {name: each.clone() for name, each in student.state_dict().items()}
+        return original(student, *args, purpose=purpose, **options)
+
+    monkeypatch.setattr(chain.stages, "train", train)
+    run(config)
+    return seen["distill"]
+
+
+@pytest.mark.parametrize(("compensate", "start"), [(True, "swept"), (False, "pruned")])
+def test_distillation_starts_from_what_the_sweep_left(
+    compensate: bool, start: str, tiny: RunConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = replace(tiny, sweep=replace(tiny.sweep, compensate=compensate))
+    weights = starting_weights(config, monkeypatch)
+    wanted = vp.load(tiny.out / start).state_dict()
+    assert weights.keys() == wanted.keys()
+    assert all(torch.equal(weights[name], wanted[name]) for name in wanted)
+
+
+def test_a_run_without_the_sweep_says_so_and_is_whole(tiny: RunConfig) -> None:
+    config = replace(tiny, sweep=replace(tiny.sweep, compensate=False))
+    recorder = Recorder()
+    summary = run(config, on_event=recorder)
+    texts = {e["stage"]: e["text"] for e in recorder.events if e.get("state") == "done"}
+    assert texts["sweep"] == "left out (--no-compensate)"
+    assert summary["swept"] is None and summary["cut"]["latency_of"] == "after"
+    assert not (tiny.out / "swept").exists() and not (tiny.out / "sweep.json").exists()
+    assert "Left out (--no-compensate)" in (tiny.out / "report.html").read_text()
+    again = Recorder()
+    assert run(config, on_event=again) == summary
+    assert again.stages("done") == []
+
+
+def test_a_sweep_of_another_configuration_does_not_stay(copied: RunConfig) -> None:
+    (copied.out / "stages" / "sweep.json").unlink()
+    plain = replace(copied.sweep, compensate=False)
+    summary = run(replace(copied, sweep=plain, allow_config_change=True))
+    assert summary["swept"] is None and not (copied.out / "swept").exists()
+
+
+def test_a_sweep_that_makes_another_model_is_noticed(
+    tiny: RunConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original = chain.stages.sweep
+
+    def sweep(dense: torch.nn.Module, *args: Any, **options: Any) -> Any:
+        return dense, original(dense, *args, **options)[1]
+
+    monkeypatch.setattr(chain.stages, "sweep", sweep)
+    with pytest.raises(StageFailed, match="stage sweep failed its own check: refitting changes"):
+        run(tiny)
+
+
+def test_the_run_says_what_the_sweep_did(finished: Path) -> None:
+    record = json.loads((finished / "stages" / "sweep.json").read_text())
+    report = json.loads((finished / "sweep.json").read_text())
+    assert record["facts"]["images"] == report["images"] == TINY.sweep.images
+    assert record["facts"]["text"].startswith(f"96 images, {len(applied(report))} of ")
+    assert {"before", "after", "held_out", "left_out", "part", "place"} <= report["fits"][0].keys()
+    said = json.loads((finished / "summary.json").read_text())["assumptions"]["sweep"]
+    assert said.startswith("refits on 96 of 1,019 training images, fewer than the 512")
+
+
+def applied(report: dict[str, Any]) -> list[dict[str, Any]]:
+    return [fit for fit in report["fits"] if not fit["left_out"]]
+
+
+@pytest.mark.parametrize("split", ["train", "validation"])
+def test_test_images_among_those_that_are_learnt_from_are_refused(
+    split: str, tiny: RunConfig
+) -> None:
+    data = open_data("digits", image_size=(8, 8), channels=1)
+    mixed = [*data.split_ids[split], data.split_ids["test"][3]]
+    other = replace(data, split_ids={**data.split_ids, split: mixed})
+    sentence = f"the {split} split of digits must not hold images of its test split, got 1"
+    with pytest.raises(InvalidInput, match=sentence):
+        run(tiny, data=other)
+    assert not (tiny.out / "run.json").exists()

@@ -24,7 +24,7 @@ def two(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     run(replace(TINY, out=here / "half"))
     shutil.copytree(here / "half", here / "third")
     # the dense model is the same; what comes after it is done again
-    for stage in ("plan", "prune", "distill", "evaluate", "report"):
+    for stage in ("plan", "prune", "sweep", "distill", "evaluate", "report"):
         (here / "third" / "stages" / f"{stage}.json").unlink()
     for name in ("checkpoints/distill", "model", "pruned"):
         shutil.rmtree(here / "third" / name)
@@ -42,6 +42,9 @@ def test_the_page_has_one_table_and_overlaid_curves(two: tuple[Path, Path], tmp_
     words = " ".join(" ".join(page.words).split())
     for folder in two:
         after = json.loads((folder / "summary.json").read_text())["after"]
+        for step, heading in (("cut", "right after the cut"), ("swept", "after the sweep")):
+            assert f"top-1 {heading}" in words
+            assert f"{json.loads((folder / 'summary.json').read_text())[step]['top1']:.2%}" in words
         for value in (f"{after['macs']:,}", f"{after['top1']:.2%}", f"{after['latency_ms']:.2f}"):
             assert value in words
     assert "33% of the multiply-accumulates" in words

@@ -3,24 +3,14 @@ from __future__ import annotations
 import json
 import re
 import shutil
-from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
 
-from tests.recipes.conftest import TINY
 from vitprune_fast.errors import DamagedFile, RunFolderError
-from vitprune_fast.recipes.chain import run
 from vitprune_fast.report import figures, write_report
 from vitprune_fast.report.page import budget_text
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    out = tmp_path_factory.mktemp("report") / "run"
-    run(replace(TINY, out=out), command=["vitprune-fast", "run", "--out", "a folder"])
-    return out
 
 
 class Page(HTMLParser):
@@ -64,7 +54,7 @@ def test_page_is_self_contained_and_well_formed(folder: Path) -> None:
     assert all(address.startswith("#") for address in page.addresses)
     assert "url(" not in text.replace("url(#", "") and "@import" not in text
     assert "http" not in text
-    assert page.tags.count("svg") == 9
+    assert page.tags.count("svg") == 12
 
 
 def test_page_tells_what_a_stranger_asks(folder: Path) -> None:
@@ -85,6 +75,9 @@ def test_page_tells_what_a_stranger_asks(folder: Path) -> None:
     for claim in summary["checks"]:
         assert claim["name"] in text
     assert "of 6 attention heads kept" in text
+    for step in ("before", "cut", "swept", "after"):
+        low, high = summary[step]["top1_interval"]
+        assert f"{summary[step]['top1_count']} of 599 {low:.1%} to {high:.1%}" in text
 
 
 def test_page_is_the_same_every_time(folder: Path) -> None:
@@ -154,6 +147,8 @@ def test_thinned_scores_keep_the_ends() -> None:
         ("summary.json", b"{}"),
         ("summary.json", b"[1]"),
         ("run.json", b'{"identity": 3}'),
+        ("sweep.json", b"{}"),
+        ("sweep.json", b'{"fits": [3]}'),
         ("stages/plan.json", b'{"outputs": 3, "facts": 4}'),
         ("stages/plan.json", b'{"outputs": {}, "facts": {"axes": 4}}'),
     ],

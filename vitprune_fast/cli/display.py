@@ -14,7 +14,7 @@ from rich.table import Table
 from vitprune_fast.distill.config import FEATURE_LOSSES, LOGIT_LOSSES
 from vitprune_fast.planning.waiting import load_warning
 from vitprune_fast.recipes.assumptions import line
-from vitprune_fast.recipes.comparison import comparison
+from vitprune_fast.recipes.comparison import arrow, comparison, steps
 
 _PARTS = ("ce", *LOGIT_LOSSES, *FEATURE_LOSSES)
 LINE_EVERY_S = 10.0
@@ -96,8 +96,8 @@ class Display:
                 completed=event["step"],
                 total=self._pace.steps,
                 text=self._pace.text(),
-                # steps come faster than anyone reads, epochs may be minutes apart
-                refresh=event["event"] == "epoch",
+                # steps come faster than anyone reads, the others may be minutes apart
+                refresh=event["event"] != "step",
             )
         elif time.monotonic() - self._last_line > LINE_EVERY_S:
             self._last_line = time.monotonic()
@@ -111,6 +111,9 @@ class Display:
         )
 
     def _on_epoch(self, event: dict[str, Any]) -> None:
+        self._on_step(event)
+
+    def _on_sweep(self, event: dict[str, Any]) -> None:
         self._on_step(event)
 
     def _show_bar(self, name: str) -> None:
@@ -135,10 +138,14 @@ class Display:
             table.add_row(*row)
         self.console.print()
         self.console.print(table)
+        self.console.print()
+        headings = ("model", "top-1", "correct", "95% interval", "agreement")
+        print_table(headings, steps(summary), self.console)
         warning = load_warning(summary["before"]["latency_waited"])
         if warning:
             self.console.print(f"\n{line('latency', warning)}", markup=False)
         self.console.print(f"\nreport: {event['report']}", markup=False)
+        self.console.print(f"top-1:  {arrow(summary)}", markup=False)
 
 
 def print_assumptions(assumptions: Mapping[str, str]) -> None:
@@ -148,7 +155,7 @@ def print_assumptions(assumptions: Mapping[str, str]) -> None:
 
 
 class Pace:
-    """Where a training or a scoring is, how fast, and how long it still takes."""
+    """Where a training, a scoring or a sweep is, how fast, and how long it still takes."""
 
     def __init__(self) -> None:
         self.steps: int | None = None
@@ -157,9 +164,9 @@ class Pace:
         self._left_s: float | None = None
 
     def update(self, event: dict[str, Any], now: float) -> None:
-        """Takes in a `step`, `epoch` or `masks` event; what it does not say stays as it was.
+        """Takes in a `step`, `epoch`, `masks` or `sweep` event.
 
-        Another stage starts anew.
+        What it does not say stays as it was; another stage starts anew.
         """
         if event.get("stage") != self._event.get("stage", event.get("stage")):
             self.steps, self._event, self._first, self._left_s = None, {}, None, None
@@ -177,6 +184,9 @@ class Pace:
         event = self._event
         if event.get("stage") == "score":
             words = [f"{event['step']:,}" + (f"/{self.steps:,}" if self.steps else "") + " images"]
+            return "  ".join([*words, *self._rates()])
+        if event.get("event") == "sweep":
+            words = [f"{event['step']:,}/{event['steps']:,} places", str(event["place"])]
             return "  ".join([*words, *self._rates()])
         # the loop counts epochs from 0
         epoch = int(event.get("epoch", 0)) + 1
@@ -221,7 +231,9 @@ def rate_text(images_per_s: float) -> str:
     return f"{images_per_s:,.0f} images/s" if images_per_s >= 10 else f"{images_per_s:.2g} images/s"
 
 
-def print_table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+def print_table(
+    headings: Sequence[str], rows: Sequence[Sequence[str]], console: Console | None = None
+) -> None:
     """A table of text: the first column to the left, wrapped where it must, others to the right."""
     table = Table(show_edge=False, pad_edge=False)
     for position, heading in enumerate(headings):
@@ -236,4 +248,4 @@ def print_table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
         )
     for row in rows:
         table.add_row(*row)
-    Console(highlight=False).print(table)
+    (console or Console(highlight=False)).print(table)

@@ -13,11 +13,11 @@ from vitprune_fast.cli.signals import Interrupted, listen
 from vitprune_fast.errors import VitpruneError
 
 VERBS = {
-    "run": "the whole chain in one resumable folder: dense, score, plan, prune, distill, evaluate",
+    "run": "the whole chain in one resumable folder: score, plan, prune, sweep, distill, evaluate",
     "describe": "what can be removed from a model, and what it costs",
     "score": "measure the importance of heads, neurons and every other unit",
     "plan": "choose what to keep within a budget",
-    "prune": "cut a plan out of a model",
+    "prune": "cut a plan out of a model, and refit what stays",
     "distill": "teach a pruned model with its dense teacher",
     "eval": "top-1, top-5 and agreement on a data set",
     "bench": "parameters, MACs and latency of a model",

@@ -47,6 +47,11 @@ def required_data() -> DataConfig:
     return DataConfig(source=tyro.MISSING)
 
 
+def optional_data() -> DataConfig:
+    """The data options of a verb that can do without data; without a source there is none."""
+    return DataConfig(source="")
+
+
 def parse(
     verb: str,
     words: Sequence[str],

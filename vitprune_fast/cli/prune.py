@@ -2,33 +2,43 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+import time
+from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import tyro
 from tyro.conf import arg
 
-from vitprune_fast.cli.options import parse, required_model
-from vitprune_fast.recipes.config import ModelConfig, Threads
+from vitprune_fast.cli.options import optional_data, parse, required_model
+from vitprune_fast.errors import InvalidInput
+from vitprune_fast.recipes.config import DataConfig, ModelConfig, SweepConfig, Threads
 
 
 @dataclass(frozen=True)
 class Prune:
-    """Cut a plan out of a model: a smaller dense model, checked against the masked one."""
+    """Cut a plan out of a model: a smaller dense model, checked against the masked one.
+
+    With --data, what stays is then refitted on training images so that it makes up for what went.
+    """
 
     plan: Annotated[Path, arg(metavar="FILE")] = tyro.MISSING
     """Plan written by `vitprune-fast plan`."""
     out: Annotated[Path, arg(metavar="DIR")] = Path("pruned")
     """Folder for the pruned model."""
     model: Annotated[ModelConfig, arg(name="")] = field(default_factory=required_model)
+    data: Annotated[DataConfig, arg(name="")] = field(default_factory=optional_data)
+    sweep: Annotated[SweepConfig, arg(name="")] = field(default_factory=SweepConfig)
     seed: Annotated[int, arg(metavar="N")] = 0
-    """Draws weights that come from nowhere else, as `score` does."""
+    """Chooses the training images, and draws weights that come from nowhere else, as `score` does.
+    """
+    device: Annotated[str, arg(metavar="auto|cpu|cuda")] = "auto"
+    """Where to refit; a cut alone is made on the CPU."""
     threads: Threads = None
 
 
 def main(words: list[str]) -> int:
-    """Prunes, proves the result on random images, and saves it."""
+    """Prunes, proves the cut on random images, refits what stays, and saves the result."""
     options = parse("prune", words, lambda chosen: Prune(), outputs=lambda cut: {"out": cut.out})
     if options is None:
         return 0
@@ -37,21 +47,99 @@ def main(words: list[str]) -> int:
     from vitprune_fast.cli.display import print_assumptions
     from vitprune_fast.recipes import checks
     from vitprune_fast.recipes.assumptions import about_weights
-    from vitprune_fast.recipes.opened import open_weights
+    from vitprune_fast.recipes.opened import open_both, open_weights, remember_normalisation
     from vitprune_fast.recipes.profile import applied, choose_profile
 
+    _check_data(options)
     check_folder(options.out)
-    with applied(choose_profile("cpu", options.threads)):
-        model = open_weights(options.model, options.seed)
+    opened = None
+    if options.data.source:
+        opened = open_both(
+            options.model, options.data, options.seed, options.device, options.threads
+        )
+    with applied(opened.profile if opened else choose_profile("cpu", options.threads)):
+        model = opened.model if opened else open_weights(options.model, options.seed)
         plan = vp.Plan.load(options.plan)
-        print_assumptions(about_weights(options.model, options.seed, model))
+        print_assumptions(
+            {**opened.assumptions, **_about_images(options, opened)}
+            if opened
+            else about_weights(options.model, options.seed, model)
+        )
         pruned, proofs = checks.prune_and_prove(model, plan, checks.random_images(model))
         checks.require("prune", proofs)
+        if opened and options.sweep.compensate:
+            pruned = _refitted(options, opened, plan)
+        elif opened:
+            print("plain cut: --no-compensate leaves what stays as it is")
+        else:
+            print("plain cut: give --data to refit what stays")
+        if opened:
+            remember_normalisation(pruned, opened.data, trained=False)
         vp.save(pruned, options.out)
         before, after = vp.cost(model), vp.cost(pruned)
     print(
         f"{options.out}: {after.macs:,} of {before.macs:,} MACs, "
-        f"{after.params:,} of {before.params:,} params; checked: "
+        f"{after.params:,} of {before.params:,} params; the cut was checked: "
         + "; ".join(proof.name for proof in proofs)
     )
     return 0
+
+
+def _check_data(options: Prune) -> None:
+    """Refuses options about images where none are named: nothing is ignored in silence."""
+    unset = optional_data()
+    given = [
+        each.name.replace("_", "-")
+        for each in fields(unset)
+        if getattr(options.data, each.name) != getattr(unset, each.name)
+    ]
+    if options.sweep.images != SweepConfig().images:
+        given.append("calibration-images")
+    if given and not options.data.source:
+        raise InvalidInput(
+            f"prune: data must be given with {', '.join(given)}, got none; add --data, or leave "
+            "them out"
+        )
+
+
+def _about_images(options: Prune, opened: Any) -> dict[str, str]:
+    """What is assumed of the images to refit on; those of a run's test are refused."""
+    from vitprune_fast.recipes import stages
+    from vitprune_fast.recipes.assumptions import about_calibration
+    from vitprune_fast.recipes.refit import refuse_test_images
+
+    if not options.sweep.compensate:
+        return {}
+    images = stages.calibration(opened.data, options.sweep, opened.setting).images
+    unknown = refuse_test_images(
+        opened.data, images.ids.tolist(), [Path(options.model.name), options.plan]
+    )
+    return {
+        **about_calibration(options.sweep, opened.data),
+        **({"unknown": unknown} if unknown else {}),
+    }
+
+
+def _refitted(options: Prune, opened: Any, plan: Any) -> Any:
+    """The refitted model, with a bar on the way and what was gained at the end."""
+    from vitprune_fast.cli.display import Display
+    from vitprune_fast.recipes import checks, stages
+    from vitprune_fast.recipes.refit import left_out_lines, refit_text
+
+    stage = {"event": "stage", "stage": "sweep"}
+    with Display() as display:
+
+        def on_event(event: dict[str, Any]) -> None:
+            display({**event, "stage": "sweep"})
+
+        display({**stage, "state": "start"})
+        started = time.perf_counter()
+        pruned, report = stages.sweep(
+            opened.model, plan, opened.data, options.sweep, opened.setting, on_event=on_event
+        )
+        seconds = time.perf_counter() - started
+        display({**stage, "state": "done", "seconds": seconds, "text": refit_text(report)})
+        for text in (*report.warnings, *left_out_lines(report)):
+            display({"event": "note", "text": text})
+    checks.require("sweep", [checks.finite(pruned, checks.random_images(pruned))])
+    return pruned

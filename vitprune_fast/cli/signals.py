@@ -1,6 +1,6 @@
 """SIGINT, SIGTERM and SIGUSR1 (a scheduler's warning) end a command.
 
-Training finishes its step and writes a checkpoint; all else ends at once.
+Training and the sweep finish their step and write a checkpoint; all else ends at once.
 """
 
 from __future__ import annotations
@@ -42,8 +42,8 @@ def listen() -> None:
 class Stopper:
     """Tells a run to stop: pass it as `stop`, and its `watch` as (part of) `on_event`.
 
-    While a training stage steps, the first signal only sets a flag, so that the loop can write its
-    checkpoint; a second one, or a step longer than `PATIENCE_S`, ends the run at once.
+    While a training or a sweep steps, the first signal only sets a flag, so that a checkpoint can
+    be written; a second one, or a step longer than `PATIENCE_S`, ends the run at once.
     """
 
     def __init__(self) -> None:
@@ -57,8 +57,8 @@ class Stopper:
         return self.number is not None
 
     def watch(self, event: dict) -> None:
-        """Notes from the events of a run whether it is training."""
-        self._training = event.get("event") in ("resume", "step", "epoch", "checkpoint")
+        """Notes from the events of a run whether it is training, or refits."""
+        self._training = event.get("event") in ("resume", "step", "epoch", "checkpoint", "sweep")
 
     def _arrived(self, number: int, frame: FrameType | None) -> None:
         if self._training and self.number is None:

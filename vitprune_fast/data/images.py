@@ -31,7 +31,7 @@ class Images:
 
     Attributes:
         name: ``train``, ``validation`` or ``test``.
-        ids: ``(n,)`` int64, each sample's number in the whole data set, ascending.
+        ids: ``(n,)`` int64, each sample's number in the whole data set; of a whole split ascending.
         labels: ``(n,)`` int64, in ``[0, len(classes))``.
         mean: per channel, subtracted from pixels in ``[0, 1]``.
         std: per channel, divides.

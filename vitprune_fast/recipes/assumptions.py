@@ -6,7 +6,13 @@ from collections.abc import Sequence
 from typing import Any
 
 from vitprune_fast.data import ImageData
-from vitprune_fast.recipes.config import GateConfig, ModelConfig, PlanConfig
+from vitprune_fast.recipes.config import (
+    LEAST_CALIBRATION,
+    GateConfig,
+    ModelConfig,
+    PlanConfig,
+    SweepConfig,
+)
 from vitprune_fast.stated import caveats
 
 SPLITS = ("train", "validation", "test")
@@ -56,6 +62,17 @@ def about_budget(config: PlanConfig) -> dict[str, str]:
     if not config.is_default:
         return {}
     return {"budget": "half of the MACs, the default, since none was given (--macs 0.5)"}
+
+
+def about_calibration(config: SweepConfig, data: ImageData) -> dict[str, str]:
+    """Says so where few images are refitted on although there are more."""
+    there = len(data.split_ids["train"])
+    if not config.compensate or config.images >= min(LEAST_CALIBRATION, there):
+        return {}
+    return {
+        "sweep": f"refits on {config.images:,} of {there:,} training images, fewer than the "
+        f"{LEAST_CALIBRATION} that a good fit takes (--calibration-images)"
+    }
 
 
 def about_gates(config: GateConfig) -> dict[str, str]:

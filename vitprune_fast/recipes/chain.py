@@ -24,8 +24,9 @@ from vitprune_fast import files
 from vitprune_fast.data import BadImage, ImageData
 from vitprune_fast.errors import InvalidInput, StageFailed
 from vitprune_fast.planning.cost import predict_cost
-from vitprune_fast.recipes import assumptions, checks, models, stages
+from vitprune_fast.recipes import assumptions, checks, models, stages, summary
 from vitprune_fast.recipes.board import Board
+from vitprune_fast.recipes.comparison import arrow
 from vitprune_fast.recipes.config import RunConfig
 from vitprune_fast.recipes.folder import Metrics, RunFolder, read_metrics
 from vitprune_fast.recipes.opened import (
@@ -39,10 +40,12 @@ from vitprune_fast.recipes.opened import (
 from vitprune_fast.recipes.outputs import refuse_overwriting
 from vitprune_fast.recipes.presets import preset
 from vitprune_fast.recipes.profile import Profile, applied, choose_profile, versions
+from vitprune_fast.recipes.refit import left_out_lines, refit_text
 from vitprune_fast.recipes.stages import OnEvent, Setting
 from vitprune_fast.recipes.yamlfile import to_plain, to_yaml
 from vitprune_fast.scoring import ScoringStopped
 from vitprune_fast.sealed import CheckpointRefused
+from vitprune_fast.surgery import SweepStopped
 
 BATCH_SIZES = (1, 64)
 """Batch sizes at which latency is measured; the second one gives the throughput."""
@@ -131,8 +134,9 @@ def run(
         command: the words that started the run, recorded for the report.
 
     Returns:
-        The contents of `summary.json`: "before" and "after" with params, macs, top1 (fraction),
-        latency_ms (batch 1, median) and images_per_s, plus seed, split hashes, versions, checks.
+        The contents of `summary.json`: "before", "cut", "swept" (None without the sweep) and
+        "after" with params, macs, top1 (fraction), its 95 % interval, latency_ms (batch 1, median)
+        and images_per_s, plus seed, split hashes, versions, checks.
 
     Raises:
         InvalidInput: an argument, the data or the checkpoint cannot be used.
@@ -154,6 +158,7 @@ def run(
         data = data or open_model_data(config.data, skeleton, config.model)
         if config.has_weights:
             check_fit(skeleton, data)
+        check_splits(data)
         resumed = folder.begin(
             identity_of(config, data, profile),
             {
@@ -172,11 +177,11 @@ def run(
             stop = stop or (lambda: False)
             job = Job(config, skeleton, folder, data, profile, metrics, tell, stop, board)
             run_stages(job, resumed=resumed)
-    summary = files.read_json(folder / "summary.json")
+    result = files.read_json(folder / "summary.json")
     seconds = time.perf_counter() - started
     report = str(folder / "report.html")
-    tell({"event": "end", "seconds": seconds, "summary": summary, "report": report})
-    return summary
+    tell({"event": "end", "seconds": seconds, "summary": result, "report": report})
+    return result
 
 
 def check_inputs(config: RunConfig, data: ImageData | None = None) -> nn.Module:
@@ -199,6 +204,18 @@ def check_inputs(config: RunConfig, data: ImageData | None = None) -> nn.Module:
     return skeleton
 
 
+def check_splits(data: ImageData) -> None:
+    """Refuses images of the test split among those that are learnt from or chosen by."""
+    tested = set(data.split_ids["test"])
+    for name in ("train", "validation"):
+        shared = len(tested.intersection(data.split_ids[name]))
+        if shared:
+            raise InvalidInput(
+                f"run: the {name} split of {data.name} must not hold images of its test split, "
+                f"got {shared:,} of them; test on others"
+            )
+
+
 def assumed(config: RunConfig, data: ImageData, model: nn.Module) -> dict[str, str]:
     """Topic -> what the run takes for granted about its data and its dense model."""
     return {
@@ -212,6 +229,7 @@ def assumed(config: RunConfig, data: ImageData, model: nn.Module) -> dict[str, s
         **not_followed(model, config.model, data),
         **assumptions.about_test_images(config.model, data),
         **assumptions.about_budget(config.plan),
+        **assumptions.about_calibration(config.sweep, data),
     }
 
 
@@ -244,8 +262,8 @@ def run_stages(job: Job, *, resumed: bool) -> None:
     names = list(STAGES)
     # a change that was allowed belongs into the summary, also when all else stays as it is
     if resumed and job.folder.is_recorded("evaluate") and not job.folder.damage_of("evaluate"):
-        summary = files.read_json(job.folder / "summary.json")
-        if summary.get("changes") != job.folder.changes():
+        written = files.read_json(job.folder / "summary.json")
+        if written.get("changes") != job.folder.changes():
             job.folder.forget(names[names.index("evaluate") :])
     for position, name in enumerate(names):
         job.stage = name
@@ -271,7 +289,9 @@ def run_stages(job: Job, *, resumed: bool) -> None:
         facts = function(job)
         stages.synchronise(job.profile.device)
         seconds = time.perf_counter() - started
-        job.folder.finish(name, outputs, {**facts, "seconds": seconds})
+        # a stage that is left out leaves nothing
+        made = () if "left_out" in facts else outputs
+        job.folder.finish(name, made, {**facts, "seconds": seconds})
         job.on_event(
             {
                 "event": "stage",
@@ -337,10 +357,26 @@ def _train(job: Job, student: nn.Module, teacher: nn.Module | None, schedule: An
     }
 
 
+def _resumable(job: Job, what: str, checkpoint: Path, work: Callable[[], Any]) -> Any:
+    """What `work` returns; a checkpoint that it refuses goes, and it starts anew.
+
+    Raises:
+        RunStopped: it was asked to stop.
+    """
+    files.make_folder(checkpoint.parent)
+    try:
+        try:
+            return work()
+        except CheckpointRefused as error:
+            job.on_event({"event": "note", "text": f"{what} starts anew: {error}"})
+            checkpoint.unlink()
+            return work()
+    except (ScoringStopped, SweepStopped):
+        raise RunStopped from None
+
+
 def _score(job: Job) -> dict[str, Any]:
-    folder = job.folder / "checkpoints" / "score"
-    files.make_folder(folder)
-    sums = folder / "sums.safetensors"
+    sums = job.folder / "checkpoints" / "score" / "sums.safetensors"
     model = job.load("dense")
 
     def score() -> Any:
@@ -354,15 +390,7 @@ def _score(job: Job) -> dict[str, Any]:
             stop=job.stop,
         )
 
-    try:
-        try:
-            scores = score()
-        except CheckpointRefused as error:
-            job.on_event({"event": "note", "text": f"scoring starts anew: {error}"})
-            sums.unlink()
-            scores = score()
-    except ScoringStopped:
-        raise RunStopped from None
+    scores = _resumable(job, "scoring", sums, score)
     scores.save(job.folder / "scores.safetensors")
     units = sum(len(values) for values in scores.values())
     return {
@@ -409,42 +437,78 @@ def _prune(job: Job) -> dict[str, Any]:
     }
 
 
+def _sweep(job: Job) -> dict[str, Any]:
+    if not job.config.sweep.compensate:
+        # those of a run with another configuration
+        shutil.rmtree(job.folder / "swept", ignore_errors=True)
+        (job.folder / "sweep.json").unlink(missing_ok=True)
+        return {"left_out": "--no-compensate", "text": "left out (--no-compensate)"}
+    dense, plan = job.load("dense"), vp.Plan.load(job.folder / "plan.json")
+    checkpoint = job.folder / "checkpoints" / "sweep" / "sweep.safetensors"
+
+    def sweep() -> Any:
+        return stages.sweep(
+            dense,
+            plan,
+            job.data,
+            job.config.sweep,
+            job.setting,
+            checkpoint=checkpoint,
+            on_event=lambda event: job.on_event({**event, "stage": job.stage}),
+            stop=job.stop,
+        )
+
+    swept, report = _resumable(job, "the sweep", checkpoint, sweep)
+    swept = swept.eval()
+    files.write_json(job.folder / "sweep.json", report.to_dict())
+    for text in (*report.warnings, *left_out_lines(report)):
+        job.on_event({"event": "note", "text": text})
+    cost, wanted = vp.cost(swept), _fact(job, "prune", "cost", {})
+    proofs = [
+        checks.finite(swept, job.images),
+        checks.Check(
+            "refitting changes no cost",
+            {"params": cost.params, "macs": cost.macs} == wanted,
+            f"{cost.macs:,} MACs and {cost.params:,} params",
+        ),
+        job.save(swept, "swept"),
+    ]
+    return {
+        "images": report.images,
+        "checks": checks.require("sweep", proofs),
+        "text": refit_text(report),
+    }
+
+
 def _distill(job: Job) -> dict[str, Any]:
-    model, facts = _train(job, job.load("pruned"), job.load("dense"), job.config.distill)
+    start = job.load("swept" if _is_swept(job) else "pruned")
+    model, facts = _train(job, start, job.load("dense"), job.config.distill)
     remember_normalisation(model, job.data, trained=True)
     model = model.to(job.profile.device).eval()
     proofs = [checks.finite(model, job.images), job.save(model, "model")]
     return {**facts, "checks": checks.require("distill", proofs)}
 
 
+def _is_swept(job: Job) -> bool:
+    """Whether what stays was refitted, by what was done and not by what is asked for now."""
+    return not _fact(job, "sweep", "left_out", "")
+
+
 def _evaluate(job: Job) -> dict[str, Any]:
-    dense, model = job.load("dense"), job.load("model")
-    before = stages.evaluate(dense, job.data, job.setting)
-    after = stages.evaluate(model, job.data, job.setting, teacher=dense)
-    wanted = len(job.data.split("test"))
-    proofs = [
-        proof
-        for name, result in (("dense", before), ("pruned", after))
-        for proof in (
-            checks.Check(
-                f"the {name} model saw every test image once",
-                result.samples == wanted,
-                f"{result.samples} of {wanted}",
-            ),
-            checks.Check(
-                f"the {name} model's logits on the test images are finite",
-                result.nonfinite_count == 0,
-                f"{result.nonfinite_count} images without",
-            ),
-        )
-    ]
+    steps = [name for name in summary.FOLDERS if name != "swept" or _is_swept(job)]
+    loaded = {name: job.load(summary.FOLDERS[name]) for name in steps}
+    counted = stages.evaluate_all([*loaded.values()], job.data, job.setting)
+    found = dict(zip(steps, counted, strict=True))
+    proofs = summary.seen_whole(found, len(job.data.split("test")))
     facts = {"checks": checks.require("evaluate", proofs)}
     slow, fast = stages.measure(
-        (dense, model), job.profile.device, BATCH_SIZES, seconds=job.config.latency_seconds
+        (loaded["before"], loaded["after"]),
+        job.profile.device,
+        BATCH_SIZES,
+        seconds=job.config.latency_seconds,
     )
-    summary = {
-        "before": _row(dense, before, slow),
-        "after": {**_row(model, after, fast), "agreement": after.agreement},
+    whole = {
+        **summary.rows(loaded, found, {"before": slow, "after": fast}),
         "seed": job.config.seed,
         "data": assumptions.data_facts(job.data),
         "weights": {
@@ -471,33 +535,13 @@ def _evaluate(job: Job) -> dict[str, Any]:
             *({"stage": job.stage, **check} for check in facts["checks"]),
         ],
     }
-    files.write_json(job.folder / "summary.json", summary)
-    return {**facts, "text": f"top-1 {before.top1:.2%} -> {after.top1:.2%}"}
+    files.write_json(job.folder / "summary.json", whole)
+    return {**facts, "text": f"top-1 {arrow(whole)}"}
 
 
 def _fact(job: Job, stage: str, name: str, default: Any) -> Any:
     record = job.folder.record_of(stage)
     return record["facts"].get(name, default) if record else default
-
-
-def _row(model: nn.Module, result: Any, latency: list[Any]) -> dict[str, Any]:
-    cost = vp.cost(model)
-    single, batch = latency
-    return {
-        "params": cost.params,
-        "macs": cost.macs,
-        "top1": result.top1,
-        "top5": result.top5,
-        "top1_count": result.top1_count,
-        "samples": result.samples,
-        "latency_ms": single.median_s * 1e3,
-        "latency_p90_ms": single.p90_s * 1e3,
-        "latency_ms_batch64": batch.median_s * 1e3,
-        "images_per_s": batch.images_per_s,
-        "latency_waited": max(
-            (w for w in (single.waited, batch.waited) if w is not None), default=None
-        ),
-    }
 
 
 def _report(job: Job) -> dict[str, Any]:
@@ -520,6 +564,7 @@ STAGES: dict[str, tuple[tuple[str, ...], Callable[[Job], dict[str, Any]]]] = {
     "score": (("scores.safetensors",), _score),
     "plan": (("plan.json",), _plan),
     "prune": (("pruned",), _prune),
+    "sweep": (("swept", "sweep.json"), _sweep),
     "distill": (("model",), _distill),
     "evaluate": (("summary.json",), _evaluate),
     "report": (("report.html",), _report),

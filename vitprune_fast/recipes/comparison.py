@@ -1,4 +1,4 @@
-"""The before/after table: one wording for the terminal, the report and the README."""
+"""The tables of a summary: one wording for the terminal, the report and the README."""
 
 from __future__ import annotations
 
@@ -6,10 +6,15 @@ from typing import Any
 
 Row = tuple[str, str, str, str]
 """Heading, before, after, change."""
+Step = tuple[str, str, str, str, str]
+"""Which step, top-1, correct images, 95 % interval, agreement with the dense model."""
+
+STEPS = {"before": "dense", "cut": "cut", "swept": "swept", "after": "distilled"}
+"""Row of a summary -> what that model is."""
 
 
 def comparison(before: dict[str, Any], after: dict[str, Any]) -> list[Row]:
-    """Rows of the table from the two halves of a summary."""
+    """Rows of the table from two rows of a summary."""
     return [
         _smaller("parameters", before["params"], after["params"], ",.0f"),
         _smaller("MACs", before["macs"], after["macs"], ",.0f"),
@@ -26,6 +31,42 @@ def comparison(before: dict[str, Any], after: dict[str, Any]) -> list[Row]:
             f"{after['images_per_s'] / before['images_per_s']:.2f}x",
         ),
     ]
+
+
+def steps(summary: dict[str, Any]) -> list[Step]:
+    """What each step of a run did to the accuracy; one that was left out has no row."""
+    found = []
+    for name, heading in STEPS.items():
+        row = summary[name]
+        if row is not None:
+            low, high = row["top1_interval"]
+            found.append(
+                (
+                    heading,
+                    f"{row['top1']:.2%}",
+                    f"{row['top1_count']:,} of {row['samples']:,}",
+                    f"{low:.1%} to {high:.1%}",
+                    f"{row['agreement']:.2%}" if "agreement" in row else "",
+                )
+            )
+    return found
+
+
+def between(summary: dict[str, Any]) -> list[Row]:
+    """The accuracy on the way, as rows of the table of before and after."""
+    rows = []
+    for name, heading in (("cut", "top-1 right after the cut"), ("swept", "top-1 after the sweep")):
+        row = summary[name]
+        empty = (heading, "", "", "")
+        rows.append(
+            empty if row is None else _points(heading, summary["before"]["top1"], row["top1"])
+        )
+    return rows
+
+
+def arrow(summary: dict[str, Any]) -> str:
+    """The accuracy from step to step in one line."""
+    return " -> ".join(f"{heading} {top1}" for heading, top1, *_ in steps(summary))
 
 
 def _smaller(heading: str, before: float, after: float, style: str) -> Row:

@@ -182,6 +182,27 @@ class PlanConfig:
         return given or {"macs": 0.5}
 
 
+LEAST_CALIBRATION = 512
+"""Fewer images than these are said to be few, where there are more."""
+
+
+@dataclass(frozen=True)
+class SweepConfig:
+    """After the cut: refit what stays to what the dense model computed, without labels."""
+
+    compensate: bool = True
+    """Refit what stays; without it the cut is all."""
+    images: Annotated[int, arg(metavar="N", name="calibration-images")] = 1024
+    """Training images to refit on (all of them when there are fewer); take 512 at least."""
+
+    def __post_init__(self) -> None:
+        if self.images < 2:
+            raise InvalidInput(
+                f"sweep: calibration-images must be at least 2, got {self.images}; "
+                "--no-compensate refits nothing"
+            )
+
+
 @dataclass(frozen=True)
 class TeacherConfig:
     """Who teaches, and how its answers are computed."""
@@ -276,8 +297,9 @@ class MaskConfig:
 class RunConfig:
     """Prune a Vision Transformer and distil what is left: the whole chain in one folder.
 
-    The stages are data, dense, score, plan, prune, distill, evaluate, report. The same command on
-    the same folder resumes after the last finished stage, inside training at the last checkpoint.
+    The stages are data, dense, score, plan, prune, sweep, distill, evaluate, report. The same
+    command on the same folder resumes after the last finished stage, inside training at the last
+    checkpoint.
     """
 
     out: Annotated[Path, arg(metavar="DIR")] = Path("runs/digits")
@@ -286,12 +308,13 @@ class RunConfig:
     data: Annotated[DataConfig, arg(name="")] = field(default_factory=DataConfig)
     score: Annotated[ScoreConfig, arg(name="")] = field(default_factory=ScoreConfig)
     plan: Annotated[PlanConfig, arg(name="")] = field(default_factory=PlanConfig)
+    sweep: Annotated[SweepConfig, arg(name="")] = field(default_factory=SweepConfig)
     train_dense: bool = False
     """Train the dense model here first, unless its weights are given."""
     dense: DistillConfig = field(default_factory=DistillConfig)
     """How the dense model is trained, if it is (its teacher settings mean nothing)."""
     distill: DistillConfig = field(default_factory=DistillConfig)
-    """How the pruned model is taught."""
+    """How the pruned model is taught, after what stays was refitted."""
     seed: Annotated[int, arg(metavar="N")] = 0
     """All randomness of the run is derived from this number."""
     device: Annotated[str, arg(metavar="auto|cpu|cuda")] = "auto"

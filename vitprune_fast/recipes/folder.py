@@ -1,7 +1,8 @@
 """The run folder: who owns it, what it was made by, which stages are finished.
 
     config.yaml run.json         what was asked; versions, seed, commands, hashes of the splits
-    dense/ scores.safetensors plan.json pruned/ model/ summary.json report.html    what was made
+    dense/ scores.safetensors plan.json pruned/ swept/ sweep.json model/           what was made
+    summary.json report.html                                                       and what it is
     stages/NAME.json             one record per finished stage, with the sha256 of its outputs
     checkpoints/ metrics.jsonl   inside training
 
@@ -27,7 +28,7 @@ from vitprune_fast import files
 from vitprune_fast.errors import DamagedFile, RunFolderError
 from vitprune_fast.recipes.yamlfile import differences
 
-SCHEMA = 2
+SCHEMA = 3
 
 PATIENCE_S = 1.0
 """Seconds a start waits for the lock of a process that was just killed and is not quite gone."""

@@ -1,11 +1,12 @@
 """The stages as functions of plain values: the command line's verbs and `run` both call these.
 
-Which split a stage may read is fixed here: training and scoring read `train`, the choice of a
-checkpoint reads `validation`, and `evaluate` alone reads `test`.
+Which split a stage may read is fixed here: training, scoring and the sweep read `train`, the choice
+of a checkpoint reads `validation`, and the evaluations alone read `test`.
 """
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,13 +16,14 @@ import torch
 from torch import Tensor, nn
 
 import vitprune_fast as vp
-from vitprune_fast.data import Augment, ImageData, Loader, RandomCrop
+from vitprune_fast.data import Augment, ImageData, Images, Loader, RandomCrop
 from vitprune_fast.distill.config import DistillConfig
 from vitprune_fast.distill.loop import distill
 from vitprune_fast.errors import InvalidInput
+from vitprune_fast.evaluation import evaluate_beside
 from vitprune_fast.planning.latency import latencies
-from vitprune_fast.randomness import derive_seed
-from vitprune_fast.recipes.config import PlanConfig, ScoreConfig
+from vitprune_fast.randomness import derive_seed, generator
+from vitprune_fast.recipes.config import PlanConfig, ScoreConfig, SweepConfig
 
 OnEvent = Callable[[dict[str, Any]], None]
 
@@ -192,6 +194,66 @@ def plan(model: nn.Module, scores: Any, config: PlanConfig) -> Any:
     )
 
 
+def calibration(data: ImageData, config: SweepConfig, setting: Setting) -> Loader:
+    """The training images that the sweep refits on, in a seeded order of its own, unchanged.
+
+    Raises:
+        InvalidInput: there are not two of them.
+    """
+    train = data.split("train")
+    if len(train) < 2:
+        raise InvalidInput(
+            f"sweep: {data.name} must have at least 2 training images, got {len(train)}; add "
+            "images, or refit nothing (--no-compensate)"
+        )
+    order = torch.randperm(len(train), generator=generator(setting.seed, "calibration"))
+    chosen = train.ids[order[: config.images]].tolist()
+    images = Images(data.source, train.name, chosen, data.mean, data.std)
+    return Loader(images, setting.batch_size, workers=setting.workers)
+
+
+def sweep(
+    dense: nn.Module,
+    plan: Any,
+    data: ImageData,
+    config: SweepConfig,
+    setting: Setting,
+    *,
+    checkpoint: Path | None = None,
+    on_event: OnEvent | None = None,
+    stop: Callable[[], bool] | None = None,
+) -> tuple[nn.Module, Any]:
+    """The cut model with what stays refitted on training images, and the `SweepReport`.
+
+    Args:
+        dense: goes to the setting's device, and is left as it is otherwise.
+        plan: made for it.
+        data: `train` is read, no label.
+        config: how many images.
+        setting: seed (which images), device, loader processes, batch size.
+        checkpoint: where to keep what is done, and to resume from; None keeps nothing.
+        on_event: told about every place that was fitted.
+        stop: asked after each of them; True ends the sweep with a checkpoint.
+
+    Raises:
+        InvalidInput: too few images, or what `vp.prune` refuses.
+        SweepStopped: as said.
+    """
+    with warnings.catch_warnings():
+        # they stand in the report as well, and are printed from there
+        warnings.filterwarnings("ignore", "prune: ")
+        model, report = vp.prune(
+            dense.to(setting.device),
+            plan,
+            calibration=calibration(data, config, setting),
+            report=True,
+            checkpoint=checkpoint,
+            on_event=on_event,
+            stop=stop,
+        )
+    return model, report
+
+
 def probe_images(data: ImageData, count: int = 8) -> Tensor:
     """A few training images (count, C, H, W) on which a stage checks its own result."""
     batches = iter(Loader(data.split("train"), count))
@@ -206,11 +268,18 @@ def evaluate(
     split: str = "test",
     teacher: nn.Module | None = None,
 ) -> Any:
-    """`Evaluation` (integer counts) of the model on a split; this is the one reader of `test`."""
+    """`Evaluation` (integer counts) of the model on a split."""
     loader = Loader(data.split(split), setting.batch_size, workers=setting.workers)
     return vp.evaluate(
         model.to(setting.device), loader, teacher=teacher and teacher.to(setting.device)
     )
+
+
+def evaluate_all(models: Sequence[nn.Module], data: ImageData, setting: Setting) -> list[Any]:
+    """`Evaluation` of each model on the test images, read once; the first one teaches the rest."""
+    dense, *others = (model.to(setting.device) for model in models)
+    loader = Loader(data.split("test"), setting.batch_size, workers=setting.workers)
+    return evaluate_beside(dense, others, loader)
 
 
 def measure(

@@ -10,7 +10,7 @@ from typing import Any
 
 from vitprune_fast import files
 from vitprune_fast.errors import InvalidInput
-from vitprune_fast.recipes.comparison import comparison
+from vitprune_fast.recipes.comparison import between, comparison
 from vitprune_fast.recipes.folder import RunFolder, read_metrics
 from vitprune_fast.report import figures
 from vitprune_fast.report.page import (
@@ -73,7 +73,10 @@ def names_of(folders: Sequence[Path]) -> list[str]:
 
 def table(summaries: Sequence[dict[str, Any]]) -> list[tuple[str, list[tuple[str, str]]]]:
     """Rows (heading, one (value after, change from the run's own dense model) per run)."""
-    columns = [comparison(summary["before"], summary["after"]) for summary in summaries]
+    columns = [
+        [*comparison(summary["before"], summary["after"]), *between(summary)]
+        for summary in summaries
+    ]
     return [
         (rows[0][0], [(after, change) for _, _, after, change in rows])
         for rows in zip(*columns, strict=True)

@@ -193,6 +193,77 @@ def curves(
     return drawn(title, 2.7, draw)
 
 
+def intervals(rows: Sequence[tuple[str, float, float, float]], label: str, title: str) -> str:
+    """A dot and its interval per row: (name, value, low, high)."""
+
+    def draw(axes: Axes) -> None:
+        for row, (_, value, low, high) in enumerate(rows):
+            colour = AFTER if row else BEFORE
+            axes.plot([low, high], [row, row], color=colour, linewidth=2.2, alpha=0.55)
+            axes.plot([value], [row], "o", color=colour, markersize=6)
+            axes.annotate(
+                f"{value:.2f}", (value, row), (0, 6), textcoords="offset points", ha="center"
+            )
+        axes.set_yticks(range(len(rows)), [name for name, *_ in rows])
+        axes.set_ylim(len(rows) - 0.6, -0.7)
+        axes.set_xlabel(label)
+        axes.margins(x=0.08)
+        axes.xaxis.set_major_locator(MaxNLocator(5))
+        axes.tick_params(length=0)
+        axes.grid(axis="x", color=MUTED, linewidth=0.6)
+        axes.spines[["left", "bottom"]].set_visible(False)
+
+    return drawn(title, 0.8 + 0.45 * len(rows), draw)
+
+
+def errors(fits: Sequence[dict[str, Any]], title: str) -> str:
+    """Error of each fit in order, before and after it; hollow where it was not applied."""
+
+    def draw(axes: Axes) -> None:
+        places = range(len(fits))
+        for key, style, colour, label in (
+            ("before", "o-", BEFORE, "before"),
+            ("held_out", ":", AFTER, "after, held-out images"),
+            ("after", "-", AFTER, "after"),
+        ):
+            axes.plot(
+                *(places, [100 * fit[key] for fit in fits], style),
+                color=colour,
+                markersize=3.5,
+                linewidth=1.4,
+                label=label,
+            )
+        for applied, fill in ((True, AFTER), (False, "white")):
+            chosen = [k for k in places if (not fits[k]["left_out"]) == applied]
+            axes.plot(
+                *(chosen, [100 * fits[k]["after"] for k in chosen], "o"),
+                color=AFTER,
+                mfc=fill,
+                markersize=4.5,
+                clip_on=False,
+                label=None if applied or not chosen else "not applied",
+            )
+        axes.set_ylim(bottom=0)
+        axes.set_ylabel("error, % of the signal")
+        axes.set_xlabel("block")
+        axes.set_xticks(*_block_ticks([fit["place"] for fit in fits]))
+        axes.yaxis.set_major_locator(MaxNLocator(5))
+        axes.tick_params(length=0)
+        axes.grid(axis="y", color=MUTED, linewidth=0.6)
+        axes.spines[["left", "bottom"]].set_visible(False)
+        axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=2)
+
+    return drawn(title, 2.9, draw)
+
+
+def _block_ticks(places: Sequence[str]) -> tuple[list[int], list[str]]:
+    """Positions and names of at most 13 ticks: the first place of a block, and what is in none."""
+    names = [found[0] if (found := re.search(r"\d+", place)) else place for place in places]
+    firsts = [k for k, name in enumerate(names) if k == 0 or names[k - 1] != name]
+    firsts = firsts[:: -(-len(firsts) // 13)]
+    return firsts, [names[k] for k in firsts]
+
+
 def bars(rows: Sequence[tuple[str, float, float, str]], title: str) -> str:
     """Before and after, each row relative to before: (name, before, after, text of the change)."""
 

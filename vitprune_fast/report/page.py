@@ -16,11 +16,12 @@ import vitprune_fast as vp
 from vitprune_fast import files
 from vitprune_fast.errors import DamagedFile, RunFolderError
 from vitprune_fast.planning.waiting import load_warning
-from vitprune_fast.recipes.comparison import comparison
+from vitprune_fast.recipes.comparison import STEPS, comparison, steps
 from vitprune_fast.recipes.folder import RunFolder, read_metrics
 from vitprune_fast.report import figures
+from vitprune_fast.report.refit import refit_facts
 
-STAGES = ("data", "dense", "score", "plan", "prune", "distill", "evaluate")
+STAGES = ("data", "dense", "score", "plan", "prune", "sweep", "distill", "evaluate")
 KIND_NAMES = {"head": "attention heads", "neuron": "MLP neurons"}
 
 WHY_SET_ASIDE = {"unreadable images": "set aside before anything else (set_aside.json names them)"}
@@ -81,6 +82,9 @@ def render(run: RunFolder) -> str:
         before=summary["before"],
         after=summary["after"],
         rows=comparison(summary["before"], summary["after"]),
+        steps=steps(summary),
+        accuracy=accuracy_figure(summary),
+        sweep=None if "left_out" in stages["sweep"]["facts"] else refit_facts(run),
         stages=stages,
         seconds={name: stages[name]["facts"].get("seconds") for name in STAGES},
         kept=kept_figures(run),
@@ -218,6 +222,19 @@ def overlaid_curves(
                 caption = f"{heading}: {label}"
                 result.append((caption, figures.curves(drawn, label, caption)))
     return result
+
+
+def accuracy_figure(summary: dict[str, Any]) -> str:
+    """The svg of top-1 after each step, with its interval."""
+    rows = [
+        (
+            heading,
+            *(100 * value for value in (summary[name]["top1"], *summary[name]["top1_interval"])),
+        )
+        for name, heading in STEPS.items()
+        if summary[name] is not None
+    ]
+    return figures.intervals(rows, "top-1, %", "top-1 after each step")
 
 
 def cost_figure(summary: dict[str, Any]) -> str:

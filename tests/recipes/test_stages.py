@@ -1,0 +1,44 @@
+"""Stages as functions: which images the sweep gets."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from vitprune_fast.data import ImageData, open_data
+from vitprune_fast.recipes.config import SweepConfig
+from vitprune_fast.recipes.stages import Setting, calibration
+
+SETTING = Setting(seed=3, device="cpu", workers=0, augment=True, batch_size=7)
+
+
+@pytest.fixture(scope="module")
+def data() -> ImageData:
+    return open_data("digits", image_size=(8, 8), channels=1)
+
+
+def chosen(data: ImageData, images: int, setting: Setting = SETTING) -> list[int]:
+    loader = calibration(data, SweepConfig(images=images), setting)
+    return torch.cat([ids for _, _, ids in loader]).tolist()
+
+
+def test_the_sweep_gets_training_images_in_an_order_of_its_own(data: ImageData) -> None:
+    twenty = chosen(data, 20)
+    assert len(set(twenty)) == 20 and set(twenty) <= set(data.split_ids["train"])
+    assert twenty != sorted(twenty)
+    # fewer are the first of more, whatever the batch
+    assert chosen(data, 9, replace(SETTING, batch_size=64)) == twenty[:9]
+    assert chosen(data, 20, replace(SETTING, seed=4)) != twenty
+    everything = chosen(data, 5000)
+    assert sorted(everything) == data.split_ids["train"] and everything[:20] == twenty
+
+
+def test_the_images_are_not_changed_at_random(data: ImageData) -> None:
+    loader = calibration(data, SweepConfig(images=7), SETTING)
+    images, _, ids = next(iter(loader))
+    rows = torch.tensor([data.split_ids["train"].index(sample) for sample in ids.tolist()])
+    assert torch.equal(images, data.split("train").batch(rows)[0])
+    # every pass gives the same
+    assert torch.equal(images, next(iter(loader))[0])
