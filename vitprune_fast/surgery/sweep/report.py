@@ -12,7 +12,7 @@ class Fit:
     """One fit: errors are root mean squares over tokens and channels.
 
     They are shares of the standard deviation of what the dense model has there: what its branch
-    writes, what its maps read, its logits.
+    writes, what its maps read, its logits. Where that is constant they are what they are.
 
     Attributes:
         place: path of the branch or the classifier in the dense model.

@@ -63,7 +63,7 @@ class Samples:
         """The fit in a report, with errors as shares of a standard deviation."""
 
         def share(error: float) -> float:
-            return math.sqrt(error / spread) if spread > 0 else 0.0 if error == 0 else math.inf
+            return math.sqrt(error / spread) if spread > 0 else math.sqrt(error)
 
         if found.ridge is None and not left_out:
             left_out = "no fit lowers the error on held-out images"
