@@ -34,6 +34,7 @@ EVENTS = [
     {"event": "profile", "profile": "cpu: some processor"},
     {"event": "stage", "stage": "dense", "state": "kept"},
     {"event": "stage", "stage": "distill", "state": "start"},
+    {"event": "start", "stage": "distill", "epoch": 0, "epochs": 2, "step": 0, "val_top1": 0.912},
     {
         **{"event": "step", "stage": "distill", "epoch": 0, "epochs": 2, "step": 1, "steps": 18},
         **{"loss": 2.0, "images_per_s": 1234.5},
@@ -69,6 +70,7 @@ def test_a_log_gets_plain_lines_without_control_characters() -> None:
     assert "\x1b" not in text
     assert "profile   cpu: some processor" in text
     assert "dense     done earlier" in text
+    assert "distill   starts with validation top-1 91.20%" in text
     assert "distill      3.0 s  2 epochs" in text
 
 

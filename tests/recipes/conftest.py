@@ -36,7 +36,7 @@ TINY = RunConfig(
     score=ScoreConfig(samples=100),
     train_dense=True,
     dense=SCHEDULE,
-    distill=SCHEDULE,
+    distill=replace(SCHEDULE, keep="best"),
     threads=1,
     latency_seconds=0.01,
 )

@@ -58,7 +58,7 @@ class Stopper:
 
     def watch(self, event: dict) -> None:
         """Notes from the events of a run whether it is training."""
-        self._training = event.get("event") in ("resume", "step", "epoch", "checkpoint")
+        self._training = event.get("event") in ("resume", "start", "step", "epoch", "checkpoint")
 
     def _arrived(self, number: int, frame: FrameType | None) -> None:
         if self._training and self.number is None:

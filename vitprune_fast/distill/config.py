@@ -98,9 +98,9 @@ class DistillConfig:
     seed: int = 0
     """Of dropout, drop-path, mixing and whatever else draws numbers inside a step."""
     keep: Literal["last", "best"] = "last"
-    """Which weights come back: those of the last epoch, or of the epoch with the best top-1 on the
-    validation images (the earliest of equals; with masks among those that ended with the last
-    ones)."""
+    """Which weights come back: those of the last epoch, or those with the best top-1 on the
+    validation images, be it the student's as it was given or of an epoch (the earliest of equals;
+    with masks among the epochs that ended with the last ones)."""
     max_bad_steps: int = 10
     """More steps with a non-finite loss or gradient in a row end the run."""
     checkpoint_steps: int = 0

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -47,12 +47,15 @@ class DistillResult:
             (None without a teacher), skipped, and with validation images val_top1, val_loss,
             val_agreement.
         best_epoch: epoch of the best validation top-1, the earliest of equals, with ``masks`` among
-            those that ended with the last ones; None without validation images.
+            those that ended with the last ones; None where, with ``keep="best"``, no epoch was
+            better than the student as it was given, and without validation images.
         best_top1: that top-1, a share.
         skipped_steps: steps left out for a non-finite loss or gradient.
         finished: False when ``stop`` ended the run early; the same call goes on from there.
         plan: the units that are live in the end, with ``masks``: ``prune(model, plan)`` computes
             what was trained. None without.
+        start: what was found before the first step: with ``keep="best"`` val_top1, val_loss and
+            val_agreement of the student as it was given.
     """
 
     model: nn.Module
@@ -62,6 +65,7 @@ class DistillResult:
     skipped_steps: int
     finished: bool = True
     plan: Plan | None = None
+    start: Event = field(default_factory=dict)
 
 
 def distill(
@@ -103,18 +107,20 @@ def distill(
         train: (images ``(B, C, H, W)`` floating, labels: B integers, ...) with a length, read once
             per epoch, and no further than its length; images go to the device and dtype of each
             model.
-        val: likewise, read again after every epoch; it decides only with ``keep="best"``.
+        val: likewise, read again after every epoch; it decides only with ``keep="best"``, which
+            reads it before the first step too: what comes back is never worse on it than what was
+            given (with ``masks`` that change: than the first epoch that ended with the last ones).
         config: the settings.
         gates: attached to the student by ``gates.attach``; they learn too, with their penalty.
         gate_budget: holds the gates' multiply-accumulates down.
         masks: train on the live part of the student, which the schedule makes smaller.
         checkpoint_dir: written after every epoch and ``checkpoint_steps``; the newest whole
             checkpoint in it is where the run goes on. None writes nothing.
-        on_event: told about ``resume``, ``damaged_checkpoint``, ``step``, ``skipped_step``,
-            ``masks``, ``epoch`` and ``checkpoint``; each has ``stage``, ``event``, ``epoch``,
-            ``step`` (steps done). A call that loads a checkpoint says ``resume`` first: what
-            earlier calls told about larger steps is void. A call that says nothing of it starts at
-            step 0.
+        on_event: told about ``resume``, ``damaged_checkpoint``, ``start`` (where something was
+            found before the first step), ``step``, ``skipped_step``, ``masks``, ``epoch`` and
+            ``checkpoint``; each has ``stage``, ``event``, ``epoch``, ``step`` (steps done). A call
+            that loads a checkpoint says ``resume`` first: what earlier calls told about larger
+            steps is void. A call that says nothing of it starts at step 0.
         stop: asked after every step; True writes a checkpoint and returns.
 
     Raises:
@@ -217,6 +223,8 @@ class _Run:
     def go(self) -> DistillResult:
         self.progress = resume.read(self)
         self._run_on_what_is_live()
+        if self.progress.step == 0:
+            self._start()
         while self.progress.step < self.stream.steps:
             epoch, start = divmod(self.progress.step, self.stream.steps_per_epoch)
             if not self._epoch(epoch, start):
@@ -235,6 +243,12 @@ class _Run:
             self.task.run_on(self.masked.soft.refresh(), whole=False)
         self.task.train()
         self.pace = Pace(self.task)
+
+    def _start(self) -> None:
+        """Look at the student as it was given, which is the first that may be the best."""
+        if self.config.keep == "best":
+            self.progress.start = self._validated(None)
+            self._tell("start", 0, **self.progress.start)
 
     def _epoch(self, epoch: int, start: int) -> bool:
         """Run the rest of an epoch; False when asked to stop in it."""
@@ -358,14 +372,18 @@ class _Run:
         progress = self.progress
         entry = progress.end_epoch(epoch, lr)
         if self.val is not None:
-            seen = evaluate(self._evaluated(), self.val, self._agrees_with())
-            entry |= {"val_top1": seen.top1, "val_loss": seen.loss}
-            entry["val_agreement"] = seen.agreement
-            if progress.note_best(epoch, seen.top1) and self.config.keep == "best":
-                kept = self.student if self.average is None else self.average.module
-                self.best = {n: t.clone() for n, t in kept.state_dict().items()}
+            entry |= self._validated(epoch)
         progress.history.append(entry)
         self._tell("epoch", **entry)
+
+    def _validated(self, epoch: int | None) -> Event:
+        """What the validation images say after an epoch (None: before the first step)."""
+        assert self.val is not None
+        seen = evaluate(self._evaluated(), self.val, self._agrees_with())
+        if self.progress.note_best(epoch, seen.top1) and self.config.keep == "best":
+            kept = self.student if self.average is None else self.average.module
+            self.best = {n: t.clone() for n, t in kept.state_dict().items()}
+        return {"val_top1": seen.top1, "val_loss": seen.loss, "val_agreement": seen.agreement}
 
     def _evaluated(self) -> nn.Module:
         """What would be used if training ended here: averaged, and of the live part alone."""
@@ -403,6 +421,7 @@ class _Run:
             progress.skipped,
             finished,
             None if self.masked is None else self.masked.plan,
+            progress.start,
         )
 
     def tell_damage(self, error: DamagedFile) -> None:

@@ -101,7 +101,7 @@ class Job:
             self.cut_back.add(self.stage)
             if self.board is not None:
                 self.board.restart(self.stage, read_metrics(self.metrics.path))
-        if kind in ("epoch", "skipped_step"):
+        if kind in ("start", "epoch", "skipped_step"):
             self.metrics.add(event)
             if self.board is not None:
                 self.board.add(event)
