@@ -15,10 +15,12 @@ from timm.layers import DropPath
 from torch import Tensor, nn
 
 import vitprune_fast as vp
+from vitprune_fast import _extension, ops
 from vitprune_fast.data import ImageData, Loader, open_data
 from vitprune_fast.distill import DistillConfig, MaskSchedule, distill
 from vitprune_fast.distill.optim import as_trained, learning_rate, make_optimizer
 from vitprune_fast.errors import InvalidInput, RunFolderError
+from vitprune_fast.scoring import fused
 from vitprune_fast.testing import random_images, random_vit
 
 PLAIN: dict[str, Any] = {"epochs": 1, "warmup_epochs": 0, "alpha": 0.0, "log_steps": 1}
@@ -223,6 +225,51 @@ def test_checkpointing_changes_no_more_than_rounding() -> None:
         for a, b in zip(one.parameters(), two.parameters(), strict=True):
             torch.testing.assert_close(a, b, rtol=0, atol=1e-9)
         assert one.grad_checkpointing is False
+
+
+@pytest.mark.skipif(_extension.OBSTACLE is not None, reason="no C++ kernels")
+@pytest.mark.parametrize(
+    ("options", "masked"),
+    [
+        pytest.param({}, False, id="plain"),
+        pytest.param({}, True, id="masks"),
+        pytest.param({"grad_checkpointing": True}, False, id="checkpointing"),
+        pytest.param({"compile": True}, False, id="compiled"),
+        pytest.param({"ema": 0.9, "accumulate": 2}, False, id="averaged"),
+    ],
+)
+def test_steps_take_the_faster_attention_and_nothing_else_does(
+    options: dict[str, Any], masked: bool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Not validation, which says what the model alone would, nor whoever saves it on the way."""
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
+    torch.compiler.reset()
+    monkeypatch.setattr(fused, "_QUICK", (torch.float64,))
+    calls: list[bool] = []
+    real = ops.scored_attention
+
+    def spy(qkv: Tensor, *probes: Any, **more: Any) -> Tensor:
+        calls.append(torch.is_grad_enabled())
+        return real(qkv, *probes, **more)
+
+    monkeypatch.setattr(ops, "scored_attention", spy)
+    model = random_vit()
+    plain, data_ = copy.deepcopy(model), batches(model, [4] * 2)
+
+    def look(event: dict[str, Any]) -> None:
+        if event["event"] == "step":
+            vp.save(model, tmp_path / f"{len(calls)}-{event['step']}")
+
+    masks = MaskSchedule(0.5, "one_shot", samples=4, criterion="magnitude") if masked else None
+    config = DistillConfig(**PLAIN, **options)
+    distill(model, None, data_, data_, config, on_event=look, masks=masks)
+    assert calls and all(calls)
+    assert not any("forward" in vars(module) for module in model.modules())
+    monkeypatch.setattr(fused, "_QUICK", ())
+    distill(plain, None, data_, data_, config, masks=masks)
+    for name, value in weights(plain).items():
+        torch.testing.assert_close(model.state_dict()[name], value, rtol=0, atol=1e-6)
+    torch.compiler.reset()
 
 
 RECIPES = {

@@ -342,7 +342,9 @@ class _Run:
         if self.gates is not None:
             self.gates.set_step(number)
         images, target = self.stream.varied(batch, task.device)
-        with seeded(seed, "step", number), nullcontext() if last else task.no_sync():
+        sums = nullcontext() if last else task.no_sync()
+        # what is computed again in the backward must be computed as it was
+        with seeded(seed, "step", number), sums, task.in_a_step():
             result = task(images, target)
             self.scaler.scale(result["loss"] / count).backward()
         return {n: v.detach() for n, v in result.items() if n != "output"}
