@@ -141,14 +141,14 @@ def test_warm_up_from_a_rate_and_cool_down_at_one() -> None:
     config = DistillConfig(
         epochs=10, lr=1.0, min_lr=0.1, warmup_epochs=2, warmup_lr=0.2, cooldown_epochs=3
     )
-    rates = [learning_rate(step, 1, config) for step in range(10)]
+    rates = [learning_rate(step, 1, config, 1.0) for step in range(10)]
     assert rates[:3] == pytest.approx([0.2 + 0.8 / 3, 0.2 + 1.6 / 3, 1.0])
     assert rates[6:] == pytest.approx([0.1] * 4) and rates[5] > 0.1
 
 
 def test_warm_up_leaves_the_cool_down_alone() -> None:
     config = DistillConfig(epochs=4, lr=1.0, min_lr=0.0, warmup_epochs=5, cooldown_epochs=3)
-    assert [learning_rate(step, 4, config) for step in range(3, 16)] == [0.0] * 13
+    assert [learning_rate(step, 4, config, 1.0) for step in range(3, 16)] == [0.0] * 13
 
 
 def test_a_compiled_student_has_the_layers_of_its_module() -> None:
@@ -188,7 +188,7 @@ def test_an_overflow_in_fp16_lowers_the_scale_and_skips(data: ImageData) -> None
         model.head.weight.mul_(300)
     before = weights(model)
     events: list[dict] = []
-    config = DistillConfig(**PLAIN, amp="fp16", max_bad_steps=20)
+    config = DistillConfig(**PLAIN, lr=1e-3, amp="fp16", max_bad_steps=20)
     result = distill(model, None, loader(data, 32), None, config, on_event=events.append)
     assert result.skipped_steps >= 1
     assert next(e["event"] for e in events if e["event"] != "step") == "skipped_step"

@@ -155,7 +155,7 @@ def test_one_step_is_adamw_by_hand(data: ImageData) -> None:
 
 def test_learning_rate_rises_then_falls_along_a_cosine() -> None:
     config = DistillConfig(epochs=10, lr=1.0, min_lr=0.1, warmup_epochs=2)
-    rates = [learning_rate(step, 5, config) for step in range(50)]
+    rates = [learning_rate(step, 5, config, 1.0) for step in range(50)]
     assert rates[:10] == pytest.approx([(step + 1) / 11 for step in range(10)])
     assert rates[10] == 1.0 and rates[-1] == pytest.approx(0.1)
     assert all(a > b for a, b in itertools.pairwise(rates[10:]))
@@ -634,10 +634,10 @@ def test_validation_images_decide_nothing_by_default(data: ImageData) -> None:
     ("options", "sentence"),
     [
         ({"epochs": 0}, "epochs must be at least 1, got 0"),
-        ({"lr": 0.0}, "lr must be above 0, got 0.0"),
-        ({"lr": math.nan}, "lr must be above 0, got nan"),
+        ({"lr": 0.0}, "lr must be unset or above 0, got 0.0"),
+        ({"lr": math.nan}, "lr must be unset or above 0, got nan"),
         ({"lr": math.inf}, "lr must be finite, got inf"),
-        ({"min_lr": 1.0}, "min_lr must be between 0 and lr, got 1.0"),
+        ({"lr": 0.1, "min_lr": 1.0}, "min_lr must be between 0 and lr, got 1.0"),
         ({"warmup_epochs": -1}, "warmup_epochs must be at least 0, got -1"),
         ({"alpha": 1.5}, r"alpha must be in \[0, 1\], got 1.5"),
         ({"temperature": 0}, "temperature must be above 0, got 0"),

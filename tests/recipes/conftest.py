@@ -35,7 +35,7 @@ TINY = RunConfig(
     data=DataConfig(batch_size=256),
     score=ScoreConfig(samples=100),
     train_dense=True,
-    dense=SCHEDULE,
+    dense=replace(SCHEDULE, lr=1e-3),
     distill=replace(SCHEDULE, keep="best"),
     threads=1,
     latency_seconds=0.01,

@@ -221,7 +221,12 @@ def alive_text(alive: dict[str, Sequence[int]]) -> str:
 
 def start_text(event: dict[str, Any]) -> str:
     """What a training found before its first step: `validation top-1 91.20%`."""
-    return f"validation top-1 {event['val_top1']:.2%}"
+    words = []
+    if "val_top1" in event:
+        words.append(f"validation top-1 {event['val_top1']:.2%}")
+    if "peak_lr" in event:
+        words.append(f"a peak learning rate of {event['peak_lr']:.1e}")
+    return ", ".join(words)
 
 
 def rate_text(images_per_s: float) -> str:

@@ -27,10 +27,12 @@ class DistillConfig:
 
     epochs: int = 60
     """Passes over the training images."""
-    lr: float = 1e-3
-    """Peak learning rate."""
-    min_lr: float = 1e-5
-    """Learning rate at the end of the cosine."""
+    lr: float | None = None
+    """Peak learning rate; unset: the one that suits the state in which the student comes, small for
+    one that is nearly right, 1e-3 for one that has everything to learn; with `sgd`, gates or masks
+    always 1e-3."""
+    min_lr: float | None = None
+    """Learning rate at the end of the cosine; unset: a hundredth of lr, at most 1e-5."""
     warmup_epochs: float = 5.0
     """Epochs of linear warm-up, fractions allowed; at most half of those before the cooldown."""
     warmup_lr: float = 0.0
@@ -109,12 +111,13 @@ class DistillConfig:
     """An event after so many steps; 0 for epochs only."""
 
     def __post_init__(self) -> None:
+        largest = math.inf if self.lr is None else self.lr
         rules = {
             "epochs": (self.epochs >= 1, "be at least 1"),
-            "lr": (self.lr > 0, "be above 0"),
-            "min_lr": (0 <= self.min_lr <= self.lr, "be between 0 and lr"),
+            "lr": (self.lr is None or self.lr > 0, "be unset or above 0"),
+            "min_lr": (0 <= (self.min_lr or 0) <= largest, "be between 0 and lr"),
             "warmup_epochs": (self.warmup_epochs >= 0, "be at least 0"),
-            "warmup_lr": (0 <= self.warmup_lr <= self.lr, "be between 0 and lr"),
+            "warmup_lr": (0 <= self.warmup_lr <= largest, "be between 0 and lr"),
             "cooldown_epochs": (
                 0 <= self.cooldown_epochs < self.epochs,
                 "be at least 0 and below epochs",

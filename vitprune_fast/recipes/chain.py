@@ -333,6 +333,7 @@ def _train(job: Job, student: nn.Module, teacher: nn.Module | None, schedule: An
     return result.model, {
         "epochs": schedule.epochs,
         "skipped_steps": result.skipped_steps,
+        "start": result.start,
         "text": f"{schedule.epochs} epochs",
     }
 
