@@ -134,7 +134,11 @@ def newest_files(name: str) -> list[Path]:
 def page() -> str:
     """The README of the results: a table for every file with timings, and what plans keep."""
     parts = [part for c in contents() for part in (table(c), races(c), training_races(c)) if part]
-    for name, made in (("threads", threads), ("default_plan", default_plan)):
+    for name, made in (
+        ("attention_form", attention),
+        ("threads", threads),
+        ("default_plan", default_plan),
+    ):
         parts += [made(json.loads(path.read_text())) for path in newest_files(name)]
     return "\n".join([INTRODUCTION, *parts])
 
@@ -244,6 +248,28 @@ def compensation(content: dict) -> str:
         f"torch {content['versions']['torch']}.",
     ]
     return "\n".join(lines)
+
+
+def attention(content: dict) -> str:
+    """Forms of attention with a backward on a CPU, as a section of the page."""
+    lines = [
+        "## Attention with its backward on a CPU\n",
+        f"`{content['command']}`, commit {content['commit']}, {content['date']}, "
+        f"torch {content['versions']['torch']}, {content['device']}{load_note(content)}.\n",
+        "| products of 16 bits | dtype | tokens | head dim | ours ms | fused ms | plain ms |",
+        "|---|---|--:|--:|--:|--:|--:|",
+    ]
+    lines += [
+        f"| {row['products']} | {row['dtype']} | {row['tokens']} | {row['head_dim']} "
+        f"| {' | '.join(str(row['ms'][form]) for form in ('vitprune', 'fused', 'plain'))} |"
+        for row in content["attention"]
+    ]
+    lines += [
+        "",
+        f"Packed qkv of {content['width']} columns, {content['batch']} images; processor time of "
+        "one thread, least of the rounds.",
+    ]
+    return "\n".join([*lines, ""])
 
 
 def threads(content: dict) -> str:

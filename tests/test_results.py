@@ -119,3 +119,14 @@ def test_threads_beside_other_work_are_a_section_of_the_page(
     assert "| 2 busy loops | default | 8.5 | 8.0 | 1.4 | 1.3 | 1.9 |" in lines
     (tmp_path / "202611_threads.json").unlink()
     assert "Threads" not in table.page()
+
+
+def test_forms_of_attention_are_a_section_of_the_page(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    row = {"products": "none", "dtype": "bfloat16", "tokens": 37, "head_dim": 64}
+    row["ms"] = {"plain": 4.1, "fused": 9.6, "vitprune": 1.6}
+    content = results(attention=[row], width=384, batch=8)
+    (tmp_path / "202611_attention_form.json").write_text(json.dumps(content))
+    monkeypatch.setattr(table, "RESULTS", tmp_path)
+    assert "| none | bfloat16 | 37 | 64 | 1.6 | 9.6 | 4.1 |" in table.page().splitlines()

@@ -132,7 +132,7 @@ def test_two_budgets(sentence: Callable[..., str]) -> None:
 
 def test_setting_out_of_range(sentence: Callable[..., str], tmp_path: Path) -> None:
     (tmp_path / "run.yaml").write_text("distill: {lr: -1}\n")
-    assert "lr must be above 0, got -1" in sentence("run", "--config", "run.yaml")
+    assert "lr must be unset or above 0, got -1" in sentence("run", "--config", "run.yaml")
 
 
 def test_folder_that_holds_no_run(sentence: Callable[..., str], tmp_path: Path) -> None:

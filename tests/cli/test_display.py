@@ -37,10 +37,12 @@ SUMMARY = {
         "agreement": 0.99,
     },
 }
+START = {"val_top1": 0.912, "peak_lr": 2e-5, "distance": 0.1, "reach": 1e-3}
 EVENTS = [
     {"event": "profile", "profile": "cpu: some processor"},
     {"event": "stage", "stage": "dense", "state": "kept"},
     {"event": "stage", "stage": "distill", "state": "start"},
+    {"event": "start", "stage": "distill", "epoch": 0, "epochs": 2, "step": 0, **START},
     {
         **{"event": "step", "stage": "distill", "epoch": 0, "epochs": 2, "step": 1, "steps": 18},
         **{"loss": 2.0, "images_per_s": 1234.5},
@@ -76,6 +78,8 @@ def test_a_log_gets_plain_lines_without_control_characters() -> None:
     assert "\x1b" not in text
     assert "profile   cpu: some processor" in text
     assert "dense     done earlier" in text
+    line = "starts with validation top-1 91.20%, a peak learning rate of 2.0e-05"
+    assert f"distill   {line}" in text
     assert "distill      3.0 s  2 epochs" in text
 
 

@@ -15,10 +15,12 @@ from timm.layers import DropPath
 from torch import Tensor, nn
 
 import vitprune_fast as vp
+from vitprune_fast import _extension, ops
 from vitprune_fast.data import ImageData, Loader, open_data
 from vitprune_fast.distill import DistillConfig, MaskSchedule, distill
 from vitprune_fast.distill.optim import as_trained, learning_rate, make_optimizer
 from vitprune_fast.errors import InvalidInput, RunFolderError
+from vitprune_fast.scoring import fused
 from vitprune_fast.testing import random_images, random_vit
 
 PLAIN: dict[str, Any] = {"epochs": 1, "warmup_epochs": 0, "alpha": 0.0, "log_steps": 1}
@@ -139,14 +141,14 @@ def test_warm_up_from_a_rate_and_cool_down_at_one() -> None:
     config = DistillConfig(
         epochs=10, lr=1.0, min_lr=0.1, warmup_epochs=2, warmup_lr=0.2, cooldown_epochs=3
     )
-    rates = [learning_rate(step, 1, config) for step in range(10)]
+    rates = [learning_rate(step, 1, config, 1.0) for step in range(10)]
     assert rates[:3] == pytest.approx([0.2 + 0.8 / 3, 0.2 + 1.6 / 3, 1.0])
     assert rates[6:] == pytest.approx([0.1] * 4) and rates[5] > 0.1
 
 
 def test_warm_up_leaves_the_cool_down_alone() -> None:
     config = DistillConfig(epochs=4, lr=1.0, min_lr=0.0, warmup_epochs=5, cooldown_epochs=3)
-    assert [learning_rate(step, 4, config) for step in range(3, 16)] == [0.0] * 13
+    assert [learning_rate(step, 4, config, 1.0) for step in range(3, 16)] == [0.0] * 13
 
 
 def test_a_compiled_student_has_the_layers_of_its_module() -> None:
@@ -186,7 +188,7 @@ def test_an_overflow_in_fp16_lowers_the_scale_and_skips(data: ImageData) -> None
         model.head.weight.mul_(300)
     before = weights(model)
     events: list[dict] = []
-    config = DistillConfig(**PLAIN, amp="fp16", max_bad_steps=20)
+    config = DistillConfig(**PLAIN, lr=1e-3, amp="fp16", max_bad_steps=20)
     result = distill(model, None, loader(data, 32), None, config, on_event=events.append)
     assert result.skipped_steps >= 1
     assert next(e["event"] for e in events if e["event"] != "step") == "skipped_step"
@@ -223,6 +225,51 @@ def test_checkpointing_changes_no_more_than_rounding() -> None:
         for a, b in zip(one.parameters(), two.parameters(), strict=True):
             torch.testing.assert_close(a, b, rtol=0, atol=1e-9)
         assert one.grad_checkpointing is False
+
+
+@pytest.mark.skipif(_extension.OBSTACLE is not None, reason="no C++ kernels")
+@pytest.mark.parametrize(
+    ("options", "masked"),
+    [
+        pytest.param({}, False, id="plain"),
+        pytest.param({}, True, id="masks"),
+        pytest.param({"grad_checkpointing": True}, False, id="checkpointing"),
+        pytest.param({"compile": True}, False, id="compiled"),
+        pytest.param({"ema": 0.9, "accumulate": 2}, False, id="averaged"),
+    ],
+)
+def test_steps_take_the_faster_attention_and_nothing_else_does(
+    options: dict[str, Any], masked: bool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Not validation, which says what the model alone would, nor whoever saves it on the way."""
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
+    torch.compiler.reset()
+    monkeypatch.setattr(fused, "_QUICK", (torch.float64,))
+    calls: list[bool] = []
+    real = ops.scored_attention
+
+    def spy(qkv: Tensor, *probes: Any, **more: Any) -> Tensor:
+        calls.append(torch.is_grad_enabled())
+        return real(qkv, *probes, **more)
+
+    monkeypatch.setattr(ops, "scored_attention", spy)
+    model = random_vit()
+    plain, data_ = copy.deepcopy(model), batches(model, [4] * 2)
+
+    def look(event: dict[str, Any]) -> None:
+        if event["event"] == "step":
+            vp.save(model, tmp_path / f"{len(calls)}-{event['step']}")
+
+    masks = MaskSchedule(0.5, "one_shot", samples=4, criterion="magnitude") if masked else None
+    config = DistillConfig(**PLAIN, **options)
+    distill(model, None, data_, data_, config, on_event=look, masks=masks)
+    assert calls and all(calls)
+    assert not any("forward" in vars(module) for module in model.modules())
+    monkeypatch.setattr(fused, "_QUICK", ())
+    distill(plain, None, data_, data_, config, masks=masks)
+    for name, value in weights(plain).items():
+        torch.testing.assert_close(model.state_dict()[name], value, rtol=0, atol=1e-6)
+    torch.compiler.reset()
 
 
 RECIPES = {

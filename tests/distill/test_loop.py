@@ -155,7 +155,7 @@ def test_one_step_is_adamw_by_hand(data: ImageData) -> None:
 
 def test_learning_rate_rises_then_falls_along_a_cosine() -> None:
     config = DistillConfig(epochs=10, lr=1.0, min_lr=0.1, warmup_epochs=2)
-    rates = [learning_rate(step, 5, config) for step in range(50)]
+    rates = [learning_rate(step, 5, config, 1.0) for step in range(50)]
     assert rates[:10] == pytest.approx([(step + 1) / 11 for step in range(10)])
     assert rates[10] == 1.0 and rates[-1] == pytest.approx(0.1)
     assert all(a > b for a, b in itertools.pairwise(rates[10:]))
@@ -290,7 +290,7 @@ def _run(
 
     def on_event(event: dict[str, Any]) -> None:
         events(event)
-        if event["event"] == "step" and event["step"] == crash_at:
+        if event["event"] in ("start", "step") and event["step"] == crash_at:
             raise _Crash
 
     student = _vit()
@@ -368,6 +368,23 @@ def _run_into(events: _Events, data: ImageData, folder: Path, crash_at: int, kee
     distill(
         _vit(), _vit(1), _train(data), _val(data), config, checkpoint_dir=folder, on_event=on_event
     )
+
+
+def test_a_crash_before_the_first_checkpoint_or_epoch_ends_in_the_same_bits(
+    data: ImageData, tmp_path: Path
+) -> None:
+    """The start, which is the best here, is kept in every checkpoint."""
+    options: dict[str, Any] = {"keep": "best", "lr": 1e-9, "min_lr": 0.0}
+    whole, whole_events = _run(data, tmp_path / "whole", **options)
+    for crash_at in (0, 2, 4):
+        with pytest.raises(_Crash):
+            _run(data, tmp_path / "broken", crash_at, **options)
+    result, events = _run(data, tmp_path / "broken", **options)
+    # the start is found once: it comes out of the checkpoint
+    assert events[0]["event"] == "resume" and not events.of("start")
+    assert result.start == whole.start and whole_events.of("start")
+    assert result.best_epoch is None and result.best_top1 == whole.start["val_top1"]
+    assert _same(_weights(result.model), _weights(_vit())) and result.history == whole.history
 
 
 def test_a_finished_run_is_only_loaded(data: ImageData, tmp_path: Path) -> None:
@@ -575,6 +592,36 @@ def test_keep_best_returns_the_earliest_best_epoch(data: ImageData) -> None:
     assert evaluate(model, _val(data)).top1 == max(scores) == result.best_top1
 
 
+@pytest.mark.parametrize("ema", [0.0, 0.5])
+@pytest.mark.parametrize(
+    "lr", [pytest.param(1e-9, id="as good"), pytest.param(10.0, id="worse than before")]
+)
+def test_keep_best_never_returns_less_than_it_was_given(
+    data: ImageData, lr: float, ema: float
+) -> None:
+    model = _vit()
+    # trained: chance could not get worse
+    distill(model, None, _train(data), None, DistillConfig(epochs=5, lr=2e-2, warmup_epochs=0))
+    before = _weights(model)
+    config = DistillConfig(epochs=2, lr=lr, min_lr=0.0, warmup_epochs=0, keep="best", ema=ema)
+    events = _Events()
+    result = distill(model, None, _train(data), _val(data), config, on_event=events)
+    assert result.start["val_top1"] == evaluate(model, _val(data)).top1 == result.best_top1
+    assert all(entry["val_top1"] <= result.start["val_top1"] for entry in result.history)
+    assert result.best_epoch is None and _same(_weights(model), before)
+    assert [entry["epoch"] for entry in result.history] == [0, 1]
+    place = {"stage": "distill", "event": "start", "epoch": 0, "step": 0}
+    assert events[0] == {**place, **result.start} and len(events.of("start")) == 1
+
+
+def test_without_keep_best_the_start_is_not_looked_at(data: ImageData) -> None:
+    events = _Events()
+    config = DistillConfig(epochs=1, lr=1e-9, min_lr=0.0)
+    result = distill(_vit(), None, _train(data), _val(data), config, on_event=events)
+    assert not events.of("start") and result.start == {}
+    assert result.best_epoch == 0
+
+
 def test_validation_images_decide_nothing_by_default(data: ImageData) -> None:
     config = DistillConfig(epochs=2)
     models = [_vit(), _vit()]
@@ -587,10 +634,10 @@ def test_validation_images_decide_nothing_by_default(data: ImageData) -> None:
     ("options", "sentence"),
     [
         ({"epochs": 0}, "epochs must be at least 1, got 0"),
-        ({"lr": 0.0}, "lr must be above 0, got 0.0"),
-        ({"lr": math.nan}, "lr must be above 0, got nan"),
+        ({"lr": 0.0}, "lr must be unset or above 0, got 0.0"),
+        ({"lr": math.nan}, "lr must be unset or above 0, got nan"),
         ({"lr": math.inf}, "lr must be finite, got inf"),
-        ({"min_lr": 1.0}, "min_lr must be between 0 and lr, got 1.0"),
+        ({"lr": 0.1, "min_lr": 1.0}, "min_lr must be between 0 and lr, got 1.0"),
         ({"warmup_epochs": -1}, "warmup_epochs must be at least 0, got -1"),
         ({"alpha": 1.5}, r"alpha must be in \[0, 1\], got 1.5"),
         ({"temperature": 0}, "temperature must be above 0, got 0"),

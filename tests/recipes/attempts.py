@@ -24,6 +24,10 @@ WRITING = os.O_WRONLY | os.O_RDWR
 NEEDS_SPACE = ("create", "write", "fsync", "rename", "mkdir")
 
 
+# what a training loop tells of
+IN_TRAINING = ("resume", "start", "step", "epoch", "checkpoint")
+
+
 @dataclass(frozen=True)
 class Fault:
     """What happens at operation ``at`` (from 0) of the run's operations on its folder.
@@ -64,7 +68,7 @@ class Outcome:
     @property
     def in_training(self) -> bool:
         """Whether the last thing heard of came from a training loop."""
-        return bool(self.events) and self.events[-1][0] in ("resume", "step", "epoch", "checkpoint")
+        return bool(self.events) and self.events[-1][0] in IN_TRAINING
 
 
 class Attempt:

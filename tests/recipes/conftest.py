@@ -38,8 +38,8 @@ TINY = RunConfig(
     score=ScoreConfig(samples=100),
     sweep=SweepConfig(images=96),
     train_dense=True,
-    dense=SCHEDULE,
-    distill=SCHEDULE,
+    dense=replace(SCHEDULE, lr=1e-3),
+    distill=replace(SCHEDULE, keep="best"),
     threads=1,
     latency_seconds=0.01,
 )

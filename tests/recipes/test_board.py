@@ -35,11 +35,12 @@ def points(folder: Path, stage: str, name: str) -> list[tuple[int, float]]:
 def assert_curves_are_the_metrics(folder: Path) -> None:
     lines = read_metrics(folder / "metrics.jsonl")
     for stage in ("dense", "distill"):
-        wanted = [(e["step"], e["loss"]) for e in lines if e["stage"] == stage]
-        assert wanted
-        found = points(folder, stage, "loss")
-        assert [step for step, _ in found] == [step for step, _ in wanted]
-        assert [v for _, v in found] == pytest.approx([v for _, v in wanted], rel=1e-6)
+        for name in ("loss", "val_top1"):
+            wanted = [(e["step"], e[name]) for e in lines if e["stage"] == stage and name in e]
+            assert wanted
+            found = points(folder, stage, name)
+            assert [step for step, _ in found] == [step for step, _ in wanted]
+            assert [v for _, v in found] == pytest.approx([v for _, v in wanted], rel=1e-6)
 
 
 @needs_tensorboard

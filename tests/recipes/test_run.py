@@ -145,14 +145,18 @@ def test_a_run_killed_inside_training_goes_on_at_its_checkpoint(
     assert_same_run(finished, tiny.out)
 
 
-def test_metrics_of_a_killed_attempt_are_not_counted_twice(finished: Path, tiny: RunConfig) -> None:
-    # the line of the epoch is written, its checkpoint is not
+@pytest.mark.parametrize(("event", "epoch"), [("start", 0), ("epoch", 0), ("epoch", 1)])
+def test_metrics_of_a_killed_attempt_are_not_counted_twice(
+    event: str, epoch: int, finished: Path, tiny: RunConfig
+) -> None:
+    # the line is written, the next checkpoint is not
     with pytest.raises(Killed):
-        run(tiny, on_event=kill_at(event="epoch", stage="distill", epoch=1))
+        run(tiny, on_event=kill_at(event=event, stage="distill", epoch=epoch))
     run(tiny)
-    lines = (tiny.out / "metrics.jsonl").read_text().splitlines()
-    epochs = Counter((json.loads(line)["stage"], json.loads(line)["epoch"]) for line in lines)
-    assert set(epochs.values()) == {1} and len(epochs) == 4
+    lines = [json.loads(line) for line in (tiny.out / "metrics.jsonl").read_text().splitlines()]
+    found = Counter((line["stage"], line["event"], line["epoch"]) for line in lines)
+    # the start of the distillation, which keeps the best, and two epochs of each training
+    assert set(found.values()) == {1} and len(found) == 5
     assert_same_run(finished, tiny.out)
 
 

@@ -10,7 +10,7 @@ import pytest
 
 from vitprune_fast.errors import DamagedFile, RunFolderError
 from vitprune_fast.report import figures, write_report
-from vitprune_fast.report.page import budget_text
+from vitprune_fast.report.page import budget_text, overlaid_curves
 
 
 class Page(HTMLParser):
@@ -132,6 +132,19 @@ def test_picture_of_kept_heads_shows_each_head() -> None:
     colours = re.findall(r"fill: (#\w{6})", svg)
     assert colours.count(figures.KINDS["head"]) == 3
     assert colours.count(figures.MUTED) == 5
+
+
+def test_a_curve_begins_before_the_first_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn = {}
+    monkeypatch.setattr(figures, "curves", lambda lines, label, _: drawn.update({label: lines}))
+    start = {"stage": "distill", "event": "start", "epoch": 0, "step": 0, "val_top1": 0.5}
+    epochs = [
+        {"stage": "distill", "event": "epoch", "epoch": epoch, "loss": 1.0, "val_top1": 0.75}
+        for epoch in (0, 1)
+    ]
+    overlaid_curves([("", "black", [start, *epochs])])
+    assert drawn["validation top-1, %"] == [("", "black", [0, 1, 2], [50, 75, 75])]
+    assert drawn["training loss"] == [("", "black", [1, 2], [1, 1])]
 
 
 def test_thinned_scores_keep_the_ends() -> None:

@@ -78,6 +78,9 @@ class Display:
     def _on_resume(self, event: dict[str, Any]) -> None:
         self._say(f"{event['stage']:<9} resumes at step {event['step']:,}")
 
+    def _on_start(self, event: dict[str, Any]) -> None:
+        self._say(f"{event['stage']:<9} starts with {start_text(event)}")
+
     def _on_damaged_checkpoint(self, event: dict[str, Any]) -> None:
         self._say(
             f"{event['stage']:<9} a damaged checkpoint is left out: {event.get('reason', '')}"
@@ -224,6 +227,16 @@ class Pace:
 def alive_text(alive: dict[str, Sequence[int]]) -> str:
     """Live units of each kind: `heads 9/12, neurons 300/768`."""
     return ", ".join(f"{kind}s {on:,}/{total:,}" for kind, (on, total) in alive.items())
+
+
+def start_text(event: dict[str, Any]) -> str:
+    """What a training found before its first step: `validation top-1 91.20%`."""
+    words = []
+    if "val_top1" in event:
+        words.append(f"validation top-1 {event['val_top1']:.2%}")
+    if "peak_lr" in event:
+        words.append(f"a peak learning rate of {event['peak_lr']:.1e}")
+    return ", ".join(words)
 
 
 def rate_text(images_per_s: float) -> str:

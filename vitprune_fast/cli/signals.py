@@ -58,7 +58,8 @@ class Stopper:
 
     def watch(self, event: dict) -> None:
         """Notes from the events of a run whether it is training, or refits."""
-        self._training = event.get("event") in ("resume", "step", "epoch", "checkpoint", "sweep")
+        going = ("resume", "start", "step", "epoch", "checkpoint", "sweep")
+        self._training = event.get("event") in going
 
     def _arrived(self, number: int, frame: FrameType | None) -> None:
         if self._training and self.number is None:

@@ -27,10 +27,12 @@ class DistillConfig:
 
     epochs: int = 60
     """Passes over the training images."""
-    lr: float = 1e-3
-    """Peak learning rate."""
-    min_lr: float = 1e-5
-    """Learning rate at the end of the cosine."""
+    lr: float | None = None
+    """Peak learning rate; unset: the one that suits the state in which the student comes, small for
+    one that is nearly right, 1e-3 for one that has everything to learn; with `sgd`, gates or masks
+    always 1e-3."""
+    min_lr: float | None = None
+    """Learning rate at the end of the cosine; unset: a hundredth of lr, at most 1e-5."""
     warmup_epochs: float = 5.0
     """Epochs of linear warm-up, fractions allowed; at most half of those before the cooldown."""
     warmup_lr: float = 0.0
@@ -98,9 +100,9 @@ class DistillConfig:
     seed: int = 0
     """Of dropout, drop-path, mixing and whatever else draws numbers inside a step."""
     keep: Literal["last", "best"] = "last"
-    """Which weights come back: those of the last epoch, or of the epoch with the best top-1 on the
-    validation images (the earliest of equals; with masks among those that ended with the last
-    ones)."""
+    """Which weights come back: those of the last epoch, or those with the best top-1 on the
+    validation images, be it the student's as it was given or of an epoch (the earliest of equals;
+    with masks among the epochs that ended with the last ones)."""
     max_bad_steps: int = 10
     """More steps with a non-finite loss or gradient in a row end the run."""
     checkpoint_steps: int = 0
@@ -109,12 +111,13 @@ class DistillConfig:
     """An event after so many steps; 0 for epochs only."""
 
     def __post_init__(self) -> None:
+        largest = math.inf if self.lr is None else self.lr
         rules = {
             "epochs": (self.epochs >= 1, "be at least 1"),
-            "lr": (self.lr > 0, "be above 0"),
-            "min_lr": (0 <= self.min_lr <= self.lr, "be between 0 and lr"),
+            "lr": (self.lr is None or self.lr > 0, "be unset or above 0"),
+            "min_lr": (0 <= (self.min_lr or 0) <= largest, "be between 0 and lr"),
             "warmup_epochs": (self.warmup_epochs >= 0, "be at least 0"),
-            "warmup_lr": (0 <= self.warmup_lr <= self.lr, "be between 0 and lr"),
+            "warmup_lr": (0 <= self.warmup_lr <= largest, "be between 0 and lr"),
             "cooldown_epochs": (
                 0 <= self.cooldown_epochs < self.epochs,
                 "be at least 0 and below epochs",

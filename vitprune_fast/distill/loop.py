@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from vitprune_fast.distill.objective import Objective, images_like
 from vitprune_fast.distill.optim import as_trained, learning_rate, make_optimizer
 from vitprune_fast.distill.pace import Pace
 from vitprune_fast.distill.progress import Event, Progress
+from vitprune_fast.distill.rate import IMAGES, LARGEST, start_rate, state_of
 from vitprune_fast.distill.stream import MicroBatch, Stream
 from vitprune_fast.distill.task import DistillTask
 from vitprune_fast.distill.teachers import Teacher, TeacherSet
@@ -47,12 +48,16 @@ class DistillResult:
             (None without a teacher), skipped, and with validation images val_top1, val_loss,
             val_agreement.
         best_epoch: epoch of the best validation top-1, the earliest of equals, with ``masks`` among
-            those that ended with the last ones; None without validation images.
+            those that ended with the last ones; None where, with ``keep="best"``, no epoch was
+            better than the student as it was given, and without validation images.
         best_top1: that top-1, a share.
         skipped_steps: steps left out for a non-finite loss or gradient.
         finished: False when ``stop`` ended the run early; the same call goes on from there.
         plan: the units that are live in the end, with ``masks``: ``prune(model, plan)`` computes
             what was trained. None without.
+        start: what was found before the first step: where ``lr`` is unset peak_lr, and distance and
+            reach, which it was chosen by (see ``rate.State``); with ``keep="best"`` val_top1,
+            val_loss and val_agreement of the student as it was given.
     """
 
     model: nn.Module
@@ -62,6 +67,7 @@ class DistillResult:
     skipped_steps: int
     finished: bool = True
     plan: Plan | None = None
+    start: Event = field(default_factory=dict)
 
 
 def distill(
@@ -80,7 +86,8 @@ def distill(
 ) -> DistillResult:
     """Train ``student`` in place with the losses of ``config``, on labels and towards teachers.
 
-    Linear warm-up and cosine per step; gradient clipping. A step whose loss or gradient is not
+    Linear warm-up and cosine per step, up to a learning rate that suits the state of the student
+    where none is given; gradient clipping. A step whose loss or gradient is not
     finite moves no weight and is counted. A DeiT with a distillation token learns labels with its
     class head and the teacher's logits with its distillation head; evaluated, it averages both.
 
@@ -102,19 +109,21 @@ def distill(
             student does. None trains on labels alone.
         train: (images ``(B, C, H, W)`` floating, labels: B integers, ...) with a length, read once
             per epoch, and no further than its length; images go to the device and dtype of each
-            model.
-        val: likewise, read again after every epoch; it decides only with ``keep="best"``.
+            model. Where ``lr`` is unset, its first images are read once more before.
+        val: likewise, read again after every epoch; it decides only with ``keep="best"``, which
+            reads it before the first step too: what comes back is never worse on it than what was
+            given (with ``masks`` that change: than the first epoch that ended with the last ones).
         config: the settings.
         gates: attached to the student by ``gates.attach``; they learn too, with their penalty.
         gate_budget: holds the gates' multiply-accumulates down.
         masks: train on the live part of the student, which the schedule makes smaller.
         checkpoint_dir: written after every epoch and ``checkpoint_steps``; the newest whole
             checkpoint in it is where the run goes on. None writes nothing.
-        on_event: told about ``resume``, ``damaged_checkpoint``, ``step``, ``skipped_step``,
-            ``masks``, ``epoch`` and ``checkpoint``; each has ``stage``, ``event``, ``epoch``,
-            ``step`` (steps done). A call that loads a checkpoint says ``resume`` first: what
-            earlier calls told about larger steps is void. A call that says nothing of it starts at
-            step 0.
+        on_event: told about ``resume``, ``damaged_checkpoint``, ``start`` (where something was
+            found before the first step), ``step``, ``skipped_step``, ``masks``, ``epoch`` and
+            ``checkpoint``; each has ``stage``, ``event``, ``epoch``, ``step`` (steps done). A call
+            that loads a checkpoint says ``resume`` first: what earlier calls told about larger
+            steps is void. A call that says nothing of it starts at step 0.
         stop: asked after every step; True writes a checkpoint and returns.
 
     Raises:
@@ -177,6 +186,7 @@ class _Run:
         self.student, self.teachers = student, teachers
         self.val, self.config = val, config
         self.gates = gates
+        self.progress = Progress()
         self.ranks = Ranks.current()
         self.stream = Stream(train, student, config, self.ranks)
         self.named = {n: p for n, p in student.named_parameters() if p.requires_grad}
@@ -191,7 +201,6 @@ class _Run:
         self.scaler = torch.amp.GradScaler(self.task.device.type, enabled=scales)
         half = torch.bfloat16 if config.amp == "bf16" else None
         self.masked = MaskedStudent(student, masks, half) if masks else None
-        self.progress = Progress()
         self.best: dict[str, Tensor] = {}
 
     @cached_property
@@ -199,17 +208,22 @@ class _Run:
         """Teacher -> what tells its weights from others."""
         return {teacher.name: teacher.fingerprint() for teacher in self.teachers or ()}
 
+    @property
+    def peak(self) -> float:
+        """The peak learning rate: given, or found before the first step."""
+        return self.config.lr or self.progress.start.get("peak_lr", LARGEST)
+
     def _other_groups(self) -> list[dict[str, Any]]:
         """What learns beside the student, with its own learning rate."""
         config, groups = self.config, []
         if self.gates is not None:
-            rate = 5 * config.lr if config.gate_lr is None else config.gate_lr
+            rate = 5 * self.peak if config.gate_lr is None else config.gate_lr
             groups += self.gates.parameter_groups(lr=rate)
         if "gate_budget" in self.task.extras:
             budget: Any = self.task.extras["gate_budget"]
             groups += budget.parameter_groups(lr=config.gate_budget_lr)
         for group in groups:
-            group["lr_scale"] = group.pop("lr") / config.lr
+            group["lr_scale"] = group.pop("lr") / self.peak
         projectors = list(self.task.objective.projectors.parameters())
         matrices = {"params": projectors, "lr_scale": 1.0, "weight_decay": config.weight_decay}
         return [*groups, matrices]
@@ -217,6 +231,8 @@ class _Run:
     def go(self) -> DistillResult:
         self.progress = resume.read(self)
         self._run_on_what_is_live()
+        if self.progress.step == 0:
+            self._start()
         while self.progress.step < self.stream.steps:
             epoch, start = divmod(self.progress.step, self.stream.steps_per_epoch)
             if not self._epoch(epoch, start):
@@ -236,13 +252,40 @@ class _Run:
         self.task.train()
         self.pace = Pace(self.task)
 
+    def _start(self) -> None:
+        """Look at the student as it was given, which is the first that may be the best."""
+        found: Event = {}
+        # the rule knows the steps of Adam, and a student that nobody takes apart on the way
+        alone = self.masked is None and self.gates is None
+        if self.config.lr is None and self.config.optimizer == "adamw" and alone:
+            found |= self._rate()
+        if self.config.keep == "best":
+            found |= self._validated(None)
+        self.progress.start = found
+        if found:
+            self._tell("start", 0, **found)
+
+    def _rate(self) -> Event:
+        """The peak learning rate that suits the student, and what that was seen from."""
+        state = state_of(
+            self.student,
+            self._agrees_with(),
+            self.stream.samples(0, IMAGES),
+            seed=self.config.seed,
+            autocast=self.task.autocast,
+        )
+        # the same on all processes, also where they are not the same machines
+        (peak,) = self.task.average_values([start_rate(state)])
+        seen = {name: v if math.isfinite(v) else None for name, v in vars(state).items()}
+        return {"peak_lr": peak, **seen}
+
     def _epoch(self, epoch: int, start: int) -> bool:
         """Run the rest of an epoch; False when asked to stop in it."""
         progress, config = self.progress, self.config
         self.pace.restart()
         for batches in self.stream.epoch(epoch, start):
             self._change_masks(epoch)
-            lr = learning_rate(progress.step, self.stream.steps_per_epoch, config)
+            lr = learning_rate(progress.step, self.stream.steps_per_epoch, config, self.peak)
             for group in self.optimizer.param_groups:
                 group["lr"] = lr * group["lr_scale"]
             parts = self._step(batches)
@@ -328,7 +371,9 @@ class _Run:
         if self.gates is not None:
             self.gates.set_step(number)
         images, target = self.stream.varied(batch, task.device)
-        with seeded(seed, "step", number), nullcontext() if last else task.no_sync():
+        sums = nullcontext() if last else task.no_sync()
+        # what is computed again in the backward must be computed as it was
+        with seeded(seed, "step", number), sums, task.in_a_step():
             result = task(images, target)
             self.scaler.scale(result["loss"] / count).backward()
         return {n: v.detach() for n, v in result.items() if n != "output"}
@@ -358,14 +403,18 @@ class _Run:
         progress = self.progress
         entry = progress.end_epoch(epoch, lr)
         if self.val is not None:
-            seen = evaluate(self._evaluated(), self.val, self._agrees_with())
-            entry |= {"val_top1": seen.top1, "val_loss": seen.loss}
-            entry["val_agreement"] = seen.agreement
-            if progress.note_best(epoch, seen.top1) and self.config.keep == "best":
-                kept = self.student if self.average is None else self.average.module
-                self.best = {n: t.clone() for n, t in kept.state_dict().items()}
+            entry |= self._validated(epoch)
         progress.history.append(entry)
         self._tell("epoch", **entry)
+
+    def _validated(self, epoch: int | None) -> Event:
+        """What the validation images say after an epoch (None: before the first step)."""
+        assert self.val is not None
+        seen = evaluate(self._evaluated(), self.val, self._agrees_with())
+        if self.progress.note_best(epoch, seen.top1) and self.config.keep == "best":
+            kept = self.student if self.average is None else self.average.module
+            self.best = {n: t.clone() for n, t in kept.state_dict().items()}
+        return {"val_top1": seen.top1, "val_loss": seen.loss, "val_agreement": seen.agreement}
 
     def _evaluated(self) -> nn.Module:
         """What would be used if training ended here: averaged, and of the live part alone."""
@@ -403,6 +452,7 @@ class _Run:
             progress.skipped,
             finished,
             None if self.masked is None else self.masked.plan,
+            progress.start,
         )
 
     def tell_damage(self, error: DamagedFile) -> None:

@@ -46,9 +46,10 @@ def make_optimizer(
         ]
         groups[0]["weight_decay"], groups[1]["weight_decay"] = config.weight_decay, 0.0
     groups = [group for group in (*groups, *others) if group["params"]]
+    # every step sets the rate
     if config.optimizer == "sgd":
-        return torch.optim.SGD(groups, lr=config.lr, momentum=config.momentum)
-    return torch.optim.AdamW(groups, lr=config.lr)
+        return torch.optim.SGD(groups, lr=0.0, momentum=config.momentum)
+    return torch.optim.AdamW(groups, lr=0.0)
 
 
 def _by_depth(student: nn.Module, config: DistillConfig) -> list[dict[str, Any]]:
@@ -63,16 +64,18 @@ def _by_depth(student: nn.Module, config: DistillConfig) -> list[dict[str, Any]]
     )
 
 
-def learning_rate(step: int, steps_per_epoch: int, config: DistillConfig) -> float:
-    """Learning rate of a step: linear warm-up to ``lr``, half a cosine, then ``min_lr``."""
+def learning_rate(step: int, steps_per_epoch: int, config: DistillConfig, peak: float) -> float:
+    """Learning rate of a step: linear warm-up to ``peak``, half a cosine, then ``min_lr``."""
+    first = min(config.warmup_lr, peak)
+    last = min(peak / 100, 1e-5) if config.min_lr is None else min(config.min_lr, peak)
     epochs = config.epochs - config.cooldown_epochs
     warmup = min(config.warmup_epochs, epochs / 2) * steps_per_epoch
     total = epochs * steps_per_epoch
     if step < warmup:
         share = (step + 1) / (math.floor(warmup) + 1)
-        return config.warmup_lr + (config.lr - config.warmup_lr) * share
+        return first + (peak - first) * share
     share = min((step - warmup) / max(total - 1 - warmup, 1), 1.0)
-    return config.min_lr + (config.lr - config.min_lr) * (1 + math.cos(math.pi * share)) / 2
+    return last + (peak - last) * (1 + math.cos(math.pi * share)) / 2
 
 
 @contextmanager

@@ -17,7 +17,9 @@ class Progress:
         step: steps done, skipped ones included.
         skipped: steps left out.
         skipped_in_a_row: of these, the ones since a step that was not.
-        best_epoch: the earliest epoch of the best validation top-1.
+        start: what was found before the first step.
+        best_epoch: the earliest epoch of the best validation top-1; None while it is that of the
+            start, or there is none.
         best_top1: that top-1.
         history: an entry per epoch.
         epoch_sums: of the parts of the loss over this epoch's steps that were not skipped.
@@ -28,6 +30,7 @@ class Progress:
     step: int = 0
     skipped: int = 0
     skipped_in_a_row: int = 0
+    start: Event = field(default_factory=dict)
     best_epoch: int | None = None
     best_top1: float | None = None
     history: list[Event] = field(default_factory=list)
@@ -58,8 +61,8 @@ class Progress:
         self.epoch_sums, self.epoch_steps, self.epoch_skipped = {}, 0, 0
         return entry
 
-    def note_best(self, epoch: int, top1: float) -> bool:
-        """Remember an epoch if none before was as good; says whether."""
+    def note_best(self, epoch: int | None, top1: float) -> bool:
+        """Remember an epoch (None for the start) if none before was as good; says whether."""
         if self.best_top1 is not None and top1 <= self.best_top1:
             return False
         self.best_epoch, self.best_top1 = epoch, top1

@@ -14,6 +14,7 @@ from vitprune_fast.batches import as_input, check_labels, check_logits
 from vitprune_fast.distill.config import DistillConfig
 from vitprune_fast.distill.objective import Objective
 from vitprune_fast.modes import compiled, evaluating
+from vitprune_fast.scoring.fused import quick_attention, standing_in
 from vitprune_fast.scoring.ranks import Ranks
 
 _AMP = {"none": None, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -58,6 +59,7 @@ class DistillTask(TrainingTask):
         # in a tuple: the copy of the live part is no part of the task
         self._runner: tuple[Any, ...] = ()
         self._sums_itself = False
+        self._quick: dict[nn.Module, Any] = {}
         self.done = 0.0
         self.generator = torch.Generator()
 
@@ -100,12 +102,17 @@ class DistillTask(TrainingTask):
             devices = [self.device] if self.device.type == "cuda" else None
             runner = DistributedDataParallel(runner, device_ids=devices)
         self._watch = self._watching.enter_context(self.objective.watching(runner))
+        self._quick = quick_attention(module)
         self._runner = (runner,)
 
     def stop_running(self) -> None:
         """Take the recorders off what ran."""
         self._watching.close()
-        self._runner = ()
+        self._runner, self._quick = (), {}
+
+    def in_a_step(self) -> AbstractContextManager:
+        """For a forward pass and its backward: attention in its faster form."""
+        return standing_in(self._quick)
 
     def no_sync(self) -> AbstractContextManager:
         """Keep gradients on this process, for all but the last micro-batch of a step."""

@@ -58,7 +58,7 @@ class Board:
             self._writer = None
 
     def _add(self, line: dict[str, Any]) -> None:
-        if line.get("event") == "epoch":
+        if line.get("event") in ("start", "epoch"):
             for name in line:
                 # a loss of one of several teachers is TEACHER:LOSS
                 if name.rpartition(":")[2] in CURVES and line[name] is not None:

@@ -104,7 +104,7 @@ class Job:
             self.cut_back.add(self.stage)
             if self.board is not None:
                 self.board.restart(self.stage, read_metrics(self.metrics.path))
-        if kind in ("epoch", "skipped_step"):
+        if kind in ("start", "epoch", "skipped_step"):
             self.metrics.add(event)
             if self.board is not None:
                 self.board.add(event)
@@ -353,6 +353,7 @@ def _train(job: Job, student: nn.Module, teacher: nn.Module | None, schedule: An
     return result.model, {
         "epochs": schedule.epochs,
         "skipped_steps": result.skipped_steps,
+        "start": result.start,
         "text": f"{schedule.epochs} epochs",
     }
 

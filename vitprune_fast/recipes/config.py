@@ -311,7 +311,7 @@ class RunConfig:
     sweep: Annotated[SweepConfig, arg(name="")] = field(default_factory=SweepConfig)
     train_dense: bool = False
     """Train the dense model here first, unless its weights are given."""
-    dense: DistillConfig = field(default_factory=DistillConfig)
+    dense: DistillConfig = field(default_factory=lambda: DistillConfig(lr=1e-3))
     """How the dense model is trained, if it is (its teacher settings mean nothing)."""
     distill: DistillConfig = field(default_factory=DistillConfig)
     """How the pruned model is taught, after what stays was refitted."""

@@ -98,6 +98,7 @@ class Trainings:
         if self.board is not None:
             # a run that went on from a checkpoint tells of its earlier epochs in its result alone
             lines = [{"stage": purpose, "event": "epoch", **entry} for entry in result.history]
+            lines.insert(0, {"stage": purpose, "event": "start", "step": 0, **result.start})
             self.board.restart(purpose, lines)
             self.board.close()
         if not result.finished:

@@ -209,10 +209,11 @@ def overlaid_curves(
             drawn = []
             for name, colour, lines in runs:
                 points = [
-                    (e["epoch"] + 1, e[key] * scale)
+                    # before the first step no epoch is over
+                    (e["epoch"] + (e["event"] == "epoch"), e[key] * scale)
                     for e in lines
                     if e.get("stage") == stage
-                    and e.get("event") == "epoch"
+                    and e.get("event") in ("start", "epoch")
                     and e.get(key) is not None
                 ]
                 if len(points) > 1:

@@ -4,6 +4,8 @@ The exchanged forward computes the same function with scored ops: the activation
 the gradient and the neuron scores in one pass, attention's backward the packed gradient and the
 scores of heads and dims, a norm's backward those of its channels. Activations are recomputed, not
 saved, and gradients of q, k and v are written where the qkv projection wants them.
+
+On a CPU that attention can pay without scores too, see :func:`quick_attention`.
 """
 
 from __future__ import annotations
@@ -19,7 +21,7 @@ from timm.layers import GluMlp, Mlp, SwiGLU
 from timm.models.vision_transformer import Attention
 from torch import Tensor, nn
 
-from .. import ops
+from .. import _extension, ops
 from ..errors import InvalidInput
 from ..modeling_pruned import NORMS
 from ..structure.norms import epsilon, is_rms
@@ -35,6 +37,8 @@ _OTHERS = {
     timm.layers.GELUTanh: "gelu_tanh",
     timm.layers.QuickGELU: "quick_gelu",
 }
+# in which our attention pays on a CPU
+_QUICK = (torch.bfloat16, torch.float16)
 
 
 @contextmanager
@@ -52,13 +56,44 @@ def exchanged(model: nn.Module, sites: Sequence[Site], probes: Probes) -> Iterat
             rest.append(site)
         else:
             by_module.setdefault(owner, []).append(site)
-    with ExitStack() as restore:
-        for path, served in by_module.items():
-            module = get(model, path)
-            forward = _forward_of(module)
-            restore.callback(_put_back, module, vars(module).get("forward"))
-            module.forward = partial(forward, module, {s.kind: s for s in served}, probes)
+    forwards = quick_attention(model)
+    for path, served in by_module.items():
+        module: Any = get(model, path)
+        forward = _forward_of(module)
+        forwards[module] = partial(forward, module, {s.kind: s for s in served}, probes)
+    with standing_in(forwards):
         yield rest
+
+
+def quick_attention(model: nn.Module) -> dict[nn.Module, Callable[..., Tensor]]:
+    """The attentions of timm in a model, and what may stand for their forward while it is trained.
+
+    On a CPU in 16 bits it computes the same, up to rounding, by our op: torch's fused attention and
+    its backward take 1.4 to 16 times as long, and the plain form .7 to 4 times as long, by what the
+    processor can multiply, with all the weights of the tokens in memory. In fp32 torch's form is as
+    fast (``bench/bench_attention_form.py``); there, and without gradients, it is the forward of the
+    class. Attention whose parts somebody listens to is not among them.
+    """
+    if _extension.OBSTACLE is not None:
+        return {}
+    return {
+        module: partial(_quick_attention, module)
+        for module in model.modules()
+        if type(module) is Attention
+        and module.qkv is not None
+        and runs_its_class(module)
+        and _is_plain(module.attn_drop)
+    }
+
+
+@contextmanager
+def standing_in(forwards: Mapping[nn.Module, Callable[..., Tensor]]) -> Iterator[None]:
+    """Exchange the forward of modules; back again on leaving."""
+    with ExitStack() as restore:
+        for module, forward in forwards.items():
+            restore.callback(_put_back, module, vars(module).get("forward"))
+            module.forward = forward
+        yield
 
 
 def _put_back(module: nn.Module, forward: Any) -> None:
@@ -137,7 +172,8 @@ def packed_qkv(attn: Any, x: Tensor) -> Tensor:
 def runs_its_class(module: Any) -> bool:
     """Whether a module's forward is that of its class, or the one that stands for it here."""
     forward = vars(module).get("forward")
-    return forward is None or getattr(forward, "func", None) in (_attention, _mlp, _norm)
+    ours = (_attention, _quick_attention, _mlp, _norm)
+    return forward is None or getattr(forward, "func", None) in ours
 
 
 def _is_plain(module: Any) -> bool:
@@ -174,20 +210,31 @@ def _attention(
             "score: attention must be without a mask, got one; score with path='taps'"
         )
     heads, width = attn.num_heads, attn.head_dim
-    gated = getattr(attn, "gate", None)
-    gate = gated(x).sigmoid() if gated is not None else None
-    qkv_BN3HK = packed_qkv(attn, x)
-
     sizes = {"head": (heads,), "v_dim": (heads, width), "qk_dim": (heads, width)}
     inside = {kind: probes.leaf(site.key, x, *sizes[kind]) for kind, site in sites.items()}
+    by_kind = (inside.get("head"), inside.get("qk_dim"), inside.get("v_dim"))
+    return _attend(attn, x, *by_kind, per_token=probes.per_token)
+
+
+def _quick_attention(attn: Any, x: Tensor, **mask: Any) -> Tensor:
+    """timm's Attention; by our op where that pays."""
+    dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x.dtype
+    pays = x.is_cpu and torch.is_grad_enabled() and dtype in _QUICK
+    if not pays or has_mask(mask) or (attn.training and attn.attn_drop.p > 0):
+        return type(attn).forward(attn, x, **mask)
+    return _attend(attn, x)
+
+
+def _attend(attn: Any, x: Tensor, *probes: Tensor | None, per_token: bool = False) -> Tensor:
+    """timm's Attention without a mask, by our op."""
+    gated = getattr(attn, "gate", None)
+    gate = gated(x).sigmoid() if gated is not None else None
     out = ops.scored_attention(
-        qkv_BN3HK,
-        inside.get("head"),
-        inside.get("qk_dim"),
-        inside.get("v_dim"),
+        packed_qkv(attn, x),
+        *probes,
         # timm's fused path takes the scale from the width, the other one from the attribute
         scale=None if attn.fused_attn else attn.scale,
-        per_token=probes.per_token,
+        per_token=per_token,
     )
     out = attn.norm(out.flatten(2))
     if gate is not None:
