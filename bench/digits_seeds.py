@@ -22,6 +22,7 @@ README = ROOT / "README.md"
 SEEDS = (0, 1, 2, 3, 4)
 BEGIN, END = "<!-- digits:begin -->", "<!-- digits:end -->"
 COMMAND = "python bench/digits_seeds.py"
+STEPS = ("before", "cut", "swept", "after")
 
 
 def run_seeds(folder: Path) -> dict[str, Any]:
@@ -49,15 +50,16 @@ def table(results: dict[str, Any]) -> str:
     runs = results["runs"]
     profile, versions = runs[0]["profile"], runs[0]["versions"]
     lines = [
-        "| seed | top-1 before | top-1 after | change | agreement | MACs | params "
+        "| seed | top-1 dense | cut | swept | distilled | agreement | MACs | params "
         "| latency b1 | images/s b64 |",
-        "|---|---|---|---|---|---|---|---|---|",
+        "|---|--:|--:|--:|--:|--:|--:|--:|---|---|",
     ]
     for run in runs:
         before, after = run["before"], run["after"]
+        top1s = [run[step]["top1"] for step in STEPS]
         lines.append(
-            f"| {run['seed']} | {before['top1']:.2%} | {after['top1']:.2%} "
-            f"| {(after['top1'] - before['top1']) * 100:+.2f} | {after['agreement']:.2%} "
+            f"| {run['seed']} | {' | '.join(f'{top1:.2%}' for top1 in top1s)} "
+            f"| {after['agreement']:.2%} "
             f"| {after['macs'] / before['macs']:.1%} | {after['params'] / before['params']:.1%} "
             f"| {before['latency_ms']:.2f} → {after['latency_ms']:.2f} ms "
             f"| {before['images_per_s']:,.0f} → {after['images_per_s']:,.0f} |"
@@ -66,10 +68,11 @@ def table(results: dict[str, Any]) -> str:
     def mean(value: Any) -> float:
         return statistics.fmean(value(run) for run in runs)
 
+    def top1_of(step: str) -> float:
+        return mean(lambda run: run[step]["top1"])
+
     lines.append(
-        f"| mean | {mean(lambda r: r['before']['top1']):.2%} "
-        f"| {mean(lambda r: r['after']['top1']):.2%} "
-        f"| {mean(lambda r: r['after']['top1'] - r['before']['top1']) * 100:+.2f} "
+        f"| mean | {' | '.join(f'{top1_of(step):.2%}' for step in STEPS)} "
         f"| {mean(lambda r: r['after']['agreement']):.2%} "
         f"| {mean(lambda r: r['after']['macs'] / r['before']['macs']):.1%} "
         f"| {mean(lambda r: r['after']['params'] / r['before']['params']):.1%} "

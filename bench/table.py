@@ -233,17 +233,17 @@ def criteria(content: dict) -> str:
 def compensation(content: dict) -> str:
     """The fourth table of the README: what is left of a model that is not trained any more."""
     lines = [
-        "| MACs | cut | means moved | least squares | error of a branch, cut / fitted |",
-        "|--:|--:|--:|--:|--:|",
+        "| MACs | cut | swept | error after a branch, cut / fitted |",
+        "|--:|--:|--:|--:|",
     ]
     for row in content["compensation"]:
-        top1 = " | ".join(f"{row[how]:.2%}" for how in ("cut", "mean", "least_squares"))
-        lines.append(f"| {row['macs']:.0%} | {top1} | {row['lost']:.0%} / {row['left']:.0%} |")
+        top1 = " | ".join(f"{row[how]:.2%}" for how in ("cut", "swept"))
+        lines.append(f"| {row['macs']:.0%} | {top1} | {row['before']:.0%} / {row['after']:.0%} |")
     lines += [
         "",
         f"Top-1 of {content['model']}, which has {content['dense']:.2%} whole; nothing is trained "
-        f"afterwards. Fitted on {content['tokens']:,} tokens of training images; the error is the "
-        "median over the branches, on those tokens. "
+        f"afterwards. Fitted on {content['tokens']:,} tokens of training images; the error is that "
+        "of the stream as a share of what the branch writes, the median over the branches. "
         f"`{content['command']}`, commit {content['commit']}, {content['date']}, "
         f"torch {content['versions']['torch']}.",
     ]

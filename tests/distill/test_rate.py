@@ -16,7 +16,15 @@ from torch.nn import functional as F
 import vitprune_fast as vp
 from vitprune_fast.distill import DistillConfig, MaskSchedule, distill
 from vitprune_fast.distill.optim import learning_rate
-from vitprune_fast.distill.rate import LARGEST, LEAST, SHARE, State, start_rate, state_of
+from vitprune_fast.distill.rate import (
+    LARGEST,
+    LEAST,
+    SHARE,
+    WEIGHT_SHARE,
+    State,
+    start_rate,
+    state_of,
+)
 from vitprune_fast.errors import RunFolderError
 from vitprune_fast.testing import random_images, random_vit
 
@@ -138,17 +146,22 @@ def test_a_student_that_no_step_changes_may_go_as_fast_as_it_can() -> None:
 # the rule
 
 
-def test_the_rate_is_a_share_of_the_reach_between_bounds() -> None:
-    middle = math.sqrt(LEAST * LARGEST) / SHARE
-    assert start_rate(State(1.0, middle)) == pytest.approx(SHARE * middle)
-    assert start_rate(State(1e-9, 1e-9)) == LEAST and start_rate(State(9.0, 1.0)) == LARGEST
-    rates = [start_rate(State(1.0, 10.0**power)) for power in range(-7, 1)]
+def test_the_rate_is_a_share_of_the_reach_and_of_the_weights_between_bounds() -> None:
+    middle = math.sqrt(LEAST * LARGEST)
+    by_reach = State(1.0, middle / SHARE, 9.0)
+    assert start_rate(by_reach) == pytest.approx(middle)
+    assert start_rate(State(1.0, 9.0, middle / WEIGHT_SHARE)) == pytest.approx(middle)
+    assert start_rate(State(1e-9, 1e-9, 9.0)) == start_rate(State(1.0, 9.0, 0.0)) == LEAST
+    assert start_rate(State(9.0, 1.0, math.inf)) == LARGEST
+    rates = [start_rate(State(1.0, 10.0**power, 9.0)) for power in range(-7, 1)]
     assert rates == sorted(rates)
 
 
 @pytest.mark.parametrize("number", [math.nan, math.inf])
-def test_a_broken_state_takes_the_largest_rate(number: float) -> None:
-    assert start_rate(State(number, 1e-9)) == start_rate(State(1e-9, number)) == LARGEST
+def test_of_a_broken_state_only_the_weights_are_heard(number: float) -> None:
+    for state in (State(number, 1e-9, math.inf), State(1e-9, number, math.inf)):
+        assert start_rate(state) == LARGEST
+    assert start_rate(State(number, 1e-9, 0.01)) == pytest.approx(0.01 * WEIGHT_SHARE)
 
 
 # who takes it
@@ -175,7 +188,7 @@ def test_the_peak_is_that_of_the_state_and_is_told(alpha: float) -> None:
     want = state(student, taught_by, batches(student, [4] * 3))
     result, events = trained(student, teacher, alpha=alpha)
     peak = start_rate(want)
-    assert result.start == {"peak_lr": peak, "distance": want.distance, "reach": want.reach}
+    assert result.start == {"peak_lr": peak, **vars(want)}
     assert events[0] == {
         "stage": "distill",
         "event": "start",

@@ -16,6 +16,8 @@ from vitprune_fast.structure.index import Index
 from vitprune_fast.surgery import Calibration, calibrate, compensate, mask, prune
 from vitprune_fast.testing import random_images, random_vit
 
+pytestmark = pytest.mark.filterwarnings("ignore:compensate:DeprecationWarning")
+
 
 def batches_of(model: Any, count: int = 3) -> list[Any]:
     return [
@@ -221,3 +223,14 @@ def test_units_that_never_change_tell_nothing(dtype: torch.dtype) -> None:
             found = next(one for one in report if one.branch == "blocks.0.mlp")
             assert torch.equal(model.blocks[0].mlp.fc2.weight[:, kept], weight[:, kept])
         assert found.lost > 0.1 and found.left <= 1e-3 * found.lost
+
+
+@pytest.mark.filterwarnings("default:compensate:DeprecationWarning")
+def test_it_says_what_replaces_it() -> None:
+    model = random_vit()
+    calibration = calibrate(model, batches_of(model))
+    with (
+        pytest.warns(DeprecationWarning, match=r"vp.prune\(model, plan, calibration=batches\)"),
+        compensate(model, heads_and_neurons(model), calibration),
+    ):
+        pass

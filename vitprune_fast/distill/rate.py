@@ -2,7 +2,8 @@
 
 A rate at which a broken student recovers breaks one that is nearly right. Adam moves every weight
 by about its rate per step, at first in directions that are mostly noise; so a rate suits when such
-steps change the student by no more than a share of what it has to learn.
+steps change the student by no more than a share of what it has to learn, and the weights by no more
+than a share of what they are.
 """
 
 from __future__ import annotations
@@ -24,8 +25,14 @@ from vitprune_fast.randomness import seeded
 LARGEST = 1e-3
 """For a student that has everything to learn, and where no rule is known."""
 LEAST = 1e-5
-SHARE = 0.1
-"""Of the reach of a student."""
+SHARE = 0.025
+"""Of the reach of a student. A ViT-S/14 cut to half and swept (79.8 % on CIFAR-10, reach 8.4e-4)
+came to 79.9 % in an epoch at 2e-5, and fell to 74.7 at 1e-4; cut to .3 (74.1 %, reach 5.7e-4) it
+came to 76.2 at 2e-5, and fell to 72.6 at 5e-5."""
+WEIGHT_SHARE = 0.008
+"""Of the root mean square of the weights. The same model cut without the sweep (reach 0.04, weights
+of 0.016) came to 69.6 % at 1e-4, 34.6 at 5e-4 and 25.2 at 1e-3; the digits' (weights of 0.1) is
+best at 1e-3."""
 IMAGES = 256
 """Training images that are looked at."""
 # a step after which no student is what it was, and one that rounding hides
@@ -43,21 +50,24 @@ class State:
             cross-entropy of the labels.
         reach: size of a step of random sign of every weight that changes the student's outputs by
             as many nats; above 0.
+        size: root mean square of the entries of its matrices that learn; infinite without any.
     """
 
     distance: float
     reach: float
+    size: float
 
 
 def start_rate(state: State) -> float:
     """Peak learning rate of Adam for a student in this state, between LEAST and LARGEST.
 
-    It does not fall as the distance or the reach grows. A state that is not finite is that of a
-    broken student.
+    It does not fall as the reach or the weights grow. A student whose distance or reach is not
+    finite is broken: only its weights say how far it may go.
     """
-    if not (math.isfinite(state.distance) and math.isfinite(state.reach)):
-        return LARGEST
-    return min(max(SHARE * state.reach, LEAST), LARGEST)
+    found = WEIGHT_SHARE * state.size
+    if math.isfinite(state.distance) and math.isfinite(state.reach):
+        found = min(found, SHARE * state.reach)
+    return min(max(found, LEAST), LARGEST)
 
 
 @torch.no_grad()
@@ -108,7 +118,10 @@ def state_of(
             # without a finite output left: shorter
             factor = 0.1 if math.isnan(changed) else math.sqrt(distance / max(changed, 1e-30))
             reach = min(max(reach * factor, _LEAST_STEP), _LARGEST_STEP)
-    return State(distance, reach)
+    squares = [p.double().square().mean() for p in named.values() if p.ndim > 1]
+    counts = [p.numel() for p in named.values() if p.ndim > 1]
+    total = sum(count * float(square) for count, square in zip(counts, squares, strict=True))
+    return State(distance, reach, math.sqrt(total / sum(counts)) if total > 0 else math.inf)
 
 
 def _divergences(ours: list[Tensor], others: list[Tensor]) -> list[Tensor]:

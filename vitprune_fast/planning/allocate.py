@@ -41,7 +41,7 @@ def plan(
     scores: Scores,
     budget: Budget,
     allocation: Literal["global", "uniform"] = "global",
-    normalization: Normalization = "isomorphic",
+    normalization: Normalization | None = None,
     min_units: PerKind = 1,
     round_to: PerKind = 1,
     units: Sequence[str] = ("head", "neuron"),
@@ -62,14 +62,16 @@ def plan(
         scores: which units count; only axes with scores are cut.
         budget: in multiply-accumulates, parameters, or shares to keep.
         allocation: ``"global"`` or ``"uniform"``.
-        normalization: makes axes comparable before a global ranking. ``none``; ``l2_per_layer``
-            divides by the axis' L2 norm (Michel et al. 2019); ``mean_per_group`` by its mean (Fang
-            et al. 2023); ``isomorphic`` ranks inside one unit kind, after ``l2_per_layer``, and
-            cuts all kinds by the same share (Fang et al. 2024): a head and a neuron are different
-            things, so it is the default; ``per_mac`` divides by the multiply-accumulates the unit
-            saves; ``lamp`` divides the square by the sum of squares of all units of the axis that
-            score at least as much (Lee et al. 2021); ``latency`` subtracts
-            ``latency_weight * latency_saved[axis]`` after ``l2_per_layer`` (Yang et al. 2023).
+        normalization: makes axes comparable before a global ranking. None takes ``per_mac`` for
+            squares (``reduction="square"``), which are all of one unit, and ``isomorphic`` for
+            other scores (docs/adr/0001-plan-normalisation.md has what they keep). ``none``;
+            ``l2_per_layer`` divides by the axis' L2 norm (Michel et al. 2019); ``mean_per_group``
+            by its mean (Fang et al. 2023); ``isomorphic`` ranks inside one unit kind, after
+            ``l2_per_layer``, and cuts all kinds by the same share (Fang et al. 2024); ``per_mac``
+            divides by the multiply-accumulates the unit saves; ``lamp`` divides the square by the
+            sum of squares of all units of the axis that score at least as much (Lee et al. 2021);
+            ``latency`` subtracts ``latency_weight * latency_saved[axis]`` after ``l2_per_layer``
+            (Yang et al. 2023).
         min_units: at least so many units stay in every axis, or by kind ``{"head": 0}``.
         round_to: kept counts are multiples of this, or by kind ``{"neuron": 8}``; an axis with
             fewer units than that is kept whole.
@@ -93,6 +95,8 @@ def plan(
         raise InvalidInput(
             f"plan: allocation must be one of {', '.join(ALLOCATIONS)}, got {allocation!r}"
         )
+    if normalization is None:
+        normalization = "per_mac" if scores.reduction == "square" else "isomorphic"
     if normalization not in NORMALIZATIONS:
         raise InvalidInput(
             f"plan: normalization must be one of {', '.join(NORMALIZATIONS)}, got {normalization!r}"

@@ -30,7 +30,7 @@ DIGITS = RunConfig(
     score=ScoreConfig(samples=1019),
     train_dense=True,
     dense=DistillConfig(epochs=150, lr=2e-3, warmup_epochs=5),
-    distill=DistillConfig(epochs=60, warmup_epochs=2, keep="best"),
+    distill=DistillConfig(epochs=30, warmup_epochs=1, keep="best"),
     # matrices this small gain little from a second thread, and one thread gives the same bits
     # however many cores a machine has
     threads=1,

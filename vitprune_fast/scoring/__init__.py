@@ -29,7 +29,7 @@ __all__ = ["CRITERIA", "Scores", "ScoringStopped", "score"]
 
 # the reductions a criterion can be put together by, its own first
 CRITERIA = {
-    "taylor": ("abs", "square", "signed", "token_abs"),
+    "taylor": ("square", "abs", "signed", "token_abs"),
     "fisher": ("square",),
     "loss": ("mean",),
     "kl": ("mean",),

@@ -1,8 +1,9 @@
-"""Let the units that stay make up for those that go: what a layer reads next is fitted anew."""
+"""What `prune(calibration=)` replaces: projections fitted one by one on the dense model."""
 
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -49,6 +50,8 @@ def calibrate(
     dtype: torch.dtype = torch.float64,
 ) -> Calibration:
     """Measure what the output projections of a model read, for ``compensate``.
+
+    Deprecated with it.
 
     Args:
         model: a supported model, run in eval mode and without gradients; left as it was.
@@ -127,6 +130,9 @@ def compensate(
 ) -> Iterator[list[Compensated]]:
     """Inside the context, the output projections make up for the units that ``plan`` drops.
 
+    Deprecated: ``vp.prune(model, plan, calibration=batches)`` keeps more (it fits what a branch
+    reads as well, and makes up for the cuts before it); this goes with the next release.
+
     ``mean``: a dropped unit is replaced by its mean, which goes into the bias
     (``b + W_r mean(a_r)``). ``least_squares``: the kept columns are fitted so that the output
     changes least over the calibration images, with a ridge towards the old ones:
@@ -162,6 +168,12 @@ def compensate(
             model or has no grams, a projection is tied, or the fit has no solution (then a larger
             ridge has).
     """
+    warnings.warn(
+        "compensate: calibrate and compensate go with the next release; "
+        "vp.prune(model, plan, calibration=batches) keeps more",
+        DeprecationWarning,
+        stacklevel=3,
+    )
     if how not in ("mean", "least_squares"):
         raise InvalidInput(f"compensate: how must be mean or least_squares, got {how!r}")
     if not (isinstance(ridge, (int, float)) and 0 <= ridge < math.inf):
