@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
+import vitprune_fast as vp
 from tests.plans import KINDS, draw_plan
 from tests.surgery.test_carry import heads_and_neurons
 from vitprune_fast import sealed
@@ -326,6 +327,15 @@ def test_bad_images_are_one_sentence() -> None:
     for calibration, message in bad:
         with pytest.raises(InvalidInput, match=f"^prune: {message}"):
             prune(model, plan, calibration=calibration)
+
+
+def test_the_test_split_is_refused() -> None:
+    data = vp.open_data("digits", image_size=8, channels=1)
+    model = random_vit(img_size=8, in_chans=1)
+    plan = heads_and_neurons(model)
+    prune(model, plan, calibration=list(vp.Loader(data.split("train"), 64))[:1])
+    with pytest.raises(InvalidInput, match="must be training images, got the test split"):
+        prune(model, plan, calibration=vp.Loader(data.split("test"), 64))
 
 
 def test_two_images_and_few_tokens_say_what_they_are() -> None:

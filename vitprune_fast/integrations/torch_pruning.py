@@ -38,6 +38,8 @@ Normalizer = Literal["mean"] | Callable[[Tensor], Tensor] | None
 
 class _ScoredImportance(tp.importance.Importance):
     criterion: ClassVar[str]
+    # that of the peer, where it is not the criterion's own
+    reduction: ClassVar[Any] = None
 
     def __init__(
         self,
@@ -104,7 +106,8 @@ class _ScoredImportance(tp.importance.Importance):
         self.structure = structure_of(self.model) if structure is None else structure
         if scores is None:
             score = scorer_of(self.model, structure)
-            scores = score(self.model, batches, criterion=self.criterion, **self.options)
+            options = {"reduction": self.reduction, **self.options}
+            scores = score(self.model, batches, criterion=self.criterion, **options)
         if unknown := [name for name in scores if name not in self.structure.axes]:
             raise InvalidInput(
                 f"{type(self).__name__}: scores must be those of the model, "
@@ -192,6 +195,7 @@ class TaylorImportance(_ScoredImportance):
     """
 
     criterion = "taylor"
+    reduction = "abs"
 
 
 class FisherImportance(_ScoredImportance):

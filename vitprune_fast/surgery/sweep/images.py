@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ...batches import as_input, unlabelled
+from ...errors import InvalidInput
 from ...sealed import as_bytes
 from .pixels import PixelRange
 from .streamed import Streamed
@@ -52,6 +53,11 @@ class Streams:
         self.batches: list[Batch] = []
         self.images, self.example = 0, torch.empty(0)
         self._models = dense, small
+        if getattr(getattr(calibration, "images", None), "name", None) == "test":
+            raise InvalidInput(
+                "prune: calibration must be training images, got the test split; what is fitted to "
+                "them cannot be tested on them: give a Loader of the train split"
+            )
         waiting: dict[bool, list[Tensor]] = {False: [], True: []}
         pixels, digest = PixelRange(), hashlib.blake2b(digest_size=16)
         for batch in unlabelled("prune", "calibration", calibration, dense.model):
