@@ -16,9 +16,17 @@ from torch.nn import functional as F
 import vitprune_fast as vp
 from vitprune_fast.distill import DistillConfig, MaskSchedule, distill
 from vitprune_fast.distill.optim import learning_rate
-from vitprune_fast.distill.rate import LARGEST, LEAST, SHARE, State, start_rate, state_of
+from vitprune_fast.distill.rate import (
+    LARGEST,
+    LEAST,
+    OF_REACH,
+    OF_SIZE,
+    State,
+    start_rate,
+    state_of,
+)
 from vitprune_fast.errors import RunFolderError
-from vitprune_fast.testing import random_images, random_vit
+from vitprune_fast.testing import VITS, random_images, random_vit
 
 PLAIN: dict[str, Any] = {"epochs": 2, "warmup_epochs": 0, "log_steps": 1}
 
@@ -138,17 +146,41 @@ def test_a_student_that_no_step_changes_may_go_as_fast_as_it_can() -> None:
 # the rule
 
 
-def test_the_rate_is_a_share_of_the_reach_between_bounds() -> None:
-    middle = math.sqrt(LEAST * LARGEST) / SHARE
-    assert start_rate(State(1.0, middle)) == pytest.approx(SHARE * middle)
-    assert start_rate(State(1e-9, 1e-9)) == LEAST and start_rate(State(9.0, 1.0)) == LARGEST
-    rates = [start_rate(State(1.0, 10.0**power)) for power in range(-7, 1)]
+def test_the_size_is_that_of_the_matrices() -> None:
+    model = random_vit()
+    weights = torch.cat([p.flatten() for p in model.parameters() if p.ndim > 1])
+    found = state(model, None, batches(model, [4]))
+    assert found.size == pytest.approx(weights.square().mean().sqrt().item(), rel=1e-12)
+
+
+def test_norms_tell_whether_a_student_was_ever_trained() -> None:
+    model = VITS["plain"]().double()
+    data = batches(model, [4])
+    fresh = state(model, None, data)
+    assert fresh.size is None and start_rate(fresh) == LARGEST
+    distill(model, None, data, None, DistillConfig(**PLAIN, lr=1e-9, min_lr=0.0, alpha=0.0))
+    assert state(model, None, data).size is not None
+
+
+@pytest.mark.parametrize("pair", [(OF_REACH, "reach"), (OF_SIZE, "size")], ids=["reach", "size"])
+def test_the_rate_is_the_smaller_of_two_shares_between_bounds(pair: tuple[float, str]) -> None:
+    share, name = pair
+
+    def rate(value: float) -> float:
+        return start_rate(State(**{"distance": 1.0, "reach": 1e9, "size": 1e9, name: value}))
+
+    middle = math.sqrt(LEAST * LARGEST) / share
+    assert rate(middle) == pytest.approx(share * middle)
+    assert rate(1e-9) == LEAST and rate(1e9) == LARGEST
+    rates = [rate(10.0**power) for power in range(-7, 2)]
     assert rates == sorted(rates)
 
 
 @pytest.mark.parametrize("number", [math.nan, math.inf])
-def test_a_broken_state_takes_the_largest_rate(number: float) -> None:
-    assert start_rate(State(number, 1e-9)) == start_rate(State(1e-9, number)) == LARGEST
+def test_a_student_that_says_nothing_is_judged_by_its_weights(number: float) -> None:
+    assert start_rate(State(number, 1e-9, 0.01)) == pytest.approx(0.01 * OF_SIZE)
+    assert start_rate(State(1e-9, number, 0.01)) == pytest.approx(0.01 * OF_SIZE)
+    assert start_rate(State(number, number, number)) == LARGEST
 
 
 # who takes it
@@ -175,7 +207,7 @@ def test_the_peak_is_that_of_the_state_and_is_told(alpha: float) -> None:
     want = state(student, taught_by, batches(student, [4] * 3))
     result, events = trained(student, teacher, alpha=alpha)
     peak = start_rate(want)
-    assert result.start == {"peak_lr": peak, "distance": want.distance, "reach": want.reach}
+    assert result.start == {"peak_lr": peak, **vars(want)}
     assert events[0] == {
         "stage": "distill",
         "event": "start",

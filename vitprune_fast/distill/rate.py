@@ -2,7 +2,9 @@
 
 A rate at which a broken student recovers breaks one that is nearly right. Adam moves every weight
 by about its rate per step, at first in directions that are mostly noise; so a rate suits when such
-steps change the student by no more than a share of what it has to learn.
+steps change the student by no more than a share of what it has to learn, and no weight by more than
+a share of its size, which bounds what a student that says nothing right yet may lose of what it
+knows.
 """
 
 from __future__ import annotations
@@ -22,16 +24,16 @@ from vitprune_fast.modes import evaluating
 from vitprune_fast.randomness import seeded
 
 LARGEST = 1e-3
-"""For a student that has everything to learn, and where no rule is known."""
-LEAST = 1e-5
-SHARE = 0.1
-"""Of the reach of a student."""
-IMAGES = 256
+"""For a student that was never trained, and where no rule is known."""
+LEAST = 1e-6
+OF_REACH, OF_SIZE = 0.025, 0.008
+"""Shares that a rate may be."""
+IMAGES = 128
 """Training images that are looked at."""
 # a step after which no student is what it was, and one that rounding hides
 _LARGEST_STEP, _LEAST_STEP = 1.0, 1e-7
 # the change grows with the square of a small step, so that two would do
-_ROUNDS = 4
+_ROUNDS = 3
 
 
 @dataclass(frozen=True)
@@ -43,21 +45,26 @@ class State:
             cross-entropy of the labels.
         reach: size of a step of random sign of every weight that changes the student's outputs by
             as many nats; above 0.
+        size: root mean square of the weights of its matrices; None for a student whose norms say
+            that it was never trained.
     """
 
     distance: float
     reach: float
+    size: float | None
 
 
 def start_rate(state: State) -> float:
     """Peak learning rate of Adam for a student in this state, between LEAST and LARGEST.
 
-    It does not fall as the distance or the reach grows. A state that is not finite is that of a
-    broken student.
+    It does not fall as reach or size grow. Without a finite distance or reach, nothing but the size
+    says what there is to lose.
     """
-    if not (math.isfinite(state.distance) and math.isfinite(state.reach)):
+    if state.size is None:
         return LARGEST
-    return min(max(SHARE * state.reach, LEAST), LARGEST)
+    finite = math.isfinite(state.distance) and math.isfinite(state.reach)
+    rate = min(OF_REACH * state.reach if finite else math.inf, OF_SIZE * state.size)
+    return min(max(rate, LEAST), LARGEST) if math.isfinite(rate) else LARGEST
 
 
 @torch.no_grad()
@@ -108,7 +115,16 @@ def state_of(
             # without a finite output left: shorter
             factor = 0.1 if math.isnan(changed) else math.sqrt(distance / max(changed, 1e-30))
             reach = min(max(reach * factor, _LEAST_STEP), _LARGEST_STEP)
-    return State(distance, reach)
+    return State(distance, reach, _size(student))
+
+
+def _size(student: nn.Module) -> float | None:
+    scales = [p for n, p in student.named_parameters() if n.endswith("weight") and p.ndim == 1]
+    if scales and all((scale == 1).all() for scale in scales):
+        return None
+    squares = [(p.double().square().sum(), p.numel()) for p in student.parameters() if p.ndim > 1]
+    total = sum(number for _, number in squares)
+    return math.sqrt(sum(float(square) for square, _ in squares) / total) if total else None
 
 
 def _divergences(ours: list[Tensor], others: list[Tensor]) -> list[Tensor]:
