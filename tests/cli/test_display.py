@@ -37,7 +37,7 @@ SUMMARY = {
         "agreement": 0.99,
     },
 }
-START = {"val_top1": 0.912, "peak_lr": 2e-5, "distance": 0.1, "reach": 1e-3}
+START = {"val_top1": 0.912, "peak_lr": 2e-5, "distance": 0.1, "reach": 1e-3, "size": 0.02}
 EVENTS = [
     {"event": "profile", "profile": "cpu: some processor"},
     {"event": "stage", "stage": "dense", "state": "kept"},

@@ -19,14 +19,14 @@ from vitprune_fast.distill.optim import learning_rate
 from vitprune_fast.distill.rate import (
     LARGEST,
     LEAST,
-    SHARE,
-    WEIGHT_SHARE,
+    OF_REACH,
+    OF_SIZE,
     State,
     start_rate,
     state_of,
 )
 from vitprune_fast.errors import RunFolderError
-from vitprune_fast.testing import random_images, random_vit
+from vitprune_fast.testing import VITS, random_images, random_vit
 
 PLAIN: dict[str, Any] = {"epochs": 2, "warmup_epochs": 0, "log_steps": 1}
 
@@ -146,22 +146,41 @@ def test_a_student_that_no_step_changes_may_go_as_fast_as_it_can() -> None:
 # the rule
 
 
-def test_the_rate_is_a_share_of_the_reach_and_of_the_weights_between_bounds() -> None:
-    middle = math.sqrt(LEAST * LARGEST)
-    by_reach = State(1.0, middle / SHARE, 9.0)
-    assert start_rate(by_reach) == pytest.approx(middle)
-    assert start_rate(State(1.0, 9.0, middle / WEIGHT_SHARE)) == pytest.approx(middle)
-    assert start_rate(State(1e-9, 1e-9, 9.0)) == start_rate(State(1.0, 9.0, 0.0)) == LEAST
-    assert start_rate(State(9.0, 1.0, math.inf)) == LARGEST
-    rates = [start_rate(State(1.0, 10.0**power, 9.0)) for power in range(-7, 1)]
+def test_the_size_is_that_of_the_matrices() -> None:
+    model = random_vit()
+    weights = torch.cat([p.flatten() for p in model.parameters() if p.ndim > 1])
+    found = state(model, None, batches(model, [4]))
+    assert found.size == pytest.approx(weights.square().mean().sqrt().item(), rel=1e-12)
+
+
+def test_norms_tell_whether_a_student_was_ever_trained() -> None:
+    model = VITS["plain"]().double()
+    data = batches(model, [4])
+    fresh = state(model, None, data)
+    assert fresh.size is None and start_rate(fresh) == LARGEST
+    distill(model, None, data, None, DistillConfig(**PLAIN, lr=1e-9, min_lr=0.0, alpha=0.0))
+    assert state(model, None, data).size is not None
+
+
+@pytest.mark.parametrize("pair", [(OF_REACH, "reach"), (OF_SIZE, "size")], ids=["reach", "size"])
+def test_the_rate_is_the_smaller_of_two_shares_between_bounds(pair: tuple[float, str]) -> None:
+    share, name = pair
+
+    def rate(value: float) -> float:
+        return start_rate(State(**{"distance": 1.0, "reach": 1e9, "size": 1e9, name: value}))
+
+    middle = math.sqrt(LEAST * LARGEST) / share
+    assert rate(middle) == pytest.approx(share * middle)
+    assert rate(1e-9) == LEAST and rate(1e9) == LARGEST
+    rates = [rate(10.0**power) for power in range(-7, 2)]
     assert rates == sorted(rates)
 
 
 @pytest.mark.parametrize("number", [math.nan, math.inf])
-def test_of_a_broken_state_only_the_weights_are_heard(number: float) -> None:
-    for state in (State(number, 1e-9, math.inf), State(1e-9, number, math.inf)):
-        assert start_rate(state) == LARGEST
-    assert start_rate(State(number, 1e-9, 0.01)) == pytest.approx(0.01 * WEIGHT_SHARE)
+def test_a_student_that_says_nothing_is_judged_by_its_weights(number: float) -> None:
+    assert start_rate(State(number, 1e-9, 0.01)) == pytest.approx(0.01 * OF_SIZE)
+    assert start_rate(State(1e-9, number, 0.01)) == pytest.approx(0.01 * OF_SIZE)
+    assert start_rate(State(number, number, number)) == LARGEST
 
 
 # who takes it

@@ -55,9 +55,9 @@ class DistillResult:
         finished: False when ``stop`` ended the run early; the same call goes on from there.
         plan: the units that are live in the end, with ``masks``: ``prune(model, plan)`` computes
             what was trained. None without.
-        start: what was found before the first step: where ``lr`` is unset peak_lr, and distance and
-            reach, which it was chosen by (see ``rate.State``); with ``keep="best"`` val_top1,
-            val_loss and val_agreement of the student as it was given.
+        start: what was found before the first step: where ``lr`` is unset peak_lr, and distance,
+            reach and size, which it was chosen by (see ``rate.State``); with ``keep="best"``
+            val_top1, val_loss and val_agreement of the student as it was given.
     """
 
     model: nn.Module
@@ -276,8 +276,8 @@ class _Run:
         )
         # the same on all processes, also where they are not the same machines
         (peak,) = self.task.average_values([start_rate(state)])
-        seen = {name: v if math.isfinite(v) else None for name, v in vars(state).items()}
-        return {"peak_lr": peak, **seen}
+        found = {"peak_lr": peak, **vars(state)}
+        return {n: None if v is None or not math.isfinite(v) else v for n, v in found.items()}
 
     def _epoch(self, epoch: int, start: int) -> bool:
         """Run the rest of an epoch; False when asked to stop in it."""

@@ -2,8 +2,9 @@
 
 A rate at which a broken student recovers breaks one that is nearly right. Adam moves every weight
 by about its rate per step, at first in directions that are mostly noise; so a rate suits when such
-steps change the student by no more than a share of what it has to learn, and the weights by no more
-than a share of what they are.
+steps change the student by no more than a share of what it has to learn, and no weight by more than
+a share of its size, which bounds what a student that says nothing right yet may lose of what it
+knows.
 """
 
 from __future__ import annotations
@@ -23,22 +24,16 @@ from vitprune_fast.modes import evaluating
 from vitprune_fast.randomness import seeded
 
 LARGEST = 1e-3
-"""For a student that has everything to learn, and where no rule is known."""
-LEAST = 1e-5
-SHARE = 0.025
-"""Of the reach of a student. A ViT-S/14 cut to half and swept (79.8 % on CIFAR-10, reach 8.4e-4)
-came to 79.9 % in an epoch at 2e-5, and fell to 74.7 at 1e-4; cut to .3 (74.1 %, reach 5.7e-4) it
-came to 76.2 at 2e-5, and fell to 72.6 at 5e-5."""
-WEIGHT_SHARE = 0.008
-"""Of the root mean square of the weights. The same model cut without the sweep (reach 0.04, weights
-of 0.016) came to 69.6 % at 1e-4, 34.6 at 5e-4 and 25.2 at 1e-3; the digits' (weights of 0.1) is
-best at 1e-3."""
-IMAGES = 256
+"""For a student that was never trained, and where no rule is known."""
+LEAST = 1e-6
+OF_REACH, OF_SIZE = 0.025, 0.008
+"""Shares that a rate may be."""
+IMAGES = 128
 """Training images that are looked at."""
 # a step after which no student is what it was, and one that rounding hides
 _LARGEST_STEP, _LEAST_STEP = 1.0, 1e-7
 # the change grows with the square of a small step, so that two would do
-_ROUNDS = 4
+_ROUNDS = 3
 
 
 @dataclass(frozen=True)
@@ -50,24 +45,26 @@ class State:
             cross-entropy of the labels.
         reach: size of a step of random sign of every weight that changes the student's outputs by
             as many nats; above 0.
-        size: root mean square of the entries of its matrices that learn; infinite without any.
+        size: root mean square of the weights of its matrices; None for a student whose norms say
+            that it was never trained.
     """
 
     distance: float
     reach: float
-    size: float
+    size: float | None
 
 
 def start_rate(state: State) -> float:
     """Peak learning rate of Adam for a student in this state, between LEAST and LARGEST.
 
-    It does not fall as the reach or the weights grow. A student whose distance or reach is not
-    finite is broken: only its weights say how far it may go.
+    It does not fall as reach or size grow. Without a finite distance or reach, nothing but the size
+    says what there is to lose.
     """
-    found = WEIGHT_SHARE * state.size
-    if math.isfinite(state.distance) and math.isfinite(state.reach):
-        found = min(found, SHARE * state.reach)
-    return min(max(found, LEAST), LARGEST)
+    if state.size is None:
+        return LARGEST
+    finite = math.isfinite(state.distance) and math.isfinite(state.reach)
+    rate = min(OF_REACH * state.reach if finite else math.inf, OF_SIZE * state.size)
+    return min(max(rate, LEAST), LARGEST) if math.isfinite(rate) else LARGEST
 
 
 @torch.no_grad()
@@ -118,10 +115,16 @@ def state_of(
             # without a finite output left: shorter
             factor = 0.1 if math.isnan(changed) else math.sqrt(distance / max(changed, 1e-30))
             reach = min(max(reach * factor, _LEAST_STEP), _LARGEST_STEP)
-    squares = [p.double().square().mean() for p in named.values() if p.ndim > 1]
-    counts = [p.numel() for p in named.values() if p.ndim > 1]
-    total = sum(count * float(square) for count, square in zip(counts, squares, strict=True))
-    return State(distance, reach, math.sqrt(total / sum(counts)) if total > 0 else math.inf)
+    return State(distance, reach, _size(student))
+
+
+def _size(student: nn.Module) -> float | None:
+    scales = [p for n, p in student.named_parameters() if n.endswith("weight") and p.ndim == 1]
+    if scales and all((scale == 1).all() for scale in scales):
+        return None
+    squares = [(p.double().square().sum(), p.numel()) for p in student.parameters() if p.ndim > 1]
+    total = sum(number for _, number in squares)
+    return math.sqrt(sum(float(square) for square, _ in squares) / total) if total else None
 
 
 def _divergences(ours: list[Tensor], others: list[Tensor]) -> list[Tensor]:
