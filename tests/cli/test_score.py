@@ -38,7 +38,7 @@ def test_score_shows_the_rate_and_a_line_for_every_unit_kind(
     words = ["score", "--model", str(saved), *DATA, "--units", "all", "--out", str(out)]
     assert main(words) == 0
     text = capsys.readouterr().out
-    assert "200 images, " in text and " images/s, taylor abs" in text
+    assert "200 images, " in text and " images/s, taylor square" in text
     for kind in UNIT_KINDS:
         assert f"\n{kind} " in text
     assert {vp.describe(vp.load(saved)).axes[name].kind for name in vp.Scores.load(out)} == set(

@@ -99,9 +99,10 @@ def test_autocast_scores_are_those_of_fp32_up_to_rounding(config: str, path: Any
     # one block: post-norm models with random weights magnify rounding from block to block
     model = random_vit(config, dtype=torch.float32, depth=1)
     batch = random_images(model, 4), torch.arange(4) % model.num_classes
-    want = score(model, [batch], units="all", path=path)
+    # squares would double the error of what is summed
+    want = score(model, [batch], units="all", reduction="abs", path=path)
     with torch.autocast("cpu", torch.bfloat16):
-        got = score(model, [batch], units="all", path=path)
+        got = score(model, [batch], units="all", reduction="abs", path=path)
     for name, value in want.items():
         assert (got[name] - value).norm() <= 0.05 * value.norm(), name
 

@@ -216,7 +216,7 @@ def test_scores_survive_a_file(tmp_path: Path) -> None:
     assert list(again) == list(again.per_sample) == list(scores)
     assert all(torch.equal(again[n], scores[n]) for n in scores)
     assert all(torch.equal(again.per_sample[n], scores.per_sample[n]) for n in scores)
-    assert (again.criterion, again.reduction, again.samples) == ("taylor", "abs", 6)
+    assert (again.criterion, again.reduction, again.samples) == ("taylor", "square", 6)
     assert again.provenance == scores.provenance
 
 

@@ -27,7 +27,10 @@ LARGEST = 1e-3
 """For a student that was never trained, and where no rule is known."""
 LEAST = 1e-6
 OF_REACH, OF_SIZE = 0.025, 0.008
-"""Shares that a rate may be."""
+"""Shares that a rate may be. A ViT-S/14 cut to half and swept (79.8 % on CIFAR-10, reach 8.4e-4)
+came to 79.9 % in an epoch at 2e-5, and fell to 74.7 at 1e-4; cut to .3 (74.1 %, reach 5.7e-4) it
+came to 76.2 at 2e-5, and fell to 72.6 at 5e-5. Cut to half and not swept (25.4 %, size 0.016) it
+came to 69.6 at 1e-4, 34.6 at 5e-4 and 25.2 at 1e-3, where the digits' (size 0.1) is best."""
 IMAGES = 128
 """Training images that are looked at."""
 # a step after which no student is what it was, and one that rounding hides
