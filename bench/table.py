@@ -243,7 +243,7 @@ def compensation(content: dict) -> str:
         "",
         f"Top-1 of {content['model']}, which has {content['dense']:.2%} whole; nothing is trained "
         f"afterwards. Fitted on {content['tokens']:,} tokens of training images; the error is that "
-        "of the stream as a share of what the branch writes, the median over the branches. "
+        "of the stream as a share of what the branch has to write, the median over the branches. "
         f"`{content['command']}`, commit {content['commit']}, {content['date']}, "
         f"torch {content['versions']['torch']}.",
     ]

@@ -99,10 +99,10 @@ def test_readme_without_its_marks_is_refused() -> None:
 
 
 def test_compensation_is_a_line_per_budget() -> None:
-    row = {"macs": 0.5, "cut": 0.8, "mean": 0.78, "least_squares": 0.918, "lost": 0.55, "left": 0.4}
+    row = {"macs": 0.5, "cut": 0.8, "swept": 0.918, "before": 0.55, "after": 0.4}
     content = results(compensation=[row], model="m", dense=0.9866, tokens=1000)
     lines = table.compensation(content).splitlines()
-    assert lines[2] == "| 50% | 80.00% | 78.00% | 91.80% | 55% / 40% |"
+    assert lines[2] == "| 50% | 80.00% | 91.80% | 55% / 40% |"
     assert "which has 98.66% whole" in lines[-1]
 
 

@@ -14,11 +14,12 @@ import vitprune_fast as vp
 from tests.plans import KINDS, draw_plan
 from tests.surgery.test_carry import heads_and_neurons
 from vitprune_fast import sealed
-from vitprune_fast.errors import InvalidInput, UnsupportedArchitecture
+from vitprune_fast.errors import InvalidInput, RunFolderError, UnsupportedArchitecture
 from vitprune_fast.planning import Plan
 from vitprune_fast.sealed import CheckpointRefused
 from vitprune_fast.structure import describe
 from vitprune_fast.surgery import SweepReport, SweepStopped, prune
+from vitprune_fast.surgery.sweep.samples import Samples
 from vitprune_fast.testing import VITS, random_images, random_vit
 
 HELD_OUT = slice(9, None, 10)
@@ -129,14 +130,14 @@ def test_the_errors_reported_are_those_measured(config: str) -> None:
     last, classifier = report.fits[-2:]
     assert (last.place, last.part) == ("blocks.2.mlp", "writer")
     with torch.no_grad():
-        block = model.blocks[2]
         x: list[Tensor] = []
-        hook = block.norm2.register_forward_pre_hook(lambda _, inputs: x.append(inputs[0]))
-        model(images)
+        norm = small.blocks[2].norm2
+        hook = norm.register_forward_pre_hook(lambda _, inputs: x.append(inputs[0]))
+        small(images)
         hook.remove()
-    wrote = (want - x[0])[fitted].flatten(0, 1)
-    spread = (wrote - wrote.mean(0)).square().sum(1).mean().sqrt()
-    assert report.tokens == len(wrote)
+    to_write = (want - x[0])[fitted].flatten(0, 1)
+    spread = (to_write - to_write.mean(0)).square().sum(1).mean().sqrt()
+    assert report.tokens == len(to_write)
     for error, of in ((last.after, fitted), (last.held_out, ~fitted)):
         rms = (want - got)[of].flatten(0, 1).square().sum(1).mean().sqrt()
         assert error == pytest.approx(float(rms / spread), rel=1e-6)
@@ -296,6 +297,82 @@ def test_moments_are_those_of_the_cut_and_averages_are_swept_too() -> None:
     assert report == swept(model, plan, images)[1]
 
 
+def test_an_average_is_held_to_the_same_rules(tmp_path: Path) -> None:
+    model, averaged = random_vit(dtype=torch.float32), random_vit(seed=5, dtype=torch.float32)
+    plan, images = heads_and_neurons(model), images_of(model)
+    want = prune(model, plan, ema=averaged, calibration=images)
+    path, asked = tmp_path / "sweep.safetensors", iter(range(100))
+    with pytest.raises(SweepStopped):
+        # in the second sweep
+        prune(
+            model,
+            plan,
+            ema=averaged,
+            calibration=images,
+            checkpoint=path,
+            stop=lambda: next(asked) == 9,
+        )
+    events: list[dict[str, Any]] = []
+    got = prune(
+        model, plan, ema=averaged, calibration=images, checkpoint=path, on_event=events.append
+    )
+    assert [event["step"] for event in events] == [4, 5, 6, 7]
+    assert not list(tmp_path.iterdir())
+    for one, other in zip(got, want, strict=True):
+        for name, tensor in one.state_dict().items():
+            assert torch.equal(tensor, other.state_dict()[name])
+    with pytest.raises(InvalidInput, match="must be an iterable of batches"):
+        prune(model, plan, ema=averaged, calibration=3)  # pyright: ignore
+
+
+def test_autocast_of_the_caller_changes_no_bit() -> None:
+    model = random_vit(dtype=torch.float32)
+    plan, images = heads_and_neurons(model), images_of(model)
+    want = prune(model, plan, calibration=images).state_dict()
+    with torch.autocast("cpu", torch.bfloat16):
+        got = prune(model, plan, calibration=images).state_dict()
+    assert all(torch.equal(tensor, want[name]) for name, tensor in got.items())
+
+
+@pytest.mark.parametrize("per_image", [4, 17, 196])
+def test_all_tokens_are_seen_where_only_some_rows_are(per_image: int) -> None:
+    for columns in range(1, 200, 7):
+        samples = Samples("reader", 1000 * per_image, columns, per_image)
+        rows = samples.some(torch.arange(64 * per_image)[:, None])[:, 0]
+        if len(rows) >= 4 * per_image:
+            assert len((rows % per_image).unique()) == per_image
+
+
+def test_gains_next_to_nothing_make_no_huge_weights() -> None:
+    model = random_vit("layerscale-registers-no_embed_class")
+    with torch.no_grad():
+        model.blocks[2].ls1.gamma.fill_(1e-6)
+        model.blocks[2].ls2.gamma.fill_(0)
+    plan = Plan.of(describe(model), {"blocks.1.mlp.neurons": list(range(30))})
+    small, report = swept(model, plan, images_of(model))
+    assert max(float(p.abs().max()) for p in small.parameters()) < 100
+    left_out = {fit.place: fit.left_out for fit in report.fits if fit.part == "writer"}
+    assert left_out["blocks.2.attn"] == "its weights would be more than 100 times as large"
+    assert left_out["blocks.2.mlp"]
+    assert all(fit.after <= 1.001 * max(fit.before, 1) for fit in report.fits)
+
+
+def test_a_place_without_a_file_is_found_out_before_the_work(tmp_path: Path) -> None:
+    model = random_vit(dtype=torch.float32)
+    plan, read = heads_and_neurons(model), []
+
+    def images() -> Any:
+        read.append(1)
+        yield images_of(model, 20)
+
+    with pytest.raises(CheckpointRefused, match="checkpoint must be a file"):
+        prune(model, plan, calibration=images(), checkpoint=tmp_path)
+    (tmp_path / "file").touch()
+    with pytest.raises(RunFolderError, match="must be a folder"):
+        prune(model, plan, calibration=images(), checkpoint=tmp_path / "file" / "sweep")
+    assert not read
+
+
 def test_tied_maps_are_left_out_and_named() -> None:
     model = random_vit()
     model.blocks[2].mlp.fc2.weight = model.blocks[1].mlp.fc2.weight
@@ -344,7 +421,7 @@ def test_two_images_and_few_tokens_say_what_they_are() -> None:
     _, report = swept(model, plan, images_of(model, 2))
     assert (report.images, report.held_out) == (2, 1)
     notes = [text for text in report.warnings if "columns, so the ridge is larger" in text]
-    assert len(notes) >= 1 and notes[-1].startswith("head, classifier: 1 tokens for 24 columns")
+    assert len(notes) >= 1 and notes[-1].startswith("head, classifier: 1 rows for 24 columns")
 
 
 def test_pixels_that_cannot_be_the_models_are_told() -> None:

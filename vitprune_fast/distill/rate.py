@@ -112,6 +112,8 @@ def state_of(
             taught = [teacher(as_input(teacher, images)) for images, _ in batches]
             learnt = _divergences([t.to(now[0]).log_softmax(1) for t in taught], now)
         distance = _mean(learnt)
+        # rounding may take a divergence of next to nothing below zero; NaN stays
+        distance = 0.0 if distance < 0 else distance
         reach = LARGEST
         for _ in range(_ROUNDS):
             changed = _mean(_divergences(now, said(reach)))

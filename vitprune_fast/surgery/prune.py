@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, Literal, TypeVar, overload
 
@@ -98,10 +98,12 @@ def prune(
         calibration: batches of training images ``(B, C, H, W)``, normalised as the model takes
             them, or sequences that begin with such a batch; labels are not read. A thousand images
             are enough for most; below 512 the result is worse. The two streams of all of them are
-            held in memory (two times images x tokens x width numbers).
+            held in memory (two times images x tokens x width numbers), and up to 512 MB of what
+            one branch puts out. Without a branch left, nothing is refitted.
         report: also return what the sweep did.
         checkpoint: a file in which the sweep keeps what it fitted, every half minute; a call that
-            finds it goes on from there to the same bits. Gone when the sweep is done.
+            finds it goes on from there to the same bits. Gone when the sweep is done. That of the
+            average is beside it, with ``.ema`` behind its name.
         on_event: told ``{"event": "sweep", "step": k, "steps": n, "place": name}`` after each
             branch.
         stop: asked after each branch; True writes the checkpoint and ends the sweep.
@@ -144,11 +146,19 @@ def prune(
         results.append(copy.deepcopy(ema, {id(averaged): cuts[1].model}))
     swept = SweepReport()
     if calibration is not None and not plan.keeps_everything:
-        batches = calibration if ema is None else list(calibration)
+        batches = calibration
+        if ema is not None and isinstance(calibration, Iterator):
+            # both sweeps read them
+            batches = list(calibration)
         file = None if checkpoint is None else Path(checkpoint)
-        swept = sweep(model, cuts[0], structure, index, batches, file, on_event=on_event, stop=stop)
+        both: Any = {"on_event": on_event, "stop": stop}
+        work = structure, index, batches
+        swept = sweep(model, cuts[0], *work, file, keep=ema is not None, **both)
         if ema is not None:
-            sweep(averaged, cuts[1], structure, index, batches, stop=stop)
+            second = None if file is None else file.with_name(f"{file.name}.ema")
+            sweep(averaged, cuts[1], *work, second, **both)
+            if file is not None:
+                file.unlink()
     results += [swept] if report else []
     return tuple(results) if len(results) > 1 else cuts[0].model
 

@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+import vitprune_fast
+
 from ...errors import InvalidInput, UnsupportedArchitecture, VitpruneError
 from ...modes import evaluating, uncompiled
 from ...sealed import fingerprint
@@ -22,7 +24,7 @@ from ..carry import Cut
 from .images import Streams
 from .places import Fitter
 from .report import Fit, SweepReport
-from .resume import Progress
+from .resume import Progress, check_place
 from .streamed import Streamed
 
 __all__ = ["Fit", "OnEvent", "SweepReport", "SweepStopped", "sweep"]
@@ -44,6 +46,7 @@ def sweep(
     *,
     on_event: OnEvent | None = None,
     stop: Callable[[], bool] | None = None,
+    keep: bool = False,
 ) -> SweepReport:
     """Refit what stays of a cut, in place; see :func:`vitprune_fast.prune`.
 
@@ -56,6 +59,7 @@ def sweep(
         checkpoint: a file to go on from.
         on_event: told after every place.
         stop: asked after every place.
+        keep: leave the checkpoint when the sweep is done.
 
     Raises:
         InvalidInput: the batches are none, or give activations that are not finite.
@@ -63,7 +67,16 @@ def sweep(
         SweepStopped: ``stop`` said so.
         CheckpointRefused: the checkpoint is damaged, or of another sweep.
     """
-    with evaluating(model, cut.model), uncompiled(), torch.no_grad():
+    device = next(model.parameters()).device.type
+    if checkpoint is not None:
+        # found out now, and not when there is work to keep
+        check_place(checkpoint)
+    with (
+        evaluating(model, cut.model),
+        uncompiled(),
+        torch.no_grad(),
+        torch.autocast(device, enabled=False),
+    ):
         dense = Streamed(model, dict(model.named_modules()), structure)
         small = Streamed(cut.model, cut.modules, structure)
         if not small.has_blocks:
@@ -87,6 +100,7 @@ def sweep(
         identity = _identity(model, structure, index, streams.digest)
         progress = Progress(checkpoint, identity, fitter.tensors)
         _run(fitter, progress, on_event, stop)
+        progress.end(keep=keep)
     return _warned(replace(report, fits=tuple(map(Fit.from_dict, progress.rows))), len(report.odd))
 
 
@@ -117,14 +131,15 @@ def _run(
         finish(place.write.name, fits)
     if progress.done < steps:
         finish("classifier", fitter.fit_classifiers())
-    progress.remove()
 
 
 def _identity(model: nn.Module, structure: Structure, index: Index, images: str) -> str:
     """What decides the fits."""
     kept = {name: index.kept(axis).tolist() for name, axis in structure.axes.items()}
     plan = repr((kept, sorted(index.removed))).encode()
-    return f"{fingerprint(model)} {hashlib.blake2b(plan, digest_size=16).hexdigest()} {images}"
+    digest = hashlib.blake2b(plan, digest_size=16).hexdigest()
+    versions = f"{vitprune_fast.__version__} {torch.__version__}"
+    return f"{versions} {fingerprint(model)} {digest} {images}"
 
 
 def _check_forward(model: Streamed, writes: Sequence[Write], example: Tensor) -> None:

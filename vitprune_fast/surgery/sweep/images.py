@@ -64,13 +64,14 @@ class Streams:
             pixels.add(batch)
             for image in as_input(dense.model, batch):
                 if not self.images:
-                    self.example = image[None]
+                    self.example = image[None].clone()
                 self.images += 1
                 digest.update(as_bytes(image))
                 own = waiting[self.images % HELD_OUT == 0]
                 if own and (len(own) == MICRO_BATCH or own[0].shape != image.shape):
                     self._put(own, held_out=own is waiting[True])
-                own.append(image)
+                # a view would keep all of its batch in memory
+                own.append(image.clone())
         if self.images < HELD_OUT and len(waiting[False]) > 1:
             waiting[True].append(waiting[False].pop())
         for held_out, own in waiting.items():

@@ -21,8 +21,9 @@ _PROBES = 64
 class Moments:
     """Sums over rows of a ``(rows, K)`` and y ``(rows, C)``: all a least-squares fit of y asks.
 
-    Products are taken in float32 at least, within one call of ``add``, of entries from which the
-    mean of the first call is taken off; sums of calls are in float64, in the order of the calls.
+    Products are taken in float32 at least (in TF32 where torch is told so), within one call of
+    ``add``, of entries from which the mean of the first call is taken off; sums of calls are in
+    float64, in the order of the calls.
     """
 
     def __init__(self) -> None:
@@ -187,12 +188,15 @@ def fit(
             shift = torch.where(own, shift, bias[outputs])
         return new, shift, new_product
 
+    before, was = seen.error(weight, bias, product), judge.error(weight, bias)
+    if may_change is not None and not may_change.any():
+        return Fitted(weight, bias, None, before, before, was)
     probes = slice(None, None, max(1, len(weight) // _PROBES))
     judge_some = judge.of(probes)
     best: tuple[float, float | None] = judge_some.error(weight[probes], bias[probes]), None
 
     def tried(strength: float) -> bool:
-        """Whether it is so much better than all before it that it is worth to go on."""
+        """Whether it is so much better than all before it that it is worth going on."""
         nonlocal best
         found = mapped(strength, probes)
         if found is None:
@@ -212,7 +216,6 @@ def fit(
         if lower == ridge:
             while upper * _LADDER <= _LARGEST and tried(upper * _LADDER):
                 upper *= _LADDER
-    before, was = seen.error(weight, bias, product), judge.error(weight, bias)
     chosen = best[1]
     found = None if chosen is None else mapped(chosen, slice(None))
     if found is not None:

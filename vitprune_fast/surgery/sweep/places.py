@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -18,11 +19,13 @@ from ..carry import Cut
 from .images import Streams
 from .least_squares import Fitted, fit
 from .report import Fit
-from .samples import Kept, Samples, Spread
+from .samples import Kept, Samples
 from .streamed import Streamed, projection
 
 # a gain below this share of the root mean square of its branch divides nothing
 SMALL_GAIN = 1e-3
+# a fit that makes weights larger than this many times the largest one is not applied
+LARGEST_GROWTH = 100
 
 
 @dataclass(frozen=True)
@@ -67,6 +70,7 @@ class Fitter:
         self._lead, self.places = places_of(structure, index)
         self._agree = True
         self._tokens = streams.count(held_out=False)[1]
+        self._per_image = streams.batches[0].dense.shape[1]
 
     def begin(self) -> None:
         """Bring the dense stream past branches that went before the first that is left."""
@@ -123,7 +127,7 @@ class Fitter:
         if not names:
             return []
         biases = [f"{name.removesuffix('weight')}bias" for name in names]
-        samples = Samples("reader", self._tokens, self._batches[0].small.shape[-1])
+        samples = Samples("reader", self._tokens, self._batches[0].small.shape[-1], self._per_image)
         some = samples.some
         for batch in self._batches:
             read = self._small.reading(write, some(batch.small))
@@ -145,29 +149,25 @@ class Fitter:
                 self._put(name, weight @ found.weight)
                 if bias in self._structure.tensors:
                     self._put(bias, self.tensors[bias].double() + weight @ found.bias)
-        return [samples.row(write.name, found, samples.spread(), tied)]
+        return [samples.row(write.name, found, tied)]
 
     def _fit_writer(self, place: Place, *, constant: bool) -> Fit:
         """Fit the output projection so that the stream comes out as the dense one does."""
         write = place.write
         columns = 0 if constant else self._small.module(projection(write)).in_features
-        samples, written = Samples("writer", self._tokens, columns), Spread()
+        samples = Samples("writer", self._tokens, columns, self._per_image)
         some, kept_features = samples.some, Kept()
         for batch in self._batches:
-            old, kept = some(batch.dense), self._channels(write, batch.dense.shape[-1])
+            kept = self._channels(write, batch.dense.shape[-1])
             output = self._dense.output(write, batch.dense)
             stream = batch.dense + self._dense.scaled(write, output)
             batch.dense = self._dense.through(place.until_next[1:], stream)
             # behind a norm only the output itself is linear in what is read
-            wrote = some(output) if write.tail else some(batch.dense) - old
-            target = wrote if write.tail else some(batch.dense)
-            wrote, target = wrote[:, kept], target[:, kept]
+            target = some(output if write.tail else batch.dense)[:, kept]
             if not write.tail:
                 target = target - some(batch.small)
             read = target[:, :0] if constant else self._small.features(write, batch.small)
             samples.add(read if constant else some(read), target, held_out=batch.held_out)
-            if not batch.held_out:
-                written.add(wrote)
             kept_features.append(read)
         found, reason = self._fit_projection(write, samples, constant=constant)
         for batch, features in zip(self._batches, kept_features, strict=True):
@@ -176,7 +176,7 @@ class Fitter:
             else:
                 output = self._small.projected(write, features)
                 batch.small = batch.small + self._small.scaled(write, output)
-        return samples.row(write.name, found, written.value(), reason)
+        return samples.row(write.name, found, reason)
 
     def _fit_projection(
         self, write: Write, samples: Samples, *, constant: bool
@@ -185,12 +185,14 @@ class Fitter:
         has_bias = bias_name in self._structure.tensors
         names = [bias_name] * has_bias + [weight_name] * (not constant)
         reason = self._tied(*names)
-        if constant and write.tail:
+        if not names:
+            reason = "it has no bias"
+        elif constant and write.tail:
             reason = "a norm stands behind a constant"
         gain = torch.ones(samples.outputs, dtype=torch.float64, device=self._device)
         if write.gain:
             gain = self.tensors[write.gain].double()
-        # what a gain hardly lets through is of no use, and dividing by that gain does harm
+        # dividing by a gain that lets hardly anything through does harm
         heard = (gain.abs() > SMALL_GAIN * gain.square().mean().sqrt()) & (not reason)
         weight, bias = gain.new_zeros(len(gain), 0), torch.zeros_like(gain)
         if not constant:
@@ -210,9 +212,18 @@ class Fitter:
                 weight_name: torch.where(heard[:, None], found.weight / safe[:, None], weight),
                 bias_name: torch.where(heard, found.bias / safe, bias),
             }
+            if not constant and float(new[weight_name].abs().max()) > self._largest(weight):
+                # gains this small leave weights from which training could not go on
+                reason = f"its weights would be more than {LARGEST_GROWTH} times as large"
+                return replace(found, ridge=None, after=found.before), reason
             for name in names:
                 self._put(name, new[name])
         return found, reason
+
+    @staticmethod
+    def _largest(weight: Tensor) -> float:
+        """How large fitted weights may be; of those that are all zero nothing is known."""
+        return LARGEST_GROWTH * float(weight.abs().max()) or math.inf
 
     def _fit_classifier(self, path: str) -> Fit:
         """Fit a classifier to its own answers on the dense stream."""
@@ -239,7 +250,7 @@ class Fitter:
         if found.ridge is not None:
             for name, value in zip(names, (found.weight, found.bias), strict=False):
                 self._put(name, value)
-        return samples.row(path, found, samples.spread(), tied)
+        return samples.row(path, found, tied)
 
     def _put(self, name: str, value: Tensor) -> None:
         self.tensors[name].copy_(value)

@@ -11,8 +11,9 @@ from typing import Any
 class Fit:
     """One fit: errors are root mean squares over tokens and channels.
 
-    They are shares of the standard deviation of what the dense model has there: what its branch
-    writes, what its maps read, its logits. Where that is constant they are what they are.
+    They are shares of the standard deviation of what should come out: what a branch has to write
+    for the stream to be the dense one, what the maps of the dense model read, its logits. Where
+    that is constant they are what they are.
 
     Attributes:
         place: path of the branch or the classifier in the dense model.

@@ -10,8 +10,8 @@ from typing import Any
 
 from torch import Tensor
 
-from ...files import parse_json
-from ...sealed import Sealed
+from ...files import make_folder, parse_json
+from ...sealed import CheckpointRefused, Sealed
 
 # seconds between two writes
 EVERY_S = 30.0
@@ -69,13 +69,31 @@ class Progress:
         self.rows += rows
         self.done += 1
         self._changed |= set(changed)
-        if self._file is not None and (stopping or time.monotonic() - self._saved >= EVERY_S):
+        if stopping or time.monotonic() - self._saved >= EVERY_S:
+            self._write()
+
+    def _write(self) -> None:
+        if self._file is not None:
             state = json.dumps({"done": self.done, "rows": self.rows})
             values = {name: self._tensors[name] for name in self._changed}
             self._file.write(values, {"state": state})
             self._saved = time.monotonic()
 
-    def remove(self) -> None:
-        """The sweep is done: nothing is to be taken up."""
-        if self._file is not None:
+    def end(self, *, keep: bool) -> None:
+        """The sweep is done: nothing is to be taken up, unless other work waits for it."""
+        if keep:
+            self._write()
+        elif self._file is not None:
             self._file.remove()
+
+
+def check_place(path: Path) -> None:
+    """Refuse a place for a checkpoint where there can be none.
+
+    Raises:
+        RunFolderError: its folder cannot be made.
+        CheckpointRefused: something else than a file is there.
+    """
+    make_folder(path.parent)
+    if path.exists() and not path.is_file():
+        raise CheckpointRefused(f"prune: checkpoint must be a file, got {path}")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 
-import torch
 from torch import Tensor
 
 from .least_squares import Fitted, Moments
@@ -14,8 +13,6 @@ from .report import Fit
 RIDGE = {"reader": 1e-2, "writer": 1e-3, "classifier": 1e-1}
 # tokens of one image tell much the same: more rows than this for each column cost and hardly help
 ROWS_PER_COLUMN = {"reader": 32, "writer": 64, "classifier": 64}
-# what branches put out is kept from one use to the next while it takes no more bytes than this
-KEPT_BYTES = 1 << 29
 
 
 class Samples:
@@ -25,12 +22,16 @@ class Samples:
         part: `reader`, `writer` or `classifier`.
         rows: all there are to fit to.
         columns: of what is read.
+        per_image: rows of one image.
     """
 
-    def __init__(self, part: str, rows: int, columns: int):
+    def __init__(self, part: str, rows: int, columns: int, per_image: int = 1):
         self.fitted, self.held_out = Moments(), Moments()
         self._part = part
         self._every = max(1, rows // (ROWS_PER_COLUMN[part] * max(columns, 1)))
+        while math.gcd(self._every, per_image) > 1:
+            # else the same tokens of every image would be seen, and no others
+            self._every += 1
 
     def some(self, values: Tensor) -> Tensor:
         """The rows that are used, of ``(..., C)``: every so many."""
@@ -55,12 +56,9 @@ class Samples:
         """Where the ridge starts: fewer rows than columns leave directions without a word."""
         return RIDGE[self._part] * max(1.0, self.fitted.inputs / self.fitted.rows)
 
-    def spread(self) -> float:
-        """Variance of what should come out, summed over channels."""
-        return float(self.fitted.second().square.sum())
-
-    def row(self, place: str, found: Fitted, spread: float, left_out: str) -> Fit:
+    def row(self, place: str, found: Fitted, left_out: str) -> Fit:
         """The fit in a report, with errors as shares of a standard deviation."""
+        spread = float(self.fitted.second().square.sum())
 
         def share(error: float) -> float:
             return math.sqrt(error / spread) if spread > 0 else math.sqrt(error)
@@ -70,28 +68,13 @@ class Samples:
         rows, columns = self.fitted.rows, self.fitted.inputs
         note = ""
         if rows < columns:
-            note = f"{rows} tokens for {columns} columns, so the ridge is larger"
+            note = f"{rows} rows for {columns} columns, so the ridge is larger"
         errors = share(found.before), share(found.after), share(found.held_out)
         return Fit(place, self._part, *errors, found.ridge, left_out, note)
 
 
-class Spread:
-    """Variance over rows, summed over channels."""
-
-    def __init__(self) -> None:
-        self._rows, self._sum, self._square = 0, torch.zeros(()), 0.0
-
-    def add(self, rows: Tensor) -> None:
-        """Rows ``(rows, C)``."""
-        rows = rows.to(torch.promote_types(rows.dtype, torch.float32))
-        self._rows += len(rows)
-        self._sum = self._sum.to(rows.device) + rows.sum(0).double()
-        self._square += float(rows.square().sum())
-
-    def value(self) -> float:
-        """Of all rows."""
-        mean = self._sum / self._rows
-        return max(0.0, self._square / self._rows - float(mean.square().sum()))
+# what branches put out is kept from one use to the next while it takes no more bytes than this
+KEPT_BYTES = 1 << 29
 
 
 class Kept(list[Tensor | None]):

@@ -132,7 +132,7 @@ class Streamed:
             yield
         finally:
             for block, forward in zip(self._blocks, own, strict=True):
-                del block.forward
+                vars(block).pop("forward", None)
                 if forward is not None:
                     block.forward = forward
 
