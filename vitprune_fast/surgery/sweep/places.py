@@ -215,7 +215,9 @@ class Fitter:
             if not constant and float(new[weight_name].abs().max()) > self._largest(weight):
                 # gains this small leave weights from which training could not go on
                 reason = f"its weights would be more than {LARGEST_GROWTH} times as large"
-                return replace(found, ridge=None, after=found.before), reason
+                judge = samples.held_out.second(centred=has_bias)
+                was = judge.error(gain[:, None] * weight, gain * bias)
+                return replace(found, ridge=None, after=found.before, held_out=was), reason
             for name in names:
                 self._put(name, new[name])
         return found, reason
