@@ -149,7 +149,8 @@ def test_both_are_importances_of_torch_pruning(make: Callable[..., Any]) -> None
     importance = make(model, [(random_images(model, 4), torch.arange(4))])
     assert importance.scores.criterion == importance.criterion
     assert issubclass(type(importance), tp.importance.Importance)
-    again = vp.score(
-        copy.deepcopy(model), [(random_images(model, 4), torch.arange(4))], importance.criterion
-    )
+    batch = random_images(model, 4), torch.arange(4)
+    reduction = importance.scores.reduction
+    again = vp.score(copy.deepcopy(model), [batch], importance.criterion, reduction=reduction)  # pyright: ignore
+    assert reduction == {"taylor": "abs", "fisher": "square"}[importance.criterion]
     assert all(torch.equal(again[name], value) for name, value in importance.scores.items())
