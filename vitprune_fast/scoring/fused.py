@@ -68,11 +68,11 @@ def exchanged(model: nn.Module, sites: Sequence[Site], probes: Probes) -> Iterat
 def quick_attention(model: nn.Module) -> dict[nn.Module, Callable[..., Tensor]]:
     """The attentions of timm in a model, and what may stand for their forward while it is trained.
 
-    On a CPU in 16 bits it computes the same, up to rounding, by our op: torch's fused attention and
-    its backward take 1.4 to 16 times as long, and the plain form .7 to 4 times as long, by what the
-    processor can multiply, with all the weights of the tokens in memory. In fp32 torch's form is as
-    fast (``bench/bench_attention_form.py``); there, and without gradients, it is the forward of the
-    class. Attention whose parts somebody listens to is not among them.
+    On a CPU in 16 bits it computes the same, up to rounding, by our op: torch's fused attention is
+    slow at its backward there, and the plain form, which may be as fast or slower by what the
+    processor can multiply, keeps all the weights of the tokens in memory. In fp32 torch's form is
+    as fast (``bench/bench_attention_form.py``); there, and without gradients, it is the forward of
+    the class. Attention whose parts somebody listens to is not among them.
     """
     if _extension.OBSTACLE is not None:
         return {}
