@@ -18,7 +18,7 @@ _LARGEST = 1e3
 _PROBES = 64
 
 
-class Moments:
+class Products:
     """Sums over rows of a ``(rows, K)`` and y ``(rows, C)``: all a least-squares fit of y asks.
 
     Products are taken in float32 at least (in TF32 where torch is told so), within one call of
@@ -129,8 +129,8 @@ class Fitted:
 
 
 def fit(
-    moments: Moments,
-    held_out: Moments,
+    moments: Products,
+    held_out: Products,
     weight: Tensor,
     bias: Tensor,
     ridge: float,

@@ -6,7 +6,7 @@ import math
 
 from torch import Tensor
 
-from .least_squares import Fitted, Moments
+from .least_squares import Fitted, Products
 from .report import Fit
 
 # where the ridge of a fit starts, as a share of the mean variance of what is read
@@ -26,7 +26,7 @@ class Samples:
     """
 
     def __init__(self, part: str, rows: int, columns: int, per_image: int = 1):
-        self.fitted, self.held_out = Moments(), Moments()
+        self.fitted, self.held_out = Products(), Products()
         self._part = part
         self._every = max(1, rows // (ROWS_PER_COLUMN[part] * max(columns, 1)))
         while math.gcd(self._every, per_image) > 1:
