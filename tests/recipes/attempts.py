@@ -57,6 +57,8 @@ class Outcome:
         out, err: what it printed.
         events: the run's events, as ``(event, stage, step, state)``.
         operations: ``kind name`` of every operation on the folder, in order.
+        without_effect: which of them (from 0) left the folder as it was for whoever comes next: a
+            flush, and what was refused, such as the removal of a file that is not there.
     """
 
     status: int
@@ -64,6 +66,7 @@ class Outcome:
     err: str
     events: list[tuple[str, str, int, str]] = field(default_factory=list)
     operations: list[str] = field(default_factory=list)
+    without_effect: set[int] = field(default_factory=set)
 
     @property
     def in_training(self) -> bool:
@@ -103,6 +106,7 @@ class Attempt:
             (self.log / "err").read_text(),
             self.events(),
             _lines(self.log / "operations"),
+            set(map(int, _lines(self.log / "without_effect"))),
         )
 
 
@@ -192,7 +196,11 @@ class _Hooks:
         self.counting = fault is None or fault.after_step_of is None
         self.seen = 0
         self.failing = False
-        self.log = os.open(f"{log}/operations", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+        self.log, self.idle = (
+            os.open(f"{log}/{name}", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+            for name in ("operations", "without_effect")
+        )
+        self.logged = 0
         self.real = {
             name: getattr(os, name)
             for name in ("open", "write", "fsync", "replace", "rename", "mkdir", "unlink", "rmdir")
@@ -225,9 +233,10 @@ class _Hooks:
             return act()
         shown = re.sub(r"\.\d+-\d+\.tmp", ".tmp", name[len(self.folder) + 1 :])
         self.real["write"](self.log, f"{kind} {shown}\n".encode())
-        fault = self.fault
+        fault, number = self.fault, self.logged
+        self.logged += 1
         if fault is None or not self.counting or (fault.kinds and kind not in fault.kinds):
-            return act()
+            return self.noted(kind, number, act)
         now, self.seen = self.seen == fault.at, self.seen + 1
         if now and fault.when == "before":
             _die()
@@ -241,10 +250,22 @@ class _Hooks:
                 return half()
             raise OSError(fault.number, os.strerror(fault.number), name)
         try:
-            return act()
+            return self.noted(kind, number, act)
         finally:
             if now and fault.when == "after":
                 _die()
+
+    def noted(self, kind: str, number: int, act: Callable[[], Any]) -> Any:
+        """Acts, and writes down when that has no effect."""
+        idle = kind == "fsync"
+        try:
+            return act()
+        except OSError:
+            idle = True
+            raise
+        finally:
+            if idle:
+                self.real["write"](self.idle, f"{number}\n".encode())
 
 
 def _die() -> None:

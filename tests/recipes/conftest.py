@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from tests.recipes.attempts import Attempts
+from tests.recipes.attempts import Attempts, Outcome
 from vitprune_fast.distill.config import DistillConfig
 from vitprune_fast.recipes.chain import run
 from vitprune_fast.recipes.config import (
@@ -94,12 +94,12 @@ def command(config: RunConfig, folder: Path) -> list[str]:
 
 
 @pytest.fixture(scope="session")
-def short(attempts: Attempts, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[str]]:
+def short(attempts: Attempts, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Outcome]:
     """The tiny job, undisturbed, and what it did to its folder."""
     folder = tmp_path_factory.mktemp("short") / "run"
     outcome = attempts.finish(command(TINY, folder))
     assert outcome.status == 0, outcome
-    return folder, outcome.operations
+    return folder, outcome
 
 
 class Recorder:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.recipes.attempts import Attempts
+from tests.recipes.attempts import Attempts, Outcome
 from tests.recipes.conftest import TINY, command
 from tests.recipes.same import assert_same_run
 from vitprune_fast.errors import BackendUnavailable
@@ -45,7 +45,7 @@ def assert_curves_are_the_metrics(folder: Path) -> None:
 
 @needs_tensorboard
 def test_a_killed_run_has_no_point_twice(
-    attempts: Attempts, short: tuple[Path, list[str]], tmp_path: Path
+    attempts: Attempts, short: tuple[Path, Outcome], tmp_path: Path
 ) -> None:
     words = [*command(TINY, tmp_path / "run"), "--tensorboard"]
     for stage in ("dense", "dense", "distill", "distill"):

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from skip_guard import conditions
 
-from tests.recipes.attempts import NEEDS_SPACE, Attempts, Fault
+from tests.recipes.attempts import NEEDS_SPACE, Attempts, Fault, Outcome
 from tests.recipes.conftest import TINY, command
 from tests.recipes.same import assert_same_run
 from vitprune_fast.distill.checkpoints import read_newest
@@ -23,7 +23,7 @@ def refuse(error: DamagedFile) -> None:
 
 def fail_and_resume(
     attempts: Attempts,
-    short: tuple[Path, list[str]],
+    short: tuple[Path, Outcome],
     places: list[int],
     number: int,
     tmp_path: Path,
@@ -44,13 +44,13 @@ def fail_and_resume(
         assert_same_run(short[0], folder)
 
 
-def places(short: tuple[Path, list[str]]) -> list[int]:
-    return list(range(sum(line.split()[0] in NEEDS_SPACE for line in short[1])))
+def places(short: tuple[Path, Outcome]) -> list[int]:
+    return list(range(sum(line.split()[0] in NEEDS_SPACE for line in short[1].operations)))
 
 
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES])
 def test_some_operations_fail(
-    number: int, attempts: Attempts, short: tuple[Path, list[str]], tmp_path: Path
+    number: int, attempts: Attempts, short: tuple[Path, Outcome], tmp_path: Path
 ) -> None:
     some = random.Random(number).sample(places(short), 3)
     fail_and_resume(attempts, short, some, number, tmp_path)
@@ -60,14 +60,14 @@ def test_some_operations_fail(
 @pytest.mark.timeout(3000)
 @pytest.mark.parametrize("part", range(4))
 def test_every_operation_fails(
-    part: int, attempts: Attempts, short: tuple[Path, list[str]], tmp_path: Path
+    part: int, attempts: Attempts, short: tuple[Path, Outcome], tmp_path: Path
 ) -> None:
     fail_and_resume(attempts, short, places(short)[part::4], errno.ENOSPC, tmp_path)
 
 
 @pytest.mark.parametrize(("first", "size"), [("full", "300k"), ("read-only", "64m")])
 def test_a_real_small_disk(
-    first: str, size: str, attempts: Attempts, short: tuple[Path, list[str]], tmp_path: Path
+    first: str, size: str, attempts: Attempts, short: tuple[Path, Outcome], tmp_path: Path
 ) -> None:
     if conditions()["no-mount"]:
         pytest.skip("this user may not mount")

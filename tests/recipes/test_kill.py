@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.recipes.attempts import Attempts, Fault
+from tests.recipes.attempts import Attempts, Fault, Outcome
 from tests.recipes.conftest import TINY, command
 from tests.recipes.same import assert_same_run, files_of
 from vitprune_fast.distill.config import DistillConfig
@@ -76,23 +76,25 @@ def test_a_run_killed_twenty_times_in_a_row(
     assert_same_run(smoke, tmp_path / "run")
 
 
-def points(operations: list[str]) -> list[Fault]:
+def points(undisturbed: Outcome) -> list[Fault]:
     """Between any two operations, and in the middle of each write.
 
     After one operation is before the next: the process does nothing to the folder between them.
+    Behind an operation that had no effect, the folder is as it was before it.
     """
     faults = []
-    for at, operation in enumerate(operations):
-        faults.append(Fault(at, "before"))
+    for at, operation in enumerate(undisturbed.operations):
+        if at - 1 not in undisturbed.without_effect:
+            faults.append(Fault(at, "before"))
         if operation.startswith("write "):
             faults.append(Fault(at, "torn"))
-    return [*faults, Fault(len(operations) - 1, "after")]
+    return [*faults, Fault(len(undisturbed.operations) - 1, "after")]
 
 
 def kill_and_resume(
-    attempts: Attempts, short: tuple[Path, list[str]], faults: list[Fault], tmp_path: Path
+    attempts: Attempts, short: tuple[Path, Outcome], faults: list[Fault], tmp_path: Path
 ) -> None:
-    undisturbed, operations = short
+    undisturbed, operations = short[0], short[1].operations
     for fault in faults:
         folder = tmp_path / f"{fault.when}-{fault.at}"
         words = command(TINY, folder)
@@ -105,10 +107,10 @@ def kill_and_resume(
 
 
 def test_the_kill_points_are_all_that_a_run_does_to_its_folder(
-    short: tuple[Path, list[str]],
+    short: tuple[Path, Outcome],
 ) -> None:
     """An operation that escapes the hooks would not be tested."""
-    folder, operations = short
+    folder, operations = short[0], short[1].operations
     kinds = {line.split()[0] for line in operations}
     assert kinds == {"create", "write", "fsync", "rename", "mkdir", "unlink"}
     count = {kind: sum(line.startswith(f"{kind} ") for line in operations) for kind in kinds}
@@ -122,11 +124,13 @@ def test_the_kill_points_are_all_that_a_run_does_to_its_folder(
     assert count["fsync"] == 2 * written + appended + 1 + folders_replaced
     kept = [name for name in files_of(folder) if name not in ("metrics.jsonl", ".lock")]
     assert written >= len(kept)
+    idle = [operations[at].split()[0] for at in short[1].without_effect]
+    assert set(idle) == {"fsync", "unlink", "mkdir"} and idle.count("fsync") == count["fsync"]
 
 
 @pytest.mark.parametrize("part", range(2))
 def test_a_run_killed_at_some_operations(
-    part: int, attempts: Attempts, short: tuple[Path, list[str]], tmp_path: Path
+    part: int, attempts: Attempts, short: tuple[Path, Outcome], tmp_path: Path
 ) -> None:
     some = random.Random(part).sample(points(short[1]), 6)
     kill_and_resume(attempts, short, some, tmp_path)
@@ -136,6 +140,6 @@ def test_a_run_killed_at_some_operations(
 @pytest.mark.timeout(3000)
 @pytest.mark.parametrize("part", range(8))
 def test_a_run_killed_at_every_operation(
-    part: int, attempts: Attempts, short: tuple[Path, list[str]], tmp_path: Path
+    part: int, attempts: Attempts, short: tuple[Path, Outcome], tmp_path: Path
 ) -> None:
     kill_and_resume(attempts, short, points(short[1])[part::8], tmp_path)

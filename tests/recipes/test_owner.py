@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.recipes.attempts import Attempt, Attempts, alive
+from tests.recipes.attempts import Attempt, Attempts, Outcome, alive
 from tests.recipes.conftest import TINY, command
 from tests.recipes.same import assert_same_run, summary_without_times
 from vitprune_fast.recipes.config import RunConfig
@@ -27,7 +27,7 @@ def one_sentence(text: str) -> str:
 
 
 def test_a_second_process_is_refused_at_once(
-    attempts: Attempts, short: tuple[Path, list[str]], tmp_path: Path
+    attempts: Attempts, short: tuple[Path, Outcome], tmp_path: Path
 ) -> None:
     words, go_on = command(TINY, tmp_path / "run"), tmp_path / "go on"
     owner = attempts.start(words, hold=go_on)
@@ -43,7 +43,7 @@ def test_a_second_process_is_refused_at_once(
 
 
 def test_the_lock_of_a_dead_owner_is_taken_over(
-    attempts: Attempts, short: tuple[Path, list[str]], tmp_path: Path
+    attempts: Attempts, short: tuple[Path, Outcome], tmp_path: Path
 ) -> None:
     words = command(TINY, tmp_path / "run")
     owner = attempts.start(words, hold=tmp_path / "never")
@@ -79,7 +79,7 @@ def test_loader_processes_do_not_keep_the_lock(attempts: Attempts, tmp_path: Pat
 
 
 def test_of_twenty_starts_one_owns_the_folder(
-    attempts: Attempts, short: tuple[Path, list[str]], tmp_path: Path
+    attempts: Attempts, short: tuple[Path, Outcome], tmp_path: Path
 ) -> None:
     words, go_on = command(TINY, tmp_path / "run"), tmp_path / "go on"
     started = [attempts.start(words, hold=go_on) for _ in range(20)]
@@ -124,7 +124,7 @@ def test_a_signal_ends_the_run_with_a_checkpoint(
 
 
 def test_a_stopped_run_ends_with_the_same_bits(
-    attempts: Attempts, short: tuple[Path, list[str]], tmp_path: Path
+    attempts: Attempts, short: tuple[Path, Outcome], tmp_path: Path
 ) -> None:
     config: RunConfig = replace(TINY, distill=replace(TINY.distill, epochs=30))
     other, folder = tmp_path / "other", tmp_path / "run"
