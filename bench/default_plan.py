@@ -57,8 +57,6 @@ CASES = (
 # evaluated in fp32 as well, to see what bf16 changes
 CHECKED = (TODAY, ("taylor square", "per_mac"), ("fisher", "none"))
 TRAINED, TRAINED_MACS, EPOCHS = "cifar10", (0.5, 0.3), (1, 5)
-# peak learning rate by the state that training starts from: what suits a broken model breaks others
-RATES = {"cut": 1e-4, "swept": 2e-5}
 CALIBRATION, TEST, BATCH = 1024, 2000, 64
 
 
@@ -191,22 +189,18 @@ class Subject:
     ) -> dict[str, Any] | None:
         """What a short training makes of a pruned model; None when it was stopped."""
         student = self.pruned(self.plan(macs, *chosen), state)
-        for block in student.blocks:
-            if hasattr(block, "attn"):
-                # the faster form on a CPU where there is a backward pass
-                block.attn.fused_attn = False
         images, labels = photographs(self.work, self.name, "train")
         learnt = slice(LEARNT[self.name])
         train: Any = Photographs(images[learnt], labels[learnt])
-        config = vp.DistillConfig(
-            epochs=epochs, lr=RATES[state], min_lr=0.0, warmup_epochs=0.5, amp="bf16", log_steps=0
-        )
+        config = vp.DistillConfig(epochs=epochs, warmup_epochs=0.5, amp="bf16", log_steps=0)
         name = "_".join(map(str, (macs, *chosen, state, epochs))).replace(" ", "_")
         folder = self.work / "distilled" / name
         result = vp.distill(
             student, self.model, train, None, config, checkpoint_dir=folder, stop=self.stop
         )
-        return {"lr": RATES[state], **self.quality(student)} if result.finished else None
+        if not result.finished:
+            return None
+        return {"lr": float(f"{result.start['peak_lr']:.2g}"), **self.quality(student)}
 
 
 def jobs(path: Path) -> Iterator[dict[str, Any]]:

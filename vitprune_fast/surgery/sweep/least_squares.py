@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 # products of this many columns at once: of a symmetric matrix only blocks on and above the diagonal
-_BLOCK = 256
+_BLOCK = 128
 # the next step of the ladder of ridges is taken while the held-out error falls by more than this
 _WORTH = 1e-4
 _LADDER = 10.0
@@ -58,7 +58,8 @@ class Products:
     @property
     def is_finite(self) -> bool:
         """Whether no sum overflowed or met NaN."""
-        return all(bool(total.isfinite().all()) for total in self._sums)
+        # a sum passes on what is not finite in it
+        return all(math.isfinite(total.sum()) for total in self._sums)
 
     def second(self, *, centred: bool = True) -> Second:
         """Covariances, or mean products as they are."""
@@ -172,7 +173,8 @@ def fit(
             loaded = seen.gram.clone()
             loaded.diagonal().add_(strength * scale)
             factor, failed = torch.linalg.cholesky_ex(loaded)
-            if failed or not factor.isfinite().all():
+            # what is not finite in a row has come to its end
+            if failed or not factor.diagonal().isfinite().all():
                 return None
             change = torch.cholesky_solve(misfit[outputs].T, factor).T
             # the normal equations: change @ (gram + strength * scale * I) = misfit
