@@ -20,7 +20,7 @@ test: $(VENV)/.package
 	$(PYTEST) -n 2 -m "not slow and not gpu"
 
 test-slow: $(VENV)/.package oldest
-	$(PYTEST) -n 2 -m "slow and not gpu"
+	$(PYTEST) -n 2 --maxschedchunk 1 -m "slow and not gpu"
 
 # the lower bounds of pyproject.toml, installed beside .venv: quick tests, and every kernel compiled
 oldest: $(VENV)/.package

@@ -24,7 +24,6 @@ from torch.nn.functional import scaled_dot_product_attention
 from bench import study
 from bench.conftest import check_same, keep_freed_memory, measure
 from vitprune_fast import ops
-from vitprune_fast.doctor import doctor
 
 ROUNDS = 10
 WIDTH, BATCH = 384, 8
@@ -105,7 +104,6 @@ def bench_attention_form() -> None:
         "attention_form",
         command="python -m pytest bench/bench_attention_form.py -p no:xdist -s",
         model="random qkv",
-        device=doctor().devices["cpu"].partition(",")[0],
         load_average=load_average,
         rounds=ROUNDS,
         width=WIDTH,

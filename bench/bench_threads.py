@@ -24,7 +24,6 @@ import pytest
 
 from bench import study
 from bench.conftest import HERE
-from vitprune_fast.doctor import doctor
 from vitprune_fast.recipes.cores import available_cores
 from vitprune_fast.recipes.presets import DIGITS
 
@@ -115,7 +114,6 @@ def bench_threads(tmp_path: Path) -> None:
         "threads",
         command="python -m pytest bench/bench_threads.py -p no:xdist -s",
         model="an untrained student of the digits preset",
-        device=doctor().devices["cpu"].partition(",")[0],
         cores=cores,
         load_average=load_average,
         rounds=ROUNDS,

@@ -33,7 +33,6 @@ from bench.conftest import keep_freed_memory
 from bench.dense_models import LEARNT, NAMES, WORK, dense, photographs, prepared
 from bench.table import chosen, combinations
 from vitprune_fast.data import Loader
-from vitprune_fast.doctor import doctor
 from vitprune_fast.planning.latency import latencies
 from vitprune_fast.randomness import generator
 
@@ -269,8 +268,7 @@ def main() -> None:
     about = "ViT-S/14 tuned to photographs at 84 px, and the digits preset"
     # of others: this is one thread
     load = round(max(0.0, os.getloadavg()[0] - 1), 1)
-    device = doctor().devices["cpu"].partition(",")[0]
-    study.write("default_plan", model=about, device=device, load_average=load, rows=rows)
+    study.write("default_plan", model=about, load_average=load, rows=rows)
     print("best within the bounds:", chosen(rows))
 
 

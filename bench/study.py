@@ -12,6 +12,7 @@ import torch
 import vitprune_fast as vp
 from bench.conftest import commit
 from vitprune_fast.data import ImageData
+from vitprune_fast.doctor import doctor
 from vitprune_fast.recipes.profile import versions
 
 RESULTS = Path(__file__).parent / "results"
@@ -33,6 +34,7 @@ def write(name: str, **found: Any) -> None:
         "date": f"{now:%Y-%m-%d}",
         "commit": commit(),
         "versions": versions(),
+        "device": doctor().devices["cpu"].partition(",")[0],
         "model": "the dense model of `make prune` (digits, seed 0)",
         **found,
     }

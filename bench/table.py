@@ -137,6 +137,7 @@ def page() -> str:
     for name, made in (
         ("attention_form", attention),
         ("threads", threads),
+        ("sweep", sweeps),
         ("default_plan", default_plan),
     ):
         parts += [made(json.loads(path.read_text())) for path in newest_files(name)]
@@ -292,6 +293,27 @@ def threads(content: dict) -> str:
         f"Training and saving of {content['model']} with `vitprune-fast distill`, "
         f"{content['rounds']} interleaved rounds; ratios are those of one round. What was saved "
         "with as many threads had the same bits in all of them.",
+    ]
+    return "\n".join([*lines, ""])
+
+
+def sweeps(content: dict) -> str:
+    """What a sweep costs, as a section of the page."""
+    lines = [
+        "## A sweep over its images\n",
+        f"`{content['command']}`, commit {content['commit']}, {content['date']}, "
+        f"torch {content['versions']['torch']}, {content['device']}{load_note(content)}.\n",
+        "| model | dense forward s | pruned forward s | sweep s | in dense forwards |",
+        "|---|--:|--:|--:|--:|",
+    ]
+    lines += [
+        f"| {row['case']} | {' | '.join(map(str, row['seconds'].values()))} | {row['passes']} |"
+        for row in content["sweeps"]
+    ]
+    lines += [
+        "",
+        f"{content['images']:,} images, {content['model']}; processor time of one thread, least of "
+        f"{content['rounds']} rounds.",
     ]
     return "\n".join([*lines, ""])
 
