@@ -409,7 +409,11 @@ def default_plan(content: dict) -> str:
 def plan_notes(rows: list[dict]) -> str:
     """What the numbers of the tables above are, and how far bf16 moves them."""
     made = {(r["model"], r["macs"], *key_of(r)): r for r in rows if r["part"] == "combination"}
-    swept = [row["swept"] for row in made.values() if "swept" in row]
+    took: dict[str, list[float]] = {}
+    for row in made.values():
+        if "seconds" in row.get("swept", {}):
+            took.setdefault(row["model"].partition(".")[0], []).append(row["swept"]["seconds"])
+    times = ", ".join(f"{name} {span(found, 's', 1)}" for name, found in took.items())
     dense = {row["model"]: row["swept"] for row in made.values() if "swept" in row}
     counts = ", ".join(f"{name} {d['dense']} of {d['of']}" for name, d in sorted(dense.items()))
     moved = [
@@ -424,8 +428,8 @@ def plan_notes(rows: list[dict]) -> str:
     return (
         f"Plans of heads and neurons; nothing is trained. Dense top-1: {counts}; the digits are "
         "means over their seeds. Intervals are 95 %, of the ratio on the same test images. Bold: "
-        f"the best mean after the sweep where the digits lose at most {limits}. A sweep took "
-        f"{span([each['seconds'] for each in swept], 's', 1)}."
+        f"the best mean after the sweep where the digits lose at most {limits}. A sweep took, of "
+        f"one thread beside another: {times}."
         + (
             f" Photographs are evaluated in bf16; fp32 moves shares by at most "
             f"{max(moved[:half]):.4f} and KL by {max(moved[half:]):.4f} in {half} checks."

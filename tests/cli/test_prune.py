@@ -150,7 +150,44 @@ def test_images_that_test_the_run_of_the_plan_are_refused(
     assert prune(*words, "folder:parts")[0] == 0
 
 
-def test_a_signal_ends_it_and_leaves_nothing(
+def test_a_stopped_refit_goes_on_with_the_same_bits(
+    prune: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original, places = stages.sweep, []
+
+    def sweep(*args: Any, on_event: Any, **options: Any) -> Any:
+        def told(event: dict[str, Any]) -> None:
+            on_event(event)
+            places.append(event["place"])
+            if len(places) == 2:
+                os.kill(os.getpid(), signal.SIGINT)
+
+        return original(*args, on_event=told, **options)
+
+    monkeypatch.setattr(stages, "sweep", sweep)
+    words = ("--data", "folder:photos")
+    code, _, err = prune(*words)
+    assert code == 128 + signal.SIGINT
+    assert err == "stopped by SIGINT; the same command resumes the run\n"
+    partial = tmp_path / "out.partial.safetensors"
+    assert partial.is_file() and not (tmp_path / "out").exists()
+    assert prune(*words)[0] == 0 and not partial.exists()
+    # none was fitted twice
+    assert len(places) > 2 and len(set(places)) == len(places)
+    assert prune(*words, "--out", tmp_path / "whole")[0] == 0
+    assert all(
+        map(torch.equal, weights(tmp_path / "out").values(), weights(tmp_path / "whole").values())
+    )
+
+
+def test_a_damaged_partial_refit_is_refused(prune: Any, tmp_path: Path) -> None:
+    (tmp_path / "out.partial.safetensors").write_bytes(b"something else")
+    code, _, err = prune("--data", "folder:photos")
+    assert code == 2 and "out.partial.safetensors" in err and err.count("\n") == 1
+    assert prune()[0] == 0
+
+
+def test_a_second_signal_ends_it_and_leaves_nothing(
     prune: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     original = stages.sweep
@@ -158,7 +195,8 @@ def test_a_signal_ends_it_and_leaves_nothing(
     def sweep(*args: Any, on_event: Any, **options: Any) -> Any:
         def told(event: dict[str, Any]) -> None:
             on_event(event)
-            os.kill(os.getpid(), signal.SIGINT)
+            for _ in range(2):
+                os.kill(os.getpid(), signal.SIGINT)
 
         return original(*args, on_event=told, **options)
 

@@ -52,6 +52,11 @@ def optional_data() -> DataConfig:
     return DataConfig(source="")
 
 
+def partial_of(out: Path) -> Path:
+    """What a stopped verb keeps for the same command; for another output it is another file."""
+    return out.parent / f"{out.name.removesuffix('.safetensors')}.partial.safetensors"
+
+
 def parse(
     verb: str,
     words: Sequence[str],

@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import tyro
 from tyro.conf import arg
 
-from vitprune_fast.cli.options import optional_data, parse, required_model
+from vitprune_fast.cli.options import optional_data, parse, partial_of, required_model
 from vitprune_fast.errors import InvalidInput
 from vitprune_fast.recipes.config import DataConfig, ModelConfig, SweepConfig, Threads
 
@@ -39,7 +39,7 @@ class Prune:
 
 def main(words: list[str]) -> int:
     """Prunes, proves the cut on random images, refits what stays, and saves the result."""
-    options = parse("prune", words, lambda chosen: Prune(), outputs=lambda cut: {"out": cut.out})
+    options = parse("prune", words, lambda chosen: Prune(), outputs=_outputs)
     if options is None:
         return 0
     import vitprune_fast as vp
@@ -85,6 +85,10 @@ def main(words: list[str]) -> int:
     return 0
 
 
+def _outputs(options: Prune) -> dict[str, Path | None]:
+    return {"out": options.out, "the partial fits of out": partial_of(options.out)}
+
+
 def _check_data(options: Prune) -> None:
     """Refuses options about images where none are named: nothing is ignored in silence."""
     unset = optional_data()
@@ -123,22 +127,37 @@ def _about_images(options: Prune, opened: Any) -> dict[str, str]:
 def _refitted(options: Prune, opened: Any, plan: Any) -> Any:
     """The refitted model, with a bar on the way and what was gained at the end."""
     from vitprune_fast.cli.display import Display
+    from vitprune_fast.cli.signals import Interrupted, Stopper
     from vitprune_fast.recipes import checks, stages
     from vitprune_fast.recipes.refit import left_out_lines, refit_text
+    from vitprune_fast.surgery import SweepStopped
 
     stage = {"event": "stage", "stage": "sweep"}
+    stop = Stopper()
     with Display() as display:
 
         def on_event(event: dict[str, Any]) -> None:
+            stop.watch(event)
             display({**event, "stage": "sweep"})
 
-        display({**stage, "state": "start"})
+        on_event({**stage, "state": "start"})
         started = time.perf_counter()
-        pruned, report = stages.sweep(
-            opened.model, plan, opened.data, options.sweep, opened.setting, on_event=on_event
-        )
+        try:
+            pruned, report = stages.sweep(
+                opened.model,
+                plan,
+                opened.data,
+                options.sweep,
+                opened.setting,
+                checkpoint=partial_of(options.out),
+                on_event=on_event,
+                stop=stop,
+            )
+        except SweepStopped:
+            assert stop.number is not None
+            raise Interrupted(stop.number, resumes=True) from None
         seconds = time.perf_counter() - started
-        display({**stage, "state": "done", "seconds": seconds, "text": refit_text(report)})
+        on_event({**stage, "state": "done", "seconds": seconds, "text": refit_text(report)})
         for text in (*report.warnings, *left_out_lines(report)):
             display({"event": "note", "text": text})
     checks.require("sweep", [checks.finite(pruned, checks.random_images(pruned))])

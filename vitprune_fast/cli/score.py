@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 from tyro.conf import arg
 
-from vitprune_fast.cli.options import parse, required_data, required_model
+from vitprune_fast.cli.options import parse, partial_of, required_data, required_model
 from vitprune_fast.recipes.config import DataConfig, ModelConfig, ScoreConfig, Threads
 
 
@@ -69,13 +69,13 @@ def main(words: list[str]) -> int:
                 opened.data,
                 options.score,
                 opened.setting,
-                checkpoint=_partial(options.out),
+                checkpoint=partial_of(options.out),
                 on_event=on_event,
                 stop=stop,
             )
         except ScoringStopped:
             assert stop.number is not None
-            raise Interrupted(stop.number) from None
+            raise Interrupted(stop.number, resumes=True) from None
         seconds = time.perf_counter() - started
     files.make_folder(options.out.parent)
     if caveats(model).get("weights") == "random":
@@ -92,12 +92,7 @@ def main(words: list[str]) -> int:
 
 
 def _outputs(options: Score) -> dict[str, Path | None]:
-    return {"out": options.out, "the partial sums of out": _partial(options.out)}
-
-
-def _partial(out: Path) -> Path:
-    """Where the sums of a stopped scoring are; other scores beside it have another file."""
-    return out.parent / f"{out.name.removesuffix('.safetensors')}.partial.safetensors"
+    return {"out": options.out, "the partial sums of out": partial_of(options.out)}
 
 
 def _summary(model: Any, scores: Any) -> list[tuple[str, ...]]:
