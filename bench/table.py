@@ -323,7 +323,8 @@ def combinations(rows: list[dict]) -> dict[tuple[str, str], dict]:
 
     ``cut`` and ``swept`` hold, for every model and budget, the share of the dense top-1, its
     standard error, the KL to the dense logits and the points of top-1 that are lost; means over the
-    seeds for the digits. A budget that cannot be met keeps nothing.
+    seeds for the digits. A budget that cannot be met keeps nothing. ``mean`` holds what is kept
+    after the sweep and right after the cut, of the models and budgets that all were measured on.
     """
     nothing = {"share": 0.0, "share_se": 0.0, "kl": float("inf"), "correct": 0, "dense": 1, "of": 1}
     found: dict[tuple[str, str], dict] = {}
@@ -342,7 +343,10 @@ def combinations(rows: list[dict]) -> dict[tuple[str, str], dict]:
                 error = sum(each["share_se"] ** 2 for each in seeds) ** 0.5 / len(seeds)
                 lost = fmean((each["dense"] - each["correct"]) / each["of"] for each in seeds)
                 cells[cell] |= {"share_se": error, "points": 100 * lost}
-        one["mean"] = [fmean(c["share"] for c in one[state].values()) for state in ("swept", "cut")]
+    shared = set.intersection(*(set(one["swept"]) for one in found.values())) if found else set()
+    for one in found.values():
+        states = (one[state] for state in ("swept", "cut"))
+        one["mean"] = [fmean(cells[cell]["share"] for cell in shared) for cells in states]
     return dict(sorted(found.items(), key=lambda item: item[1]["mean"], reverse=True))
 
 
@@ -427,7 +431,8 @@ def plan_notes(rows: list[dict]) -> str:
     limits = " and ".join(f"{most:g} points ({state})" for state, most in MAY_LOSE.items())
     return (
         f"Plans of heads and neurons; nothing is trained. Dense top-1: {counts}; the digits are "
-        "means over their seeds. Intervals are 95 %, of the ratio on the same test images. Bold: "
+        "means over their seeds. Intervals are 95 %, of the ratio on the same test images. The "
+        "mean is over the columns that all were measured on. Bold: "
         f"the best mean after the sweep where the digits lose at most {limits}. A sweep took, of "
         f"one thread beside another: {times}."
         + (

@@ -45,7 +45,7 @@ def test_digits_bound_the_choice_by_the_mean_of_their_seeds() -> None:
         row(A, "digits.1", result(1.0, points=1.2), result(1.0)),
         row(B, "digits.0", result(0.9, points=2.0), result(0.9, points=0.7)),
         row(B, "digits.1", result(0.9, points=2.0), result(0.9, points=0.3)),
-        row(C, "cifar10", result(1.0), result(1.0)),
+        row(C, "digits.0", result(0.95, points=5.0), result(1.0)),
     ]
     assert list(table.combinations(rows)) == [A, C, B]
     assert math.isclose(table.combinations(rows)[A]["cut"]["digits", 0.5]["points"], 2.1)
@@ -57,9 +57,10 @@ def test_the_table_says_what_was_kept_and_what_was_not_measured() -> None:
     rows = [
         row(A, "digits.0", result(0.8), result(0.99)),
         row(A, "digits.1", result(0.6), result(0.97)),
-        row(B, "cifar10", result(0.5), result(0.9)),
+        row(B, "digits.0", result(0.5), result(0.9)),
+        row(B, "cifar10", result(0.5), result(1.0)),
     ]
-    check = {**rows[2], "part": "check", "cut": result(0.501), "swept": result(0.9)}
+    check = {**rows[3], "part": "check", "cut": result(0.501), "swept": result(1.0)}
     names = {"criterion": "fisher", "normalization": "lamp", "macs": 0.5}
     speed = {"part": "latency", **names, "batch_1": [9.0, 5.0], "batch_64": [90.0, 50.0]}
     trained = {"part": "distilled", **names, "state": "swept", "epochs": 1, "lr": 2e-5}
@@ -69,7 +70,9 @@ def test_the_table_says_what_was_kept_and_what_was_not_measured() -> None:
     assert lines[4] == "| share of the dense top-1, cut / swept | digits 0.5 | cifar10 0.5 | mean |"
     # two seeds: the error of their mean is smaller by the root of two
     assert lines[6] == "| **fisher, none** | 0.700 / 0.980 ± 0.014 | - | 0.700 / 0.980 |"
-    assert lines[7] == "| fisher, lamp | - | 0.500 / 0.900 ± 0.020 | 0.500 / 0.900 |"
+    # the mean is of what both have
+    kept = "0.500 / 0.900 ± 0.020 | 0.500 / 1.000 ± 0.020 | 0.500 / 0.900"
+    assert lines[7] == f"| fisher, lamp | {kept} |"
     assert "fp32 moves shares by at most 0.0010 and KL by 0.0000 in 2 checks" in "".join(lines)
     last = "swept | 0.5 | 1 | 2e-05 | 0.950 ± 0.020 | 0.1000 | 9.0 / 5.0 | 90.0 / 50.0 |"
     assert lines[-1] == f"| fisher, lamp | {last}"
