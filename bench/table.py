@@ -16,7 +16,7 @@ RESULTS = ROOT / "bench" / "results"
 README = ROOT / "README.md"
 MARKS = {
     name: (f"<!-- {name}:begin -->", f"<!-- {name}:end -->")
-    for name in ("kernels", "scoring", "training", "criteria", "compensation")
+    for name in ("kernels", "scoring", "training", "criteria", "plans", "compensation")
 }
 INTRODUCTION = """# Measured results
 
@@ -206,7 +206,7 @@ def training(content: dict) -> str:
 
 
 def criteria(content: dict) -> str:
-    """The third table of the README: how every criterion ranks units, beside leaving them out."""
+    """A table of the README: how every criterion ranks units, beside leaving them out."""
     kinds = list(content["criteria"][0]["loss"])
     lines = [
         f"| criterion | seconds | {' | '.join(kinds)} |",
@@ -231,8 +231,36 @@ def criteria(content: dict) -> str:
     return "\n".join(lines)
 
 
+def plans(content: dict) -> str:
+    """A table of the README: what the best plans keep of photographs, cut and swept."""
+    names = {"cifar10": "CIFAR-10", "cifar100": "CIFAR-100"}
+    best = chosen(content["rows"])
+    if best is None:
+        return ""
+    found = combinations(content["rows"])[best]
+    budgets = sorted({macs for model, macs in found["swept"] if model in names}, reverse=True)
+    lines = [
+        f"| ViT-S/14, share of the MACs | {' | '.join(f'{macs:.0%}' for macs in budgets)} |",
+        f"|---|{'--:|' * len(budgets)}",
+    ]
+    for model, title in names.items():
+        for state in ("cut", "swept"):
+            cells = [found[state].get((model, macs)) for macs in budgets]
+            shares = [
+                f"{100 * c['share']:.1f} ± {196 * c['share_se']:.1f}" if c else "-" for c in cells
+            ]
+            lines.append(f"| {title}, {state} | {' | '.join(shares)} |")
+    lines += [
+        "",
+        "Share of the dense model's top-1 on 2,000 test images, in per cent, with its 95 % interval; "
+        f"units chosen by {best[0]}, {best[1]}, the default. `{content['command']}`, commit "
+        f"{content['commit']}, {content['date']}, torch {content['versions']['torch']}.",
+    ]
+    return "\n".join(lines)
+
+
 def compensation(content: dict) -> str:
-    """The fourth table of the README: what is left of a model that is not trained any more."""
+    """The table behind it of the README: what is left of a model that is not trained any more."""
     lines = [
         "| MACs | cut | swept | error after a branch, cut / fitted |",
         "|--:|--:|--:|--:|",
@@ -468,8 +496,12 @@ def readme(text: str) -> str:
         text = filled(text, scoring(latest), "scoring")
     if latest.get("training"):
         text = filled(text, training(latest), "training")
-    for name, made in (("criteria", criteria), ("compensation", compensation)):
-        for path in newest_files(name):
+    for name, made, file in (
+        ("criteria", criteria, "criteria"),
+        ("plans", plans, "default_plan"),
+        ("compensation", compensation, "compensation"),
+    ):
+        for path in newest_files(file):
             text = filled(text, made(json.loads(path.read_text())), name)
     return text
 
