@@ -252,7 +252,7 @@ def plans(content: dict) -> str:
             lines.append(f"| {title}, {state} | {' | '.join(shares)} |")
     lines += [
         "",
-        "Share of the dense model's top-1 on 2,000 test images, in per cent, with its 95 % interval; "
+        "Share of the dense top-1 on 2,000 test images, in per cent, with its 95 % interval; "
         f"units chosen by {best[0]}, {best[1]}, the default. `{content['command']}`, commit "
         f"{content['commit']}, {content['date']}, torch {content['versions']['torch']}.",
     ]
