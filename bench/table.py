@@ -260,7 +260,7 @@ def plans(content: dict) -> str:
 
 
 def compensation(content: dict) -> str:
-    """The table behind it of the README: what is left of a model that is not trained any more."""
+    """A table of the README: what is left of a model that is not trained any more."""
     lines = [
         "| MACs | cut | swept | error after a branch, cut / fitted |",
         "|--:|--:|--:|--:|",

@@ -5,11 +5,15 @@ from __future__ import annotations
 import json
 import math
 from pathlib import Path
+from typing import Any
 
+import timm
 import torch
 
+import vitprune_fast as vp
 from bench import default_plan, table
 from bench.default_plan import CASES, GRID, TODAY, Photographs, jobs
+from tests.small import NAME, SMALL
 
 
 def result(share: float, points: float = 0.0) -> dict:
@@ -95,6 +99,21 @@ def test_the_readme_shows_what_the_best_keep_of_photographs() -> None:
         "| CIFAR-100, swept | - | 80.0 ± 2.0 |",
     ]
     assert "chosen by fisher, none, the default" in lines[-1]
+
+
+def test_the_defaults_are_what_the_committed_results_say() -> None:
+    rows = json.loads(table.newest_files("default_plan")[0].read_text())["rows"]
+    best = table.chosen(rows)
+    torch.manual_seed(0)
+    model = timm.create_model(NAME, num_classes=2, **SMALL).eval()
+    batches = [(torch.randn(4, 3, 16, 16), torch.tensor([0, 1, 0, 1]))]
+    scores = vp.score(model, batches)
+    assert best is not None and best[0] == f"{scores.criterion} {scores.reduction}"
+    budget = vp.Budget(macs=0.6)
+    named: Any = best[1]
+    found = vp.plan(model, scores, budget)
+    assert found == vp.plan(model, scores, budget, normalization=named)
+    assert found != vp.plan(model, scores, budget, normalization="isomorphic")
 
 
 def test_training_waits_for_all_plans_and_takes_the_best(tmp_path: Path) -> None:
