@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 from tyro.conf import arg
 
@@ -53,7 +53,7 @@ def main(words: list[str]) -> int:
     import vitprune_fast as vp
     from vitprune_fast.checkpoint import check_folder
     from vitprune_fast.cli.display import Display, print_assumptions
-    from vitprune_fast.cli.signals import Interrupted, Stopper
+    from vitprune_fast.cli.signals import stoppable
     from vitprune_fast.files import probe_folder
     from vitprune_fast.recipes.assumptions import about_gates
     from vitprune_fast.recipes.board import Board
@@ -72,29 +72,24 @@ def main(words: list[str]) -> int:
     seed = options.schedule.seed
     opened = open_both(options.model, options.data, seed, options.device, options.threads)
     print_assumptions({**opened.assumptions, **about_gates(options.gates)})
-    stop = Stopper()
-    with applied(opened.profile), Display() as display:
-
-        def on_event(event: dict[str, Any]) -> None:
-            stop.watch(event)
-            display(event)
-
+    resumes = options.checkpoints is not None
+    with (
+        applied(opened.profile),
+        Display() as display,
+        stoppable(display, TrainingStopped, resumes=resumes) as (on_event, stop),
+    ):
         board = options.tensorboard and Board(options.tensorboard)
         trainings = Trainings(
             opened.data, opened.setting, options.checkpoints, on_event, stop, board
         )
-        try:
-            taught = teach(
-                opened.model,
-                options.schedule,
-                trainings,
-                teachers=options.teacher,
-                gates=options.gates,
-                masks=options.masks,
-            )
-        except TrainingStopped:
-            assert stop.number is not None
-            raise Interrupted(stop.number, resumes=options.checkpoints is not None) from None
+        taught = teach(
+            opened.model,
+            options.schedule,
+            trainings,
+            teachers=options.teacher,
+            gates=options.gates,
+            masks=options.masks,
+        )
     remember_normalisation(taught, opened.data, trained=True)
     vp.save(taught, options.out)
     print(options.out)

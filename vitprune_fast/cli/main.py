@@ -49,6 +49,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except VitpruneError as error:
         return _fail(str(error))
     except Interrupted as stop:
+        # a run resumes wherever it was, also when it was ended at once
         resumes = verb == "run" or stop.resumes
         hint = "; the same command resumes the run" if resumes else ""
         print(f"stopped by {signal.Signals(stop.number).name}{hint}", file=sys.stderr)

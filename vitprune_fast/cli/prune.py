@@ -127,22 +127,20 @@ def _about_images(options: Prune, opened: Any) -> dict[str, str]:
 def _refitted(options: Prune, opened: Any, plan: Any) -> Any:
     """The refitted model, with a bar on the way and what was gained at the end."""
     from vitprune_fast.cli.display import Display
-    from vitprune_fast.cli.signals import Interrupted, Stopper
+    from vitprune_fast.cli.signals import stoppable
     from vitprune_fast.recipes import checks, stages
     from vitprune_fast.recipes.refit import left_out_lines, refit_text
     from vitprune_fast.surgery import SweepStopped
 
     stage = {"event": "stage", "stage": "sweep"}
-    stop = Stopper()
     with Display() as display:
 
-        def on_event(event: dict[str, Any]) -> None:
-            stop.watch(event)
+        def show(event: dict[str, Any]) -> None:
             display({**event, "stage": "sweep"})
 
-        on_event({**stage, "state": "start"})
-        started = time.perf_counter()
-        try:
+        with stoppable(show, SweepStopped) as (on_event, stop):
+            on_event({**stage, "state": "start"})
+            started = time.perf_counter()
             pruned, report = stages.sweep(
                 opened.model,
                 plan,
@@ -153,11 +151,8 @@ def _refitted(options: Prune, opened: Any, plan: Any) -> Any:
                 on_event=on_event,
                 stop=stop,
             )
-        except SweepStopped:
-            assert stop.number is not None
-            raise Interrupted(stop.number, resumes=True) from None
-        seconds = time.perf_counter() - started
-        on_event({**stage, "state": "done", "seconds": seconds, "text": refit_text(report)})
+            seconds = time.perf_counter() - started
+            on_event({**stage, "state": "done", "seconds": seconds, "text": refit_text(report)})
         for text in (*report.warnings, *left_out_lines(report)):
             display({"event": "note", "text": text})
     checks.require("sweep", [checks.finite(pruned, checks.random_images(pruned))])

@@ -23,19 +23,12 @@ def main(words: list[str]) -> int:
     if options is None:
         return 0
     from vitprune_fast.cli.display import Display
-    from vitprune_fast.cli.signals import Interrupted, Stopper
+    from vitprune_fast.cli.signals import stoppable
     from vitprune_fast.recipes.chain import RunStopped, run
 
-    stop = Stopper()
-    with Display(quiet=options.quiet) as display:
-
-        def on_event(event: dict) -> None:
-            stop.watch(event)
-            display(event)
-
-        try:
-            run(options, on_event=on_event, stop=stop, command=["vitprune-fast", "run", *words])
-        except RunStopped:
-            assert stop.number is not None
-            raise Interrupted(stop.number) from None
+    with (
+        Display(quiet=options.quiet) as display,
+        stoppable(display, RunStopped) as (on_event, stop),
+    ):
+        run(options, on_event=on_event, stop=stop, command=["vitprune-fast", "run", *words])
     return 0

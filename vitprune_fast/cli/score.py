@@ -39,7 +39,7 @@ def main(words: list[str]) -> int:
         return 0
     from vitprune_fast import files
     from vitprune_fast.cli.display import Display, print_assumptions, print_table, rate_text
-    from vitprune_fast.cli.signals import Interrupted, Stopper
+    from vitprune_fast.cli.signals import stoppable
     from vitprune_fast.errors import InvalidInput
     from vitprune_fast.recipes import stages
     from vitprune_fast.recipes.opened import open_both
@@ -54,28 +54,22 @@ def main(words: list[str]) -> int:
     opened = open_both(options.model, options.data, options.seed, options.device, options.threads)
     model = opened.model
     print_assumptions(opened.assumptions)
-    stop = Stopper()
-    with applied(opened.profile), Display() as display:
-
-        def on_event(event: dict) -> None:
-            stop.watch(event)
-            display(event)
-
-        display({"event": "stage", "stage": "score", "state": "start"})
+    with (
+        applied(opened.profile),
+        Display() as display,
+        stoppable(display, ScoringStopped) as (on_event, stop),
+    ):
+        on_event({"event": "stage", "stage": "score", "state": "start"})
         started = time.perf_counter()
-        try:
-            scores = stages.score(
-                model,
-                opened.data,
-                options.score,
-                opened.setting,
-                checkpoint=partial_of(options.out),
-                on_event=on_event,
-                stop=stop,
-            )
-        except ScoringStopped:
-            assert stop.number is not None
-            raise Interrupted(stop.number, resumes=True) from None
+        scores = stages.score(
+            model,
+            opened.data,
+            options.score,
+            opened.setting,
+            checkpoint=partial_of(options.out),
+            on_event=on_event,
+            stop=stop,
+        )
         seconds = time.perf_counter() - started
     files.make_folder(options.out.parent)
     if caveats(model).get("weights") == "random":

@@ -6,6 +6,8 @@ Training and the sweep finish their step and write a checkpoint; all else ends a
 from __future__ import annotations
 
 import signal
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from types import FrameType
 
 PATIENCE_S = 20.0
@@ -71,3 +73,30 @@ class Stopper:
 
     def _too_slow(self, number: int, frame: FrameType | None) -> None:
         raise Interrupted(self.number or number)
+
+
+@contextmanager
+def stoppable(
+    listener: Callable[[dict], None], stopped: type[Exception], *, resumes: bool = True
+) -> Iterator[tuple[Callable[[dict], None], Stopper]]:
+    """Lets signals end the work in the body with a checkpoint.
+
+    Args:
+        listener: hears every event of it.
+        stopped: what the work raises when it was told to stop.
+        resumes: a checkpoint is then written, from which the same command goes on.
+
+    Yields:
+        The work's `on_event` and its `stop`.
+    """
+    stop = Stopper()
+
+    def on_event(event: dict) -> None:
+        stop.watch(event)
+        listener(event)
+
+    try:
+        yield on_event, stop
+    except stopped:
+        assert stop.number is not None
+        raise Interrupted(stop.number, resumes=resumes) from None
