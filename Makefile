@@ -1,6 +1,6 @@
 # For everybody:  make prune   the environment, then the main job on the embedded digits
 #                 make test    the quick tests, no GPU needed
-# Developers:     make test-slow lint ext bench kernels gpu clean
+# Developers:     make test-slow lint ext bench kernels gpu-package gpu clean
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -10,7 +10,7 @@ WITH_TOOLKIT = CUDA_HOME="$$($(BIN)/python vitprune_fast/_toolkit.py)"; export C
 	if [ -z "$$CUDA_HOME" ]; then VITPRUNE_WITH_CUDA="$${VITPRUNE_WITH_CUDA:-0}"; export VITPRUNE_WITH_CUDA; fi;
 PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q
 
-.PHONY: prune test test-slow oldest lint ext bench kernels gpu clean
+.PHONY: prune test test-slow oldest lint ext bench kernels gpu gpu-package clean
 .DELETE_ON_ERROR:
 
 prune: $(VENV)/.package
@@ -43,9 +43,16 @@ bench: $(VENV)/.package
 kernels: $(VENV)/.package
 	$(BIN)/python -m tests.compiled
 
-# installs nothing: runs with the interpreter it is given, on a machine that has a GPU
+# both install nothing. gpu: with the interpreter PYTHON of a machine that has a GPU, first PART=1,
+# then what failed there again and the rest: PART=2 AGAIN=runs/gpu-1. gpu-package: native code for
+# that machine, whose Python is FOR, and a list of what to take along
+PART ?= 1
+FOR ?= $(BIN)/python
 gpu:
-	$(PYTHON) bench/run_gpu.py
+	$(PYTHON) bench/run_gpu.py --part $(PART) --out $(or $(OUT),runs/gpu-$(PART)) $(if $(AGAIN),--again $(AGAIN))
+
+gpu-package: $(VENV)/.package
+	$(BIN)/python -m bench.gpu_package --python $(FOR) $(if $(CANDIDATES),--candidates $(CANDIDATES))
 
 clean:
 	rm -rf build dist *.egg-info vitprune_fast/*.so .pytest_cache .ruff_cache .hypothesis

@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from bench import study
-from bench.conftest import check_same, keep_freed_memory, measure
+from bench.timing import check_same, keep_freed_memory, measure
 from vitprune_fast import ops
 
 ROUNDS = 10

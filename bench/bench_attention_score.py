@@ -9,7 +9,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from bench.shapes import VIT_BASE, VIT_TINY, Shape
+from bench.place import CPU, Place
+from bench.shapes import VIT_BASE, VIT_TINY
 from vitprune_fast import ops
 
 MODELS = {"ViT-Ti": VIT_TINY, "ViT-B": VIT_BASE}
@@ -35,15 +36,17 @@ def forms(qkv, grad, backend: ops.Backend):
     return {"vitprune": scored, "SDPA, (o * do).sum": sdpa}
 
 
-def race_one(race, model: str, shape: Shape, batch: int, dtype: str, device: str, backend):
+def run(race, place: Place, model: str, batch: int, dtype: str) -> None:
+    shape, batch = place.shape(MODELS[model]), place.batch(batch)
     sizes = (batch, shape.tokens, shape.heads, shape.head_dim)
-    qkv = torch.randn(batch, shape.tokens, 3, *sizes[2:], device=device).to(DTYPES[dtype])
-    grad = torch.randn(sizes, device=device).to(DTYPES[dtype])
+    element = place.dtype(DTYPES[dtype])
+    qkv = torch.randn(batch, shape.tokens, 3, *sizes[2:], device=place.device).to(element)
+    grad = torch.randn(sizes, device=place.device).to(element)
     race(
         "attention_score",
         f"{model} heads {sizes}, {dtype}, forward and backward",
-        forms(qkv, grad, backend),
-        device=device,
+        forms(qkv, grad, place.backend),
+        device=place.device,
         # q, k, v and out; then q, k, v, out, dout and their gradients
         bytes_moved=12 * grad.nbytes,
     )
@@ -52,11 +55,11 @@ def race_one(race, model: str, shape: Shape, batch: int, dtype: str, device: str
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("model", MODELS)
 def bench_attention_score_cpu(race, model, dtype):
-    race_one(race, model, MODELS[model], 4, dtype, "cpu", "cpu")
+    run(race, CPU, model, 4, dtype)
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("model", MODELS)
-def bench_attention_score_gpu(race, model, dtype):
-    race_one(race, model, MODELS[model], 256, dtype, "cuda", "triton")
+def bench_attention_score_gpu(race, gpu, model, dtype):
+    run(race, gpu, model, 256, dtype)

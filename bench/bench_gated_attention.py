@@ -7,14 +7,17 @@ that the live part of a result is a view.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
-from bench.shapes import VIT_BASE, VIT_BASE_384, Shape
+from bench.place import CPU, Place
+from bench.shapes import VIT_BASE, VIT_BASE_384
 from vitprune_fast import ops
 
 MODELS = {"ViT-B": VIT_BASE, "ViT-B/384": VIT_BASE_384}
@@ -31,9 +34,8 @@ def sdpa_times_gate(qkv, gate, attend=scaled_dot_product_attention):
     return (attend(q, k, v).transpose(1, 2) * gate[:, None]).to(qkv.dtype)
 
 
-def on_gpu_alone() -> dict[str, Callable]:
-    """Each of torch's kernels, its compiler, and FlexAttention."""
-    from torch.nn.attention.flex_attention import flex_attention
+def kernels_of_torch() -> dict[str, Callable]:
+    """Each of torch's fused kernels by its name."""
 
     def with_kernel(backend):
         def attend(q, k, v):
@@ -42,15 +44,23 @@ def on_gpu_alone() -> dict[str, Callable]:
 
         return lambda qkv, gate: sdpa_times_gate(qkv, gate, attend)
 
-    found = {f"SDPA {name} x gate": with_kernel(backend) for name, backend in PEERS.items()}
-    found["compiled SDPA x gate"] = torch.compile(sdpa_times_gate, dynamic=False)
-    found["compiled FlexAttention x gate"] = torch.compile(
-        lambda qkv, gate: sdpa_times_gate(qkv, gate, flex_attention), dynamic=False
-    )
-    return found
+    return {f"SDPA {name} x gate": with_kernel(backend) for name, backend in PEERS.items()}
 
 
-def forms(qkv, gate, grad, live: int, backend: ops.Backend) -> dict[str, Callable]:
+@functools.cache
+def compiled() -> dict[str, Callable]:
+    """What torch's compiler makes of it, and of FlexAttention: compiled once for all cases."""
+    from torch.nn.attention.flex_attention import flex_attention
+
+    return {
+        "compiled SDPA x gate": torch.compile(sdpa_times_gate, dynamic=False),
+        "compiled FlexAttention x gate": torch.compile(
+            lambda qkv, gate: sdpa_times_gate(qkv, gate, flex_attention), dynamic=False
+        ),
+    }
+
+
+def forms(qkv, gate, grad, live: int, place: Place) -> dict[str, Callable]:
     """Output of the live heads, gradient of qkv, and that of the live gates."""
     leaves = qkv.requires_grad_(), gate.requires_grad_()
     heads = range(live)
@@ -62,9 +72,11 @@ def forms(qkv, gate, grad, live: int, backend: ops.Backend) -> dict[str, Callabl
         return out.detach()[:, :, :live], dqkv, dgate[:live]
 
     def ours(qkv, gate):
-        return ops.gated_attention(qkv, gate, live_heads=heads, compact=True, backend=backend)
+        return ops.gated_attention(qkv, gate, live_heads=heads, compact=True, backend=place.backend)
 
-    peers = {"SDPA x gate": sdpa_times_gate, **(on_gpu_alone() if qkv.is_cuda else {})}
+    peers = {"SDPA x gate": sdpa_times_gate, **(kernels_of_torch() if qkv.is_cuda else {})}
+    if place.compiled:
+        peers = compiled()
     found: dict[str, Callable] = {"vitprune": lambda: call(ours)}
     for name, form in peers.items():
         try:
@@ -77,19 +89,21 @@ def forms(qkv, gate, grad, live: int, backend: ops.Backend) -> dict[str, Callabl
     return found
 
 
-def race_one(race, model: str, shape: Shape, batch: int, dead: float, dtype, device: str, backend):
+def run(race, place: Place, model: str, batch: int, dead: float, dtype: torch.dtype) -> None:
+    """One race with a share of the heads dead."""
+    shape, batch, dtype = place.shape(MODELS[model]), place.batch(batch), place.dtype(dtype)
     sizes = (batch, shape.tokens, shape.heads, shape.head_dim)
     live = round(shape.heads * (1 - dead))
-    qkv = torch.randn(batch, shape.tokens, 3, *sizes[2:], device=device, dtype=dtype)
-    grad = torch.randn(sizes, device=device, dtype=dtype)
-    gate = torch.linspace(0.5, 1.5, shape.heads, device=device)
+    qkv = torch.randn(batch, shape.tokens, 3, *sizes[2:], device=place.device, dtype=dtype)
+    grad = torch.randn(sizes, device=place.device, dtype=dtype)
+    gate = torch.linspace(0.5, 1.5, shape.heads, device=place.device)
     gate[live:] = 0
     race(
         "gated_attention",
         f"{model} heads {sizes}, {live} live, {str(dtype).removeprefix('torch.')}, "
         "forward and backward",
-        forms(qkv, gate, grad, live, backend),
-        device=device,
+        forms(qkv, gate, grad, live, place),
+        device=place.device,
         # of live heads: q, k, v and out; then q, k, v, out, dout and their gradients
         bytes_moved=12 * grad.nbytes * live // shape.heads,
     )
@@ -98,11 +112,11 @@ def race_one(race, model: str, shape: Shape, batch: int, dead: float, dtype, dev
 @pytest.mark.parametrize("dead", [0.0, 0.25, 0.5, 0.75])
 @pytest.mark.parametrize("model", ["ViT-B"])
 def bench_gated_attention_cpu(race, model, dead):
-    race_one(race, model, MODELS[model], 2, dead, torch.float32, "cpu", "auto")
+    run(race, replace(CPU, backend="auto"), model, 2, dead, torch.float32)
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("dead", [0.0, 0.25, 0.5, 0.75])
 @pytest.mark.parametrize(("model", "batch"), [("ViT-B", 256), ("ViT-B/384", 64)])
-def bench_gated_attention_gpu(race, model, batch, dead):
-    race_one(race, model, MODELS[model], batch, dead, torch.bfloat16, "cuda", "triton")
+def bench_gated_attention_gpu(race, gpu, model, batch, dead):
+    run(race, gpu, model, batch, dead, torch.bfloat16)

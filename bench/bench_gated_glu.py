@@ -6,19 +6,20 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+from bench.place import CPU, Place
+from bench.shapes import VIT_BASE_SWIGLU
 from vitprune_fast.ops import gated_glu_packed
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-# ViT-B with SwiGLU at 224 pixels, patch 16: two thirds of the usual hidden width
-TOKENS, HIDDEN = 197, 2048
 
 
-def run(race, batch: int, dtype: torch.dtype, device: str, backend) -> None:
+def run(race, place: Place, batch: int, dtype: torch.dtype) -> None:
     """One race of forward and backward, with the gradient of the gates."""
-    shape = (batch, TOKENS, HIDDEN)
-    x = torch.randn(batch, TOKENS, 2 * HIDDEN, device=device).to(dtype).requires_grad_()
-    grad = torch.randn(shape, device=device).to(dtype)
-    unit = torch.rand(HIDDEN, device=device).requires_grad_()
+    sizes, dtype = place.shape(VIT_BASE_SWIGLU), place.dtype(dtype)
+    shape = (place.batch(batch), sizes.tokens, sizes.hidden)
+    x = torch.randn(*shape[:2], 2 * sizes.hidden, device=place.device).to(dtype).requires_grad_()
+    grad = torch.randn(shape, device=place.device).to(dtype)
+    unit = torch.rand(sizes.hidden, device=place.device).requires_grad_()
 
     def plain(x, unit):
         gate, value = x.tensor_split(2, -1)
@@ -29,22 +30,23 @@ def run(race, batch: int, dtype: torch.dtype, device: str, backend) -> None:
         return out.detach(), *torch.autograd.grad(out, (x, unit), grad)
 
     def ours(x, unit):
-        return gated_glu_packed(x, unit, gate_last=False, backend=backend)
+        return gated_glu_packed(x, unit, gate_last=False, backend=place.backend)
 
-    forms = {"vitprune": lambda: there_and_back(ours), "plain torch": lambda: there_and_back(plain)}
-    if device == "cuda":
-        compiled = torch.compile(plain)
-        forms["torch.compile"] = lambda: there_and_back(compiled)
-    name = f"SwiGLU {shape}, packed, {str(dtype).removeprefix('torch.')}, forward and backward"
-    race("gated_glu", name, forms, device=device, bytes_moved=3 * x.nbytes + 2 * grad.nbytes)
+    name, peer = (
+        ("torch.compile", torch.compile(plain)) if place.compiled else ("plain torch", plain)
+    )
+    forms = {"vitprune": lambda: there_and_back(ours), name: lambda: there_and_back(peer)}
+    case = f"SwiGLU {shape}, packed, {str(dtype).removeprefix('torch.')}, forward and backward"
+    moved = 3 * x.nbytes + 2 * grad.nbytes
+    race("gated_glu", case, forms, device=place.device, bytes_moved=moved)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def bench_gated_glu_cpu(race, dtype):
-    run(race, 4, DTYPES[dtype], "cpu", "cpu")
+    run(race, CPU, 4, DTYPES[dtype])
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", DTYPES)
-def bench_gated_glu_gpu(race, dtype):
-    run(race, 256, DTYPES[dtype], "cuda", "triton")
+def bench_gated_glu_gpu(race, gpu, dtype):
+    run(race, gpu, 256, DTYPES[dtype])

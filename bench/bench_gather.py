@@ -11,6 +11,7 @@ import torch
 
 from bench.conftest import note_memory
 from bench.peak_memory import peak_of_prune
+from bench.place import CPU, Place
 from bench.shapes import VIT_BASE
 from vitprune_fast import ops
 from vitprune_fast.planning import Plan
@@ -95,9 +96,10 @@ def bench_gather_rows_and_columns(race):
     )
 
 
-def half_of_vit_base(device: str) -> tuple[Any, Compaction]:
+def half_of_vit_base(place: Place) -> tuple[Any, Compaction]:
     """A ViT-B and the compaction to a random half of its heads and neurons."""
-    model = timm.create_model("vit_base_patch16_224").to(device).requires_grad_(False)
+    model = timm.create_model("vit_base_patch16_224", **place.smaller).to(place.device)
+    model.requires_grad_(False)
     structure = describe(model)
     axes = [axis for kind in ("head", "neuron") for axis in structure.units(kind)]
     plan = Plan.of(structure, {axis.name: half(axis.size).tolist() for axis in axes})
@@ -117,8 +119,9 @@ def one_by_one(sources, selections, out, cast: bool):
     return out
 
 
-def compaction_case(race, device: str, copies: int, dtype: torch.dtype | None) -> None:
-    model, compaction = half_of_vit_base(device)
+def compaction_case(race, place: Place, copies: int, dtype: torch.dtype | None) -> None:
+    device = place.device
+    model, compaction = half_of_vit_base(place)
     named = [(n, p) for n, p in model.named_parameters() for _ in range(copies)]
     entries = [compaction.entry(name) for name, _ in named]
     table = compaction.table
@@ -156,12 +159,12 @@ def compaction_case(race, device: str, copies: int, dtype: torch.dtype | None) -
 
 @pytest.mark.timeout(600)
 def bench_gather_all_with_state(race):
-    compaction_case(race, "cpu", 4, None)
+    compaction_case(race, CPU, 4, None)
 
 
 @pytest.mark.timeout(600)
 def bench_gather_all_cast(race):
-    compaction_case(race, "cpu", 1, torch.bfloat16)
+    compaction_case(race, CPU, 1, torch.bfloat16)
 
 
 def bench_gather_memory_of_prune(request):
@@ -172,5 +175,5 @@ def bench_gather_memory_of_prune(request):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize(("copies", "dtype"), [(3, None), (4, None), (1, torch.bfloat16)])
-def bench_gather_all_gpu(race, copies, dtype):
-    compaction_case(race, "cuda", copies, dtype)
+def bench_gather_all_gpu(race, gpu, copies, dtype):
+    compaction_case(race, gpu, copies, dtype)

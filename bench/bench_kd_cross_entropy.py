@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch.nn import functional as F
 
+from bench.place import CPU, Place
 from vitprune_fast.ops import kd_cross_entropy
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -14,15 +17,16 @@ CLASSES = {"1000": 1000, "21841": 21841}
 ALPHA, TEMPERATURE, SMOOTHING = 0.5, 2.0, 0.1
 
 
-def run(race, batch: int, classes: int, dtype: torch.dtype, device: str, backend) -> None:
+def run(race, place: Place, batch: int, classes: int, dtype: torch.dtype) -> None:
     """One race: the loss and the gradient of the student's logits."""
+    batch, dtype, device = place.batch(batch), place.dtype(dtype), place.device
     student, teacher = (3 * torch.randn(batch, classes, device=device).to(dtype) for _ in range(2))
     labels = torch.randint(classes, (batch,), device=device)
     student.requires_grad_()
 
     def ours():
         result = kd_cross_entropy(
-            student, teacher, labels, ALPHA, TEMPERATURE, SMOOTHING, backend=backend
+            student, teacher, labels, ALPHA, TEMPERATURE, SMOOTHING, backend=place.backend
         )
         return result.loss.detach(), torch.autograd.grad(result.loss, student)[0]
 
@@ -37,20 +41,22 @@ def run(race, batch: int, classes: int, dtype: torch.dtype, device: str, backend
         loss = forward(student, teacher, labels)
         return loss.detach(), torch.autograd.grad(loss, student)[0]
 
-    forms = {"vitprune": ours, "cross_entropy and kl_div": plainly}
-    if device == "cuda":
+    forms = {"vitprune": ours}
+    if place.compiled:
         compiled = torch.compile(forward)
         forms["torch.compile"] = lambda: plainly(compiled)
+    else:
+        forms["cross_entropy and kl_div"] = plainly
     name = f"forward and backward ({batch}, {classes}), {str(dtype).removeprefix('torch.')}"
     race("kd_cross_entropy", name, forms, device=device, bytes_moved=3 * student.nbytes)
 
 
 def bench_kd_cross_entropy_cpu(race):
-    run(race, 256, 1000, torch.float32, "cpu", "auto")
+    run(race, replace(CPU, backend="auto"), 256, 1000, torch.float32)
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("classes", CLASSES)
-def bench_kd_cross_entropy_gpu(race, classes, dtype):
-    run(race, 256, CLASSES[classes], DTYPES[dtype], "cuda", "triton")
+def bench_kd_cross_entropy_gpu(race, gpu, classes, dtype):
+    run(race, gpu, 256, CLASSES[classes], DTYPES[dtype])

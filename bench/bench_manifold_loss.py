@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from bench.conftest import keep_freed_memory, note_memory
-from bench.peak_memory import peak_of_manifold
+from bench.conftest import note_memory
+from bench.peak_memory import peak_of, peak_of_manifold
+from bench.place import CPU, Place
+from bench.shapes import VIT_BASE
+from bench.timing import keep_freed_memory
 from vitprune_fast.distill.losses import manifold_full
 from vitprune_fast.ops import manifold_loss
 
-# DeiT-Ti of ViT-S or CaiT-S24, and a ViT-B of another, at 224 pixels
-TOKENS, TINY, SMALL, BASE = 196, 192, 384, 768
+# DeiT-Ti of ViT-S or CaiT-S24 at 224 pixels
+TOKENS, TINY, SMALL = 196, 192, 384
 
 
 def written_out(student: Tensor, teacher: Tensor) -> Tensor:
@@ -32,10 +36,9 @@ def both(loss: Callable[[Tensor, Tensor], Tensor], student: Tensor, teacher: Ten
     return value.detach(), gradient
 
 
-def states(batch: int, width: int, teacher_width: int, dtype: torch.dtype, device: str):
+def states(shapes: list[tuple[int, ...]], dtype: torch.dtype, device: str):
     """Of a student, which needs a gradient, and a teacher."""
-    widths = width, teacher_width
-    student, teacher = (torch.randn(batch, TOKENS, w, device=device).to(dtype) for w in widths)
+    student, teacher = (torch.randn(shape, device=device).to(dtype) for shape in shapes)
     return student.requires_grad_(), teacher
 
 
@@ -46,7 +49,7 @@ KEPT = {"as glibc has it": 2**25, "memory kept": 2**30}
 
 @pytest.mark.parametrize("memory", KEPT)
 def bench_manifold_full_cpu(race, memory):
-    student, teacher = states(32, TINY, SMALL, torch.float32, "cpu")
+    student, teacher = states([(32, TOKENS, TINY), (32, TOKENS, SMALL)], torch.float32, "cpu")
     forms = {
         "vitprune": lambda: both(manifold_full, student, teacher),
         "all similarities": lambda: both(
@@ -65,44 +68,52 @@ def bench_manifold_full_cpu(race, memory):
 
 @pytest.mark.parametrize("kind", ["intra", "inter"])
 def bench_manifold_loss_cpu(race, kind):
-    run(race, kind, states(32, TINY, SMALL, torch.float32, "cpu"), "auto")
+    place = replace(CPU, backend="auto")
+    run(race, place, kind, states([(32, TOKENS, TINY), (32, TOKENS, SMALL)], torch.float32, "cpu"))
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("kind", ["intra", "inter"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=["bf16", "fp32-autocast"])
-def bench_manifold_loss_gpu(race, kind, dtype):
-    run(race, kind, states(256, BASE, BASE, dtype, "cuda"), "triton")
+def bench_manifold_loss_gpu(race, gpu, kind, dtype):
+    run(race, gpu, kind, states_of(gpu, dtype))
 
 
-def run(race, kind: str, tensors: tuple[Tensor, Tensor], backend) -> None:
+def states_of(place: Place, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Of two ViT-B."""
+    sizes = place.shape(VIT_BASE)
+    # without the class token
+    shape = place.batch(256), sizes.tokens - 1, sizes.width
+    return states([shape, shape], place.dtype(dtype), place.device)
+
+
+def run(race, place: Place, kind: str, tensors: tuple[Tensor, Tensor]) -> None:
     """One race, on a GPU with products in bf16, as autocast has them."""
     student, teacher = tensors
-    device = student.device.type
-    operand = torch.bfloat16 if device == "cuda" else None
+    operand = torch.bfloat16 if place.device == "cuda" else None
     order = (1, 0, 2) if kind == "inter" else (0, 1, 2)
 
     def ours(s, t):
         sets = s.permute(order), t.permute(order)
-        return manifold_loss(*sets, operand_dtype=operand, backend=backend)
+        return manifold_loss(*sets, operand_dtype=operand, backend=place.backend)
 
     def plainly(s, t):
-        with torch.autocast(device, torch.bfloat16, enabled=operand is not None):
+        with torch.autocast(place.device, torch.bfloat16, enabled=operand is not None):
             return written_out(s.permute(order), t.permute(order))
 
+    name, peer = "similarities in memory", plainly
+    if place.compiled:
+        name, peer = "torch.compile", torch.compile(plainly)
     forms = {
         "vitprune": lambda: both(ours, student, teacher),
-        "similarities in memory": lambda: both(plainly, student, teacher),
+        name: lambda: both(peer, student, teacher),
     }
-    if device == "cuda":
-        compiled = torch.compile(plainly)
-        forms["torch.compile"] = lambda: both(compiled, student, teacher)
     shape = tuple(student.shape[:2])
-    name = f"{kind} {shape}, {student.shape[2]} and {teacher.shape[2]}, " + (
+    case = f"{kind} {shape}, {student.shape[2]} and {teacher.shape[2]}, " + (
         str(student.dtype).removeprefix("torch.") + (", autocast" if operand else "")
     )
     moved = 2 * student.nbytes + teacher.nbytes
-    race("manifold_loss", name, forms, device=device, bytes_moved=moved)
+    race("manifold_loss", case, forms, device=place.device, bytes_moved=moved)
 
 
 @pytest.mark.parametrize("kind", ["intra", "full"])
@@ -115,18 +126,18 @@ def bench_manifold_memory(request, kind):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("kind", ["intra", "inter"])
-def bench_manifold_memory_gpu(request, kind):
-    student, teacher = states(256, BASE, BASE, torch.bfloat16, "cuda")
+def bench_manifold_memory_gpu(request, gpu, kind):
+    student, teacher = states_of(gpu, torch.bfloat16)
     swap = kind == "inter"
 
-    def peak(loss) -> int:
-        torch.cuda.synchronize()
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
+    def step(loss) -> None:
         s, t = (x.transpose(0, 1) if swap else x for x in (student, teacher))
-        with torch.autocast("cuda", torch.bfloat16):
+        with torch.autocast(gpu.device, torch.bfloat16, enabled=gpu.device == "cuda"):
             torch.autograd.grad(loss(s, t), student)
-        return torch.cuda.max_memory_allocated() - before
 
-    found = {"vitprune": peak(manifold_loss), "materialised": peak(written_out)}
-    note_memory(request.config, f"manifold {kind}, batch 256, {BASE}, bf16", "cuda", found)
+    found = {
+        "vitprune": peak_of(lambda: step(manifold_loss), gpu.device),
+        "materialised": peak_of(lambda: step(written_out), gpu.device),
+    }
+    case = f"manifold {kind}, {tuple(student.shape)}, {str(student.dtype).removeprefix('torch.')}"
+    note_memory(request.config, case, gpu.device, found)

@@ -13,7 +13,8 @@ import timm
 import torch
 from torch.nn.functional import cross_entropy
 
-from bench.conftest import measure, note_race
+from bench.conftest import note_race
+from bench.timing import measure
 from vitprune_fast import SoftCompaction
 from vitprune_fast.planning import Plan, predict_cost
 from vitprune_fast.scoring.race import Entry

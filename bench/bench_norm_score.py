@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from bench.place import CPU, Place
 from bench.shapes import VIT_BASE
 from vitprune_fast import ops
-from vitprune_fast.ops import Backend
 from vitprune_fast.reference.norm_score import norm_score as plain
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -34,44 +34,41 @@ def torch_then_score(x: Tensor, grad_y: Tensor, weight: Tensor, bias: Tensor):
     return backward
 
 
-def forms(shape: tuple[int, int, int], dtype: torch.dtype, device: str, backend: Backend) -> dict:
+def forms(shape: tuple[int, int, int], dtype: torch.dtype, place: Place) -> dict:
     """Ours, and what one would write without us, accumulating in fp32 as ours does."""
-    x, grad_y = (torch.randn(shape, device=device).to(dtype) for _ in range(2))
-    weight, bias = (torch.randn(shape[2], device=device).to(dtype) for _ in range(2))
+    x, grad_y = (torch.randn(shape, device=place.device).to(dtype) for _ in range(2))
+    weight, bias = (torch.randn(shape[2], device=place.device).to(dtype) for _ in range(2))
     tensors = (x, grad_y, weight, bias)
-    found = {
-        "vitprune": lambda: ops.norm_score(*tensors, EPS, backend=backend),
+    found = {"vitprune": lambda: ops.norm_score(*tensors, EPS, backend=place.backend)}
+    if place.compiled:
+        compiled = torch.compile(plain)
+        return {**found, "torch.compile": lambda: compiled(*tensors, EPS)}
+    return {
+        **found,
         "torch's backward, then the score": torch_then_score(*tensors),
         "plain torch": lambda: plain(*tensors, EPS),
     }
-    if backend == "triton":
-        compiled = torch.compile(plain)
-        found["torch.compile"] = lambda: compiled(*tensors, EPS)
-    return found
+
+
+def run(race, place: Place, batch: int, dtype: str) -> None:
+    """One race of a LayerNorm."""
+    sizes, element = place.shape(VIT_BASE), place.dtype(DTYPES[dtype])
+    shape = (place.batch(batch), sizes.tokens, sizes.width)
+    race(
+        "norm_score",
+        f"ViT-B LayerNorm {shape}, {dtype}",
+        forms(shape, element, place),
+        device=place.device,
+        bytes_moved=3 * element.itemsize * shape[0] * shape[1] * shape[2],
+    )
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def bench_norm_score_cpu(race, dtype):
-    shape = (4, VIT_BASE.tokens, VIT_BASE.width)
-    itemsize = DTYPES[dtype].itemsize
-    race(
-        "norm_score",
-        f"ViT-B LayerNorm {shape}, {dtype}",
-        forms(shape, DTYPES[dtype], "cpu", "cpu"),
-        device="cpu",
-        bytes_moved=3 * itemsize * shape[0] * shape[1] * shape[2],
-    )
+    run(race, CPU, 4, dtype)
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", DTYPES)
-def bench_norm_score_gpu(race, dtype):
-    shape = (256, VIT_BASE.tokens, VIT_BASE.width)
-    itemsize = DTYPES[dtype].itemsize
-    race(
-        "norm_score",
-        f"ViT-B LayerNorm {shape}, {dtype}",
-        forms(shape, DTYPES[dtype], "cuda", "triton"),
-        device="cuda",
-        bytes_moved=3 * itemsize * shape[0] * shape[1] * shape[2],
-    )
+def bench_norm_score_gpu(race, gpu, dtype):
+    run(race, gpu, 256, dtype)

@@ -10,8 +10,22 @@ import timm
 import torch
 
 from bench.conftest import note_memory, note_race
-from bench.peak_memory import peak
-from vitprune_fast.scoring.race import ALL_KINDS, BARE, FISHER, FORMS, FULL, HESSIAN, HOOKS, race
+from bench.peak_memory import peak, peak_of
+from vitprune_fast import describe, score
+from vitprune_fast.scoring.race import (
+    ALL_KINDS,
+    BARE,
+    COMPILED,
+    FISHER,
+    FORMS,
+    FULL,
+    GATES,
+    GRAPHED,
+    HESSIAN,
+    HOOKS,
+    full,
+    race,
+)
 
 # forms per case: a per-sample loop over a large model says nothing that a small one does not
 CPU_CASES = {
@@ -19,19 +33,20 @@ CPU_CASES = {
     "deit_tiny_patch16_224, batch 64": (64, (HESSIAN,)),
     "vit_base_patch16_224, batch 4": (4, (ALL_KINDS, FISHER, BARE, HOOKS, FULL)),
 }
+MOST = (ALL_KINDS, GRAPHED, BARE, HOOKS, GATES, FULL)
 GPU_CASES = {
-    "deit_tiny_patch16_224, batch 256": (256, (ALL_KINDS, FISHER, BARE, HOOKS, FULL)),
-    "deit_small_patch16_224, batch 256": (256, (ALL_KINDS, FISHER, BARE, HOOKS, FULL)),
-    "vit_base_patch16_224, batch 64": (64, FORMS),
-    "vit_base_patch16_224, batch 256": (256, FORMS),
-    "vit_large_patch16_224, batch 256": (256, (ALL_KINDS, BARE, HOOKS, FULL)),
+    "vit_base_patch16_224": (256, (*MOST, FISHER, HESSIAN)),
+    "vit_large_patch16_224": (128, MOST),
+    "deit_small_patch16_224": (256, MOST),
+    "deit_tiny_patch16_224": (256, (*MOST, HESSIAN)),
 }
 
 
-def problem(case: str, batch: int, device: str, dtype: torch.dtype):
+def problem(name: str, batch: int, device: str, dtype: torch.dtype, **sizes: int):
+    """A model of timm with images and labels."""
     torch.manual_seed(0)
-    model: Any = timm.create_model(case.partition(",")[0]).to(device, dtype).eval()
-    images = torch.randn(batch, 3, 224, 224).to(device, dtype)
+    model: Any = timm.create_model(name, **sizes).to(device, dtype).eval()
+    images = torch.randn(batch, *describe(model).input_size).to(device, dtype)
     return model, images, torch.randint(model.num_classes, (batch,)).to(device)
 
 
@@ -39,17 +54,30 @@ def problem(case: str, batch: int, device: str, dtype: torch.dtype):
 @pytest.mark.timeout(1200)
 def bench_scoring_cpu(request, case):
     batch, forms = CPU_CASES[case]
-    entries = race(*problem(case, batch, "cpu", torch.float32), rounds=10, forms=forms)
+    model = case.partition(",")[0]
+    entries = race(*problem(model, batch, "cpu", torch.float32), rounds=10, forms=forms)
     note_race(request.config, f"{case}, fp32", "cpu", [asdict(entry) for entry in entries])
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("case", GPU_CASES)
-@pytest.mark.timeout(1200)
-def bench_scoring_gpu(request, case):
-    batch, forms = GPU_CASES[case]
-    entries = race(*problem(case, batch, "cuda", torch.bfloat16), rounds=20, forms=forms)
-    note_race(request.config, f"{case}, bf16", "cuda", [asdict(entry) for entry in entries])
+@pytest.mark.parametrize("name", GPU_CASES)
+def bench_scoring_gpu(request, gpu, name):
+    batch, forms = GPU_CASES[name]
+    batch, dtype = gpu.batch(batch), gpu.dtype(torch.bfloat16)
+    model, images, labels = problem(name, batch, gpu.device, dtype, **gpu.smaller)
+    rounds = 1 if gpu.tiny else 6
+    forms = (COMPILED,) if gpu.compiled else forms
+    entries = race(model, images, labels, rounds=rounds, forms=forms)
+    case = f"{name}, batch {batch}, {str(dtype).removeprefix('torch.')}"
+    note_race(request.config, case, gpu.device, [asdict(entry) for entry in entries])
+    batches = [(images, labels)] * 2
+    found = {
+        "score": peak_of(lambda: score(model, batches), gpu.device),
+        "full": peak_of(lambda: full(model, images, labels), gpu.device),
+        "gradients": sum(p.nbytes for p in model.parameters()),
+    }
+    model.zero_grad(set_to_none=True)
+    note_memory(request.config, case, gpu.device, found)
 
 
 @pytest.mark.parametrize(

@@ -5,14 +5,15 @@ from __future__ import annotations
 import pytest
 import torch
 
+from bench.place import CPU, Place
 from bench.shapes import VIT_BASE
 from vitprune_fast import ops
 
-UNITS = {"neurons": (VIT_BASE.hidden, 1), "heads": (VIT_BASE.width, VIT_BASE.head_dim)}
+UNITS = ("neurons", "heads")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
-def forms(activation, gradient, group_size, backend):
+def forms(activation, gradient, group_size: int, place: Place) -> dict:
     """Ours, and what one would write without us, accumulating in fp32 as ours does."""
 
     def product_then_sum():
@@ -23,42 +24,37 @@ def forms(activation, gradient, group_size, backend):
         a, g = (x.float().unflatten(2, (-1, group_size)) for x in (activation, gradient))
         return torch.einsum("bnuk,bnuk->bu", a, g)
 
-    found = {
-        "vitprune": lambda: ops.taylor_score(activation, gradient, group_size, backend=backend),
-        "(a * g).sum": product_then_sum,
-        "einsum": einsum,
-    }
-    if backend == "triton":
-        found["torch.compile"] = torch.compile(product_then_sum)
-    return found
+    def ours():
+        return ops.taylor_score(activation, gradient, group_size, backend=place.backend)
+
+    if place.compiled:
+        return {"vitprune": ours, "torch.compile": torch.compile(product_then_sum)}
+    return {"vitprune": ours, "(a * g).sum": product_then_sum, "einsum": einsum}
+
+
+def run(race, place: Place, units: str, batch: int, dtype: str) -> None:
+    """One race of a layer's neurons or heads."""
+    sizes, element = place.shape(VIT_BASE), place.dtype(DTYPES[dtype])
+    columns, group = (sizes.hidden, 1) if units == "neurons" else (sizes.width, sizes.head_dim)
+    shape = (place.batch(batch), sizes.tokens, columns)
+    tensors = [torch.randn(shape, device=place.device).to(element) for _ in range(2)]
+    race(
+        "taylor_score",
+        f"ViT-B {units} {shape}, {dtype}",
+        forms(*tensors, group, place),
+        device=place.device,
+        bytes_moved=2 * tensors[0].nbytes,
+    )
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("units", UNITS)
 def bench_taylor_score_cpu(race, units, dtype):
-    columns, group_size = UNITS[units]
-    shape = (4, VIT_BASE.tokens, columns)
-    activation, gradient = (torch.randn(shape).to(DTYPES[dtype]) for _ in range(2))
-    race(
-        "taylor_score",
-        f"ViT-B {units} {shape}, {dtype}",
-        forms(activation, gradient, group_size, "cpu"),
-        device="cpu",
-        bytes_moved=2 * activation.nbytes,
-    )
+    run(race, CPU, units, 4, dtype)
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("units", UNITS)
-def bench_taylor_score_gpu(race, units, dtype):
-    columns, group_size = UNITS[units]
-    shape = (256, VIT_BASE.tokens, columns)
-    activation, gradient = (torch.randn(shape, device="cuda").to(DTYPES[dtype]) for _ in range(2))
-    race(
-        "taylor_score",
-        f"ViT-B {units} {shape}, {dtype}",
-        forms(activation, gradient, group_size, "triton"),
-        device="cuda",
-        bytes_moved=2 * activation.nbytes,
-    )
+def bench_taylor_score_gpu(race, gpu, units, dtype):
+    run(race, gpu, units, 256, dtype)

@@ -1,13 +1,13 @@
 """Races between forms of one op: interleaved, checked equal first, written as JSON.
 
-On a CPU: time of one thread on the processor, so that a busy machine does not count. On a GPU:
-time between events on the stream. What is stated is the minimum; median and spread show the noise.
-The limit is a plain copy that moves as many bytes, raced beside the forms in the same process.
+On a CPU: time of one thread on the processor, so that a busy machine does not count. On a GPU: time
+on the stream of calls that are replayed from a graph, and by itself what the host needs for one
+call. What is stated is the minimum; median and spread show the noise. The limit is a plain copy
+that moves as many bytes, raced beside the forms in the same process.
 """
 
 from __future__ import annotations
 
-import ctypes
 import datetime
 import json
 import os
@@ -17,48 +17,63 @@ import re
 import shlex
 import statistics
 import subprocess
-import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 
+from bench import lines, report_lines
+from bench.place import Place, on_gpu
+from bench.timing import (
+    calls_in_a_graph,
+    captured,
+    check_same,
+    host_seconds,
+    keep_freed_memory,
+    measure,
+    tensors,
+)
 from vitprune_fast import __version__
 from vitprune_fast.doctor import doctor
 
-ROUNDS = 30
+ROUNDS = {"cpu": 30, "cuda": 12}
 # one measurement repeats the call until it takes about this long
 MEASUREMENT_S = 4e-3
 HERE = Path(__file__).parent
-RECORDS = pytest.StashKey[list]()
-# races of whole scoring steps and of training steps, and the memory of one
-SCORING = pytest.StashKey[list]()
-TRAINING = pytest.StashKey[list]()
-MEMORY = pytest.StashKey[list]()
+# what was found so far, by the names of lists in a results file
+FOUND = pytest.StashKey[dict[str, list]]()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--json", type=Path, help="where results go (bench/results/<month>_<device>)")
-
-
-def keep_freed_memory(up_to: int = 2**30) -> None:
-    """Have glibc keep what was freed, as it does in the long run of a training.
-
-    Else results of some megabytes are given back and asked for anew at every call, or not, by
-    chance of what lies beside them, and page faults are what is measured.
-    """
-    libc = ctypes.CDLL(None)
-    if hasattr(libc, "mallopt"):
-        trim_threshold, mmap_threshold = -1, -3
-        libc.mallopt(trim_threshold, 2**31 - 1)
-        libc.mallopt(mmap_threshold, up_to)
+    parser.addoption("--lines", type=Path, help="add each finding to this file, and write no other")
+    parser.addoption("--tiny", action="store_true", help="the smallest sizes, on a CPU too")
+    parser.addoption("--compiled", action="store_true", help="race against torch.compile")
 
 
 def pytest_configure(config: pytest.Config) -> None:
     keep_freed_memory()
-    for key in (RECORDS, SCORING, TRAINING, MEMORY):
-        config.stash[key] = []
+    if path := config.getoption("--lines"):
+        config.pluginmanager.register(report_lines.Lines(path))
+    config.stash[FOUND] = {name: [] for name in lines.LISTS.values()}
+
+
+@pytest.fixture
+def gpu(request: pytest.FixtureRequest) -> Place:
+    """Where what is marked gpu runs."""
+    option = request.config.getoption
+    return on_gpu(option("--tiny"), option("--compiled"))
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_runtest_teardown() -> None:
+    """End the run when a kernel broke the device: nothing after it could be measured."""
+    if torch.cuda.is_initialized():
+        try:
+            torch.cuda.synchronize()
+        except RuntimeError as error:
+            pytest.exit(f"the GPU cannot be used any more: {error}", returncode=3)
 
 
 def device_name(device: str) -> str:
@@ -74,20 +89,18 @@ def commit() -> str:
         result = subprocess.run(["git", *words], cwd=HERE, capture_output=True, text=True)
         return result.stdout.strip()
 
-    changed = git("status", "--porcelain", "--untracked-files=no", "--", ":/", ":!results")
-    return (git("rev-parse", "--short", "HEAD") or "unknown") + ("-dirty" if changed else "")
+    try:
+        changed = git("status", "--porcelain", "--untracked-files=no", "--", ":/", ":!results")
+        return (git("rev-parse", "--short", "HEAD") or "unknown") + ("-dirty" if changed else "")
+    except OSError:
+        return "unknown"
 
 
-def write(config: pytest.Config, device: str) -> None:
-    """Write all records so far; after every case, so an interrupted run keeps its results."""
-    now = datetime.datetime.now(datetime.timezone.utc)
-    path = config.getoption("--json") or (
-        HERE / "results" / f"{now:%Y%m}_{device_name(device)}.json"
-    )
+def facts(device: str) -> dict:
+    """What a results file says of the machine and the code."""
     report = doctor()
-    content = {
-        "command": "python -m pytest " + shlex.join(config.invocation_params.args),
-        "date": f"{now:%Y-%m-%d}",
+    return {
+        "date": f"{datetime.datetime.now(datetime.timezone.utc):%Y-%m-%d}",
         "commit": commit(),
         "device": report.devices["cuda:0" if device == "cuda" else "cpu"],
         "instructions": report.native.get("built with cpu_instructions", "unknown"),
@@ -95,86 +108,93 @@ def write(config: pytest.Config, device: str) -> None:
         "system": platform.system(),
         # above the number of cores the caches were shared with others
         "load_average": round(os.getloadavg()[0], 1),
-        "records": config.stash[RECORDS],
-        "scoring": config.stash[SCORING],
-        "training": config.stash[TRAINING],
-        "memory": config.stash[MEMORY],
     }
+
+
+def note(config: pytest.Config, kind: str, finding: dict) -> None:
+    """Keep one finding at once, so that an interrupted run keeps its results.
+
+    Args:
+        config: of the run.
+        kind: one of :data:`bench.lines.LISTS`.
+        finding: has the name of its ``device``.
+    """
+    config.stash[FOUND][lines.LISTS[kind]].append(finding)
+    if config.getoption("--lines"):
+        lines.append(config.getoption("--lines"), kind, finding)
+        return
+    found = facts(finding["device"])
+    month = found["date"][:7].replace("-", "")
+    path = config.getoption("--json") or (
+        HERE / "results" / f"{month}_{device_name(finding['device'])}.json"
+    )
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(content, indent=1) + "\n")
+    command = "python -m pytest " + shlex.join(config.invocation_params.args)
+    lines.replace(path, {"command": command, **found, **config.stash[FOUND]})
 
 
 def note_race(
     config: pytest.Config, case: str, device: str, entries: list[dict], kind: str = "scoring"
 ) -> None:
     """Record the race of whole ``scoring`` or ``training`` steps."""
-    stash = {"scoring": SCORING, "training": TRAINING}[kind]
-    config.stash[stash].append({"case": case, "device": device, "entries": entries})
+    note(config, kind, {"case": case, "device": device, "entries": entries})
     for entry in entries:
         print(f"{case} {entry['name']}: {entry['seconds'] * 1e3:.1f} ms")
-    write(config, device)
 
 
 def note_memory(config: pytest.Config, case: str, device: str, found: dict[str, int]) -> None:
     """Record bytes of peak memory, by what needed them."""
-    config.stash[MEMORY].append({"case": case, "device": device, **found})
+    note(config, "memory", {"case": case, "device": device, **found})
     print(case, found)
-    write(config, device)
 
 
-def measure(call: Callable, device: str, repeats: int) -> float:
-    """Seconds of one call, from `repeats` of them."""
-    if device == "cuda":
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        for _ in range(repeats):
-            call()
-        end.record()
+def note_stages(config: pytest.Config, case: str, device: str, seconds: dict[str, float]) -> None:
+    """Record wall seconds of stages, by their names."""
+    note(config, "stages", {"case": case, "device": device, "seconds": seconds})
+    print(case, json.dumps(seconds))
+
+
+def timed(call: Callable, device: str) -> tuple[Callable, int, dict]:
+    """What to time for a call, how many calls that is, and what to say about it."""
+    if device != "cuda":
+        return call, 1, {}
+    facts = {"host_us": round(host_seconds(call) * 1e6, 1)}
+    number = calls_in_a_graph(measure(call, device, 3))
+    try:
+        return captured(call, number), number, {**facts, "timed": "replays of a graph"}
+    except RuntimeError as error:
         torch.cuda.synchronize()
-        return start.elapsed_time(end) / 1e3 / repeats
-    start = time.thread_time()
-    for _ in range(repeats):
-        call()
-    return (time.thread_time() - start) / repeats
-
-
-# how far forms may differ, as a share of the largest number: rounding of the shortest dtype among
-# the results, and for fp32 of sums over a few thousand products
-TOLERANCES = {torch.float64: 1e-10, torch.float32: 1e-4, torch.float16: 4e-3, torch.bfloat16: 3e-2}
-
-
-def tensors(result: torch.Tensor | Iterable[torch.Tensor | None]) -> list[torch.Tensor]:
-    """The tensors of a result that is one of them, or several with None for what is not made."""
-    if isinstance(result, torch.Tensor):
-        return [result]
-    return [tensor for tensor in result if tensor is not None]
-
-
-def check_same(label: str, ours: list[torch.Tensor], others: list[torch.Tensor], exact: bool):
-    """Fail, saying where, unless two forms have the same result."""
-    if len(ours) != len(others):
-        raise AssertionError(f"{label} must have {len(ours)} results like ours, got {len(others)}")
-    tolerance = 0.0 if exact else max(TOLERANCES[our.dtype] for our in ours)
-    for number, (our, other) in enumerate(zip(ours, others, strict=True)):
-        if our.shape != other.shape:
-            shapes = f"{tuple(our.shape)} like ours, got {tuple(other.shape)}"
-            raise AssertionError(f"{label} must have result {number} of shape {shapes}")
-        wanted, got = our.double(), other.double()
-        limit = tolerance * wanted.abs().max().item()
-        error = (got - wanted).abs().max().item()
-        # also false for NaN
-        if not error <= limit:
-            raise AssertionError(
-                f"{label} must have result {number} within {limit:.2e} of ours, got {error:.2e}"
-            )
+        print(f"cannot be captured: {str(error).splitlines()[0]}")
+        return call, 1, {**facts, "timed": "calls of the host"}
 
 
 @pytest.fixture
 def race(request: pytest.FixtureRequest):
     """Function that checks, times and records the forms of one op; the first is ours.
 
-    With ``exact`` the results must be equal, else within the rounding of their dtype.
+    With ``exact`` the results must be equal, else within the rounding of their dtype. A form that
+    has another result is recorded as one that disagrees, and not timed; when no other form is like
+    ours, nothing is timed and the race fails.
     """
+    tiny = request.config.getoption("--tiny")
+
+    def agreeing(op: str, case: str, forms: dict[str, Callable], device: str, exact: bool):
+        """The forms with our result; what the others have is recorded."""
+        (name, ours), *others = forms.items()
+        wanted = tensors(ours())
+        found, complaints = {name: ours}, []
+        for name, other in others:
+            try:
+                check_same(f"{op}: form {name!r} of case {case!r}", wanted, tensors(other()), exact)
+            except AssertionError as error:
+                record = {"op": op, "case": case, "form": name, "device": device}
+                note(request.config, "record", {**record, "disagrees": str(error)})
+                complaints.append(str(error))
+            else:
+                found[name] = other
+        if complaints and len(found) == 1:
+            raise AssertionError("\n".join(complaints))
+        return found
 
     def run(
         op: str,
@@ -184,27 +204,28 @@ def race(request: pytest.FixtureRequest):
         device: str,
         bytes_moved: int,
         exact: bool = False,
-        rounds: int = ROUNDS,
+        rounds: int | None = None,
     ):
         torch.set_num_threads(1)
-        ours, *others = (tensors(call()) for call in forms.values())
-        for name, other in zip(list(forms)[1:], others, strict=True):
-            check_same(f"{op}: form {name!r} of case {case!r}", ours, other, exact)
-        del ours, others
+        forms = agreeing(op, case, forms, device, exact)
         # read and written once each, like the bytes that the op has to move
         source = torch.zeros(bytes_moved // 2, dtype=torch.uint8, device=device)
         target = torch.zeros_like(source)
-        calls = {**forms, None: lambda: target.copy_(source)}
+        copy = {None: lambda: target.copy_(source)}
+        calls = {name: timed(call, device) for name, call in {**forms, **copy}.items()}
         repeats = {}
-        for name, call in calls.items():
-            repeats[name] = max(1, int(MEASUREMENT_S / max(measure(call, device, 3), 1e-7)))
+        for name, (call, _, _) in calls.items():
+            seconds = max(measure(call, device, 1 if tiny else 3), 1e-7)
+            repeats[name] = 1 if tiny else max(1, int(MEASUREMENT_S / seconds))
         times: dict[str | None, list[float]] = {name: [] for name in calls}
         order, shuffle = list(calls), random.Random(0).shuffle
+        rounds = 2 if tiny else rounds or ROUNDS[device]
         for _ in range(rounds):
             # whoever comes after a form that left the caches full of something else pays for it
             shuffle(order)
             for name in order:
-                times[name].append(measure(calls[name], device, repeats[name]))
+                call, number, _ = calls[name]
+                times[name].append(measure(call, device, repeats[name]) / number)
         limit = min(times.pop(None))
         best_of_ours = min(times[next(iter(forms))])
         for name, taken in times.items():
@@ -221,10 +242,10 @@ def race(request: pytest.FixtureRequest):
                 "gb_per_s": round(bytes_moved / best / 1e9, 1),
                 "of_copy": round(limit / best, 3),
                 "times_ours": round(best / best_of_ours, 2),
+                **calls[name][2],
             }
-            request.config.stash[RECORDS].append(record)
+            note(request.config, "record", record)
             print(f"{op} {case} {name}: {record['min_us']} us, {record['times_ours']} x ours")
-        write(request.config, device)
 
     threads = torch.get_num_threads()
     yield run

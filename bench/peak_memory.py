@@ -14,6 +14,7 @@ import os
 import re
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 
@@ -37,6 +38,25 @@ def peak_of_manifold(how: str, kind: str, batch: int) -> int:
         batch: number of images of 196 tokens, 192 wide beside a teacher's 384.
     """
     return _run(how, kind, batch, None)[0]
+
+
+def peak_of(call: Callable[[], object], device: str) -> int:
+    """Bytes that a call in this process needs at most above what is held before it.
+
+    On a CPU only as far as no call before it needed as much.
+    """
+    if device == "cpu":
+        before = _peak_so_far()
+        call()
+        return _peak_so_far() - before
+    import torch
+
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    call()
+    torch.cuda.synchronize()
+    return torch.cuda.max_memory_allocated() - before
 
 
 def _run(how: str, model: str, batch: int, micro_batch: int | None) -> list[int]:

@@ -1,17 +1,26 @@
 """Turn bench/results/*.json into the tables of bench/results/README.md and of the README.
 
-python bench/table.py
+python bench/table.py [--add DIR ...]
+
+``--add`` first makes one results file of what the runs of `make gpu` left in these folders.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
 import re
+import sys
 from collections.abc import Iterable
 from pathlib import Path
 from statistics import fmean
 
 ROOT = Path(__file__).resolve().parent.parent
+if str(ROOT) not in sys.path:
+    sys.path.insert(0, str(ROOT))
+
+from bench import lines as found_lines  # noqa: E402
+
 RESULTS = ROOT / "bench" / "results"
 README = ROOT / "README.md"
 MARKS = {
@@ -22,15 +31,16 @@ INTRODUCTION = """# Measured results
 
 Written by `make bench` and `make gpu` from the JSON files beside it; not edited by hand. Each line
 is the minimum over interleaved rounds, after the outputs were checked to be equal. CPU numbers are
-the processor time of one thread. "times ours" above 1 means that our form is the faster one; "of
-copy" is the speed as a share of that of a plain copy that moves as many bytes, raced beside it;
+the processor time of one thread; GPU numbers are of replayed graphs, with what the host needs for
+one call outside of them as "host us". "times ours" above 1 means that our form is the faster one;
+"of copy" is the speed as a share of that of a plain copy that moves as many bytes, raced beside it;
 "spread" is how far the median lies above the minimum.
 """
 # points of top-1 that the digits may lose under a default
 MAY_LOSE = {"cut": 2.0, "swept": 0.5}
 COLUMNS = (
-    "| op | case | form | min us | GB/s | of copy | times ours | spread |\n"
-    "|---|---|---|--:|--:|--:|--:|--:|"
+    "| op | case | form | min us | GB/s | of copy | times ours | spread | host us |\n"
+    "|---|---|---|--:|--:|--:|--:|--:|--:|"
 )
 
 
@@ -60,10 +70,23 @@ def table(content: dict) -> str:
     """The table of one results file."""
     rows = [
         f"| {r['op']} | {r['case']} | {r['form']} | {r['min_us']} | {r['gb_per_s']} "
-        f"| {share_of_copy(r)} | {r['times_ours']} | {100 * r['spread']:.0f} % |"
+        f"| {share_of_copy(r)} | {r['times_ours']} | {100 * r['spread']:.0f} % "
+        f"| {r.get('host_us', '-')} |"
         for r in content["records"]
+        if "disagrees" not in r
     ]
+    rows += ["", *(f"- {r['disagrees']}." for r in content["records"] if "disagrees" in r)]
     return "\n".join([f"## {content['device']}\n", facts(content) + "\n", COLUMNS, *rows, ""])
+
+
+def stages(content: dict) -> str:
+    """Wall times of stages of one results file; empty where there are none."""
+    if not content.get("stages"):
+        return ""
+    lines = ["| case | stage | s |", "|---|---|--:|"]
+    for found in content["stages"]:
+        lines += [f"| {found['case']} | {name} | {s} |" for name, s in found["seconds"].items()]
+    return "\n".join([*lines, ""])
 
 
 def races(content: dict) -> str:
@@ -133,7 +156,8 @@ def newest_files(name: str) -> list[Path]:
 
 def page() -> str:
     """The README of the results: a table for every file with timings, and what plans keep."""
-    parts = [part for c in contents() for part in (table(c), races(c), training_races(c)) if part]
+    made = (table, races, training_races, stages)
+    parts = [part for content in contents() for make in made if (part := make(content))]
     for name, made in (
         ("attention_form", attention),
         ("threads", threads),
@@ -154,6 +178,8 @@ def cases(records: Iterable[dict]) -> dict[str, list[list[dict]]]:
     """For every op its cases, each as the records of its forms; ours comes first."""
     by_case: dict[str, dict[str, list[dict]]] = {}
     for record in records:
+        if "disagrees" in record:
+            continue
         by_case.setdefault(record["op"], {}).setdefault(record["case"], []).append(record)
     return {op: list(found.values()) for op, found in by_case.items()}
 
@@ -171,6 +197,10 @@ def kernels(content: dict) -> str:
         "|---|---|--:|--:|--:|--:|",
     ]
     for op, found in cases(content["records"]).items():
+        # a race that no other form finished says nothing
+        found = [forms for forms in found if len(forms) > 1]
+        if not found:
+            continue
         others = [min(forms[1:], key=lambda form: form["min_us"]) for forms in found]
         ratios = [
             other["min_us"] / forms[0]["min_us"] for forms, other in zip(found, others, strict=True)
@@ -482,8 +512,25 @@ def filled(readme: str, rows: str, marks: str = "kernels") -> str:
     return text
 
 
+def added(folders: list[Path]) -> Path:
+    """Write a results file of what runs of `make gpu` found; its path."""
+    content = found_lines.combined(*folders)
+    if "device" not in content:
+        names = ", ".join(map(str, folders))
+        raise SystemExit(f"error: --add must name folders of `make gpu`, got {names}")
+    month = content["date"][:7].replace("-", "")
+    device = re.sub(r"[^a-z0-9]+", "-", content["device"].partition(",")[0].lower()).strip("-")
+    path = RESULTS / f"{month}_{device}.json"
+    found_lines.replace(path, content)
+    return path
+
+
 def main() -> None:
     """Write both."""
+    parser = argparse.ArgumentParser("table.py", description=__doc__)
+    parser.add_argument("--add", nargs="+", type=Path, metavar="DIR", help="folders of `make gpu`")
+    if folders := parser.parse_args().add:
+        print(added(folders))
     (RESULTS / "README.md").write_text(page())
     README.write_text(readme(README.read_text()))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import pytest
@@ -14,10 +15,10 @@ from vitprune_fast.scoring.race import (
     BARE,
     FULL,
     OURS,
-    compiled_gates,
     hessian_loop,
     hooks,
     ours,
+    plain_gates,
     race,
 )
 from vitprune_fast.testing import random_images, random_vit
@@ -37,7 +38,7 @@ def test_a_race_names_every_form_and_leaves_the_model_alone(problem) -> None:
     assert all(module.training for module in model.modules())
     assert [n for n, p in model.named_parameters() if not p.requires_grad] == ["norm.weight"]
     names = [entry.name for entry in entries]
-    assert names[0] == OURS and {BARE, FULL} <= set(names) and len(names) == len(set(names)) == 7
+    assert names[0] == OURS and {BARE, FULL} <= set(names) and len(names) == len(set(names)) == 8
     assert entries[0].times_ours == 1
     assert all(entry.seconds > 0 and entry.spread >= 0 for entry in entries)
     assert all(entry.images_per_s == pytest.approx(3 / entry.seconds) for entry in entries)
@@ -55,7 +56,8 @@ def test_peers_give_our_scores(problem) -> None:
     got = ours(model, images, labels, ("head", "neuron"))
     for peer in (
         hooks(model, images, labels),
-        compiled_gates(model, images, labels, backend="aot_eager")(),
+        plain_gates(model, images, labels)(),
+        plain_gates(model, images, labels, partial(torch.compile, backend="aot_eager"))(),
     ):
         assert peer.keys() == got.keys()
         for name, value in peer.items():

@@ -47,6 +47,7 @@ class Replayed:
                 self._function(*places)
         torch.cuda.current_stream().wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
+        # other threads, such as that of a data loader, may use the device meanwhile
+        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
             rows = self._function(*places)
         return graph, places, rows

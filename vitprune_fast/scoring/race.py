@@ -1,8 +1,10 @@
 """How fast scoring is, beside what one would do without it: `vitprune-fast bench scoring`.
 
 All forms run in this process, in turns, on the same model and images, and their results are checked
-to agree before anything is timed. On a CPU the processor time of one thread counts, on a GPU the
-time between two events of the stream; what is stated is the minimum, with the spread above it.
+to agree before anything is timed. Ours is ``score`` itself, over a short stream of batches, with
+all that it does before and after; a peer is given what it needs to know of the model. On a CPU the
+processor time of one thread counts, on a GPU the time between two events of the stream; what is
+stated is the minimum, with the spread above it.
 """
 
 from __future__ import annotations
@@ -21,20 +23,27 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..errors import InvalidInput, StageFailed
-from ..structure import describe
-from . import scored_axes
-from .scores import Accumulator
-from .taylor import scorer, scoring_mode
+from ..structure import Structure, describe
+from . import score
+from .taylor import scoring_mode
 
 OURS = "vitprune_fast: heads, neurons"
 BARE = "bare forward + input gradients"
 FULL = "forward + full backward (Torch-Pruning Taylor)"
 ALL_KINDS = "vitprune_fast: all unit kinds"
 FISHER = "vitprune_fast: Fisher, heads, neurons"
+GRAPHED = "vitprune_fast: heads, neurons, replayed as a CUDA graph"
 HOOKS = "plain hooks: heads, neurons"
 HESSIAN = "Torch-Pruning Hessian, per sample"
+GATES = "plain gates, one for each sample and unit"
 COMPILED = "torch.compile of plain gates"
-FORMS = (ALL_KINDS, FISHER, BARE, HOOKS, FULL, HESSIAN, COMPILED)
+FORMS = (ALL_KINDS, FISHER, GRAPHED, BARE, HOOKS, GATES, FULL, HESSIAN, COMPILED)
+# batches of the stream that ours is timed on
+STREAM = 4
+# batches of two streams, whose difference in time is that of replays alone
+FEW, MANY = 3, 11
+# samples that the agreement of all forms is judged on: those of large models fill the memory
+JUDGED = 32
 # backwards of a per-sample loop that are timed; the others cost the same
 TIMED_BACKWARDS = 2
 
@@ -70,6 +79,8 @@ class _Form:
     run: Callable[[], Any]
     note: str = ""
     arithmetic: bool = False
+    # batches of one run
+    batches: int = 1
 
 
 def race(
@@ -105,8 +116,8 @@ def race(
     try:
         # some forms train every weight, whose flags are put back here
         with scoring_mode(model):
-            found = [f for f in _forms(model, images, labels) if f.name in {OURS, *forms}]
-            check_agreement(model, images, labels)
+            found = _forms(model, images, labels, {OURS, *forms})
+            check_agreement(model, images[:JUDGED], labels[:JUDGED])
             times = _timed(found, images.device, rounds)
             limit = _arithmetic(model, images)
     finally:
@@ -156,9 +167,11 @@ def full(model: nn.Module, images: Tensor, labels: Tensor) -> None:
         F.cross_entropy(model(images).float(), labels, reduction="sum").backward()
 
 
-def hooks(model: nn.Module, images: Tensor, labels: Tensor) -> dict[str, Tensor]:
+def hooks(
+    model: nn.Module, images: Tensor, labels: Tensor, structure: Structure | None = None
+) -> dict[str, Tensor]:
     """Per-sample scores of heads and neurons in plain torch: hooks, products, sums."""
-    structure, kept, found = describe(model), {}, {}
+    structure, kept, found = structure or describe(model), {}, {}
     taps = {
         axis.name: (structure.taps[axis.name].module, axis.size)
         for kind in ("head", "neuron")
@@ -221,15 +234,9 @@ def hessian_loop(model: nn.Module, images: Tensor, labels: Tensor, backwards: in
 def ours(
     model: nn.Module, images: Tensor, labels: Tensor, units: Any, criterion: str = "taylor"
 ) -> dict[str, Tensor]:
-    """One batch of our per-sample scores, reduced and all."""
-    structure = describe(model)
-    axes = scored_axes(structure, units, criterion)
-    accumulator = Accumulator({axis.name: axis.size for axis in axes}, "abs")
-    fisher = (0, 1) if criterion == "fisher" else None
-    with scorer(model, structure, axes, fisher=fisher) as score_batch:
-        (rows,) = score_batch(images, labels, 0)
-        accumulator.add(accumulator.partial([rows]))
-    return dict(rows)
+    """Our scores of one batch, per sample."""
+    batches = [(images, labels)]
+    return dict(score(model, batches, criterion, units, per_sample=True).per_sample)
 
 
 def check_agreement(model: nn.Module, images: Tensor, labels: Tensor) -> None:
@@ -276,17 +283,24 @@ def _agree(
         )
 
 
-def _forms(model: nn.Module, images: Tensor, labels: Tensor) -> list[_Form]:
-    batch, two = len(images), ("head", "neuron")
+def _forms(model: nn.Module, images: Tensor, labels: Tensor, names: Collection[str]) -> list[_Form]:
+    batch, two, structure = len(images), ("head", "neuron"), describe(model)
+
+    def scored(name: str, units: Any, criterion: Any = "taylor") -> _Form:
+        stream = [(images, labels)] * STREAM
+        return _Form(name, lambda: score(model, stream, criterion, units), "", True, STREAM)
+
     forms = [
-        _Form(OURS, lambda: ours(model, images, labels, two), arithmetic=True),
-        _Form(ALL_KINDS, lambda: ours(model, images, labels, "all"), arithmetic=True),
-        _Form(FISHER, lambda: ours(model, images, labels, two, "fisher"), arithmetic=True),
+        scored(OURS, two),
+        scored(ALL_KINDS, "all"),
+        scored(FISHER, two, "fisher"),
         _Form(BARE, lambda: bare(model, images, labels), arithmetic=True),
-        _Form(HOOKS, lambda: hooks(model, images, labels)),
+        _Form(HOOKS, lambda: hooks(model, images, labels, structure)),
         _Form(FULL, lambda: full(model, images, labels)),
     ]
-    if find_spec("torch_pruning"):
+    if GATES in names:
+        forms.insert(-1, _Form(GATES, plain_gates(model, images, labels)))
+    if HESSIAN in names and find_spec("torch_pruning"):
         timed = min(batch, TIMED_BACKWARDS)
 
         def loop() -> float:
@@ -296,12 +310,27 @@ def _forms(model: nn.Module, images: Tensor, labels: Tensor) -> list[_Form]:
         note = f"{timed} of {batch} backwards timed" if timed < batch else ""
         forms.append(_Form(HESSIAN, loop, note=note))
     if images.is_cuda:
-        forms.append(_Form(COMPILED, compiled_gates(model, images, labels)))
-    return forms
+        forms.append(_Form(GRAPHED, lambda: replayed(model, images, labels), arithmetic=True))
+        if COMPILED in names:
+            forms.append(_Form(COMPILED, plain_gates(model, images, labels, torch.compile)))
+    return [form for form in forms if form.name in names]
 
 
-def compiled_gates(
-    model: nn.Module, images: Tensor, labels: Tensor, **options: Any
+def replayed(model: nn.Module, images: Tensor, labels: Tensor) -> float:
+    """Seconds of one batch in a long stream, where the capture of the graph does not count."""
+    clock, seconds = _Clock(images.device), []
+    for batches in (FEW, MANY):
+        clock.start()
+        score(model, [(images, labels)] * batches, cuda_graph=True)
+        seconds.append(clock.stop())
+    return (seconds[1] - seconds[0]) / (MANY - FEW)
+
+
+def plain_gates(
+    model: nn.Module,
+    images: Tensor,
+    labels: Tensor,
+    compiler: Callable[[Callable], Callable] | None = None,
 ) -> Callable[[], dict[str, Tensor]]:
     """Per-sample scores of heads and neurons as one would write them for a compiler.
 
@@ -311,7 +340,7 @@ def compiled_gates(
         model: is copied.
         images: (B, C, H, W).
         labels: (B,).
-        options: of ``torch.compile``.
+        compiler: such as ``torch.compile``.
     """
     gated, gates = copy.deepcopy(model).eval().requires_grad_(False), {}
     structure = describe(model)
@@ -334,7 +363,7 @@ def compiled_gates(
     def loss(images: Tensor) -> Tensor:
         return F.cross_entropy(gated(images).float(), labels, reduction="sum")
 
-    compiled = torch.compile(loss, **options)
+    compiled = compiler(loss) if compiler else loss
 
     def run() -> dict[str, Tensor]:
         with torch.enable_grad():
@@ -354,7 +383,8 @@ def _timed(forms: list[_Form], device: torch.device, rounds: int) -> dict[str, l
             seconds = clock.stop()
             # the first round warms up
             if number:
-                times[form.name].append(result if isinstance(result, float) else seconds)
+                seconds = result if isinstance(result, float) else seconds / form.batches
+                times[form.name].append(seconds)
     return times
 
 

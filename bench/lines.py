@@ -1,0 +1,88 @@
+"""Lines of JSON, one finding each, that a cut run leaves whole."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+# what a results file holds as lists, by the kind of a line
+LISTS = {
+    "record": "records",
+    "scoring": "scoring",
+    "training": "training",
+    "memory": "memory",
+    "stages": "stages",
+}
+
+
+def append(path: Path, kind: str, finding: dict[str, Any]) -> None:
+    """Add one line, in one write: what ends the process leaves all of it or nothing."""
+    text = json.dumps({"kind": kind, **finding}) + "\n"
+    handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+    try:
+        os.write(handle, text.encode())
+    finally:
+        os.close(handle)
+
+
+def read(path: Path) -> list[dict[str, Any]]:
+    """All whole lines; none of a file that is not there."""
+    if not path.is_file():
+        return []
+    found = []
+    for line in path.read_text().splitlines():
+        try:
+            found.append(json.loads(line))
+        except json.JSONDecodeError:
+            # a disk that was full, at the end of the file
+            continue
+    return found
+
+
+def replace(path: Path, content: dict[str, Any]) -> None:
+    """Write a JSON file whole, or leave the one that is there."""
+    beside = path.with_name(path.name + ".partial")
+    beside.write_text(json.dumps(content, indent=1) + "\n")
+    beside.replace(path)
+
+
+def combined(*folders: Path) -> dict[str, Any]:
+    """What the runs of `make gpu` that left these folders found, as one results file.
+
+    Args:
+        folders: the earliest first. Where a step, a case of an op or a race was run again, the
+            later one counts.
+
+    Returns:
+        The facts, ``cases`` (name of a step -> status and seconds), ``failed`` (tests, with their
+        faults) and the lists of :data:`LISTS`.
+    """
+    content: dict[str, Any] = {"command": "make gpu"}
+    steps: dict[str, dict] = {}
+    tests: dict[str, dict] = {}
+    found: dict[str, dict[tuple, dict]] = {name: {} for name in LISTS.values()}
+    for folder in folders:
+        facts = folder / "facts.json"
+        if facts.is_file():
+            content |= json.loads(facts.read_text())
+        for line in read(folder / "found.jsonl"):
+            kind = line.pop("kind")
+            if kind == "step":
+                steps[line.pop("name")] = line
+            elif kind == "test":
+                tests[line["test"]] = line
+            else:
+                key = tuple(line.get(name) for name in ("op", "case", "form"))
+                earlier = found[LISTS[kind]].get(key, {})
+                if "entries" in line:
+                    # forms that were raced apart from the others
+                    forms = {each["name"]: each for each in earlier.get("entries", [])}
+                    forms |= {each["name"]: each for each in line["entries"]}
+                    line["entries"] = list(forms.values())
+                found[LISTS[kind]][key] = line
+    failed = [test for test in tests.values() if test["failed"]]
+    passed = len(tests) - len(failed)
+    lists = {name: list(rows.values()) for name, rows in found.items()}
+    return {**content, "cases": steps, "tests_passed": passed, "failed": failed, **lists}

@@ -1,0 +1,121 @@
+"""Time of a call: of one thread on the processor, or on a GPU between events of its stream."""
+
+from __future__ import annotations
+
+import ctypes
+import time
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+
+# a graph holds as many calls as take about this long, so that the start of a replay does not count
+GRAPH_S = 1e-3
+MOST_IN_A_GRAPH = 50
+
+
+def keep_freed_memory(up_to: int = 2**30) -> None:
+    """Have glibc keep what was freed, as it does in the long run of a training.
+
+    Else results of some megabytes are given back and asked for anew at every call, or not, by
+    chance of what lies beside them, and page faults are what is measured.
+    """
+    libc = ctypes.CDLL(None)
+    if hasattr(libc, "mallopt"):
+        trim_threshold, mmap_threshold = -1, -3
+        libc.mallopt(trim_threshold, 2**31 - 1)
+        libc.mallopt(mmap_threshold, up_to)
+
+
+def measure(call: Callable, device: str, repeats: int) -> float:
+    """Seconds of one call, from `repeats` of them."""
+    if device == "cuda":
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        for _ in range(repeats):
+            call()
+        end.record()
+        torch.cuda.synchronize()
+        return start.elapsed_time(end) / 1e3 / repeats
+    start = time.thread_time()
+    for _ in range(repeats):
+        call()
+    return (time.thread_time() - start) / repeats
+
+
+def captured(call: Callable[[], Any], calls: int = 1) -> Callable[[], Any]:
+    """A replay of `calls` calls that were captured in one CUDA graph.
+
+    What the host does for a call is not part of it. Its results lie where the capture put them.
+
+    Raises:
+        RuntimeError: the call waits for the device, or does what a graph cannot hold.
+    """
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(2):
+            call()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    # other threads, such as that of a profiler, may do what they like meanwhile
+    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+        for _ in range(calls):
+            kept = call()
+
+    def replay() -> Any:
+        graph.replay()
+        return kept
+
+    return replay
+
+
+def calls_in_a_graph(seconds: float) -> int:
+    """How many calls of so many seconds to capture together."""
+    return max(1, min(MOST_IN_A_GRAPH, round(GRAPH_S / max(seconds, 1e-9))))
+
+
+def host_seconds(call: Callable, calls: int = 20, rounds: int = 5) -> float:
+    """What the host needs for one call on a GPU: the least, without waiting for the device."""
+    best = float("inf")
+    for _ in range(rounds):
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        for _ in range(calls):
+            call()
+        best = min(best, (time.perf_counter() - start) / calls)
+    torch.cuda.synchronize()
+    return best
+
+
+# how far forms may differ, as a share of the largest number: rounding of the shortest dtype among
+# the results, and for fp32 of sums over a few thousand products
+TOLERANCES = {torch.float64: 1e-10, torch.float32: 1e-4, torch.float16: 4e-3, torch.bfloat16: 3e-2}
+
+
+def tensors(result: torch.Tensor | Iterable[torch.Tensor | None]) -> list[torch.Tensor]:
+    """The tensors of a result that is one of them, or several with None for what is not made."""
+    if isinstance(result, torch.Tensor):
+        return [result]
+    return [tensor for tensor in result if tensor is not None]
+
+
+def check_same(label: str, ours: list[torch.Tensor], others: list[torch.Tensor], exact: bool):
+    """Fail, saying where, unless two forms have the same result."""
+    if len(ours) != len(others):
+        raise AssertionError(f"{label} must have {len(ours)} results like ours, got {len(others)}")
+    tolerance = 0.0 if exact else max(TOLERANCES[our.dtype] for our in ours)
+    for number, (our, other) in enumerate(zip(ours, others, strict=True)):
+        if our.shape != other.shape:
+            shapes = f"{tuple(our.shape)} like ours, got {tuple(other.shape)}"
+            raise AssertionError(f"{label} must have result {number} of shape {shapes}")
+        if not our.numel():
+            continue
+        wanted, got = our.double(), other.double()
+        limit = tolerance * wanted.abs().max().item()
+        error = (got - wanted).abs().max().item()
+        # also false for NaN
+        if not error <= limit:
+            raise AssertionError(
+                f"{label} must have result {number} within {limit:.2e} of ours, got {error:.2e}"
+            )
