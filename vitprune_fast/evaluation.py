@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from vitprune_fast.batches import as_input, check_logits, checked
 from vitprune_fast.errors import InvalidInput
 from vitprune_fast.modes import evaluating
+from vitprune_fast.precision import Precision, computing_in, device_of, resolve
 
 
 @dataclass(frozen=True)
@@ -62,6 +63,8 @@ def evaluate(
     model: nn.Module,
     batches: Iterable[Sequence[Any]],
     teacher: nn.Module | None = None,
+    *,
+    dtype: Precision | torch.dtype | None = None,
 ) -> Evaluation:
     """Run a model over labelled images; both models come back in the modes they had.
 
@@ -70,16 +73,20 @@ def evaluate(
         batches: (images ``(B, C, H, W)`` floating, labels: B integers in ``[0, C)``, ...); images
             go to the device and dtype of each model's parameters.
         teacher: another model on the same device and classes, to agree with.
+        dtype: that both compute in, by copies of their weights (see ``precision.py``): ``auto`` is
+            bfloat16 on a GPU that has it and float32 elsewhere; None is as each model is. Logits
+            are compared and losses taken in float32 at least.
 
     Returns:
         The counts; they do not depend on how the samples are batched, up to the rounding of logits.
 
     Raises:
-        InvalidInput: no samples, a batch or logits of another form, a label outside the classes, or
-            another number of classes in the teacher.
+        InvalidInput: no samples, a batch or logits of another form, a label outside the classes,
+            another number of classes in the teacher, or an unknown ``dtype``.
     """
     counts = _Counts(agrees=teacher is not None)
-    with evaluating(model, teacher):
+    computed = resolve("evaluate", dtype, device_of(model))
+    with evaluating(model, teacher), computing_in(computed, model, teacher):
         for images, labels in checked("evaluate", batches, model, teacher):
             logits = _logits(model, images)
             other = None if teacher is None else _logits(teacher, images)
@@ -88,7 +95,11 @@ def evaluate(
 
 
 def evaluate_beside(
-    dense: nn.Module, others: Sequence[nn.Module], batches: Iterable[Sequence[Any]]
+    dense: nn.Module,
+    others: Sequence[nn.Module],
+    batches: Iterable[Sequence[Any]],
+    *,
+    dtype: Precision | torch.dtype | None = None,
 ) -> list[Evaluation]:
     """Run several models over the same images, each of which is read once.
 
@@ -96,6 +107,7 @@ def evaluate_beside(
         dense: the model that the others agree with, or not.
         others: on the same device, with the same classes.
         batches: as :func:`evaluate` takes them.
+        dtype: likewise.
 
     Returns:
         That of ``dense``, then that of each other model: what ``evaluate`` gives for it with
@@ -105,7 +117,8 @@ def evaluate_beside(
         InvalidInput: as ``evaluate``.
     """
     first, rest = _Counts(agrees=False), [_Counts(agrees=True) for _ in others]
-    with evaluating(dense, *others):
+    computed = resolve("evaluate", dtype, device_of(dense))
+    with evaluating(dense, *others), computing_in(computed, dense, *others):
         for images, labels in checked("evaluate", batches, dense, *others):
             wanted = _logits(dense, images)
             first.add(wanted, labels)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 
 import numpy as np
@@ -13,6 +14,7 @@ from torch import nn
 from vitprune_fast.errors import InvalidInput
 from vitprune_fast.modes import evaluating
 from vitprune_fast.planning.waiting import TOLERATED, Waits, load_warning
+from vitprune_fast.precision import Precision, computing_in, device_of, resolve
 from vitprune_fast.stated import stated_config
 
 _TURN = 5
@@ -61,6 +63,7 @@ def latency(
     seconds: float = 1.0,
     min_runs: int = 10,
     warmup_runs: int = 3,
+    dtype: Precision | torch.dtype | None = None,
 ) -> Latency:
     """Measure forward passes on random images, in evaluation and inference mode.
 
@@ -81,9 +84,12 @@ def latency(
         seconds: measure for about this long.
         min_runs: but at least this many passes.
         warmup_runs: passes before the measured ones.
+        dtype: of weights and images (see ``precision.py``): ``auto`` is bfloat16 on a GPU that has
+            it and float32 elsewhere; None is as the model is.
 
     Raises:
-        InvalidInput: ``batch_size``, ``min_runs`` below 1, or an input size that cannot be told.
+        InvalidInput: ``batch_size``, ``min_runs`` below 1, an unknown ``dtype``, or an input size
+            that cannot be told.
     """
     return latencies(
         [model],
@@ -93,6 +99,7 @@ def latency(
         seconds=seconds,
         min_runs=min_runs,
         warmup_runs=warmup_runs,
+        dtype=dtype,
     )[0]
 
 
@@ -105,6 +112,7 @@ def latencies(
     seconds: float = 1.0,
     min_runs: int = 10,
     warmup_runs: int = 3,
+    dtype: Precision | torch.dtype | None = None,
 ) -> list[Latency]:
     """Measure several models in turns, so that a change of the machine's load meets them all.
 
@@ -120,6 +128,7 @@ def latencies(
         seconds: measure for about this long per model.
         min_runs: but at least this many passes of each.
         warmup_runs: passes of each before the measured ones.
+        dtype: as for ``latency``.
 
     Returns:
         One ``Latency`` per model, in order; ``waited`` is that of all of them together.
@@ -133,33 +142,34 @@ def latencies(
         raise InvalidInput(f"latency: min_runs must be at least 1, got {min_runs}")
     if not models:
         raise InvalidInput("latencies: models must hold at least one model, got none")
-    homes = [next(model.parameters()).device for model in models]
+    homes = [device_of(model) for model in models]
     targets = [home if device is None else torch.device(device) for home in homes]
+    dtypes = [resolve("latency", dtype, target) for target in targets]
     inputs = []
-    for model, target in zip(models, targets, strict=True):
+    for model, target, computed in zip(models, targets, dtypes, strict=True):
         shape = (batch_size, *_image_shape(model, input_size))
         images = torch.rand(shape, generator=torch.Generator().manual_seed(0)) * 2 - 1
-        inputs.append(images.to(target, next(model.parameters()).dtype))
+        inputs.append(images.to(target, computed or next(model.parameters()).dtype))
     clocks = [_time_on_cuda if each.type == "cuda" else _time_on_cpu for each in targets]
     contestants = list(zip(clocks, models, inputs, strict=True))
     times: list[list[float]] = [[] for _ in models]
     passes = _TURN if len(models) > 1 else 1
-    try:
-        for model, target in zip(models, targets, strict=True):
+    with ExitStack() as undo:
+        for model, home, target, computed in zip(models, homes, targets, dtypes, strict=True):
+            undo.callback(model.to, home)
             model.to(target)
-        with evaluating(*models), torch.inference_mode():
-            for clock, model, images in contestants:
-                for _ in range(warmup_runs):
-                    clock(model, images)
-            before = Waits.now()
-            start = time.perf_counter()
-            while len(times[0]) < min_runs or time.perf_counter() - start < seconds * len(models):
-                for own, (clock, model, images) in zip(times, contestants, strict=True):
-                    own += [clock(model, images) for _ in range(passes)]
-            after = Waits.now()
-    finally:
-        for model, home in zip(models, homes, strict=True):
-            model.to(home)
+            undo.enter_context(computing_in(computed, model))
+        undo.enter_context(evaluating(*models))
+        undo.enter_context(torch.inference_mode())
+        for clock, model, images in contestants:
+            for _ in range(warmup_runs):
+                clock(model, images)
+        before = Waits.now()
+        start = time.perf_counter()
+        while len(times[0]) < min_runs or time.perf_counter() - start < seconds * len(models):
+            for own, (clock, model, images) in zip(times, contestants, strict=True):
+                own += [clock(model, images) for _ in range(passes)]
+        after = Waits.now()
     # the models were measured in turns, so what ran beside them met them all
     waited = after.share_since(before) if before and after else None
     return [_summary(batch_size, own, waited) for own in times]

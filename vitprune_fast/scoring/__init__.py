@@ -3,27 +3,30 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
 
+from ..batches import checked
 from ..errors import InvalidInput
+from ..precision import Precision, computing_in, device_of, is_half, name_of, resolve
 from ..sealed import fingerprint
 from ..structure import UNIT_KINDS, Axis, Structure, describe
 from ..structure.paths import get
 from . import stream
 from .ablation import leave_one_out
 from .activation import activation
+from .agreement import rank_agreement, split_off
 from .magnitude import NORMS, magnitude
 from .ranks import Ranks
 from .resume import Checkpoint
 from .scores import Accumulator, Scores
 from .stream import OnEvent, ScoringStopped
-from .taylor import PathChoice, check_per_token, scorer
+from .taylor import LOSS_SCALE, PathChoice, check_per_token, scorer
 
 __all__ = ["CRITERIA", "Scores", "ScoringStopped", "score"]
 
@@ -54,7 +57,8 @@ def score(
     candidates: int = 32,
     loss_scale: float | None = None,
     path: PathChoice = "auto",
-    cuda_graph: bool = False,
+    cuda_graph: bool | Literal["auto"] = "auto",
+    dtype: Precision | torch.dtype | None = None,
     structure: Structure | None = None,
     checkpoint: str | Path | None = None,
     on_event: OnEvent | None = None,
@@ -101,11 +105,18 @@ def score(
             sample in the stream alone.
         draws: labels per sample for ``fisher``; g^2 is averaged over them.
         candidates: units left out at once for ``loss`` and ``kl``.
-        loss_scale: for models in float16: the loss is multiplied and the scores divided by it.
+        loss_scale: for float16: the loss is multiplied and the scores divided by it; None is 1024
+            where ``dtype`` says float16, whose gradients would underflow, and 1 elsewhere.
         path: ``fused`` exchanges the forward of known modules, ``taps`` uses hooks alone, ``auto``
             is fused where a module is known.
         cuda_graph: for ``taylor`` and ``fisher`` on a GPU: replay the step as a CUDA graph, one per
-            shape of the micro-batches; worth it where launches take longer than kernels.
+            shape of the micro-batches; worth it where launches take longer than kernels. ``auto``
+            is off until committed results show that it wins.
+        dtype: that the model computes in, by a copy of its weights (see ``precision.py``):
+            ``auto`` is bfloat16 on a GPU that has it and float32 elsewhere; None is as the model
+            is. ``magnitude`` reads the weights as they are. In 16 bits ``taylor`` and ``fisher``
+            score the first samples (64 at most, of 2 batches) in float32 too, and ``.provenance``
+            has ``rank_agreement``: Spearman's correlation inside each axis, averaged over axes.
         structure: where the units are, for a model of another library.
         checkpoint: a file that keeps the sums twice a minute; the same call goes on from it, and it
             is gone at the end.
@@ -116,7 +127,8 @@ def score(
     Returns:
         Scores in fp32. Per sample in fp32 (fp64 in fp64 models), summed over the samples of a
         micro-batch and over micro-batches in fp64, in stream order: the same batches give the same
-        bits. Samples with a score that is not finite are left out and counted in ``.skipped``.
+        bits. Samples with a score that is not finite are left out and counted in ``.skipped``; with
+        ``dtype`` float16 they are an error, for those with the largest gradients would be missing.
 
     Raises:
         InvalidInput: an argument or a batch has a value that cannot be used.
@@ -133,6 +145,7 @@ def score(
     chosen = _reduction(criterion, reduction)
     if empty := next((name for name, p in model.named_parameters() if p.is_meta), None):
         raise InvalidInput(f"score: model must hold its weights, got {empty} on the meta device")
+    computed = resolve("score", dtype, device_of(model))
     provenance: dict[str, Any] = {"model": structure.family, "torch": torch.__version__}
     if criterion == "magnitude":
         by_axis = magnitude(model, structure, axes, chosen)
@@ -153,6 +166,8 @@ def score(
         isinstance(loss_scale, (int, float)) and 0 < loss_scale < math.inf
     ):
         raise InvalidInput(f"score: loss_scale must be a finite number > 0, got {loss_scale!r}")
+    if cuda_graph not in (True, False, "auto"):
+        raise InvalidInput(f"score: cuda_graph must be True, False or 'auto', got {cuda_graph!r}")
     if type(seed) is not int:
         raise InvalidInput(f"score: seed must be a whole number, got {seed!r}")
     if per_sample and draws > 1:
@@ -161,43 +176,75 @@ def score(
         check_per_token(axes)
     if criterion == "fisher":
         provenance |= {"seed": seed, "draws": draws}
-    accumulator = Accumulator({axis.name: axis.size for axis in axes}, chosen, per_sample)
-    with ExitStack() as stack:
-        if criterion in ("taylor", "fisher"):
-            score_batch = stack.enter_context(
-                scorer(
-                    model,
-                    structure,
-                    axes,
-                    path=path,
-                    per_token=chosen == "token_abs",
-                    loss_scale=loss_scale,
-                    fisher=(seed, draws) if criterion == "fisher" else None,
-                    cuda_graph=cuda_graph,
-                )
-            )
-        else:
-            score_batch = _forward_only(model, structure, axes, criterion, candidates)
-        kept = None
-        if checkpoint is not None:
-            identity = {
-                "weights": fingerprint(model),
-                "criterion": criterion,
-                "reduction": chosen,
-                "axes": accumulator.axes,
-                "per_sample": per_sample,
-                "micro_batch": micro_batch,
-                "seed": seed,
-                "draws": draws,
-                "candidates": candidates,
-                "loss_scale": loss_scale,
-                "path": path,
-            }
-            kept = Checkpoint(Path(checkpoint), identity)
+    if computed is not None:
+        provenance["dtype"] = name_of(computed)
+    axis_sizes = {axis.name: axis.size for axis in axes}
+    source, scale = batches, loss_scale
+    if scale is None and computed is torch.float16:
+        scale = LOSS_SCALE
+
+    @contextmanager
+    def measuring(dtype: torch.dtype | None, *, replayed: bool) -> Iterator[stream.ScoreBatch]:
+        """The criterion, computed in a dtype."""
+        with computing_in(dtype, model):
+            if criterion not in ("taylor", "fisher"):
+                yield _forward_only(model, structure, axes, criterion, candidates)
+                return
+            with scorer(
+                model,
+                structure,
+                axes,
+                path=path,
+                per_token=chosen == "token_abs",
+                loss_scale=scale,
+                fisher=(seed, draws) if criterion == "fisher" else None,
+                cuda_graph=replayed,
+            ) as ready:
+                yield ready
+
+    def compared() -> dict[str, Any]:
+        """How the dtype ranks the units of the first samples beside float32."""
+        nonlocal source
+        first, source = split_off(checked("score", source, model))
+        found = [Accumulator(axis_sizes, chosen) for _ in range(2)]
+        for sums, each in zip(found, (torch.float32, computed), strict=True):
+            with measuring(each, replayed=False) as score_batch:
+                stream.run(score_batch, model, first, sums, micro_batch=micro_batch)
+        if lost := int((found[1].counts - found[0].counts)[1]):
+            _refuse_overflow(computed, lost, scale)
+        if not all(int(sums.counts[0]) for sums in found):
+            return {}
+        wide, half = (sums.result(criterion, {}) for sums in found)
+        return {
+            "rank_agreement": f"{rank_agreement(wide, half):.6f}",
+            "rank_agreement_samples": wide.samples,
+        }
+
+    kept = None
+    if checkpoint is not None:
+        identity = {
+            "weights": fingerprint(model),
+            "criterion": criterion,
+            "reduction": chosen,
+            "axes": axis_sizes,
+            "per_sample": per_sample,
+            "micro_batch": micro_batch,
+            "seed": seed,
+            "draws": draws,
+            "candidates": candidates,
+            "loss_scale": scale,
+            "path": path,
+            "dtype": provenance.get("dtype"),
+        }
+        kept = Checkpoint(Path(checkpoint), identity)
+    if is_half(computed) and criterion in ("taylor", "fisher"):
+        provenance |= compared() if kept is None else kept.remembered(compared)
+    accumulator = Accumulator(axis_sizes, chosen, per_sample)
+    with measuring(computed, replayed=cuda_graph is True) as score_batch:
         stream.run(
             score_batch,
             model,
-            batches,
+            source,
             accumulator,
             micro_batch=micro_batch,
             ranks=Ranks.current(),
@@ -205,7 +252,20 @@ def score(
             on_event=on_event,
             stop=stop,
         )
-    return accumulator.result(criterion, provenance)
+    scores = accumulator.result(criterion, provenance)
+    if scores.skipped:
+        _refuse_overflow(computed, scores.skipped, scale)
+    return scores
+
+
+def _refuse_overflow(dtype: torch.dtype | None, samples: int, scale: float | None) -> None:
+    """Refuse float16 where it does not hold the scores: the largest ones would be missing."""
+    if dtype is torch.float16:
+        raise InvalidInput(
+            "score: dtype must be one that holds all scores, got float16, in which those of "
+            f"{samples:,} sample{'s' * (samples > 1)} are not finite; take bfloat16, a loss_scale "
+            f"below {scale:g}, or look at the images"
+        )
 
 
 def _check_structure(model: nn.Module, structure: Structure) -> None:

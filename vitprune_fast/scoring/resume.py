@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -36,12 +36,33 @@ class Checkpoint:
             "score",
             "the sums of a score run",
             json.dumps(dict(identity), sort_keys=True),
-            "model, criterion, units, seed, path or micro-batch",
+            "model, criterion, units, seed, dtype, path or micro-batch",
         )
+        self._facts: dict[str, Any] = {}
         self._expected = ""
         self._written = time.monotonic()
         self._done = 0
         self._seen = hashlib.blake2b(digest_size=16)
+
+    def remembered(self, find: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+        """What a stopped run found out before its first sum, or what ``find`` does; kept as well.
+
+        Raises:
+            RunFolderError: no file can be put there.
+            CheckpointRefused: the file does not hold such facts, or is of another run.
+        """
+        found = self._file.read()
+        if found is None:
+            self._facts = find()
+            return self._facts
+        try:
+            facts = parse_json(found[1]["facts"].encode())
+            if not isinstance(facts, dict):
+                raise ValueError("named facts")
+        except (KeyError, ValueError) as error:
+            raise self._file.damaged(error) from None
+        self._facts = facts
+        return facts
 
     def load(self, accumulator: Accumulator) -> int:
         """Take up the sums of a stopped run; returns the micro-batches they hold.
@@ -98,7 +119,8 @@ class Checkpoint:
         tensors = {"sums": accumulator.sums.cpu(), "counts": accumulator.counts.cpu()}
         if accumulator.rows:
             tensors["rows"] = torch.cat(accumulator.rows)
-        self._file.write(tensors, {"done": str(self._done), "seen": self._seen.hexdigest()})
+        words = {"done": str(self._done), "seen": self._seen.hexdigest()}
+        self._file.write(tensors, {**words, "facts": json.dumps(self._facts)})
         self._written = time.monotonic()
 
     def remove(self) -> None:

@@ -34,7 +34,8 @@ class Scores(Mapping[str, Tensor]):
         skipped: samples set aside because a score of theirs was not finite.
         per_sample: axis name -> (samples, units) fp32, the g themselves, where they were asked for.
         provenance: facts about where the scores come from: family of the model, version of torch,
-            seed and draws of the labels for ``fisher``.
+            seed and draws of the labels for ``fisher``; where a dtype was asked for, its name, and
+            in 16 bits how it ranks units beside float32 (see ``score``).
     """
 
     by_axis: Mapping[str, Tensor]

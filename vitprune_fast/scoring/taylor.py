@@ -28,6 +28,8 @@ from .sites import Assemble, sites_of
 from .taps import hooked
 
 PathChoice = Literal["auto", "fused", "taps"]
+# keeps gradients in float16 from underflow; a power of two, so that it divides out exactly
+LOSS_SCALE = 1024.0
 # kinds whose units contribute to a token each by their own activation x gradient
 PER_TOKEN_KINDS = ("head", "qk_dim", "v_dim", "neuron")
 
@@ -146,7 +148,7 @@ def scorer(
     if loss_scale is None and any(p.dtype == torch.float16 for p in model.parameters()):
         raise InvalidInput(
             "score: loss_scale must be given for a model in float16, whose gradients underflow, "
-            "got None; 1024 is a good start, or convert the model to bfloat16"
+            f"got None; {LOSS_SCALE:g} is a good start, or convert the model to bfloat16"
         )
     if cuda_graph and not next(model.parameters()).is_cuda:
         raise InvalidInput(
