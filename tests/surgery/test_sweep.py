@@ -20,6 +20,7 @@ from vitprune_fast.sealed import CheckpointRefused
 from vitprune_fast.structure import describe
 from vitprune_fast.surgery import SweepReport, SweepStopped, prune
 from vitprune_fast.surgery.sweep.samples import Samples
+from vitprune_fast.surgery.sweep.streamed import Streamed
 from vitprune_fast.testing import VITS, random_images, random_vit
 
 HELD_OUT = slice(9, None, 10)
@@ -267,7 +268,9 @@ def test_a_checkpoint_of_another_sweep_or_a_damaged_one_is_refused(tmp_path: Pat
         (model, other, images),
         (model, plan, images.flip(0)),
     ):
-        with pytest.raises(CheckpointRefused, match="another model, plan or images; delete it"):
+        with pytest.raises(
+            CheckpointRefused, match="another model, plan, images or dtype; delete it"
+        ):
             go(*changed)
     tensors, words = sealed.read_tensors(path), sealed.read_metadata(path)
     next(iter(tensors.values())).view(-1)[0] += 1
@@ -323,6 +326,74 @@ def test_an_average_is_held_to_the_same_rules(tmp_path: Path) -> None:
             assert torch.equal(tensor, other.state_dict()[name])
     with pytest.raises(InvalidInput, match="must be an iterable of batches"):
         prune(model, plan, ema=averaged, calibration=3)  # pyright: ignore
+
+
+@pytest.mark.parametrize("name", ["bfloat16", "float16"])
+@pytest.mark.parametrize("kind", ["head", "neuron", "v_dim"])
+def test_forward_passes_in_16_bits_make_up_for_redundant_units_too(
+    kind: str, name: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, plan = with_redundant_units(kind)
+    model = model.float()
+    before = {n: t.clone() for n, t in model.state_dict().items()}
+    images = images_of(model, 400)
+    seen = []
+    add = Samples.add
+
+    def watched(self: Samples, rows: Tensor, y: Tensor, *, held_out: bool) -> None:
+        assert not torch.is_autocast_enabled("cpu") and y.dtype in (torch.float32, dtype)
+        seen.append(rows.dtype)
+        add(self, rows, y, held_out=held_out)
+
+    monkeypatch.setattr(Samples, "add", watched)
+    dtype = getattr(torch, name)
+    small, report = prune(model, plan, calibration=images, report=True, dtype=name)
+    # norms read the stream and put out what they read; branches put out what was computed
+    assert {*seen} == {torch.float32, dtype}
+    assert report.dtype == report.to_dict()["dtype"] == name
+    assert {p.dtype for p in small.parameters()} == {torch.float32}
+    assert all(torch.equal(t, before[n]) for n, t in model.state_dict().items())
+    new = images_of(model, 50, seed=9)
+    # each of some 24 values on the way to logits is off by half an ulp, at random, and a fit
+    # averages that: sqrt(24) / 2 = 2.5 eps, and as much for the fit itself
+    assert distance(small, model, new) <= 5 * torch.finfo(dtype).eps
+    assert distance(prune(model, plan), model, new) > 0.1
+
+
+def test_the_stream_is_wide_whatever_its_first_writer_is() -> None:
+    bare = {"pos_embed": "none", "class_token": False, "global_pool": "avg"}
+    model: Any = random_vit(dtype=torch.float32, **bare)
+    structure, modules = describe(model), dict(model.named_modules())
+    one = Streamed(model, modules, structure, torch.bfloat16)
+    with torch.no_grad():
+        x = one.stem(images_of(model, 2))
+        assert x.dtype == torch.float32
+        assert one.output(structure.stream[1], x).dtype == torch.bfloat16
+        assert one.through(structure.stream[1:], x).dtype == torch.float32
+
+
+def test_a_sweep_in_fp32_is_the_default_on_a_cpu_bit_for_bit() -> None:
+    model = random_vit(dtype=torch.float32)
+    plan, images = heads_and_neurons(model), images_of(model, 40)
+    dtypes: Any = (None, "auto")
+    found = [prune(model, plan, calibration=images, report=True, dtype=d) for d in dtypes]
+    for name, tensor in found[0][0].state_dict().items():
+        assert torch.equal(found[1][0].state_dict()[name], tensor)
+    assert [report.dtype for _, report in found] == ["float32", "float32"]
+
+
+def test_a_checkpoint_of_another_dtype_is_refused(tmp_path: Path) -> None:
+    model = random_vit(dtype=torch.float32)
+    path, plan = tmp_path / "sweep.safetensors", heads_and_neurons(model)
+    options: dict[str, Any] = {"calibration": images_of(model, 40)}
+    first = {**options, "checkpoint": path, "dtype": "bfloat16"}
+    with pytest.raises(SweepStopped):
+        prune(model, plan, **first, stop=lambda: True)
+    with pytest.raises(CheckpointRefused, match=r"images or dtype"):
+        prune(model, plan, **{**first, "dtype": "float32"})
+    small: Any = prune(model, plan, **first)
+    whole: Any = prune(model, plan, **options, dtype="bfloat16")
+    assert all(torch.equal(t, whole.state_dict()[n]) for n, t in small.state_dict().items())
 
 
 def test_autocast_of_the_caller_changes_no_bit() -> None:

@@ -16,6 +16,7 @@ from ..errors import InvalidInput, UnsupportedArchitecture
 from ..modeling_pruned import AttentionBlock, Constant, MlpBlock
 from ..planning.cost import constant_dim, gone
 from ..planning.plan import Plan
+from ..precision import Precision, device_of, resolve
 from ..structure import Structure, describe
 from ..structure.axes import Dim, SoftmaxScale, Write
 from ..structure.index import Index
@@ -37,6 +38,7 @@ def prune(
     *,
     report: Literal[False] = False,
     checkpoint: str | Path | None = None,
+    dtype: Precision | torch.dtype | None = None,
     on_event: OnEvent | None = None,
     stop: Callable[[], bool] | None = None,
 ) -> Model: ...
@@ -50,6 +52,7 @@ def prune(
     *,
     report: bool = False,
     checkpoint: str | Path | None = None,
+    dtype: Precision | torch.dtype | None = None,
     on_event: OnEvent | None = None,
     stop: Callable[[], bool] | None = None,
 ) -> tuple[Any, ...]: ...
@@ -63,6 +66,7 @@ def prune(
     *,
     report: bool = False,
     checkpoint: str | Path | None = None,
+    dtype: Precision | torch.dtype | None = None,
     on_event: OnEvent | None = None,
     stop: Callable[[], bool] | None = None,
 ) -> Any:
@@ -104,6 +108,9 @@ def prune(
         checkpoint: a file in which the sweep keeps what it fitted, every half minute; a call that
             finds it goes on from there to the same bits. Gone when the sweep is done. That of the
             average is beside it, with ``.ema`` behind its name.
+        dtype: of the sweep's forward passes: ``auto`` is bfloat16 on a GPU that has it and float32
+            elsewhere; None and float32 are as the models are. In 16 bits branches compute under
+            autocast, and the residual streams, what is fitted and the result stay as they are.
         on_event: told ``{"event": "sweep", "step": k, "steps": n, "place": name}`` after each
             branch.
         stop: asked after each branch; True writes the checkpoint and ends the sweep.
@@ -115,13 +122,15 @@ def prune(
 
     Raises:
         InvalidInput: the plan, optimizer or EMA belongs to another model, or the plan would fill
-            zeros under a norm, or ``calibration`` holds something else than images of this model.
+            zeros under a norm, ``calibration`` holds something else than images of this model, or
+            ``dtype`` is unknown.
         UnsupportedArchitecture: the model has no layout, or head dims go under a q/k norm without
             weight, where the softmax scale has no place, or its forward pass does more than its
             branches, which a sweep cannot follow.
         SweepStopped: ``stop`` said so.
         CheckpointRefused: ``checkpoint`` is damaged, or of another model, plan or images.
     """
+    computed = resolve("prune", dtype, device_of(model))
     structure = describe(model)
     plan = plan.check(structure)
     index = Index(structure, plan, plan.removed)
@@ -151,7 +160,7 @@ def prune(
             # both sweeps read them
             batches = list(calibration)
         file = None if checkpoint is None else Path(checkpoint)
-        both: Any = {"on_event": on_event, "stop": stop}
+        both: Any = {"dtype": computed, "on_event": on_event, "stop": stop}
         work = structure, index, batches
         swept = sweep(model, cuts[0], *work, file, keep=ema is not None, **both)
         if ema is not None:

@@ -16,6 +16,7 @@ import vitprune_fast
 
 from ...errors import InvalidInput, UnsupportedArchitecture, VitpruneError
 from ...modes import evaluating, uncompiled
+from ...precision import device_of, is_half, name_of
 from ...sealed import fingerprint
 from ...structure import Structure
 from ...structure.axes import Write
@@ -44,6 +45,7 @@ def sweep(
     calibration: Iterable[Any],
     checkpoint: Path | None = None,
     *,
+    dtype: torch.dtype | None = None,
     on_event: OnEvent | None = None,
     stop: Callable[[], bool] | None = None,
     keep: bool = False,
@@ -57,6 +59,7 @@ def sweep(
         index: of the plan.
         calibration: batches of images.
         checkpoint: a file to go on from.
+        dtype: that forward passes compute in, where it is one of 16 bits.
         on_event: told after every place.
         stop: asked after every place.
         keep: leave the checkpoint when the sweep is done.
@@ -67,7 +70,9 @@ def sweep(
         SweepStopped: ``stop`` said so.
         CheckpointRefused: the checkpoint is damaged, or of another sweep.
     """
-    device = next(model.parameters()).device.type
+    device = device_of(model).type
+    own = next(model.parameters()).dtype
+    computed = name_of(dtype if dtype is not None and is_half(dtype) else own)
     if checkpoint is not None:
         # found out now, and not when there is work to keep
         check_place(checkpoint)
@@ -77,8 +82,9 @@ def sweep(
         torch.no_grad(),
         torch.autocast(device, enabled=False),
     ):
-        dense = Streamed(model, dict(model.named_modules()), structure)
-        small = Streamed(cut.model, cut.modules, structure)
+        modules = dict(model.named_modules())
+        dense = Streamed(model, modules, structure, dtype)
+        small = Streamed(cut.model, cut.modules, structure, dtype)
         if not small.has_blocks:
             return _warned(
                 SweepReport(odd=("plan leaves no branch to refit: this is the plain cut",))
@@ -90,14 +96,17 @@ def sweep(
                 streams.count(held_out=True)[0],
                 streams.count(held_out=False)[1],
                 odd=streams.odd,
+                dtype=computed,
             )
         )
         if not streams.can_judge:
             return report
         fitter = Fitter(dense, small, cut, structure, index, streams)
-        _check_forward(dense, structure.stream[1:], streams.example)
-        _check_forward(small, [place.write for place in fitter.places], streams.example)
-        identity = _identity(model, structure, index, streams.digest)
+        # in the dtype of the weights, in which a difference is one of what is computed
+        writes = [place.write for place in fitter.places]
+        _check_forward(Streamed(model, modules, structure), structure.stream[1:], streams.example)
+        _check_forward(Streamed(cut.model, cut.modules, structure), writes, streams.example)
+        identity = _identity(model, structure, index, f"{streams.digest} {computed}")
         progress = Progress(checkpoint, identity, fitter.tensors)
         _run(fitter, progress, on_event, stop)
         progress.end(keep=keep)
@@ -133,13 +142,13 @@ def _run(
         finish("classifier", fitter.fit_classifiers())
 
 
-def _identity(model: nn.Module, structure: Structure, index: Index, images: str) -> str:
-    """What decides the fits."""
+def _identity(model: nn.Module, structure: Structure, index: Index, read: str) -> str:
+    """What decides the fits; ``read`` tells the images and the dtype."""
     kept = {name: index.kept(axis).tolist() for name, axis in structure.axes.items()}
     plan = repr((kept, sorted(index.removed))).encode()
     digest = hashlib.blake2b(plan, digest_size=16).hexdigest()
     versions = f"{vitprune_fast.__version__} {torch.__version__}"
-    return f"{versions} {fingerprint(model)} {digest} {images}"
+    return f"{versions} {fingerprint(model)} {digest} {read}"
 
 
 def _check_forward(model: Streamed, writes: Sequence[Write], example: Tensor) -> None:

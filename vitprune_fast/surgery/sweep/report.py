@@ -58,6 +58,7 @@ class SweepReport:
         tokens: of the images that were fitted to.
         fits: in the order they were made.
         odd: what was odd about the images.
+        dtype: that forward passes computed in, by name; empty where none was made.
     """
 
     images: int = 0
@@ -65,6 +66,7 @@ class SweepReport:
     tokens: int = 0
     fits: tuple[Fit, ...] = ()
     odd: tuple[str, ...] = ()
+    dtype: str = ""
 
     @property
     def warnings(self) -> tuple[str, ...]:

@@ -43,7 +43,7 @@ class Progress:
         self._changed: set[str] = set()
         self._file = None
         if path is not None:
-            parts = "model, plan or images"
+            parts = "model, plan, images or dtype"
             self._file = Sealed(path, "prune", "the fits of a sweep", identity, parts)
             self._load(self._file)
         self._saved = time.monotonic()

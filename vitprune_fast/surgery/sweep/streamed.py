@@ -6,8 +6,10 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
+from ...precision import autocast, device_of
 from ...structure import Structure
 from ...structure.axes import Write
 
@@ -23,10 +25,18 @@ class Streamed:
         model: in eval mode; left as it is.
         modules: path in the dense model -> module of this one, which may have other paths by now.
         structure: of the dense model.
+        dtype: one of 16 bits: modules compute in it, while the stream and the weights, which may
+            change between two calls, stay as they are. Any other, or None, changes nothing.
     """
 
-    def __init__(self, model: nn.Module, modules: Mapping[str, nn.Module], structure: Structure):
-        self.model, self._modules = model, modules
+    def __init__(
+        self,
+        model: nn.Module,
+        modules: Mapping[str, nn.Module],
+        structure: Structure,
+        dtype: torch.dtype | None = None,
+    ):
+        self.model, self._modules, self._dtype = model, modules, dtype
         cores = {id(modules[write.name]) for write in structure.stream[1:] if write.name in modules}
         # what holds a branch is a block, in the order in which they run
         self._blocks = [
@@ -51,7 +61,9 @@ class Streamed:
             raise _Reached(x)
 
         with self._instead_of_blocks(lambda block: seen):
-            return _seen(lambda: self.model(images))
+            x = _seen(lambda: self._run(self.model, images))
+        # without position embeddings it is what autocast made of the patches
+        return x.to(torch.promote_types(x.dtype, images.dtype))
 
     def reading(self, write: Write, x: Tensor) -> Tensor:
         """What the branch's maps read of the stream."""
@@ -65,17 +77,17 @@ class Streamed:
 
         hook = self._modules[projection(write)].register_forward_pre_hook(seen)
         try:
-            return _seen(lambda: self._modules[write.name](self.reading(write, x)))
+            return _seen(lambda: self.output(write, x))
         finally:
             hook.remove()
 
     def projected(self, write: Write, features: Tensor) -> Tensor:
         """What comes out of the branch for what its output projection reads."""
-        return self._modules[projection(write)](features)
+        return self._run(self._modules[projection(write)], features)
 
     def output(self, write: Write, x: Tensor) -> Tensor:
         """What comes out of the branch, before its gain."""
-        return self._modules[write.name](self.reading(write, x))
+        return self._run(self._modules[write.name], self.reading(write, x))
 
     def scaled(self, write: Write, output: Tensor) -> Tensor:
         """What an output of the branch adds to the stream: it times the gain, or its norm."""
@@ -113,14 +125,18 @@ class Streamed:
 
         try:
             with self._instead_of_blocks(given):
-                return self.model(image.expand(len(x), *image.shape[1:])), seen
+                return self._run(self.model, image.expand(len(x), *image.shape[1:])), seen
         finally:
             for hook in hooks:
                 hook.remove()
 
     def _through(self, path: str, x: Tensor) -> Tensor:
         module = self._modules.get(path)
-        return x if module is None else module(x)
+        return x if module is None else self._run(module, x)
+
+    def _run(self, module: nn.Module, x: Tensor) -> Tensor:
+        with autocast(self._dtype, device_of(self.model), keeps_casts=False):
+            return module(x)
 
     @contextmanager
     def _instead_of_blocks(self, forward_of: Callable[[nn.Module], Any]) -> Iterator[None]:
