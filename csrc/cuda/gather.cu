@@ -42,18 +42,10 @@ struct Moves {
 };
 static_assert(sizeof(Moves) <= 32764 - sizeof(void*));
 
-struct CudaBlock {
-  template <typename F>
-  __device__ __forceinline__ void each(F f) {
-    f(Lane{static_cast<int32_t>(threadIdx.x), kThreads});
-  }
-  __device__ __forceinline__ void barrier() { __syncthreads(); }
-};
-
 __device__ __forceinline__ void walk(const GatherMove* moves, int32_t count, int32_t num_tiles,
                                      const int32_t* words) {
   extern __shared__ __align__(16) char shared[];
-  CudaBlock block;
+  const Lane lane{static_cast<int32_t>(threadIdx.x), kThreads};
   for (int32_t tile = blockIdx.x; tile < num_tiles; tile += gridDim.x) {
     int32_t low = 0, high = count - 1;
     while (low < high) {
@@ -64,16 +56,16 @@ __device__ __forceinline__ void walk(const GatherMove* moves, int32_t count, int
         high = middle - 1;
       }
     }
-    vitprune::gather_tile(block, moves[low], words, tile, shared, kSharedBytes);
+    vitprune::gather_tile(lane, moves[low], words, tile, shared, kSharedBytes);
   }
 }
 
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, kBlocksPerProcessor)
     gather_from_parameter(const __grid_constant__ Moves moves, const int32_t* words) {
   walk(moves.move, moves.count, moves.num_tiles, words);
 }
 
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, kBlocksPerProcessor)
     gather_from_memory(const GatherMove* moves, int32_t count, int32_t num_tiles,
                        const int32_t* words) {
   walk(moves, count, num_tiles, words);

@@ -273,18 +273,25 @@ def moved_by_tiles(
     dtype: torch.dtype,
     offset: int = 0,
     shared: int = 4096,
+    skew: int = 0,
+    padding: int = 0,
 ) -> tuple[torch.Tensor, int]:
-    """What the tiles make of a matrix that lies `offset` elements off an aligned address."""
+    """What the tiles make of a matrix that lies `offset` elements off an aligned address.
+
+    The source lies `skew` bytes further, and `padding` bytes follow each of its rows.
+    """
     shape = selection.result
     room = torch.full((shape[0] * shape[1] + 64,), 7, dtype=torch.uint8).to(dtype)
     target = room[16 + offset : 16 + offset + shape[0] * shape[1]].view(shape)
-    aligned = torch.zeros(source.numel() + 32, dtype=source.dtype)
-    moved_source = aligned[offset : offset + source.numel()].view(source.shape).copy_(source)
+    rows = source.view(torch.uint8)
+    stride, start = rows.shape[1] + padding, offset * source.element_size() + skew
+    around = torch.full((rows.shape[0] * stride + start,), 0x55, dtype=torch.uint8)
+    around.as_strided(rows.shape, (stride, 1), start).copy_(rows)
     casts, words = [(source.dtype, source.dtype), *CASTS], GatherTable([selection]).words
     how = tiles.move_matrix(
-        ctypes.c_void_p(moved_source.data_ptr()),
+        ctypes.c_void_p(around.data_ptr() + start),
         ctypes.c_void_p(target.data_ptr()),
-        ctypes.c_int64(source.shape[1] * source.element_size()),
+        ctypes.c_int64(stride),
         source.element_size(),
         target.element_size(),
         0 if source.dtype == dtype else casts.index((source.dtype, dtype)),
@@ -327,6 +334,30 @@ def test_tiles_of_the_gpu_convert(
         selection = Selection((9, num_columns), None, numbers(index(kind, num_columns)))
         got, _ = moved_by_tiles(tiles, source, selection, dtype, offset)
         assert_same_bits(got, expected(source, selection).to(dtype))
+
+
+@native
+@pytest.mark.parametrize(
+    ("padding", "skew", "load"),
+    [(0, 0, 16), (8, 0, 8), (0, 8, 8), (4, 0, 4), (0, 4, 4), (2, 0, 2), (0, 2, 2), (0, 1, 1)],
+)
+@pytest.mark.parametrize("kind", ["any-order", "zeros-between"])
+def test_rows_come_to_shared_memory_in_the_widest_vectors(
+    tiles: ctypes.CDLL, kind: str, padding: int, skew: int, load: int
+) -> None:
+    """In several tiles and, where shared memory is small, in several shares of each."""
+    same = [(dtype, dtype) for dtype in (torch.float32, torch.bfloat16, torch.float16)]
+    columns, rows = numbers(index(kind, 256)), numbers(index("zeros-between", 140))
+    for source_dtype, dtype in same + CASTS:
+        source = torch.randn(140, 256).to(source_dtype)
+        for selection in (
+            Selection((140, 256), None, columns),
+            Selection((140, 256), rows, columns),
+        ):
+            for shared in (4096, 49152):
+                got, how = moved_by_tiles(tiles, source, selection, dtype, 0, shared, skew, padding)
+                assert how == 100 + load
+                assert_same_bits(got, expected(source, selection).to(dtype))
 
 
 @native
