@@ -11,18 +11,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
 from vitprune_fast.distill import resume
+from vitprune_fast.distill.average import Average
 from vitprune_fast.distill.config import DistillConfig
 from vitprune_fast.distill.masks import MaskedStudent, MaskSchedule
 from vitprune_fast.distill.objective import Objective, images_like
-from vitprune_fast.distill.optim import as_trained, learning_rate, make_optimizer
+from vitprune_fast.distill.optim import as_trained, is_fused, learning_rate, make_optimizer
 from vitprune_fast.distill.pace import Pace
 from vitprune_fast.distill.progress import Event, Progress
 from vitprune_fast.distill.rate import IMAGES, LARGEST, start_rate, state_of
 from vitprune_fast.distill.stream import MicroBatch, Stream
+from vitprune_fast.distill.tally import Outcome, Tally
 from vitprune_fast.distill.task import DistillTask
 from vitprune_fast.distill.teachers import Teacher, TeacherSet
 from vitprune_fast.errors import DamagedFile, InvalidInput, StageFailed
@@ -36,6 +37,9 @@ from vitprune_fast.surgery import prune
 
 Batches = Iterable[Sequence[Any]]
 Teachers = nn.Module | Teacher | TeacherSet | Sequence[nn.Module]
+
+# steps between two looks at what came of them, where no events ask for one
+_LOOK = 100
 
 
 @dataclass(frozen=True)
@@ -87,9 +91,13 @@ def distill(
     """Train ``student`` in place with the losses of ``config``, on labels and towards teachers.
 
     Linear warm-up and cosine per step, up to a learning rate that suits the state of the student
-    where none is given; gradient clipping. A step whose loss or gradient is not
-    finite moves no weight and is counted. A DeiT with a distillation token learns labels with its
-    class head and the teacher's logits with its distillation head; evaluated, it averages both.
+    where none is given; gradient clipping. A step whose loss or gradient is not finite moves no
+    weight and is counted. A DeiT with a distillation token learns labels with its class head and
+    the teacher's logits with its distillation head; evaluated, it averages both.
+
+    With all that learns on GPUs a step waits for none of them: what steps came to is read every
+    ``log_steps`` (0: 100) steps, and before a checkpoint, a change of masks and the end of an
+    epoch.
 
     Every step draws from generators set from (seed, step), and ``train.epoch(e, start)`` (see
     ``data.Loader``) gives batch k of epoch e directly, so a run that goes on from a checkpoint ends
@@ -121,17 +129,20 @@ def distill(
             checkpoint in it is where the run goes on. None writes nothing.
         on_event: told about ``resume``, ``damaged_checkpoint``, ``start`` (where something was
             found before the first step), ``step``, ``skipped_step``, ``masks``, ``epoch`` and
-            ``checkpoint``; each has ``stage``, ``event``, ``epoch``, ``step`` (steps done). A call
-            that loads a checkpoint says ``resume`` first: what earlier calls told about larger
-            steps is void. A call that says nothing of it starts at step 0.
-        stop: asked after every step; True writes a checkpoint and returns.
+            ``checkpoint``; each has ``stage``, ``event``, ``epoch``, ``step`` (steps done; of
+            ``skipped_step``, which is told at the next read, those before it). A call that loads a
+            checkpoint says ``resume`` first: what earlier calls told about larger steps is void. A
+            call that says nothing of it starts at step 0.
+        stop: asked after every step; True writes a checkpoint and returns, with several processes
+            at the next read.
 
     Raises:
         InvalidInput: no training batches or none of that form, nothing to train or in float16,
             ``keep="best"`` without ``val``, gates with masks, ``ema`` or ``keep="best"``, or
             outputs that do not fit each other.
         RunFolderError: the checkpoint is of another config or model, or cannot be written.
-        StageFailed: more than ``max_bad_steps`` steps in a row were not finite.
+        StageFailed: more than ``max_bad_steps`` steps in a row were not finite, found at a
+            read.
     """
     if config.keep == "best" and val is None:
         raise InvalidInput("distill: val must be given to keep the best epoch, got None")
@@ -196,7 +207,8 @@ class _Run:
         objective = Objective(config, student, teachers, pictures)
         self.task = DistillTask(student, objective, config, gates, gate_budget)
         self.optimizer = make_optimizer(student, self.named, self._other_groups(), config)
-        self.average = ModelEmaV3(student, config.ema, use_warmup=True) if config.ema else None
+        self.average = Average(student, config.ema, use_warmup=True) if config.ema else None
+        self.tally = Tally()
         scales = config.amp == "fp16"
         self.scaler = torch.amp.GradScaler(self.task.device.type, enabled=scales)
         half = torch.bfloat16 if config.amp == "bf16" else None
@@ -283,26 +295,37 @@ class _Run:
         """Run the rest of an epoch; False when asked to stop in it."""
         progress, config = self.progress, self.config
         self.pace.restart()
+        asked = False
         for batches in self.stream.epoch(epoch, start):
             self._change_masks(epoch)
             lr = learning_rate(progress.step, self.stream.steps_per_epoch, config, self.peak)
             for group in self.optimizer.param_groups:
                 group["lr"] = lr * group["lr_scale"]
-            parts = self._step(batches)
+            self._step(batches)
             progress.step += 1
             self.pace.add(batches, self.ranks.world)
-            if config.log_steps and progress.step % config.log_steps == 0:
-                self._tell_step(epoch, lr, parts)
             done = progress.step % self.stream.steps_per_epoch == 0
+            due = done or _is_due(progress.step, config.checkpoint_steps)
+            looks = due or _is_due(progress.step, config.log_steps or _LOOK)
+            parts = self._look() if looks else {}
+            if _is_due(progress.step, config.log_steps):
+                self._tell_step(epoch, lr, parts)
             if done:
                 self._end_epoch(epoch, lr)
-            stopping = self.task.average_values([float(self.stop())])[0] > 0
-            due = config.checkpoint_steps and progress.step % config.checkpoint_steps == 0
-            if stopping or due or done:
+            asked = self.stop() or asked
+            # processes agree where each of them waits for its device
+            shared = self.ranks.world > 1
+            stopping = looks and self._any(asked) if shared else asked
+            if stopping or due:
+                self._look()
                 resume.write(self, epoch)
             if stopping:
                 return False
         return True
+
+    def _any(self, asked: bool) -> bool:
+        """Whether any of the processes is asked to stop."""
+        return self.task.average_values([float(asked)])[0] > 0
 
     def _change_masks(self, epoch: int) -> None:
         masked = self.masked
@@ -310,6 +333,8 @@ class _Run:
             return
 
         def seen() -> list[Any]:
+            # what came of the steps so far is told before the change
+            self._look()
             return self.stream.samples(epoch, masked.schedule.samples)
 
         if masked.update(self.progress.step, self.stream.steps, seen):
@@ -319,8 +344,11 @@ class _Run:
             self._run_on_what_is_live()
             self._tell("masks", epoch, share=masked.share, alive=masked.alive())
 
-    def _step(self, batches: Sequence[MicroBatch]) -> dict[str, float | None]:
-        """Take one optimizer step, or skip it; return the parts of the loss."""
+    def _step(self, batches: Sequence[MicroBatch]) -> None:
+        """Take one optimizer step, or leave it out where it is not finite.
+
+        Which of them it was stays on the device until :meth:`_look`.
+        """
         progress, config, task = self.progress, self.config, self.task
         task.keep_training()
         self.optimizer.zero_grad(set_to_none=True)
@@ -338,31 +366,44 @@ class _Run:
             self.masked.soft.scatter()
         if self.scaler.is_enabled():
             self.scaler.unscale_(self.optimizer)
-        limit = config.clip_norm or math.inf
-        extras = [p.grad for _, p in task.named_extras() if p.grad is not None]
-        norms = (
-            nn.utils.clip_grad_norm_(list(self.named.values()), limit),
-            nn.utils.get_total_norm(extras),
+        norm, beside = (
+            self._norm(parameters)
+            for parameters in (self.named.values(), (p for _, p in task.named_extras()))
         )
-        # the device is waited for once
-        together = torch.stack([each.double().to(task.device) for each in (*norms, *sums.values())])
-        norm, beside, *totals = together.tolist()
-        means = task.average_values([total / len(batches) for total in totals])
-        values = dict(zip(sums, means, strict=True))
-        finite = all(math.isfinite(value) for value in (values["loss"], norm, beside))
+        if config.clip_norm:
+            clip = nn.utils.clip_grads_with_norm_
+            clip(list(self.named.values()), config.clip_norm, norm)
+        means = torch.stack([each.double().to(task.device) for each in sums.values()])
+        means = task.average_tensor(means / len(batches))
+        parts = dict(zip(sums, means.unbind(), strict=True))
+        self._move(self.tally.add(progress.step, parts, norm.double(), beside.double()))
+
+    def _norm(self, parameters: Iterable[nn.Parameter]) -> Tensor:
+        """L2 norm of all gradients together, on the device of the student."""
+        gradients = [p.grad for p in parameters if p.grad is not None]
+        # of nothing torch would make one on the CPU
+        none = torch.zeros((), device=self.task.device)
+        return nn.utils.get_total_norm(gradients).to(none.device) if gradients else none
+
+    def _move(self, bad: Tensor) -> None:
+        """Let optimizer, average and loss scale take the step; where ``bad`` is 1 it is left out.
+
+        A fused optimizer reads ``bad`` on the device. For another one it is read here.
+        """
+        optimizer: Any = self.optimizer
+        fused = is_fused(optimizer)
+        if fused:
+            optimizer.found_inf = bad
+        if fused or not bad.item():
+            optimizer.step()
+            if self.average is not None:
+                self.average.take(self.student, self.progress.step, bad if fused else None)
         if self.scaler.is_enabled():
-            # lowers the scale after an overflow, and leaves the step out
-            self.scaler.step(self.optimizer) if finite else None
-            self.scaler.update(None if finite else self.scaler.get_scale() / 2)
-        elif finite:
-            self.optimizer.step()
-        if not finite:
-            self._skip(values["loss"], norm if math.isfinite(beside) else beside)
-            return dict.fromkeys(values)
-        if self.average is not None:
-            self.average.update(self.student, step=progress.step)
-        progress.add(values)
-        return {**values, "grad_norm": norm}
+            before = self.scaler.scale(torch.ones((), device=self.task.device))
+            # it has seen the gradients alone; the rest lowers the scale too
+            self.scaler.update()
+            after = self.scaler.scale(torch.ones((), device=self.task.device))
+            self.scaler.update(torch.where(bad > 0, before / 2, after))
 
     def _micro_step(self, batch: MicroBatch, count: int, *, last: bool) -> dict[str, Tensor]:
         """Add one micro-batch's share to the gradients; return the parts of its loss."""
@@ -385,16 +426,39 @@ class _Run:
             others |= dict(self.masked.soft.model.named_parameters(prefix="live"))
         return others
 
-    def _skip(self, loss: float, norm: float) -> None:
-        """Count a step that is not finite; weights and optimizer stay as they were."""
-        progress, config = self.progress, self.config
+    def _look(self) -> dict[str, float | None]:
+        """Count the steps since the last look, for which the device is waited for.
+
+        Returns:
+            The parts of the loss of the last of them, None each where it was left out.
+
+        Raises:
+            InvalidInput: labels that were on the device have no class.
+            StageFailed: too many steps in a row were left out.
+        """
+        self.task.check_seen_labels()
+        parts: dict[str, float | None] = {}
+        for outcome in self.tally.read():
+            if outcome.finite:
+                self.progress.add(outcome.parts)
+                parts = {**outcome.parts, "grad_norm": outcome.norm}
+            else:
+                self._skip(outcome)
+                parts = dict.fromkeys(outcome.parts)
+        return parts
+
+    def _skip(self, outcome: Outcome) -> None:
+        """Count a step that was not finite; weights and optimizer stayed as they were."""
+        progress, config, step = self.progress, self.config, outcome.step
         progress.skip()
-        epoch = progress.step // self.stream.steps_per_epoch
-        self._tell("skipped_step", epoch, loss_text=str(loss), grad_norm_text=str(norm))
+        loss = outcome.parts["loss"]
+        norm = outcome.norm if math.isfinite(outcome.beside) else outcome.beside
+        epoch = step // self.stream.steps_per_epoch
+        self._tell("skipped_step", epoch, step=step, loss_text=str(loss), grad_norm_text=str(norm))
         if progress.skipped_in_a_row > config.max_bad_steps:
             raise StageFailed(
                 f"distill: at most {config.max_bad_steps} steps in a row may have a non-finite "
-                f"loss or gradient, got {progress.skipped_in_a_row} up to step {progress.step + 1} "
+                f"loss or gradient, got {progress.skipped_in_a_row} up to step {step + 1} "
                 f"(loss {loss}, gradient norm {norm}); lower lr or raise warmup_epochs"
             )
 
@@ -462,6 +526,11 @@ class _Run:
     def tell_place(self, event: str, epoch: int) -> None:
         """Say where the run is."""
         self._tell(event, epoch)
+
+
+def _is_due(step: int, every: int) -> bool:
+    """Whether something is done after this step; 0 never does it."""
+    return every > 0 and step % every == 0
 
 
 def _check_parameters(named: dict[str, nn.Parameter], *, alone: bool) -> None:

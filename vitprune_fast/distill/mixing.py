@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from vitprune_fast._checks import require
-from vitprune_fast.batches import check_labels
+from vitprune_fast.batches import check_labels, sent
 from vitprune_fast.errors import InvalidInput
 
 Fill = Literal["const", "rand", "pixel"]
@@ -94,7 +94,7 @@ class Mixing:
         if labels_B.device.type == "cpu":
             # elsewhere a look at them would wait for the device
             check_labels("Mixing", labels_B, self.num_classes)
-        targets = self._smoothed(labels_B.to(images_BCHW.device))
+        targets = self._smoothed(sent(labels_B, images_BCHW.device))
         if self.mode == "elem":
             return self._each(images_BCHW, targets, draw)
         share, cuts = self._draw_batch(draw)
@@ -135,9 +135,9 @@ class Mixing:
         kept = 1 - (bottom - top) * (right - left) / (height * width)
         share = np.where(idle, 1, np.where(cuts, kept, mix)).astype(np.float32)
         sides = np.stack([top, bottom, left, right]) * ~idle
-        sides = _sent(np.vstack([sides, cuts | idle]), images.device)
+        sides = sent(torch.from_numpy(np.vstack([sides, cuts | idle])), images.device)
         pasted = torch.where(_inside(sides[:4], height, width), images.flip(0), images)
-        keeps = _sent(share, images.device)
+        keeps = sent(torch.from_numpy(share), images.device)
         part = keeps.to(images.dtype).view(-1, 1, 1, 1)
         blended = images * part + images.flip(0) * (1 - part)
         # where nothing is blended, a NaN of the other image must not come in as 0 * NaN
@@ -207,7 +207,7 @@ def erase(
     )
     top, left = np.floor(down * (height - high + 1)), np.floor(along * (width - wide + 1))
     sides = np.stack([top, top + high, left, left + wide]).astype(np.int64)
-    inside = _inside(_sent(sides, images_BCHW.device), height, width)
+    inside = _inside(sent(torch.from_numpy(sides), images_BCHW.device), height, width)
     sizes = {"const": (1, 1, 1), "rand": (channels, 1, 1), "pixel": (channels, height, width)}
     like = {"dtype": images_BCHW.dtype, "device": images_BCHW.device}
     shape = (len(rows), *sizes[fill])
@@ -217,7 +217,7 @@ def erase(
         else torch.randn(shape, generator=noise, **like)
     )
     painted = images_BCHW.clone()
-    chosen = _sent(rows, images_BCHW.device)
+    chosen = sent(torch.from_numpy(rows), images_BCHW.device)
     painted[chosen] = torch.where(inside, paint, images_BCHW[chosen])
     return painted
 
@@ -240,12 +240,6 @@ def _inside(sides_4B: Tensor, height: int, width: int) -> Tensor:
     rows = torch.arange(height, device=sides_4B.device).view(1, 1, -1, 1)
     columns = torch.arange(width, device=sides_4B.device).view(1, 1, 1, -1)
     return (rows >= top) & (rows < bottom) & (columns >= left) & (columns < right)
-
-
-def _sent(numbers: np.ndarray, device: torch.device) -> Tensor:
-    """Numbers on the images' device; a copy out of pinned memory waits for nothing."""
-    tensor = torch.from_numpy(numbers)
-    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
 
 
 def _check_images(function: str, images: Tensor) -> None:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, nn
 
 from vitprune_fast.distill.checkpoints import Checkpoint, read_newest, tidy, write_checkpoint
+from vitprune_fast.distill.optim import is_fused
 from vitprune_fast.distill.progress import Progress
 from vitprune_fast.errors import RunFolderError
 from vitprune_fast.planning import Plan
@@ -133,8 +134,9 @@ def _load_optimizer(run: _Run, stored: dict[str, Tensor]) -> None:
         for key in ("step", "exp_avg", "exp_avg_sq", "momentum_buffer"):
             value = stored.get(f"{key}.{name}")
             if value is not None:
-                # the step count stays on the CPU, where AdamW keeps it
-                state[key] = value if key == "step" else value.to(parameter.device)
+                # AdamW that is not fused counts on the CPU
+                counts = key == "step" and not is_fused(run.optimizer)
+                state[key] = value if counts else value.to(parameter.device)
 
 
 def _learning(run: _Run) -> dict[str, nn.Parameter]:

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from vitprune_fast.batches import unpack
+from vitprune_fast.batches import sent, unpack
 from vitprune_fast.distill.config import DistillConfig
 from vitprune_fast.distill.mixing import Mixing, erase
 from vitprune_fast.errors import InvalidInput
@@ -93,7 +93,7 @@ class Stream:
         """Images mixed and erased on a device, and labels as they then are."""
         number, images, labels = batch
         seed, share = self._config.seed, self._config.erase
-        images = images.to(device, non_blocking=True)
+        images = sent(images, device)
         if self._mixing is not None:
             draw = np.random.default_rng(derive_seed(seed, "mix", number))
             images, labels = self._mixing(images, labels, draw)

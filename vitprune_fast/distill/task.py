@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from typing import Any
@@ -10,9 +11,10 @@ import torch
 from timm.task.task import TrainingTask
 from torch import Tensor, nn
 
-from vitprune_fast.batches import as_input, check_labels, check_logits
+from vitprune_fast.batches import as_input, check_labels, check_logits, sent
 from vitprune_fast.distill.config import DistillConfig
 from vitprune_fast.distill.objective import Objective
+from vitprune_fast.errors import InvalidInput
 from vitprune_fast.modes import compiled, evaluating
 from vitprune_fast.scoring.fused import quick_attention, standing_in
 from vitprune_fast.scoring.ranks import Ranks
@@ -60,6 +62,8 @@ class DistillTask(TrainingTask):
         self._runner: tuple[Any, ...] = ()
         self._sums_itself = False
         self._quick: dict[nn.Module, Any] = {}
+        # smallest and largest label of batches that came on the device, and the number of classes
+        self._seen_labels: list[tuple[Tensor, int]] = []
         self.done = 0.0
         self.generator = torch.Generator()
 
@@ -137,16 +141,27 @@ class DistillTask(TrainingTask):
         runner = self._runner[0]
         with self.autocast():
             said = self._watch.output(runner(as_input(runner, input)))
-        _check(said.class_BC, target)
-        loss, parts = self.objective(
-            said, target.to(said.class_BC.device), answers, self.done, self.generator
-        )
+        logits = said.class_BC
+        _check(logits, target)
+        unread = target.ndim == 1 and target.device.type != "cpu"
+        target = sent(target, logits.device)
+        if unread:
+            target, usable = self._within(target, logits.shape[1])
+        loss, parts = self.objective(said, target, answers, self.done, self.generator)
+        if unread:
+            loss = loss.where(usable, math.nan)
         for name in ("gates", "gate_budget"):
             if name in self.extras:
                 module: Any = self.extras[name]
                 penalty = module.penalty() if name == "gates" else module()
                 loss = loss + penalty.to(loss)
-        return {"loss": loss, "output": said.class_BC, **parts}
+        return {"loss": loss, "output": logits, **parts}
+
+    def _within(self, labels: Tensor, classes: int) -> tuple[Tensor, Tensor]:
+        """Labels on a device, moved into range, and whether that changed none of them."""
+        self._seen_labels.append((torch.stack(labels.aminmax()), classes))
+        within = labels.clamp(0, classes - 1)
+        return within, (within == labels).all()
 
     def average_gradients(self, others: Mapping[str, Tensor]) -> None:
         """Average over processes, of which there are several, the gradients that nobody else does.
@@ -164,14 +179,32 @@ class DistillTask(TrainingTask):
             for gradient, part in zip(same, flat.split([g.numel() for g in same]), strict=True):
                 gradient.copy_(part.view_as(gradient))
 
-    @torch.no_grad()
     def average_values(self, values: list[float]) -> list[float]:
-        """Means over processes, so that all decide alike."""
+        """Means over processes, so that all decide alike; several wait for their devices."""
         if self._ranks.world == 1:
             return values
         together = torch.tensor(values, dtype=torch.float64, device=self.device)
-        torch.distributed.all_reduce(together)
-        return (together / self._ranks.world).tolist()
+        return self.average_tensor(together).tolist()
+
+    @torch.no_grad()
+    def average_tensor(self, values: Tensor) -> Tensor:
+        """The same of a tensor on the device, where it stays; it may be changed in place."""
+        if self._ranks.world > 1:
+            torch.distributed.all_reduce(values)
+            values /= self._ranks.world
+        return values
+
+    def check_seen_labels(self) -> None:
+        """Refuse labels without a class among those that were on the device when they came.
+
+        The device is waited for; their losses were NaN, so that no step was taken with them.
+
+        Raises:
+            InvalidInput: as said.
+        """
+        seen, self._seen_labels = self._seen_labels, []
+        if seen:
+            check_labels("distill", torch.stack([bounds for bounds, _ in seen]), seen[0][1])
 
     def forward_macs(self, images: Tensor) -> tuple[int, int]:
         """Multiply-accumulates of one image in a forward of what runs, and of all teachers.
@@ -190,8 +223,12 @@ class DistillTask(TrainingTask):
 
 
 def _check(logits: Tensor, target: Tensor) -> None:
-    if target.ndim == 1:
-        check_logits("distill", logits, target)
-    else:
-        check_logits("distill", logits, target.new_zeros(len(target), dtype=torch.int64))
-        check_labels("distill", target.argmax(1), logits.shape[1])
+    """Refuse what can be seen to be wrong without waiting for a device."""
+    numbers = target.ndim == 1 and target.device.type == "cpu"
+    labels = target if numbers else torch.zeros(len(target), dtype=torch.int64)
+    check_logits("distill", logits, labels)
+    if target.ndim == 2 and target.shape[1] != logits.shape[1]:
+        raise InvalidInput(
+            f"distill: student must give {target.shape[1]} classes as its num_classes says, got "
+            f"{logits.shape[1]}"
+        )

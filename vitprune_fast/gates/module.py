@@ -9,6 +9,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from ..batches import sent
 from ..errors import InvalidInput
 from ..structure import Axis, Structure
 from . import hooks, kinds
@@ -171,14 +172,15 @@ class Gates(nn.Module):
         if self.kind == "hard_concrete" and training:
             for name, axis in self.axes.items():
                 noise = kinds.logistic_noise(axis.size, self.seed, self.draws, name)
-                self.get_buffer(f"noise/{_key(name)}").copy_(noise)
+                buffer = self.get_buffer(f"noise/{_key(name)}")
+                buffer.copy_(sent(noise.to(buffer.dtype), buffer.device))
             self.draws += 1
         if self.kind == "ste" and not self.thresholds:
             for unit in self.units:
                 scores = [self.score(n) for n, axis in self.axes.items() if axis.kind == unit]
                 ranked = torch.cat(scores).sort(descending=True).values
                 count = round(self.keep[unit] * len(ranked))
-                least = ranked[count - 1] if count else ranked.new_tensor(math.inf)
+                least = ranked[count - 1] if count else ranked.new_full((), math.inf)
                 self.get_buffer(f"least_{unit}").copy_(least)
 
     def parameter_groups(

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, library
 
 from vitprune_fast import _checks
+from vitprune_fast.batches import sent
 from vitprune_fast.ops._dispatch import Backend, choose
 from vitprune_fast.ops._probes import refuse_second_derivative, score_dtype
 from vitprune_fast.ops._qkv import (
@@ -184,7 +185,7 @@ def _eager(
     batch, num_tokens, _, num_heads, head_dim = qkv_BN3HK.shape
     index_L = None
     if len(live) < num_heads:
-        index_L = torch.tensor(live, dtype=torch.int64, device=qkv_BN3HK.device)
+        index_L = sent(torch.tensor(live, dtype=torch.int64), qkv_BN3HK.device)
         qkv_BN3HK = qkv_BN3HK.index_select(3, index_L)
         gate_H = None if gate_H is None else gate_H.index_select(0, index_L)
     q_BLNK, k_BLNK, v_BLNK = heads_first(qkv_BN3HK)

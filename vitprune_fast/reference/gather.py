@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from vitprune_fast.batches import sent
+
 if TYPE_CHECKING:
     from vitprune_fast.ops.gather import Selection
 
@@ -31,7 +33,7 @@ def gather_all(
     """Write into each target what its selection takes of its source, one after the other."""
     for source, target, selection in zip(sources, targets, selections, strict=True):
         rows, columns = (
-            None if index is None else torch.from_numpy(index).to(source.device)
+            None if index is None else sent(torch.from_numpy(index), source.device)
             for index in (selection.rows, selection.columns)
         )
         target.copy_(gather(source, rows, columns))

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from vitprune_fast._checks import require
+from vitprune_fast.batches import sent
 from vitprune_fast.distill.losses.features import check_pairs
 from vitprune_fast.distill.losses.gram import manifold_full
 from vitprune_fast.distill.losses.tokens import align_tokens
@@ -127,7 +128,7 @@ def manifold_random(
     )
     batch, tokens, _ = student_BND.shape
     drawn_K = torch.randperm(batch * tokens, generator=generator)[:num_rows]
-    drawn_K = drawn_K.to(student_BND.device, non_blocking=True)
+    drawn_K = sent(drawn_K, student_BND.device)
     # by image and token, so that nothing but these rows is copied
     at = drawn_K // tokens, drawn_K % tokens
     return _loss(student_BND[at][None], teacher_BNE.detach()[at][None])
