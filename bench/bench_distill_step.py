@@ -1,7 +1,8 @@
-"""A distillation step of a ViT-B towards its dense self, beside the loops one would write."""
+"""A step of ``distill`` on a ViT towards its dense self, beside the loops one would write."""
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from dataclasses import asdict
 from typing import Any
@@ -12,33 +13,42 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bench.bench_masked_step import half, multiply, race
+from bench.bench_masked_step import entries_of, half, in_turns, multiply
 from bench.conftest import note_race
-from vitprune_fast.distill import DistillConfig
-from vitprune_fast.distill.objective import Objective, images_like
-from vitprune_fast.distill.task import DistillTask
-from vitprune_fast.distill.teachers import Teacher, TeacherSet
+from vitprune_fast.distill import DistillConfig, MaskSchedule, distill
+from vitprune_fast.distill.teachers import Teacher
 from vitprune_fast.planning import Plan, predict_cost
+from vitprune_fast.scoring.race import Entry
 from vitprune_fast.structure import describe
-from vitprune_fast.surgery.soft import SoftCompaction
 
 OURS, SOFT = "vitprune_fast: dense", "vitprune_fast: soft-compacted"
 EAGER, MASKED, COMPILED = "eager loop", "eager loop, multiplicative masks", "compiled loop"
-CONFIG = DistillConfig(alpha=0.5, temperature=2.0, amp="bf16")
+LR = 1e-6
 
-
-def optimizer_of(model: Any) -> torch.optim.Optimizer:
-    return torch.optim.AdamW(model.parameters(), lr=1e-6, fused=next(model.parameters()).is_cuda)
+# images and labels in memory
+Batches = list[tuple[Tensor, Tensor]]
+# trains on every batch, calls what it is given after each, and says the loss of the first
+Loop = Callable[[Batches, Callable[[], bool]], float]
 
 
 class Written:
     """The loop one would write with timm: autocast, SDPA, plain losses, fused AdamW."""
 
     def __init__(self, student: Any, teacher: Any, *, compiled: bool = False) -> None:
-        self.optimizer = optimizer_of(student.train())
-        self.student, self.teacher = student, teacher.eval()
+        weight = next(student.parameters())
+        self.device = weight.device
+        self.optimizer = torch.optim.AdamW(student.parameters(), lr=LR, fused=weight.is_cuda)
+        self.student, self.teacher = student.train(), teacher.eval()
         if compiled:
             self.student, self.teacher = torch.compile(student), torch.compile(teacher)
+
+    def __call__(self, batches: Batches, after_step: Callable[[], bool]) -> float:
+        losses = []
+        for images, labels in batches:
+            images = images.to(self.device, non_blocking=True)
+            losses.append(self.step(images, labels.to(self.device, non_blocking=True)))
+            after_step()
+        return float(losses[0])
 
     def step(self, images: Tensor, labels: Tensor) -> Tensor:
         with torch.autocast(images.device.type, torch.bfloat16):
@@ -57,32 +67,84 @@ class Written:
 
 
 class Ours:
-    """The step of ``distill``: teacher in bf16, one launch for both losses, live weights alone."""
+    """``distill`` as one calls it, with its events; under a plan on the live part alone."""
 
-    def __init__(self, student: Any, teacher: Any, plan: Plan | None) -> None:
-        self.optimizer = optimizer_of(student)
-        weight = next(student.parameters())
-        teachers = TeacherSet([Teacher(teacher, dtype=torch.bfloat16)])
-        images = images_like(student).to(weight)
-        self.task = DistillTask(student, Objective(CONFIG, student, teachers, images), CONFIG)
-        self.soft = None if plan is None else SoftCompaction(student, plan, torch.bfloat16)
-        runner = student if self.soft is None else self.soft.refresh()
-        self.task.run_on(runner, whole=self.soft is None)
-        self.task.train()
+    def __init__(self, student: Any, teacher: Any, plan: Plan | None, log_steps: int) -> None:
+        self.student = student
+        self.teacher = Teacher(teacher, dtype=torch.bfloat16)
+        self.config = DistillConfig(
+            epochs=1,
+            lr=LR,
+            warmup_epochs=0,
+            alpha=0.5,
+            temperature=2.0,
+            clip_norm=0.0,
+            amp="bf16",
+            log_steps=log_steps,
+        )
+        self.masks = (
+            None if plan is None else MaskSchedule(0.5, "one_shot", planner=lambda *_: plan)
+        )
+        self.told: list[dict[str, Any]] = []
 
-    def step(self, images: Tensor, labels: Tensor) -> Tensor:
-        if self.soft is not None:
-            self.soft.refresh()
-        loss = self.task(images, labels)["loss"]
-        loss.backward()
-        if self.soft is not None:
-            self.soft.scatter()
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
-        return loss.detach()
+    def __call__(self, batches: Batches, after_step: Callable[[], bool]) -> float:
+        result = distill(
+            self.student,
+            self.teacher,
+            batches,
+            None,
+            self.config,
+            masks=self.masks,
+            on_event=self.told.append,
+            stop=after_step,
+        )
+        return result.history[0]["loss"]
 
 
-def distill_step(request, name: str, batch: int, device: str, rounds: int, compiled: bool) -> None:
+def seconds_per_step(loop: Loop, batches: Batches, device: str, warm: int) -> float:
+    """Of the steps after the first ``warm``, as they follow one another."""
+    marks: list[Any] = []
+
+    def mark() -> bool:
+        if device == "cuda":
+            marks.append(torch.cuda.Event(enable_timing=True))
+            marks[-1].record()
+        else:
+            marks.append(time.thread_time())
+        return False
+
+    loop(batches, mark)
+    start, end = marks[warm - 1], marks[-1]
+    if device == "cuda":
+        torch.cuda.synchronize()
+        return start.elapsed_time(end) / 1e3 / (len(marks) - warm)
+    return (end - start) / (len(marks) - warm)
+
+
+def distill_step(
+    name: str,
+    batch: int,
+    device: str,
+    rounds: int,
+    *,
+    compiled: bool = False,
+    warm: int = 5,
+    steps: int = 10,
+) -> list[Entry]:
+    """Time whole trainings on images that are in memory, in turns.
+
+    Args:
+        name: of the model of timm.
+        batch: images per step.
+        device: ``"cuda"`` or ``"cpu"``, where it is the time of one thread.
+        rounds: how often each loop trains; its best time counts.
+        compiled: race a compiled loop too.
+        warm: steps before the timed ones; so many lie between two events of ``distill`` too.
+        steps: timed ones.
+
+    Raises:
+        AssertionError: the first losses of two loops differ; nothing was timed.
+    """
     torch.set_num_threads(1)
 
     def fresh(seed: int = 0) -> Any:
@@ -93,32 +155,39 @@ def distill_step(request, name: str, batch: int, device: str, rounds: int, compi
     plan = half(structure)
     masked = fresh()
     multiply(masked, structure, plan)
-    loops: dict[str, Any] = {
-        SOFT: Ours(fresh(), fresh(1), plan),
-        OURS: Ours(fresh(), fresh(1), None),
+    loops: dict[str, Loop] = {
+        SOFT: Ours(fresh(), fresh(1), plan, warm),
+        OURS: Ours(fresh(), fresh(1), None, warm),
         EAGER: Written(fresh(), fresh(1)),
         MASKED: Written(masked, fresh(1)),
     }
     if compiled:
         loops[COMPILED] = Written(fresh(), fresh(1), compiled=True)
-    size = structure.input_size
-    images, labels = torch.randn(batch, *size).to(device), torch.randint(1000, (batch,)).to(device)
-    losses = {n: float(loop.step(images, labels)) for n, loop in loops.items()}
+    images = torch.randn(batch, *structure.input_size)
+    labels = torch.randint(masked.num_classes, (batch,))
+    if device == "cuda":
+        # as a DataLoader leaves them there
+        images, labels = images.pin_memory(), labels.pin_memory()
+    data = [(images, labels)]
+    losses = {name: loop(data, lambda: False) for name, loop in loops.items()}
     for ours, other in ((SOFT, MASKED), (OURS, EAGER)):
         # both in bf16, a dozen blocks deep
         assert abs(losses[ours] - losses[other]) <= 3e-2 * losses[other], losses
-    calls: dict[str, Callable[[], None]] = {
-        n: (lambda loop=loop: loop.step(images, labels)) for n, loop in loops.items()
-    }
+    times = in_turns(
+        {
+            name: lambda loop=loop: seconds_per_step(loop, data * (warm + steps), device, warm)
+            for name, loop in loops.items()
+        },
+        rounds,
+    )
     share = predict_cost(structure, plan).macs / predict_cost(structure).macs
-    note = f"{share:.0%} of the multiply-accumulates"
-    entries = race(calls, device, batch, rounds, note, SOFT)
-    case = f"{name} with itself as teacher, batch {batch}, bf16"
-    note_race(request.config, case, device, [asdict(e) for e in entries], kind="training")
+    return entries_of(times, batch, SOFT, f"{share:.0%} of the multiply-accumulates")
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("name", ["deit_tiny_patch16_224", "vit_base_patch16_224"])
 @pytest.mark.timeout(900)
 def bench_distill_step_gpu(request, name):
-    distill_step(request, name, 256, "cuda", rounds=20, compiled=True)
+    entries = distill_step(name, 256, "cuda", rounds=5, compiled=True)
+    case = f"{name} with itself as teacher, batch 256, bf16"
+    note_race(request.config, case, "cuda", [asdict(e) for e in entries], kind="training")

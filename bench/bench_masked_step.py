@@ -80,8 +80,10 @@ class Loop:
         self.optimizer.zero_grad(set_to_none=True)
 
 
-def loops(name: str, device: str, amp: torch.dtype | None) -> tuple[dict[str, Loop], float]:
-    """The forms on equal weights, and the share of multiply-accumulates that is left."""
+def loops(
+    name: str, device: str, amp: torch.dtype | None
+) -> tuple[dict[str, Loop], float, tuple[int, ...]]:
+    """The forms on equal weights, the share of multiply-accumulates left, the size of an image."""
 
     def fresh() -> Any:
         torch.manual_seed(0)
@@ -96,7 +98,8 @@ def loops(name: str, device: str, amp: torch.dtype | None) -> tuple[dict[str, Lo
         PEER: Loop(masked, None, amp),
         DENSE: Loop(fresh(), None, amp),
     }
-    return forms, predict_cost(structure, plan).macs / predict_cost(structure).macs
+    share = predict_cost(structure, plan).macs / predict_cost(structure).macs
+    return forms, share, structure.input_size
 
 
 def check(forms: dict[str, Loop], images: torch.Tensor, labels: torch.Tensor) -> None:
@@ -114,23 +117,21 @@ def check(forms: dict[str, Loop], images: torch.Tensor, labels: torch.Tensor) ->
         loop.optimizer.zero_grad(set_to_none=True)
 
 
-def race(
-    calls: dict[str, Callable[[], None]],
-    device: str,
-    batch: int,
-    rounds: int,
-    note: str,
-    ours: str = OURS,
-) -> list[Entry]:
-    """Interleaved rounds in random order; the least time of each form, beside that of ``ours``."""
-    times: dict[str, list[float]] = {name: [] for name in calls}
-    order = list(calls)
-    for call in calls.values():
-        call()
-    for _ in range(rounds):
-        random.Random(len(times[ours])).shuffle(order)
+def in_turns(forms: dict[str, Callable[[], float]], rounds: int) -> dict[str, list[float]]:
+    """The seconds that each form says, in every round in another order; first once unheard."""
+    times: dict[str, list[float]] = {name: [] for name in forms}
+    order = list(forms)
+    for form in forms.values():
+        form()
+    for number in range(rounds):
+        random.Random(number).shuffle(order)
         for name in order:
-            times[name].append(measure(calls[name], device, 1))
+            times[name].append(forms[name]())
+    return times
+
+
+def entries_of(times: dict[str, list[float]], batch: int, ours: str, note: str) -> list[Entry]:
+    """The least time of each form, beside that of ``ours``, which has the note."""
     best = {name: min(taken) for name, taken in times.items()}
     return [
         Entry(
@@ -145,26 +146,50 @@ def race(
     ]
 
 
-def masked_step(request, name: str, batch: int, device: str, amp: torch.dtype | None, rounds: int):
+def masked_step(
+    name: str, batch: int, device: str, rounds: int, amp: torch.dtype | None = None
+) -> list[Entry]:
+    """Time a step of each form, in turns.
+
+    Args:
+        name: of the model of timm.
+        batch: images per step.
+        device: ``"cuda"`` or ``"cpu"``, where it is the time of one thread.
+        rounds: how often each form is timed; its best time counts.
+        amp: of autocast, and of the copy; None computes in fp32.
+
+    Raises:
+        AssertionError: loss or gradients of two forms differ; nothing was timed.
+    """
     torch.set_num_threads(1)
-    forms, share = loops(name, device, amp)
-    images, labels = torch.randn(batch, 3, 224, 224), torch.randint(1000, (batch,))
+    forms, share, size = loops(name, device, amp)
+    classes = forms[OURS].model.num_classes
+    images, labels = torch.randn(batch, *size), torch.randint(classes, (batch,))
     images, labels = images.to(device), labels.to(device)
     check(forms, images, labels)
-    calls = {n: (lambda loop=loop: loop.step(images, labels)) for n, loop in forms.items()}
+    calls = {
+        n: lambda loop=loop: measure(lambda: loop.step(images, labels), device, 1)
+        for n, loop in forms.items()
+    }
     note = f"{share:.0%} of the multiply-accumulates"
-    entries = race(calls, device, batch, rounds, note)
-    precision = "fp32" if amp is None else "bf16"
+    return entries_of(in_turns(calls, rounds), batch, OURS, note)
+
+
+def record(request: Any, name: str, batch: int, device: str, entries: list[Entry]) -> None:
+    """Keep the entries among the results."""
+    precision = "fp32" if device == "cpu" else "bf16"
     case = f"{name}, batch {batch}, {precision}, half of the heads and neurons masked"
     note_race(request.config, case, device, [asdict(e) for e in entries], kind="training")
 
 
 @pytest.mark.timeout(1200)
 def bench_masked_step_cpu(request):
-    masked_step(request, "deit_tiny_patch16_224", 16, "cpu", None, rounds=10)
+    size = "deit_tiny_patch16_224", 16, "cpu"
+    record(request, *size, masked_step(*size, rounds=10))
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("name", ["deit_tiny_patch16_224", "vit_base_patch16_224"])
 def bench_masked_step_gpu(request, name):
-    masked_step(request, name, 256, "cuda", torch.bfloat16, rounds=20)
+    size = name, 256, "cuda"
+    record(request, *size, masked_step(*size, rounds=20, amp=torch.bfloat16))
