@@ -187,7 +187,11 @@ def distill_step(
 @pytest.mark.gpu
 @pytest.mark.parametrize("name", ["deit_tiny_patch16_224", "vit_base_patch16_224"])
 @pytest.mark.timeout(900)
-def bench_distill_step_gpu(request, name):
-    entries = distill_step(name, 256, "cuda", rounds=5, compiled=True)
-    case = f"{name} with itself as teacher, batch 256, bf16"
-    note_race(request.config, case, "cuda", [asdict(e) for e in entries], kind="training")
+def bench_distill_step_gpu(request, gpu, name):
+    # whole trainings, so that a few steps of each make up the time there is
+    batch, warm, steps, rounds = gpu.batch(256), *((1, 2, 1) if gpu.tiny else (3, 6, 2))
+    entries = distill_step(
+        gpu.model(name), batch, gpu.device, rounds, compiled=gpu.compiled, warm=warm, steps=steps
+    )
+    case = f"{name} with itself as teacher, batch {batch}, bf16"
+    note_race(request.config, case, gpu.device, [asdict(e) for e in entries], kind="training")

@@ -190,6 +190,7 @@ def bench_masked_step_cpu(request):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("name", ["deit_tiny_patch16_224", "vit_base_patch16_224"])
-def bench_masked_step_gpu(request, name):
-    size = name, 256, "cuda"
-    record(request, *size, masked_step(*size, rounds=20, amp=torch.bfloat16))
+def bench_masked_step_gpu(request, gpu, name):
+    size = gpu.model(name), gpu.batch(256), gpu.device
+    amp = torch.bfloat16 if gpu.device == "cuda" else None
+    record(request, *size, masked_step(*size, rounds=2 if gpu.tiny else 10, amp=amp))

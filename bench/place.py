@@ -43,6 +43,10 @@ class Place:
         sizes = {"img_size": 32, "embed_dim": 64, "depth": 2, "num_heads": 4, "num_classes": 10}
         return sizes if self.tiny else {}
 
+    def model(self, name: str) -> str:
+        """Name of a model of timm."""
+        return "test_vit" if self.tiny else name
+
     def dtype(self, dtype: torch.dtype) -> torch.dtype:
         """Of activations; the interpreter of Triton gets bf16 wrong."""
         interpreted = self.device == "cpu" and self.backend == "triton"

@@ -157,7 +157,7 @@ def steps(part: int, tiny: bool, again: Path | None = None) -> list[Step]:
         *first,
         *failed_before(again),
         bench("scoring", 90, *size),
-        bench("distill_step", 45, *size),
+        bench("distill_step", 60, *size),
         bench("masked_step", 25, *size),
         bench("prune", 30, *size),
         Step(
