@@ -1,13 +1,18 @@
 """Launch every GPU kernel on small tensors: what compute-sanitizer watches.
 
-python -m bench.one_launch
+python -m bench.one_launch [--target OP ...]
+
+``--target`` launches those ops once at the size that their speed is claimed for, in the form that
+``auto`` takes: what a profiler of single kernels reads.
 """
 
 from __future__ import annotations
 
+import argparse
+
 import torch
 
-from bench.calls import CALLS, SMALL, Size
+from bench.calls import CALLS, SMALL, TARGET, Size
 from vitprune_fast.ops._dispatch import IMPLEMENTED
 
 
@@ -27,4 +32,11 @@ def main(device: str = "cuda") -> None:
 
 
 if __name__ == "__main__":
-    main()
+    parser = argparse.ArgumentParser("one_launch", description=__doc__)
+    parser.add_argument("--target", nargs="+", choices=CALLS, metavar="OP")
+    if chosen := parser.parse_args().target:
+        for op in chosen:
+            CALLS[op](TARGET)("auto")
+        torch.cuda.synchronize()
+    else:
+        main()

@@ -76,15 +76,23 @@ TESTS = (*PYTEST, "-p", "bench.report_lines", "--lines", "{found}", "--timeout",
 BENCH = (*PYTEST, "-p", "no:xdist", "-s", "--timeout", "0", "-m", "gpu", "--lines", "{found}")
 # every tensor has an allocation of its own then, whose ends are checked
 OWN_MEMORY = (("PYTORCH_NO_CUDA_MEMORY_CACHING", "1"),)
-WATCH = [
-    "compute-sanitizer",
-    "--tool",
-    "memcheck",
-    "--report-api-errors",
-    "no",
-    "--error-exitcode",
-    "1",
-]
+WATCH = (
+    *("compute-sanitizer", "--tool", "memcheck"),
+    *("--report-api-errors", "no", "--error-exitcode", "1"),
+)
+COUNTERS = (
+    "gpu__time_duration.sum",
+    "dram__throughput.avg.pct_of_peak_sustained_elapsed",
+    "sm__inst_issued.avg.pct_of_peak_sustained_elapsed",
+    "launch__registers_per_thread",
+    "launch__occupancy_limit_registers",
+)
+# of single kernels, the settings of the GPU left alone
+PROFILE = (
+    *("ncu", "--clock-control", "none", "--csv", "--kernel-name", "regex:_kernel$|gather"),
+    *("--metrics", ",".join(COUNTERS)),
+)
+PROFILED = ("attention_score", "gated_activation", "activation_score", "norm_score", "gather_all")
 # those that do not need packages which such a machine may lack
 GPU_FILES = (
     "tests/scoring/test_gpu.py",
@@ -171,6 +179,12 @@ def steps(part: int, tiny: bool, again: Path | None = None) -> list[Step]:
         ),
         bench("gated_attention", 20, *size, "-k", "384", title="bench longer attention"),
         Step("compiled peers", (*BENCH, *size, "--compiled", *compiled), 150, alone=True),
+        Step(
+            "counters",
+            (*PROFILE, *PYTHON, "-m", "bench.one_launch", "--target", *PROFILED),
+            40,
+            alone=True,
+        ),
         Step("compiled ops", (*TESTS, "-k", "triton and fullgraph", "tests/ops"), 60),
     ]
 
