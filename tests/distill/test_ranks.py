@@ -57,20 +57,51 @@ def train(kind: str, accumulate: int, name: str, checkpoints: str | None) -> Dis
     return result
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_two_processes_are_one_that_accumulates(kind: str, tmp_path: Path) -> None:
+def run(code: str, folder: Path, *words: str) -> list[str]:
+    """What each of two processes prints."""
     processes = [
         subprocess.Popen(
-            [sys.executable, "-c", WORKER, str(rank), str(tmp_path), kind],
+            [sys.executable, "-c", code, str(rank), str(folder), *words],
             cwd=Path(__file__).parents[1],
+            stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
             env={**os.environ, "PYTHONPATH": f"{Path(__file__).parents[2]}:."},
         )
         for rank in range(WORLD)
     ]
-    errors = [process.communicate()[1] for process in processes]
-    assert [process.returncode for process in processes] == [0, 0], errors
+    said = [process.communicate() for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], said
+    return [output for output, _ in said]
+
+
+ASKED = """
+import sys
+import torch
+from torch import distributed as dist
+from vitprune_fast.distill import DistillConfig, distill
+from vitprune_fast.testing import random_images, random_vit
+
+rank, folder = int(sys.argv[1]), sys.argv[2]
+torch.set_num_threads(1)
+dist.init_process_group("gloo", f"file://{folder}/store", rank=rank, world_size=2)
+model, asked = random_vit(), []
+data = [(random_images(model, 4), torch.arange(4))] * 10
+
+def stop():
+    asked.append(None)
+    return rank == 1 and len(asked) == 1
+
+config = DistillConfig(epochs=1, warmup_epochs=0, alpha=0.0, log_steps=3)
+result = distill(model, None, data, None, config, checkpoint_dir=f"{folder}/checkpoints", stop=stop)
+dist.destroy_process_group()
+print(result.finished, len(asked))
+"""
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_two_processes_are_one_that_accumulates(kind: str, tmp_path: Path) -> None:
+    run(WORKER, tmp_path, kind)
     train(kind, WORLD, str(tmp_path / "alone"), None)
     alone, first, second = (
         read_tensors(tmp_path / f"{name}.safetensors") for name in ("alone", "0", "1")
@@ -81,3 +112,10 @@ def test_two_processes_are_one_that_accumulates(kind: str, tmp_path: Path) -> No
         torch.testing.assert_close(first[name], value, rtol=0, atol=1e-8, msg=name)
     # one of them writes
     assert len(list((tmp_path / "checkpoints").glob("step-*.json"))) == 2
+
+
+def test_one_that_is_asked_to_stop_stops_both_where_both_wait(tmp_path: Path) -> None:
+    # asked after the first step; the event of the third is where they look at what came of steps
+    assert run(ASKED, tmp_path) == ["False 3\n", "False 3\n"]
+    names = [path.name for path in (tmp_path / "checkpoints").glob("step-*.json")]
+    assert names == ["step-00000003.json"]
