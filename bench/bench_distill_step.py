@@ -79,7 +79,7 @@ class Ours:
             alpha=0.5,
             temperature=2.0,
             clip_norm=0.0,
-            amp="bf16",
+            dtype="bfloat16",
             log_steps=log_steps,
         )
         self.masks = (

@@ -191,7 +191,7 @@ class Subject:
         images, labels = photographs(self.work, self.name, "train")
         learnt = slice(LEARNT[self.name])
         train: Any = Photographs(images[learnt], labels[learnt])
-        config = vp.DistillConfig(epochs=epochs, warmup_epochs=0.5, amp="bf16", log_steps=0)
+        config = vp.DistillConfig(epochs=epochs, warmup_epochs=0.5, dtype="bfloat16", log_steps=0)
         name = "_".join(map(str, (macs, *chosen, state, epochs))).replace(" ", "_")
         folder = self.work / "distilled" / name
         result = vp.distill(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -23,6 +24,21 @@ def test_auto_is_bfloat16_on_a_gpu_that_has_it_alone() -> None:
     assert auto_name("cuda", has_bfloat16=False) == "float32"
     assert auto_name("cpu", has_bfloat16=True) == "float32"
     assert resolve("score", "auto", "cpu") == torch.float32
+
+
+@pytest.mark.parametrize(("has", "wanted"), [(True, torch.bfloat16), (False, torch.float32)])
+def test_a_gpu_is_asked_for_bfloat16_of_its_own(
+    has: bool, wanted: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = []
+
+    def supported(*, including_emulation: bool) -> bool:
+        return has or including_emulation
+
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", supported)
+    monkeypatch.setattr(torch.cuda, "device", lambda device: asked.append(device) or nullcontext())
+    assert resolve("score", "auto", "cuda:1") == wanted
+    assert asked == [torch.device("cuda:1")]
 
 
 def test_names_and_dtypes_mean_the_same() -> None:

@@ -290,7 +290,7 @@ def test_fused_is_the_same_training(optimizer: Any, monkeypatch: pytest.MonkeyPa
 
 def test_a_loss_scale_is_halved_by_every_step_left_out(fused: None, tmp_path: Path) -> None:
     config = DistillConfig(
-        epochs=1, lr=1e-3, warmup_epochs=0, alpha=0.0, amp="fp16", checkpoint_steps=1
+        epochs=1, lr=1e-3, warmup_epochs=0, alpha=0.0, dtype="float16", checkpoint_steps=1
     )
     scales, skipped = [], []
 

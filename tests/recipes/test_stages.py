@@ -1,15 +1,20 @@
-"""Stages as functions: which images the sweep gets."""
+"""Stages as functions: which images the sweep gets, and in which dtype trainings compute."""
 
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
 
 from vitprune_fast.data import ImageData, open_data
+from vitprune_fast.distill.config import DistillConfig
+from vitprune_fast.distill.teachers import Teacher
+from vitprune_fast.recipes import stages
 from vitprune_fast.recipes.config import SweepConfig
 from vitprune_fast.recipes.stages import Setting, calibration
+from vitprune_fast.testing import random_vit
 
 SETTING = Setting(seed=3, device="cpu", workers=0, augment=True, batch_size=7)
 
@@ -42,3 +47,31 @@ def test_the_images_are_not_changed_at_random(data: ImageData) -> None:
     assert torch.equal(images, data.split("train").batch(rows)[0])
     # every pass gives the same
     assert torch.equal(images, next(iter(loader))[0])
+
+
+@pytest.mark.parametrize(
+    ("own", "of_the_run", "computed"),
+    [
+        ("auto", "bfloat16", "bfloat16"),
+        ("auto", "float32", "float32"),
+        ("float32", "bfloat16", "float32"),
+        ("float16", "float32", "float16"),
+    ],
+)
+def test_a_training_has_the_dtype_of_the_run_unless_it_has_its_own(
+    own: Any, of_the_run: Any, computed: str, data: ImageData, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[Any] = []
+    monkeypatch.setattr(stages, "distill", lambda *args, **more: seen.append(args))
+    student, dense = random_vit(dtype=torch.float32), random_vit(dtype=torch.float32)
+    given = Teacher(dense)
+    setting = replace(SETTING, dtype=of_the_run)
+    stages.train(
+        student, [dense, given], data, DistillConfig(dtype=own), setting, purpose="distill"
+    )
+    ((_, (plain, one_of_its_own), _, _, config),) = seen
+    assert config.dtype == computed
+    # a teacher of the run answers in 16 bits too, and a teacher with a dtype of its own in that
+    assert next(plain.parameters()).dtype == getattr(torch, computed)
+    assert one_of_its_own is given and next(given.parameters()).dtype == torch.float32
+    assert next(dense.parameters()).dtype == torch.float32

@@ -8,7 +8,7 @@ from typing import Annotated
 from tyro.conf import arg
 
 from vitprune_fast.cli.options import parse, required_model
-from vitprune_fast.recipes.config import ModelConfig, Threads
+from vitprune_fast.recipes.config import Computed, ModelConfig, Threads
 
 
 @dataclass(frozen=True)
@@ -27,6 +27,7 @@ class Bench:
     """How long each batch size is measured."""
     device: Annotated[str, arg(metavar="auto|cpu|cuda")] = "auto"
     """Where to compute."""
+    dtype: Computed = "auto"
     threads: Threads = None
 
 
@@ -45,7 +46,7 @@ def main(words: list[str]) -> int:
     from vitprune_fast.recipes import models, stages
     from vitprune_fast.recipes.profile import applied, choose_profile
 
-    profile = choose_profile(options.device, options.threads)
+    profile = choose_profile(options.device, options.threads, dtype=options.dtype)
     print(f"profile {profile}")
     configs = [options.model, *([ModelConfig(name=options.against)] if options.against else [])]
     opened = [models.open_model(config) for config in configs]
@@ -54,7 +55,11 @@ def main(words: list[str]) -> int:
         print(f"model {number}: {config.name}, {cost.params:,} params, {cost.macs:,} MACs")
     with applied(profile):
         measured = stages.measure(
-            opened, profile.device, options.batch_sizes, seconds=options.seconds
+            opened,
+            profile.device,
+            options.batch_sizes,
+            seconds=options.seconds,
+            dtype=profile.dtype,
         )
     rows = [
         (

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 from tyro.conf import arg
 
 from vitprune_fast.cli.options import parse
-from vitprune_fast.recipes.config import ModelConfig
+from vitprune_fast.recipes.config import Computed, ModelConfig
 
 
 @dataclass(frozen=True)
@@ -27,8 +27,7 @@ class BenchScoring:
     """How often every form is timed, in turns."""
     peers: bool = True
     """Also time forms that are not ours, as far as their packages are installed."""
-    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Of the model; auto is bfloat16 on a GPU, float32 else."""
+    dtype: Computed = "auto"
     device: Annotated[str, arg(metavar="auto|cpu|cuda")] = "auto"
     """Where to compute."""
 
@@ -51,12 +50,8 @@ def main(words: list[str]) -> int:
 
     if options.batch_size < 1:
         raise InvalidInput(f"bench: batch_size must be at least 1, got {options.batch_size}")
-    device = choose_profile(options.device, 1).device
-    on_gpu = device.startswith("cuda")
-    name = options.dtype
-    if name == "auto":
-        name = "bfloat16" if on_gpu else "float32"
-    dtype: Any = getattr(torch, name)
+    profile = choose_profile(options.device, 1, dtype=options.dtype)
+    device, dtype = profile.device, getattr(torch, profile.dtype)
     model: Any = models.open_model(options.model).to(device, dtype)
     random = generator(0, "bench")
     size = (options.batch_size, *describe(model).input_size)

@@ -70,7 +70,8 @@ def main(words: list[str]) -> int:
     if options.checkpoints is not None:
         probe_folder(options.checkpoints)
     seed = options.schedule.seed
-    opened = open_both(options.model, options.data, seed, options.device, options.threads)
+    dtype = options.schedule.dtype
+    opened = open_both(options.model, options.data, seed, options.device, options.threads, dtype)
     print_assumptions({**opened.assumptions, **about_gates(options.gates)})
     resumes = options.checkpoints is not None
     with (

@@ -9,7 +9,7 @@ from typing import Annotated, Literal
 from tyro.conf import arg
 
 from vitprune_fast.cli.options import parse, required_data, required_model
-from vitprune_fast.recipes.config import DataConfig, ModelConfig, Threads
+from vitprune_fast.recipes.config import Computed, DataConfig, ModelConfig, Threads
 
 
 @dataclass(frozen=True)
@@ -24,6 +24,7 @@ class Eval:
     """Saved model to count agreement with."""
     device: Annotated[str, arg(metavar="auto|cpu|cuda")] = "auto"
     """Where to compute."""
+    dtype: Computed = "auto"
     threads: Threads = None
 
 
@@ -38,7 +39,9 @@ def main(words: list[str]) -> int:
     from vitprune_fast.recipes.opened import open_both
     from vitprune_fast.recipes.profile import applied
 
-    opened = open_both(options.model, options.data, 0, options.device, options.threads)
+    opened = open_both(
+        options.model, options.data, 0, options.device, options.threads, options.dtype
+    )
     unknown = about_test_images(options.model, opened.data) if options.split == "test" else {}
     print_assumptions({**opened.assumptions, **unknown})
     teacher = models.open_model(ModelConfig(name=str(options.teacher))) if options.teacher else None

@@ -12,6 +12,7 @@ from tyro.conf import arg
 
 from vitprune_fast.cli.options import optional_data, parse, partial_of, required_model
 from vitprune_fast.errors import InvalidInput
+from vitprune_fast.precision import Precision
 from vitprune_fast.recipes.config import DataConfig, ModelConfig, SweepConfig, Threads
 
 
@@ -34,6 +35,9 @@ class Prune:
     """
     device: Annotated[str, arg(metavar="auto|cpu|cuda")] = "auto"
     """Where to refit; a cut alone is made on the CPU."""
+    dtype: Precision = "auto"
+    """What the refit's forward passes compute in, the model keeps its own; auto: bfloat16 on a GPU
+    that has it, float32 elsewhere."""
     threads: Threads = None
 
 
@@ -55,7 +59,12 @@ def main(words: list[str]) -> int:
     opened = None
     if options.data.source:
         opened = open_both(
-            options.model, options.data, options.seed, options.device, options.threads
+            options.model,
+            options.data,
+            options.seed,
+            options.device,
+            options.threads,
+            options.dtype,
         )
     with applied(opened.profile if opened else choose_profile("cpu", options.threads)):
         model = opened.model if opened else open_weights(options.model, options.seed)
@@ -99,6 +108,8 @@ def _check_data(options: Prune) -> None:
     ]
     if options.sweep.images != SweepConfig().images:
         given.append("calibration-images")
+    if options.dtype != "auto":
+        given.append("dtype")
     if given and not options.data.source:
         raise InvalidInput(
             f"prune: data must be given with {', '.join(given)}, got none; add --data, or leave "

@@ -10,7 +10,7 @@ from typing import Annotated, Any
 from tyro.conf import arg
 
 from vitprune_fast.cli.options import parse, partial_of, required_data, required_model
-from vitprune_fast.recipes.config import DataConfig, ModelConfig, ScoreConfig, Threads
+from vitprune_fast.recipes.config import Computed, DataConfig, ModelConfig, ScoreConfig, Threads
 
 
 @dataclass(frozen=True)
@@ -29,6 +29,7 @@ class Score:
     """Chooses which training images are scored."""
     device: Annotated[str, arg(metavar="auto|cpu|cuda")] = "auto"
     """Where to compute."""
+    dtype: Computed = "auto"
     threads: Threads = None
 
 
@@ -45,13 +46,21 @@ def main(words: list[str]) -> int:
     from vitprune_fast.recipes.opened import open_both
     from vitprune_fast.recipes.profile import applied
     from vitprune_fast.scoring import ScoringStopped
+    from vitprune_fast.scoring.agreement import agreement_text
     from vitprune_fast.stated import caveats
 
     # found out before the work whose result goes there
     files.probe_folder(options.out.parent)
     if options.out.is_dir():
         raise InvalidInput(f"score: out must be a file, got the folder {options.out}")
-    opened = open_both(options.model, options.data, options.seed, options.device, options.threads)
+    opened = open_both(
+        options.model,
+        options.data,
+        options.seed,
+        options.device,
+        options.threads,
+        options.dtype,
+    )
     model = opened.model
     print_assumptions(opened.assumptions)
     with (
@@ -81,6 +90,8 @@ def main(words: list[str]) -> int:
         f"{options.out}: {len(scores)} axes, {scores.samples:,} images{rate}{aside}, "
         f"{scores.criterion} {scores.reduction}"
     )
+    if agreement := agreement_text(scores.provenance):
+        print(agreement)
     print_table(("unit kind", "axes", "units", "least", "median", "most"), _summary(model, scores))
     return 0
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass, fields
 from typing import Any, Literal
 
 from vitprune_fast.errors import InvalidInput
+from vitprune_fast.precision import NAMES, Precision
 
 # compare logits; a student with a distillation token learns them with its second head
 LOGIT_LOSSES = ("soft", "soft_deit", "soft_sum", "hard")
@@ -54,8 +55,9 @@ class DistillConfig:
     ema: float = 0.0
     """Decay of an average of the weights, which is then what is validated and comes back; 0 for
     none. The first steps weigh more (timm's warm-up of the decay)."""
-    amp: Literal["none", "bf16", "fp16"] = "none"
-    """Automatic mixed precision; fp16 scales the loss, and a step that overflows is skipped."""
+    dtype: Precision = "auto"
+    """What the student computes in, with weights as they are; auto: bfloat16 on a GPU that has it,
+    float32 elsewhere. float16 scales the loss, and a step that overflows is skipped."""
     compile: bool = False
     """Run the student through torch.compile."""
     grad_checkpointing: bool = False
@@ -129,7 +131,7 @@ class DistillConfig:
             "clip_norm": (self.clip_norm >= 0, "be at least 0"),
             "accumulate": (self.accumulate >= 1, "be at least 1"),
             "ema": (0 <= self.ema < 1, "be in [0, 1)"),
-            "amp": (self.amp in ("none", "bf16", "fp16"), "be `none`, `bf16` or `fp16`"),
+            "dtype": (self.dtype in NAMES, f"be one of {', '.join(NAMES)}"),
             "drop_path": (
                 self.drop_path is None or 0 <= self.drop_path < 1,
                 "be unset or in [0, 1)",

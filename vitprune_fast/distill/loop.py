@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -31,6 +31,7 @@ from vitprune_fast.evaluation import evaluate
 from vitprune_fast.gates import BudgetLoss, Gates
 from vitprune_fast.modes import keeping_modes
 from vitprune_fast.planning import Plan
+from vitprune_fast.precision import computing_in, device_of, is_half, resolved_name
 from vitprune_fast.randomness import derive_seed, seeded
 from vitprune_fast.scoring.ranks import Ranks
 from vitprune_fast.surgery import prune
@@ -155,6 +156,8 @@ def distill(
             "distill: ema must be 0 and keep `last` with gates, whose values are those of the last "
             f"step, got {config.ema} and `{config.keep}`"
         )
+    # another machine may mean another dtype by `auto`, and would end with other bits
+    config = replace(config, dtype=resolved_name("distill", config.dtype, device_of(student)))
     teachers = _as_set(teacher) if config.needs_teacher else None
     with (
         keeping_modes(student),
@@ -209,9 +212,9 @@ class _Run:
         self.optimizer = make_optimizer(student, self.named, self._other_groups(), config)
         self.average = Average(student, config.ema, use_warmup=True) if config.ema else None
         self.tally = Tally()
-        scales = config.amp == "fp16"
+        scales = config.dtype == "float16"
         self.scaler = torch.amp.GradScaler(self.task.device.type, enabled=scales)
-        half = torch.bfloat16 if config.amp == "bf16" else None
+        half = torch.bfloat16 if config.dtype == "bfloat16" else None
         self.masked = MaskedStudent(student, masks, half) if masks else None
         self.best: dict[str, Tensor] = {}
 
@@ -474,7 +477,10 @@ class _Run:
     def _validated(self, epoch: int | None) -> Event:
         """What the validation images say after an epoch (None: before the first step)."""
         assert self.val is not None
-        seen = evaluate(self._evaluated(), self.val, self._agrees_with())
+        student, dtype = self._evaluated(), getattr(torch, self.config.dtype)
+        # the teacher answers in its own
+        with computing_in(dtype if is_half(dtype) else None, student):
+            seen = evaluate(student, self.val, self._agrees_with())
         if self.progress.note_best(epoch, seen.top1) and self.config.keep == "best":
             kept = self.student if self.average is None else self.average.module
             self.best = {n: t.clone() for n, t in kept.state_dict().items()}
@@ -544,5 +550,5 @@ def _check_parameters(named: dict[str, nn.Parameter], *, alone: bool) -> None:
         raise InvalidInput(
             "distill: student must have parameters of float32, float64 or bfloat16, got "
             "float16, in which AdamW divides by squared gradients that have become 0; "
-            "train student.float() with amp='fp16', or call .half() afterwards"
+            "train student.float() with dtype='float16', or call .half() afterwards"
         )

@@ -16,10 +16,9 @@ from vitprune_fast.distill.config import DistillConfig
 from vitprune_fast.distill.objective import Objective
 from vitprune_fast.errors import InvalidInput
 from vitprune_fast.modes import compiled, evaluating
+from vitprune_fast.precision import autocast, resolve
 from vitprune_fast.scoring.fused import quick_attention, standing_in
 from vitprune_fast.scoring.ranks import Ranks
-
-_AMP = {"none": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 class DistillTask(TrainingTask):
@@ -56,6 +55,7 @@ class DistillTask(TrainingTask):
         if len(objective.projectors):
             self.extras["projectors"] = objective.projectors
         self._config = config
+        self._dtype = resolve("distill", config.dtype, weight.device)
         self._ranks = Ranks.current()
         self._watching = ExitStack()
         # in a tuple: the copy of the live part is no part of the task
@@ -124,8 +124,7 @@ class DistillTask(TrainingTask):
 
     def autocast(self) -> AbstractContextManager:
         """Where the student computes in the precision of the config."""
-        dtype = _AMP[self._config.amp]
-        return torch.autocast(self.device.type, dtype) if dtype else nullcontext()
+        return autocast(self._dtype, self.device)
 
     def forward(self, input: Tensor, target: Tensor) -> dict[str, Tensor]:
         """Forward and loss.

@@ -44,6 +44,7 @@ from vitprune_fast.recipes.refit import left_out_lines, refit_text
 from vitprune_fast.recipes.stages import OnEvent, Setting
 from vitprune_fast.recipes.yamlfile import to_plain, to_yaml
 from vitprune_fast.scoring import ScoringStopped
+from vitprune_fast.scoring.agreement import agreement_text
 from vitprune_fast.sealed import CheckpointRefused
 from vitprune_fast.surgery import SweepStopped
 
@@ -151,7 +152,7 @@ def run(
     started = time.perf_counter()
     # a run that goes on computes with the threads it began with, whatever is the default now
     threads = folder.recorded_threads() if config.threads is None else config.threads
-    profile = choose_profile(config.device, threads, config.data.workers)
+    profile = choose_profile(config.device, threads, config.data.workers, config.dtype)
     tell({"event": "profile", "profile": str(profile)})
     skeleton = check_inputs(config, data)
     with folder.claim(), applied(profile):
@@ -238,9 +239,10 @@ def identity_of(config: RunConfig, data: ImageData, profile: Profile) -> dict[st
     plain = to_plain(config)
     for name in _NOT_IDENTITY:
         plain.pop(name)
-    # any number of loader processes gives the same stream; threads and device are in the profile
-    for section, name in ((plain, "device"), (plain, "threads"), (plain["data"], "workers")):
-        section.pop(name)
+    # any number of loader processes gives the same stream; the others are in the profile
+    for name in ("device", "dtype", "threads"):
+        plain.pop(name)
+    plain["data"].pop("workers")
     if config.model.checkpoint:
         plain["model"]["checkpoint"] = f"sha256:{files.sha256(config.model.checkpoint)}"
     return {
@@ -394,11 +396,14 @@ def _score(job: Job) -> dict[str, Any]:
     scores = _resumable(job, "scoring", sums, score)
     scores.save(job.folder / "scores.safetensors")
     units = sum(len(values) for values in scores.values())
+    compared = agreement_text(scores.provenance)
+    words = (f"{units:,} units", f"{scores.samples:,} images", compared)
     return {
         "units": units,
         "samples": scores.samples,
         "skipped": scores.skipped,
-        "text": f"{units:,} units, {scores.samples:,} images",
+        "rank_agreement": scores.provenance.get("rank_agreement"),
+        "text": ", ".join(text for text in words if text),
     }
 
 
@@ -507,6 +512,7 @@ def _evaluate(job: Job) -> dict[str, Any]:
         job.profile.device,
         BATCH_SIZES,
         seconds=job.config.latency_seconds,
+        dtype=job.profile.dtype,
     )
     whole = {
         **summary.rows(loaded, found, {"before": slow, "after": fast}),
@@ -520,6 +526,7 @@ def _evaluate(job: Job) -> dict[str, Any]:
         "split_hashes": dict(job.data.split_hashes),
         "versions": versions(),
         "profile": job.profile.to_dict(),
+        "rank_agreement": _fact(job, "score", "rank_agreement", None),
         "set_aside": {
             "training steps (dense)": _fact(job, "dense", "skipped_steps", 0),
             "training steps (distill)": _fact(job, "distill", "skipped_steps", 0),

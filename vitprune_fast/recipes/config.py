@@ -15,6 +15,7 @@ from tyro.constructors import PrimitiveConstructorSpec
 
 from vitprune_fast.distill.config import DistillConfig
 from vitprune_fast.errors import InvalidInput
+from vitprune_fast.precision import Precision
 
 
 def _parse_pairs(words: list[str]) -> dict[str, Any]:
@@ -50,6 +51,12 @@ Threads = Annotated[
         metavar="N",
         help="Torch threads on the CPU; unset: OMP_NUM_THREADS, or one per available core.",
     ),
+]
+
+
+Computed = Annotated[
+    Precision,
+    arg(help="What models compute in; auto: bfloat16 on a GPU that has it, float32 elsewhere."),
 ]
 
 
@@ -131,7 +138,9 @@ class ScoreConfig:
     candidates: Annotated[int, arg(metavar="N")] = 32
     """Units left out at once, for `loss` and `kl`."""
     loss_scale: Annotated[float | None, arg(metavar="FACTOR")] = None
-    """Keeps gradients of float16 models from underflow; unset: 1024 for those, 1 for all others."""
+    """Keeps gradients in float16 from underflow; unset: 1024 there, 1 in all others."""
+    cuda_graph: Literal["auto", "never", "always"] = "auto"
+    """Replay a scoring step as a CUDA graph; auto: never, until committed results show a win."""
 
     def __post_init__(self) -> None:
         for name in ("samples", "batch_size", "draws", "candidates"):
@@ -222,8 +231,8 @@ class TeacherConfig:
     size: Annotated[int | None, arg(metavar="PIXELS", name="teacher-size")] = None
     """Images are resized to this height and width for teachers; unset: to the one a teacher takes,
     and not for one that takes any."""
-    dtype: Annotated[Literal["none", "bf16", "fp16"], arg(name="teacher-dtype")] = "none"
-    """Precision in which teachers answer; unset: that of their weights."""
+    dtype: Annotated[Precision | None, arg(name="teacher-dtype")] = None
+    """What teachers answer in; unset: that of their weights."""
     channels_last: Annotated[bool, arg(name="teacher-channels-last")] = False
     """Memory format of teachers' images, faster for a CNN on tensor cores."""
     compile: Annotated[bool, arg(name="teacher-compile")] = False
@@ -319,6 +328,9 @@ class RunConfig:
     """All randomness of the run is derived from this number."""
     device: Annotated[str, arg(metavar="auto|cpu|cuda")] = "auto"
     """Where to compute."""
+    dtype: Precision = "auto"
+    """What every stage computes in; auto: bfloat16 on a GPU that has it, float32 elsewhere. A
+    training whose own dtype is auto has this one."""
     threads: Threads = None
     latency_seconds: Annotated[float, arg(metavar="SECONDS")] = 1.0
     """How long each latency is measured; two models at batch 1 and 64 make four of them."""

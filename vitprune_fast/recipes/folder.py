@@ -28,7 +28,7 @@ from vitprune_fast import files
 from vitprune_fast.errors import DamagedFile, RunFolderError
 from vitprune_fast.recipes.yamlfile import differences
 
-SCHEMA = 3
+SCHEMA = 4
 
 PATIENCE_S = 1.0
 """Seconds a start waits for the lock of a process that was just killed and is not quite gone."""

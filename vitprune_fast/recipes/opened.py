@@ -9,6 +9,7 @@ from torch import nn
 
 import vitprune_fast as vp
 from vitprune_fast.data import INTERPOLATIONS, ImageData, open_data
+from vitprune_fast.precision import Precision
 from vitprune_fast.randomness import seeded
 from vitprune_fast.recipes import models
 from vitprune_fast.recipes.assumptions import about_data, about_weights
@@ -144,6 +145,7 @@ def open_both(
     seed: int,
     device: str,
     threads: int | None = None,
+    dtype: Precision = "auto",
 ) -> Opened:
     """The model with its weights, the data read at its input size, and where to compute.
 
@@ -151,7 +153,7 @@ def open_both(
         InvalidInput: the head and the data disagree on the number of classes, or either cannot be
             opened.
     """
-    profile = choose_profile(device, threads, data_config.workers)
+    profile = choose_profile(device, threads, data_config.workers, dtype)
     model = open_weights(model_config, seed)
     data = open_model_data(data_config, model, model_config)
     check_fit(model, data)
@@ -174,4 +176,5 @@ def setting_of(data_config: DataConfig, profile: Profile, seed: int) -> Setting:
         data_config.batch_size,
         data_config.policy,
         data_config.repeats,
+        profile.dtype,
     )

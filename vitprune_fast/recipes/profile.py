@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 
 from vitprune_fast.errors import BackendUnavailable, InvalidInput
+from vitprune_fast.precision import Precision, resolved_name
 from vitprune_fast.recipes.cores import available_cores, default_threads
 
 MAX_THREADS = 1024
@@ -21,7 +22,7 @@ class Profile:
     name: str
     device: str
     hardware: str
-    dtype: str
+    dtype: Precision
     threads: int
     workers: int
 
@@ -37,7 +38,10 @@ class Profile:
 
 
 def choose_profile(
-    device: str = "auto", threads: int | None = None, workers: int | None = None
+    device: str = "auto",
+    threads: int | None = None,
+    workers: int | None = None,
+    dtype: Precision = "auto",
 ) -> Profile:
     """Device, dtype, threads and loader processes for this machine; explicit values are obeyed.
 
@@ -45,7 +49,8 @@ def choose_profile(
     leave to this process. The profile only says so: `applied` sets them.
 
     Raises:
-        InvalidInput: an unknown device, a count out of range, or an `OMP_NUM_THREADS` that is none.
+        InvalidInput: an unknown device or dtype, a count out of range, or an `OMP_NUM_THREADS` that
+            is none.
         BackendUnavailable: CUDA is asked for and there is none.
     """
     import torch
@@ -74,7 +79,7 @@ def choose_profile(
         name="gpu" if kind == "cuda" else "cpu",
         device=device,
         hardware=hardware,
-        dtype="float32",
+        dtype=resolved_name("vitprune-fast", dtype, device),
         threads=threads,
         workers=default_workers if workers is None else workers,
     )

@@ -19,9 +19,11 @@ import vitprune_fast as vp
 from vitprune_fast.data import Augment, ImageData, Images, Loader, RandomCrop
 from vitprune_fast.distill.config import DistillConfig
 from vitprune_fast.distill.loop import distill
+from vitprune_fast.distill.teachers import Teacher
 from vitprune_fast.errors import InvalidInput
 from vitprune_fast.evaluation import evaluate_beside
 from vitprune_fast.planning.latency import latencies
+from vitprune_fast.precision import Precision, is_half, resolve
 from vitprune_fast.randomness import derive_seed, generator
 from vitprune_fast.recipes.config import PlanConfig, ScoreConfig, SweepConfig
 
@@ -39,6 +41,7 @@ class Setting:
     batch_size: int
     policy: str = ""
     repeats: int = 1
+    dtype: Precision = "auto"
 
 
 def train(
@@ -60,10 +63,11 @@ def train(
 
     Args:
         student: trained in place, on the setting's device.
-        teacher: one, or several; None trains on the labels alone.
+        teacher: one, or several; None trains on the labels alone. A plain module answers in the
+            dtype of the training where that has 16 bits.
         data: `train` is learnt from; `validation` is only measured, or chooses the checkpoint.
-        config: schedule and losses.
-        setting: seed, device, loader processes, batch size, augmentation.
+        config: schedule and losses; where its dtype is auto, it is the setting's.
+        setting: seed, device, dtype, loader processes, batch size, augmentation.
         purpose: keeps the randomness of two trainings with one seed apart.
         gates: attached to the student; they learn too.
         gate_budget: holds the gates' multiply-accumulates down.
@@ -86,13 +90,15 @@ def train(
         repeats=setting.repeats,
     )
     validation = Loader(data.split("validation"), setting.batch_size, workers=setting.workers)
+    dtype = own_dtype(config, setting)
+    half = resolve("distill", dtype, setting.device)
     several = [teacher] if isinstance(teacher, nn.Module) else teacher
     return distill(
         student.to(setting.device),
-        several and [each.to(setting.device).eval() for each in several],
+        several and [_answering(each.to(setting.device).eval(), half) for each in several],
         train_loader,
         validation,
-        replace(config, seed=seed),
+        replace(config, seed=seed, dtype=dtype),
         gates=gates,
         gate_budget=gate_budget,
         masks=masks,
@@ -100,6 +106,18 @@ def train(
         on_event=on_event,
         stop=stop,
     )
+
+
+def _answering(teacher: nn.Module, dtype: torch.dtype | None) -> nn.Module:
+    """A teacher that answers in 16 bits where the student computes so, unless it has its own."""
+    if isinstance(teacher, Teacher) or not is_half(dtype):
+        return teacher
+    return Teacher(teacher, dtype=dtype)
+
+
+def own_dtype(config: DistillConfig, setting: Setting) -> Precision:
+    """What a training computes in."""
+    return setting.dtype if config.dtype == "auto" else config.dtype
 
 
 def _augmentation(data: ImageData, setting: Setting) -> Augment | None:
@@ -132,7 +150,7 @@ def score(
         model: is moved to the setting's device.
         data: its `train` split is read.
         config: criterion, units, how many images.
-        setting: seed, device, loader processes.
+        setting: seed, device, dtype, loader processes.
         checkpoint: where the sums are kept; a stopped scoring goes on from there.
         on_event: told how many images are done.
         stop: asked after every step; True ends the scoring with a checkpoint.
@@ -141,8 +159,6 @@ def score(
         ScoringStopped: `stop` said so.
     """
     total = min(config.samples, len(data.split("train")))
-    half = any(parameter.dtype == torch.float16 for parameter in model.parameters())
-    scale = 1024.0 if config.loss_scale is None and half else config.loss_scale
     loader = Loader(
         data.split("train"),
         config.batch_size,
@@ -159,7 +175,9 @@ def score(
         seed=derive_seed(setting.seed, "score labels"),
         draws=config.draws,
         candidates=config.candidates,
-        loss_scale=scale,
+        loss_scale=config.loss_scale,
+        cuda_graph="auto" if config.cuda_graph == "auto" else config.cuda_graph == "always",
+        dtype=setting.dtype,
         checkpoint=checkpoint,
         on_event=on_event and (lambda event: on_event({**event, "steps": total})),
         stop=stop,
@@ -230,7 +248,7 @@ def sweep(
         plan: made for it.
         data: `train` is read, no label.
         config: how many images.
-        setting: seed (which images), device, loader processes, batch size.
+        setting: seed (which images), device, dtype, loader processes, batch size.
         checkpoint: where to keep what is done, and to resume from; None keeps nothing.
         on_event: told about every place that was fitted.
         stop: asked after each of them; True ends the sweep with a checkpoint.
@@ -248,6 +266,7 @@ def sweep(
             calibration=calibration(data, config, setting),
             report=True,
             checkpoint=checkpoint,
+            dtype=setting.dtype,
             on_event=on_event,
             stop=stop,
         )
@@ -271,7 +290,10 @@ def evaluate(
     """`Evaluation` (integer counts) of the model on a split."""
     loader = Loader(data.split(split), setting.batch_size, workers=setting.workers)
     return vp.evaluate(
-        model.to(setting.device), loader, teacher=teacher and teacher.to(setting.device)
+        model.to(setting.device),
+        loader,
+        teacher=teacher and teacher.to(setting.device),
+        dtype=setting.dtype,
     )
 
 
@@ -279,7 +301,7 @@ def evaluate_all(models: Sequence[nn.Module], data: ImageData, setting: Setting)
     """`Evaluation` of each model on the test images, read once; the first one teaches the rest."""
     dense, *others = (model.to(setting.device) for model in models)
     loader = Loader(data.split("test"), setting.batch_size, workers=setting.workers)
-    return evaluate_beside(dense, others, loader)
+    return evaluate_beside(dense, others, loader, dtype=setting.dtype)
 
 
 def measure(
@@ -288,11 +310,11 @@ def measure(
     batch_sizes: tuple[int, ...] = (1, 64),
     *,
     seconds: float = 1.0,
+    dtype: Precision = "auto",
 ) -> list[list[Any]]:
-    """`Latency` of each model at each batch size, the models in turns, on `device`."""
-    by_size = [
-        latencies(models, batch_size=size, device=device, seconds=seconds) for size in batch_sizes
-    ]
+    """`Latency` of each model at each batch size, the models in turns, on `device` in `dtype`."""
+    options: Any = {"device": device, "seconds": seconds, "dtype": dtype}
+    by_size = [latencies(models, batch_size=size, **options) for size in batch_sizes]
     return [list(of_model) for of_model in zip(*by_size, strict=True)]
 
 

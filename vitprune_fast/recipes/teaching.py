@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import timm
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -20,6 +19,7 @@ from vitprune_fast.distill.loop import DistillResult
 from vitprune_fast.distill.masks import MaskSchedule
 from vitprune_fast.distill.teachers import Teacher, resolve_teacher
 from vitprune_fast.errors import InvalidInput, VitpruneError
+from vitprune_fast.precision import resolve
 from vitprune_fast.randomness import derive_seed, seeded
 from vitprune_fast.recipes import models, stages
 from vitprune_fast.recipes.board import Board
@@ -32,8 +32,6 @@ from vitprune_fast.recipes.config import (
 )
 from vitprune_fast.recipes.stages import OnEvent, Setting
 from vitprune_fast.scoring.scores import Scores
-
-_DTYPES = {"none": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 class TrainingStopped(VitpruneError):
@@ -171,7 +169,7 @@ def _teacher(
     options: dict[str, Any] = {
         "student_mean": data.mean,
         "student_std": data.std,
-        "dtype": _DTYPES[teachers.dtype],
+        "dtype": resolve("distill", teachers.dtype, trainings.setting.device),
         "channels_last": teachers.channels_last,
         "compile": teachers.compile,
         "weight": teachers.weights[number] if teachers.weights else 1.0,
@@ -191,7 +189,7 @@ def _teacher(
     # it learns from images as the student gets them
     options |= {"mean": data.mean, "std": data.std, **_sized(model, teachers)}
     resized = Resized(model, fixed_size(model) or options.get("image_size"))
-    own = DistillConfig(epochs=teachers.epochs, lr=teachers.lr, alpha=0, amp=config.amp)
+    own = DistillConfig(epochs=teachers.epochs, lr=teachers.lr, alpha=0, dtype=config.dtype)
     trainings(f"teacher-{number}", resized, own)
     return resolve_teacher(model, student, **options)
 

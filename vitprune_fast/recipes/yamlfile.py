@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
 import yaml
 
 from vitprune_fast.errors import InvalidInput
+from vitprune_fast.precision import NAMES as DTYPES
 
 T = TypeVar("T")
 
@@ -61,6 +62,10 @@ def from_yaml(path: Path, default: T) -> T:
     return from_plain({} if plain is None else plain, default)
 
 
+_RENAMED = {"amp": f"give dtype, one of {', '.join(DTYPES)}"}
+"""Fields of older versions, and what took their place."""
+
+
 class _Loader(yaml.SafeLoader):
     """The safe loader, which makes plain values only, with limits to what a text grows to."""
 
@@ -94,6 +99,8 @@ def from_plain(plain: Any, default: T, where: str = "config") -> T:
         if key not in names:
             near = difflib.get_close_matches(str(key)[:100], names, n=3)
             hint = f"did you mean {', '.join(near)}?" if near else f"known: {', '.join(names)}"
+            if key in _RENAMED:
+                hint = _RENAMED[key]
             raise InvalidInput(f"{where} has no field {_short(key)}; {hint}")
         current = getattr(default, key)
         if dataclasses.is_dataclass(current):

@@ -25,7 +25,7 @@ from torch.nn import functional as F
 from ..errors import InvalidInput, StageFailed
 from ..structure import Structure, describe
 from . import score
-from .taylor import scoring_mode
+from .taylor import LOSS_SCALE, scoring_mode
 
 OURS = "vitprune_fast: heads, neurons"
 BARE = "bare forward + input gradients"
@@ -235,8 +235,15 @@ def ours(
     model: nn.Module, images: Tensor, labels: Tensor, units: Any, criterion: str = "taylor"
 ) -> dict[str, Tensor]:
     """Our scores of one batch, per sample."""
-    batches = [(images, labels)]
-    return dict(score(model, batches, criterion, units, per_sample=True).per_sample)
+    found = score(
+        model, [(images, labels)], criterion, units, per_sample=True, loss_scale=_scale(images)
+    )
+    return dict(found.per_sample)
+
+
+def _scale(images: Tensor) -> float | None:
+    """What float16 needs to hold small gradients."""
+    return LOSS_SCALE if images.dtype == torch.float16 else None
 
 
 def check_agreement(model: nn.Module, images: Tensor, labels: Tensor) -> None:
@@ -288,7 +295,10 @@ def _forms(model: nn.Module, images: Tensor, labels: Tensor, names: Collection[s
 
     def scored(name: str, units: Any, criterion: Any = "taylor") -> _Form:
         stream = [(images, labels)] * STREAM
-        return _Form(name, lambda: score(model, stream, criterion, units), "", True, STREAM)
+        scale = _scale(images)
+        return _Form(
+            name, lambda: score(model, stream, criterion, units, loss_scale=scale), "", True, STREAM
+        )
 
     forms = [
         scored(OURS, two),
@@ -321,7 +331,8 @@ def replayed(model: nn.Module, images: Tensor, labels: Tensor) -> float:
     clock, seconds = _Clock(images.device), []
     for batches in (FEW, MANY):
         clock.start()
-        score(model, [(images, labels)] * batches, cuda_graph=True)
+        stream = [(images, labels)] * batches
+        score(model, stream, cuda_graph=True, loss_scale=_scale(images))
         seconds.append(clock.stop())
     return (seconds[1] - seconds[0]) / (MANY - FEW)
 
