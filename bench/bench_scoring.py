@@ -42,7 +42,7 @@ GPU_CASES = {
 }
 
 
-def problem(name: str, batch: int, device: str, dtype: torch.dtype, **sizes: int):
+def problem(name: str, batch: int, device: str, dtype: torch.dtype, **sizes: Any):
     """A model of timm with images and labels."""
     torch.manual_seed(0)
     model: Any = timm.create_model(name, **sizes).to(device, dtype).eval()

@@ -37,13 +37,13 @@ def run(race, place: Place, units: str, batch: int, dtype: str) -> None:
     sizes, element = place.shape(VIT_BASE), place.dtype(DTYPES[dtype])
     columns, group = (sizes.hidden, 1) if units == "neurons" else (sizes.width, sizes.head_dim)
     shape = (place.batch(batch), sizes.tokens, columns)
-    tensors = [torch.randn(shape, device=place.device).to(element) for _ in range(2)]
+    activation, gradient = (torch.randn(shape, device=place.device).to(element) for _ in range(2))
     race(
         "taylor_score",
         f"ViT-B {units} {shape}, {dtype}",
-        forms(*tensors, group, place),
+        forms(activation, gradient, group, place),
         device=place.device,
-        bytes_moved=2 * tensors[0].nbytes,
+        bytes_moved=2 * activation.nbytes,
     )
 
 

@@ -19,6 +19,7 @@ import statistics
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -62,7 +63,7 @@ def pytest_configure(config: pytest.Config) -> None:
 @pytest.fixture
 def gpu(request: pytest.FixtureRequest) -> Place:
     """Where what is marked gpu runs."""
-    option = request.config.getoption
+    option: Any = request.config.getoption
     return on_gpu(option("--tiny"), option("--compiled"))
 
 
@@ -120,8 +121,8 @@ def note(config: pytest.Config, kind: str, finding: dict) -> None:
         finding: has the name of its ``device``.
     """
     config.stash[FOUND][lines.LISTS[kind]].append(finding)
-    if config.getoption("--lines"):
-        lines.append(config.getoption("--lines"), kind, finding)
+    if path := config.getoption("--lines"):
+        lines.append(path, kind, finding)
         return
     found = facts(finding["device"])
     month = found["date"][:7].replace("-", "")

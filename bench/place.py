@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -38,7 +39,7 @@ class Place:
         return VIT_SMALLEST if self.tiny else shape
 
     @property
-    def smaller(self) -> dict[str, int]:
+    def smaller(self) -> dict[str, Any]:
         """What makes a ViT of timm as small as the tiny sizes, as its arguments."""
         sizes = {"img_size": 32, "embed_dim": 64, "depth": 2, "num_heads": 4, "num_classes": 10}
         return sizes if self.tiny else {}

@@ -6,6 +6,7 @@ python -m pytest -p bench.report_lines --lines FILE ...
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -22,7 +23,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_configure(config: pytest.Config) -> None:
     # workers send their reports to the process that started them
     if not hasattr(config, "workerinput"):
-        config.pluginmanager.register(Lines(config.getoption("--lines")), "lines")
+        path: Any = config.getoption("--lines")
+        config.pluginmanager.register(Lines(path), "lines")
 
 
 class Lines:

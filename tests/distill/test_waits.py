@@ -39,7 +39,7 @@ RECIPES: dict[str, dict[str, Any]] = {
     "mixed": {"mixup": 0.4, "cutmix": 1.0, "label_smoothing": 0.1, "erase": 0.5, "accumulate": 2},
     "average": {"ema": 0.9},
     "momentum": {"optimizer": "sgd", "lr": 1e-2, "ema": 0.9},
-    "fp16": {"amp": "fp16"},
+    "float16": {"dtype": "float16"},
     "masks": {},
     "gates at random": {},
     "gates by a threshold": {},
@@ -92,7 +92,7 @@ def train(recipe: str, device: torch.device, **options: Any) -> dict[str, Any]:
     there = far.sent_there if device.type == far.FAR else lambda model: model
     settings = {"epochs": 1, "lr": 1e-3, "warmup_epochs": 0, "log_steps": 0, **RECIPES[recipe]}
     config = DistillConfig(**settings)
-    dtype = torch.float32 if recipe == "fp16" else torch.float64
+    dtype = torch.float32 if recipe == "float16" else torch.float64
     model = there(random_vit(dtype=dtype))
     teacher = there(random_vit(seed=1, dtype=dtype, embed_dim=36 if recipe == "inside" else 24))
     count = STEPS * config.accumulate
@@ -203,7 +203,7 @@ def test_a_device_that_is_not_waited_for_trains_alike(recipe: str, found: dict[s
     if recipe.startswith("wrong"):
         assert "labels must lie in 0..4 like the classes of the model, got 1..5" in far["error"]
         return
-    _check_close(far, near, 2.0 ** (-23 if recipe == "fp16" else -52))
+    _check_close(far, near, 2.0 ** (-23 if recipe == "float16" else -52))
 
 
 @pytest.mark.parametrize("way", ["cpu to far", "far to cpu"])

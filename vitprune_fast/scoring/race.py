@@ -24,7 +24,7 @@ from torch.nn import functional as F
 
 from ..errors import InvalidInput, StageFailed
 from ..structure import Structure, describe
-from . import score
+from . import Criterion, score
 from .taylor import LOSS_SCALE, scoring_mode
 
 OURS = "vitprune_fast: heads, neurons"
@@ -232,7 +232,7 @@ def hessian_loop(model: nn.Module, images: Tensor, labels: Tensor, backwards: in
 
 
 def ours(
-    model: nn.Module, images: Tensor, labels: Tensor, units: Any, criterion: str = "taylor"
+    model: nn.Module, images: Tensor, labels: Tensor, units: Any, criterion: Criterion = "taylor"
 ) -> dict[str, Tensor]:
     """Our scores of one batch, per sample."""
     found = score(
