@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
@@ -23,6 +25,41 @@ class Tiles(NamedTuple):
     block_n: int
     num_warps: int
     num_stages: int
+
+
+# what a bench races against the choices below on a GPU: for heads of 64 dims in 16 bits, where
+# tiles are large and there is no key mask; tests/compiled knows that none spills
+CANDIDATES = {
+    "forward": {"online": Tiles(64, 64, 4, 2), "tall": Tiles(128, 64, 8, 2)},
+    "queries": {"tall": Tiles(128, 64, 8, 2)},
+}
+_forced: dict[str, str] = {}
+
+
+@contextmanager
+def forced(**names: str) -> Iterator[None]:
+    """Launches inside take these candidates where they fit: ``with forced(forward="tall"):``.
+
+    For benches, and for one thread at a time. ValueError where there is no such candidate.
+    """
+    for launch, name in names.items():
+        known = sorted(CANDIDATES.get(launch, ()))
+        if name not in known:
+            raise ValueError(f"forced: {launch} must be one of {known}, got {name!r}")
+    before = dict(_forced)
+    _forced.update(names)
+    try:
+        yield
+    finally:
+        _forced.clear()
+        _forced.update(before)
+
+
+def _candidate(
+    launch: str, head_dim: int, dtype: torch.dtype, large: bool, masked: bool = False
+) -> Tiles | None:
+    fits = head_dim == 64 and dtype.itemsize == 2 and large and not masked
+    return CANDIDATES[launch][_forced[launch]] if launch in _forced and fits else None
 
 
 def pieces(head_dim: int) -> tuple[int, int]:
@@ -52,6 +89,8 @@ def takes_row(num_tokens: int, head_dim: int, dtype: torch.dtype, large: bool) -
 
     There the head dim is one piece.
     """
+    if _candidate("forward", head_dim, dtype, large):
+        return False
     fits = head_dim <= 64 and pieces(head_dim)[1] == 0 and dtype.itemsize == 2
     return num_tokens in ROW_TOKENS and fits and large
 
@@ -61,14 +100,18 @@ def forward_tiles(head_dim: int, dtype: torch.dtype, large: bool, masked: bool =
 
     A key mask needs registers for its bits.
     """
+    if candidate := _candidate("forward", head_dim, dtype, large, masked):
+        return candidate
     if dtype.itemsize == 4:
         return Tiles(32 if head_dim <= 64 else 16, 32, 8, 2)
-    block_n = 32 if masked and not large and head_dim > 80 else 64
+    block_n = 32 if masked and head_dim > (96 if large else 80) else 64
     return Tiles(64 if large or head_dim <= 96 else 32, block_n, 4, 2)
 
 
 def query_tiles(head_dim: int, dtype: torch.dtype, large: bool, masked: bool = False) -> Tiles:
     """Tiles of the backward's first launch."""
+    if candidate := _candidate("queries", head_dim, dtype, large, masked):
+        return candidate
     if dtype.itemsize == 4:
         return Tiles(32, 32, 4, 2) if head_dim <= 64 else Tiles(16, 32, 8, 2)
     if large:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import dataclasses
+from collections.abc import Callable, Mapping
 
 import torch
 
@@ -19,6 +20,7 @@ QKV_STRIDES = ("stride_b", "stride_n", "stride_part", "stride_h")
 GRAD_STRIDES = ("stride_g_b", "stride_g_n", "stride_g_h")
 OUT_STRIDES = ("stride_o_b", "stride_o_n", "stride_o_h")
 SCORES = ("delta_ptr", "head_ptr", "qk_dim_ptr", "v_dim_ptr", "lse_ptr")
+CANDIDATE_REGISTERS = {"forward": 128, "queries": 176}
 # the launchers give the newer GPUs larger tiles
 LARGE = {True: (90, 100), False: (80,)}
 
@@ -159,6 +161,17 @@ def keys(element: str, num_tokens: int, head_dim: int, large: bool, registers: i
     )
 
 
+def candidates(kinds: Mapping[str, Callable[..., Case]], num_tokens: int) -> list[Case]:
+    """Each launch with each of the tiles that a bench may force."""
+    found = []
+    for launch, named in sizes.CANDIDATES.items():
+        for name in named:
+            with sizes.forced(**{launch: name}):
+                made = kinds[launch]("bf16", num_tokens, 64, True, CANDIDATE_REGISTERS[launch])
+            found.append(dataclasses.replace(made, label=f"{made.label}, {name} tiles"))
+    return found
+
+
 def parts() -> Case:
     """The second stage of the scores: four blocks of queries."""
     return Case(
@@ -189,6 +202,8 @@ CASES = [
         for large, bounds in ((True, with_large), (False, with_small))
         for index, kind in enumerate((forward, queries, keys))
     ),
+    *candidates({"forward": forward, "queries": queries}, 197),
+    *candidates({"forward": forward, "queries": queries}, 577),
     scores_alone("bf16", 197, 64, True, 96),
     scores_alone("bf16", 197, 64, False, 96),
     parts(),

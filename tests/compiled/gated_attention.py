@@ -8,7 +8,15 @@ from vitprune_fast.kernels import _attention_kernels as kernels
 from vitprune_fast.kernels import _attention_tiles as sizes
 from vitprune_fast.kernels._attention_tiles import Tiles, tail
 
-from .attention_score import DTYPES, GRAD_STRIDES, HEADS, OUT_STRIDES, QKV_STRIDES, SCORES
+from .attention_score import (
+    DTYPES,
+    GRAD_STRIDES,
+    HEADS,
+    OUT_STRIDES,
+    QKV_STRIDES,
+    SCORES,
+    candidates,
+)
 from .attention_score import case as attention_case
 from .case import Case
 
@@ -142,3 +150,4 @@ CASES = [
     for large, bounds in ((True, with_large), (False, with_small))
     for index, kind in enumerate((forward, queries, keys))
 ]
+CASES += candidates({"forward": forward, "queries": queries}, 197)

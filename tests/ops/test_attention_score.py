@@ -12,6 +12,9 @@ from tests.registration import opcheck
 from vitprune_fast import ops
 from vitprune_fast._extension import OBSTACLE
 from vitprune_fast.errors import BackendUnavailable, InvalidInput
+from vitprune_fast.kernels import _attention_tiles as sizes
+from vitprune_fast.kernels._attention_tiles import CANDIDATES, forced
+from vitprune_fast.kernels.attention import Attention
 from vitprune_fast.ops._dispatch import IMPLEMENTED
 from vitprune_fast.reference import attention_score as reference
 
@@ -190,6 +193,35 @@ def test_attention_score_handles_any_sign_of_the_scale(scale, dtype, backend):
     """No width of a tile divides the tokens, so keys beyond the last have to weigh nothing."""
     assert_forward_matches((1, 37, 3, 24), dtype, backend, scale)
     assert_backward_matches((1, 37, 3, 24), dtype, backend, per_token=False, scale=scale)
+
+
+@pytest.mark.parametrize(
+    ("launch", "name"), [(launch, name) for launch in CANDIDATES for name in CANDIDATES[launch]]
+)
+def test_forced_tiles_are_launched_and_match_reference(launch, name, monkeypatch):
+    seen, launched = [], Attention._launch
+
+    def noted(self, kernel, tiles, *given, **flags):
+        seen.append((tiles, flags.get("WHOLE_ROWS", False)))
+        launched(self, kernel, tiles, *given, **flags)
+
+    monkeypatch.setattr(Attention, "_launch", noted)
+    # a GPU of small tiles takes no candidate
+    monkeypatch.setattr(sizes, "has_large_tiles", lambda major: True)
+    with forced(**{launch: name}):
+        assert_forward_matches((1, 197, 2, 64), FP16, "triton")
+        assert_backward_matches((1, 197, 2, 64), FP16, "triton", per_token=False)
+    in_order = ("forward", "queries", "keys")
+    assert seen[in_order.index(launch)] == (CANDIDATES[launch][name], False)
+    seen.clear()
+    assert_forward_matches((1, 197, 2, 64), FP16, "triton")
+    assert seen[0][1], "outside all is as it was"
+
+
+@pytest.mark.parametrize("names", [{"forward": "none"}, {"keys": "tall"}], ids=str)
+def test_tiles_that_nobody_knows_are_refused(names):
+    with pytest.raises(ValueError, match=r"forced: \w+ must be one of \["), forced(**names):
+        pass
 
 
 @pytest.mark.parametrize("backend", [name for name in BACKENDS if name != "triton"])
