@@ -19,6 +19,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from bench.place import CPU, Place
 from bench.shapes import VIT_BASE, VIT_BASE_384
 from vitprune_fast import ops
+from vitprune_fast.kernels._attention_tiles import CANDIDATES, forced
 
 MODELS = {"ViT-B": VIT_BASE, "ViT-B/384": VIT_BASE_384}
 PEERS = {
@@ -74,10 +75,23 @@ def forms(qkv, gate, grad, live: int, place: Place) -> dict[str, Callable]:
     def ours(qkv, gate):
         return ops.gated_attention(qkv, gate, live_heads=heads, compact=True, backend=place.backend)
 
+    def with_tiles(launch: str, name: str) -> Callable:
+        def tuned():
+            with forced(**{launch: name}):
+                return call(ours)
+
+        return tuned
+
     peers = {"SDPA x gate": sdpa_times_gate, **(kernels_of_torch() if qkv.is_cuda else {})}
     if place.compiled:
         peers = compiled()
     found: dict[str, Callable] = {"vitprune": lambda: call(ours)}
+    if place.backend == "triton" and not place.compiled:
+        found |= {
+            f"vitprune, {name} tiles of {launch}": with_tiles(launch, name)
+            for launch, names in CANDIDATES.items()
+            for name in names
+        }
     for name, form in peers.items():
         try:
             call(form)

@@ -36,6 +36,7 @@ one call outside of them as "host us". "times ours" above 1 means that our form 
 "of copy" is the speed as a share of that of a plain copy that moves as many bytes, raced beside it;
 "spread" is how far the median lies above the minimum.
 """
+OURS = "vitprune"
 # points of top-1 that the digits may lose under a default
 MAY_LOSE = {"cut": 2.0, "swept": 0.5}
 COLUMNS = (
@@ -197,11 +198,12 @@ def kernels(content: dict) -> str:
         "|---|---|--:|--:|--:|--:|",
     ]
     for op, found in cases(content["records"]).items():
-        # a race that no other form finished says nothing
-        found = [forms for forms in found if len(forms) > 1]
+        # ours with other tiles is no other form; a race that no other finished says nothing
+        peers = [[f for f in forms[1:] if not f["form"].startswith(OURS)] for forms in found]
+        found = [forms for forms, others in zip(found, peers, strict=True) if others]
         if not found:
             continue
-        others = [min(forms[1:], key=lambda form: form["min_us"]) for forms in found]
+        others = [min(forms, key=lambda form: form["min_us"]) for forms in peers if forms]
         ratios = [
             other["min_us"] / forms[0]["min_us"] for forms, other in zip(found, others, strict=True)
         ]
