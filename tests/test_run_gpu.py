@@ -230,7 +230,7 @@ def test_both_parts_run_on_a_cpu_without_git_and_other_packages(tmp_path, bare):
         kinds = {Path(name).suffix for name in files} - {".txt"}
         assert kinds <= {".json", ".jsonl"}, files
     content = lines.combined(*folders)
-    assert content["failed"] == [] and content["tests_passed"] > 20
+    assert content["failed"] == [] and content["tests_passed"] > 10
     for name in ("records", "scoring", "training", "memory", "stages"):
         assert content[name], name
     ops = {record["op"] for record in content["records"]}
