@@ -1,4 +1,4 @@
-"""The activations of an MLP and their derivatives, for use inside kernels."""
+"""The activations of an MLP and their derivatives, for use inside kernels; the tiles of those."""
 
 from __future__ import annotations
 
@@ -14,6 +14,9 @@ def _logistic(z):
     return e * upper, upper
 
 
+# columns of one tile: 128 of them are 256 bytes of a bf16 row, one full request of a warp
+TILE_COLUMNS = 128
+TILE_TOKENS = 8
 # log2 of the upper tail of the normal distribution as a polynomial in a >= 0, the constant first.
 # Its error x tail x max(1, a), which is what slope and value see, is at most 1.5e-8, a quarter of
 # fp32's unit roundoff. It falls for ever, so the tail is 0 where nothing was fitted.
@@ -31,6 +34,14 @@ LOG2_TAIL = tl.constexpr(
     )
 )
 DEGREE = tl.constexpr(8)
+
+
+def num_warps(itemsize: int) -> int:
+    """Warps of one tile: few registers of each thread, hence many programs at once.
+
+    A thread has eight elements, and four of fp64.
+    """
+    return 8 if itemsize >= 8 else 4
 
 
 @triton.jit
@@ -73,7 +84,7 @@ def value_and_slope(x, ACTIVATION: tl.constexpr):
         elif ACTIVATION == "gelu_tanh":
             # (1 + tanh(z / 2)) / 2 is the logistic function of z
             square = a * a
-            tail, upper = _logistic(1.5957691216057308 * a * (1.0 + 0.044715 * square))
+            tail, upper = _logistic(a * (1.5957691216057308 + 0.07135481627260025 * square))
             slope_of_z = 1.5957691216057308 + 0.21406444881780073 * square
             slope_below = tail * (1.0 - a * slope_of_z * upper)
         elif ACTIVATION == "silu":

@@ -10,14 +10,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from vitprune_fast.kernels._activations import value_and_slope
+from vitprune_fast.kernels._activations import (
+    TILE_COLUMNS,
+    TILE_TOKENS,
+    num_warps,
+    value_and_slope,
+)
 from vitprune_fast.kernels._launch import on_device_of
-
-# columns of one tile: 128 of them are 256 bytes of a bf16 row, one full request of a warp
-TILE_COLUMNS = 128
-TILE_TOKENS = 16
-# eight elements for each thread: few registers, hence many programs at once
-NUM_WARPS = 8
 
 
 @triton.jit
@@ -48,21 +47,27 @@ def _activation_score_bwd_kernel(
     dtype = score_ptr.dtype.element_ty
     offs_f = (pid_f * BLOCK_F + tl.arange(0, BLOCK_F)).to(tl.int64)
     mask_f = offs_f < num_columns
-    x_row = x_ptr + pid_b * stride_x_b + offs_f * stride_x_f
-    grad_row = grad_ptr + pid_b * stride_g_b + offs_f * stride_g_f
-    grad_x_row = grad_x_ptr + pid_b * NUM_TOKENS * num_columns + offs_f
+    offs_n = tl.arange(0, BLOCK_N)[:, None]
+    rows = offs_n.to(tl.int64)
+    # pointers go on from tile to tile, which takes fewer instructions than an offset of 64 bits
+    step = tl.full((), BLOCK_N, tl.int64)
+    x_ptrs = x_ptr + pid_b * stride_x_b + offs_f[None, :] * stride_x_f + rows * stride_x_n
+    grad_ptrs = grad_ptr + pid_b * stride_g_b + offs_f[None, :] * stride_g_f + rows * stride_g_n
+    grad_x_ptrs = grad_x_ptr + (pid_b * NUM_TOKENS + rows) * num_columns + offs_f[None, :]
     total = tl.zeros((BLOCK_N, BLOCK_F), dtype)
     for n_start in range(0, NUM_TOKENS, BLOCK_N):
-        offs_n = (n_start + tl.arange(0, BLOCK_N)).to(tl.int64)[:, None]
-        mask = (offs_n < NUM_TOKENS) & mask_f[None, :]
-        x = tl.load(x_row[None, :] + offs_n * stride_x_n, mask=mask, other=0.0).to(dtype)
+        mask = (n_start + offs_n < NUM_TOKENS) & mask_f[None, :]
+        x = tl.load(x_ptrs, mask=mask, other=0.0).to(dtype)
         # beyond the last token the gradient is 0, and so is the share of the score
-        grad = tl.load(grad_row[None, :] + offs_n * stride_g_n, mask=mask, other=0.0).to(dtype)
+        grad = tl.load(grad_ptrs, mask=mask, other=0.0).to(dtype)
         value, slope = value_and_slope(x, ACTIVATION)
         grad_x = (grad * slope).to(grad_x_ptr.dtype.element_ty)
-        tl.store(grad_x_row[None, :] + offs_n * num_columns, grad_x, mask=mask)
+        tl.store(grad_x_ptrs, grad_x, mask=mask)
         share = value * grad
         total += tl.abs(share) if PER_TOKEN else share
+        x_ptrs += step * stride_x_n
+        grad_ptrs += step * stride_g_n
+        grad_x_ptrs += step * num_columns
     tl.store(score_ptr + pid_b * num_columns + offs_f, tl.sum(total, 0), mask=mask_f)
 
 
@@ -92,7 +97,7 @@ def activation_score_bwd(
             PER_TOKEN=per_token,
             BLOCK_N=TILE_TOKENS,
             BLOCK_F=TILE_COLUMNS,
-            num_warps=NUM_WARPS,
+            num_warps=num_warps(x_BNF.dtype.itemsize),
             # named, because its default is not the same in every Triton
             enable_fp_fusion=True,
         )

@@ -9,14 +9,16 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from vitprune_fast.kernels._activations import value_and_slope
+from vitprune_fast.kernels._activations import (
+    TILE_COLUMNS,
+    TILE_TOKENS,
+    num_warps,
+    value_and_slope,
+)
 from vitprune_fast.kernels._launch import on_device_of
 
-# columns of one tile: 128 of them are 256 bytes of a bf16 row, one full request of a warp
-TILE_COLUMNS = 128
-TILE_TOKENS = 16
-# eight elements for each thread: few registers, hence many programs at once
-NUM_WARPS = 8
+# of one program of the forward: each begins anew, and an image of 224 pixels is one part
+PART_TOKENS = 208
 
 
 @triton.jit
@@ -24,34 +26,45 @@ def _gated_activation_fwd_kernel(
     x_ptr,  # (B, N, F)
     gate_ptr,  # (F,), adjacent
     out_ptr,  # (B, N, F), contiguous
-    num_tokens,
     num_columns,
     stride_x_b,
     stride_x_n,
     stride_x_f,
+    # a model has one number of tokens per image size; as a constant it needs no mask where
+    # BLOCK_N divides it, and older interpreters cannot run a loop with a run-time bound
+    NUM_TOKENS: tl.constexpr,
     ACTIVATION: tl.constexpr,
+    PART_TOKENS: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_F: tl.constexpr,
 ):
-    # one program owns one tile of one sample; neighbours share the rows
+    # one program owns some tokens of BLOCK_F columns of one sample; neighbours share the rows
     blocks_f = tl.cdiv(num_columns, BLOCK_F)
-    blocks_n = tl.cdiv(num_tokens, BLOCK_N)
+    PARTS: tl.constexpr = (NUM_TOKENS + PART_TOKENS - 1) // PART_TOKENS
     pid_f = tl.program_id(0) % blocks_f
-    pid_n = (tl.program_id(0) // blocks_f) % blocks_n
-    pid_b = (tl.program_id(0) // (blocks_f * blocks_n)).to(tl.int64)
+    pid_p = (tl.program_id(0) // blocks_f) % PARTS
+    pid_b = (tl.program_id(0) // blocks_f // PARTS).to(tl.int64)
     dtype = gate_ptr.dtype.element_ty
     offs_f = (pid_f * BLOCK_F + tl.arange(0, BLOCK_F)).to(tl.int64)
-    offs_n = (pid_n * BLOCK_N + tl.arange(0, BLOCK_N)).to(tl.int64)[:, None]
     mask_f = offs_f < num_columns
-    mask = (offs_n < num_tokens) & mask_f[None, :]
-    gate = tl.load(gate_ptr + offs_f, mask=mask_f, other=0.0)[None, :]
-    x_row = x_ptr + pid_b * stride_x_b + offs_f * stride_x_f
-    x = tl.load(x_row[None, :] + offs_n * stride_x_n, mask=mask, other=0.0).to(dtype)
-    value, _ = value_and_slope(x, ACTIVATION)
-    # selected and not multiplied, so that a closed gate stops NaN
-    out = tl.where(gate == 0.0, 0.0, value * gate).to(out_ptr.dtype.element_ty)
-    out_row = out_ptr + pid_b * num_tokens * num_columns + offs_f
-    tl.store(out_row[None, :] + offs_n * num_columns, out, mask=mask)
+    offs_n = (pid_p * PART_TOKENS + tl.arange(0, BLOCK_N))[:, None]
+    rows = offs_n.to(tl.int64)
+    # pointers go on from tile to tile, which takes fewer instructions than an offset of 64 bits
+    step = tl.full((), BLOCK_N, tl.int64)
+    # as wide as a tile, so that every thread loads the gates of its own columns
+    gate_ptrs = tl.broadcast_to(gate_ptr + offs_f[None, :], (BLOCK_N, BLOCK_F))
+    gate = tl.load(gate_ptrs, mask=mask_f[None, :], other=0.0)
+    x_ptrs = x_ptr + pid_b * stride_x_b + offs_f[None, :] * stride_x_f + rows * stride_x_n
+    out_ptrs = out_ptr + (pid_b * NUM_TOKENS + rows) * num_columns + offs_f[None, :]
+    for n_start in range(0, min(PART_TOKENS, NUM_TOKENS), BLOCK_N):
+        mask = (n_start + offs_n < NUM_TOKENS) & mask_f[None, :]
+        x = tl.load(x_ptrs, mask=mask, other=0.0).to(dtype)
+        value, _ = value_and_slope(x, ACTIVATION)
+        # selected and not multiplied, so that a closed gate stops NaN
+        out = tl.where(gate == 0.0, 0.0, value * gate).to(out_ptr.dtype.element_ty)
+        tl.store(out_ptrs, out, mask=mask)
+        x_ptrs += step * stride_x_n
+        out_ptrs += step * num_columns
 
 
 @triton.jit
@@ -82,23 +95,28 @@ def _gated_activation_bwd_kernel(
     dtype = gate_ptr.dtype.element_ty
     offs_f = (pid_f * BLOCK_F + tl.arange(0, BLOCK_F)).to(tl.int64)
     mask_f = offs_f < num_columns
-    x_row = x_ptr + pid_b * stride_x_b + offs_f * stride_x_f
-    grad_row = grad_ptr + pid_b * stride_g_b + offs_f * stride_g_f
-    grad_x_row = grad_x_ptr + pid_b * NUM_TOKENS * num_columns + offs_f
+    offs_n = tl.arange(0, BLOCK_N)[:, None]
+    rows = offs_n.to(tl.int64)
+    # pointers go on from tile to tile, which takes fewer instructions than an offset of 64 bits
+    step = tl.full((), BLOCK_N, tl.int64)
+    x_ptrs = x_ptr + pid_b * stride_x_b + offs_f[None, :] * stride_x_f + rows * stride_x_n
+    grad_ptrs = grad_ptr + pid_b * stride_g_b + offs_f[None, :] * stride_g_f + rows * stride_g_n
+    grad_x_ptrs = grad_x_ptr + (pid_b * NUM_TOKENS + rows) * num_columns + offs_f[None, :]
+    gate_ptrs = tl.broadcast_to(gate_ptr + offs_f[None, :], (BLOCK_N, BLOCK_F))
+    gate = tl.load(gate_ptrs, mask=mask_f[None, :], other=0.0)
     total = tl.zeros((BLOCK_N, BLOCK_F), dtype)
     for n_start in range(0, NUM_TOKENS, BLOCK_N):
-        offs_n = (n_start + tl.arange(0, BLOCK_N)).to(tl.int64)[:, None]
-        mask = (offs_n < NUM_TOKENS) & mask_f[None, :]
-        # from the cache each time: kept across the loop it would cost registers
-        gate = tl.load(gate_ptr + offs_f, mask=mask_f, other=0.0)[None, :]
-        x = tl.load(x_row[None, :] + offs_n * stride_x_n, mask=mask, other=0.0).to(dtype)
+        mask = (n_start + offs_n < NUM_TOKENS) & mask_f[None, :]
+        x = tl.load(x_ptrs, mask=mask, other=0.0).to(dtype)
         # beyond the last token the gradient is 0, and so is the share of the gate's
-        grad = tl.load(grad_row[None, :] + offs_n * stride_g_n, mask=mask, other=0.0).to(dtype)
+        grad = tl.load(grad_ptrs, mask=mask, other=0.0).to(dtype)
         value, slope = value_and_slope(x, ACTIVATION)
         total += value * grad
         grad_x = tl.where(gate == 0.0, 0.0, grad * gate * slope)
-        grad_x = grad_x.to(grad_x_ptr.dtype.element_ty)
-        tl.store(grad_x_row[None, :] + offs_n * num_columns, grad_x, mask=mask)
+        tl.store(grad_x_ptrs, grad_x.to(grad_x_ptr.dtype.element_ty), mask=mask)
+        x_ptrs += step * stride_x_n
+        grad_ptrs += step * stride_g_n
+        grad_x_ptrs += step * num_columns
     tl.store(grad_gate_ptr + pid_b * num_columns + offs_f, tl.sum(total, 0), mask=mask_f)
 
 
@@ -108,20 +126,21 @@ def gated_activation_fwd(x_BNF: Tensor, gate_F: Tensor, activation: str) -> Tens
     out_BNF = x_BNF.new_empty(x_BNF.shape)
     if out_BNF.numel() == 0:
         return out_BNF
-    blocks = triton.cdiv(num_tokens, TILE_TOKENS) * triton.cdiv(columns, TILE_COLUMNS)
+    blocks = triton.cdiv(num_tokens, PART_TOKENS) * triton.cdiv(columns, TILE_COLUMNS)
     with on_device_of(x_BNF):
         # one dimension for all blocks: only the first may exceed 65,535
         _gated_activation_fwd_kernel[(batch * blocks,)](
             x_BNF,
             gate_F,
             out_BNF,
-            num_tokens,
             columns,
             *x_BNF.stride(),
+            NUM_TOKENS=num_tokens,
             ACTIVATION=activation,
+            PART_TOKENS=PART_TOKENS,
             BLOCK_N=TILE_TOKENS,
             BLOCK_F=TILE_COLUMNS,
-            num_warps=NUM_WARPS,
+            num_warps=num_warps(x_BNF.dtype.itemsize),
             # named, because its default is not the same in every Triton
             enable_fp_fusion=True,
         )
@@ -151,7 +170,7 @@ def gated_activation_bwd(
             ACTIVATION=activation,
             BLOCK_N=TILE_TOKENS,
             BLOCK_F=TILE_COLUMNS,
-            num_warps=NUM_WARPS,
+            num_warps=num_warps(x_BNF.dtype.itemsize),
             enable_fp_fusion=True,
         )
     return grad_x_BNF, grad_gate_BF

@@ -10,14 +10,18 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from vitprune_fast.kernels._activations import value_and_slope
+from vitprune_fast.kernels._activations import (
+    TILE_COLUMNS,
+    TILE_TOKENS,
+    num_warps,
+    value_and_slope,
+)
 from vitprune_fast.kernels._launch import on_device_of
 
-# columns of one tile: 128 of them are 256 bytes of a bf16 row, one full request of a warp
-TILE_COLUMNS = 128
-TILE_TOKENS = 16
-# eight elements for each thread: few registers, hence many programs at once
-NUM_WARPS = 8
+# of one program of the forward: each begins anew, and an image of 224 pixels is one part
+PART_TOKENS = 208
+# the backward has five tensors in registers: its threads have four elements of fp32 too
+BACKWARD_SHARE = 2
 
 
 @triton.jit
@@ -26,7 +30,6 @@ def _gated_glu_fwd_kernel(
     value_ptr,  # (B, N, F)
     unit_ptr,  # (F,), adjacent
     out_ptr,  # (B, N, F), contiguous
-    num_tokens,
     num_columns,
     stride_gate_b,
     stride_gate_n,
@@ -34,31 +37,46 @@ def _gated_glu_fwd_kernel(
     stride_value_b,
     stride_value_n,
     stride_value_f,
+    # a model has one number of tokens per image size; as a constant it needs no mask where
+    # BLOCK_N divides it, and older interpreters cannot run a loop with a run-time bound
+    NUM_TOKENS: tl.constexpr,
     ACTIVATION: tl.constexpr,
+    PART_TOKENS: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_F: tl.constexpr,
 ):
-    # one program owns one tile of one sample; neighbours share the rows
+    # one program owns some tokens of BLOCK_F columns of one sample; neighbours share the rows
     blocks_f = tl.cdiv(num_columns, BLOCK_F)
-    blocks_n = tl.cdiv(num_tokens, BLOCK_N)
+    PARTS: tl.constexpr = (NUM_TOKENS + PART_TOKENS - 1) // PART_TOKENS
     pid_f = tl.program_id(0) % blocks_f
-    pid_n = (tl.program_id(0) // blocks_f) % blocks_n
-    pid_b = (tl.program_id(0) // (blocks_f * blocks_n)).to(tl.int64)
+    pid_p = (tl.program_id(0) // blocks_f) % PARTS
+    pid_b = (tl.program_id(0) // blocks_f // PARTS).to(tl.int64)
     dtype = unit_ptr.dtype.element_ty
     offs_f = (pid_f * BLOCK_F + tl.arange(0, BLOCK_F)).to(tl.int64)
-    offs_n = (pid_n * BLOCK_N + tl.arange(0, BLOCK_N)).to(tl.int64)[:, None]
     mask_f = offs_f < num_columns
-    mask = (offs_n < num_tokens) & mask_f[None, :]
-    unit = tl.load(unit_ptr + offs_f, mask=mask_f, other=0.0)[None, :]
-    gate_row = gate_ptr + pid_b * stride_gate_b + offs_f * stride_gate_f
-    value_row = value_ptr + pid_b * stride_value_b + offs_f * stride_value_f
-    gate = tl.load(gate_row[None, :] + offs_n * stride_gate_n, mask=mask, other=0.0).to(dtype)
-    value = tl.load(value_row[None, :] + offs_n * stride_value_n, mask=mask, other=0.0).to(dtype)
-    act, _ = value_and_slope(gate, ACTIVATION)
-    # selected and not multiplied, so that a closed gate stops NaN
-    out = tl.where(unit == 0.0, 0.0, act * value * unit).to(out_ptr.dtype.element_ty)
-    out_row = out_ptr + pid_b * num_tokens * num_columns + offs_f
-    tl.store(out_row[None, :] + offs_n * num_columns, out, mask=mask)
+    offs_n = (pid_p * PART_TOKENS + tl.arange(0, BLOCK_N))[:, None]
+    rows = offs_n.to(tl.int64)
+    # pointers go on from tile to tile, which takes fewer instructions than an offset of 64 bits
+    step = tl.full((), BLOCK_N, tl.int64)
+    # as wide as a tile, so that every thread loads the gates of its own columns
+    unit_ptrs = tl.broadcast_to(unit_ptr + offs_f[None, :], (BLOCK_N, BLOCK_F))
+    unit = tl.load(unit_ptrs, mask=mask_f[None, :], other=0.0)
+    gate_ptrs = gate_ptr + pid_b * stride_gate_b + offs_f[None, :] * stride_gate_f
+    gate_ptrs += rows * stride_gate_n
+    value_ptrs = value_ptr + pid_b * stride_value_b + offs_f[None, :] * stride_value_f
+    value_ptrs += rows * stride_value_n
+    out_ptrs = out_ptr + (pid_b * NUM_TOKENS + rows) * num_columns + offs_f[None, :]
+    for n_start in range(0, min(PART_TOKENS, NUM_TOKENS), BLOCK_N):
+        mask = (n_start + offs_n < NUM_TOKENS) & mask_f[None, :]
+        gate = tl.load(gate_ptrs, mask=mask, other=0.0).to(dtype)
+        value = tl.load(value_ptrs, mask=mask, other=0.0).to(dtype)
+        act, _ = value_and_slope(gate, ACTIVATION)
+        # selected and not multiplied, so that a closed gate stops NaN
+        out = tl.where(unit == 0.0, 0.0, act * value * unit).to(out_ptr.dtype.element_ty)
+        tl.store(out_ptrs, out, mask=mask)
+        gate_ptrs += step * stride_gate_n
+        value_ptrs += step * stride_value_n
+        out_ptrs += step * num_columns
 
 
 @triton.jit
@@ -96,32 +114,44 @@ def _gated_glu_bwd_kernel(
     dtype = unit_ptr.dtype.element_ty
     offs_f = (pid_f * BLOCK_F + tl.arange(0, BLOCK_F)).to(tl.int64)
     mask_f = offs_f < num_columns
-    gate_row = gate_ptr + pid_b * stride_gate_b + offs_f * stride_gate_f
-    value_row = value_ptr + pid_b * stride_value_b + offs_f * stride_value_f
-    grad_row = grad_ptr + pid_b * stride_grad_b + offs_f * stride_grad_f
-    grad_gate_row = grad_gate_ptr + pid_b * stride_out_b + offs_f
-    grad_value_row = grad_value_ptr + pid_b * stride_out_b + offs_f
+    offs_n = tl.arange(0, BLOCK_N)[:, None]
+    rows = offs_n.to(tl.int64)
+    # pointers go on from tile to tile, which takes fewer instructions than an offset of 64 bits
+    step = tl.full((), BLOCK_N, tl.int64)
+    gate_ptrs = gate_ptr + pid_b * stride_gate_b + offs_f[None, :] * stride_gate_f
+    gate_ptrs += rows * stride_gate_n
+    value_ptrs = value_ptr + pid_b * stride_value_b + offs_f[None, :] * stride_value_f
+    value_ptrs += rows * stride_value_n
+    grad_ptrs = grad_ptr + pid_b * stride_grad_b + offs_f[None, :] * stride_grad_f
+    grad_ptrs += rows * stride_grad_n
+    offs_out = pid_b * stride_out_b + offs_f[None, :] + rows * stride_out_n
+    grad_gate_ptrs = grad_gate_ptr + offs_out
+    grad_value_ptrs = grad_value_ptr + offs_out
+    unit_ptrs = tl.broadcast_to(unit_ptr + offs_f[None, :], (BLOCK_N, BLOCK_F))
     total = tl.zeros((BLOCK_N, BLOCK_F), dtype)
     for n_start in range(0, NUM_TOKENS, BLOCK_N):
-        offs_n = (n_start + tl.arange(0, BLOCK_N)).to(tl.int64)[:, None]
-        mask = (offs_n < NUM_TOKENS) & mask_f[None, :]
+        mask = (n_start + offs_n < NUM_TOKENS) & mask_f[None, :]
         # from the cache each time: kept across the loop it would cost registers
-        unit = tl.load(unit_ptr + offs_f, mask=mask_f, other=0.0)[None, :]
-        gate = tl.load(gate_row[None, :] + offs_n * stride_gate_n, mask=mask, other=0.0).to(dtype)
-        value = tl.load(value_row[None, :] + offs_n * stride_value_n, mask=mask, other=0.0)
+        unit = tl.load(unit_ptrs, mask=mask_f[None, :], other=0.0)
+        gate = tl.load(gate_ptrs, mask=mask, other=0.0).to(dtype)
+        value = tl.load(value_ptrs, mask=mask, other=0.0)
         value = value.to(dtype)
         # beyond the last token the gradient is 0, and so is the share of the unit's
-        grad = tl.load(grad_row[None, :] + offs_n * stride_grad_n, mask=mask, other=0.0).to(dtype)
+        grad = tl.load(grad_ptrs, mask=mask, other=0.0).to(dtype)
         act, slope = value_and_slope(gate, ACTIVATION)
         total += grad * value * act
         through = grad * unit
-        offs_out = offs_n * stride_out_n
         grad_gate = tl.where(unit == 0.0, 0.0, through * value * slope)
         grad_gate = grad_gate.to(grad_gate_ptr.dtype.element_ty)
-        tl.store(grad_gate_row[None, :] + offs_out, grad_gate, mask=mask)
+        tl.store(grad_gate_ptrs, grad_gate, mask=mask)
         grad_value = tl.where(unit == 0.0, 0.0, through * act)
         grad_value = grad_value.to(grad_value_ptr.dtype.element_ty)
-        tl.store(grad_value_row[None, :] + offs_out, grad_value, mask=mask)
+        tl.store(grad_value_ptrs, grad_value, mask=mask)
+        gate_ptrs += step * stride_gate_n
+        value_ptrs += step * stride_value_n
+        grad_ptrs += step * stride_grad_n
+        grad_gate_ptrs += step * stride_out_n
+        grad_value_ptrs += step * stride_out_n
     tl.store(grad_unit_ptr + pid_b * num_columns + offs_f, tl.sum(total, 0), mask=mask_f)
 
 
@@ -131,7 +161,7 @@ def gated_glu_fwd(gate_BNF: Tensor, value_BNF: Tensor, unit_F: Tensor, activatio
     out_BNF = gate_BNF.new_empty(gate_BNF.shape)
     if out_BNF.numel() == 0:
         return out_BNF
-    blocks = triton.cdiv(num_tokens, TILE_TOKENS) * triton.cdiv(columns, TILE_COLUMNS)
+    blocks = triton.cdiv(num_tokens, PART_TOKENS) * triton.cdiv(columns, TILE_COLUMNS)
     with on_device_of(gate_BNF):
         # one dimension for all blocks: only the first may exceed 65,535
         _gated_glu_fwd_kernel[(batch * blocks,)](
@@ -139,14 +169,15 @@ def gated_glu_fwd(gate_BNF: Tensor, value_BNF: Tensor, unit_F: Tensor, activatio
             value_BNF,
             unit_F,
             out_BNF,
-            num_tokens,
             columns,
             *gate_BNF.stride(),
             *value_BNF.stride(),
+            NUM_TOKENS=num_tokens,
             ACTIVATION=activation,
+            PART_TOKENS=PART_TOKENS,
             BLOCK_N=TILE_TOKENS,
             BLOCK_F=TILE_COLUMNS,
-            num_warps=NUM_WARPS,
+            num_warps=num_warps(gate_BNF.dtype.itemsize),
             # named, because its default is not the same in every Triton
             enable_fp_fusion=True,
         )
@@ -185,7 +216,7 @@ def gated_glu_bwd(
             ACTIVATION=activation,
             BLOCK_N=TILE_TOKENS,
             BLOCK_F=TILE_COLUMNS,
-            num_warps=NUM_WARPS,
+            num_warps=num_warps(BACKWARD_SHARE * gate_BNF.dtype.itemsize),
             enable_fp_fusion=True,
         )
     return grad_unit_BF

@@ -11,10 +11,11 @@ import sys
 from pathlib import Path
 
 import pytest
+import triton
 
 from tests.compiled import machine
-from tests.compiled.case import Case
-from tests.compiled.known import KNOWN, Known
+from tests.compiled.case import Case, Launch
+from tests.compiled.known import KNOWN
 from tests.compiled.machine import Code, faults
 
 ROOT = Path(__file__).parent.parent
@@ -38,6 +39,9 @@ def test_kernels_compile_to_what_they_must_be(request, stem, target):
     result = table(stem, "--target", str(target), environment=environment)
     assert result.returncode == 0, result.stdout + result.stderr
     assert result.stdout.count(f"| sm_{target} |") == len(machine.cases(stem, target)) > 0
+    if target == 90 and machine.made_by(triton.__version__) in machine.PAGE.read_text():
+        rows = [line for line in result.stdout.splitlines() if line.startswith(f"| {stem} ")]
+        assert rows and set(rows) <= set(page_lines())
 
 
 def test_the_table_needs_the_compiler():
@@ -123,6 +127,69 @@ def test_disassembly_is_read_as_operations():
     assert machine.instructions(text) == wanted
 
 
+LOOP = """
+        /*0000*/                   LDC R1, c[0x0][0x28] ;
+.L_x_0:
+        /*0010*/                   FADD R2, R2, 1 ;
+.L_x_1:
+        /*0020*/                   FADD R2, R2, 1 ;
+        /*0030*/                   FADD R2, R2, 1 ;
+        /*0040*/              @!P0 BRA `(.L_x_1) ;
+        /*0050*/              @!P1 BRA `(.L_x_0) ;
+        /*0060*/                   EXIT ;
+.L_x_2:
+        /*0070*/                   BRA `(.L_x_2) ;
+        /*0080*/                   NOP ;
+"""
+
+
+def test_the_loop_that_is_counted_is_the_innermost():
+    assert machine.loop(LOOP) == 3
+    assert len(machine.instructions(LOOP)) == 8, "padding is none"
+    assert machine.loop(LOOP.replace("`(.L_x_1)", "`(.L_x_9)")) == 5
+    assert machine.loop(".L_x_2:\n  /*0070*/   BRA `(.L_x_2) ;") == 0
+
+
+def streaming(excuse: str = "") -> Case:
+    # 99 trips of 3 after 103 instructions, by 4 warps: 400 a program
+    launch = Launch(programs=1320, trips=100, moved=4_800_000, excuse=excuse)
+    return example(launch=launch, expects=())
+
+
+def test_issue_is_compared_with_memory():
+    code = Code(64, 0, 0, ("FADD",) * 103, loop=3)
+    wanted = 1320 * 4 * (103 + 99 * 3) / (132 * 4 * 1.755e9) / 1e-6
+    share = machine.issue_share(streaming(), code)
+    assert share == pytest.approx(wanted)
+    assert machine.issue_share(example(), code) is None
+    assert machine.row(streaming(), 90, code).endswith(f"| 103 | 3 | {share:.2f} |")
+    assert machine.row(streaming(), 80, code).endswith("| 103 | 3 | - |")
+
+
+def test_too_much_to_issue_needs_an_excuse_and_only_then():
+    much, little = Code(64, 0, 0, ("FADD",) * 99), Code(64, 0, 0, ("FADD",) * 9)
+    (found,) = faults(streaming(), 90, dataclasses.replace(much, loop=90))
+    assert re.match(r"issuing takes \d+\.\d\d of the time of memory, more than 0.8", found)
+    assert faults(streaming("because"), 90, dataclasses.replace(much, loop=90)) == []
+    assert faults(streaming(), 90, little) == faults(streaming(), 80, much) == []
+    (found,) = faults(streaming("because"), 90, little)
+    assert found.endswith("needs no excuse")
+
+
+def page_lines() -> list[str]:
+    return machine.PAGE.read_text().splitlines()
+
+
+def test_committed_table_has_a_line_for_every_case():
+    rows = [
+        line.split(" | ")[0].removeprefix("| ") for line in page_lines() if " | sm_90 | " in line
+    ]
+    assert rows == [case.label for stem in machine.stems() for case in machine.cases(stem, 90)]
+    excused = {c.launch.excuse for s in machine.stems() for c in machine.cases(s, 90) if c.launch}
+    for excuse in excused - {""}:
+        assert excuse in machine.PAGE.read_text()
+
+
 def test_good_code_has_no_faults():
     for target in machine.TARGETS:
         assert faults(example(), target, GOOD) == []
@@ -154,16 +221,6 @@ def test_every_check_can_fail(changes, added, fault):
     assert re.search(fault, found)
 
 
-def test_a_known_spill_may_neither_grow_nor_be_listed_when_it_is_gone():
-    local = (*GOOD.instructions, "STL", "LDL")
-    spilt = dataclasses.replace(GOOD, stack=8, instructions=local)
-    assert faults(example(), 90, spilt, Known(stack=8)) == []
-    (found,) = faults(example(), 90, spilt, Known(stack=4))
-    assert found == "registers spill: 8 bytes of stack, 2 local accesses"
-    (found,) = faults(example(), 90, GOOD, Known(stack=8))
-    assert found == "tests/compiled/known.py is out of date: 8 -> 0 bytes"
-
-
 def test_what_is_known_is_of_cases():
     cases = {
         (case.label, target)
@@ -177,10 +234,8 @@ def test_what_is_known_is_of_cases():
 
 def test_registers_that_are_known_are_no_fault():
     more = dataclasses.replace(GOOD, registers=70)
-    assert faults(example(), 90, more, Known(registers=70)) == []
-    assert faults(example(), 90, more, Known(registers=69)) == [
-        "70 registers are more than the recorded 69"
-    ]
+    assert faults(example(), 90, more, 70) == []
+    assert faults(example(), 90, more, 69) == ["70 registers are more than the recorded 69"]
 
 
 def test_bound_of_registers_may_differ_by_target():

@@ -6,6 +6,46 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+BATCH, NEURONS, CHANNELS = 256, 3072, 768  # of a ViT-B, at the size that launches are judged by
+# an excuse
+LOGISTIC = "an exponential takes four instructions and a quotient five: PTX minds denormal numbers"
+BYTES = {"bf16": 2, "fp16": 2, "fp32": 4, "fp64": 8}
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One launch of a streaming kernel on a ViT-B, batch 256: what it asks of issue and memory.
+
+    Args:
+        programs: how many run.
+        trips: through the innermost loop, by one program; 1 where there is no loop.
+        moved: bytes, each tensor once.
+        excuse: why issuing takes longer than ``machine.MOST_ISSUE`` of the time that memory takes.
+    """
+
+    programs: int
+    trips: int
+    moved: int
+    excuse: str = ""
+
+
+def columns(
+    element: str,
+    tensors: int,
+    num_tokens: int,
+    tile_tokens: int,
+    tile_columns: int,
+    part_tokens: int | None = None,
+    excuse: str = "",
+) -> Launch | None:
+    """Of a kernel whose programs walk the tokens of some neurons, all of them or part by part."""
+    if element == "fp64":
+        return None
+    part_tokens = min(part_tokens or num_tokens, num_tokens)
+    programs = BATCH * -(-num_tokens // part_tokens) * -(-NEURONS // tile_columns)
+    moved = tensors * BATCH * num_tokens * NEURONS * BYTES[element]
+    return Launch(programs, -(-part_tokens // tile_tokens), moved, excuse)
+
 
 @dataclass(frozen=True)
 class Case:
@@ -23,6 +63,8 @@ class Case:
         num_warps: of one program.
         num_stages: of its pipelined loops.
         targets: compute capabilities that a launcher starts it on; all of them when empty.
+        launch: of a streaming kernel; None for matrix products, for fp64, which has units of its
+            own, and for what is over in a few microseconds.
     """
 
     label: str
@@ -35,3 +77,4 @@ class Case:
     num_warps: int = 4
     num_stages: int = 2
     targets: tuple[int, ...] = ()
+    launch: Launch | None = None

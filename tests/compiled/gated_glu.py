@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
+from vitprune_fast.kernels._activations import TILE_COLUMNS, TILE_TOKENS, num_warps
 from vitprune_fast.kernels.gated_glu import (
-    NUM_WARPS,
-    TILE_COLUMNS,
-    TILE_TOKENS,
+    BACKWARD_SHARE,
+    PART_TOKENS,
     _gated_glu_bwd_kernel,
     _gated_glu_fwd_kernel,
 )
 
-from .case import Case
+from .case import BYTES, Case, columns
 
 
-def forward(element: str, activation: str, registers: int = 48) -> Case:
+def forward(element: str, activation: str, registers: int = 56, *, num_tokens: int = 197) -> Case:
     """As the launcher starts it for adjacent columns of a width that 16 divides.
 
     Packed and separate tensors differ in the values of the strides alone.
@@ -26,23 +26,26 @@ def forward(element: str, activation: str, registers: int = 48) -> Case:
     strides = [f"stride_{x}_{d}" for x in ("gate", "value") for d in "bn"]
     sizes = dict.fromkeys(["num_columns", *strides], "i32")
     return Case(
-        label=f"gated_glu forward {element} {activation}",
+        label=f"gated_glu forward {element} {activation} N={num_tokens}",
         kernel=_gated_glu_fwd_kernel,
-        types={**pointers, "num_tokens": "i32", **sizes},
+        types={**pointers, **sizes},
         constants={
             **dict.fromkeys(("stride_gate_f", "stride_value_f"), 1),
+            "NUM_TOKENS": num_tokens,
             "ACTIVATION": activation,
+            "PART_TOKENS": PART_TOKENS,
             "BLOCK_N": TILE_TOKENS,
             "BLOCK_F": TILE_COLUMNS,
         },
         aligned=frozenset({*pointers, *sizes}),
         registers=registers,
         expects=("LDG.128", "STG.128"),
-        num_warps=NUM_WARPS,
+        num_warps=num_warps(BYTES[element]),
+        launch=columns(element, 3, num_tokens, TILE_TOKENS, TILE_COLUMNS, PART_TOKENS),
     )
 
 
-def backward(element: str, activation: str, registers: int = 86, *, num_tokens: int = 197) -> Case:
+def backward(element: str, activation: str, registers: int = 72, *, num_tokens: int = 197) -> Case:
     """Likewise."""
     wide = "*fp64" if element == "fp64" else "*fp32"
     names = ("gate_ptr", "value_ptr", "grad_ptr", "grad_gate_ptr", "grad_value_ptr")
@@ -66,7 +69,8 @@ def backward(element: str, activation: str, registers: int = 86, *, num_tokens: 
         aligned=frozenset({*pointers, *sizes}),
         registers=registers,
         expects=("LDG.128", "STG.128"),
-        num_warps=NUM_WARPS,
+        num_warps=num_warps(BACKWARD_SHARE * BYTES[element]),
+        launch=columns(element, 5, num_tokens, TILE_TOKENS, TILE_COLUMNS),
     )
 
 
@@ -80,6 +84,6 @@ CASES = [
         for activation in names
     ),
     backward("bf16", "silu", num_tokens=577),
-    forward("fp64", "silu", 224),
-    backward("fp64", "silu", 224),
+    forward("fp64", "silu", 128),
+    backward("fp64", "silu", 128),
 ]

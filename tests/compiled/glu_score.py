@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
+from vitprune_fast.kernels._activations import TILE_COLUMNS, TILE_TOKENS, num_warps
 from vitprune_fast.kernels.glu_score import (
-    NUM_WARPS,
-    TILE_COLUMNS,
-    TILE_TOKENS,
     _glu_score_bwd_kernel,
 )
 
-from .case import Case
+from .case import BYTES, Case, columns
 
 
 def case(
@@ -47,7 +45,8 @@ def case(
         aligned=frozenset({*pointers, *sizes}),
         registers=registers,
         expects=("LDG.128", "STG.128"),
-        num_warps=NUM_WARPS,
+        num_warps=num_warps(BYTES[element]),
+        launch=columns(element, 5, num_tokens, TILE_TOKENS, TILE_COLUMNS),
     )
 
 
@@ -59,5 +58,5 @@ CASES = [
     ),
     case("bf16", "silu", num_tokens=577),
     case("bf16", "silu", per_token=True),
-    case("fp64", "silu", 224),
+    case("fp64", "silu", 128),
 ]
