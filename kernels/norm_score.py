@@ -10,15 +10,32 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from vitprune_fast.kernels._attention_tiles import pieces
 from vitprune_fast.kernels._launch import on_device_of
 
 # tokens of one program: enough programs for a GPU from few samples, and short sums
-PART_TOKENS = 32
-# numbers of one tile, whole rows of it: 16 of each tensor in a thread of 4 warps
-TILE_NUMBERS = 2048
+PART_TOKENS = 16
+# numbers of one tile, whole rows of it, and of a row that is too long for the registers of one warp
+TILE_NUMBERS = 768
+ROW_NUMBERS = 1280
 # channels of one program of the second stage, 4 in a thread
 PARTS_BLOCK_C = 256
 PARTS_WARPS = 2
+
+
+@triton.jit
+def _channels(ptr, columns, stride, mask, dtype: tl.constexpr):
+    """One number for each channel of a piece, for every row."""
+    return tl.load(ptr + columns * stride, mask=mask, other=0.0).to(dtype)
+
+
+@triton.jit
+def _mean(a, b, IS_SPLIT: tl.constexpr, NUM_CHANNELS: tl.constexpr):
+    """Over each row, of one piece or of both."""
+    total = tl.sum(a, 1)
+    if IS_SPLIT:
+        total += tl.sum(b, 1)
+    return total[:, None] * (1.0 / NUM_CHANNELS)
 
 
 @triton.jit
@@ -44,7 +61,9 @@ def _norm_score_bwd_kernel(
     NUM_PARTS: tl.constexpr,
     PART_TOKENS: tl.constexpr,
     BLOCK_N: tl.constexpr,
-    BLOCK_C: tl.constexpr,
+    # channels of the two pieces of a row, which hold little or nothing beside it; C1 may be 0
+    C0: tl.constexpr,
+    C1: tl.constexpr,
     # a run-time number would be rounded to fp32
     EPS: tl.constexpr,
     HAS_WEIGHT: tl.constexpr,
@@ -52,61 +71,77 @@ def _norm_score_bwd_kernel(
     IS_RMS: tl.constexpr,
     COUNTS_OUTPUT: tl.constexpr,
 ):
-    # one program owns one part of the tokens of one sample; it holds whole rows, BLOCK_N at a time
+    # one program owns one part of the tokens of one sample; it holds whole rows, BLOCK_N at a
+    # time, mostly in a single warp: sums over them then need no barrier
     pid_b = (tl.program_id(0) // NUM_PARTS).to(tl.int64)
     pid_p = tl.program_id(0) % NUM_PARTS
     dtype = part_ptr.dtype.element_ty
-    offs_c = tl.arange(0, BLOCK_C)
-    mask_c = offs_c < NUM_CHANNELS
-    columns = offs_c.to(tl.int64)
+    IS_SPLIT: tl.constexpr = C1 > 0
+    a = tl.arange(0, C0).to(tl.int64)[None, :]
+    # without a second piece all that is made for it repeats the first, and is dropped unused
+    b = C0 + tl.arange(0, C1).to(tl.int64)[None, :] if IS_SPLIT else a
+    mask_a = a < NUM_CHANNELS
+    mask_b = b < NUM_CHANNELS
     if HAS_WEIGHT:
-        weight = tl.load(weight_ptr + columns * stride_weight, mask=mask_c, other=0.0).to(dtype)
-    if HAS_BIAS:
-        bias = tl.load(bias_ptr + columns * stride_bias, mask=mask_c, other=0.0).to(dtype)
-    x_row = x_ptr + pid_b * stride_x_b + (columns * stride_x_c)[None, :]
-    grad_y_row = grad_y_ptr + pid_b * stride_g_b + (columns * stride_g_c)[None, :]
-    grad_x_row = grad_x_ptr + pid_b * NUM_TOKENS * NUM_CHANNELS + columns[None, :]
-    total = tl.zeros((BLOCK_N, BLOCK_C), dtype)
+        weight_a = _channels(weight_ptr, a, stride_weight, mask_a, dtype)
+        weight_b = _channels(weight_ptr, b, stride_weight, mask_b, dtype)
+    total_a = tl.zeros((BLOCK_N, C0), dtype)
+    total_b = tl.zeros((BLOCK_N, C1), dtype) if IS_SPLIT else total_a
+    # what a row adds to all its channels alike
+    level = tl.zeros((BLOCK_N, 1), dtype)
     for n_start in range(0, PART_TOKENS, BLOCK_N):
         offs_n = (pid_p * PART_TOKENS + n_start + tl.arange(0, BLOCK_N)).to(tl.int64)[:, None]
         mask_n = offs_n < NUM_TOKENS
-        mask = mask_n & mask_c[None, :]
-        x = tl.load(x_row + offs_n * stride_x_n, mask=mask, other=0.0).to(dtype)
-        grad_y = tl.load(grad_y_row + offs_n * stride_g_n, mask=mask, other=0.0).to(dtype)
-        if IS_RMS:
-            centred = x
-        else:
-            mean = tl.sum(x, 1)[:, None] / NUM_CHANNELS
-            centred = tl.where(mask, x - mean, 0.0)
-        variance = tl.sum(centred * centred, 1)[:, None] / NUM_CHANNELS
+        x_row = x_ptr + pid_b * stride_x_b + offs_n * stride_x_n
+        x_a = tl.load(x_row + a * stride_x_c, mask=mask_n & mask_a, other=0.0).to(dtype)
+        grad_row = grad_y_ptr + pid_b * stride_g_b + offs_n * stride_g_n
+        grad_a = tl.load(grad_row + a * stride_g_c, mask=mask_n & mask_a, other=0.0).to(dtype)
+        x_b, grad_b = x_a, grad_a
+        if IS_SPLIT:
+            x_b = tl.load(x_row + b * stride_x_c, mask=mask_n & mask_b, other=0.0).to(dtype)
+            grad_b = tl.load(grad_row + b * stride_g_c, mask=mask_n & mask_b, other=0.0).to(dtype)
+        if COUNTS_OUTPUT and HAS_BIAS:
+            # from the cache each time: kept across the loop it would cost registers
+            total_a += grad_a * _channels(bias_ptr, a, stride_bias, mask_a, dtype)
+            total_b += grad_b * _channels(bias_ptr, b, stride_bias, mask_b, dtype)
+        if HAS_WEIGHT:
+            grad_a *= weight_a
+            grad_b *= weight_b
+        if not IS_RMS:
+            mean = _mean(x_a, x_b, IS_SPLIT, NUM_CHANNELS)
+            x_a = tl.where(mask_a, x_a - mean, 0.0)
+            x_b = tl.where(mask_b, x_b - mean, 0.0)
+        variance = _mean(x_a * x_a, x_b * x_b, IS_SPLIT, NUM_CHANNELS)
         # a row that is only padding has no variance, and must not divide by an eps of 0
         scale = tl.rsqrt(tl.where(mask_n, variance + EPS, 1.0))
-        x_hat = centred * scale
-        gradient = grad_y
-        if HAS_WEIGHT:
-            gradient = grad_y * weight[None, :]
-        c1 = tl.sum(gradient * x_hat, 1)[:, None] / NUM_CHANNELS
-        grad_x = gradient - x_hat * c1
-        share = (variance * scale * scale - x_hat * x_hat) * (c1 * 0.5)
+        x_a *= scale
+        x_b *= scale
+        c1 = _mean(grad_a * x_a, grad_b * x_b, IS_SPLIT, NUM_CHANNELS)
+        level += (variance * scale * scale) * (c1 * 0.5)
+        share_a = x_a * (c1 * 0.5)
+        share_b = x_b * (c1 * 0.5)
+        out_a = grad_a - x_a * c1
+        out_b = grad_b - x_b * c1
         if not IS_RMS:
-            c2 = tl.sum(gradient, 1)[:, None] / NUM_CHANNELS
-            grad_x -= c2
-            share -= x_hat * c2
+            c2 = _mean(grad_a, grad_b, IS_SPLIT, NUM_CHANNELS)
+            share_a += c2
+            share_b += c2
+            out_a -= c2
+            out_b -= c2
         if COUNTS_OUTPUT:
-            y = x_hat
-            if HAS_WEIGHT:
-                y = y * weight[None, :]
-            if HAS_BIAS:
-                y = y + bias[None, :]
-            share += y * grad_y
-        total += share
-        grad_x = grad_x * scale
-        tl.store(
-            grad_x_row + offs_n * NUM_CHANNELS, grad_x.to(grad_x_ptr.dtype.element_ty), mask=mask
-        )
-    score = tl.sum(total, 0)
+            share_a -= grad_a
+            share_b -= grad_b
+        total_a -= x_a * share_a
+        total_b -= x_b * share_b
+        out_row = grad_x_ptr + (pid_b * NUM_TOKENS + offs_n) * NUM_CHANNELS
+        element: tl.constexpr = grad_x_ptr.dtype.element_ty
+        tl.store(out_row + a, (out_a * scale).to(element), mask=mask_n & mask_a)
+        if IS_SPLIT:
+            tl.store(out_row + b, (out_b * scale).to(element), mask=mask_n & mask_b)
     part_row = part_ptr + (pid_b * NUM_PARTS + pid_p) * NUM_CHANNELS
-    tl.store(part_row + columns, score, mask=mask_c)
+    tl.store(part_row + a, tl.sum(total_a + level, 0)[None, :], mask=mask_a)
+    if IS_SPLIT:
+        tl.store(part_row + b, tl.sum(total_b + level, 0)[None, :], mask=mask_b)
 
 
 @triton.jit
@@ -129,12 +164,18 @@ def _add_parts_kernel(
     tl.store(score_ptr + pid_b * NUM_CHANNELS + offs_c, score, mask=mask_c)
 
 
-def tile(channels: int, itemsize: int) -> tuple[int, int, int]:
-    """Tokens and channels of one tile, and the warps that share it."""
-    numbers = TILE_NUMBERS // 2 if itemsize == 8 else TILE_NUMBERS
-    block_c = max(16, triton.next_power_of_2(channels))
-    block_n = max(1, min(PART_TOKENS, numbers // block_c))
-    return block_n, block_c, max(4, min(16, 4 * block_c // numbers))
+def tile(channels: int, itemsize: int) -> tuple[int, int, int, int]:
+    """Tokens of one tile, channels of both pieces of a row, and the warps that share it."""
+    first, second = pieces(channels)
+    width = first + second
+    block_n = max(1, min(PART_TOKENS, TILE_NUMBERS // width))
+    warps = width * itemsize // (4 * ROW_NUMBERS)
+    return (
+        triton.next_power_of_2(block_n + 1) // 2,
+        first,
+        second,
+        min(16, triton.next_power_of_2(warps + 1)),
+    )
 
 
 def norm_score_bwd(
@@ -154,7 +195,7 @@ def norm_score_bwd(
         return grad_x_BNC, x_BNC.new_zeros(batch, channels, dtype=dtype)
     num_parts = triton.cdiv(num_tokens, PART_TOKENS)
     part_BPC = x_BNC.new_empty(batch, num_parts, channels, dtype=dtype)
-    block_n, block_c, num_warps = tile(channels, dtype.itemsize)
+    block_n, first, second, num_warps = tile(channels, dtype.itemsize)
     with on_device_of(x_BNC):
         _norm_score_bwd_kernel[(batch * num_parts,)](
             x_BNC,
@@ -172,7 +213,8 @@ def norm_score_bwd(
             NUM_PARTS=num_parts,
             PART_TOKENS=PART_TOKENS,
             BLOCK_N=block_n,
-            BLOCK_C=block_c,
+            C0=first,
+            C1=second,
             EPS=eps,
             HAS_WEIGHT=weight_C is not None,
             HAS_BIAS=bias_C is not None,

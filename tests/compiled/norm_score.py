@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
 from vitprune_fast.kernels import norm_score
 from vitprune_fast.kernels.norm_score import PART_TOKENS, PARTS_BLOCK_C, PARTS_WARPS, tile
 
-from .case import Case
+from .case import BATCH, BYTES, Case, Launch
 
+NARROW = "four sums over a row, its addresses and masks are shared by few channels"
+WIDEST = "each of the two warps of a row does all of its sums, addresses and masks"
 ACCUMULATED = {"bf16": "fp32", "fp16": "fp32", "fp32": "fp32", "fp64": "fp64"}
 
 
 def case(
     element: str,
     channels: int,
-    registers: int | Mapping[int, int] = 128,
+    registers: int = 128,
     *,
     num_tokens: int = 197,
     rms: bool = False,
@@ -23,7 +23,8 @@ def case(
     wide: bool = True,
 ) -> Case:
     """As the launcher starts it for contiguous tensors."""
-    block_n, block_c, num_warps = tile(channels, 8 if element == "fp64" else 4)
+    wide_row = element == "bf16" and channels >= 1280
+    block_n, first, second, num_warps = tile(channels, 8 if element == "fp64" else 4)
     names = ("x_ptr", "grad_y_ptr", "weight_ptr", "bias_ptr", "grad_x_ptr")
     pointers = {**dict.fromkeys(names, f"*{element}"), "part_ptr": f"*{ACCUMULATED[element]}"}
     strides = dict.fromkeys(("stride_x_b", "stride_x_n", "stride_g_b", "stride_g_n"), "i32")
@@ -39,7 +40,8 @@ def case(
             "NUM_PARTS": -(-num_tokens // PART_TOKENS),
             "PART_TOKENS": PART_TOKENS,
             "BLOCK_N": block_n,
-            "BLOCK_C": block_c,
+            "C0": first,
+            "C1": second,
             "EPS": 1e-6,
             "HAS_WEIGHT": affine,
             "HAS_BIAS": affine and not rms,
@@ -50,6 +52,14 @@ def case(
         registers=registers,
         expects=("LDG.128", "STG.128") if wide else (),
         num_warps=num_warps,
+        launch=None
+        if element == "fp64"
+        else Launch(
+            BATCH * -(-num_tokens // PART_TOKENS),
+            PART_TOKENS // block_n,
+            3 * BATCH * num_tokens * channels * BYTES[element],
+            NARROW if element == "bf16" and channels < 768 else WIDEST if wide_row else "",
+        ),
     )
 
 
@@ -71,18 +81,21 @@ def parts(element: str, channels: int, num_tokens: int = 197) -> Case:
     )
 
 
+# the registers of one warp hold a row of up to 1,024 channels
+REGISTERS = {192: 224, 384: 168, 768: 168, 1024: 255, 1280: 168, 1536: 192}
 CASES = [
-    *(case("bf16", channels) for channels in (192, 384, 768, 1024, 1280, 1536)),
-    case("fp32", 192, {80: 128, 90: 128, 100: 136}),
-    *(case("fp32", channels) for channels in (384, 768, 1024, 1280, 1536)),
-    case("fp16", 768),
-    case("fp64", 768),
+    *(
+        case(element, width, most)
+        for element in ("bf16", "fp32")
+        for width, most in REGISTERS.items()
+    ),
+    case("fp16", 768, 168),
+    case("fp64", 768, 188),
     case("bf16", 768, rms=True),
     case("bf16", 768, affine=False),
     # q and k of a head: one row for every token and head
     case("bf16", 64, num_tokens=197 * 12),
-    # with Triton 3.6; 3.8 takes four fewer
-    case("fp32", 147, 140, wide=False),
+    case("fp32", 147, 168, wide=False),
     parts("fp32", 768),
     parts("fp64", 768),
 ]
