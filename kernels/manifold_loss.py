@@ -288,7 +288,8 @@ def tiles(num_rows: int, operand_bytes: int, stored_bytes: int, large: bool) -> 
     if rows <= 256:
         block_m = min(rows, 64 if large else 32)
         warps = 8 if rows >= 128 else 4
-        return Tiles(block_m, rows, 32, 64 if stored_bytes == 2 else 32, warps, 2)
+        block_k = 16 if large and stored_bytes == 4 else 32
+        return Tiles(block_m, rows, block_k, 64 if stored_bytes == 2 else 32, warps, 2)
     if large:
         return Tiles(64, 128, 32, 128 if stored_bytes == 2 else 64, 8, 2)
     return Tiles(64, 64, 32, 128, 8, 2)

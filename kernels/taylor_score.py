@@ -16,7 +16,7 @@ from vitprune_fast.kernels._launch import on_device_of
 
 # columns of one tile: 128 of them are 256 bytes of a bf16 row, one full request of a warp
 TILE_COLUMNS = 128
-TILE_TOKENS = 16
+TILE_TOKENS = 8
 
 
 @triton.jit

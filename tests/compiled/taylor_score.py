@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
-from vitprune_fast.kernels.taylor_score import TILE_TOKENS, _taylor_score_fwd_kernel, tile
+from vitprune_fast.kernels.taylor_score import (
+    TILE_COLUMNS,
+    TILE_TOKENS,
+    _taylor_score_fwd_kernel,
+    tile,
+)
 
-from .case import Case
+from .case import Case, columns
 
 
 def case(
@@ -41,19 +46,23 @@ def case(
         aligned=frozenset(aligned),
         registers=registers,
         expects=("LDG.128",) if wide else (),
+        # neurons, or as many columns in heads of 64
+        launch=columns(element, 2, num_tokens, TILE_TOKENS, TILE_COLUMNS)
+        if group_size in (1, 64)
+        else None,
     )
 
 
 CASES = [
     *(
         case(element, group_size, registers, per_token=per_token)
-        for element, registers in (("bf16", 72), ("fp16", 72), ("fp32", 80), ("fp64", 128))
+        for element, registers in (("bf16", 48), ("fp16", 48), ("fp32", 56), ("fp64", 72))
         for group_size in (1, 64)
         for per_token in (False, True)
     ),
     # head dims that no power of two holds, and units wider than a tile: columns are masked
-    case("bf16", 80, 96, num_tokens=577, wide=False),
-    case("bf16", 80, 96, num_tokens=577, per_token=True, wide=False),
-    case("bf16", 768, 96),
-    case("bf16", 768, 96, per_token=True),
+    case("bf16", 80, 48, num_tokens=577, wide=False),
+    case("bf16", 80, 48, num_tokens=577, per_token=True, wide=False),
+    case("bf16", 768, 48),
+    case("bf16", 768, 48, per_token=True),
 ]
