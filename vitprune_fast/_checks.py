@@ -38,6 +38,20 @@ def require_dtype(op: str, argument: str, value: Tensor, dtypes: Collection[torc
         require(False, op, argument, f"be {names}", value.dtype)
 
 
+def require_shape(
+    op: str, argument: str, value: Tensor, shape: tuple[int, ...], why: str = ""
+) -> None:
+    """Raise unless ``value`` has that shape; ``why`` ends the rule."""
+    if value.shape != shape:
+        require(False, op, argument, f"have shape {shape}{why}", tuple(value.shape))
+
+
+def require_near(op: str, argument: str, value: Tensor, other_name: str, other: Tensor) -> None:
+    """Raise unless ``value`` is on the device of ``other``."""
+    if value.device != other.device:
+        require(False, op, argument, f"be on {other.device} like {other_name}", value.device)
+
+
 def require_like(op: str, argument: str, value: Tensor, other_name: str, other: Tensor) -> None:
     """Raise unless ``value`` has the shape, dtype and device of ``other``."""
     for what in ("shape", "dtype", "device"):

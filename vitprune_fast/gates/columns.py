@@ -6,9 +6,10 @@ B samples, F columns, U units of adjacent columns.
 from __future__ import annotations
 
 import torch
-from torch import Tensor, library
+from torch import Tensor
 
 from .. import ops
+from ..ops._custom_op import CustomOp
 from ..ops._probes import refuse_second_derivative
 from ..scoring.probes import as_tokens
 
@@ -44,9 +45,9 @@ def _scaled(x: Tensor, gate_U: Tensor, group: int, first: int, last: int) -> Ten
     return torch.where(factor == 0, 0, x * factor).to(x.dtype)
 
 
-# A registered op and no autograd.Function: torch.compile of torch 2.11 takes the gradients of a
-# Function as 0 when its forward ends in an operation that changes nothing, as `.to(x.dtype)` does.
-_gate_columns = library.custom_op("vitprune_fast::gate_columns", _scaled, mutates_args=())
+# A registered op and no bare autograd.Function: torch.compile of torch 2.11 takes the gradients of
+# one as 0 when its forward ends in an operation that changes nothing, as `.to(x.dtype)` does.
+_gate_columns = CustomOp("vitprune_fast::gate_columns", _scaled)
 # run on tensors without data the form itself gives the strides too
 _gate_columns.register_fake(_scaled)
 

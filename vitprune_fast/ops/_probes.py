@@ -29,12 +29,13 @@ def check_probe(
         x: what was given for it.
     """
     _checks.require_tensor(op, name, probe)
-    rule = f"have shape {shape}, one number per sample and unit of {x_name}"
-    _checks.require(probe.shape == shape, op, name, rule, tuple(probe.shape))
-    rule = f"have dtype {score_dtype(x)}, that of the score"
-    _checks.require(probe.dtype == score_dtype(x), op, name, rule, probe.dtype)
-    rule = f"be on {x.device} like {x_name}"
-    _checks.require(probe.device == x.device, op, name, rule, probe.device)
+    why = ", one number per sample and unit of "
+    _checks.require_shape(op, name, probe, shape, why + x_name)
+    wanted = score_dtype(x)
+    if probe.dtype != wanted:
+        rule = f"have dtype {wanted}, that of the score"
+        _checks.require(False, op, name, rule, probe.dtype)
+    _checks.require_near(op, name, probe, x_name, x)
 
 
 def refuse_second_derivative(op: str) -> None:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, library
 
 from vitprune_fast import _checks
+from vitprune_fast.ops._custom_op import custom_op
 from vitprune_fast.ops._dispatch import Backend, choose
 from vitprune_fast.ops._probes import (
     DTYPES,
@@ -38,7 +39,7 @@ def _fake(
 
 
 # C++ and Triton cannot both hold the CUDA key of one op, so the twin has its own name
-@library.custom_op("vitprune_fast::activation_score_triton", mutates_args=())
+@custom_op("vitprune_fast::activation_score_triton")
 def _triton(
     x_BNF: Tensor, grad_BNF: Tensor, activation: str, per_token: bool
 ) -> tuple[Tensor, Tensor]:
@@ -50,12 +51,21 @@ def _triton(
 _triton.register_fake(_fake)
 
 
+def _run(
+    x_BNF: Tensor, grad_BNF: Tensor, activation: str, per_token: bool, chosen: str
+) -> tuple[Tensor, Tensor]:
+    if chosen == "cpu":
+        return torch.ops.vitprune_fast.activation_score(x_BNF, grad_BNF, activation, per_token)
+    if chosen == "triton":
+        return _triton(x_BNF, grad_BNF, activation, per_token)
+    return _eager(x_BNF, grad_BNF, activation, per_token=per_token)
+
+
 def check_activation(op: str, activation: str) -> None:
     """Raise unless ``activation`` is one of ``ACTIVATIONS``."""
-    names = ", ".join(ACTIVATIONS)
-    _checks.require(
-        activation in ACTIVATIONS, op, "activation", f"be one of {names}", repr(activation)
-    )
+    if activation not in ACTIVATIONS:
+        names = ", ".join(ACTIVATIONS)
+        _checks.require(False, op, "activation", f"be one of {names}", repr(activation))
 
 
 def activation_score(
@@ -110,17 +120,12 @@ def activation_score(
     _checks.require_dtype(op, "x_BNF", x_BNF, DTYPES)
     _checks.require_like(op, "grad_BNF", grad_BNF, "x_BNF", x_BNF)
     check_activation(op, activation)
-    x_BNF, grad_BNF = x_BNF.detach(), grad_BNF.detach()
     chosen = choose(op, x_BNF.device, backend)
-    if chosen == "cpu":
-        return torch.ops.vitprune_fast.activation_score(x_BNF, grad_BNF, activation, per_token)
-    if chosen == "triton":
-        return _triton(x_BNF, grad_BNF, activation, per_token)
-    return _eager(x_BNF, grad_BNF, activation, per_token=per_token)
+    return _run(x_BNF.detach(), grad_BNF.detach(), activation, per_token, chosen)
 
 
 # torch's own forward is at the speed of memory; the backward is what has no equal there
-@library.custom_op("vitprune_fast::scored_activation", mutates_args=())
+@custom_op("vitprune_fast::scored_activation")
 def _scored(
     x_BNF: Tensor, probe_BF: Tensor, activation: str, per_token: bool, backend: str
 ) -> Tensor:
@@ -133,17 +138,14 @@ def _(x_BNF: Tensor, probe_BF: Tensor, activation: str, per_token: bool, backend
 
 
 def _save(ctx, inputs, output) -> None:
-    x_BNF, _, ctx.activation, ctx.per_token, ctx.backend = inputs
+    x_BNF, _, *ctx.choices = inputs
     ctx.save_for_backward(x_BNF)
 
 
 def _backward(ctx, grad_BNF: Tensor):
     refuse_second_derivative("scored_activation")
     (x_BNF,) = ctx.saved_tensors
-    grad_x_BNF, score_BF = activation_score(
-        x_BNF, grad_BNF, ctx.activation, per_token=ctx.per_token, backend=ctx.backend
-    )
-    return grad_x_BNF, score_BF, None, None, None
+    return *_run(x_BNF, grad_BNF, *ctx.choices), None, None, None
 
 
 _scored.register_autograd(_backward, setup_context=_save)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, library
 
 from vitprune_fast import _checks
+from vitprune_fast.ops._custom_op import custom_op
 from vitprune_fast.ops._dispatch import Backend, choose
 from vitprune_fast.ops._probes import check_probe, refuse_second_derivative, score_dtype
 from vitprune_fast.ops._qkv import (
@@ -95,14 +96,14 @@ def _fake_score(
 
 
 # C++ and Triton cannot both hold the CUDA key of one op, so the twins have their own names
-@library.custom_op("vitprune_fast::attention_triton", mutates_args=())
+@custom_op("vitprune_fast::attention_triton")
 def _triton(qkv_BN3HK: Tensor, scale: float) -> tuple[Tensor, Tensor]:
     from vitprune_fast.kernels.attention_score import attention_fwd
 
     return attention_fwd(qkv_BN3HK, scale)
 
 
-@library.custom_op("vitprune_fast::attention_score_triton", mutates_args=())
+@custom_op("vitprune_fast::attention_score_triton")
 def _triton_score(
     grad_out_BNHK: Tensor,
     qkv_BN3HK: Tensor,
@@ -210,8 +211,7 @@ def _choose(qkv_BN3HK: Tensor, backend: str) -> str:
     return choose(_OP, qkv_BN3HK.device, backend, unable)
 
 
-def _run(qkv_BN3HK: Tensor, scale: float, backend: str) -> tuple[Tensor, Tensor]:
-    chosen = _choose(qkv_BN3HK, backend)
+def _run(qkv_BN3HK: Tensor, scale: float, chosen: str) -> tuple[Tensor, Tensor]:
     if qkv_BN3HK.numel() == 0:
         return _fake(qkv_BN3HK, scale)
     qkv_BN3HK = with_adjacent_dims(qkv_BN3HK)
@@ -230,9 +230,8 @@ def _run_score(
     scale: float,
     per_token: bool,
     wanted: Wanted,
-    backend: str,
+    chosen: str,
 ) -> Gradients:
-    chosen = _choose(qkv_BN3HK, backend)
     grad_out_BNHK, qkv_BN3HK, out_BNHK = (
         with_adjacent_dims(x) for x in (grad_out_BNHK, qkv_BN3HK, out_BNHK)
     )
@@ -248,7 +247,7 @@ def _run_score(
 
 
 # opaque to autograd and to compilers; the normalisers come out because backward needs them
-@library.custom_op("vitprune_fast::scored_attention", mutates_args=())
+@custom_op("vitprune_fast::scored_attention")
 def _scored(
     qkv_BN3HK: Tensor,
     head_BH: Tensor | None,
@@ -314,7 +313,8 @@ def attention(
         BackendUnavailable: ``backend`` was named and cannot run here; the message says why.
     """
     check_qkv("attention", qkv_BN3HK)
-    return _run(qkv_BN3HK.detach(), factor_of_logits(scale, qkv_BN3HK), backend)
+    chosen = _choose(qkv_BN3HK, backend)
+    return _run(qkv_BN3HK.detach(), factor_of_logits(scale, qkv_BN3HK), chosen)
 
 
 def attention_score(
@@ -368,11 +368,9 @@ def attention_score(
         _checks.require_tensor(_OP, name, value)
         _checks.require_like(_OP, name, value, "q in qkv_BN3HK", like_out)
     _checks.require_tensor(_OP, "lse_BHN", lse_BHN)
-    shape, got = (batch, num_heads, num_tokens), tuple(lse_BHN.shape)
-    _checks.require(got == shape, _OP, "lse_BHN", f"have shape {shape}", got)
+    _checks.require_shape(_OP, "lse_BHN", lse_BHN, (batch, num_heads, num_tokens))
     _checks.require_dtype(_OP, "lse_BHN", lse_BHN, (score_dtype(qkv_BN3HK),))
-    near = lse_BHN.device == qkv_BN3HK.device
-    _checks.require(near, _OP, "lse_BHN", f"be on {qkv_BN3HK.device}", lse_BHN.device)
+    _checks.require_near(_OP, "lse_BHN", lse_BHN, "qkv_BN3HK", qkv_BN3HK)
     unknown = sorted(set(needs) - set(NEEDS))
     _checks.require(not unknown, _OP, "needs", f"hold only {', '.join(NEEDS)}", unknown)
     qkv, head, qk_dim, v_dim = (name in needs for name in NEEDS)
@@ -385,7 +383,7 @@ def attention_score(
         factor_of_logits(scale, qkv_BN3HK),
         per_token,
         wanted,
-        backend,
+        _choose(qkv_BN3HK, backend),
     )
     return AttentionScore(
         *(gradient if want else None for gradient, want in zip(gradients, wanted, strict=True))
@@ -438,5 +436,6 @@ def scored_attention(
         if probe is not None:
             check_probe(op, name, probe, shape, "qkv_BN3HK", qkv_BN3HK)
     factor = factor_of_logits(scale, qkv_BN3HK)
-    out_BNHK, _ = _scored(qkv_BN3HK, head_BH, qk_dim_BHK, v_dim_BHK, factor, per_token, backend)
-    return out_BNHK
+    # settled here for the backward too
+    chosen = _choose(qkv_BN3HK, backend)
+    return _scored(qkv_BN3HK, head_BH, qk_dim_BHK, v_dim_BHK, factor, per_token, chosen)[0]

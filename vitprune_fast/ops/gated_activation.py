@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, library
 
 from vitprune_fast import _checks
+from vitprune_fast.ops._custom_op import custom_op
 from vitprune_fast.ops._dispatch import Backend, choose
 from vitprune_fast.ops._probes import DTYPES, refuse_second_derivative, score_dtype
 from vitprune_fast.ops.activation_score import check_activation
@@ -42,14 +43,14 @@ def _fake_backward(
 
 
 # C++ and Triton cannot both hold the CUDA key of one op, so the twins have names of their own
-@library.custom_op("vitprune_fast::gated_activation_fwd_triton", mutates_args=())
+@custom_op("vitprune_fast::gated_activation_fwd_triton")
 def _triton(x_BNF: Tensor, gate_F: Tensor, activation: str) -> Tensor:
     from vitprune_fast.kernels.gated_activation import gated_activation_fwd
 
     return gated_activation_fwd(x_BNF, gate_F, activation)
 
 
-@library.custom_op("vitprune_fast::gated_activation_bwd_triton", mutates_args=())
+@custom_op("vitprune_fast::gated_activation_bwd_triton")
 def _triton_backward(
     x_BNF: Tensor, gate_F: Tensor, grad_BNF: Tensor, activation: str
 ) -> tuple[Tensor, Tensor]:
@@ -71,7 +72,7 @@ _FORMS = {
 }
 
 
-@library.custom_op("vitprune_fast::gated_activation", mutates_args=())
+@custom_op("vitprune_fast::gated_activation")
 def _gated(x_BNF: Tensor, gate_F: Tensor, activation: str, backend: str) -> Tensor:
     return _FORMS[backend][0](x_BNF, gate_F, activation)
 
@@ -100,13 +101,13 @@ _gated.register_autograd(_backward, setup_context=_save)
 def check_gate(op: str, gate_F: Tensor, columns: int, x_name: str, x: Tensor) -> None:
     """Raise unless ``gate_F`` has a number per column of ``x``, in the dtype it is computed in."""
     _checks.require_tensor(op, "gate_F", gate_F)
-    rule = f"have shape ({columns},), one number per column of {x_name}"
-    _checks.require(gate_F.shape == (columns,), op, "gate_F", rule, tuple(gate_F.shape))
+    why = ", one number per column of "
+    _checks.require_shape(op, "gate_F", gate_F, (columns,), why + x_name)
     wanted = score_dtype(x)
-    rule = f"have dtype {wanted}, in which {x_name} is computed"
-    _checks.require(gate_F.dtype == wanted, op, "gate_F", rule, gate_F.dtype)
-    rule = f"be on {x.device} like {x_name}"
-    _checks.require(gate_F.device == x.device, op, "gate_F", rule, gate_F.device)
+    if gate_F.dtype != wanted:
+        rule = f"have dtype {wanted}, in which {x_name} is computed"
+        _checks.require(False, op, "gate_F", rule, gate_F.dtype)
+    _checks.require_near(op, "gate_F", gate_F, x_name, x)
 
 
 def gated_activation(

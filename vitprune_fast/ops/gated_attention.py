@@ -14,6 +14,7 @@ from torch import Tensor, library
 
 from vitprune_fast import _checks
 from vitprune_fast.batches import sent
+from vitprune_fast.ops._custom_op import custom_op
 from vitprune_fast.ops._dispatch import Backend, choose
 from vitprune_fast.ops._probes import refuse_second_derivative, score_dtype
 from vitprune_fast.ops._qkv import (
@@ -83,7 +84,7 @@ def _fake_backward(
 
 
 # C++ and Triton cannot both hold the CUDA key of one op, so the twins have their own names
-@library.custom_op("vitprune_fast::gated_attention_triton", mutates_args=())
+@custom_op("vitprune_fast::gated_attention_triton")
 def _triton(
     qkv_BN3HK: Tensor,
     gate_H: Tensor | None,
@@ -100,7 +101,7 @@ def _triton(
     )
 
 
-@library.custom_op("vitprune_fast::gated_attention_backward_triton", mutates_args=())
+@custom_op("vitprune_fast::gated_attention_backward_triton")
 def _triton_backward(
     grad_out_BNHK: Tensor,
     qkv_BN3HK: Tensor,
@@ -244,21 +245,17 @@ def _checked_heads(live_heads: Sequence[int] | Tensor | None, num_heads: int) ->
 
 def _check_gate(gate_H: Tensor, qkv_BN3HK: Tensor) -> None:
     _checks.require_tensor(_OP, "gate_H", gate_H)
-    shape, got = (qkv_BN3HK.shape[3],), tuple(gate_H.shape)
-    _checks.require(got == shape, _OP, "gate_H", f"have shape {shape}, one gate per head", got)
+    shape = (qkv_BN3HK.shape[3],)
+    _checks.require_shape(_OP, "gate_H", gate_H, shape, ", one gate per head")
     _checks.require_dtype(_OP, "gate_H", gate_H, (score_dtype(qkv_BN3HK),))
-    near = gate_H.device == qkv_BN3HK.device
-    _checks.require(near, _OP, "gate_H", f"be on {qkv_BN3HK.device} like qkv_BN3HK", gate_H.device)
+    _checks.require_near(_OP, "gate_H", gate_H, "qkv_BN3HK", qkv_BN3HK)
 
 
 def _check_mask(mask_BN: Tensor, qkv_BN3HK: Tensor) -> None:
     _checks.require_tensor(_OP, "key_mask_BN", mask_BN)
-    shape, got = tuple(qkv_BN3HK.shape[:2]), tuple(mask_BN.shape)
-    _checks.require(got == shape, _OP, "key_mask_BN", f"have shape {shape}", got)
+    _checks.require_shape(_OP, "key_mask_BN", mask_BN, tuple(qkv_BN3HK.shape[:2]))
     _checks.require_dtype(_OP, "key_mask_BN", mask_BN, (torch.bool,))
-    near = mask_BN.device == qkv_BN3HK.device
-    rule = f"be on {qkv_BN3HK.device} like qkv_BN3HK"
-    _checks.require(near, _OP, "key_mask_BN", rule, mask_BN.device)
+    _checks.require_near(_OP, "key_mask_BN", mask_BN, "qkv_BN3HK", qkv_BN3HK)
 
 
 def gated_attention_ops() -> list[Any]:

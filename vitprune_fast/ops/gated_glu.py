@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, library
 
 from vitprune_fast import _checks
+from vitprune_fast.ops._custom_op import custom_op
 from vitprune_fast.ops._dispatch import Backend, choose
 from vitprune_fast.ops._probes import DTYPES, refuse_second_derivative
 from vitprune_fast.ops.activation_score import check_activation
@@ -51,14 +52,14 @@ def _fake_backward(
 
 
 # C++ and Triton cannot both hold the CUDA key of one op, so the twins have names of their own
-@library.custom_op("vitprune_fast::gated_glu_fwd_triton", mutates_args=())
+@custom_op("vitprune_fast::gated_glu_fwd_triton")
 def _triton(gate_BNF: Tensor, value_BNF: Tensor, gate_F: Tensor, activation: str) -> Tensor:
     from vitprune_fast.kernels.gated_glu import gated_glu_fwd
 
     return gated_glu_fwd(gate_BNF, value_BNF, gate_F, activation)
 
 
-@library.custom_op("vitprune_fast::gated_glu_bwd_triton", mutates_args=())
+@custom_op("vitprune_fast::gated_glu_bwd_triton")
 def _triton_backward(
     gate_BNF: Tensor,
     value_BNF: Tensor,
@@ -99,7 +100,7 @@ _FORMS = {
 }
 
 
-@library.custom_op("vitprune_fast::gated_glu", mutates_args=())
+@custom_op("vitprune_fast::gated_glu")
 def _gated(
     gate_BNF: Tensor, value_BNF: Tensor, gate_F: Tensor, activation: str, backend: str
 ) -> Tensor:
@@ -126,7 +127,7 @@ def _backward(ctx, grad_BNF: Tensor):
 _gated.register_autograd(_backward, setup_context=_save)
 
 
-@library.custom_op("vitprune_fast::gated_glu_packed", mutates_args=())
+@custom_op("vitprune_fast::gated_glu_packed")
 def _gated_packed(
     x_BN2F: Tensor, gate_F: Tensor, activation: str, gate_last: bool, backend: str
 ) -> Tensor:

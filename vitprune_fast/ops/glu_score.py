@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, library
 
 from vitprune_fast import _checks
+from vitprune_fast.ops._custom_op import custom_op
 from vitprune_fast.ops._dispatch import Backend, choose
 from vitprune_fast.ops._probes import (
     DTYPES,
@@ -68,7 +69,7 @@ def _fake(
 
 
 # C++ and Triton cannot both hold the CUDA key of one op, so the twin has its own name
-@library.custom_op("vitprune_fast::glu_score_triton", mutates_args=())
+@custom_op("vitprune_fast::glu_score_triton")
 def _triton(
     gate_BNF: Tensor,
     value_BNF: Tensor,
@@ -97,10 +98,9 @@ def _run(
     activation: str,
     packed: str | None,
     per_token: bool,
-    backend: str,
+    chosen: str,
 ) -> tuple[Tensor, Tensor]:
     """Both gradients in one tensor, and the score."""
-    chosen = choose("glu_score", gate_BNF.device, backend)
     arguments = (gate_BNF, value_BNF, grad_BNF, activation, packed, per_token)
     if chosen == "cpu":
         return torch.ops.vitprune_fast.glu_score(*arguments)
@@ -176,12 +176,13 @@ def glu_score(
     rule = "be 'gate_first', 'gate_last' or None"
     _checks.require(packed in ("gate_first", "gate_last", None), op, "packed", rule, repr(packed))
     inputs = (gate_BNF.detach(), value_BNF.detach(), grad_BNF.detach())
-    gradients, score_BF = _run(*inputs, activation, packed, per_token, backend)
+    chosen = choose(op, gate_BNF.device, backend)
+    gradients, score_BF = _run(*inputs, activation, packed, per_token, chosen)
     return *both_gradients(gradients, packed), score_BF
 
 
 # torch's own forward is at the speed of memory; the backward is what has no equal there
-@library.custom_op("vitprune_fast::scored_glu", mutates_args=())
+@custom_op("vitprune_fast::scored_glu")
 def _scored(
     gate_BNF: Tensor,
     value_BNF: Tensor,
@@ -221,7 +222,7 @@ def _backward(ctx, grad_BNF: Tensor):
 _scored.register_autograd(_backward, setup_context=_save)
 
 
-@library.custom_op("vitprune_fast::scored_glu_packed", mutates_args=())
+@custom_op("vitprune_fast::scored_glu_packed")
 def _scored_packed(
     x_BN2F: Tensor,
     probe_BF: Tensor,

@@ -6,9 +6,10 @@ import math
 from typing import Literal, NamedTuple
 
 import torch
-from torch import Tensor, library
+from torch import Tensor
 
 from vitprune_fast import _checks
+from vitprune_fast.ops._custom_op import custom_op
 from vitprune_fast.ops._dispatch import Backend, choose
 from vitprune_fast.ops._probes import DTYPES, refuse_second_derivative, score_dtype
 from vitprune_fast.reference.kd_cross_entropy import kd_cross_entropy as _eager
@@ -31,7 +32,7 @@ class KdCrossEntropy(NamedTuple):
     kd: Tensor
 
 
-@library.custom_op("vitprune_fast::kd_cross_entropy_triton", mutates_args=())
+@custom_op("vitprune_fast::kd_cross_entropy_triton")
 def _triton(
     student_BC: Tensor,
     teacher_BC: Tensor,
@@ -185,21 +186,20 @@ def kd_cross_entropy(
 def _check(student_BC: Tensor, teacher_BC: Tensor, labels: Tensor) -> None:
     for name, x in (("student_BC", student_BC), ("teacher_BC", teacher_BC), ("labels", labels)):
         _checks.require_tensor(_OP, name, x)
-        rule = f"be on {student_BC.device} like student_BC"
-        _checks.require(x.device == student_BC.device, _OP, name, rule, x.device)
+        _checks.require_near(_OP, name, x, "student_BC", student_BC)
     for name, x in (("student_BC", student_BC), ("teacher_BC", teacher_BC)):
         _checks.require_dims(_OP, name, x, 2)
         _checks.require_dtype(_OP, name, x, DTYPES)
         _checks.require(x.numel() > 0, _OP, name, "not be empty", tuple(x.shape))
     batch, classes = student_BC.shape
-    rule = f"have shape {(batch, classes)} like student_BC, the same classes"
-    same = teacher_BC.shape == student_BC.shape
-    _checks.require(same, _OP, "teacher_BC", rule, tuple(teacher_BC.shape))
+    why = " like student_BC, the same classes"
+    _checks.require_shape(_OP, "teacher_BC", teacher_BC, (batch, classes), why)
     numbers = labels.dtype == torch.int64 and labels.shape == (batch,)
     fits = numbers or (labels.is_floating_point() and labels.shape == student_BC.shape)
-    rule = f"be ({batch},) int64 or ({batch}, {classes}) floating"
-    got = f"{tuple(labels.shape)} {str(labels.dtype).removeprefix('torch.')}"
-    _checks.require(fits, _OP, "labels", rule, got)
+    if not fits:
+        rule = f"be ({batch},) int64 or ({batch}, {classes}) floating"
+        got = f"{tuple(labels.shape)} {str(labels.dtype).removeprefix('torch.')}"
+        _checks.require(False, _OP, "labels", rule, got)
     if numbers and labels.device.type == "cpu" and not torch.compiler.is_compiling():
         low, high = (int(bound) for bound in labels.aminmax())
         rule = f"hold numbers from 0 to {classes - 1}"

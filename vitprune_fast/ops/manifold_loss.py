@@ -6,9 +6,10 @@ S sets, R rows, D width of the student, E width of the teacher.
 from __future__ import annotations
 
 import torch
-from torch import Tensor, library
+from torch import Tensor
 
 from vitprune_fast import _checks
+from vitprune_fast.ops._custom_op import custom_op
 from vitprune_fast.ops._dispatch import Backend, choose
 from vitprune_fast.ops._probes import DTYPES, refuse_second_derivative, score_dtype
 from vitprune_fast.reference.manifold_loss import set_by_set
@@ -26,7 +27,7 @@ def _new_gradient(student_SRD: Tensor, with_gradient: bool) -> Tensor:
     return torch.empty_like(student_SRD, dtype=dtype)
 
 
-@library.custom_op("vitprune_fast::manifold_loss_eager", mutates_args=())
+@custom_op("vitprune_fast::manifold_loss_eager")
 def _eager(
     student_SRD: Tensor, teacher_SRE: Tensor, with_gradient: bool, operand: torch.dtype | None
 ) -> tuple[Tensor, Tensor]:
@@ -35,7 +36,7 @@ def _eager(
         return set_by_set(student_SRD, teacher_SRE, grad_SRD), grad_SRD
 
 
-@library.custom_op("vitprune_fast::manifold_loss_triton", mutates_args=())
+@custom_op("vitprune_fast::manifold_loss_triton")
 def _triton(
     student_SRD: Tensor, teacher_SRE: Tensor, with_gradient: bool, operand: torch.dtype | None
 ) -> tuple[Tensor, Tensor]:
@@ -133,9 +134,7 @@ def manifold_loss(
     rule = f"have {sets} sets of {rows} rows like student_SRD"
     same = teacher_SRE.shape[:2] == student_SRD.shape[:2]
     _checks.require(same, _OP, "teacher_SRE", rule, tuple(teacher_SRE.shape[:2]))
-    rule = f"be on {student_SRD.device} like student_SRD"
-    same = teacher_SRE.device == student_SRD.device
-    _checks.require(same, _OP, "teacher_SRE", rule, teacher_SRE.device)
+    _checks.require_near(_OP, "teacher_SRE", teacher_SRE, "student_SRD", student_SRD)
     known = operand_dtype is None or operand_dtype in _OPERANDS
     rule = "be torch.bfloat16, torch.float16 or None"
     _checks.require(known, _OP, "operand_dtype", rule, operand_dtype)

@@ -10,6 +10,7 @@ from torch import Tensor, library
 from torch.nn import functional as F
 
 from vitprune_fast import _checks
+from vitprune_fast.ops._custom_op import custom_op
 from vitprune_fast.ops._dispatch import Backend, choose
 from vitprune_fast.ops._probes import (
     DTYPES,
@@ -42,7 +43,7 @@ def _fake(
 
 
 # C++ and Triton cannot both hold the CUDA key of one op, so the twin has its own name
-@library.custom_op("vitprune_fast::norm_score_triton", mutates_args=())
+@custom_op("vitprune_fast::norm_score_triton")
 def _triton(
     x_BNC: Tensor,
     grad_y_BNC: Tensor,
@@ -67,16 +68,34 @@ def _check(
     _checks.require_dims(op, "x_BNC", x_BNC, 3)
     _checks.require_dtype(op, "x_BNC", x_BNC, DTYPES)
     _checks.require(eps >= 0, op, "eps", "be at least 0", eps)
-    channels = x_BNC.shape[2]
+    shape, why = (x_BNC.shape[2],), ", one number per channel of x_BNC"
     for name, value in (("weight_C", weight_C), ("bias_C", bias_C)):
         if value is None:
             continue
         _checks.require_tensor(op, name, value)
-        rule = f"have shape ({channels},), one number per channel of x_BNC"
-        _checks.require(value.shape == (channels,), op, name, rule, tuple(value.shape))
+        _checks.require_shape(op, name, value, shape, why)
         for what in ("dtype", "device"):
             wanted, got = getattr(x_BNC, what), getattr(value, what)
-            _checks.require(wanted == got, op, name, f"have {what} {wanted} like x_BNC", got)
+            if wanted != got:
+                _checks.require(False, op, name, f"have {what} {wanted} like x_BNC", got)
+
+
+def _run(
+    x_BNC: Tensor,
+    grad_y_BNC: Tensor,
+    weight_C: Tensor | None,
+    bias_C: Tensor | None,
+    eps: float,
+    rms: bool,
+    output: bool,
+    chosen: str,
+) -> tuple[Tensor, Tensor]:
+    arguments = (x_BNC, grad_y_BNC, weight_C, bias_C, eps)
+    if chosen == "cpu":
+        return torch.ops.vitprune_fast.norm_score(*arguments, rms, output)
+    if chosen == "triton":
+        return _triton(*arguments, rms, output)
+    return _eager(*arguments, rms=rms, output=output)
 
 
 def norm_score(
@@ -140,17 +159,11 @@ def norm_score(
     weight_C = None if weight_C is None else weight_C.detach()
     bias_C = None if bias_C is None else bias_C.detach()
     chosen = choose(op, x_BNC.device, backend)
-    if chosen == "cpu":
-        return torch.ops.vitprune_fast.norm_score(
-            x_BNC, grad_y_BNC, weight_C, bias_C, eps, rms, output
-        )
-    if chosen == "triton":
-        return _triton(x_BNC, grad_y_BNC, weight_C, bias_C, eps, rms, output)
-    return _eager(x_BNC, grad_y_BNC, weight_C, bias_C, eps, rms=rms, output=output)
+    return _run(x_BNC, grad_y_BNC, weight_C, bias_C, eps, rms, output, chosen)
 
 
 # torch's own forward is at the speed of memory; the backward is what has no equal there
-@library.custom_op("vitprune_fast::scored_norm", mutates_args=())
+@custom_op("vitprune_fast::scored_norm")
 def _scored(
     x_BNC: Tensor,
     probe_BC: Tensor,
@@ -190,11 +203,8 @@ def _save(ctx, inputs, output) -> None:
 def _backward(ctx, grad_y_BNC: Tensor):
     refuse_second_derivative("scored_norm")
     x_BNC, weight_C, bias_C = ctx.saved_tensors
-    eps, rms, output, backend = ctx.choices
-    grad_x_BNC, score_BC = norm_score(
-        x_BNC, grad_y_BNC, weight_C, bias_C, eps, rms=rms, output=output, backend=backend
-    )
-    return grad_x_BNC, score_BC, None, None, None, None, None, None
+    results = _run(x_BNC, grad_y_BNC, weight_C, bias_C, *ctx.choices)
+    return *results, None, None, None, None, None, None
 
 
 _scored.register_autograd(_backward, setup_context=_save)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, library
 
 from vitprune_fast import _checks
+from vitprune_fast.ops._custom_op import custom_op
 from vitprune_fast.ops._dispatch import Backend, choose
 from vitprune_fast.ops._probes import DTYPES, score_dtype
 from vitprune_fast.reference.taylor_score import taylor_score as _eager
@@ -28,7 +29,7 @@ def _fake(activation_BNF: Tensor, gradient_BNF: Tensor, group_size: int, per_tok
 
 
 # C++ and Triton cannot both hold the CUDA key of one op, so the twin has its own name
-@library.custom_op("vitprune_fast::taylor_score_triton", mutates_args=())
+@custom_op("vitprune_fast::taylor_score_triton")
 def _triton(
     activation_BNF: Tensor, gradient_BNF: Tensor, group_size: int, per_token: bool
 ) -> Tensor:
@@ -86,13 +87,9 @@ def taylor_score(
     _checks.require_dtype(op, "activation_BNF", activation_BNF, DTYPES)
     _checks.require_like(op, "gradient_BNF", gradient_BNF, "activation_BNF", activation_BNF)
     columns = activation_BNF.shape[2]
-    _checks.require(
-        group_size >= 1 and columns % group_size == 0,
-        op,
-        "group_size",
-        f"be at least 1 and divide the {columns} columns of activation_BNF",
-        group_size,
-    )
+    if group_size < 1 or columns % group_size:
+        rule = f"be at least 1 and divide the {columns} columns of activation_BNF"
+        _checks.require(False, op, "group_size", rule, group_size)
     activation_BNF, gradient_BNF = activation_BNF.detach(), gradient_BNF.detach()
     chosen = choose(op, activation_BNF.device, backend)
     if chosen == "cpu":

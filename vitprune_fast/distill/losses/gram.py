@@ -9,9 +9,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
-from torch import Tensor, library
+from torch import Tensor
 
 from vitprune_fast.distill.losses.tokens import align_tokens
+from vitprune_fast.ops._custom_op import custom_op
 from vitprune_fast.ops._probes import refuse_second_derivative, score_dtype
 from vitprune_fast.reference.manifold_loss import inverse_norms
 
@@ -72,7 +73,7 @@ def manifold_full(
     return _full(student_BND, teacher_BNE.detach())[0]
 
 
-@library.custom_op("vitprune_fast::manifold_full", mutates_args=())
+@custom_op("vitprune_fast::manifold_full")
 def _full(
     student_BND: Tensor, teacher_BNE: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
@@ -114,7 +115,7 @@ def _(student_BND: Tensor, teacher_BNE: Tensor) -> tuple[Tensor, Tensor, Tensor,
     return loss, for_x_DD, for_y_ED, of_s, of_t
 
 
-@library.custom_op("vitprune_fast::manifold_full_backward", mutates_args=())
+@custom_op("vitprune_fast::manifold_full_backward")
 def _full_backward(
     grad_loss: Tensor,
     student_BND: Tensor,

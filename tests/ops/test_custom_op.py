@@ -1,0 +1,270 @@
+"""The short way of plain eager code: taken there alone, and the same as the registered op."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch._subclasses import FakeTensorMode
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import checkpoint
+
+from bench.calls import CALLS, SMALL, Call, Size
+from vitprune_fast import ops
+from vitprune_fast._extension import OBSTACLE
+from vitprune_fast.ops._custom_op import custom_op
+from vitprune_fast.ops._dispatch import IMPLEMENTED
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+# what the form and the backward of `twice` were given
+given: list[tuple[bool, ...]] = []
+
+
+@custom_op("vitprune_fast::test_twice")
+def twice(x: Tensor, unread: Tensor | None, factor: float) -> Tensor:
+    given.append((x.is_neg(),))
+    return x * (2 * factor)
+
+
+@twice.register_fake
+def _(x: Tensor, unread: Tensor | None, factor: float) -> Tensor:
+    return x.new_empty(x.shape)
+
+
+def _save(ctx, inputs, output) -> None:
+    x, _, ctx.factor = inputs
+    ctx.save_for_backward(x)
+
+
+def _backward(ctx, grad: Tensor):
+    given.append(tuple(ctx.needs_input_grad[:3]))
+    return grad * (2 * ctx.factor), grad * ctx.saved_tensors[0], None
+
+
+twice.register_autograd(_backward, setup_context=_save)
+
+
+@custom_op("vitprune_fast::test_twice_alone")
+def twice_alone(x: Tensor) -> Tensor:
+    return x * 2
+
+
+@pytest.fixture(autouse=True)
+def _nothing_given():
+    given.clear()
+
+
+class Watch(TorchDispatchMode):
+    """Changes nothing, but for the way."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.names.append(func._schema.name)
+        return func(*args, **(kwargs or {}))
+
+
+def dispatched(call: Callable[[], object]) -> set[str]:
+    """The names of our ops that go through the dispatcher; a profiler is no mode."""
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    with torch.profiler.profile(activities=activities) as profile:
+        call()
+    return {event.key for event in profile.key_averages() if event.key.startswith("vitprune_fast")}
+
+
+def gradients(x: Tensor, unread: Tensor) -> tuple[Tensor, ...]:
+    return torch.autograd.grad(twice(x, unread, 1.5), (x, unread), torch.ones_like(x))
+
+
+def test_plain_eager_code_does_not_dispatch():
+    x, unread = torch.randn(2, 3, 4).requires_grad_(), torch.zeros(2, 3, 4).requires_grad_()
+    assert not dispatched(lambda: gradients(x, unread))
+    assert not dispatched(lambda: twice(x.detach(), None, 1.5))
+    with torch.no_grad():
+        assert not dispatched(lambda: twice_alone(torch.nn.Parameter(x)))
+    with torch.inference_mode():
+        assert not dispatched(lambda: twice(x, unread, 1.5))
+    with torch.autocast(DEVICE, torch.bfloat16):
+        assert not dispatched(lambda: gradients(x, unread))
+    # the registered op is what such a profile shows
+    with Watch():
+        assert dispatched(lambda: twice(x, None, 1.5)) == {"vitprune_fast::test_twice"}
+
+
+def test_what_needs_a_gradient_is_told_to_the_backward_alike():
+    x, unread = torch.randn(3).requires_grad_(), torch.zeros(3)
+    for way in (Watch, torch.enable_grad):
+        given.clear()
+        with way():
+            twice(x, unread, 1.5).sum().backward()
+        assert given == [(False,), (True, False, False)]
+    assert x.grad is not None and x.grad.tolist() == [6.0] * 3
+    assert unread.grad is None
+
+
+def test_an_op_without_a_derivative_says_so():
+    x = torch.ones(3).requires_grad_()
+    with pytest.raises(RuntimeError, match="no autograd formula"):
+        twice_alone(x).sum().backward()
+
+
+def test_modes_see_the_registered_op():
+    x = torch.ones(3).requires_grad_()
+    with Watch() as watch:
+        twice(x, None, 1.0)
+    assert watch.names == ["vitprune_fast::test_twice"]
+
+    class Functions(TorchFunctionMode):
+        def __torch_function__(self, func, types, args=(), kwargs=None):
+            seen.append(func)
+            return func(*args, **(kwargs or {}))
+
+    seen: list[object] = []
+    with Functions():
+        twice(x, None, 1.0)
+    assert torch.ops.vitprune_fast.test_twice.default in seen
+
+
+def test_types_of_tensor_of_their_own_see_the_registered_op():
+    class Tagged(Tensor):
+        pass
+
+    assert type(twice(torch.ones(3).as_subclass(Tagged), None, 1.0)) is Tagged
+    assert type(twice(torch.ones(3), torch.ones(3).as_subclass(Tagged), 1.0)) is Tagged
+    given.clear()
+    with FakeTensorMode() as mode:
+        fake = mode.from_tensor(torch.ones(3))
+    assert twice(fake, None, 1.0).shape == (3,)
+    assert twice(torch.ones(3, device="meta"), None, 1.0).is_meta
+    assert not given, "the fake form stands in for it"
+
+
+def test_views_to_be_negated_are_negated_first():
+    x = torch.imag(torch.tensor([1 + 2j]).conj())
+    assert x.is_neg()
+    assert twice(x, None, 1.0).tolist() == [-4.0]
+    assert given == [(False,)]
+
+
+@pytest.mark.filterwarnings("ignore:There is a performance drop")
+def test_functorch_sees_the_registered_op():
+    seen = dispatched(lambda: torch.func.vmap(lambda x: twice(x, None, 1.5))(torch.ones(2, 3)))
+    assert seen == {"vitprune_fast::test_twice"}
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit")
+def test_a_traced_graph_holds_the_op():
+    traced: Any = torch.jit.trace(lambda x: twice(x, None, 1.5), torch.ones(3))
+    assert "vitprune_fast::test_twice" in str(traced.graph)
+
+
+def test_compiled_graphs_hold_the_op():
+    held: list[str] = []
+
+    def backend(graph, _inputs):
+        held.extend(str(node.target) for node in graph.graph.nodes)
+        return graph
+
+    compiled = torch.compile(lambda x: twice(x, None, 1.5) + 1, fullgraph=True, backend=backend)
+    assert torch.equal(compiled(torch.ones(3)), torch.full((3,), 4.0))
+    assert "vitprune_fast.test_twice.default" in held
+
+
+def scored(size: Size) -> dict[str, tuple[str, Call]]:
+    """The differentiable ops that bench.calls has only the kernels of, by what they are choices of.
+
+    A call of one is also its checks: a checkpoint, ``no_grad`` and ``inference_mode`` change
+    nothing, and a second derivative is refused.
+    """
+    width, hidden = size.shape.width, size.shape.hidden
+    (x, grad), (both, _), (wide, grad_wide) = (size.tokens(n) for n in (width, 2 * hidden, hidden))
+    value = size.tokens(hidden)[1]
+    heads, head_dim = size.shape.heads, size.shape.head_dim
+    qkv = size.random(size.batch, size.shape.tokens, 3, heads, head_dim)
+    grad_out = size.random(size.batch, size.shape.tokens, heads, head_dim, seed=2)
+    weight, bias = size.random(width, seed=3), size.random(width, seed=4)
+    shapes = {"hidden": (size.batch, hidden), "width": (size.batch, width)}
+    shapes["heads"] = (size.batch, heads)
+
+    def call(op, inputs: tuple[Tensor, ...], probe: str, grad: Tensor, *rest, **more) -> Call:
+        def run(backend):
+            leaves = *inputs, torch.zeros(shapes[probe], device=size.device)
+            leaves = tuple(leaf.detach().requires_grad_() for leaf in leaves)
+
+            def forward(*leaves: Tensor) -> Tensor:
+                return op(*leaves, *rest, backend=backend, **more)
+
+            out = forward(*leaves)
+            found = out.detach(), *torch.autograd.grad(out, leaves, grad)
+            kept = checkpoint(forward, *leaves, use_reentrant=False)
+            for one, other in zip(torch.autograd.grad(kept, leaves, grad), found[1:], strict=True):
+                assert torch.equal(one, other)
+            with torch.no_grad():
+                unrecorded = forward(*leaves)
+                assert torch.equal(unrecorded, found[0]) and not unrecorded.requires_grad
+            with torch.inference_mode():
+                assert forward(*leaves).is_inference()
+            with pytest.raises(RuntimeError, match="create_graph must be False"):
+                torch.autograd.grad(forward(*leaves), leaves, grad, create_graph=True)
+            return found
+
+        return run
+
+    packed = call(ops.scored_glu_packed, (both,), "hidden", grad_wide, gate_last=False)
+    norm = call(ops.scored_norm, (x,), "width", grad, weight, bias, 1e-6)
+    activation = call(ops.scored_activation, (wide,), "hidden", grad_wide)
+    glu = call(ops.scored_glu, (wide, value), "hidden", grad_wide)
+    return {
+        "scored_activation": ("activation_score", activation),
+        "scored_glu": ("glu_score", glu),
+        "scored_glu_packed": ("glu_score", packed),
+        "scored_norm": ("norm_score", norm),
+        "scored_attention": (
+            "attention_score",
+            call(ops.scored_attention, (qkv,), "heads", grad_out),
+        ),
+    }
+
+
+SIZE = Size(SMALL[1], 2, torch.float32, DEVICE)
+SCORED = scored(SIZE)
+# only the gather is C++ and CUDA alone
+BOTH = {op: (op, make(SIZE)) for op, make in CALLS.items() if op != "gather_all"} | SCORED
+ROWS = [
+    pytest.param(op, backend, id=f"{op}-{backend}")
+    for op, (kind, _) in BOTH.items()
+    for backend in IMPLEMENTED[kind]
+    if not (backend == "cpu" and (OBSTACLE or DEVICE == "cuda"))
+]
+
+
+@pytest.mark.parametrize(("op", "backend"), ROWS)
+def test_both_ways_give_the_same_bits_and_gradients(op, backend):
+    call = BOTH[op][1]
+    with Watch() as watch:
+        watched = call(backend)
+    if backend == "triton" or op in SCORED:
+        assert any(name.startswith("vitprune_fast::") for name in watch.names)
+    plain: list[tuple[Tensor, ...]] = []
+    names = dispatched(lambda: plain.append(call(backend)))
+    # what is C++ has no other way
+    assert backend == "cpu" or not names
+    for one, other in zip(*plain, watched, strict=True):
+        assert torch.equal(one, other) and one.stride() == other.stride()
+
+
+@pytest.mark.parametrize("op", SCORED)
+def test_autocast_is_the_same_in_both_ways(op):
+    call = SCORED[op][1]
+    with torch.autocast(DEVICE, torch.bfloat16):
+        plain = call("eager")
+        with Watch():
+            watched = call("eager")
+    for one, other in zip(plain, watched, strict=True):
+        assert one.dtype == other.dtype and torch.equal(one, other)
