@@ -37,6 +37,8 @@ one call outside of them as "host us". "times ours" above 1 means that our form 
 "spread" is how far the median lies above the minimum.
 """
 OURS = "vitprune"
+# of a call on the host, in the order of the columns
+HOST_FORMS = ("vitprune", "registered", "torch")
 # points of top-1 that the digits may lose under a default
 MAY_LOSE = {"cut": 2.0, "swept": 0.5}
 COLUMNS = (
@@ -163,6 +165,7 @@ def page() -> str:
         ("attention_form", attention),
         ("threads", threads),
         ("sweep", sweeps),
+        ("host_time", host_times),
         ("default_plan", default_plan),
     ):
         parts += [made(json.loads(path.read_text())) for path in newest_files(name)]
@@ -374,6 +377,28 @@ def sweeps(content: dict) -> str:
         "",
         f"{content['images']:,} images, {content['model']}; processor time of one thread, least of "
         f"{content['rounds']} rounds.",
+    ]
+    return "\n".join([*lines, ""])
+
+
+def host_times(content: dict) -> str:
+    """What the host spends on a call of our ops, as a section of the page."""
+    lines = [
+        "## Host time of a call\n",
+        f"`{content['command']}`, commit {content['commit']}, {content['date']}, "
+        f"torch {content['versions']['torch']}, {content['device']}{load_note(content)}.\n",
+        "| op, forward and backward | ours us | through the registered op us | torch's own us |",
+        "|---|--:|--:|--:|",
+    ]
+    lines += [
+        f"| `{row['op']}` | {' | '.join(str(row['us'][form]) for form in HOST_FORMS)} |"
+        for row in content["host"]
+    ]
+    lines += [
+        "",
+        f"{content['model'].capitalize()}; torch's own are `scaled_dot_product_attention`, "
+        "`layer_norm` and `gelu`, their CPU kernels counted in. Processor time of one thread, "
+        f"{content['calls']} calls, least of {content['rounds']} rounds.",
     ]
     return "\n".join([*lines, ""])
 

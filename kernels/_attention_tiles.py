@@ -8,8 +8,9 @@ from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
-import triton
 from torch import Tensor
+
+from vitprune_fast.kernels._launch import next_power_of_2
 
 # the operands of a matrix product have at least this many rows and columns
 SMALLEST_TILE = 16
@@ -64,16 +65,16 @@ def _candidate(
 
 def pieces(head_dim: int) -> tuple[int, int]:
     """Powers of two that cover a head dim: two where that is less than one, else one and 0."""
-    whole = max(triton.next_power_of_2(head_dim), SMALLEST_TILE)
+    whole = max(next_power_of_2(head_dim), SMALLEST_TILE)
     first = whole // 2
-    second = max(triton.next_power_of_2(head_dim - first), SMALLEST_TILE)
+    second = max(next_power_of_2(head_dim - first), SMALLEST_TILE)
     return (first, second) if first >= SMALLEST_TILE and second < first else (whole, 0)
 
 
 def tail(num_tokens: int, block: int) -> int:
     """Width of the last tile; 0 when whole tiles of ``block`` cover the tokens."""
     rest = num_tokens % block
-    return max(triton.next_power_of_2(rest), SMALLEST_TILE) if rest else 0
+    return max(next_power_of_2(rest), SMALLEST_TILE) if rest else 0
 
 
 def has_large_tiles(major: int) -> bool:

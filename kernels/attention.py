@@ -24,7 +24,6 @@ from functools import lru_cache
 from typing import Any
 
 import torch
-import triton
 from torch import Tensor
 
 from vitprune_fast.kernels._attention_kernels import (
@@ -45,7 +44,7 @@ from vitprune_fast.kernels._attention_tiles import (
     takes_row,
     with_near_tokens,
 )
-from vitprune_fast.kernels._launch import on_device_of
+from vitprune_fast.kernels._launch import cdiv, on_device_of
 
 
 @lru_cache(maxsize=1024)
@@ -106,7 +105,7 @@ class Attention:
     @property
     def num_query_blocks(self) -> int:
         """Programs that share the queries of one head in the backward."""
-        return triton.cdiv(self.num_tokens, self._query_tiles.block_m)
+        return cdiv(self.num_tokens, self._query_tiles.block_m)
 
     @property
     def _query_tiles(self) -> Tiles:
@@ -130,7 +129,7 @@ class Attention:
         self._launch(
             attention_fwd_kernel,
             tiles,
-            triton.cdiv(self.num_tokens, tiles.block_m) * num_out,
+            cdiv(self.num_tokens, tiles.block_m) * num_out,
             qkv,
             *self._read,
             out_BNHK,
@@ -223,7 +222,7 @@ class Attention:
         self._launch(
             attention_bwd_dkdv_kernel,
             tiles,
-            triton.cdiv(self.num_tokens, tiles.block_n) * self.num_heads,
+            cdiv(self.num_tokens, tiles.block_n) * self.num_heads,
             grad_out_BNHK,
             self.qkv_BN3HK,
             *self._read,

@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from vitprune_fast.kernels._launch import on_device_of
+from vitprune_fast.kernels._launch import cdiv, on_device_of
 from vitprune_fast.kernels.attention import Attention
 
 # scores that one program of the second stage sums
@@ -46,11 +46,14 @@ def attention_fwd(qkv_BN3HK: Tensor, scale: float) -> tuple[Tensor, Tensor]:
 
 def _sum_parts(part_PU: Tensor) -> Tensor:
     """Sum of the parts of scores, in order; the parts' own memory when there is one."""
+    if part_PU.dim() == 1:
+        # not asked for
+        return part_PU
     if part_PU.shape[0] == 1 or part_PU.numel() == 0:
         return part_PU[0]
     score_U = torch.empty_like(part_PU[0])
     block = PARTS_BLOCK
-    _sum_parts_kernel[(triton.cdiv(score_U.numel(), block),)](
+    _sum_parts_kernel[(cdiv(score_U.numel(), block),)](
         part_PU, score_U, score_U.numel(), NUM_PARTS=part_PU.shape[0], BLOCK_U=block
     )
     return score_U
@@ -76,7 +79,7 @@ def attention_bwd(
     blocks = (attention.num_query_blocks, attention.batch, attention.num_heads)
 
     def parts(wanted: bool, *unit: int) -> Tensor:
-        shape = (*blocks, *unit) if wanted else (1, 0)
+        shape = (*blocks, *unit) if wanted else (0,)
         return qkv_BN3HK.new_empty(shape, dtype=torch.float32)
 
     head_dim = attention.head_dim

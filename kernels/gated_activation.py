@@ -15,7 +15,7 @@ from vitprune_fast.kernels._activations import (
     num_warps,
     value_and_slope,
 )
-from vitprune_fast.kernels._launch import on_device_of
+from vitprune_fast.kernels._launch import cdiv, on_device_of
 
 # of one program of the forward: each begins anew, and an image of 224 pixels is one part
 PART_TOKENS = 208
@@ -126,7 +126,7 @@ def gated_activation_fwd(x_BNF: Tensor, gate_F: Tensor, activation: str) -> Tens
     out_BNF = x_BNF.new_empty(x_BNF.shape)
     if out_BNF.numel() == 0:
         return out_BNF
-    blocks = triton.cdiv(num_tokens, PART_TOKENS) * triton.cdiv(columns, TILE_COLUMNS)
+    blocks = cdiv(num_tokens, PART_TOKENS) * cdiv(columns, TILE_COLUMNS)
     with on_device_of(x_BNF):
         # one dimension for all blocks: only the first may exceed 65,535
         _gated_activation_fwd_kernel[(batch * blocks,)](
@@ -157,7 +157,7 @@ def gated_activation_bwd(
     if grad_gate_BF.numel() == 0:
         return grad_x_BNF, grad_gate_BF
     with on_device_of(x_BNF):
-        _gated_activation_bwd_kernel[(batch * triton.cdiv(columns, TILE_COLUMNS),)](
+        _gated_activation_bwd_kernel[(batch * cdiv(columns, TILE_COLUMNS),)](
             x_BNF,
             gate_F,
             grad_BNF,

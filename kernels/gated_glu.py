@@ -16,7 +16,7 @@ from vitprune_fast.kernels._activations import (
     num_warps,
     value_and_slope,
 )
-from vitprune_fast.kernels._launch import on_device_of
+from vitprune_fast.kernels._launch import cdiv, on_device_of
 
 # of one program of the forward: each begins anew, and an image of 224 pixels is one part
 PART_TOKENS = 208
@@ -161,7 +161,7 @@ def gated_glu_fwd(gate_BNF: Tensor, value_BNF: Tensor, unit_F: Tensor, activatio
     out_BNF = gate_BNF.new_empty(gate_BNF.shape)
     if out_BNF.numel() == 0:
         return out_BNF
-    blocks = triton.cdiv(num_tokens, PART_TOKENS) * triton.cdiv(columns, TILE_COLUMNS)
+    blocks = cdiv(num_tokens, PART_TOKENS) * cdiv(columns, TILE_COLUMNS)
     with on_device_of(gate_BNF):
         # one dimension for all blocks: only the first may exceed 65,535
         _gated_glu_fwd_kernel[(batch * blocks,)](
@@ -199,7 +199,7 @@ def gated_glu_bwd(
     if grad_unit_BF.numel() == 0:
         return grad_unit_BF
     with on_device_of(gate_BNF):
-        _gated_glu_bwd_kernel[(batch * triton.cdiv(columns, TILE_COLUMNS),)](
+        _gated_glu_bwd_kernel[(batch * cdiv(columns, TILE_COLUMNS),)](
             gate_BNF,
             value_BNF,
             unit_F,

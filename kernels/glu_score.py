@@ -16,7 +16,7 @@ from vitprune_fast.kernels._activations import (
     num_warps,
     value_and_slope,
 )
-from vitprune_fast.kernels._launch import on_device_of
+from vitprune_fast.kernels._launch import cdiv, on_device_of
 
 
 @triton.jit
@@ -106,7 +106,7 @@ def glu_score_bwd(
     if score_BF.numel() == 0:
         return score_BF
     # one dimension for samples and blocks: only the first may exceed 65,535
-    grid = (batch * triton.cdiv(columns, TILE_COLUMNS),)
+    grid = (batch * cdiv(columns, TILE_COLUMNS),)
     with on_device_of(gate_BNF):
         _glu_score_bwd_kernel[grid](
             gate_BNF,

@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from vitprune_fast.kernels._launch import on_device_of
+from vitprune_fast.kernels._launch import next_power_of_2, on_device_of
 
 # classes that a program holds at one time; more of them are walked in order, twice
 BLOCK_CLASSES = 2048
@@ -150,7 +150,7 @@ def kd_cross_entropy_fwd_bwd(
     loss, ce, kd = (student_BC.new_empty((), dtype=dtype) for _ in range(3))
     part_2B = student_BC.new_empty(2, batch, dtype=dtype)
     grad_BC = student_BC.new_empty((batch, classes) if with_gradient else (0,), dtype=dtype)
-    block = min(triton.next_power_of_2(classes), BLOCK_CLASSES)
+    block = min(next_power_of_2(classes), BLOCK_CLASSES)
     with on_device_of(student_BC):
         _kd_cross_entropy_kernel[(batch,)](
             student_BC,
@@ -183,7 +183,7 @@ def kd_cross_entropy_fwd_bwd(
             kd_weight,
             factor,
             NUM_ROWS=batch,
-            BLOCK_B=min(triton.next_power_of_2(batch), BLOCK_ROWS),
+            BLOCK_B=min(next_power_of_2(batch), BLOCK_ROWS),
             num_warps=4,
             enable_fp_fusion=True,
         )

@@ -24,7 +24,7 @@ import triton.language as tl
 from torch import Tensor
 
 from vitprune_fast.kernels._attention_tiles import has_large_tiles
-from vitprune_fast.kernels._launch import on_device_of
+from vitprune_fast.kernels._launch import cdiv, next_power_of_2, on_device_of
 from vitprune_fast.reference.manifold_loss import MIN_NORM
 
 # a matrix product has at least this many rows and columns
@@ -281,7 +281,7 @@ class Tiles(NamedTuple):
 
 def tiles(num_rows: int, operand_bytes: int, stored_bytes: int, large: bool) -> Tiles:
     """Chosen so that nothing spills (tests/compiled), by the bytes of the wider side's numbers."""
-    rows = max(triton.next_power_of_2(num_rows), SMALLEST_TILE)
+    rows = max(next_power_of_2(num_rows), SMALLEST_TILE)
     if operand_bytes == 4:
         # without tensor cores the rows of a set do not fit
         return Tiles(min(rows, 32), min(rows, 32), 16, 128, 4, 2)
@@ -315,15 +315,15 @@ def manifold_loss_fwd_bwd(
         not student_SRD.is_cuda
         or has_large_tiles(torch.cuda.get_device_capability(student_SRD.device)[0]),
     )
-    num_blocks = triton.cdiv(rows, chosen.block_m)
-    splits = triton.cdiv(width, chosen.block_d) if has_gradient and rows > chosen.block_n else 1
+    num_blocks = cdiv(rows, chosen.block_m)
+    splits = cdiv(width, chosen.block_d) if has_gradient and rows > chosen.block_n else 1
     inverse_S2R = student_SRD.new_empty(sets, 2, rows, dtype=torch.float32)
     squares_SR = student_SRD.new_empty(sets, rows, dtype=torch.float32)
     grad_strides = grad_SRD.stride()[:2] if has_gradient else (0, 0)
     inputs = (*student_SRD.stride()[:2], *teacher_SRE.stride()[:2])
     sizes = {"NUM_ROWS": rows, "STUDENT_WIDTH": width, "TEACHER_WIDTH": teacher_width}
     with on_device_of(student_SRD):
-        _inverse_norms_kernel[(sets * triton.cdiv(rows, NORM_ROWS),)](
+        _inverse_norms_kernel[(sets * cdiv(rows, NORM_ROWS),)](
             student_SRD,
             teacher_SRE,
             inverse_S2R,

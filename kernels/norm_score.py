@@ -11,7 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from vitprune_fast.kernels._attention_tiles import pieces
-from vitprune_fast.kernels._launch import on_device_of
+from vitprune_fast.kernels._launch import cdiv, next_power_of_2, on_device_of
 
 # tokens of one program: enough programs for a GPU from few samples, and short sums
 PART_TOKENS = 16
@@ -171,10 +171,10 @@ def tile(channels: int, itemsize: int) -> tuple[int, int, int, int]:
     block_n = max(1, min(PART_TOKENS, TILE_NUMBERS // width))
     warps = width * itemsize // (4 * ROW_NUMBERS)
     return (
-        triton.next_power_of_2(block_n + 1) // 2,
+        next_power_of_2(block_n + 1) // 2,
         first,
         second,
-        min(16, triton.next_power_of_2(warps + 1)),
+        min(16, next_power_of_2(warps + 1)),
     )
 
 
@@ -193,7 +193,7 @@ def norm_score_bwd(
     grad_x_BNC = x_BNC.new_empty(x_BNC.shape)
     if grad_x_BNC.numel() == 0:
         return grad_x_BNC, x_BNC.new_zeros(batch, channels, dtype=dtype)
-    num_parts = triton.cdiv(num_tokens, PART_TOKENS)
+    num_parts = cdiv(num_tokens, PART_TOKENS)
     part_BPC = x_BNC.new_empty(batch, num_parts, channels, dtype=dtype)
     block_n, first, second, num_warps = tile(channels, dtype.itemsize)
     with on_device_of(x_BNC):
@@ -227,7 +227,7 @@ def norm_score_bwd(
         if num_parts == 1:
             return grad_x_BNC, part_BPC[:, 0]
         score_BC = x_BNC.new_empty(batch, channels, dtype=dtype)
-        _add_parts_kernel[(batch * triton.cdiv(channels, PARTS_BLOCK_C),)](
+        _add_parts_kernel[(batch * cdiv(channels, PARTS_BLOCK_C),)](
             part_BPC,
             score_BC,
             NUM_CHANNELS=channels,

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from vitprune_fast.kernels._launch import on_device_of
+from vitprune_fast.kernels._launch import cdiv, next_power_of_2, on_device_of
 
 # columns of one tile: 128 of them are 256 bytes of a bf16 row, one full request of a warp
 TILE_COLUMNS = 128
@@ -102,7 +102,7 @@ def _taylor_score_fwd_kernel(
 
 def tile(group_size: int) -> tuple[int, int]:
     """Units and columns per unit of one tile; their product is TILE_COLUMNS."""
-    block_k = min(triton.next_power_of_2(group_size), TILE_COLUMNS)
+    block_k = min(next_power_of_2(group_size), TILE_COLUMNS)
     return TILE_COLUMNS // block_k, block_k
 
 
@@ -118,7 +118,7 @@ def taylor_score_fwd(
         return score_BU
     block_u, block_k = tile(group_size)
     # one dimension for samples and blocks: only the first may exceed 65,535
-    grid = (batch * triton.cdiv(num_units, block_u),)
+    grid = (batch * cdiv(num_units, block_u),)
     with on_device_of(activation_BNF):
         _taylor_score_fwd_kernel[grid](
             activation_BNF,

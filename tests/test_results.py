@@ -130,3 +130,15 @@ def test_forms_of_attention_are_a_section_of_the_page(
     (tmp_path / "202611_attention_form.json").write_text(json.dumps(content))
     monkeypatch.setattr(table, "RESULTS", tmp_path)
     assert "| none | bfloat16 | 37 | 64 | 1.6 | 9.6 | 4.1 |" in table.page().splitlines()
+
+
+def test_host_times_are_a_section_of_the_page(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    row = {"op": "scored_norm", "us": {"torch": 20.5, "registered": 140.0, "vitprune": 58.2}}
+    content = results(host=[row], model="tiny tensors", calls=300, rounds=5)
+    (tmp_path / "202611_host_time.json").write_text(json.dumps(content))
+    monkeypatch.setattr(table, "RESULTS", tmp_path)
+    lines = table.page().splitlines()
+    assert "## Host time of a call" in lines
+    assert "| `scored_norm` | 58.2 | 140.0 | 20.5 |" in lines

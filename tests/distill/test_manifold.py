@@ -201,8 +201,8 @@ def test_no_matrix_of_all_similarities_is_made() -> None:
 
     student, teacher = (x.detach() for x in _states(24, 200, 6, 10))
     with _Largest() as largest:
-        loss, *kept = gram._full._init_fn(student, teacher)
-        gram._full_backward._init_fn(torch.ones_like(loss), student, teacher, *kept)
+        loss, *kept = gram._full.form(student, teacher)
+        gram._full_backward.form(torch.ones_like(loss), student, teacher, *kept)
         set_by_set(student, teacher, torch.empty_like(student))
     # no more than a few images' own
     assert largest.elements == 2**18 // 200**2 * 200**2 < (24 * 200) ** 2 / 90

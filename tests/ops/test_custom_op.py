@@ -13,6 +13,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
+from bench import host_time
 from bench.calls import CALLS, SMALL, Call, Size
 from vitprune_fast import ops
 from vitprune_fast._extension import OBSTACLE
@@ -268,3 +269,20 @@ def test_autocast_is_the_same_in_both_ways(op):
             watched = call("eager")
     for one, other in zip(plain, watched, strict=True):
         assert one.dtype == other.dtype and torch.equal(one, other)
+
+
+def test_host_time_is_measured_in_both_ways_and_launches_nothing(capsys):
+    rows = host_time.raced(rounds=1, repeats=1)
+    assert [row["op"] for row in rows] == list(host_time.calls())
+    assert all(us > 0 for row in rows for us in row["us"].values())
+    with host_time.without_launches():
+        # a launch would write every number of what is poisoned here
+        out = ops.attention(torch.zeros(1, 2, 3, 1, 16), backend="triton")[0]
+        for op, (ours, _) in host_time.calls().items():
+            assert not dispatched(ours)
+            with host_time.registered():
+                # the twin of gated_attention has the derivative
+                twin = "_triton" if op == "gated_attention" else ""
+                assert f"vitprune_fast::{op}{twin}" in dispatched(ours)
+    assert out.isnan().all()
+    assert not ops.attention(torch.zeros(1, 2, 3, 1, 16), backend="triton")[0].isnan().any()

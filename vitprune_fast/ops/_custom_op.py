@@ -43,36 +43,40 @@ class CustomOp(Generic[Result]):
     Args:
         name: ``"vitprune_fast::<op>"``.
         form: what it does; must return new tensors, and be as good without autograd's records.
+
+    Attributes:
+        registered: the op of torch.library.
+        form: what was given.
     """
 
     def __init__(self, name: str, form: Callable[..., Result]) -> None:
-        self._registered = library.custom_op(name, form, mutates_args=())
-        self._form = form
+        self.registered = library.custom_op(name, form, mutates_args=())
+        self.form = form
         self._function: type[torch.autograd.Function] | None = None
 
     def __call__(self, *arguments: Any) -> Result:
         if _is_watched():
-            return self._registered(*arguments)
+            return self.registered(*arguments)
         needs_gradient = False
         for each in arguments:
             if type(each) in _PLAIN:
                 # the dispatcher negates such a view before a kernel reads it; without data, the
                 # fake form stands in
                 if each.is_neg() or each.is_meta:
-                    return self._registered(*arguments)
+                    return self.registered(*arguments)
                 needs_gradient = needs_gradient or each.requires_grad
             elif isinstance(each, Tensor):
-                return self._registered(*arguments)
+                return self.registered(*arguments)
         if not (needs_gradient and torch.is_grad_enabled()):
-            return self._form(*arguments)
+            return self.form(*arguments)
         if self._function is None:
             # whose backward says that there is none
-            return self._registered(*arguments)
+            return self.registered(*arguments)
         return self._function.apply(*arguments)
 
     def register_fake(self, fake: Callable[..., Any]) -> None:
         """Set what stands in for the form where tensors have no data."""
-        self._registered.register_fake(fake)
+        self.registered.register_fake(fake)
 
     def register_autograd(
         self, backward: Callable[..., Any], *, setup_context: Callable[[Any, Any, Any], None]
@@ -83,8 +87,8 @@ class CustomOp(Generic[Result]):
             backward: ``(ctx, *gradients)`` to a gradient or None for each argument.
             setup_context: ``(ctx, inputs, output)``, keeps what the backward reads.
         """
-        self._registered.register_autograd(backward, setup_context=setup_context)
-        form = self._form
+        self.registered.register_autograd(backward, setup_context=setup_context)
+        form = self.form
 
         # a Function with a setup_context of its own binds its arguments by inspecting signatures,
         # which costs more than all the rest
