@@ -65,7 +65,7 @@ def raced(dtype: torch.dtype, tokens: int, head_dim: int) -> dict[str, float]:
     calls = {name: (lambda form=form: call(form)) for name, form in FORMS.items()}
     ours = calls["vitprune"]()
     for name, other in calls.items():
-        check_same(f"attention: form {name!r} in {dtype}", ours, other(), exact=False)
+        check_same(f"attention: form {name!r} in {dtype}", ours, other())
     times: dict[str, float] = {}
     order = list(calls)
     for _ in range(ROUNDS):

@@ -13,7 +13,6 @@ import json
 import os
 import platform
 import random
-import re
 import shlex
 import statistics
 import subprocess
@@ -27,8 +26,8 @@ import torch
 from bench import lines, report_lines
 from bench.place import Place, on_gpu
 from bench.timing import (
+    Within,
     calls_in_a_graph,
-    captured,
     check_same,
     host_seconds,
     keep_freed_memory,
@@ -37,6 +36,7 @@ from bench.timing import (
 )
 from vitprune_fast import __version__
 from vitprune_fast.doctor import doctor
+from vitprune_fast.scoring.graphs import captured
 
 ROUNDS = {"cpu": 30, "cuda": 12}
 # one measurement repeats the call until it takes about this long
@@ -56,7 +56,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_configure(config: pytest.Config) -> None:
     keep_freed_memory()
     if path := config.getoption("--lines"):
-        config.pluginmanager.register(report_lines.Lines(path))
+        config.pluginmanager.register(report_lines.Lines(path, note=compiled_note(config)))
     config.stash[FOUND] = {name: [] for name in lines.LISTS.values()}
 
 
@@ -67,20 +67,10 @@ def gpu(request: pytest.FixtureRequest) -> Place:
     return on_gpu(option("--tiny"), option("--compiled"))
 
 
-@pytest.hookimpl(trylast=True)
-def pytest_runtest_teardown() -> None:
-    """End the run when a kernel broke the device: nothing after it could be measured."""
-    if torch.cuda.is_initialized():
-        try:
-            torch.cuda.synchronize()
-        except RuntimeError as error:
-            pytest.exit(f"the GPU cannot be used any more: {error}", returncode=3)
-
-
 def device_name(device: str) -> str:
     """Name of the processor or GPU as part of a file name."""
     name = torch.cuda.get_device_name() if device == "cuda" else doctor().devices["cpu"]
-    return re.sub(r"[^a-z0-9]+", "-", name.partition(",")[0].lower()).strip("-")
+    return lines.as_file_name(name)
 
 
 def commit() -> str:
@@ -134,10 +124,16 @@ def note(config: pytest.Config, kind: str, finding: dict) -> None:
     lines.replace(path, {"command": command, **found, **config.stash[FOUND]})
 
 
+def compiled_note(config: pytest.Config) -> str:
+    """What tells a race against compiled forms from the other one, of another process."""
+    return ", against compiled forms" if config.getoption("--compiled") else ""
+
+
 def note_race(
     config: pytest.Config, case: str, device: str, entries: list[dict], kind: str = "scoring"
 ) -> None:
     """Record the race of whole ``scoring`` or ``training`` steps."""
+    case += compiled_note(config)
     note(config, kind, {"case": case, "device": device, "entries": entries})
     for entry in entries:
         print(f"{case} {entry['name']}: {entry['seconds'] * 1e3:.1f} ms")
@@ -162,7 +158,7 @@ def timed(call: Callable, device: str) -> tuple[Callable, int, dict]:
     facts = {"host_us": round(host_seconds(call) * 1e6, 1)}
     number = calls_in_a_graph(measure(call, device, 3))
     try:
-        return captured(call, number), number, {**facts, "timed": "replays of a graph"}
+        return captured(call, number)[0], number, {**facts, "timed": "replays of a graph"}
     except RuntimeError as error:
         torch.cuda.synchronize()
         print(f"cannot be captured: {str(error).splitlines()[0]}")
@@ -173,20 +169,22 @@ def timed(call: Callable, device: str) -> tuple[Callable, int, dict]:
 def race(request: pytest.FixtureRequest):
     """Function that checks, times and records the forms of one op; the first is ours.
 
-    With ``exact`` the results must be equal, else within the rounding of their dtype. A form that
+    With ``exact`` the results must be equal, else within the rounding of their dtype, or of the one
+    that they are ``computed`` in. A form that
     has another result is recorded as one that disagrees, and not timed; when no other form is like
     ours, nothing is timed and the race fails.
     """
     tiny = request.config.getoption("--tiny")
 
-    def agreeing(op: str, case: str, forms: dict[str, Callable], device: str, exact: bool):
+    def agreeing(op: str, case: str, forms: dict[str, Callable], device: str, within: Within):
         """The forms with our result; what the others have is recorded."""
         (name, ours), *others = forms.items()
         wanted = tensors(ours())
         found, complaints = {name: ours}, []
         for name, other in others:
             try:
-                check_same(f"{op}: form {name!r} of case {case!r}", wanted, tensors(other()), exact)
+                label = f"{op}: form {name!r} of case {case!r}"
+                check_same(label, wanted, tensors(other()), within)
             except AssertionError as error:
                 record = {"op": op, "case": case, "form": name, "device": device}
                 note(request.config, "record", {**record, "disagrees": str(error)})
@@ -205,10 +203,12 @@ def race(request: pytest.FixtureRequest):
         device: str,
         bytes_moved: int,
         exact: bool = False,
+        computed: torch.dtype | None = None,
         rounds: int | None = None,
     ):
         torch.set_num_threads(1)
-        forms = agreeing(op, case, forms, device, exact)
+        case += compiled_note(request.config)
+        forms = agreeing(op, case, forms, device, 0.0 if exact else computed)
         # read and written once each, like the bytes that the op has to move
         source = torch.zeros(bytes_moved // 2, dtype=torch.uint8, device=device)
         target = torch.zeros_like(source)

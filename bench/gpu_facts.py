@@ -63,8 +63,8 @@ def of_torch() -> dict:
     return found
 
 
-def main(path: Path) -> int:
-    """Write the facts; 1 when the native code does not run."""
+def main(path: Path) -> None:
+    """Write the facts."""
     found = without_torch()
     lines.replace(path, found)
     found |= of_torch()
@@ -75,8 +75,7 @@ def main(path: Path) -> int:
     print(doctor())
     found["native"] = extension_status()
     lines.replace(path, found)
-    return 0 if found["native"] == "loaded" else 1
 
 
 if __name__ == "__main__":
-    sys.exit(main(Path(sys.argv[1])))
+    main(Path(sys.argv[1]))

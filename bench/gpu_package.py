@@ -22,7 +22,7 @@ from pathlib import Path
 
 from bench import lines
 from bench.conftest import commit
-from bench.run_gpu import PACKAGE, ROOT
+from bench.gpu_steps import PACKAGE, ROOT
 
 MOST_BYTES = 64 * 2**20
 # as setup.py compiles it
@@ -87,9 +87,9 @@ def candidates(source: Path, folder: Path) -> None:
             made = folder / "gather" / f"gather_{header.stem}.so"
             command = [str(home / "bin" / "nvcc"), "-O3", "-arch=sm_90", "-std=c++20", "-shared"]
             command += ["-Xcompiler", "-fPIC", f"-I{ROOT / 'csrc'}", f'-DHEADER="{header}"']
-            command += ["--objdir-as-tempdir", "-o", str(made)]
-            source = folder / "gather" / "gather_variants.cu"
-            subprocess.run([*command, str(source)], check=True, cwd=scratch)
+            command.append("--objdir-as-tempdir")
+            command += ["-o", str(made), str(folder / "gather" / "gather_variants.cu")]
+            subprocess.run(command, check=True, cwd=scratch)
 
 
 def main() -> int:
@@ -98,6 +98,8 @@ def main() -> int:
     parser.add_argument("--python", default=sys.executable, help="the interpreter over there")
     parser.add_argument("--candidates", type=Path, help="kernels to try beside ours")
     options = parser.parse_args()
+    if options.candidates and PACKAGE in options.candidates.resolve().parents:
+        raise SystemExit(f"gpu-package: --candidates must be outside of {PACKAGE}")
     shutil.rmtree(PACKAGE, ignore_errors=True)
     native = PACKAGE / "native"
     native.mkdir(parents=True)

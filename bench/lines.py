@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from pathlib import Path
 from typing import Any
 
+MISSING = "not installed"
+# how a step may end without a fault
+GOOD = ("passed", "nothing to run", MISSING)
 # what a results file holds as lists, by the kind of a line
 LISTS = {
     "record": "records",
@@ -18,13 +22,13 @@ LISTS = {
 
 
 def append(path: Path, kind: str, finding: dict[str, Any]) -> None:
-    """Add one line, in one write: what ends the process leaves all of it or nothing."""
+    """Add one line; behind one that was cut, on a line of its own."""
     text = json.dumps({"kind": kind, **finding}) + "\n"
-    handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
-    try:
-        os.write(handle, text.encode())
-    finally:
-        os.close(handle)
+    with path.open("ab+") as file:
+        if file.tell():
+            file.seek(-1, os.SEEK_END)
+            text = text if file.read() == b"\n" else "\n" + text
+        file.write(text.encode())
 
 
 def read(path: Path) -> list[dict[str, Any]]:
@@ -36,9 +40,14 @@ def read(path: Path) -> list[dict[str, Any]]:
         try:
             found.append(json.loads(line))
         except json.JSONDecodeError:
-            # a disk that was full, at the end of the file
+            # what wrote it was killed, or the disk was full
             continue
     return found
+
+
+def as_file_name(device: str) -> str:
+    """The name of a device, the first of its facts, as part of a file name."""
+    return re.sub(r"[^a-z0-9]+", "-", device.partition(",")[0].lower()).strip("-")
 
 
 def replace(path: Path, content: dict[str, Any]) -> None:
@@ -59,7 +68,8 @@ def combined(*folders: Path) -> dict[str, Any]:
         The facts, ``cases`` (name of a step -> status and seconds), ``failed`` (tests, with their
         faults) and the lists of :data:`LISTS`.
     """
-    content: dict[str, Any] = {"command": "make gpu"}
+    unknown = {"torch": "unknown", "triton": "unknown"}
+    content: dict[str, Any] = {"command": "make gpu", "commit": "unknown", "versions": unknown}
     steps: dict[str, dict] = {}
     tests: dict[str, dict] = {}
     found: dict[str, dict[tuple, dict]] = {name: {} for name in LISTS.values()}
@@ -67,6 +77,8 @@ def combined(*folders: Path) -> dict[str, Any]:
         facts = folder / "facts.json"
         if facts.is_file():
             content |= json.loads(facts.read_text())
+            # what ended before torch was asked has what the driver says
+            content.setdefault("device", content.get("gpu", "").partition(",")[0].strip())
         for line in read(folder / "found.jsonl"):
             kind = line.pop("kind")
             if kind == "step":

@@ -56,11 +56,15 @@ def load_note(content: dict) -> str:
 def facts(content: dict) -> str:
     """Command, commit, date and versions of one results file, and what went wrong in it."""
     versions = content["versions"]
-    failed = [name for name, case in content.get("cases", {}).items() if case["status"] == "failed"]
+    bad = [
+        f", {case['status'].upper()}: {name}"
+        for name, case in content.get("cases", {}).items()
+        if case["status"] not in found_lines.GOOD
+    ]
     return (
         f"`{content['command']}`, commit {content['commit']}, {content['date']}, "
         f"torch {versions['torch']}, Triton {versions['triton']}"
-        f"{load_note(content)}{''.join(f', FAILED: {name}' for name in failed)}."
+        f"{load_note(content)}{''.join(bad)}."
     )
 
 
@@ -542,12 +546,11 @@ def filled(readme: str, rows: str, marks: str = "kernels") -> str:
 def added(folders: list[Path]) -> Path:
     """Write a results file of what runs of `make gpu` found; its path."""
     content = found_lines.combined(*folders)
-    if "device" not in content:
+    if not content.get("device"):
         names = ", ".join(map(str, folders))
         raise SystemExit(f"error: --add must name folders of `make gpu`, got {names}")
     month = content["date"][:7].replace("-", "")
-    device = re.sub(r"[^a-z0-9]+", "-", content["device"].partition(",")[0].lower()).strip("-")
-    path = RESULTS / f"{month}_{device}.json"
+    path = RESULTS / f"{month}_{found_lines.as_file_name(content['device'])}.json"
     found_lines.replace(path, content)
     return path
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import ctypes
 import time
 from collections.abc import Callable, Iterable
-from typing import Any
 
 import torch
 
@@ -43,47 +42,22 @@ def measure(call: Callable, device: str, repeats: int) -> float:
     return (time.thread_time() - start) / repeats
 
 
-def captured(call: Callable[[], Any], calls: int = 1) -> Callable[[], Any]:
-    """A replay of `calls` calls that were captured in one CUDA graph.
-
-    What the host does for a call is not part of it. Its results lie where the capture put them.
-
-    Raises:
-        RuntimeError: the call waits for the device, or does what a graph cannot hold.
-    """
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        for _ in range(2):
-            call()
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    # other threads, such as that of a profiler, may do what they like meanwhile
-    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
-        for _ in range(calls):
-            kept = call()
-
-    def replay() -> Any:
-        graph.replay()
-        return kept
-
-    return replay
-
-
 def calls_in_a_graph(seconds: float) -> int:
     """How many calls of so many seconds to capture together."""
     return max(1, min(MOST_IN_A_GRAPH, round(GRAPH_S / max(seconds, 1e-9))))
 
 
-def host_seconds(call: Callable, calls: int = 20, rounds: int = 5) -> float:
-    """What the host needs for one call on a GPU: the least, without waiting for the device."""
+def host_seconds(call: Callable, rounds: int = 20) -> float:
+    """What the host needs for one call on a GPU: the least, while the device has nothing to do.
+
+    One call at a time: a queue of more than about a thousand launches makes the host wait.
+    """
     best = float("inf")
     for _ in range(rounds):
         torch.cuda.synchronize()
         start = time.perf_counter()
-        for _ in range(calls):
-            call()
-        best = min(best, (time.perf_counter() - start) / calls)
+        call()
+        best = min(best, time.perf_counter() - start)
     torch.cuda.synchronize()
     return best
 
@@ -100,11 +74,20 @@ def tensors(result: torch.Tensor | Iterable[torch.Tensor | None]) -> list[torch.
     return [tensor for tensor in result if tensor is not None]
 
 
-def check_same(label: str, ours: list[torch.Tensor], others: list[torch.Tensor], exact: bool):
+# 0 for equal results, or the dtype whose rounding they may be apart by; None is their own
+Within = float | torch.dtype | None
+
+
+def check_same(
+    label: str, ours: list[torch.Tensor], others: list[torch.Tensor], within: Within = None
+) -> None:
     """Fail, saying where, unless two forms have the same result."""
     if len(ours) != len(others):
         raise AssertionError(f"{label} must have {len(ours)} results like ours, got {len(others)}")
-    tolerance = 0.0 if exact else max(TOLERANCES[our.dtype] for our in ours)
+    if within is None:
+        tolerance = max(TOLERANCES[our.dtype] for our in ours)
+    else:
+        tolerance = TOLERANCES[within] if isinstance(within, torch.dtype) else within
     for number, (our, other) in enumerate(zip(ours, others, strict=True)):
         if our.shape != other.shape:
             shapes = f"{tuple(our.shape)} like ours, got {tuple(other.shape)}"

@@ -64,7 +64,9 @@ def test_failures_are_told_beside_the_numbers() -> None:
     cases = {"tests of ops": {"status": "failed"}, "bench": {"status": "passed"}}
     content = results(record("a", "b", "x", 1, "cuda"), cases=cases)
     assert "FAILED: tests of ops." in table.facts(content)
-    assert "FAILED" not in table.facts(results())
+    content["cases"]["tests of ops"]["status"] = "stopped after 9 s"
+    assert "STOPPED AFTER 9 S: tests of ops." in table.facts(content)
+    assert ": tests" not in table.facts(results())
 
 
 def test_a_race_of_scoring_steps_is_a_line_per_form() -> None:

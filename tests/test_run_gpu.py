@@ -14,8 +14,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from bench import gpu_facts, lines, run_gpu, table
-from bench.run_gpu import ROOT, Run, Step
+from bench import gpu_facts, gpu_steps, lines, run_gpu, table
+from bench.gpu_steps import PACKAGE, ROOT, Step, steps
+from bench.run_gpu import Run
 
 QUICK = {
     "passed": "pass",
@@ -56,7 +57,7 @@ def test_a_step_tells_how_it_ended_and_what_it_said(tmp_path, status):
 def test_a_step_that_cannot_run_here_is_told_and_costs_nothing(tmp_path):
     run = Run(tmp_path, 600.0)
     assert run.run(Step("one", ("no-such-program",), 5.0), sys.stdout) == "not installed"
-    missing = str(run_gpu.PACKAGE / "no such folder" / "one.py")
+    missing = str(PACKAGE / "no such folder" / "one.py")
     words = (sys.executable, missing)
     assert run.run(Step("two", words, 5.0), sys.stdout) == "not installed"
     assert Run(tmp_path, 1.0).run(step("pass"), sys.stdout) == "not started"
@@ -64,13 +65,17 @@ def test_a_step_that_cannot_run_here_is_told_and_costs_nothing(tmp_path):
 
 def test_nothing_runs_beside_what_is_timed(tmp_path):
     run = Run(tmp_path, 600.0)
-    file = tmp_path / "ended"
-    beside = f"import time; time.sleep(2); open({str(file)!r}, 'w').close()"
+    code = "import time; time.sleep(3600)"
     with (tmp_path / "log.txt").open("a") as log:
-        assert run.run(step(beside, 60.0, beside=True), log) == "running beside"
-        assert run.run(step("pass", 60.0), log) == "passed" and not file.exists()
-        assert run.run(step(f"open({str(file)!r})", 60.0, alone=True), log) == "passed"
-    assert [line["status"] for line in lines.read(run.found)] == ["passed"] * 3
+        assert run.run(step(code, 60.0, beside=True), log) == "running beside"
+        assert run.run(step("pass", 60.0, beside=True), log) == "running beside"
+        assert run.run(step("import time; time.sleep(1)", 60.0), log) == "passed"
+        (_, process, _), _ = run.beside
+        assert process.poll() is None
+        assert run.run(step("pass", 60.0, alone=True), log) == "passed"
+    assert process.poll() == -signal.SIGKILL
+    ended = [line["status"] for line in lines.read(run.found)]
+    assert ended[0] == ended[2] == ended[3] == "passed" and ended[1].startswith("stopped after")
 
 
 def test_processes_of_a_step_that_is_cut_are_ended(tmp_path):
@@ -85,17 +90,20 @@ def test_processes_of_a_step_that_is_cut_are_ended(tmp_path):
 
 
 def test_all_files_of_all_steps_exist_and_every_bench_for_a_gpu_is_in_one():
-    words = [word for part in (1, 2) for each in run_gpu.steps(part, False) for word in each.words]
+    words = [word for part in (1, 2) for each in steps(part) for word in each.words]
     files = {word for word in words if word.startswith(("tests/", "bench/"))}
     assert all((ROOT / file).exists() for file in files)
-    marked = {
-        f"bench/{path.name}"
-        for path in (ROOT / "bench").glob("bench_*.py")
-        if "mark.gpu" in path.read_text()
-    }
+    texts = {path.name: path.read_text() for path in (ROOT / "bench").glob("bench_*.py")}
+    marked = {f"bench/{name}" for name, text in texts.items() if "mark.gpu" in text}
     assert len(marked) > 10 and marked <= files
-    names = [each.name for part in (1, 2) for each in run_gpu.steps(part, False)]
-    assert {name for name in names if names.count(name) > 1} <= {"facts", "native code"}
+    names = [each.name for part in (1, 2) for each in steps(part, native=False)]
+    both = {"facts", "native code", "facts, native code built"}
+    assert {name for name in names if names.count(name) > 1} == both
+    # what is raced against compiled forms has such forms
+    compiled = [each for each in steps(2) if "--compiled" in each.words]
+    raced = {word for each in compiled for word in each.words if word.startswith("bench/")}
+    with_forms = {f"bench/{name}" for name, text in texts.items() if ".compiled" in text}
+    assert raced - {"bench/bench_attention_score.py"} == with_forms
 
 
 def test_every_test_for_a_gpu_is_in_part_1():
@@ -104,15 +112,17 @@ def test_every_test_for_a_gpu_is_in_part_1():
         for path in (ROOT / "tests").rglob("test_*.py")
         if "pytest.mark.gpu\n" in path.read_text() and path.name != "test_run_gpu.py"
     }
-    named = {*run_gpu.GPU_FILES, *(file for file in marked if file.startswith("tests/ops/"))}
+    named = {*gpu_steps.GPU_FILES, *(file for file in marked if file.startswith("tests/ops/"))}
     assert marked == named
 
 
-def test_a_line_that_was_cut_is_left_out(tmp_path):
+def test_a_line_that_was_cut_is_left_out_and_the_next_is_not(tmp_path):
     path = tmp_path / "found.jsonl"
     lines.append(path, "record", {"op": "a", "case": "b", "form": "c"})
     path.write_text(path.read_text() + '{"kind": "rec')
     assert [line["op"] for line in lines.read(path)] == ["a"]
+    lines.append(path, "record", {"op": "d"})
+    assert [line["op"] for line in lines.read(path)] == ["a", "d"]
     assert lines.read(tmp_path / "none") == []
 
 
@@ -144,26 +154,79 @@ def test_results_of_both_parts_become_one_file(tmp_path, monkeypatch):
         table.added([tmp_path / "none"])
 
 
-def test_what_failed_is_run_again_first(tmp_path):
+def test_facts_that_were_cut_before_torch_are_enough(tmp_path, monkeypatch):
+    monkeypatch.setattr(table, "RESULTS", tmp_path)
+    facts = {"gpu": "name A GPU 9, driver_version 1", "date": "2026-11-28"}
+    lines.replace(tmp_path / "facts.json", facts)
+    assert table.added([tmp_path]).name == "202611_name-a-gpu-9.json"
+    assert "unknown" in table.table(lines.combined(tmp_path))
+
+
+def test_what_did_not_end_well_is_run_again_first(tmp_path):
     found = tmp_path / "found.jsonl"
-    fault = "tests/ops/test_a.py::test_b[triton]"
-    lines.append(found, "test", {"test": fault, "failed": True, "seconds": 1})
-    lines.append(found, "test", {"test": "tests/ops/test_a.py::c", "failed": False, "seconds": 1})
     for name, status in (("small sizes", "failed"), ("bench gather", "stopped after 30 s")):
         lines.append(found, "step", {"name": name, "status": status, "seconds": 1})
     for name in ("target sizes", "other gpu tests", "bench gated attention"):
         lines.append(found, "step", {"name": name, "status": "passed", "seconds": 1})
-    again = run_gpu.failed_before(tmp_path)
-    assert again[0].words[-1] == fault and "tests/ops/test_a.py::c" not in again[0].words
+    part = steps(2, tiny=True, again=tmp_path)
     # what was cut, and what did not even begin
-    assert [each.name for each in again[1:]] == [
+    assert [each.name for each in part[1:5]] == [
         "memory of the kernels",
+        "small sizes",
         "bench activation score",
         "bench gather",
     ]
-    assert run_gpu.failed_before(None) == []
-    part = [each.name for each in run_gpu.steps(2, True, tmp_path)]
-    assert part.index("bench gather") < part.index("bench scoring")
+    assert part[1].beside and part[2].words[-2:] == ("--again", str(found))
+    assert "--again" not in part[4].words and "--tiny" in part[4].words
+    assert [each.name for each in steps(2)][:2] == ["facts", "bench scoring"]
+
+
+def test_tests_that_passed_are_not_run_again(tmp_path):
+    (tmp_path / "test_one.py").write_text(
+        "import os\n\ndef test_a(): pass\n\ndef test_b(): assert 'MENDED' in os.environ\n\n"
+        "def test_c(): pass\n"
+    )
+    found, again = tmp_path / "1.jsonl", tmp_path / "2.jsonl"
+    (tmp_path / "pytest.ini").write_text("[pytest]\n")
+
+    def run(*words: str, **variables: str) -> int:
+        command = [word.format(found=found) for word in gpu_steps.TESTS]
+        environment = {**os.environ, "PYTHONPATH": str(ROOT), **variables}
+        words = (*command, "-n", "1", *words, str(tmp_path / "test_one.py"))
+        return subprocess.run(words, env=environment, cwd=tmp_path).returncode
+
+    assert run("-k", "not c") == 1
+    faults = [line for line in lines.read(found) if line["failed"]]
+    assert len(lines.read(found)) == 2 and "MENDED" in faults[0]["fault"]
+    # a test that was never reached is, beside the one that failed
+    assert run("--lines", str(again), "--again", str(found), MENDED="1") == 0
+    assert [line["test"] for line in lines.read(again)] == [
+        "test_one.py::test_b",
+        "test_one.py::test_c",
+    ]
+    assert run("--again", str(again), "-k", "b or c") == 5
+
+
+def test_a_run_that_is_terminated_leaves_nothing_running(tmp_path):
+    process = subprocess.Popen(
+        command(tmp_path, "--only", "bench gather"), stdout=subprocess.PIPE, text=True
+    )
+    assert process.stdout is not None
+    while "== bench" not in process.stdout.readline():
+        assert process.poll() is None
+    time.sleep(1)
+    process.terminate()
+    said, _ = process.communicate()
+    assert process.returncode == 130 and "stopped; what was found so far" in said
+    files = Path("/proc").glob("[0-9]*/cmdline")
+    assert not [path for path in files if str(tmp_path) in reading(path)]
+
+
+def reading(path: Path) -> str:
+    try:
+        return path.read_text()
+    except OSError:
+        return ""
 
 
 def test_facts_are_there_without_the_driver(monkeypatch, tmp_path):
