@@ -36,12 +36,12 @@ LOG2_TAIL = tl.constexpr(
 DEGREE = tl.constexpr(8)
 
 
-def num_warps(itemsize: int) -> int:
+def num_warps(itemsize: int, tensors: int = 3) -> int:
     """Warps of one tile: few registers of each thread, hence many programs at once.
 
-    A thread has eight elements, and four of fp64.
+    A thread has eight elements of a tensor; four of fp64, or of fp32 where there are five tensors.
     """
-    return 8 if itemsize >= 8 else 4
+    return 8 if itemsize * tensors >= 20 else 4
 
 
 @triton.jit

@@ -20,8 +20,6 @@ from vitprune_fast.kernels._launch import cdiv, on_device_of
 
 # of one program of the forward: each begins anew, and an image of 224 pixels is one part
 PART_TOKENS = 208
-# the backward has five tensors in registers: its threads have four elements of fp32 too
-BACKWARD_SHARE = 2
 
 
 @triton.jit
@@ -216,7 +214,7 @@ def gated_glu_bwd(
             ACTIVATION=activation,
             BLOCK_N=TILE_TOKENS,
             BLOCK_F=TILE_COLUMNS,
-            num_warps=num_warps(BACKWARD_SHARE * gate_BNF.dtype.itemsize),
+            num_warps=num_warps(gate_BNF.dtype.itemsize, tensors=5),
             enable_fp_fusion=True,
         )
     return grad_unit_BF

@@ -125,7 +125,7 @@ def glu_score_bwd(
             PER_TOKEN=per_token,
             BLOCK_N=TILE_TOKENS,
             BLOCK_F=TILE_COLUMNS,
-            num_warps=num_warps(gate_BNF.dtype.itemsize),
+            num_warps=num_warps(gate_BNF.dtype.itemsize, tensors=5),
             # named, because its default is not the same in every Triton
             enable_fp_fusion=True,
         )

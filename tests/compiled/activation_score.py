@@ -13,7 +13,7 @@ from .case import BYTES, LOGISTIC, Case, columns
 def case(
     element: str,
     activation: str,
-    registers: int = 64,
+    registers: int = 66,
     *,
     num_tokens: int = 197,
     per_token: bool = False,

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from vitprune_fast.kernels._activations import TILE_COLUMNS, TILE_TOKENS, num_warps
 from vitprune_fast.kernels.gated_glu import (
-    BACKWARD_SHARE,
     PART_TOKENS,
     _gated_glu_bwd_kernel,
     _gated_glu_fwd_kernel,
@@ -69,7 +68,7 @@ def backward(element: str, activation: str, registers: int = 72, *, num_tokens: 
         aligned=frozenset({*pointers, *sizes}),
         registers=registers,
         expects=("LDG.128", "STG.128"),
-        num_warps=num_warps(BACKWARD_SHARE * BYTES[element]),
+        num_warps=num_warps(BYTES[element], tensors=5),
         launch=columns(element, 5, num_tokens, TILE_TOKENS, TILE_COLUMNS),
     )
 

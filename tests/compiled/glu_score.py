@@ -13,7 +13,7 @@ from .case import BYTES, Case, columns
 def case(
     element: str,
     activation: str,
-    registers: int = 80,
+    registers: int = 72,
     *,
     num_tokens: int = 197,
     per_token: bool = False,
@@ -45,7 +45,7 @@ def case(
         aligned=frozenset({*pointers, *sizes}),
         registers=registers,
         expects=("LDG.128", "STG.128"),
-        num_warps=num_warps(BYTES[element]),
+        num_warps=num_warps(BYTES[element], tensors=5),
         launch=columns(element, 5, num_tokens, TILE_TOKENS, TILE_COLUMNS),
     )
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 # Triton's version -> (label of the case, target)
 KNOWN: dict[str, dict[tuple[str, int], int]] = {
     "3.6": {
-        ("activation_score fp32 gelu N=197", 100): 66,
         ("attention_score dQ and scores fp32 N=257 K=80", 90): 150,
         ("attention_score dQ and scores fp32 N=257 K=80", 100): 151,
         ("attention_score dQ and scores fp32 N=257 K=80, small tiles", 80): 154,
@@ -21,7 +20,6 @@ KNOWN: dict[str, dict[tuple[str, int], int]] = {
         ("gated_attention dQ and gate fp16 N=197 K=64", 90): 146,
         ("gated_attention forward, whole rows bf16 N=197 K=64", 100): 222,
         ("gated_attention forward, whole rows fp16 N=197 K=64", 100): 222,
-        ("glu_score fp32 gelu N=197", 80): 84,
     },
 }
 
