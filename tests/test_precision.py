@@ -13,10 +13,11 @@ import vitprune_fast as vp
 from vitprune_fast.errors import InvalidInput
 from vitprune_fast.evaluation import evaluate_beside
 from vitprune_fast.modes import evaluating
-from vitprune_fast.precision import auto_name, autocast, computing_in, resolve
+from vitprune_fast.precision import auto_name, autocast, computing_in, device_of, dtype_of, resolve
 from vitprune_fast.testing import random_images, random_vit
 
 HALF = ["bfloat16", "float16"]
+CPU = torch.device("cpu")
 
 
 def test_auto_is_bfloat16_on_a_gpu_that_has_it_alone() -> None:
@@ -46,6 +47,16 @@ def test_names_and_dtypes_mean_the_same() -> None:
     for name in ("float32", "bfloat16", "float16"):
         dtype = getattr(torch, name)
         assert resolve("score", name, "cpu") == resolve("score", dtype, "cpu") == dtype
+
+
+def test_a_model_states_its_device_and_dtype_also_without_parameters() -> None:
+    assert (device_of(nn.Identity()), dtype_of(nn.Identity())) == (CPU, torch.float32)
+    model = nn.Linear(2, 2).double()
+    # packed weights are bytes, and say nothing of what is computed
+    packed = nn.Parameter(torch.zeros(2, dtype=torch.int8), requires_grad=False)
+    both = nn.ModuleList([nn.ParameterList([packed]), model])
+    assert (device_of(both), dtype_of(both)) == (CPU, torch.float64)
+    assert dtype_of(both[0]) == torch.float32
 
 
 @pytest.mark.parametrize("wrong", ["bf16", "float64", torch.float64, torch.int8, 16, ["auto"]])

@@ -92,6 +92,14 @@ def device_of(model: nn.Module) -> torch.device:
     return next((p.device for p in model.parameters()), torch.device("cpu"))
 
 
+def dtype_of(model: nn.Module) -> torch.dtype:
+    """In which dtype the floating parameters of a model are; without any it takes float32."""
+    import torch
+
+    floating = (p.dtype for p in model.parameters() if p.is_floating_point())
+    return next(floating, torch.float32)
+
+
 @contextmanager
 def computing_in(dtype: torch.dtype | None, *models: nn.Module | None) -> Iterator[None]:
     """Have models compute in a dtype: inside the block their modules hold cast tensors.

@@ -83,6 +83,13 @@ def test_measured_times_are_those_of_the_passes() -> None:
     assert model.calls[0][0] == (2, 3, 3, 3)
 
 
+def test_a_model_without_parameters_takes_float32() -> None:
+    model = _Sleeper([0.0])
+    del model.weight
+    assert latency(model, 2, 3, seconds=0.0, min_runs=1).batch_size == 2
+    assert model.calls[0][1] == torch.float32
+
+
 def test_measures_for_about_as_long_as_asked(monkeypatch: pytest.MonkeyPatch) -> None:
     now = 0.0
     monkeypatch.setattr(module, "time", SimpleNamespace(perf_counter=lambda: now))

@@ -14,7 +14,7 @@ from torch import nn
 from vitprune_fast.errors import InvalidInput
 from vitprune_fast.modes import evaluating
 from vitprune_fast.planning.waiting import TOLERATED, Waits, load_warning
-from vitprune_fast.precision import Precision, computing_in, device_of, resolve
+from vitprune_fast.precision import Precision, computing_in, device_of, dtype_of, resolve
 from vitprune_fast.stated import stated_config
 
 _TURN = 5
@@ -149,7 +149,7 @@ def latencies(
     for model, target, computed in zip(models, targets, dtypes, strict=True):
         shape = (batch_size, *_image_shape(model, input_size))
         images = torch.rand(shape, generator=torch.Generator().manual_seed(0)) * 2 - 1
-        inputs.append(images.to(target, computed or next(model.parameters()).dtype))
+        inputs.append(images.to(target, computed or dtype_of(model)))
     clocks = [_time_on_cuda if each.type == "cuda" else _time_on_cpu for each in targets]
     contestants = list(zip(clocks, models, inputs, strict=True))
     times: list[list[float]] = [[] for _ in models]

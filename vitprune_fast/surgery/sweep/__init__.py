@@ -16,7 +16,7 @@ import vitprune_fast
 
 from ...errors import InvalidInput, UnsupportedArchitecture, VitpruneError
 from ...modes import evaluating, uncompiled
-from ...precision import device_of, is_half, name_of
+from ...precision import device_of, dtype_of, is_half, name_of
 from ...sealed import fingerprint
 from ...structure import Structure
 from ...structure.axes import Write
@@ -71,8 +71,7 @@ def sweep(
         CheckpointRefused: the checkpoint is damaged, or of another sweep.
     """
     device = device_of(model).type
-    own = next(model.parameters()).dtype
-    computed = name_of(dtype if dtype is not None and is_half(dtype) else own)
+    computed = name_of(dtype if dtype is not None and is_half(dtype) else dtype_of(model))
     if checkpoint is not None:
         # found out now, and not when there is work to keep
         check_place(checkpoint)

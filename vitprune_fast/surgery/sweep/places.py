@@ -11,6 +11,7 @@ from torch import Tensor
 from ...errors import InvalidInput
 from ...modeling_pruned import Constant
 from ...planning.cost import constant_dim
+from ...precision import dtype_of
 from ...structure import Structure
 from ...structure.axes import Axis, Write
 from ...structure.index import Index
@@ -272,7 +273,7 @@ class Fitter:
                 f"prune: calibration must give finite activations, got others in {place}; look at "
                 "the images and the weights"
             )
-        wide = torch.promote_types(next(self._dense.model.parameters()).dtype, torch.float32)
+        wide = torch.promote_types(dtype_of(self._dense.model), torch.float32)
         return fit(
             samples.fitted,
             samples.held_out,
