@@ -98,13 +98,42 @@ def test_what_float16_does_not_hold_is_an_error_and_bfloat16_does() -> None:
     with pytest.raises(InvalidInput, match=r"^score: dtype must be .* got float16, .* \d samples"):
         score(model, batches, dtype="float16")
     assert score(model, batches, dtype="bfloat16").skipped == 0
-    # a sample that fp32 sets aside too, and one that comes after the first ones
+
+
+@pytest.mark.parametrize("criterion", ["taylor", "fisher", "activation", "kl"])
+@pytest.mark.parametrize("place", [0, 2])
+def test_a_broken_image_is_set_aside_in_float16_too(criterion: Any, place: int) -> None:
     model = random_vit(dtype=torch.float32)
     batches = batches_of(model)
-    batches[2][0][3] = torch.nan
-    assert score(model, batches, dtype="bfloat16").skipped == 1
-    with pytest.raises(InvalidInput, match=r"those of 1 sample are .* look at the images"):
-        score(model, batches, dtype="float16")
+    batches[place][0][3] = torch.nan
+    found = score(model, batches, criterion, dtype="float16")
+    assert (found.samples, found.skipped) == (23, 1)
+
+
+@pytest.mark.parametrize("criterion", ["taylor", "fisher", "activation", "loss"])
+def test_what_float16_does_not_hold_is_refused_where_it_is_seen(
+    criterion: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(resume_module, "EVERY_S", 0.0)
+    model = random_vit(dtype=torch.float32)
+    batches, path = batches_of(model, 5), tmp_path / "sums.safetensors"
+    # one that is broken, and one that is finite until it is float16
+    batches[3][0][0] = torch.nan
+    batches[3][0][5] = 1e5
+    told: list[int] = []
+    with pytest.raises(InvalidInput, match="those of 1 sample with finite images are") as caught:
+        score(
+            model,
+            batches,
+            criterion,
+            dtype="float16",
+            checkpoint=path,
+            on_event=lambda event: told.append(event["step"]),
+        )
+    with_gradient = criterion in ("taylor", "fisher")
+    assert str(caught.value).endswith("or a loss_scale below 1024") == with_gradient
+    assert ("loss_scale" in str(caught.value)) == with_gradient
+    assert told == [8, 16, 24] and path.exists()
 
 
 def test_agreement_is_the_mean_of_rank_correlations_inside_axes() -> None:

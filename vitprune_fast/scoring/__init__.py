@@ -128,7 +128,8 @@ def score(
         Scores in fp32. Per sample in fp32 (fp64 in fp64 models), summed over the samples of a
         micro-batch and over micro-batches in fp64, in stream order: the same batches give the same
         bits. Samples with a score that is not finite are left out and counted in ``.skipped``; with
-        ``dtype`` float16 they are an error, for those with the largest gradients would be missing.
+        ``dtype`` float16 they are an error as soon as one has a finite image, for those with the
+        largest gradients would be missing.
 
     Raises:
         InvalidInput: an argument or a batch has a value that cannot be used.
@@ -202,6 +203,15 @@ def score(
             ) as ready:
                 yield ready
 
+    def refuse_overflow(samples: int) -> None:
+        """Refuse float16, which does not hold the scores: the largest ones would be missing."""
+        lower = f" or a loss_scale below {scale:g}" if criterion in ("taylor", "fisher") else ""
+        raise InvalidInput(
+            "score: dtype must be one that holds all scores, got float16, in which those of "
+            f"{samples:,} sample{'s' * (samples > 1)} with finite images are not finite; take "
+            f"bfloat16{lower}"
+        )
+
     def compared() -> dict[str, Any]:
         """How the dtype ranks the units of the first samples beside float32."""
         nonlocal source
@@ -209,9 +219,10 @@ def score(
         found = [Accumulator(axis_sizes, chosen) for _ in range(2)]
         for sums, each in zip(found, (torch.float32, computed), strict=True):
             with measuring(each, replayed=False) as score_batch:
-                stream.run(score_batch, model, first, sums, micro_batch=micro_batch)
-        if lost := int((found[1].counts - found[0].counts)[1]):
-            _refuse_overflow(computed, lost, scale)
+                refuse = refuse_overflow if each is torch.float16 else None
+                stream.run(
+                    score_batch, model, first, sums, micro_batch=micro_batch, on_overflow=refuse
+                )
         if not all(int(sums.counts[0]) for sums in found):
             return {}
         wide, half = (sums.result(criterion, {}) for sums in found)
@@ -251,21 +262,9 @@ def score(
             checkpoint=kept,
             on_event=on_event,
             stop=stop,
+            on_overflow=refuse_overflow if computed is torch.float16 else None,
         )
-    scores = accumulator.result(criterion, provenance)
-    if scores.skipped:
-        _refuse_overflow(computed, scores.skipped, scale)
-    return scores
-
-
-def _refuse_overflow(dtype: torch.dtype | None, samples: int, scale: float | None) -> None:
-    """Refuse float16 where it does not hold the scores: the largest ones would be missing."""
-    if dtype is torch.float16:
-        raise InvalidInput(
-            "score: dtype must be one that holds all scores, got float16, in which those of "
-            f"{samples:,} sample{'s' * (samples > 1)} are not finite; take bfloat16, a loss_scale "
-            f"below {scale:g}, or look at the images"
-        )
+    return accumulator.result(criterion, provenance)
 
 
 def _check_structure(model: nn.Module, structure: Structure) -> None:

@@ -51,6 +51,7 @@ def run(
     checkpoint: Checkpoint | None = None,
     on_event: OnEvent | None = None,
     stop: Callable[[], bool] | None = None,
+    on_overflow: Callable[[int], None] | None = None,
 ) -> None:
     """Score every sample of the stream once and add it to the accumulator.
 
@@ -67,6 +68,8 @@ def run(
         checkpoint: where the sums are kept from time to time, and taken up again.
         on_event: told ``{"event": "step", "step": samples done, "images_per_s": ...}``.
         stop: asked after every micro-batch, where this process works alone; True ends the run.
+        on_overflow: told how many samples of a micro-batch have finite images and scores that are
+            not; what it raises ends the run. Every micro-batch waits for the device then.
 
     Raises:
         ScoringStopped: ``stop`` said so; the checkpoint, if there is one, is up to date.
@@ -87,7 +90,13 @@ def run(
 
         def compute(piece: MicroBatch | None = mine) -> Partial:
             assert piece is not None
-            return accumulator.partial(in_parts(score_batch, piece, limit))
+            draws = in_parts(score_batch, piece, limit)
+            partial = accumulator.partial(draws)
+            if on_overflow is not None and int(partial.counts[1]):
+                lost = overflown(draws, piece.images)
+                if lost:
+                    on_overflow(lost)
+            return partial
 
         lengths = [len(piece.labels) for piece in pieces]
         for partial in ranks.exchange(
@@ -175,6 +184,13 @@ def in_parts(score_batch: ScoreBatch, piece: MicroBatch, limit: list[int]) -> Se
         {name: torch.cat([rows[name] for rows in draw]) for name in draw[0]}
         for draw in zip(*parts, strict=True)
     ]
+
+
+def overflown(draws: Sequence[Rows], images: Tensor) -> int:
+    """How many samples have finite images, and scores that are not."""
+    usable = images.isfinite().flatten(1).all(1)
+    rows = [row.isfinite().all(1) for draw in draws for row in draw.values()]
+    return int((usable.to(rows[0].device) & ~torch.stack(rows).all(0)).sum())
 
 
 def is_out_of_memory(error: BaseException) -> bool:
