@@ -114,17 +114,18 @@ def _judged(tiny: bool) -> list[Step]:
     """Tests, and memory watched beside them."""
     cores = os.cpu_count() or 1
     many, few = (("-n", str(min(most, cores))) for most in (14, 4))
-    small = ("-k", SMALL, "tests/ops")
+    small, target = ("-k", SMALL, "tests/ops"), "tests/ops"
     if tiny:
         # every op, of which the interpreter takes the smallest size alone
-        small = ("-k", "same_in_every_form and even", "tests/ops/test_gpu_calls.py")
+        target = "tests/ops/test_gpu_calls.py"
+        small = ("-k", "same_in_every_form and even", target)
     watched = (*WATCH, *PYTHON, "-m", "bench.one_launch")
     # few tests at a time go to a process: they differ in how long they take
     at_once = (*many, "--maxschedchunk", "2", "-m", "not gpu and not slow")
     return [
         Step("memory of the kernels", watched, 180, beside=True, environment=OWN_MEMORY),
         Step("small sizes", (*TESTS, *at_once, *small), 95),
-        Step("target sizes", (*TESTS, *few, "-m", "gpu", "tests/ops"), 40),
+        Step("target sizes", (*TESTS, *few, "-m", "gpu", target), 40),
         Step("other gpu tests", (*TESTS, *few, "-m", "gpu", *GPU_FILES), 40),
     ]
 
