@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from importlib import import_module
 from typing import Any
 
 import numpy as np
@@ -230,6 +231,23 @@ def test_batches_that_do_not_fit_are_refused() -> None:
     for options, sentence in refused:
         with pytest.raises(InvalidInput, match=sentence):
             erase(images, **{"probability": 0.5, "draw": draw, **options})
+
+
+@pytest.mark.parametrize("mode", ["batch", "elem"])
+def test_a_label_without_a_class_that_is_not_looked_at_makes_its_rows_nan(
+    mode: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    images, labels = _batch()
+    module = import_module("vitprune_fast.distill.mixing")
+    monkeypatch.setattr(module, "check_labels", lambda *_: None)
+    mixing = Mixing(5, mode=mode)
+    wanted = mixing(images, labels, np.random.default_rng(0))[1]
+    for wrong in (-1, 5):
+        labels[2] = wrong
+        found = mixing(images, labels, np.random.default_rng(0))[1]
+        broken = found.isnan().all(1)
+        assert broken.tolist() == [number in (2, 5) for number in range(8)]
+        assert torch.equal(found[~broken], wanted[~broken])
 
 
 @pytest.mark.gpu

@@ -99,6 +99,38 @@ print(result.finished, len(asked))
 """
 
 
+WRONG = """
+import sys
+import torch
+from torch import distributed as dist
+from vitprune_fast.distill import DistillConfig, distill
+from vitprune_fast.errors import InvalidInput
+from vitprune_fast.testing import random_images, random_vit
+
+rank, folder, mixup = int(sys.argv[1]), sys.argv[2], float(sys.argv[3])
+torch.set_num_threads(1)
+dist.init_process_group("gloo", f"file://{folder}/store", rank=rank, world_size=2)
+model, asked = random_vit(), []
+data = [(random_images(model, 4), torch.arange(4) + 2 * (number == 3)) for number in range(20)]
+config = DistillConfig(epochs=1, warmup_epochs=0, lr=1e-3, alpha=0.0, log_steps=3, mixup=mixup)
+try:
+    distill(model, None, data, None, config, stop=lambda: bool(asked.append(None)))
+except InvalidInput as error:
+    print(len(asked), error)
+dist.destroy_process_group()
+"""
+
+
+@pytest.mark.parametrize("mixup", ["0", "0.4"])
+def test_wrong_labels_of_one_process_are_refused_by_both_where_both_wait(
+    mixup: str, tmp_path: Path
+) -> None:
+    # seen after the third step, when stop was asked twice; the batch is of the second one
+    rule = "2 distill: labels must lie in 0..4 like the classes of the model, got "
+    said = run(WRONG, tmp_path, mixup)
+    assert said == [f"{rule}others in another process\n", f"{rule}0..5\n"]
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_two_processes_are_one_that_accumulates(kind: str, tmp_path: Path) -> None:
     run(WORKER, tmp_path, kind)

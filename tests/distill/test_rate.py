@@ -25,7 +25,7 @@ from vitprune_fast.distill.rate import (
     start_rate,
     state_of,
 )
-from vitprune_fast.errors import RunFolderError
+from vitprune_fast.errors import InvalidInput, RunFolderError
 from vitprune_fast.testing import VITS, random_images, random_vit
 
 PLAIN: dict[str, Any] = {"epochs": 2, "warmup_epochs": 0, "log_steps": 1}
@@ -121,6 +121,13 @@ def test_images_without_finite_logits_are_left_out() -> None:
     bad = torch.full_like(data[0][0], math.nan), data[0][1]
     assert state(student, teacher, [*data, bad]) == state(student, teacher, data)
     assert math.isnan(state(student, teacher, [bad]).distance)
+
+
+def test_labels_without_a_class_are_refused_before_they_are_learnt_from() -> None:
+    model = random_vit()
+    ((images, labels),) = batches(model, [6])
+    with pytest.raises(InvalidInput, match=r"labels must lie in 0\.\.4 .* got 1\.\.5"):
+        distill(model, None, [(images, labels + 1)], None, DistillConfig(**PLAIN))
 
 
 def test_a_student_that_is_its_teacher_has_nothing_to_reach() -> None:

@@ -47,6 +47,7 @@ RECIPES: dict[str, dict[str, Any]] = {
     "gates that stay": {},
     "labels on the device": {"label_smoothing": 0.1},
     "wrong labels on the device": {},
+    "wrong mixed labels on the device": {"mixup": 0.4, "cutmix": 1.0},
     "told": {"log_steps": 3},
     "checkpoints": {"checkpoint_steps": 3},
     "poisoned": {"ema": 0.9},

@@ -418,7 +418,7 @@ class _Run:
         sums = nullcontext() if last else task.no_sync()
         # what is computed again in the backward must be computed as it was
         with seeded(seed, "step", number), sums, task.in_a_step():
-            result = task(images, target)
+            result = task(images, target, batch[2])
             self.scaler.scale(result["loss"] / count).backward()
         return {n: v.detach() for n, v in result.items() if n != "output"}
 
@@ -436,12 +436,13 @@ class _Run:
             The parts of the loss of the last of them, None each where it was left out.
 
         Raises:
-            InvalidInput: labels that were on the device have no class.
+            InvalidInput: labels that were on the device, or of several processes, have no class.
             StageFailed: too many steps in a row were left out.
         """
-        self.task.check_seen_labels()
         parts: dict[str, float | None] = {}
-        for outcome in self.tally.read():
+        outcomes = self.tally.read()
+        self.task.check_seen_labels(wrong=any(outcome.wrong_labels for outcome in outcomes))
+        for outcome in outcomes:
             if outcome.finite:
                 self.progress.add(outcome.parts)
                 parts = {**outcome.parts, "grad_norm": outcome.norm}

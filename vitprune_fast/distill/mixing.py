@@ -79,10 +79,11 @@ class Mixing:
 
         Returns:
             Mixed images in their dtype, and targets ``(B, C)`` fp32 on their device, whose rows sum
-            to 1.
+            to 1. A label without a class that is not on the CPU, where a look at it would wait,
+            makes its row NaN, and that of the image it is mixed with.
 
         Raises:
-            InvalidInput: images or labels of another form, or labels without a class.
+            InvalidInput: images or labels of another form, or labels on the CPU without a class.
         """
         _check_images("Mixing", images_BCHW)
         batch, _, height, width = images_BCHW.shape
@@ -92,7 +93,6 @@ class Mixing:
                 f"{tuple(labels_B.shape)} {labels_B.dtype}"
             )
         if labels_B.device.type == "cpu":
-            # elsewhere a look at them would wait for the device
             check_labels("Mixing", labels_B, self.num_classes)
         targets = self._smoothed(sent(labels_B, images_BCHW.device))
         if self.mode == "elem":
@@ -148,7 +148,11 @@ class Mixing:
     def _smoothed(self, labels: Tensor) -> Tensor:
         off = self.label_smoothing / self.num_classes
         targets = torch.full((len(labels), self.num_classes), off, device=labels.device)
-        return targets.scatter_(1, labels.long().view(-1, 1), 1 - self.label_smoothing + off)
+        rows = labels.long().view(-1, 1)
+        # an index out of range would end all work on a GPU
+        within = rows.clamp(0, self.num_classes - 1)
+        targets.scatter_(1, within, 1 - self.label_smoothing + off)
+        return targets.where(within == rows, math.nan)
 
 
 def erase(

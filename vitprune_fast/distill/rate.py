@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn import functional as F
 
-from vitprune_fast.batches import as_input
+from vitprune_fast.batches import as_input, check_labels
 from vitprune_fast.modes import evaluating
 from vitprune_fast.randomness import seeded
 
@@ -88,6 +88,9 @@ def state_of(
             left out.
         seed: of the step's signs. Same inputs, same bits.
         autocast: where the student computes.
+
+    Raises:
+        InvalidInput: labels to learn from have no class.
     """
     with evaluating(student, teacher), seeded(seed, "rate"):
         named = {n: p for n, p in student.named_parameters() if p.requires_grad}
@@ -104,6 +107,8 @@ def state_of(
 
         now = said(0.0)
         if teacher is None:
+            for logits, (_, labels) in zip(now, batches, strict=True):
+                check_labels("distill", labels, logits.shape[1])
             learnt = [
                 F.cross_entropy(logits, labels.to(logits.device), reduction="none")
                 for logits, (_, labels) in zip(now, batches, strict=True)

@@ -90,12 +90,16 @@ class Stream:
         return batches
 
     def varied(self, batch: MicroBatch, device: torch.device) -> tuple[Tensor, Tensor]:
-        """Images mixed and erased on a device, and labels as they then are."""
+        """Images mixed and erased on a device, and labels as they then are.
+
+        Labels without a class are mixed as the nearest one: who trains on them has to refuse them.
+        """
         number, images, labels = batch
         seed, share = self._config.seed, self._config.erase
         images = sent(images, device)
         if self._mixing is not None:
             draw = np.random.default_rng(derive_seed(seed, "mix", number))
+            labels = labels.clamp(0, self._mixing.num_classes - 1)
             images, labels = self._mixing(images, labels, draw)
         if share:
             images = erase(images, share, np.random.default_rng(derive_seed(seed, "erase", number)))

@@ -19,12 +19,14 @@ class Outcome:
         parts: of the loss, ``loss`` itself among them, by their names.
         norm: of the student's gradient before it was cut.
         beside: of the gradient of what learns beside the student.
+        wrong_labels: whether a label, of whatever process, had no class.
     """
 
     step: int
     parts: dict[str, float]
     norm: float
     beside: float
+    wrong_labels: bool = False
 
     @property
     def finite(self) -> bool:
@@ -43,7 +45,8 @@ class Tally:
 
         Args:
             step: its number, from 0.
-            parts: scalars fp64 on one device, ``loss`` among them.
+            parts: scalars fp64 on one device, ``loss`` among them; ``wrong_labels`` is none, but
+                above 0 where labels had no class.
             norm: see ``Outcome``; there too.
             beside: likewise.
 
@@ -64,5 +67,7 @@ class Tally:
         found = []
         for step, names, _ in rows:
             norm, beside = next(numbers), next(numbers)
-            found.append(Outcome(step, {name: next(numbers) for name in names}, norm, beside))
+            parts = {name: next(numbers) for name in names}
+            wrong = parts.pop("wrong_labels", 0.0) > 0
+            found.append(Outcome(step, parts, norm, beside, wrong))
         return found

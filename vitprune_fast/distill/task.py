@@ -62,7 +62,7 @@ class DistillTask(TrainingTask):
         self._runner: tuple[Any, ...] = ()
         self._sums_itself = False
         self._quick: dict[nn.Module, Any] = {}
-        # smallest and largest label of batches that came on the device, and the number of classes
+        # smallest and largest label of batches that are refused late, and the number of classes
         self._seen_labels: list[tuple[Tensor, int]] = []
         self.done = 0.0
         self.generator = torch.Generator()
@@ -126,41 +126,55 @@ class DistillTask(TrainingTask):
         """Where the student computes in the precision of the config."""
         return autocast(self._dtype, self.device)
 
-    def forward(self, input: Tensor, target: Tensor) -> dict[str, Tensor]:
+    def forward(
+        self, input: Tensor, target: Tensor, labels: Tensor | None = None
+    ) -> dict[str, Tensor]:
         """Forward and loss.
+
+        Labels without a class are refused here where the host has them and no other process would
+        wait for this one. Else they make the loss NaN, and :meth:`check_seen_labels` refuses them.
 
         Args:
             input: images ``(B, C, H, W)`` as the student takes them.
             target: labels ``(B,)`` int64 or shares ``(B, C)``.
+            labels: ``(B,)`` int64, what shares were made of.
 
         Returns:
-            ``loss``, to be differentiated; ``output``, the logits; and the parts of the loss.
+            ``loss``, to be differentiated; ``output``, the logits; the parts of the loss; and
+            ``wrong_labels``, how many have no class, where they are not refused here.
+
+        Raises:
+            InvalidInput: logits, shares and labels do not suit each other.
         """
         answers = self.objective.ask(input)
         runner = self._runner[0]
         with self.autocast():
             said = self._watch.output(runner(as_input(runner, input)))
         logits = said.class_BC
-        _check(logits, target)
-        unread = target.ndim == 1 and target.device.type != "cpu"
+        labels = target if target.ndim == 1 else labels
+        late = labels is not None and (labels.device.type != "cpu" or self._ranks.world > 1)
+        _check(logits, target, None if late else labels)
         target = sent(target, logits.device)
-        if unread:
-            target, usable = self._within(target, logits.shape[1])
+        wrong: dict[str, Tensor] = {}
+        if labels is not None and late:
+            seen = target if labels is target else sent(labels, logits.device)
+            within, wrong["wrong_labels"] = self._within(seen, logits.shape[1])
+            target = within if target.ndim == 1 else target
         loss, parts = self.objective(said, target, answers, self.done, self.generator)
-        if unread:
-            loss = loss.where(usable, math.nan)
+        for count in wrong.values():
+            loss = loss.where(count == 0, math.nan)
         for name in ("gates", "gate_budget"):
             if name in self.extras:
                 module: Any = self.extras[name]
                 penalty = module.penalty() if name == "gates" else module()
                 loss = loss + penalty.to(loss)
-        return {"loss": loss, "output": logits, **parts}
+        return {"loss": loss, "output": logits, **parts, **wrong}
 
     def _within(self, labels: Tensor, classes: int) -> tuple[Tensor, Tensor]:
-        """Labels on a device, moved into range, and whether that changed none of them."""
+        """Labels moved into range, and how many of them that changed."""
         self._seen_labels.append((torch.stack(labels.aminmax()), classes))
         within = labels.clamp(0, classes - 1)
-        return within, (within == labels).all()
+        return within, (within != labels).sum()
 
     def average_gradients(self, others: Mapping[str, Tensor]) -> None:
         """Average over processes, of which there are several, the gradients that nobody else does.
@@ -193,17 +207,25 @@ class DistillTask(TrainingTask):
             values /= self._ranks.world
         return values
 
-    def check_seen_labels(self) -> None:
-        """Refuse labels without a class among those that were on the device when they came.
+    def check_seen_labels(self, *, wrong: bool) -> None:
+        """Refuse labels without a class among those that were not refused when they came.
 
-        The device is waited for; their losses were NaN, so that no step was taken with them.
+        Their losses were NaN, so that no step was taken with them.
+
+        Args:
+            wrong: whether there are some since this was last asked, here or in another process.
 
         Raises:
-            InvalidInput: as said.
+            InvalidInput: as said, in all processes.
         """
         seen, self._seen_labels = self._seen_labels, []
-        if seen:
-            check_labels("distill", torch.stack([bounds for bounds, _ in seen]), seen[0][1])
+        if wrong:
+            classes = seen[0][1]
+            check_labels("distill", torch.stack([bounds for bounds, _ in seen]), classes)
+            raise InvalidInput(
+                f"distill: labels must lie in 0..{classes - 1} like the classes of the model, got "
+                "others in another process"
+            )
 
     def forward_macs(self, images: Tensor) -> tuple[int, int]:
         """Multiply-accumulates of one image in a forward of what runs, and of all teachers.
@@ -221,13 +243,13 @@ class DistillTask(TrainingTask):
             return student, count_macs(lambda: self.objective.ask(one))
 
 
-def _check(logits: Tensor, target: Tensor) -> None:
-    """Refuse what can be seen to be wrong without waiting for a device."""
-    numbers = target.ndim == 1 and target.device.type == "cpu"
-    labels = target if numbers else torch.zeros(len(target), dtype=torch.int64)
-    check_logits("distill", logits, labels)
+def _check(logits: Tensor, target: Tensor, labels: Tensor | None) -> None:
+    """Refuse what can be seen to be wrong without waiting for a device or a process."""
+    check_logits("distill", logits, torch.zeros(len(target), dtype=torch.int64))
     if target.ndim == 2 and target.shape[1] != logits.shape[1]:
         raise InvalidInput(
             f"distill: student must give {target.shape[1]} classes as its num_classes says, got "
             f"{logits.shape[1]}"
         )
+    if labels is not None:
+        check_labels("distill", labels, logits.shape[1])
