@@ -1,4 +1,4 @@
-"""An op that torch.library knows, and that plain eager code calls without its detours.
+"""An op that torch has a registered form of, and that plain eager code calls without its detours.
 
 On its way from Python to Python a call of a registered op costs the host some 15 us, and twice that
 with a gradient; a ``torch.autograd.Function`` of the same functions, or the form itself where no
@@ -34,7 +34,7 @@ def _is_watched() -> bool:
 
 
 class CustomOp(Generic[Result]):
-    """What ``torch.library.custom_op`` makes, with a shorter way in plain eager code.
+    """What torch's own ``custom_op`` makes, with a shorter way in plain eager code.
 
     Both ways run the same functions on the same tensors, and give the same bits, gradients and
     errors. Called with all arguments by position, each of the type that the schema has: only the
@@ -45,7 +45,7 @@ class CustomOp(Generic[Result]):
         form: what it does; must return new tensors, and be as good without autograd's records.
 
     Attributes:
-        registered: the op of torch.library.
+        registered: the op that torch knows.
         form: what was given.
     """
 
@@ -81,7 +81,7 @@ class CustomOp(Generic[Result]):
     def register_autograd(
         self, backward: Callable[..., Any], *, setup_context: Callable[[Any, Any, Any], None]
     ) -> None:
-        """Set the derivative, as for ``torch.library.register_autograd``.
+        """Set the derivative, as torch's own ``register_autograd`` does.
 
         Args:
             backward: ``(ctx, *gradients)`` to a gradient or None for each argument.
