@@ -116,9 +116,9 @@ def _judged(tiny: bool) -> list[Step]:
     many, few = (("-n", str(min(most, cores))) for most in (14, 4))
     small, target = ("-k", SMALL, "tests/ops"), "tests/ops"
     if tiny:
-        # every op, of which the interpreter takes the smallest size alone
+        # the quick suite has them all, in the interpreter
         target = "tests/ops/test_gpu_calls.py"
-        small = ("-k", "same_in_every_form and even", target)
+        small = ("-k", "same_in_every_form and even and score", target)
     watched = (*WATCH, *PYTHON, "-m", "bench.one_launch")
     # few tests at a time go to a process: they differ in how long they take
     at_once = (*many, "--maxschedchunk", "2", "-m", "not gpu and not slow")
@@ -146,8 +146,11 @@ def _rest(tiny: bool) -> list[Step]:
     candidates = (*PYTHON, str(PACKAGE / "candidates" / "variants.py"), "--out", "{out}")
     smoke = ("--smoke", "--smoke-dtype", "fp32", "--only", "d") if tiny else ()
     compiled = bench_files("gated_attention", "activation_score", *OTHERS)
-    # a compiler takes its time at any size
-    compiled = bench_files("taylor_score") if tiny else compiled
+    ops_compiled = (*TESTS, "-k", "triton and fullgraph", "tests/ops")
+    if tiny:
+        # a compiler takes its time at any size
+        compiled = bench_files("taylor_score")
+        ops_compiled = (*TESTS, "-k", "triton and fullgraph", "tests/ops/test_taylor_score.py")
     found = [
         bench("scoring", 90, *size),
         bench("distill_step", 60, *size),
@@ -163,7 +166,7 @@ def _rest(tiny: bool) -> list[Step]:
             alone=True,
         ),
         Step("compiled peers", (*BENCH, *size, "--compiled", *compiled), 120, alone=True),
-        Step("compiled ops", (*TESTS, "-k", "triton and fullgraph", "tests/ops"), 60),
+        Step("compiled ops", ops_compiled, 60),
     ]
     if not tiny:
         whole = (*BENCH, "--compiled", *bench_files(*STEPS))

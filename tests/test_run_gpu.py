@@ -296,7 +296,7 @@ def test_both_parts_run_on_a_cpu_without_git_and_other_packages(tmp_path, bare):
         kinds = {Path(name).suffix for name in files} - {".txt"}
         assert kinds <= {".json", ".jsonl"}, files
     content = lines.combined(*folders)
-    assert content["failed"] == [] and content["tests_passed"] > 10
+    assert content["failed"] == [] and content["tests_passed"] > 5
     for name in ("records", "scoring", "training", "memory", "stages"):
         assert content[name], name
     ops = {record["op"] for record in content["records"]}
@@ -321,7 +321,7 @@ def test_a_run_that_is_cut_at_any_moment_keeps_what_had_ended(tmp_path, bare):
             stdout=subprocess.PIPE,
             text=True,
         )
-        seconds = moments.uniform(1, 60)
+        seconds = moments.uniform(1, 45)
         try:
             process.wait(seconds)
         except subprocess.TimeoutExpired:
