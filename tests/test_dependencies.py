@@ -51,7 +51,10 @@ def imported(*folders: str) -> dict[str, str]:
 
 def test_what_is_imported_is_declared() -> None:
     declared = modules([*PROJECT["dependencies"], *chain(*EXTRAS.values())])
-    for folders, more in ((("vitprune_fast", "kernels"), []), (("tests", "bench"), TEST)):
+    for folders, more in (
+        (("vitprune_fast", "kernels"), []),
+        (("tests", "bench"), [*TEST, *BUILD]),
+    ):
         declared |= modules(more)
         assert not [found for found in imported(*folders).items() if found[0] not in declared]
 
