@@ -58,9 +58,13 @@ def use() -> torch.device:
         made = tensor(data, **options)
         return made if torch.device(device).type != FAR else made.to(device)
 
-    torch.tensor = far_tensor
-    Tensor.pin_memory = pin_memory  # type: ignore[method-assign]
-    torch.Generator = near_generator  # type: ignore[misc]
+    # what torch has for its own devices alone is exchanged for all of this process
+    for owner, name, stand_in in (
+        (torch, "tensor", far_tensor),
+        (torch, "Generator", near_generator),
+        (Tensor, "pin_memory", pin_memory),
+    ):
+        setattr(owner, name, stand_in)
     return torch.device(FAR, 0)
 
 
@@ -71,7 +75,9 @@ class FarTensor(Tensor):
 
     @staticmethod
     def __new__(cls, near: Tensor) -> FarTensor:
-        made = Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
+        # torch documents it for such subclasses, and leaves it out of its type stubs
+        make: Any = getattr(Tensor, "_make_wrapper_subclass")  # noqa: B009
+        made = make(
             cls,
             near.shape,
             strides=near.stride(),
@@ -88,8 +94,8 @@ class FarTensor(Tensor):
     def untyped_storage(self) -> Any:
         return self.near.untyped_storage()
 
-    def new_tensor(self, data: Any) -> Tensor:  # type: ignore[override]
-        return torch.tensor(data, dtype=self.dtype, device=self.device)
+    def new_tensor(self, data: Any, **options: Any) -> Tensor:
+        return torch.tensor(data, **{"dtype": self.dtype, "device": self.device, **options})
 
     @classmethod
     def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
