@@ -89,9 +89,11 @@ def without_launches() -> Iterator[None]:
 
     from vitprune_fast import kernels
 
+    names = [info.name for info in pkgutil.iter_modules(kernels.__path__, f"{kernels.__name__}.")]
+    # all before the first is exchanged: they import functions from one another, for good
+    modules = [importlib.import_module(name) for name in names]
     with ExitStack() as stack:
-        for info in pkgutil.iter_modules(kernels.__path__, f"{kernels.__name__}."):
-            module = importlib.import_module(info.name)
+        for module in modules:
             for name, value in vars(module).copy().items():
                 if isinstance(value, KernelInterface):
                     stack.enter_context(patch.object(module, name, _Nothing()))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -286,3 +288,21 @@ def test_host_time_is_measured_in_both_ways_and_launches_nothing(capsys):
                 assert f"vitprune_fast::{op}{twin}" in dispatched(ours)
     assert out.isnan().all()
     assert not ops.attention(torch.zeros(1, 2, 3, 1, 16), backend="triton")[0].isnan().any()
+
+
+IMPORTED_WITHOUT_LAUNCHES = """
+import torch
+from bench import host_time
+with host_time.without_launches():
+    pass
+from vitprune_fast import ops
+x, unit = torch.randn(2, 3, 8), torch.ones(2, 8, requires_grad=True)
+ops.scored_activation(x, unit, backend="triton").sum().backward()
+assert unit.grad.isfinite().all()
+"""
+
+
+def test_kernels_first_imported_without_launches_run_afterwards():
+    command = [sys.executable, "-c", IMPORTED_WITHOUT_LAUNCHES]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
