@@ -34,13 +34,23 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Deselect what needs a GPU where there is none: it is counted, and never looks like a pass."""
+    """Deselect what needs a GPU where there is none: it is counted, and never looks like a pass.
+
+    Of the others those that are given the most time come first: no process is left with one of them
+    when the rest has ended.
+    """
+    items.sort(key=_time_given, reverse=True)
     if torch.cuda.is_available():
         return
     needs_gpu = [item for item in items if item.get_closest_marker("gpu")]
     if needs_gpu:
         items[:] = [item for item in items if item not in set(needs_gpu)]
         config.hook.pytest_deselected(items=needs_gpu)
+
+
+def _time_given(item: pytest.Item) -> int:
+    marker = item.get_closest_marker("timeout")
+    return marker.args[0] if marker else 0
 
 
 @pytest.fixture(autouse=True)

@@ -36,9 +36,12 @@ TESTS = [
     "tests/test_import.py",
     "tests/test_packaging.py",
 ]
-# long, and hardly decided by versions: the same sums again, fp16 besides fp32, and many models one
-# mask at a time
-LEFT_OUT = ["-k", "not same_bits and not fp16", "--ignore=tests/scoring/test_ablation.py"]
+# long, and hardly decided by versions: the same sums again, fp16 besides fp32, hundreds of tokens
+# besides a few, and many models one mask at a time
+LEFT_OUT = [
+    *("-k", "not same_bits and not fp16 and not N197 and not N257"),
+    "--ignore=tests/scoring/test_ablation.py",
+]
 
 
 def interpreters() -> Iterator[Path]:

@@ -8,6 +8,7 @@ import re
 import shlex
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -17,7 +18,7 @@ import timm
 import torch
 from PIL import Image
 
-from vitprune_fast import files
+from vitprune_fast import files, recipes
 from vitprune_fast.cli.main import main
 
 ROOT = Path(__file__).parents[1]
@@ -91,6 +92,14 @@ def test_quick_start_runs_and_is_short(tmp_path: Path) -> None:
 @pytest.mark.timeout(1200)
 def test_python_job_runs_as_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
+    whole = recipes.preset
+
+    def short(name: str) -> recipes.RunConfig:
+        """The job with shorter trainings: the whole one is run by `make prune`."""
+        job, few = whole(name), {"epochs": 2, "warmup_epochs": 0}
+        return replace(job, dense=replace(job.dense, **few), distill=replace(job.distill, **few))
+
+    monkeypatch.setattr(recipes, "preset", short)
     exec(compile(SNIPPETS[1], "README.md", "exec"), {})
     assert (tmp_path / "runs/digits-seed1/summary.json").exists()
 
