@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
+from bench.op_names import OpNames
 from bench.shapes import VIT_BASE, Shape
 from vitprune_fast import ops
 from vitprune_fast.ops import Backend
@@ -221,18 +221,6 @@ CALLS: dict[str, Callable[[Size], Call]] = {
 }
 
 
-class _Recorder(TorchDispatchMode):
-    """Notes the names of the ops that run inside."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.names: set[str] = set()
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        self.names.add(func._schema.name)
-        return func(*args, **(kwargs or {}))
-
-
 def own_kernels(call: Call, backend: Backend, device: str) -> set[str]:
     """Our kernels that a call runs; none where plain torch took over.
 
@@ -241,7 +229,7 @@ def own_kernels(call: Call, backend: Backend, device: str) -> set[str]:
         backend: usually ``"auto"``, whose choice this is to find out.
         device: ``"cuda"`` counts Triton and CUDA kernels, ``"cpu"`` those in C++.
     """
-    with _Recorder() as recorder:
+    with OpNames() as ran:
         call(backend)
 
     def is_own(name: str) -> bool:
@@ -250,4 +238,4 @@ def own_kernels(call: Call, backend: Backend, device: str) -> set[str]:
             return device == "cuda"
         return torch._C._dispatch_has_kernel_for_dispatch_key(name, device.upper())
 
-    return {name for name in recorder.names if name.startswith("vitprune_fast::") and is_own(name)}
+    return {name for name in ran.names if name.startswith("vitprune_fast::") and is_own(name)}

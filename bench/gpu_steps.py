@@ -114,18 +114,17 @@ def _judged(tiny: bool) -> list[Step]:
     """Tests, and memory watched beside them."""
     cores = os.cpu_count() or 1
     many, few = (("-n", str(min(most, cores))) for most in (14, 4))
-    small, target = ("-k", SMALL, "tests/ops"), "tests/ops"
+    small, tests = SMALL, "tests/ops"
     if tiny:
         # the quick suite has them all, in the interpreter
-        target = "tests/ops/test_gpu_calls.py"
-        small = ("-k", "same_in_every_form and even and score", target)
+        small, tests = "same_in_every_form and even and score", "tests/ops/test_gpu_calls.py"
     watched = (*WATCH, *PYTHON, "-m", "bench.one_launch")
     # few tests at a time go to a process: they differ in how long they take
     at_once = (*many, "--maxschedchunk", "2", "-m", "not gpu and not slow")
     return [
         Step("memory of the kernels", watched, 180, beside=True, environment=OWN_MEMORY),
-        Step("small sizes", (*TESTS, *at_once, *small), 95),
-        Step("target sizes", (*TESTS, *few, "-m", "gpu", target), 40),
+        Step("small sizes", (*TESTS, *at_once, "-k", small, tests), 95),
+        Step("target sizes", (*TESTS, *few, "-m", "gpu", tests), 40),
         Step("other gpu tests", (*TESTS, *few, "-m", "gpu", *GPU_FILES), 40),
     ]
 
@@ -146,11 +145,10 @@ def _rest(tiny: bool) -> list[Step]:
     candidates = (*PYTHON, str(PACKAGE / "candidates" / "variants.py"), "--out", "{out}")
     smoke = ("--smoke", "--smoke-dtype", "fp32", "--only", "d") if tiny else ()
     compiled = bench_files("gated_attention", "activation_score", *OTHERS)
-    ops_compiled = (*TESTS, "-k", "triton and fullgraph", "tests/ops")
+    tests = "tests/ops"
     if tiny:
         # a compiler takes its time at any size
-        compiled = bench_files("taylor_score")
-        ops_compiled = (*TESTS, "-k", "triton and fullgraph", "tests/ops/test_taylor_score.py")
+        compiled, tests = bench_files("taylor_score"), "tests/ops/test_taylor_score.py"
     found = [
         bench("scoring", 90, *size),
         bench("distill_step", 60, *size),
@@ -166,7 +164,7 @@ def _rest(tiny: bool) -> list[Step]:
             alone=True,
         ),
         Step("compiled peers", (*BENCH, *size, "--compiled", *compiled), 120, alone=True),
-        Step("compiled ops", ops_compiled, 60),
+        Step("compiled ops", (*TESTS, "-k", "triton and fullgraph", tests), 60),
     ]
     if not tiny:
         whole = (*BENCH, "--compiled", *bench_files(*STEPS))

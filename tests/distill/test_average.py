@@ -10,8 +10,8 @@ import pytest
 import torch
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
+from bench.op_names import OpNames
 from vitprune_fast.distill.average import Average
 
 WHOLE = {2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -68,20 +68,10 @@ def test_steps_that_are_taken_are_timm_s_and_the_others_change_no_bit(dtype: tor
         assert step == 1 or not same(bits(ours.module), before)
 
 
-class _Names(TorchDispatchMode):
-    def __init__(self) -> None:
-        super().__init__()
-        self.seen: list[str] = []
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        self.seen.append(func._schema.name)
-        return func(*args, **(kwargs or {}))
-
-
 def test_the_flag_costs_no_copy_of_the_weights() -> None:
     model = nn.Sequential(*(nn.Linear(3, 3) for _ in range(9)))
     average, flag = Average(model, 0.9), torch.zeros(())
-    with _Names() as ops:
+    with OpNames() as ran:
         average.take(model, 5, flag)
-    seen = [name for name in ops.seen if name != "aten::detach"]
+    seen = [name for name in ran.names if name != "aten::detach"]
     assert seen == ["aten::full", "aten::gt", "aten::masked_fill_", "aten::_foreach_lerp_"]

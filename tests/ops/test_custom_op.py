@@ -12,11 +12,11 @@ import torch
 from torch import Tensor
 from torch._subclasses import FakeTensorMode
 from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 from bench import host_time
 from bench.calls import CALLS, SMALL, Call, Size
+from bench.op_names import OpNames
 from vitprune_fast import ops
 from vitprune_fast._extension import OBSTACLE
 from vitprune_fast.ops._custom_op import custom_op
@@ -61,18 +61,6 @@ def _nothing_given():
     given.clear()
 
 
-class Watch(TorchDispatchMode):
-    """Changes nothing, but for the way."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.names: list[str] = []
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        self.names.append(func._schema.name)
-        return func(*args, **(kwargs or {}))
-
-
 def dispatched(call: Callable[[], object]) -> set[str]:
     """The names of our ops that go through the dispatcher; a profiler is no mode."""
     activities = [torch.profiler.ProfilerActivity.CPU]
@@ -96,13 +84,13 @@ def test_plain_eager_code_does_not_dispatch():
     with torch.autocast(DEVICE, torch.bfloat16):
         assert not dispatched(lambda: gradients(x, unread))
     # the registered op is what such a profile shows
-    with Watch():
+    with OpNames():
         assert dispatched(lambda: twice(x, None, 1.5)) == {"vitprune_fast::test_twice"}
 
 
 def test_what_needs_a_gradient_is_told_to_the_backward_alike():
     x, unread = torch.randn(3).requires_grad_(), torch.zeros(3)
-    for way in (Watch, torch.enable_grad):
+    for way in (OpNames, torch.enable_grad):
         given.clear()
         with way():
             twice(x, unread, 1.5).sum().backward()
@@ -119,7 +107,7 @@ def test_an_op_without_a_derivative_says_so():
 
 def test_modes_see_the_registered_op():
     x = torch.ones(3).requires_grad_()
-    with Watch() as watch:
+    with OpNames() as watch:
         twice(x, None, 1.0)
     assert watch.names == ["vitprune_fast::test_twice"]
 
@@ -250,7 +238,7 @@ ROWS = [
 @pytest.mark.parametrize(("op", "backend"), ROWS)
 def test_both_ways_give_the_same_bits_and_gradients(op, backend):
     call = BOTH[op][1]
-    with Watch() as watch:
+    with OpNames() as watch:
         watched = call(backend)
     if backend == "triton" or op in SCORED:
         assert any(name.startswith("vitprune_fast::") for name in watch.names)
@@ -267,7 +255,7 @@ def test_autocast_is_the_same_in_both_ways(op):
     call = SCORED[op][1]
     with torch.autocast(DEVICE, torch.bfloat16):
         plain = call("eager")
-        with Watch():
+        with OpNames():
             watched = call("eager")
     for one, other in zip(plain, watched, strict=True):
         assert one.dtype == other.dtype and torch.equal(one, other)

@@ -6,7 +6,6 @@ import errno
 import os
 import random
 import re
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -14,7 +13,7 @@ from skip_guard import conditions
 
 from tests.recipes.attempts import NEEDS_SPACE, Attempts, Fault, Outcome
 from tests.recipes.conftest import TINY, command
-from tests.recipes.same import NOT_BITWISE, assert_same_run, files_of
+from tests.recipes.same import assert_same_run, files_of, is_bitwise
 from vitprune_fast.distill.checkpoints import read_newest
 from vitprune_fast.errors import DamagedFile
 
@@ -23,12 +22,13 @@ def refuse(error: DamagedFile) -> None:
     raise error
 
 
-def contents(folder: Path) -> Iterator[tuple[str, bytes]]:
+def contents(folder: Path) -> dict[str, bytes]:
     """What a run goes on from: every file, without the numbers in those that hold times."""
-    for name in sorted(files_of(folder)):
-        read = (folder / name).read_bytes()
-        timed = name in NOT_BITWISE or name.startswith("stages/")
-        yield name, re.sub(rb"[0-9]+", b"0", read) if timed else read
+    read = {name: (folder / name).read_bytes() for name in files_of(folder)}
+    return {
+        name: content if is_bitwise(name) else re.sub(rb"[0-9]+", b"0", content)
+        for name, content in read.items()
+    }
 
 
 def fail_and_resume(
@@ -50,7 +50,7 @@ def fail_and_resume(
         for stage in ("dense", "distill"):
             # whatever was written before is whole
             read_newest(folder / "checkpoints" / stage, refuse)
-        if (left := dict(contents(folder))) == resumed:
+        if (left := contents(folder)) == resumed:
             # a file that could not be made, written, flushed or renamed: the folder is the same
             continue
         resumed = left

@@ -155,20 +155,21 @@ class DistillTask(TrainingTask):
         late = labels is not None and (labels.device.type != "cpu" or self._ranks.world > 1)
         _check(logits, target, None if late else labels)
         target = sent(target, logits.device)
-        wrong: dict[str, Tensor] = {}
+        wrong = None
         if labels is not None and late:
-            seen = target if labels is target else sent(labels, logits.device)
-            within, wrong["wrong_labels"] = self._within(seen, logits.shape[1])
+            seen = target if target.ndim == 1 else sent(labels, logits.device)
+            within, wrong = self._within(seen, logits.shape[1])
             target = within if target.ndim == 1 else target
         loss, parts = self.objective(said, target, answers, self.done, self.generator)
-        for count in wrong.values():
-            loss = loss.where(count == 0, math.nan)
+        if wrong is not None:
+            loss = loss.where(wrong == 0, math.nan)
+            parts = {**parts, "wrong_labels": wrong}
         for name in ("gates", "gate_budget"):
             if name in self.extras:
                 module: Any = self.extras[name]
                 penalty = module.penalty() if name == "gates" else module()
                 loss = loss + penalty.to(loss)
-        return {"loss": loss, "output": logits, **parts, **wrong}
+        return {"loss": loss, "output": logits, **parts}
 
     def _within(self, labels: Tensor, classes: int) -> tuple[Tensor, Tensor]:
         """Labels moved into range, and how many of them that changed."""
