@@ -16,7 +16,7 @@ from bench.shapes import VIT_BASE
 from vitprune_fast import ops
 from vitprune_fast.planning import Plan
 from vitprune_fast.structure import describe
-from vitprune_fast.structure.index import Index
+from vitprune_fast.structure.reading import Reading
 from vitprune_fast.surgery.compaction import Compaction
 
 
@@ -103,7 +103,7 @@ def half_of_vit_base(place: Place) -> tuple[Any, Compaction]:
     structure = describe(model)
     axes = [axis for kind in ("head", "neuron") for axis in structure.units(kind)]
     plan = Plan.of(structure, {axis.name: half(axis.size).tolist() for axis in axes})
-    return model, Compaction(structure.tensors, Index(structure, plan))
+    return model, Compaction(structure.tensors, Reading(structure, plan))
 
 
 def one_by_one(sources, selections, out, cast: bool):

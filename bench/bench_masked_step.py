@@ -19,7 +19,6 @@ from vitprune_fast import SoftCompaction
 from vitprune_fast.planning import Plan, predict_cost
 from vitprune_fast.scoring.race import Entry
 from vitprune_fast.structure import describe
-from vitprune_fast.structure.index import Index
 from vitprune_fast.structure.paths import get
 
 OURS = "vitprune_fast: soft-compacted"
@@ -39,7 +38,6 @@ def half(structure: Any) -> Plan:
 
 def multiply(model: Any, structure: Any, plan: Plan) -> None:
     """Multiply heads and neurons by 0 or 1 where the next map reads them."""
-    index = Index(structure, {})
     for name, tap in structure.taps.items():
         axis = structure.axes[name]
         if axis.kind not in ("head", "neuron"):
@@ -47,7 +45,7 @@ def multiply(model: Any, structure: Any, plan: Plan) -> None:
         module = get(model, tap.module)
         units = torch.zeros(axis.size)
         units[plan[name]] = 1
-        columns = units[torch.from_numpy(index.owners(tap.dim, axis))]
+        columns = units[torch.from_numpy(tap.dim.owners(axis))]
         columns = columns.to(module.weight)
         module.register_forward_pre_hook(lambda _, args, mask=columns: (args[0] * mask,))
 

@@ -15,7 +15,8 @@ from torch.nn import functional as F
 import vitprune_fast as vp
 from vitprune_fast.integrations.torch_pruning import FisherImportance, TaylorImportance
 from vitprune_fast.structure import Structure
-from vitprune_fast.structure.axes import Axis, Tap, as_dim
+from vitprune_fast.structure.axes import Axis, as_dim
+from vitprune_fast.structure.table import Tap
 from vitprune_fast.testing import random_images, random_vit, randomise
 
 

@@ -14,7 +14,7 @@ from vitprune_fast.errors import InfeasibleBudget, InvalidInput
 from vitprune_fast.planning import Budget, Plan, cost, plan, predict_cost
 from vitprune_fast.planning.allocate import ALLOCATIONS, NORMALIZATIONS, macs_per_unit
 from vitprune_fast.scoring import Scores
-from vitprune_fast.structure import Structure, describe
+from vitprune_fast.structure import Group, Structure, describe
 from vitprune_fast.surgery import prune
 from vitprune_fast.testing import random_vit
 
@@ -164,9 +164,9 @@ def test_isomorphic_cuts_kinds_by_the_same_share() -> None:
 
 
 def test_per_mac_divides_by_what_a_unit_saves() -> None:
-    axis = STRUCTURE.axes["blocks.0.mlp.neurons"]
+    group = Group((STRUCTURE.axes["blocks.0.mlp.neurons"],))
     # a row of fc1 and a column of fc2 at five tokens of width 24
-    assert macs_per_unit(STRUCTURE, axis) == 2 * 5 * 24
+    assert macs_per_unit(STRUCTURE, group) == 2 * 5 * 24
 
 
 def test_lamp_scores_as_published() -> None:

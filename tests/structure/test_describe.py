@@ -16,7 +16,6 @@ from tests.work import counted
 from vitprune_fast.errors import InvalidInput, UnsupportedArchitecture
 from vitprune_fast.planning import cost, predict_cost
 from vitprune_fast.structure import describe
-from vitprune_fast.structure.index import Index
 from vitprune_fast.testing import SMALL, VITS, random_vit
 
 
@@ -70,13 +69,10 @@ def test_dims_shared_by_heads_under_a_qk_norm() -> None:
 
 def test_owners_name_the_unit_of_every_entry() -> None:
     structure = describe(random_vit(depth=1))
-    index = Index(structure, {})
     heads, v = structure.axes["blocks.0.attn.heads"], structure.axes["blocks.0.attn.v_dims"]
     rows = structure.tensors["blocks.0.attn.qkv.weight"][0]
-    assert index.owners(rows, heads).tolist() == [
-        h for _ in range(3) for h in (0, 1, 2) for _ in range(8)
-    ]
-    assert index.owners(rows, v).tolist() == [-1] * 48 + list(range(24))
+    assert rows.owners(heads).tolist() == [h for _ in range(3) for h in (0, 1, 2) for _ in range(8)]
+    assert rows.owners(v).tolist() == [-1] * 48 + list(range(24))
 
 
 @pytest.mark.parametrize("size", [(24, 40), (3, 24, 40)])

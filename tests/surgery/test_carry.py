@@ -20,8 +20,8 @@ from vitprune_fast import _extension
 from vitprune_fast.errors import InvalidInput
 from vitprune_fast.planning import Plan
 from vitprune_fast.structure import describe
-from vitprune_fast.structure.index import Index
 from vitprune_fast.structure.paths import put
+from vitprune_fast.structure.reading import Reading
 from vitprune_fast.surgery import mask, prune
 from vitprune_fast.surgery.compaction import Compaction
 from vitprune_fast.testing import random_images, random_vit
@@ -61,7 +61,7 @@ def test_moments_are_the_sliced_old_ones(make: Any) -> None:
     plan = heads_and_neurons(model)
     pruned, carried = prune(model, plan, optimizer)
     structure = describe(model)
-    compaction = Compaction(structure.tensors, Index(structure, plan))
+    compaction = Compaction(structure.tensors, Reading(structure, plan))
     new = dict(pruned.named_parameters())
     for name, parameter in model.named_parameters():
         old_state, state = optimizer.state[parameter], carried.state[new[name]]
@@ -91,7 +91,7 @@ def test_training_goes_on_as_that_of_the_masked_model() -> None:
         model(images).square().mean().backward()
     optimizer.step()
     structure = describe(model)
-    compaction = Compaction(structure.tensors, Index(structure, plan))
+    compaction = Compaction(structure.tensors, Reading(structure, plan))
     new = dict(pruned.named_parameters())
     for name, parameter in model.named_parameters():
         want = compaction([(name, parameter)])[0]
@@ -250,6 +250,6 @@ def test_one_call_moves_everything_that_lies_on_a_gpu(monkeypatch: pytest.Monkey
 def test_rows_are_never_one_long_line() -> None:
     """A block of a GPU takes whole rows, so a position embedding must not be a single one."""
     structure = describe(random_vit())
-    compaction = Compaction(structure.tensors, Index(structure, Plan.of(structure)))
+    compaction = Compaction(structure.tensors, Reading(structure, Plan.of(structure)))
     selection = compaction.table.selections[compaction.entry("pos_embed")]
     assert selection.shape == (5, 24)

@@ -12,7 +12,7 @@ from tests.surgery.test_carry import heads_and_neurons
 from vitprune_fast.errors import InvalidInput
 from vitprune_fast.planning import Plan
 from vitprune_fast.structure import describe
-from vitprune_fast.structure.index import Index
+from vitprune_fast.structure.reading import Reading
 from vitprune_fast.surgery import Calibration, calibrate, compensate, mask, prune
 from vitprune_fast.testing import random_images, random_vit
 
@@ -54,14 +54,14 @@ def test_least_squares_is_the_least(ridge: float) -> None:
     """Against torch's own solver, on the rows of the data and of the ridge."""
     model = random_vit()
     batches, plan = batches_of(model), heads_and_neurons(model)
-    index = Index(describe(model), plan)
+    reading = Reading(describe(model), plan)
     calibration = calibrate(model, batches)
     for path in ("blocks.0.attn.proj", "blocks.1.mlp.fc2"):
         name, linear = path.rpartition(".")[0], model.get_submodule(path)
         read = read_by(model, path, batches)
         inner = next(w.inner for w in describe(model).writes() if w.name == name)
         assert inner is not None
-        kept = torch.from_numpy(index.kept_positions(inner))
+        kept = torch.from_numpy(reading.kept_positions(inner))
         centred = read - read.mean(0)
         strength = math.sqrt(ridge * float(centred[:, kept].square().mean()) * len(read))
         old = linear.weight.detach().clone()

@@ -14,7 +14,7 @@ from tests.surgery.test_carry import Moved, heads_and_neurons
 from vitprune_fast.errors import InvalidInput
 from vitprune_fast.planning import Plan
 from vitprune_fast.structure import describe
-from vitprune_fast.structure.index import Index
+from vitprune_fast.structure.reading import Reading
 from vitprune_fast.surgery import SoftCompaction, mask, prune
 from vitprune_fast.testing import VITS, random_images, random_vit
 
@@ -23,13 +23,13 @@ def loss_of(model: Any, images: torch.Tensor) -> torch.Tensor:
     return model(images).square().mean()
 
 
-def kept_entries(structure: Any, index: Index, name: str) -> torch.Tensor:
+def kept_entries(structure: Any, reading: Reading, name: str) -> torch.Tensor:
     """True where an entry of a tensor is live."""
     layout = structure.tensors[name]
     live = torch.ones([dim.length() for dim in layout], dtype=torch.bool)
     for axis, dim in enumerate(layout):
         one = torch.zeros(dim.length(), dtype=torch.bool)
-        one[torch.from_numpy(index.kept_positions(dim))] = True
+        one[torch.from_numpy(reading.kept_positions(dim))] = True
         live &= one.view(*(-1 if a == axis else 1 for a in range(len(layout))))
     return live
 
@@ -50,10 +50,10 @@ def test_logits_and_gradients_are_those_of_the_masked_model(config: str, kind: s
         want = model(images)
         want.square().mean().backward()
     assert (got - want).abs().max() <= 1e-12 * max(1, float(want.detach().abs().max()))
-    index = Index(structure, plan, plan.removed)
+    reading = Reading(structure, plan)
     largest = max(float(p.grad.abs().max()) for p in model.parameters() if p.grad is not None)
     for name, parameter in model.named_parameters():
-        live, gradient = kept_entries(structure, index, name), gradients[name]
+        live, gradient = kept_entries(structure, reading, name), gradients[name]
         wanted: Any = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
         if gradient is None:
             # nothing of it is left, or what is left has no effect
@@ -108,10 +108,10 @@ def test_training_is_that_of_the_masked_model_and_units_come_back() -> None:
         soft.scatter()
         with mask(twin, plan):
             loss_of(twin, images).backward()
-            index = Index(describe(twin), plan, plan.removed)
+            reading = Reading(describe(twin), plan)
             for name, parameter in twin.named_parameters():
                 assert parameter.grad is not None
-                parameter.grad[~kept_entries(describe(twin), index, name)] = 0
+                parameter.grad[~kept_entries(describe(twin), reading, name)] = 0
         for optimizer in optimizers:
             optimizer.step()
     for (name, got), want in zip(model.named_parameters(), twin.parameters(), strict=True):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import torch
@@ -12,7 +12,9 @@ from torch import Tensor, nn
 from ..errors import InvalidInput
 from ..planning.budget import Budget
 from ..planning.cost import predict_cost
-from ..structure import Axis, Dim, Structure
+from ..structure import Dim, Structure
+from ..structure.reading import Reading
+from ..structure.terms import Home, Polynomial
 from .module import Gates
 
 
@@ -49,114 +51,46 @@ def _check_openness(structure: Structure, openness: Mapping[str, Tensor]) -> Non
             )
 
 
-# products of stored widths, by the names of their axes, and the factor of each
-Terms = dict[tuple[str, ...], int]
-
-
 class _MacRatio:
-    """The polynomial, multiplied out once for the axes that are gated."""
+    """The polynomial in the axes that are gated, with all others worked in."""
 
-    def __init__(self, structure: Structure, gated: Mapping[str, Tensor]):
+    def __init__(self, structure: Structure, gated: Collection[str]):
         self._structure = structure
-        self._full = predict_cost(structure).macs
+        full = Reading(structure)
+        self._full = full.macs
         # a gated head dim also moves the width that others of its box are stored at
-        self._boxes = {
-            axis.name: next((box for box in structure.boxes if axis in box), (axis,))
-            for axis in structure.axes.values()
-        }
-        self._varying = {
-            name for name, box in self._boxes.items() if any(a.name in gated for a in box)
-        }
-        self._terms: dict[Dim | None, Terms] = {}
-        for work in structure.work:
-            terms: Terms = {(): work.positions}
-            for dim in work.dims:
-                terms = _product(terms, self._expanded(dim))
-            sums = self._terms.setdefault(self._watched(work.module, gated), {})
+        boxes = [box for box in structure.boxes if any(axis.name in gated for axis in box)]
+        varying = {*gated, *(axis.name for box in boxes for axis in box)}
+        self._terms: dict[Dim | None, Polynomial] = {}
+        for home, terms in structure.mac_terms.over(varying, full.extent).items():
+            sums = self._terms.setdefault(_watched(structure, home, gated), {})
             for names, factor in terms.items():
                 sums[names] = sums.get(names, 0) + factor
 
-    def _expanded(self, dim: Dim) -> Terms:
-        terms: Terms = {}
-        for part in dim.parts:
-            varying = [f for f in part if isinstance(f, Axis) and f.name in self._varying]
-            constant = tuple(f for f in part if f not in varying)
-            names = tuple(sorted(f.name for f in varying))
-            terms[names] = terms.get(names, 0) + Dim((constant,)).length()
-        return terms
-
-    def _watched(self, module: str, gated: Mapping[str, Tensor]) -> Dim | None:
-        """What the branch of a module computes with, where it may die without losing its heads."""
-        for write in self._structure.writes():
-            if write.inner is not None and f"{module}.".startswith(f"{write.name}."):
-                factors = [f for part in write.inner.parts for f in part if isinstance(f, Axis)]
-                by_dims = any(f.parent is not None and f.name in gated for f in factors)
-                return write.inner if by_dims else None
-        return None
-
     def __call__(self, openness: Mapping[str, Tensor]) -> Tensor:
         wide = {name: value.double() for name, value in openness.items()}
-        widths = {name: self._stored(name, wide) for name in sorted(self._varying)}
+        reading = Reading.of_openness(self._structure, wide)
         total = next(iter(wide.values())).new_zeros(())
         for inner, terms in self._terms.items():
             macs = total.new_zeros(())
             for names, factor in terms.items():
-                macs = macs + factor * math.prod(widths[name] for name in names)
-            # with all its dims gone the branch goes, though a head stores one of them at least
-            alive = 1 if inner is None else (self._useful(inner, wide) > 0).double()
-            total = total + macs * alive
+                macs = macs + factor * math.prod(reading.extent[name] for name in names)
+            if inner is not None:
+                with torch.no_grad():
+                    # a head stores one of its dims at least, also when its branch goes with them
+                    alive = (reading.useful(inner) > 0).double()
+                macs = macs * alive
+            total = total + macs
         return total / self._full
 
-    def _stored(self, name: str, wide: Mapping[str, Tensor]) -> Tensor:
-        """The width of an axis in the tensors; for head dims that of the widest live head."""
-        box = self._boxes[name]
-        if len(box) == 1:
-            return wide[name].sum()
-        widest = [self._per_parent(axis, wide).amax() for axis in box]
-        return torch.stack(widest).amax().clamp(min=1)
 
-    def _per_parent(self, axis: Axis, wide: Mapping[str, Tensor]) -> Tensor:
-        open_ = wide.get(axis.name)
-        if open_ is None:
-            open_ = next(iter(wide.values())).new_ones(axis.size)
-        if axis.parent is None:
-            return open_.sum().view(1)
-        counts = open_.view(axis.parent.size, axis.width).sum(1)
-        parent = wide.get(axis.parent.name)
-        return counts if parent is None else counts.where(parent > 0, 0.0)
-
-    @torch.no_grad()
-    def _useful(self, dim: Dim, wide: Mapping[str, Tensor]) -> Tensor:
-        """Entries of a dimension that hold a kept unit."""
-        total = next(iter(wide.values())).new_zeros(())
-        for part in dim.parts:
-            children = [f for f in part if isinstance(f, Axis) and f.parent is not None]
-            parents = {child.parent for child in children}
-            count: Any = 1
-            for factor in part:
-                if isinstance(factor, int):
-                    count = count * factor
-                elif factor in parents:
-                    own = wide.get(factor.name)
-                    each = total.new_ones(factor.size) if own is None else own
-                    for child in children:
-                        if child.parent == factor:
-                            each = each * self._per_parent(child, wide)
-                    count = count * each.sum()
-                elif factor.parent is None:
-                    own = wide.get(factor.name)
-                    count = count * (factor.size if own is None else own.sum())
-            total = total + count
-        return total
-
-
-def _product(a: Terms, b: Terms) -> Terms:
-    product: Terms = {}
-    for left, x in a.items():
-        for right, y in b.items():
-            names = tuple(sorted((*left, *right)))
-            product[names] = product.get(names, 0) + x * y
-    return product
+def _watched(structure: Structure, home: Home, gated: Collection[str]) -> Dim | None:
+    """What a branch computes with, where it may die without losing its heads."""
+    for write in structure.writes():
+        if home == (write.name, True) and write.inner is not None:
+            by_dims = any(axis.parent and axis.name in gated for axis in write.inner.axes)
+            return write.inner if by_dims else None
+    return None
 
 
 class BudgetLoss(nn.Module):

@@ -87,9 +87,9 @@ def _above(gates: Gates, threshold: float, min_units: int) -> Plan:
         if min_units:
             stays = stays | _best(_ranking(gates, name), axis, min_units)
         stay[name] = stays
-    for group in gates.structure.twins():
-        gated = [stay[axis.name] for axis in group if axis.name in stay]
-        stay |= {axis.name: torch.stack(gated).any(0) for axis in group if gated}
+    for group in gates.structure.groups:
+        gated = [stay[name] for name in group.names if name in stay]
+        stay |= {name: torch.stack(gated).any(0) for name in group.names if gated}
     return Plan.of(gates.structure, {n: s.nonzero().flatten().tolist() for n, s in stay.items()})
 
 

@@ -20,8 +20,8 @@ from .. import ops
 from ..errors import InvalidInput
 from ..scoring.fused import activation_of, has_mask, is_plain_attention, is_plain_mlp, packed_qkv
 from ..structure import Axis, Structure
-from ..structure.axes import Tap
 from ..structure.paths import get
+from ..structure.table import Tap
 from .columns import gate_columns
 
 

@@ -2,36 +2,31 @@
 
 from __future__ import annotations
 
-from ..structure.axes import Axis, Dim, Write, as_dim
-from ..structure.table import Table
+from ..structure.axes import Axis, Dim
+from ..structure.builder import Builder
 
 # what reaches the output projection of a branch, and the path of that projection
 Inner = tuple[Axis | Dim, str]
 
 
-def branch(t: Table, path: str, inner: Inner, embed: Axis, norm: str, gain: str = "") -> None:
+def branch(
+    t: Builder,
+    path: str,
+    embed: Axis,
+    kind: str,
+    inner: Inner,
+    norm: str,
+    gain: str = "",
+) -> None:
     """``x + gain * out(core(norm(x)))``; ``gain`` is the path of a LayerScale's weight."""
     what, out = inner
-    if gain:
-        t.tensor(gain, embed)
-    # last the module whose output is added to the stream; a dropout behind it may serve others too
-    helpers = (norm, gain.rpartition(".")[0] or out)
-    t.structure.stream.append(
-        Write(path, (f"{out}.bias",), f"{out}.weight", gain or None, None, as_dim(what), helpers)
-    )
+    # a dropout behind what is added to the stream may serve others too
+    drop = gain.rpartition(".")[0] or out
+    t.branch(path, embed, kind, what, out=out, norm=norm, gain=gain, drop=drop)
     t.reader(embed, path, norm)
 
 
-def branch_axes(t: Table) -> None:
-    """Axes of whole branches and blocks; every block holds its attention, then its MLP."""
-    held = t.structure.blocks.values()
-    for kind, paths in (("attn", [a for a, _ in held]), ("mlp", [m for _, m in held])):
-        t.axis(f"{kind}_branches", len(paths), f"{kind}_branch")
-        t.structure.branches[f"{kind}_branches"] = tuple(paths)
-    t.axis("blocks", len(held), "block")
-
-
-def attention_axes(t: Table, path: str, heads: int, head_dim: int) -> tuple[Axis, Axis, Axis]:
+def attention_axes(t: Builder, path: str, heads: int, head_dim: int) -> tuple[Axis, Axis, Axis]:
     """Heads, and the q/k and v dims of each."""
     parent = t.axis(f"{path}.heads", heads, "head")
     qk = t.axis(f"{path}.qk_dims", heads * head_dim, "qk_dim", parent)

@@ -7,8 +7,7 @@ from torch import Tensor, nn
 
 from ..errors import InvalidInput
 from ..scoring import Scores
-from ..structure.axes import Structure
-from ..structure.index import Index
+from ..structure import Structure
 from ..structure.paths import get
 from .models import structure_of
 
@@ -47,7 +46,6 @@ def importance_scores(
             f"got an axis {unknown[0]!r} that it does not have"
         )
     axes = [structure.axes[name] for name in scores]
-    index = Index(structure, {})
     found: dict[tuple[nn.Module, str], Tensor] = {}
     for path, weight in model.named_parameters():
         layout = structure.tensors.get(path, ())
@@ -59,7 +57,7 @@ def importance_scores(
             values = torch.cat([scores.ranking(axis.name), torch.tensor([torch.inf]).double()])
             for at, dim in enumerate(layout):
                 # -1, no unit of this axis, reads the infinity at the end
-                own = values[torch.from_numpy(index.owners(dim, axis))]
+                own = values[torch.from_numpy(dim.owners(axis))]
                 shape = [-1 if d == at else 1 for d in range(weight.ndim)]
                 importance = importance.minimum(own.view(shape))
         if importance.isfinite().any():

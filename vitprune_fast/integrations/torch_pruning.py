@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from ..errors import BackendUnavailable, InvalidInput, UnsupportedArchitecture
 from ..scoring import Scores
-from ..structure.axes import Axis, Dim, Structure
+from ..structure import Axis, Dim, Structure
 from ..structure.paths import get, put
 from .models import scorer_of, structure_of
 

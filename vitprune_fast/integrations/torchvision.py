@@ -18,10 +18,11 @@ from torch.nn import functional as F
 from .. import scoring
 from ..errors import UnsupportedArchitecture
 from ..scoring import Scores
-from ..structure.axes import Axis, Structure
+from ..structure.axes import Axis
+from ..structure.builder import Builder
 from ..structure.paths import get
-from ..structure.table import Table
-from .layout import Inner, attention_axes, branch, branch_axes
+from ..structure.table import Structure
+from .layout import Inner, attention_axes, branch
 
 __all__ = ["score", "units", "visible_attention"]
 
@@ -78,14 +79,14 @@ def units(model: nn.Module) -> Structure:
             "integrations.torchvision: model must be a torchvision VisionTransformer, "
             f"got {type(model).__name__}"
         )
-    t = Table(model, "torchvision VisionTransformer", (3, model.image_size, model.image_size))
+    t = Builder(model, "torchvision VisionTransformer", (3, model.image_size, model.image_size))
     embed = t.axis("embed", model.hidden_dim, "embed")
     t.tensor("class_token", 1, ..., embed)
     t.tensor("encoder.pos_embedding", 1, ..., embed)
     # the last convolution of a stem writes the stream, the only one of a plain patch embedding
     patches = "conv_proj" if isinstance(model.conv_proj, nn.Conv2d) else "conv_proj.conv_last"
     t.linear(patches, embed, get(model, patches).in_channels, model.seq_length - 1)
-    t.stem("encoder.pos_embedding")
+    t.stem(embed, "encoder.pos_embedding")
     for name, block in model.encoder.layers.named_children():
         _block(t, f"encoder.layers.{name}", block, embed, model.seq_length)
     t.norm("encoder.ln", embed)
@@ -94,11 +95,11 @@ def units(model: nn.Module) -> Structure:
     if isinstance(first, nn.Linear):
         t.linear(path, first.out_features, embed, 1)
     t.reader(embed, "heads", "encoder.ln")
-    branch_axes(t)
+    t.branch_axes()
     return t.structure
 
 
-def _block(t: Table, path: str, block: Any, embed: Axis, tokens: int) -> None:
+def _block(t: Builder, path: str, block: Any, embed: Axis, tokens: int) -> None:
     from torchvision.models.vision_transformer import EncoderBlock, MLPBlock
 
     if type(block) is not EncoderBlock or type(block.mlp) is not MLPBlock:
@@ -106,14 +107,15 @@ def _block(t: Table, path: str, block: Any, embed: Axis, tokens: int) -> None:
             f"integrations.torchvision: {path} must be an EncoderBlock with an MLPBlock, "
             f"got {type(block).__name__}"
         )
-    for core, leaf, norm in ((_attention, "self_attention", "ln_1"), (_mlp, "mlp", "ln_2")):
+    attn = ("attn_branch", _attention, "self_attention", "ln_1")
+    for kind, core, leaf, norm in (attn, ("mlp_branch", _mlp, "mlp", "ln_2")):
         t.norm(f"{path}.{norm}", embed)
         inner = core(t, f"{path}.{leaf}", embed, tokens)
-        branch(t, f"{path}.{leaf}", inner, embed, f"{path}.{norm}")
+        branch(t, f"{path}.{leaf}", embed, kind, inner, f"{path}.{norm}")
     t.structure.blocks[path] = (f"{path}.self_attention", f"{path}.mlp")
 
 
-def _attention(t: Table, path: str, embed: Axis, tokens: int) -> Inner:
+def _attention(t: Builder, path: str, embed: Axis, tokens: int) -> Inner:
     """Packed q, k and v of one head_dim."""
     module = get(t.model, path)
     plain = (
@@ -143,7 +145,7 @@ def _attention(t: Table, path: str, embed: Axis, tokens: int) -> Inner:
     return heads * v, f"{path}.out_proj"
 
 
-def _mlp(t: Table, path: str, embed: Axis, tokens: int) -> Inner:
+def _mlp(t: Builder, path: str, embed: Axis, tokens: int) -> Inner:
     """Linear, GELU, dropout, Linear, dropout in one Sequential."""
     neurons = t.axis(f"{path}.neurons", get(t.model, f"{path}.3").in_features, "neuron")
     t.linear(f"{path}.0", neurons, embed, tokens)

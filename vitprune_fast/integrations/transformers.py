@@ -17,10 +17,11 @@ from torch import Tensor, nn
 from .. import scoring
 from ..errors import UnsupportedArchitecture
 from ..scoring import Scores
-from ..structure.axes import Axis, Structure
+from ..structure.axes import Axis
+from ..structure.builder import Builder
 from ..structure.paths import get
-from ..structure.table import Table
-from .layout import Inner, attention_axes, branch, branch_axes
+from ..structure.table import Structure
+from .layout import Inner, attention_axes, branch
 
 __all__ = ["score", "units"]
 
@@ -139,14 +140,14 @@ def units(model: nn.Module) -> Structure:
     registers = get(model, f"{embeddings}.register_tokens")
     tokens = positions.shape[1] + (0 if registers is None else registers.shape[1])
 
-    t = Table(model, kind.__name__, (config.num_channels, height, width))
+    t = Builder(model, kind.__name__, (config.num_channels, height, width))
     embed = t.axis("embed", patches.projection.out_channels, "embed")
     for name in ("cls_token", "distillation_token", "register_tokens", "position_embeddings"):
         t.tensor(f"{embeddings}.{name}", 1, ..., embed)
     t.linear(
         f"{embeddings}.patch_embeddings.projection", embed, config.num_channels, patches.num_patches
     )
-    t.stem(f"{embeddings}.position_embeddings")
+    t.stem(embed, f"{embeddings}.position_embeddings")
     (name,) = _names(model, family.base, _BLOCKS)
     blocks = f"{family.base}.{name}"
     for i in range(len(get(model, blocks))):
@@ -157,7 +158,7 @@ def units(model: nn.Module) -> Structure:
         read = embed + embed if family.reads == 2 else embed
         t.linear(name, outputs, read, 1)
     t.reader(embed, family.base, f"{family.base}.layernorm")
-    branch_axes(t)
+    t.branch_axes()
     return t.structure
 
 
@@ -173,18 +174,19 @@ def _names(model: nn.Module, path: str, rows: Sequence[tuple[str, ...]]) -> tupl
     )
 
 
-def _block(t: Table, path: str, family: _Family, embed: Axis, tokens: int) -> None:
+def _block(t: Builder, path: str, family: _Family, embed: Axis, tokens: int) -> None:
     """Attention and MLP, each behind a norm and before a LayerScale, where there is one."""
     branches = []
-    for core, norm, gain in zip((_attention, _mlp), family.norms, family.gains, strict=True):
+    parts = (("attn_branch", _attention), ("mlp_branch", _mlp))
+    for (kind, core), norm, gain in zip(parts, family.norms, family.gains, strict=True):
         t.norm(f"{path}.{norm}", embed)
         name, inner = core(t, path, embed, tokens)
-        branch(t, name, inner, embed, f"{path}.{norm}", f"{path}.{gain}" if gain else "")
+        branch(t, name, embed, kind, inner, f"{path}.{norm}", f"{path}.{gain}" if gain else "")
         branches.append(name)
     t.structure.blocks[path] = tuple(branches)
 
 
-def _attention(t: Table, block: str, embed: Axis, tokens: int) -> tuple[str, Inner]:
+def _attention(t: Builder, block: str, embed: Axis, tokens: int) -> tuple[str, Inner]:
     """Separate projections, one head_dim for q, k and v."""
     path = f"{block}.attention"
     q, k, v, out, *sizes = (f"{path}.{name}" for name in _names(t.model, path, _ATTENTIONS))
@@ -200,7 +202,7 @@ def _attention(t: Table, block: str, embed: Axis, tokens: int) -> tuple[str, Inn
     return path, (heads * v_dims, out)
 
 
-def _mlp(t: Table, block: str, embed: Axis, tokens: int) -> tuple[str, Inner]:
+def _mlp(t: Builder, block: str, embed: Axis, tokens: int) -> tuple[str, Inner]:
     """Two Linears, or those of a SwiGLU, whose gate and value may be packed into one."""
     *first, last = (f"{block}.{name}" for name in _names(t.model, block, _MLPS))
     path = first[0].rpartition(".")[0]

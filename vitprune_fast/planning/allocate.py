@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
+from bisect import bisect_left
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import chain
+from itertools import chain, pairwise
+from operator import neg
 from typing import Literal
 
 import numpy as np
@@ -13,9 +15,10 @@ from torch import nn
 
 from ..errors import InfeasibleBudget, InvalidInput
 from ..scoring.scores import Scores
-from ..structure import Axis, Structure, describe
+from ..structure import Axis, Group, Structure, describe
+from ..structure.reading import Reading
 from .budget import Budget
-from .cost import Cost, predict_cost
+from .cost import predict_cost
 from .plan import Plan
 
 NORMALIZATIONS = (
@@ -101,9 +104,9 @@ def plan(
         raise InvalidInput(
             f"plan: normalization must be one of {', '.join(NORMALIZATIONS)}, got {normalization!r}"
         )
-    groups = _scored_axes(structure, scores, units)
-    axes = [group[0] for group in groups]
-    raw = {group[0].name: _ranking(scores, group) for group in groups}
+    groups = _scored_groups(structure, scores, units)
+    axes = [group.first for group in groups]
+    raw = {group.first.name: _ranking(scores, group) for group in groups}
     ladders = [
         _ladder(group, raw, _per_kind("min_units", min_units, axis), _step(round_to, axis))
         for group, axis in zip(groups, axes, strict=True)
@@ -120,21 +123,30 @@ def plan(
         counts = _uniform(structure, ladders, budget)
     else:
         counts = _global(structure, ladders, values, budget)
-    units_kept = [ladder.keep(n) for ladder, n in zip(ladders, counts, strict=True)]
-    return Plan.of(structure, _kept(ladders, units_kept))
+    return Plan.of(
+        structure,
+        {
+            name: ladder.keep(count)
+            for ladder, count in zip(ladders, counts, strict=True)
+            for name in ladder.group.names
+        },
+    )
 
 
 @dataclass(frozen=True)
 class _Ladder:
-    """The counts an axis may keep, falling, and the order its units go in."""
+    """Allowed kept-counts (descending) and removal order of axes that keep the same units."""
 
-    axis: Axis
-    # of this axis, and of those whose parameters are tied to its own
-    names: tuple[str, ...]
+    group: Group
     # unit numbers, least important first
     order: np.ndarray
     # allowed numbers of kept units, from all of them down to the minimum
     rungs: tuple[int, ...]
+
+    @property
+    def axis(self) -> Axis:
+        """The one that stands for all."""
+        return self.group.first
 
     def keep(self, count: int) -> list[int]:
         """The ``count`` best units, sorted by number."""
@@ -142,17 +154,21 @@ class _Ladder:
 
     def at_share(self, share: float) -> int:
         """The allowed count nearest to a share of the axis, the larger one on a tie."""
-        return min(self.rungs, key=lambda n: (abs(n - share * self.axis.size), -n))
+        wanted = share * self.axis.size
+        # the rungs fall, so that only those around the first one below may be nearest
+        below = bisect_left(self.rungs, -wanted, key=neg)
+        near = self.rungs[max(below - 1, 0) : below + 1]
+        return min(near, key=lambda n: (abs(n - wanted), -n))
 
 
-def _ranking(scores: Scores, group: Sequence[Axis]) -> np.ndarray:
+def _ranking(scores: Scores, group: Group) -> np.ndarray:
     """What ranks the units of axes that keep the same ones."""
-    rankings = [scores.ranking(axis.name).numpy() for axis in group if axis.name in scores]
+    rankings = [scores.ranking(name).numpy() for name in group.names if name in scores]
     return np.sum(rankings, axis=0)
 
 
-def _ladder(group: Sequence[Axis], raw: Mapping[str, np.ndarray], least: int, step: int) -> _Ladder:
-    axis = group[0]
+def _ladder(group: Group, raw: Mapping[str, np.ndarray], least: int, step: int) -> _Ladder:
+    axis = group.first
     ranking = raw[axis.name]
     # a stable sort, and among equals the highest number goes first, so the lowest ones stay
     order = np.argsort(ranking[::-1], kind="stable")
@@ -160,17 +176,10 @@ def _ladder(group: Sequence[Axis], raw: Mapping[str, np.ndarray], least: int, st
     least = min(axis.size, math.ceil(least / step) * step)
     below = range(axis.size // step * step, -1, -step)
     rungs = (axis.size, *(n for n in below if least <= n < axis.size))
-    return _Ladder(axis, tuple(each.name for each in group), order, rungs)
+    return _Ladder(group, order, rungs)
 
 
-def _kept(ladders: Sequence[_Ladder], units: Sequence[Sequence[int]]) -> dict[str, Sequence[int]]:
-    """The units every axis keeps, tied axes included."""
-    return {name: own for ladder, own in zip(ladders, units, strict=True) for name in ladder.names}
-
-
-def _scored_axes(
-    structure: Structure, scores: Scores, units: Sequence[str]
-) -> list[tuple[Axis, ...]]:
+def _scored_groups(structure: Structure, scores: Scores, units: Sequence[str]) -> list[Group]:
     """The axes to cut, each with those that keep the same units."""
     if isinstance(units, str) or not set(units) <= set(PLANNED_KINDS) or not units:
         raise InvalidInput(
@@ -193,9 +202,8 @@ def _scored_axes(
         raise InvalidInput(
             f"plan: scores must cover a unit kind of {', '.join(units)}, got {', '.join(kinds)}"
         )
-    groups = {axis.name: group for group in structure.twins() for axis in group}
-    # a dict, since the axes of a group all lead to it
-    return list(dict.fromkeys(groups.get(axis.name, (axis,)) for axis in axes))
+    names = {axis.name for axis in axes}
+    return [group for group in structure.groups if names.intersection(group.names)]
 
 
 def _per_kind(argument: str, value: PerKind, axis: Axis) -> int:
@@ -271,17 +279,15 @@ def _global(
         else:
             low = middle + 1
     counts = _after(ladders, drops[:low])
-    slack = budget.limit(predict_cost(structure)) - cost_of(counts)
-    blocked: set[int] = set()
-    for i, rung in reversed(drops[:low]):
+    limit, blocked = budget.limit(predict_cost(structure)), set[int]()
+    for i, rung in reversed(drops[:low].tolist()):
         # a step may come back only after the better ones of its axis
         if i in blocked:
             continue
         more = list(counts)
         more[i] = ladders[i].rungs[rung - 1]
-        gain = cost_of(more) - cost_of(counts)
-        if gain <= slack:
-            counts, slack = more, slack - gain
+        if cost_of(more) <= limit:
+            counts = more
         else:
             blocked.add(i)
             if len(blocked) == len(ladders):
@@ -291,26 +297,33 @@ def _global(
 
 def _drops(
     ladders: Sequence[_Ladder], values: Mapping[str, np.ndarray], members: Sequence[int] | range
-) -> list[tuple[int, int]]:
-    """Steps down the ladders (axis, rung reached) in the order they are taken."""
-    steps = []
+) -> np.ndarray:
+    """Steps down the ladders in the order they are taken, (steps, 2): axis, rung reached."""
+    heights, steps = [np.empty(0)], [np.empty((0, 2), dtype=np.int64)]
     for i in members:
         ladder = ladders[i]
-        ranked = values[ladder.axis.name][ladder.order]
-        highest = -math.inf
-        for rung in range(1, len(ladder.rungs)):
-            gone = slice(len(ranked) - ladder.rungs[rung - 1], len(ranked) - ladder.rungs[rung])
-            # a normalisation may break the order within an axis: a step waits for those below it
-            highest = max(highest, float(ranked[gone].mean()))
-            steps.append((highest, -i, rung))
-    return [(-i, rung) for _, i, rung in sorted(steps)]
+        means = _means(values[ladder.axis.name][ladder.order], ladder.rungs)
+        # a normalisation may break the order within an axis: a step waits for those below it
+        heights.append(np.maximum.accumulate(means))
+        rungs = np.arange(1, len(ladder.rungs))
+        steps.append(np.stack([np.full_like(rungs, i), rungs], axis=1))
+    height, step = np.concatenate(heights), np.concatenate(steps)
+    # on a tie the last axis goes first, and every axis goes down in order
+    return step[np.lexsort((step[:, 1], -step[:, 0], height))]
 
 
-def _after(ladders: Sequence[_Ladder], drops: Sequence[tuple[int, int]]) -> list[int]:
-    counts = [ladder.axis.size for ladder in ladders]
-    for i, rung in drops:
-        counts[i] = ladders[i].rungs[rung]
-    return counts
+def _means(ranked: np.ndarray, rungs: Sequence[int]) -> np.ndarray:
+    """Mean value of the units that each step takes."""
+    if rungs == tuple(range(rungs[0], rungs[-1] - 1, -1)):
+        return ranked[: len(rungs) - 1]
+    ends = [len(ranked) - rung for rung in rungs]
+    return np.array([ranked[a:b].mean() for a, b in pairwise(ends)])
+
+
+def _after(ladders: Sequence[_Ladder], drops: np.ndarray) -> list[int]:
+    """What every axis keeps after some first steps."""
+    taken = np.bincount(drops[:, 0], minlength=len(ladders))
+    return [ladder.rungs[rung] for ladder, rung in zip(ladders, taken.tolist(), strict=True)]
 
 
 def _drop_share(
@@ -321,12 +334,12 @@ def _drop_share(
     share: float,
 ) -> None:
     """Drop steps of the member axes until no more than the share of their units is left."""
-    total = sum(ladders[i].axis.size * len(ladders[i].names) for i in members)
+    total = sum(ladders[i].axis.size * len(ladders[i].group.axes) for i in members)
     left, goal = total, round(share * total)
-    for i, rung in _drops(ladders, values, members):
+    for i, rung in _drops(ladders, values, members).tolist():
         if left <= goal:
             break
-        left -= (counts[i] - ladders[i].rungs[rung]) * len(ladders[i].names)
+        left -= (counts[i] - ladders[i].rungs[rung]) * len(ladders[i].group.axes)
         counts[i] = ladders[i].rungs[rung]
 
 
@@ -355,14 +368,11 @@ def _cost_of_counts(
 
     Which units an axis keeps does not change the cost, except where their number reaches zero.
     """
-    cache: dict[tuple[int, ...], int] = {}
 
-    def cost_of(counts: list[int]) -> int:
-        key = tuple(counts)
-        if key not in cache:
-            kept = _kept(ladders, [range(n) for n in counts])
-            cache[key] = getattr(predict_cost(structure, Plan.of(structure, kept)), measure)
-        return cache[key]
+    def cost_of(counts: Sequence[int]) -> int:
+        named = zip(ladders, counts, strict=True)
+        kept = {name: count for ladder, count in named for name in ladder.group.names}
+        return getattr(Reading.of_counts(structure, kept), measure)
 
     return cost_of
 
@@ -370,7 +380,7 @@ def _cost_of_counts(
 def _normalised(
     structure: Structure,
     raw: dict[str, np.ndarray],
-    groups: Sequence[tuple[Axis, ...]],
+    groups: Sequence[Group],
     normalization: str,
     latency_saved: Mapping[str, float] | None,
     latency_weight: float,
@@ -378,9 +388,9 @@ def _normalised(
     if normalization == "none":
         return raw
     if normalization == "isomorphic":
-        return _share_ranks([group[0] for group in groups], raw)
+        return _share_ranks([group.first for group in groups], raw)
     if normalization == "per_mac":
-        saved = {group[0].name: macs_per_unit(structure, *group) for group in groups}
+        saved = {group.first.name: macs_per_unit(structure, group) for group in groups}
         return {name: value / saved[name] for name, value in raw.items()}
     if normalization == "mean_per_group":
         return {name: value / (value.mean() or 1.0) for name, value in raw.items()}
@@ -389,13 +399,13 @@ def _normalised(
     unit = {name: value / (np.linalg.norm(value) or 1.0) for name, value in raw.items()}
     if normalization == "l2_per_layer":
         return unit
-    twins = {group[0].name: [axis.name for axis in group] for group in groups}
-    if latency_saved is None or {*chain(*twins.values())} - latency_saved.keys():
+    names = {group.first.name: group.names for group in groups}
+    if latency_saved is None or {*chain(*names.values())} - latency_saved.keys():
         raise InvalidInput(
             "plan: latency_saved must give the seconds one unit of every scored axis saves for the "
             f"normalization 'latency', got {'none' if latency_saved is None else 'fewer axes'}"
         )
-    saved = {name: sum(latency_saved[twin] for twin in twins[name]) for name in unit}
+    saved = {name: sum(latency_saved[each] for each in names[name]) for name in unit}
     return {name: value - latency_weight * saved[name] for name, value in unit.items()}
 
 
@@ -422,8 +432,7 @@ def _lamp(value: np.ndarray) -> np.ndarray:
     return result
 
 
-def macs_per_unit(structure: Structure, *axes: Axis) -> float:
-    """Multiply-accumulates that one unit of an axis, or of tied axes, accounts for."""
-    without = Plan.of(structure, {axis.name: range(1, axis.size) for axis in axes})
-    full: Cost = predict_cost(structure)
-    return float(max(full.macs - predict_cost(structure, without).macs, 1))
+def macs_per_unit(structure: Structure, group: Group) -> float:
+    """Multiply-accumulates that one unit of axes that keep the same ones accounts for."""
+    without = Reading.of_counts(structure, dict.fromkeys(group.names, group.first.size - 1))
+    return float(max(Reading.of_counts(structure, {}).macs - without.macs, 1))

@@ -10,7 +10,7 @@ from typing import Any
 
 from ..errors import DamagedFile, InvalidInput
 from ..files import read_json, write_json
-from ..structure.axes import Structure
+from ..structure.table import Structure
 
 FORMAT = "vitprune_fast.plan"
 VERSION = 1
@@ -70,7 +70,7 @@ class Plan(Mapping[str, list[int]]):
                 )
             checked[name] = _checked_units(name, units, structure.axes[name].size)
         kept, removed = _normalised(structure, checked, frozenset(removed))
-        _check_twins(structure, kept, removed)
+        _check_groups(structure, kept, removed)
         return cls({name: axis.size for name, axis in structure.axes.items()}, kept, removed)
 
     def check(self, structure: Structure) -> Plan:
@@ -225,8 +225,9 @@ def _normalised(
         kept[axis] = tuple(u for u, path in enumerate(paths) if path not in gone)
     if s.blocks:
         kept["blocks"] = tuple(u for u, held in enumerate(s.blocks.values()) if set(held) - gone)
+    emptied = {axis.name for axis in s.axes_in(gone)}
     for name, axis in s.axes.items():
-        if name.startswith(tuple(f"{path}." for path in gone)):
+        if name in emptied:
             kept[name] = ()
         elif axis.parent is not None and axis.parent.name in kept:
             parents = set(kept[axis.parent.name])
@@ -235,13 +236,13 @@ def _normalised(
     return kept, frozenset(gone)
 
 
-def _check_twins(
+def _check_groups(
     s: Structure, kept: Mapping[str, tuple[int, ...]], removed: frozenset[str]
 ) -> None:
-    """Twins among the axes keep the same units, unless their branch goes altogether."""
-    gone = tuple(f"{path}." for path in removed)
-    for group in s.twins():
-        staying = [axis for axis in group if not axis.name.startswith(gone)]
+    """The axes of a group keep the same units, unless their branch goes altogether."""
+    gone = {axis.name for axis in s.axes_in(removed)}
+    for group in s.groups:
+        staying = [axis for axis in group.axes if axis.name not in gone]
         for first, other in pairwise(staying):
             everything = tuple(range(first.size))
             if kept.get(other.name, everything) != kept.get(first.name, everything):

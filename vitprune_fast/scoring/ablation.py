@@ -160,7 +160,7 @@ def _trials(
 ) -> Iterator[Trial]:
     """All units of an axis, cut into forwards."""
     if held := structure.held(axis):
-        outputs = {w.name: w.tail[1] if w.tail else w.name for w in structure.writes()}
+        outputs = {write.name: write.output for write in structure.writes()}
         for unit, names in enumerate(held):
             silent = tuple(outputs[name] for name in names)
             start = blocks.index(_block(structure, names[0]))

@@ -13,8 +13,8 @@ from torch.nn import functional as F
 from ..batches import as_input
 from ..modes import evaluating, uncompiled
 from ..structure import Axis, Structure
-from ..structure.axes import Write
 from ..structure.paths import get
+from ..structure.table import Write
 from .places import Place, places_of
 from .scores import MeasureBatch, Rows
 
@@ -137,8 +137,7 @@ def _measure_units(
 
 def _measure_branch(model: nn.Module, write: Write, record: Record, undo: ExitStack) -> None:
     """Record how far a branch turns the stream."""
-    norm, drop = get(model, write.helpers[0]), get(model, write.helpers[-1])
-    first = get(model, write.name) if write.tail else norm
+    first, drop = get(model, write.name if write.post_norm else write.norm), get(model, write.drop)
     stream: list[Tensor] = []
 
     def before(_: nn.Module, inputs: tuple[Any, ...]) -> None:

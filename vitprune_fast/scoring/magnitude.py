@@ -10,7 +10,6 @@ from torch import Tensor, nn
 from ..errors import InvalidInput
 from ..structure import Structure
 from ..structure.axes import Axis
-from ..structure.index import Index
 from ..structure.paths import get
 
 # the power that is summed; the first is what `score` takes unless told otherwise
@@ -55,7 +54,7 @@ def magnitude(
     """
     if norm not in NORMS:
         raise InvalidInput(f"score: norm must be one of {', '.join(NORMS)}, got {norm!r}")
-    index, p = Index(structure, {}), NORMS[norm]
+    p = NORMS[norm]
     sums = {axis.name: torch.zeros(axis.size, dtype=torch.float64) for axis in axes}
     for name, layout in structure.tensors.items():
         if len(layout) < 2 or name in structure.buffers:
@@ -68,7 +67,7 @@ def magnitude(
                 if name.startswith(tuple(f"{branch}." for branch in branches)):
                     sums[axis.name][unit] += powers.sum()
             for at, dim in enumerate(layout if norm == "group" else layout[:1]):
-                owner = torch.from_numpy(index.owners(dim, axis))
+                owner = torch.from_numpy(dim.owners(axis))
                 if (owner >= 0).any():
                     line = powers.sum(dim=[d for d in range(powers.ndim) if d != at])
                     sums[axis.name].index_add_(0, owner[owner >= 0], line[owner >= 0])

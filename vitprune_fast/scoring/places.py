@@ -9,7 +9,6 @@ import torch
 from torch import Tensor, nn
 
 from ..structure import Axis, Dim, Structure
-from ..structure.index import Index
 from ..structure.paths import get
 
 
@@ -35,25 +34,20 @@ def places_of(model: nn.Module, structure: Structure, axis: Axis) -> tuple[Place
     queries and keys is no module: where no Linear reads an axis, the outputs that make its units
     stand in for it.
     """
-    index, norms, inputs, outputs = Index(structure, {}), [], [], []
-    for path, dim in structure.attrs.items():
-        module, _, attribute = path.rpartition(".")
-        if attribute == "normalized_shape" and _holds(dim, axis):
-            norms.append(Place(module, "norm", _owners(index, dim, axis)))
+    norms, inputs, outputs = [], [], []
+    for path, dim in structure.norms.items():
+        if axis in dim.axes:
+            norms.append(Place(path, "norm", _owners(dim, axis)))
     for name, layout in structure.tensors.items():
         module, _, tensor = name.rpartition(".")
         if tensor == "weight" and isinstance(get(model, module), nn.Linear):
             out, in_ = layout
-            if _holds(out, axis):
-                outputs.append(Place(module, "output", _owners(index, out, axis)))
-            if _holds(in_, axis):
-                inputs.append(Place(module, "input", _owners(index, in_, axis)))
+            if axis in out.axes:
+                outputs.append(Place(module, "output", _owners(out, axis)))
+            if axis in in_.axes:
+                inputs.append(Place(module, "input", _owners(in_, axis)))
     return (*norms, *(inputs or outputs))
 
 
-def _holds(dim: Dim, axis: Axis) -> bool:
-    return any(axis in part for part in dim.parts)
-
-
-def _owners(index: Index, dim: Dim, axis: Axis) -> Tensor:
-    return torch.from_numpy(index.owners(dim, axis))
+def _owners(dim: Dim, axis: Axis) -> Tensor:
+    return torch.from_numpy(dim.owners(axis))

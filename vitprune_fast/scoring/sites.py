@@ -124,20 +124,18 @@ def _reader_sites(structure: Structure, axis: Axis) -> list[Site]:
 
 def _branch_sites(structure: Structure, branch: str, kind: str) -> list[Site]:
     write = next(write for write in structure.writes() if write.name == branch)
-    if write.tail:
+    if write.post_norm:
         # behind a norm the projection is no longer linear in the gate: measure what is written
-        width = structure.attrs[f"{write.tail[1]}.normalized_shape"].length()
-        return [Site(f"{branch}@write", write.tail[1], "output", kind, 1, width)]
-    assert write.weight is not None
-    projection = write.weight.removesuffix(".weight")
+        width = write.dim.length()
+        return [Site(f"{branch}@write", write.norm, "output", kind, 1, width)]
     inner = next(
         axis
         for name, axis in structure.axes.items()
-        if name in structure.taps and structure.taps[name].module == projection
+        if name in structure.taps and structure.taps[name].module == write.projection
     )
     sites = [_tap_site(structure, inner)]
     if write.bias[0] in structure.tensors:
-        sites.append(Site(f"{branch}@bias", projection, "bias", kind, 1, bias=write.bias[0]))
+        sites.append(Site(f"{branch}@bias", write.projection, "bias", kind, 1, bias=write.bias[0]))
     return sites
 
 

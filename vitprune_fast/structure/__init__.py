@@ -5,9 +5,10 @@ from __future__ import annotations
 from torch import nn
 
 from ..errors import InvalidInput, UnsupportedArchitecture
-from .axes import UNIT_KINDS, Axis, Dim, Structure
+from .axes import UNIT_KINDS, Axis, Dim, Group
+from .table import Structure
 
-__all__ = ["UNIT_KINDS", "Axis", "Dim", "Structure", "describe"]
+__all__ = ["UNIT_KINDS", "Axis", "Dim", "Group", "Structure", "describe"]
 
 SUPPORTED = ("timm VisionTransformer", "timm VisionTransformerDistilled")
 

@@ -1,223 +1,286 @@
-"""What adapters call to fill a Structure; sizes are read from the model and checked here."""
+"""The table: which units a model has, and which entries of which tensors belong to them.
+
+Scores, cost, masks and surgery read only this table; a builder fills it, from what the file of a
+model's family declares.
+"""
 
 from __future__ import annotations
 
-from types import EllipsisType
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Literal
 
-from torch import Tensor, nn
-from torch.nn.utils import parametrize
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
-
-from ..errors import UnsupportedArchitecture
-from ..modeling_pruned import NORMS
-from .axes import Axis, Dim, Reader, SoftmaxScale, Structure, Tap, Work, Write, as_dim
-from .paths import get
-
-Size = Axis | Dim | int
+from ..errors import InvalidInput
+from .axes import UNIT_KINDS, Axis, Dim, Group
+from .terms import Terms
 
 
-class Table:
-    """Builds a Structure for one model. Absent optional parts (no bias, Identity) are skipped."""
+@dataclass(frozen=True)
+class Write:
+    """One write into a residual stream, in execution order: the stem, then each branch.
 
-    def __init__(self, model: nn.Module, family: str, input_size: tuple[int, int, int]):
-        _require_plain_tensors(model)
-        self.model = model
-        self.structure = Structure(family, input_size)
+    A branch is ``x + drop(gain * projection(inner))`` of ``norm(x)``; where ``post_norm``, the norm
+    stands behind the projection and nothing before it.
 
-    def axis(self, name: str, size: int, kind: str, parent: Axis | None = None) -> Axis:
-        """Declare an axis; ``size`` counts all its units."""
-        axis = Axis(name, size, kind, parent)
-        self.structure.axes[name] = axis
-        return axis
+    Args:
+        name: module path of the branch, or ``"stem"``.
+        dim: layout of the stream it writes into.
+        bias: adding a vector to all of these tensors adds it once to every token of the stream.
+        projection: path of the module that makes what is written; empty for the stem.
+        inner: what reaches the projection; empty means that only a constant is written, None that
+            nothing else ever was (the stem, and a branch that is a constant already).
+        kind: ``"attn_branch"`` or ``"mlp_branch"``; empty for the stem.
+        norm: path of its norm; empty where there is none.
+        post_norm: where that stands.
+        gain: the tensor of its LayerScale, absorbed into weight and bias before a fold.
+        drop: path of the module whose output is added to the stream (drop path).
+    """
 
-    def has(self, tensor: str) -> bool:
-        """Whether this tensor was declared, that is, whether the model has it."""
-        return tensor in self.structure.tensors
+    name: str
+    dim: Dim
+    bias: tuple[str, ...]
+    projection: str = ""
+    inner: Dim | None = None
+    kind: str = ""
+    norm: str = ""
+    post_norm: bool = False
+    gain: str | None = None
+    drop: str = ""
 
-    def tensor(self, name: str, *dims: Size | EllipsisType) -> None:
-        """Declare the layout of a parameter or buffer; ``...`` and what is not given are fixed."""
-        value = get(self.model, name)
-        if not isinstance(value, Tensor):
-            return
-        sizes = (*dims, *value.shape[len(dims) :])
-        layout = tuple(
-            as_dim(fixed if isinstance(d, EllipsisType) else d)
-            for d, fixed in zip(sizes, value.shape, strict=False)
-        )
-        declared = tuple(d.length() for d in layout)
-        if declared != tuple(value.shape):
-            raise UnsupportedArchitecture(
-                f"describe: {name} must have shape {declared} in a {self.structure.family}, "
-                f"got {tuple(value.shape)}"
+    @property
+    def projected_bias(self) -> str:
+        """The bias of the projection: what a branch without units still puts out."""
+        return f"{self.projection}.bias"
+
+    @property
+    def weight(self) -> str | None:
+        """The matrix that produces the written value; None where a norm stands behind it."""
+        return None if self.post_norm or not self.projection else f"{self.projection}.weight"
+
+    @property
+    def output(self) -> str:
+        """The module whose output is what the branch writes, before its gain."""
+        return self.norm if self.post_norm else self.name
+
+    @property
+    def scaling(self) -> str:
+        """Path of the module that multiplies by the gain; empty where there is none."""
+        return self.gain.rpartition(".")[0] if self.gain else ""
+
+    @property
+    def helpers(self) -> tuple[str, ...]:
+        """Paths of what dies with the branch beside itself: norm, LayerScale, drop path."""
+        own = f"{self.name}."
+        paths = (self.norm, self.scaling, self.drop)
+        return tuple(path for path in paths if path and not f"{path}.".startswith(own))
+
+
+# rows of a bias: the tensor, and which of the parts of its only dimension
+Rows = tuple[str, int]
+
+
+@dataclass(frozen=True)
+class Attention:
+    """One softmax over tokens, with the temperature ``width ** -0.5``.
+
+    Args:
+        module: path of the module that has the temperature as ``.scale``.
+        width: the axis of the dims of a query.
+        queries: tensors whose first part along dimension 0 makes up for another width.
+        key_bias: moves all logits of a query alike; None where there is none, or a norm is behind.
+        value_bias: reaches the output projection as it is; None where there is none, or a norm or
+            a gate stands between.
+    """
+
+    module: str
+    width: Axis
+    queries: tuple[str, ...]
+    key_bias: Rows | None = None
+    value_bias: Rows | None = None
+
+
+@dataclass(frozen=True)
+class Work:
+    """Multiply-accumulates of one product: ``positions * prod(lengths of dims)``."""
+
+    module: str
+    positions: int
+    dims: tuple[Dim, ...]
+
+
+@dataclass(frozen=True)
+class Tap:
+    """Where units can be gated: the last dimension of what enters or leaves a module.
+
+    Args:
+        module: path of the module.
+        dim: layout of the dimension (of the part, where there is one).
+        side: ``"input"`` or ``"output"``.
+        part: first and last + 1 column; None is all of them.
+    """
+
+    module: str
+    dim: Dim
+    side: Literal["input", "output"] = "input"
+    part: tuple[int, int] | None = None
+
+
+@dataclass(frozen=True)
+class Reader:
+    """A place that sees the width of a residual stream.
+
+    ``norm``: the norm ``module`` reads the stream, and what it puts out is read. ``direct``: the
+    input of ``module`` is the stream itself. ``statistics``: the norm ``module`` stands in a write
+    into the stream, so that removed channels change its statistics and nothing else.
+    """
+
+    module: str
+    how: Literal["norm", "direct", "statistics"]
+
+
+@dataclass
+class Structure:
+    """What can be removed from a model. Written by its family, read by everything else."""
+
+    family: str
+    input_size: tuple[int, int, int]
+    axes: dict[str, Axis] = field(default_factory=dict)
+    # every parameter and buffer
+    tensors: dict[str, tuple[Dim, ...]] = field(default_factory=dict)
+    # further names of tied parameters -> the first name
+    ties: dict[str, str] = field(default_factory=dict)
+    buffers: set[str] = field(default_factory=set)
+    # sizes that modules repeat as attributes
+    attrs: dict[str, Dim] = field(default_factory=dict)
+    # path of every norm -> what its statistics run over
+    norms: dict[str, Dim] = field(default_factory=dict)
+    # axes stored at one common width: narrower sets are filled with zero rows
+    boxes: list[tuple[Axis, ...]] = field(default_factory=list)
+    # axes a norm reads across: zero filling would change its statistics
+    unpaddable: set[str] = field(default_factory=set)
+    attentions: list[Attention] = field(default_factory=list)
+    stream: list[Write] = field(default_factory=list)
+    # block path -> the branches it holds, in order
+    blocks: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    # branch axis -> the branch each of its units stands for
+    branches: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    work: list[Work] = field(default_factory=list)
+    taps: dict[str, Tap] = field(default_factory=dict)
+    # axis of a residual stream -> where it is read
+    readers: dict[str, list[Reader]] = field(default_factory=dict)
+
+    def units(self, kind: str) -> list[Axis]:
+        """The axes of one unit kind, in model order."""
+        if kind not in UNIT_KINDS:
+            raise InvalidInput(
+                f"Structure.units: kind must be one of {', '.join(UNIT_KINDS)}, got {kind!r}"
             )
-        self.structure.tensors[name] = layout
+        return [axis for axis in self.axes.values() if axis.kind == kind]
 
-    def linear(self, path: str, out: Size, in_: Size, positions: int) -> None:
-        """A Linear or Conv layer applied at ``positions`` places of one sample."""
-        self.tensor(f"{path}.weight", out, in_)
-        self.tensor(f"{path}.bias", out)
-        if self.has(f"{path}.weight"):
-            self.work(path, positions, *self.structure.tensors[f"{path}.weight"])
+    def is_tied(self, tensor: str | None) -> bool:
+        """Whether a parameter has other names as well."""
+        return tensor in self.ties or tensor in self.ties.values()
 
-    def work(self, module: str, positions: int, *dims: Size) -> None:
-        """Count ``positions * prod(dims)`` multiply-accumulates for this module."""
-        self.structure.work.append(Work(module, positions, tuple(as_dim(d) for d in dims)))
+    def names(self, tensor: str) -> set[str]:
+        """All names of a tensor."""
+        first = self.ties.get(tensor, tensor)
+        return {first, *(name for name, other in self.ties.items() if other == first)}
 
-    def norm(self, path: str, over: Size) -> None:
-        """A normalisation whose statistics run over ``over``."""
-        module = get(self.model, path)
-        if getattr(module, "normalized_shape", None):
-            if type(module) not in NORMS.values():
-                raise UnsupportedArchitecture(
-                    f"describe: {path} must be one of {', '.join(NORMS)}, "
-                    f"got {type(module).__name__}"
-                )
-            self.tensor(f"{path}.weight", over)
-            self.tensor(f"{path}.bias", over)
-            # declared apart from the weight: a norm without affine part has none to tell
-            self.structure.attrs[f"{path}.normalized_shape"] = as_dim(over)
+    @cached_property
+    def groups(self) -> tuple[Group, ...]:
+        """All axes, those that keep the same units together, in model order.
 
-    def attr(self, path: str, **sizes: Size) -> None:
-        """Attributes of the module at ``path`` that repeat a size."""
-        for name, size in sizes.items():
-            full = f"{path}.{name}" if path else name
-            if get(self.model, full) is not None:
-                self.structure.attrs[full] = as_dim(size)
-
-    def box(self, *axes: Axis, unpaddable: tuple[Axis, ...] = ()) -> None:
-        """These axes share one stored width, filled with zero rows except where a norm forbids."""
-        self.structure.boxes.append(axes)
-        self.structure.unpaddable |= {axis.name for axis in unpaddable}
-
-    def scale(self, module: str, width: Axis, *queries: str) -> None:
-        """The softmax temperature follows ``width``; these rows make up for a change of it."""
-        present = tuple(f"{module}.{q}" for q in queries if self.has(f"{module}.{q}"))
-        self.structure.scales.append(SoftmaxScale(module, width, present))
-
-    def tap(
-        self,
-        axis: Axis,
-        module: str,
-        dim: Size,
-        side: Literal["input", "output"] = "input",
-        part: tuple[int, int] | None = None,
-    ) -> None:
-        """The units of ``axis`` are gated on what enters or leaves ``module``."""
-        self.structure.taps[axis.name] = Tap(module, as_dim(dim), side, part)
-
-    def reader(self, axis: Axis, module: str, norm: str | None = None) -> None:
-        """``module`` reads the stream of width ``axis``, through ``norm`` where that is one."""
-        readers = self.structure.readers.setdefault(axis.name, [])
-        if norm and f"{norm}.normalized_shape" in self.structure.attrs:
-            readers.append(Reader(norm, "norm"))
-        else:
-            readers.append(Reader(module, "direct"))
-
-    def writer_norm(self, axis: Axis, norm: str) -> None:
-        """``norm``, where there is one, stands in a write into the stream of width ``axis``."""
-        if f"{norm}.normalized_shape" in self.structure.attrs:
-            self.structure.readers.setdefault(axis.name, []).append(Reader(norm, "statistics"))
-
-    def stem(self, *bias: str) -> None:
-        """Open the residual stream."""
-        self.structure.stream.append(Write("stem", bias))
-
-    def branch(
-        self,
-        path: str,
-        inner: Size | None,
-        *,
-        out: str,
-        norm: str,
-        gain: str,
-        post_norm: bool,
-        drop: str,
-    ) -> None:
-        """``x + gain * out(inner)``, or ``x + norm(out(inner))`` where ``post_norm``.
-
-        Without ``inner`` the branch writes the bias of ``out`` and nothing else.
+        Tied parameters make axes alike, since they share their weights, or are stored at one width
+        with axes that do.
         """
-        bias, weight = f"{out}.bias", f"{out}.weight"
-        helpers = (norm, gain.removesuffix(".gamma"), drop)
-        what = None if inner is None else as_dim(inner)
-        if post_norm:
-            write = Write(path, (f"{norm}.bias",), None, None, (bias, norm), what, helpers)
-        else:
-            matrix, factor = (name if self.has(name) else None for name in (weight, gain))
-            write = Write(path, (bias,), matrix, factor, None, what, helpers)
-        self.structure.stream.append(write)
+        together = {name: {name} for name in self.axes}
+        for one, other in self._tied_axes():
+            joined = together[one.name] | together[other.name]
+            together |= dict.fromkeys(joined, joined)
+        distinct = {id(names): names for names in together.values()}
+        return tuple(
+            Group(tuple(axis for name, axis in self.axes.items() if name in names))
+            for names in distinct.values()
+        )
 
-    def branch_axes(self) -> None:
-        """Declare the axes of whole branches and blocks, one unit each."""
-        s = self.structure
-        for name, kind in (("attn", "attn_branch"), ("mlp", "mlp_branch")):
-            paths = tuple(w.name for w in s.writes() if w.name.endswith(f".{name}"))
-            if paths:
-                self.axis(f"{name}_branches", len(paths), kind)
-                s.branches[f"{name}_branches"] = paths
-        if s.blocks:
-            self.axis("blocks", len(s.blocks), "block")
+    def _tied_axes(self) -> Iterator[tuple[Axis, Axis]]:
+        """Pairs of different axes that have to keep the same units."""
+        # what cannot be filled is as wide as its own units are many
+        boxes = {a.name: box for box in self.boxes for a in box if a.name not in self.unpaddable}
+        for name, first in self.ties.items():
+            for a, b in zip(self.tensors[first], self.tensors[name], strict=True):
+                for one, other in zip(a.axes, b.axes, strict=True):
+                    own, others = boxes.get(one.name, (one,)), boxes.get(other.name, (other,))
+                    for left, right in zip(own, others, strict=True):
+                        if left != right:
+                            yield left, right
 
-    def finish(self) -> Structure:
-        """Check that every parameter and buffer has a layout, and hand the table over."""
-        parameters = dict(self.model.named_parameters(remove_duplicate=False))
-        buffers = dict(self.model.named_buffers(remove_duplicate=False))
-        if missing := sorted((parameters | buffers).keys() - self.structure.tensors.keys()):
-            shown = ", ".join(missing[:4]) + (", ..." if len(missing) > 4 else "")
-            raise UnsupportedArchitecture(
-                f"describe: {type(self.model).__name__} has parts without a layout: {shown}"
-            )
-        self.structure.buffers = set(buffers)
-        self._note_ties(parameters | buffers)
-        return self.structure
+    def writes(self) -> Iterator[Write]:
+        """The branches of the residual stream, without the stem."""
+        return (write for write in self.stream if write.inner is not None)
 
-    def _note_ties(self, tensors: dict[str, Tensor]) -> None:
-        """Note tensors with several names; their units have to be each other's equals."""
-        layouts, first_names = self.structure.tensors, dict[int, str]()
-        for name, tensor in tensors.items():
-            first = first_names.setdefault(id(tensor), name)
-            if first == name:
-                continue
-            if _shape_of_units(layouts[name]) != _shape_of_units(layouts[first]):
-                raise UnsupportedArchitecture(
-                    f"describe: tied tensors must be made of units of the same kinds, got "
-                    f"{first} and {name}; untie them first"
+    def held(self, axis: Axis) -> list[tuple[str, ...]]:
+        """The branches that every unit of a branch or block axis stands for; empty for others."""
+        if axis.kind == "block":
+            return list(self.blocks.values())
+        return [(name,) for name in self.branches.get(axis.name, ())]
+
+    def axes_in(self, branches: Collection[str]) -> Iterator[Axis]:
+        """The axes inside branches: an axis has the path of the module that holds its units."""
+        prefixes = tuple(f"{branch}." for branch in branches)
+        return (axis for axis in self.axes.values() if axis.name.startswith(prefixes))
+
+    def owner(self, path: str) -> tuple[str, bool] | None:
+        """The branch whose death takes a tensor or module with it, and whether it is in its core.
+
+        The norm, LayerScale and drop path beside a branch are not: they stay where a constant of
+        the branch does. None for what belongs to no branch.
+        """
+        while path:
+            if path in self._owners:
+                return self._owners[path]
+            path = path.rpartition(".")[0]
+        return None
+
+    @cached_property
+    def _owners(self) -> dict[str, tuple[str, bool]]:
+        owners = {path: (w.name, False) for w in self.writes() for path in w.helpers}
+        return owners | {write.name: (write.name, True) for write in self.writes()}
+
+    @cached_property
+    def tied(self) -> tuple[tuple[str, ...], ...]:
+        """The names of every tensor that has several, in order."""
+        names: dict[str, list[str]] = {}
+        for name in self.tensors:
+            if self.is_tied(name):
+                names.setdefault(self.ties.get(name, name), []).append(name)
+        return tuple(map(tuple, names.values()))
+
+    @cached_property
+    def param_terms(self) -> Terms:
+        """The parameters, those that are not tied."""
+        return Terms(
+            self.axes,
+            (
+                (self.owner(name), 1, layout)
+                for name, layout in self.tensors.items()
+                if name not in self.buffers and not self.is_tied(name)
+            ),
+        )
+
+    @cached_property
+    def mac_terms(self) -> Terms:
+        """The multiply-accumulates of one sample."""
+        return Terms(self.axes, ((self.owner(w.module), w.positions, w.dims) for w in self.work))
+
+    def __str__(self) -> str:
+        lines = [f"{self.family}, input {' x '.join(map(str, self.input_size))}"]
+        for kind in UNIT_KINDS:
+            if axes := self.units(kind):
+                sizes = sorted({axis.size for axis in axes})
+                each = " to ".join(str(s) for s in dict.fromkeys((sizes[0], sizes[-1])))
+                lines.append(
+                    f"  {kind:12s} {len(axes):3d} axes of {each} units: {axes[0].name}, ..."
                 )
-            self.structure.ties[name] = first
-
-
-def _shape_of_units(layout: tuple[Dim, ...]) -> list[list[list[tuple[str, int]]]]:
-    """The kinds and sizes of the axes a layout is made of, without their names."""
-    return [
-        [[("", f) if isinstance(f, int) else (f.kind, f.size) for f in part] for part in dim.parts]
-        for dim in layout
-    ]
-
-
-def _require_plain_tensors(model: nn.Module) -> None:
-    """Entries are gathered as they are stored, so what is stored has to be the weights."""
-    places: dict[int, str] = {}
-    for path, module in model.named_modules(remove_duplicate=False):
-        if (first := places.setdefault(id(module), path)) != path:
-            raise UnsupportedArchitecture(
-                f"describe: every module must have one place, got one that is both {first} and "
-                f"{path}; give {path} a module of its own and tie the parameters"
-            )
-        if parametrize.is_parametrized(module):
-            raise UnsupportedArchitecture(
-                f"describe: {path} must hold its weights, got a parametrization of them; "
-                "torch.nn.utils.parametrize.remove_parametrizations bakes it in"
-            )
-        if type(module).__module__.startswith(("torch.ao.nn", "torch.nn.quantized")):
-            raise UnsupportedArchitecture(
-                f"describe: {path} must hold floating weights, got a quantized "
-                f"{type(module).__name__}; prune first and quantize the result"
-            )
-    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
-        if is_traceable_wrapper_subclass(tensor) or tensor.is_quantized:
-            kind = "quantized tensor" if tensor.is_quantized else type(tensor.data).__name__
-            raise UnsupportedArchitecture(
-                f"describe: {name} must be a plain tensor, got a {kind}; gather a sharded model on "
-                "one rank (full_tensor), prune before quantizing"
-            )
+        return "\n".join(lines)

@@ -14,8 +14,9 @@ from torch import nn
 
 from ..errors import InvalidInput, UnsupportedArchitecture
 from ..modeling_pruned import AttentionBlock, Constant, MlpBlock
-from .axes import Axis, Dim, Structure
-from .table import Table
+from .axes import Axis, Dim
+from .builder import Builder
+from .table import Structure
 
 MODELS = (VisionTransformer, VisionTransformerDistilled)
 BLOCKS = (Block, ResPostBlock, AttentionBlock, MlpBlock)
@@ -34,7 +35,7 @@ def describe(model: Any, image: tuple[int, int] | None) -> Structure:
     tokens = num_patches + model.num_prefix_tokens
     pooled = tokens if model.global_pool == "" else 1
 
-    t = Table(model, type(model).__name__, (model.patch_embed.proj.in_channels, height, width))
+    t = Builder(model, type(model).__name__, (model.patch_embed.proj.in_channels, height, width))
     embed = t.axis("embed", model.embed_dim, "embed")
     for name in ("cls_token", "dist_token", "reg_token", "pos_embed"):
         t.tensor(name, 1, ..., embed)
@@ -44,7 +45,7 @@ def describe(model: Any, image: tuple[int, int] | None) -> Structure:
     for name in ("head", "head_dist"):
         t.linear(name, model.num_classes, embed, pooled)
     t.attr("", embed_dim=embed, num_features=embed, head_hidden_size=embed)
-    t.stem(*covering(t, model))
+    t.stem(embed, *covering(t, model))
     for name in ("patch_embed.norm", "norm_pre"):
         t.writer_norm(embed, name)
     for i, block in enumerate(model.blocks):
@@ -60,7 +61,7 @@ def describe(model: Any, image: tuple[int, int] | None) -> Structure:
     return t.finish()
 
 
-def describe_block(t: Table, path: str, block: Any, embed: Axis, tokens: int) -> None:
+def describe_block(t: Builder, path: str, block: Any, embed: Axis, tokens: int) -> None:
     """Attention and MLP, each a branch of the residual stream."""
     if type(block) not in BLOCKS:
         raise UnsupportedArchitecture(
@@ -69,16 +70,18 @@ def describe_block(t: Table, path: str, block: Any, embed: Axis, tokens: int) ->
         )
     post_norm = isinstance(block, ResPostBlock) or getattr(block, "post_norm", False)
     branches = []
-    for k, (name, out, layout) in enumerate((("attn", "proj", attention), ("mlp", "fc2", mlp)), 1):
+    parts = (("attn", "attn_branch", "proj", attention), ("mlp", "mlp_branch", "fc2", mlp))
+    for k, (name, kind, out, layout) in enumerate(parts, 1):
         core, core_path = getattr(block, name, None), f"{path}.{name}"
         if core is None:
             continue
         t.norm(f"{path}.norm{k}", embed)
-        t.tensor(f"{path}.ls{k}.gamma", embed)
         constant = isinstance(core, Constant)
         t.tensor(f"{core_path}.bias", embed)
         t.branch(
             core_path,
+            embed,
+            kind,
             None if constant else layout(t, core_path, core, embed, tokens),
             out=core_path if constant else f"{core_path}.{out}",
             norm=f"{path}.norm{k}",
@@ -98,7 +101,7 @@ def describe_block(t: Table, path: str, block: Any, embed: Axis, tokens: int) ->
         t.structure.blocks[path] = tuple(branches)
 
 
-def attention(t: Table, path: str, attn: Any, embed: Axis, tokens: int) -> Dim:
+def attention(t: Builder, path: str, attn: Any, embed: Axis, tokens: int) -> Dim:
     """Fused qkv, one head_dim for q, k and v; returns what reaches ``proj``."""
     if type(attn) is not Attention or attn.qkv is None:
         raise UnsupportedArchitecture(
@@ -122,7 +125,14 @@ def attention(t: Table, path: str, attn: Any, embed: Axis, tokens: int) -> Dim:
     t.linear(f"{path}.proj", embed, heads * v, tokens)
     t.attr(path, num_heads=heads, num_kv_heads=heads, head_dim=qk)
     t.attr(path, attn_dim=heads * v, kv_dim=heads * v)
-    t.scale(path, qk, *(("q_norm.weight", "q_norm.bias") if shared else ("qkv.weight", "qkv.bias")))
+    normed = ("q_norm.weight", "q_norm.bias")
+    t.attention(
+        path,
+        qk,
+        normed if shared else ("qkv.weight", "qkv.bias"),
+        key_bias=None if shared else ("qkv.bias", 1),
+        value_bias=None if inner_norm or t.has(f"{path}.gate.weight") else ("qkv.bias", 2),
+    )
     if shared:
         t.tap(qk, f"{path}.q_norm", qk, "output")
     else:
@@ -132,7 +142,7 @@ def attention(t: Table, path: str, attn: Any, embed: Axis, tokens: int) -> Dim:
     return heads * v
 
 
-def mlp(t: Table, path: str, module: Any, embed: Axis, tokens: int) -> Axis:
+def mlp(t: Builder, path: str, module: Any, embed: Axis, tokens: int) -> Axis:
     """Mlp, GluMlp (gate and value packed in halves of fc1), SwiGLU (two matrices)."""
     if type(module) not in (Mlp, GluMlp, SwiGLU):
         raise UnsupportedArchitecture(
@@ -153,7 +163,7 @@ def has_norm(module: Any) -> bool:
     return getattr(module, "normalized_shape", None) is not None
 
 
-def covering(t: Table, model: Any) -> list[str]:
+def covering(t: Builder, model: Any) -> list[str]:
     """Tensors that together add to every token exactly once; empty where there are none."""
     if not isinstance(model.norm_pre, nn.Identity):
         return ["norm_pre.bias"] if t.has("norm_pre.bias") else []

@@ -12,7 +12,7 @@ from torch import Tensor
 from .. import ops
 from ..ops import GatherTable, Selection
 from ..structure.axes import Dim
-from ..structure.index import Index
+from ..structure.reading import Reading
 
 Layout = tuple[Dim, ...]
 
@@ -22,12 +22,12 @@ class Compaction:
 
     Args:
         layouts: one Dim per dimension of every tensor, by its name.
-        index: of the plan.
+        reading: of the plan.
     """
 
-    def __init__(self, layouts: Mapping[str, Layout], index: Index):
+    def __init__(self, layouts: Mapping[str, Layout], reading: Reading):
         self._shapes = {
-            name: tuple(index.length(dim) for dim in layout) for name, layout in layouts.items()
+            name: tuple(reading.length(dim) for dim in layout) for name, layout in layouts.items()
         }
         # tensors of one layout have one entry
         numbers: dict[Layout, int] = {}
@@ -40,7 +40,7 @@ class Compaction:
             rows, columns = split = _as_matrix(layout)
             for dims in split:
                 if dims not in positions:
-                    positions[dims] = _positions(index, dims)
+                    positions[dims] = _positions(reading, dims)
             shape = _size(rows), _size(columns)
             selections.append(Selection(shape, positions[rows], positions[columns]))
         self.table = GatherTable(selections)
@@ -90,11 +90,11 @@ def _size(dims: Layout) -> int:
     return math.prod(dim.length() for dim in dims)
 
 
-def _positions(index: Index, dims: Layout) -> np.ndarray | None:
+def _positions(reading: Reading, dims: Layout) -> np.ndarray | None:
     """Old positions along flattened dimensions, None where all stay."""
     positions, identity = np.zeros(1, dtype=np.int64), True
     for dim in dims:
-        size, one = dim.length(), index.gather(dim)
+        size, one = dim.length(), reading.gather(dim)
         identity &= len(one) == size and bool((one == np.arange(size)).all())
         lost = (positions[:, None] < 0) | (one < 0)
         positions = np.where(lost, -1, positions[:, None] * size + one).ravel()

@@ -18,9 +18,9 @@ from ..errors import InvalidInput
 from ..modes import evaluating
 from ..planning.plan import Plan
 from ..structure import Structure, describe
-from ..structure.axes import Write
-from ..structure.index import Index
 from ..structure.paths import get
+from ..structure.reading import Reading
+from ..structure.table import Write
 from .folds import refuse_tied
 
 # a smaller share of the mean square may be the rounding of activations in float32, no variance
@@ -86,7 +86,7 @@ def calibrate(
     with evaluating(model), torch.no_grad(), ExitStack() as undo:
         for write in _projections(structure):
             hook = partial(measure, write.name)
-            undo.callback(get(model, _module(write)).register_forward_pre_hook(hook).remove)
+            undo.callback(get(model, write.projection).register_forward_pre_hook(hook).remove)
         for images, _ in checked("calibrate", batches, model):
             model(as_input(model, images))
             num_images += len(images)
@@ -180,16 +180,16 @@ def compensate(
         raise InvalidInput(f"compensate: ridge must be a finite number >= 0, got {ridge!r}")
     structure = describe(model)
     plan = plan.check(structure)
-    index = Index(structure, plan, plan.removed)
+    reading = Reading(structure, plan)
     report: list[Compensated] = []
     with ExitStack() as restore:
         for write in _projections(structure):
             assert write.inner is not None
-            kept = torch.from_numpy(index.kept_positions(write.inner))
+            kept = torch.from_numpy(reading.kept_positions(write.inner))
             size = write.inner.length()
             if write.name in plan.removed or len(kept) == size:
                 continue
-            path = _module(write)
+            path = write.projection
             refuse_tied("compensate", structure, f"{path}.weight", f"{path}.bias")
             linear = get(model, path)
             mean = calibration.means.get(write.name)
@@ -222,13 +222,8 @@ def _projections(structure: Structure) -> Iterator[Write]:
     """The branches whose projection reads its units as they are."""
     for write in structure.writes():
         # a norm before the projection reads fewer units afterwards, so what comes out changes
-        if f"{write.name}.norm.normalized_shape" not in structure.attrs:
+        if write.inner not in structure.norms.values():
             yield write
-
-
-def _module(write: Write) -> str:
-    """Path of the output projection of a branch."""
-    return (write.tail[0] if write.tail else write.bias[0]).rpartition(".")[0]
 
 
 def _fitted(

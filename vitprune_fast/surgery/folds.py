@@ -8,10 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import InvalidInput
-from ..structure import Axis, Structure, describe
-from ..structure.axes import Dim
-from ..structure.index import Index
+from ..structure import Structure, describe
 from ..structure.paths import get
+from ..structure.table import Rows
 
 
 @torch.no_grad()
@@ -46,10 +45,9 @@ def fold_gates(model: nn.Module, gates: Mapping[str, Tensor]) -> None:
             raise InvalidInput(f"fold_gates: gates of {name} must be finite, got others")
         module = structure.taps[name].module
         refuse_tied("fold_gates", structure, f"{module}.weight", f"{module}.bias")
-    index = Index(structure, {})
     for name, values in gates.items():
         tap, axis = structure.taps[name], structure.axes[name]
-        owners = torch.from_numpy(index.owners(tap.dim, axis))
+        owners = torch.from_numpy(tap.dim.owners(axis))
         module = get(model, tap.module)
         part = slice(None) if tap.part is None else slice(*tap.part)
         if tap.side == "input":
@@ -84,21 +82,18 @@ def fold_attention_biases(model: nn.Module) -> int:
     Raises:
         UnsupportedArchitecture: the model has no layout.
     """
-    structure = describe(model)
-    idle = 0
-    for axis in structure.axes.values():
-        if axis.kind not in ("qk_dim", "v_dim"):
-            continue
-        attention = axis.name.rpartition(".")[0]
-        for name, layout in structure.tensors.items():
-            if not name.startswith(f"{attention}.") or len(layout) != 1 or structure.is_tied(name):
+    structure, idle = describe(model), 0
+    projections = {write.name: write.projection for write in structure.writes()}
+    for attention in structure.attentions:
+        for rows in (attention.key_bias, attention.value_bias):
+            if rows is None or structure.is_tied(rows[0]):
                 continue
-            parts = _parts_of(layout[0], axis)
-            # queries come first, then keys; a norm's weight has one part for each of them alone
-            if axis.kind == "qk_dim" and len(parts) == 2 and not _normed(structure, attention):
-                idle += _silence(get(model, name), parts[1])
-            elif axis.kind == "v_dim" and len(layout[0].parts) == 3 and len(parts) == 1:
-                idle += _pass_through(model, structure, axis, get(model, name), parts[0])
+            bias = get(model, rows[0])[_slice(structure, rows)]
+            if rows is attention.key_bias or _pass_through(
+                model, structure, projections[attention.module], bias
+            ):
+                bias.zero_()
+                idle += bias.numel()
     return idle
 
 
@@ -111,35 +106,18 @@ def refuse_tied(function: str, structure: Structure, *names: str) -> None:
             )
 
 
-def _parts_of(dim: Dim, axis: Axis) -> list[slice]:
-    """Where the parts of a dimension lie that run over an axis."""
-    found, start = [], 0
-    for part in dim.parts:
-        length = Dim((part,)).length()
-        if axis in part:
-            found.append(slice(start, start + length))
-        start += length
-    return found
+def _slice(structure: Structure, rows: Rows) -> slice:
+    """Where a part of the first dimension of a tensor lies."""
+    dim = structure.tensors[rows[0]][0]
+    lengths = [dim.part(number).length() for number in range(rows[1] + 1)]
+    return slice(sum(lengths[:-1]), sum(lengths))
 
 
-def _normed(structure: Structure, attention: str) -> bool:
-    return f"{attention}.k_norm.normalized_shape" in structure.attrs
-
-
-def _silence(bias: Tensor, part: slice) -> int:
-    bias[part] = 0
-    return bias[part].numel()
-
-
-def _pass_through(
-    model: nn.Module, structure: Structure, axis: Axis, bias: Tensor, part: slice
-) -> int:
-    tap = structure.taps[axis.name]
-    attention, projection = axis.name.rpartition(".")[0], get(model, tap.module)
-    between = f"{attention}.norm.normalized_shape" in structure.attrs
-    between |= f"{attention}.gate.weight" in structure.tensors
-    if between or projection.bias is None or structure.is_tied(f"{tap.module}.bias"):
-        return 0
+def _pass_through(model: nn.Module, structure: Structure, path: str, bias: Tensor) -> bool:
+    """Add what a bias of the values makes of the projection's output to its bias, if it has one."""
+    projection = get(model, path)
+    if projection.bias is None or structure.is_tied(f"{path}.bias"):
+        return False
     wide = torch.promote_types(bias.dtype, torch.float32)
-    projection.bias += (projection.weight.to(wide) @ bias[part].to(wide)).to(projection.bias)
-    return _silence(bias, part)
+    projection.bias += (projection.weight.to(wide) @ bias.to(wide)).to(projection.bias)
+    return True

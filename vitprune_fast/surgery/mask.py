@@ -12,9 +12,9 @@ from torch import Tensor, nn
 
 from ..planning.plan import Plan
 from ..structure import Structure, describe
-from ..structure.index import Index
 from ..structure.norms import norm_over_kept
 from ..structure.paths import get
+from ..structure.reading import Reading
 
 
 @contextmanager
@@ -37,14 +37,14 @@ def mask(model: nn.Module, plan: Plan) -> Iterator[nn.Module]:
     """
     structure = describe(model)
     plan = plan.check(structure)
-    index = Index(structure, plan, plan.removed)
+    reading = Reading(structure, plan)
     with ExitStack() as restore:
         for names in _names_of_tensors(structure, plan):
             tensor = get(model, names[0])
             masked = tensor.data
             for axis, size in enumerate(tensor.shape):
                 # what one place of a tied tensor has lost another may still need
-                kept = [index.kept_positions(structure.tensors[name][axis]) for name in names]
+                kept = [reading.kept_positions(structure.tensors[name][axis]) for name in names]
                 lost = np.setdiff1d(np.arange(size), np.concatenate(kept))
                 if len(lost):
                     positions = torch.from_numpy(lost).to(tensor.device)
@@ -52,19 +52,17 @@ def mask(model: nn.Module, plan: Plan) -> Iterator[nn.Module]:
             if masked is not tensor.data:
                 restore.callback(setattr, tensor, "data", tensor.data)
                 tensor.data = masked
-        for path, dim in structure.attrs.items():
-            if not path.endswith(".normalized_shape"):
-                continue
-            kept = index.kept_positions(dim)
+        for path, dim in structure.norms.items():
+            kept = reading.kept_positions(dim)
             if len(kept) < dim.length():
-                norm = get(model, path.removesuffix(".normalized_shape"))
+                norm = get(model, path)
                 is_kept = torch.zeros(dim.length(), dtype=torch.bool)
                 is_kept[torch.from_numpy(kept)] = True
                 norm.forward = partial(norm_over_kept, norm, is_kept)
                 restore.callback(delattr, norm, "forward")
         for write in structure.writes():
             if write.name in plan.removed:
-                silent = get(model, write.tail[1] if write.tail else write.name)
+                silent = get(model, write.output)
                 restore.callback(silent.register_forward_hook(_zeros).remove)
         yield model
 

@@ -14,13 +14,12 @@ from torch.optim import Optimizer
 
 from ..errors import InvalidInput, UnsupportedArchitecture
 from ..modeling_pruned import AttentionBlock, Constant, MlpBlock
-from ..planning.cost import constant_dim, gone
 from ..planning.plan import Plan
 from ..precision import Precision, device_of, resolve
 from ..structure import Structure, describe
-from ..structure.axes import Dim, SoftmaxScale, Write
-from ..structure.index import Index
 from ..structure.paths import get, put
+from ..structure.reading import Reading
+from ..structure.table import Attention, Write
 from .carry import Cut, Moments
 from .compaction import Compaction
 from .sweep import OnEvent, SweepReport, sweep
@@ -133,19 +132,19 @@ def prune(
     computed = resolve("prune", dtype, device_of(model))
     structure = describe(model)
     plan = plan.check(structure)
-    index = Index(structure, plan, plan.removed)
+    reading = Reading(structure, plan)
     averaged: Any = getattr(ema, "module", ema)
     models: list[nn.Module] = [model] if ema is None else [model, averaged]
     if ema is not None:
         _check_average(averaged, structure)
     # parameters, buffers, moments and average: one call moves them all
-    parts = [survivors(one, structure, index) for one in models]
+    parts = [survivors(one, structure, reading) for one in models]
     moments = None if optimizer is None else Moments(optimizer, model, structure, parts[0])
     jobs = [job for part in parts for job in part]
     jobs += [] if moments is None else moments.jobs
-    moved = iter(Compaction(structure.tensors, index)(jobs))
+    moved = iter(Compaction(structure.tensors, reading)(jobs))
     cuts = [
-        operate(one, structure, index, {name: next(moved) for name, _ in part})
+        operate(one, structure, reading, {name: next(moved) for name, _ in part})
         for one, part in zip(models, parts, strict=True)
     ]
     results: list[Any] = [cuts[0].model]
@@ -161,7 +160,7 @@ def prune(
             batches = list(calibration)
         file = None if checkpoint is None else Path(checkpoint)
         both: Any = {"dtype": computed, "on_event": on_event, "stop": stop}
-        work = structure, index, batches
+        work = structure, reading, batches
         swept = sweep(model, cuts[0], *work, file, keep=ema is not None, **both)
         if ema is not None:
             second = None if file is None else file.with_name(f"{file.name}.ema")
@@ -182,45 +181,47 @@ def _check_average(averaged: nn.Module, structure: Structure) -> None:
         )
 
 
-def survivors(model: nn.Module, structure: Structure, index: Index) -> list[tuple[str, Tensor]]:
+def survivors(model: nn.Module, structure: Structure, reading: Reading) -> list[tuple[str, Tensor]]:
     """The tensors of which something is left, each once, under the first name that stays."""
-    dying = gone(index)
     # names that stay come first, so that a tied tensor goes by one of them
-    names = sorted(structure.tensors, key=lambda name: name.startswith(dying))
+    names = sorted(structure.tensors, key=reading.is_gone)
     tensors: dict[int, tuple[str, Tensor]] = {}
     for name in names:
         one = get(model, name)
         # a module that goes takes its matrices along; its vectors are needed for the constant
-        if not (name.startswith(dying) and one.ndim > 1):
+        if not (reading.is_gone(name) and one.ndim > 1):
             tensors.setdefault(id(one), (name, one))
     return list(tensors.values())
 
 
-def operate(model: nn.Module, structure: Structure, index: Index, moved: dict[str, Tensor]) -> Cut:
+def operate(
+    model: nn.Module, structure: Structure, reading: Reading, moved: dict[str, Tensor]
+) -> Cut:
     """Prune ``model``; also tells which new tensor each old one became, for what goes with it."""
     cut = _smaller_copy(model, structure, moved)
     new = cut.model
-    for path, dim in structure.attrs.items():
-        _resize_attr(new, path, index.length(dim))
+    norms = {f"{path}.normalized_shape": dim for path, dim in structure.norms.items()}
+    for path, dim in (structure.attrs | norms).items():
+        _resize_attr(new, path, reading.length(dim))
     for module in new.modules():
         _refresh_leaf(module)
     scaled: set[int] = set()
-    for scale in structure.scales:
-        _keep_softmax_scale(cut, structure, index, scale, scaled)
-    for write in index.dead.values():
-        fate, target = index.fates[write.name]
+    for attention in structure.attentions:
+        _keep_softmax_scale(cut, structure, reading, attention, scaled)
+    for write in reading.dead.values():
+        fate, target = reading.fates[write.name]
         if fate == "constant":
-            constant = Constant(_projected(new, write, structure, index))
+            constant = Constant(_projected(new, write, reading))
             put(new, write.name, constant)
-            name = write.tail[0] if write.tail else write.bias[0]
+            name = write.projected_bias
             # it learns as the bias did; where there was none, nothing is there to learn
             learns = name in structure.tensors and get(model, name).requires_grad
             constant.bias.requires_grad_(learns)
             cut.constants[name] = constant.bias
         elif fate == "folded" and target is not None:
-            _fold(cut, target, _constant(new, write, structure, index))
+            _fold(cut, target, _constant(new, write, reading))
     cut.modules = dict(new.named_modules())
-    _drop_branches(new, structure, index)
+    _drop_branches(new, reading)
     return cut
 
 
@@ -254,7 +255,7 @@ def _refresh_leaf(module: nn.Module) -> None:
 
 
 def _keep_softmax_scale(
-    cut: Cut, structure: Structure, index: Index, scale: SoftmaxScale, scaled: set[int]
+    cut: Cut, structure: Structure, reading: Reading, attention: Attention, scaled: set[int]
 ) -> None:
     """The temperature stays that of the original width.
 
@@ -262,46 +263,46 @@ def _keep_softmax_scale(
     ``.scale``: so the factor goes into the query rows and ``.scale`` follows the new width.
     ``scaled`` remembers the tensors that have it: tied ones are met again.
     """
-    width, old_width = index.extent[scale.width.name], scale.width.width
-    if width in (0, old_width) or scale.module in index.dead:
+    width, old_width = reading.extent[attention.width.name], attention.width.width
+    if width in (0, old_width) or attention.module in reading.dead:
         return
-    if not scale.queries:
+    if not attention.queries:
         raise UnsupportedArchitecture(
-            f"prune: {scale.module} must have query weights or an affine q_norm to carry the "
+            f"prune: {attention.module} must have query weights or an affine q_norm to carry the "
             "softmax scale when head dims go, got neither; keep all qk dims and v dims"
         )
-    readers = {name for other in structure.scales for name in other.queries}
-    for name in scale.queries:
+    readers = {name for other in structure.attentions for name in other.queries}
+    for name in attention.queries:
         if other := sorted(structure.names(name) - readers):
             raise UnsupportedArchitecture(
                 f"prune: {name} must be tied to queries alone to carry the softmax scale when head "
                 f"dims go, got a tie with {other[0]}; untie it, or keep all qk dims and v dims"
             )
     factor = math.sqrt(width / old_width)
-    put(cut.model, f"{scale.module}.scale", width**-0.5)
-    for name in scale.queries:
+    put(cut.model, f"{attention.module}.scale", width**-0.5)
+    for name in attention.queries:
         if id(cut.tensors[name]) in scaled:
             continue
         scaled.add(id(cut.tensors[name]))
-        rows = torch.ones(index.length(structure.tensors[name][0]), dtype=torch.float64)
-        rows[: index.length(Dim(structure.tensors[name][0].parts[:1]))] = factor
+        rows = torch.ones(reading.length(structure.tensors[name][0]), dtype=torch.float64)
+        rows[: reading.length(structure.tensors[name][0].part(0))] = factor
         cut.rescale(name, rows)
 
 
-def _projected(new: nn.Module, write: Write, structure: Structure, index: Index) -> Tensor:
+def _projected(new: nn.Module, write: Write, reading: Reading) -> Tensor:
     """What the output projection of an emptied branch writes: its bias."""
-    bias = get(new, write.tail[0] if write.tail else write.bias[0])
+    bias = get(new, write.projected_bias)
     if bias is not None:
         return bias.detach().clone()
     reference = next(new.parameters())
-    return reference.new_zeros(index.length(constant_dim(structure, write)))
+    return reference.new_zeros(reading.length(write.dim))
 
 
-def _constant(new: nn.Module, write: Write, structure: Structure, index: Index) -> Tensor:
+def _constant(new: nn.Module, write: Write, reading: Reading) -> Tensor:
     """What an emptied branch adds to every token."""
-    value = _projected(new, write, structure, index)
-    if write.tail:
-        return get(new, write.tail[1])(value)
+    value = _projected(new, write, reading)
+    if write.post_norm:
+        return get(new, write.norm)(value)
     return value * get(new, write.gain) if write.gain else value
 
 
@@ -318,9 +319,9 @@ def _fold(cut: Cut, target: Write, constant: Tensor) -> None:
         cut.tensors[name].add_(constant)
 
 
-def _drop_branches(new: Any, structure: Structure, index: Index) -> None:
+def _drop_branches(new: Any, reading: Reading) -> None:
     """Blocks without one branch change class, blocks without any go, and the rest move up."""
-    absent = {name for name, (fate, _) in index.fates.items() if fate in ("removed", "folded")}
+    absent = {name for name, (fate, _) in reading.fates.items() if fate in ("removed", "folded")}
     if not absent:
         return
     blocks, infos = nn.Sequential(), []

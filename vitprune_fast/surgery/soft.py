@@ -9,7 +9,7 @@ from .. import ops
 from ..errors import InvalidInput
 from ..planning.plan import Plan
 from ..structure import describe
-from ..structure.index import Index
+from ..structure.reading import Reading
 from .compaction import Compaction
 from .prune import operate, survivors
 
@@ -51,13 +51,15 @@ class SoftCompaction:
     def __init__(self, model: nn.Module, plan: Plan, dtype: torch.dtype | None = None):
         structure = describe(model)
         plan = plan.check(structure)
-        index = Index(structure, plan, plan.removed, fold=False)
-        self._there = Compaction(structure.tensors, index)
+        reading = Reading(structure, plan, fold=False)
+        self._there = Compaction(structure.tensors, reading)
         self._back = self._there.table.inverse()
-        jobs = survivors(model, structure, index)
+        jobs = survivors(model, structure, reading)
         dtypes = [_cast(name, tensor, dtype) for name, tensor in jobs]
         moved = self._there(jobs, dtypes)
-        cut = operate(model, structure, index, dict(zip((n for n, _ in jobs), moved, strict=True)))
+        cut = operate(
+            model, structure, reading, dict(zip((n for n, _ in jobs), moved, strict=True))
+        )
         #: the dense copy: a plain model, with parameters of its own
         self.model: nn.Module = cut.model
         # rows of the copy that stand for rows of the master times a factor (softmax scale)

@@ -19,8 +19,8 @@ from ...modes import evaluating, uncompiled
 from ...precision import device_of, dtype_of, is_half, name_of
 from ...sealed import fingerprint
 from ...structure import Structure
-from ...structure.axes import Write
-from ...structure.index import Index
+from ...structure.reading import Reading
+from ...structure.table import Write
 from ..carry import Cut
 from .images import Streams
 from .places import Fitter
@@ -41,7 +41,7 @@ def sweep(
     model: nn.Module,
     cut: Cut,
     structure: Structure,
-    index: Index,
+    reading: Reading,
     calibration: Iterable[Any],
     checkpoint: Path | None = None,
     *,
@@ -56,7 +56,7 @@ def sweep(
         model: the dense model, left as it is.
         cut: what pruning made of it.
         structure: of the dense model.
-        index: of the plan.
+        reading: of the plan.
         calibration: batches of images.
         checkpoint: a file to go on from.
         dtype: that forward passes compute in, where it is one of 16 bits.
@@ -100,12 +100,12 @@ def sweep(
         )
         if not streams.can_judge:
             return report
-        fitter = Fitter(dense, small, cut, structure, index, streams)
+        fitter = Fitter(dense, small, cut, structure, reading, streams)
         # in the dtype of the weights, in which a difference is one of what is computed
         writes = [place.write for place in fitter.places]
         _check_forward(Streamed(model, modules, structure), structure.stream[1:], streams.example)
         _check_forward(Streamed(cut.model, cut.modules, structure), writes, streams.example)
-        identity = _identity(model, structure, index, f"{streams.digest} {computed}")
+        identity = _identity(model, structure, reading, f"{streams.digest} {computed}")
         progress = Progress(checkpoint, identity, fitter.tensors)
         _run(fitter, progress, on_event, stop)
         progress.end(keep=keep)
@@ -141,10 +141,10 @@ def _run(
         finish("classifier", fitter.fit_classifiers())
 
 
-def _identity(model: nn.Module, structure: Structure, index: Index, read: str) -> str:
+def _identity(model: nn.Module, structure: Structure, reading: Reading, read: str) -> str:
     """What decides the fits; ``read`` tells the images and the dtype."""
-    kept = {name: index.kept(axis).tolist() for name, axis in structure.axes.items()}
-    plan = repr((kept, sorted(index.removed))).encode()
+    kept = {name: reading.kept(axis).tolist() for name, axis in structure.axes.items()}
+    plan = repr((kept, sorted(reading.removed))).encode()
     digest = hashlib.blake2b(plan, digest_size=16).hexdigest()
     versions = f"{vitprune_fast.__version__} {torch.__version__}"
     return f"{versions} {fingerprint(model)} {digest} {read}"

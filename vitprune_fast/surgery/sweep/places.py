@@ -10,18 +10,17 @@ from torch import Tensor
 
 from ...errors import InvalidInput
 from ...modeling_pruned import Constant
-from ...planning.cost import constant_dim
 from ...precision import dtype_of
 from ...structure import Structure
-from ...structure.axes import Axis, Write
-from ...structure.index import Index
 from ...structure.paths import get
+from ...structure.reading import Reading
+from ...structure.table import Write
 from ..carry import Cut
 from .images import Streams
 from .least_squares import Fitted, fit
 from .report import Fit
 from .samples import Kept, Samples
-from .streamed import Streamed, projection
+from .streamed import Streamed
 
 # a gain below this share of the root mean square of its branch divides nothing
 SMALL_GAIN = 1e-3
@@ -45,7 +44,7 @@ class Fitter:
         small: the smaller one.
         cut: which tensor of it was which.
         structure: of the dense model.
-        index: of the plan.
+        reading: of the plan.
         streams: before the first branch; they go along from place to place.
 
     Attributes:
@@ -60,15 +59,15 @@ class Fitter:
         small: Streamed,
         cut: Cut,
         structure: Structure,
-        index: Index,
+        reading: Reading,
         streams: Streams,
     ):
         self.tensors = cut.tensors | cut.constants
         self.changed: set[str] = set()
         self._dense, self._small, self._factors = dense, small, cut.factors
-        self._structure, self._index, self._batches = structure, index, streams.batches
+        self._structure, self._reading, self._batches = structure, reading, streams.batches
         self._example = streams.example
-        self._lead, self.places = places_of(structure, index)
+        self._lead, self.places = places_of(structure, reading)
         self._agree = True
         self._tokens = streams.count(held_out=False)[1]
         self._per_image = streams.batches[0].dense.shape[1]
@@ -95,13 +94,11 @@ class Fitter:
 
     def fit_classifiers(self) -> list[Fit]:
         """Fit the maps after the last branch that put out logits."""
-        stream = constant_dim(self._structure, self.places[-1].write)
+        stream = self.places[-1].write.dim
         return [
             self._fit_classifier(name.removesuffix(".weight"))
             for name, (rows, *columns) in self._structure.tensors.items()
-            if columns == [stream]
-            and not any(isinstance(factor, Axis) for part in rows.parts for factor in part)
-            and self._structure.owner(name) is None
+            if columns == [stream] and not any(rows.axes) and self._structure.owner(name) is None
         ]
 
     def _streams_agree(self) -> bool:
@@ -116,7 +113,7 @@ class Fitter:
         """Whether nothing of a branch went."""
         own = f"{write.name}."
         return all(
-            len(self._index.kept_positions(dim)) == dim.length()
+            len(self._reading.kept_positions(dim)) == dim.length()
             for name, layout in self._structure.tensors.items()
             if name.startswith(own)
             for dim in layout
@@ -155,7 +152,7 @@ class Fitter:
     def _fit_writer(self, place: Place, *, constant: bool) -> Fit:
         """Fit the output projection so that the stream comes out as the dense one does."""
         write = place.write
-        columns = 0 if constant else self._small.module(projection(write)).in_features
+        columns = 0 if constant else self._small.module(write.projection).in_features
         samples = Samples("writer", self._tokens, columns, self._per_image)
         some, kept_features = samples.some, Kept()
         for batch in self._batches:
@@ -164,8 +161,8 @@ class Fitter:
             stream = batch.dense + self._dense.scaled(write, output)
             batch.dense = self._dense.through(place.until_next[1:], stream)
             # behind a norm only the output itself is linear in what is read
-            target = some(output if write.tail else batch.dense)[:, kept]
-            if not write.tail:
+            target = some(output if write.post_norm else batch.dense)[:, kept]
+            if not write.post_norm:
                 target = target - some(batch.small)
             read = target[:, :0] if constant else self._small.features(write, batch.small)
             samples.add(read if constant else some(read), target, held_out=batch.held_out)
@@ -182,13 +179,13 @@ class Fitter:
     def _fit_projection(
         self, write: Write, samples: Samples, *, constant: bool
     ) -> tuple[Fitted, str]:
-        weight_name, bias_name = (f"{projection(write)}.{part}" for part in ("weight", "bias"))
+        weight_name, bias_name = (f"{write.projection}.{part}" for part in ("weight", "bias"))
         has_bias = bias_name in self._structure.tensors
         names = [bias_name] * has_bias + [weight_name] * (not constant)
         reason = self._tied(*names)
         if not names:
             reason = "it has no bias"
-        elif constant and write.tail:
+        elif constant and write.post_norm:
             reason = "a norm stands behind a constant"
         gain = torch.ones(samples.outputs, dtype=torch.float64, device=self._device)
         if write.gain:
@@ -290,13 +287,13 @@ class Fitter:
 
     def _channels(self, write: Write, width: int) -> Tensor | slice:
         """The channels of a stream of this width that are kept."""
-        kept = self._index.kept_positions(constant_dim(self._structure, write))
+        kept = self._reading.kept_positions(write.dim)
         # an index of all would copy them
         return torch.from_numpy(kept).to(self._device) if len(kept) < width else slice(None)
 
     def _maps_of(self, write: Write) -> list[str]:
         """The matrices with which a branch reads the stream."""
-        stream = constant_dim(self._structure, write)
+        stream = write.dim
         return [
             name
             for name, layout in self._structure.tensors.items()
@@ -308,7 +305,7 @@ class Fitter:
         dim, dense = self._structure.tensors[name][0], get(self._dense.model, name)
         if self.tensors[name].shape[1] == dense.shape[1]:
             return self.tensors[name].double()
-        positions = torch.from_numpy(self._index.gather(dim)).to(dense.device)
+        positions = torch.from_numpy(self._reading.gather(dim)).to(dense.device)
         weight = dense[positions.clamp(min=0)].double() * (positions >= 0)[:, None]
         factor = self._factors.get(name)
         return weight if factor is None else weight * factor.to(weight.device)[:, None]
@@ -321,12 +318,12 @@ class Fitter:
         return ""
 
 
-def places_of(structure: Structure, index: Index) -> tuple[tuple[Write, ...], list[Place]]:
+def places_of(structure: Structure, reading: Reading) -> tuple[tuple[Write, ...], list[Place]]:
     """What the dense model runs before the first branch that still writes, and all of those."""
     lead: tuple[Write, ...] = ()
     places: list[Place] = []
     for write in structure.stream[1:]:
-        if index.fates[write.name][0] in ("live", "constant"):
+        if reading.fates[write.name][0] in ("live", "constant"):
             places.append(Place(write, (write,)))
         elif places:
             places[-1] = Place(places[-1].write, (*places[-1].until_next, write))

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ...precision import autocast, device_of
 from ...structure import Structure
-from ...structure.axes import Write
+from ...structure.table import Write
 
 
 class _Reached(Exception):
@@ -67,7 +67,7 @@ class Streamed:
 
     def reading(self, write: Write, x: Tensor) -> Tensor:
         """What the branch's maps read of the stream."""
-        return x if write.tail else self._through(write.helpers[0], x)
+        return x if write.post_norm else self._through(write.norm, x)
 
     def features(self, write: Write, x: Tensor) -> Tensor:
         """What the output projection of the branch reads ``(B, N, K)``."""
@@ -75,7 +75,7 @@ class Streamed:
         def seen(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
             raise _Reached(inputs[0])
 
-        hook = self._modules[projection(write)].register_forward_pre_hook(seen)
+        hook = self._modules[write.projection].register_forward_pre_hook(seen)
         try:
             return _seen(lambda: self.output(write, x))
         finally:
@@ -83,7 +83,7 @@ class Streamed:
 
     def projected(self, write: Write, features: Tensor) -> Tensor:
         """What comes out of the branch for what its output projection reads."""
-        return self._run(self._modules[projection(write)], features)
+        return self._run(self._modules[write.projection], features)
 
     def output(self, write: Write, x: Tensor) -> Tensor:
         """What comes out of the branch, before its gain."""
@@ -91,7 +91,7 @@ class Streamed:
 
     def scaled(self, write: Write, output: Tensor) -> Tensor:
         """What an output of the branch adds to the stream: it times the gain, or its norm."""
-        return self._through(write.helpers[0 if write.tail else 1], output)
+        return self._through(write.norm if write.post_norm else write.scaling, output)
 
     def through(self, writes: Iterable[Write], x: Tensor) -> Tensor:
         """The stream after some branches."""
@@ -131,7 +131,7 @@ class Streamed:
                 hook.remove()
 
     def _through(self, path: str, x: Tensor) -> Tensor:
-        module = self._modules.get(path)
+        module = self._modules.get(path) if path else None
         return x if module is None else self._run(module, x)
 
     def _run(self, module: nn.Module, x: Tensor) -> Tensor:
@@ -151,11 +151,6 @@ class Streamed:
                 vars(block).pop("forward", None)
                 if forward is not None:
                     block.forward = forward
-
-
-def projection(write: Write) -> str:
-    """Path of the output projection of a branch."""
-    return (write.tail[0] if write.tail else write.bias[0]).rpartition(".")[0]
 
 
 def _seen(run: Callable[[], Any]) -> Tensor:
