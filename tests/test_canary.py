@@ -244,7 +244,7 @@ def timm_swiglu() -> None:
 @fact(
     "timm's norms and activations are those of torch, and keep eps, weight and bias",
     "modeling_pruned.py",
-    "structure/norms.py",
+    "modules/norms.py",
     "scoring/fused.py",
 )
 def timm_layers() -> None:
@@ -426,7 +426,7 @@ def torch_poison() -> None:
         torch.use_deterministic_algorithms(before)
 
 
-@fact("what was compiled can be told to run as it is written", "modes.py")
+@fact("what was compiled can be told to run as it is written", "modules/modes.py")
 def torch_stance() -> None:
     graphs = []
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 import vitprune_fast as vp
 from vitprune_fast.errors import InvalidInput
 from vitprune_fast.evaluation import evaluate_beside
-from vitprune_fast.modes import evaluating
+from vitprune_fast.modules.modes import evaluating
 from vitprune_fast.precision import auto_name, autocast, computing_in, device_of, dtype_of, resolve
 from vitprune_fast.testing import random_images, random_vit
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from vitprune_fast.batches import as_input, check_logits, checked
 from vitprune_fast.errors import InvalidInput
-from vitprune_fast.modes import evaluating
+from vitprune_fast.modules.modes import evaluating
 from vitprune_fast.precision import Precision, computing_in, device_of, resolve
 
 

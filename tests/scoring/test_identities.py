@@ -19,9 +19,9 @@ from timm.layers import LayerNorm
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from vitprune_fast.modules.norms import norm_over_kept
 from vitprune_fast.scoring import score
 from vitprune_fast.structure import UNIT_KINDS
-from vitprune_fast.structure.norms import norm_over_kept
 from vitprune_fast.testing import random_images, random_vit
 
 # both sides are sums of at most a few thousand fp64 terms

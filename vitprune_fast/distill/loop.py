@@ -29,7 +29,7 @@ from vitprune_fast.distill.teachers import Teacher, TeacherSet
 from vitprune_fast.errors import DamagedFile, InvalidInput, StageFailed
 from vitprune_fast.evaluation import evaluate
 from vitprune_fast.gates import BudgetLoss, Gates
-from vitprune_fast.modes import keeping_modes
+from vitprune_fast.modules.modes import keeping_modes
 from vitprune_fast.planning import Plan
 from vitprune_fast.precision import computing_in, device_of, is_half, resolved_name
 from vitprune_fast.randomness import derive_seed, seeded

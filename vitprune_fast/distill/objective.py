@@ -31,7 +31,7 @@ from vitprune_fast.distill.terms import (
     make_terms,
 )
 from vitprune_fast.errors import InvalidInput
-from vitprune_fast.modes import evaluating
+from vitprune_fast.modules.modes import evaluating
 from vitprune_fast.randomness import seeded
 from vitprune_fast.stated import stated_config
 

@@ -20,7 +20,7 @@ from torch.func import functional_call
 from torch.nn import functional as F
 
 from vitprune_fast.batches import as_input, check_labels
-from vitprune_fast.modes import evaluating
+from vitprune_fast.modules.modes import evaluating
 from vitprune_fast.randomness import seeded
 
 LARGEST = 1e-3

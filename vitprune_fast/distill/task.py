@@ -15,7 +15,7 @@ from vitprune_fast.batches import as_input, check_labels, check_logits, sent
 from vitprune_fast.distill.config import DistillConfig
 from vitprune_fast.distill.objective import Objective
 from vitprune_fast.errors import InvalidInput
-from vitprune_fast.modes import compiled, evaluating
+from vitprune_fast.modules.modes import compiled, evaluating
 from vitprune_fast.precision import autocast, resolve
 from vitprune_fast.scoring.fused import quick_attention, standing_in
 from vitprune_fast.scoring.ranks import Ranks

@@ -21,7 +21,7 @@ from vitprune_fast.batches import as_input
 from vitprune_fast.distill.conversion import Conversion, image_channels
 from vitprune_fast.distill.features import HiddenStates
 from vitprune_fast.errors import InvalidInput
-from vitprune_fast.modes import compiled, evaluating
+from vitprune_fast.modules.modes import compiled, evaluating
 from vitprune_fast.sealed import fingerprint
 from vitprune_fast.stated import stated_config
 

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode, flop_registry, sdpa_flop_count
 
-from ..modes import evaluating
+from ..modules.modes import evaluating
 from ..ops.gated_attention import gated_attention_ops
 from ..structure import Structure, describe
 from ..structure.reading import Reading

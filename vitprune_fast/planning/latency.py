@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from vitprune_fast.errors import InvalidInput
-from vitprune_fast.modes import evaluating
+from vitprune_fast.modules.modes import evaluating
 from vitprune_fast.planning.waiting import TOLERATED, Waits, load_warning
 from vitprune_fast.precision import Precision, computing_in, device_of, dtype_of, resolve
 from vitprune_fast.stated import stated_config

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 import vitprune_fast as vp
 from vitprune_fast.batches import as_input
 from vitprune_fast.errors import StageFailed
-from vitprune_fast.modes import evaluating
+from vitprune_fast.modules.modes import evaluating
 from vitprune_fast.planning.cost import predict_cost
 from vitprune_fast.randomness import generator
 

@@ -19,9 +19,9 @@ from torch.nn import functional as F
 
 from ..batches import as_input, check_logits
 from ..errors import InvalidInput
-from ..modes import evaluating, uncompiled
+from ..modules.modes import evaluating, uncompiled
+from ..modules.norms import norm_over_kept
 from ..structure import Axis, Structure
-from ..structure.norms import norm_over_kept
 from ..structure.paths import get
 from .places import Place, places_of
 from .scores import MeasureBatch, Rows

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..batches import as_input
-from ..modes import evaluating, uncompiled
+from ..modules.modes import evaluating, uncompiled
 from ..structure import Axis, Structure
 from ..structure.paths import get
 from ..structure.table import Write

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from .. import _extension, ops
 from ..errors import InvalidInput
 from ..modeling_pruned import NORMS
-from ..structure.norms import epsilon, is_rms
+from ..modules.norms import epsilon, is_rms
 from ..structure.paths import get
 from .probes import Probes, as_tokens, tap_norm
 from .sites import Site

@@ -13,7 +13,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..errors import InvalidInput
-from ..structure.norms import epsilon, is_rms
+from ..modules.norms import epsilon, is_rms
 from ..structure.paths import get
 from .fused import runs_its_class
 from .probes import Probes, tap, tap_bias, tap_norm, tap_part

@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 from ..batches import as_input, check_labels, check_logits
 from ..errors import InvalidInput
-from ..modes import evaluating, uncompiled
+from ..modules.modes import evaluating, uncompiled
 from ..structure import Axis, Structure
 from .fused import exchanged
 from .graphs import Replayed

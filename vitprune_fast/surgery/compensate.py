@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from ..batches import as_input, checked
 from ..errors import InvalidInput
-from ..modes import evaluating
+from ..modules.modes import evaluating
 from ..planning.plan import Plan
 from ..structure import Structure, describe
 from ..structure.paths import get

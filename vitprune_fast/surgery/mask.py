@@ -10,9 +10,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from ..modules.norms import norm_over_kept
 from ..planning.plan import Plan
 from ..structure import Structure, describe
-from ..structure.norms import norm_over_kept
 from ..structure.paths import get
 from ..structure.reading import Reading
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 import vitprune_fast
 
 from ...errors import InvalidInput, UnsupportedArchitecture, VitpruneError
-from ...modes import evaluating, uncompiled
+from ...modules.modes import evaluating, uncompiled
 from ...precision import device_of, dtype_of, is_half, name_of
 from ...sealed import fingerprint
 from ...structure import Structure

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from torch import nn
 
-from vitprune_fast.modes import evaluating, keeping_modes
+from vitprune_fast.modules.modes import evaluating, keeping_modes
 
 
 def test_each_module_gets_its_own_mode_back() -> None:
