@@ -237,16 +237,18 @@ def test_dropout_is_off() -> None:
 
 def test_a_forward_that_somebody_exchanged_is_put_back() -> None:
     model = random_vit("qk_norm", **SMALL)
-    norm, calls = model.blocks[0].attn.q_norm, []
-    known = norm.forward
+    want = scores_of(model, batch_of(model), "loss", "qk_dim")
+    block, calls = model.blocks[0], []
+    known = block.forward
 
-    def counting(x: Tensor) -> Tensor:
+    def counting(x: Tensor, **options: Any) -> Tensor:
         calls.append(1)
-        return known(x)
+        return known(x, **options)
 
-    norm.forward = counting
-    scores_of(model, batch_of(model), "loss", "qk_dim")
-    assert vars(norm)["forward"] is counting and calls
+    block.forward = counting
+    got = scores_of(model, batch_of(model), "loss", "qk_dim")
+    assert vars(block)["forward"] is counting and calls
+    assert all(torch.equal(got[name], value) for name, value in want.items())
 
 
 def test_a_pruned_model_with_half_blocks_and_constants() -> None:

@@ -18,6 +18,8 @@ from torch import Tensor, nn
 
 from .. import ops
 from ..errors import InvalidInput
+from ..modules.modes import forget_compiled
+from ..modules.swap import exchange_forward
 from ..scoring.fused import activation_of, has_mask, is_plain_attention, is_plain_mlp, packed_qkv
 from ..structure import Axis, Structure
 from ..structure.paths import get
@@ -72,15 +74,16 @@ def install(model: nn.Module, gates: Source) -> None:
                 f"{tap.module!r}"
             )
         placed.append((axis, tap, module))
+    # else what was compiled before would go on without the hooks
+    forget_compiled()
     hooks = [("", "_forward_pre_hooks", model.register_forward_pre_hook(_Refresh(gates)))]
-    exchanged = []
+    exchanged: dict[str, Callable[[], None]] = {}
     for axis, tap, module in placed:
         path = tap.module.rpartition(".")[0]
         owner = get(model, path)
         forward = _forward_with(axis, owner)
         if forward is not None:
-            owner.forward = partial(forward, owner, _Gate(gates, axis, tap))
-            exchanged.append(path)
+            exchanged[path] = exchange_forward(owner, forward, owner, _Gate(gates, axis, tap))
         elif tap.side == "input":
             handle = module.register_forward_pre_hook(_Before(gates, axis, tap))
             hooks.append((tap.module, "_forward_pre_hooks", handle))
@@ -88,8 +91,8 @@ def install(model: nn.Module, gates: Source) -> None:
             handle = module.register_forward_hook(_After(gates, axis, tap))
             hooks.append((tap.module, "_forward_hooks", handle))
     added = [(path, kind, handle.id) for path, kind, handle in hooks]
-    vars(model)["__deepcopy__"] = _PlainCopy(model, added, exchanged)
-    _attached[model] = (gates, partial(_undo, ref(model), added, exchanged))
+    vars(model)["__deepcopy__"] = _PlainCopy(model, added, [*exchanged])
+    _attached[model] = (gates, partial(_undo, ref(model), added, [*exchanged.values()]))
 
 
 def uninstall(model: nn.Module) -> None:
@@ -99,19 +102,22 @@ def uninstall(model: nn.Module) -> None:
 
 
 def _undo(
-    model: Callable[[], nn.Module | None], added: list[tuple[str, str, int]], exchanged: list[str]
+    model: Callable[[], nn.Module | None],
+    added: list[tuple[str, str, int]],
+    put_back: list[Callable[[], None]],
 ) -> None:
     found = model()
     assert found is not None
-    _remove(found, added, exchanged)
+    _remove(found, added)
+    for one in put_back:
+        one()
     del vars(found)["__deepcopy__"]
+    forget_compiled()
 
 
-def _remove(model: nn.Module, added: list[tuple[str, str, int]], exchanged: list[str]) -> None:
+def _remove(model: nn.Module, added: list[tuple[str, str, int]]) -> None:
     for path, kind, key in added:
         del getattr(get(model, path), kind)[key]
-    for path in exchanged:
-        del get(model, path).forward
 
 
 class _Unpicklable:
@@ -137,7 +143,9 @@ class _PlainCopy(_Unpicklable):
             copied = copy.deepcopy(model, memo)
         finally:
             vars(model)["__deepcopy__"] = entry
-        _remove(copied, self.added, self.exchanged)
+        _remove(copied, self.added)
+        for path in self.exchanged:
+            del get(copied, path).forward
         return copied
 
 

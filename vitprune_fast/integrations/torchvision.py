@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
@@ -17,6 +16,7 @@ from torch.nn import functional as F
 
 from .. import scoring
 from ..errors import UnsupportedArchitecture
+from ..modules.swap import Altered
 from ..scoring import Scores
 from ..structure.axes import Axis
 from ..structure.builder import Builder
@@ -162,19 +162,18 @@ def visible_attention(model: nn.Module) -> Iterator[None]:
     projection is a Linear ``in_proj`` of the same weights, which puts out q, k and v side by side.
     Everything is as before on leaving, also by an exception.
     """
-    attentions: list[Any] = [m for m in model.modules() if type(m) is nn.MultiheadAttention]
-    kept = [module.__dict__.get("forward") for module in attentions]
-    try:
+    attentions: list[Any] = [
+        module
+        for module in model.modules()
+        # inside another such context they are visible already
+        if type(module) is nn.MultiheadAttention and PROJECTION not in module._modules
+    ]
+    with Altered() as altered:
         for module in attentions:
             module.add_module(PROJECTION, _projection(module))
-            module.forward = partial(_forward, module)
+            altered.callback(module._modules.pop, PROJECTION, None)
+            altered.exchange(module, _forward, module)
         yield
-    finally:
-        for module, forward in zip(attentions, kept, strict=True):
-            module._modules.pop(PROJECTION, None)
-            module.__dict__.pop("forward", None)
-            if forward is not None:
-                module.forward = forward
 
 
 def _projection(attention: Any) -> nn.Linear:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from .. import scoring
 from ..errors import UnsupportedArchitecture
+from ..modules.swap import Altered
 from ..scoring import Scores
 from ..structure.axes import Axis
 from ..structure.builder import Builder
@@ -220,9 +221,6 @@ def _mlp(t: Builder, block: str, embed: Axis, tokens: int) -> tuple[str, Inner]:
 @contextmanager
 def _returning_logits(model: nn.Module) -> Iterator[None]:
     """The model hands back its logits alone; a hook, so that paths into it stay what they are."""
-
-    handle = model.register_forward_hook(lambda module, inputs, output: output.logits)
-    try:
+    with Altered() as altered:
+        altered.after(model, lambda module, inputs, output: output.logits)
         yield
-    finally:
-        handle.remove()

@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..errors import InvalidInput
+
 
 def is_rms(norm: nn.Module) -> bool:
     """Whether a norm divides by the root mean square alone, without taking the mean off."""
@@ -44,3 +46,21 @@ def norm_over_kept(norm: Any, kept: Tensor, x: Tensor) -> Tensor:
     bias = getattr(norm, "bias", None)
     values = values if bias is None else values + bias
     return torch.where(kept, values, zero).to(x.dtype)
+
+
+def kept_by(op: str, path: str, norm: nn.Module) -> Tensor | None:
+    """The entries a norm takes its statistics over while it runs `norm_over_kept`; None for all.
+
+    Raises:
+        InvalidInput: it runs a forward of somebody else's, which statistics over a part would
+            stop.
+    """
+    forward = vars(norm).get("forward")
+    if forward is None:
+        return None
+    if getattr(forward, "func", None) is norm_over_kept:
+        return forward.args[1]
+    raise InvalidInput(
+        f"{op}: {path} must run the forward of its class where channels are left out of it, got "
+        "one of its own; put it back first"
+    )

@@ -9,7 +9,6 @@ before that block is computed once per batch, and only the rest of the network r
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -20,7 +19,8 @@ from torch.nn import functional as F
 from ..batches import as_input, check_logits
 from ..errors import InvalidInput
 from ..modules.modes import evaluating, uncompiled
-from ..modules.norms import norm_over_kept
+from ..modules.norms import kept_by, norm_over_kept
+from ..modules.swap import Altered
 from ..structure import Axis, Structure
 from ..structure.paths import get
 from .places import Place, places_of
@@ -180,22 +180,21 @@ def _logits_without(
 ) -> Tensor:
     """(candidates * samples, classes): the logits without each unit, candidate by candidate."""
     count, samples = len(trial.units), len(images)
-    with ExitStack() as undo:
+    with Altered() as altered:
         if trial.start is None or stream is None:
             images = images.repeat(count, 1, 1, 1)
         elif trial.late:
-            _enter(model, blocks, trial.start, stream, undo)
-            leave = get(model, blocks[trial.start]).register_forward_hook(_flat)
-            undo.callback(leave.remove)
+            _enter(model, blocks, trial.start, stream, altered)
+            altered.after(get(model, blocks[trial.start]), _flat)
         else:
             rows = stream.repeat(count, *(1,) * (stream.ndim - 1))
-            _enter(model, blocks, trial.start, rows, undo)
+            _enter(model, blocks, trial.start, rows, altered)
         units = torch.tensor(trial.units)[:, None]
         for place in trial.places:
             lost = Lost((place.owner == units).to(images.device), samples, trial.late)
-            _select(get(model, place.module), place.at, lost, undo)
+            _select(model, place, lost, altered)
         for path in trial.silent:
-            undo.callback(get(model, path).register_forward_hook(_zeros).remove)
+            altered.after(get(model, path), _zeros)
         return model(images)
 
 
@@ -221,26 +220,32 @@ class Lost:
         return function(lost, x.unflatten(0, (count, self.samples))).flatten(0, 1)
 
 
-def _select(module: Any, at: str, lost: Lost, undo: ExitStack) -> None:
-    """Set each candidate's unit to zero before, after or in a module, until ``undo``."""
-    if at == "norm":
+def _select(model: nn.Module, place: Place, lost: Lost, altered: Altered) -> None:
+    """Set each candidate's unit to zero before, after or in a module."""
+    module = get(model, place.module)
+    if place.at == "norm":
+        outer = kept_by("score", place.module, module)
 
         def normalise(x: Tensor) -> Tensor:
-            return lost.apply(lambda entries, x: norm_over_kept(module, ~entries, x), x)
+            def over_kept(entries: Tensor, x: Tensor) -> Tensor:
+                kept = ~entries if outer is None else ~entries & outer.to(entries.device)
+                return norm_over_kept(module, kept, x)
 
-        _exchange_forward(module, normalise, undo)
-    elif at == "input":
+            return lost.apply(over_kept, x)
+
+        altered.exchange(module, normalise)
+    elif place.at == "input":
 
         def before(_: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
             return (lost.apply(_without, inputs[0]), *inputs[1:])
 
-        undo.callback(module.register_forward_pre_hook(before).remove)
+        altered.before(module, before)
     else:
 
         def after(_: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
             return lost.apply(_without, output)
 
-        undo.callback(module.register_forward_hook(after).remove)
+        altered.after(module, after)
 
 
 def _without(lost: Tensor, x: Tensor) -> Tensor:
@@ -249,16 +254,16 @@ def _without(lost: Tensor, x: Tensor) -> Tensor:
 
 
 def _enter(
-    model: nn.Module, blocks: list[str], start: int, stream: Tensor, undo: ExitStack
+    model: nn.Module, blocks: list[str], start: int, stream: Tensor, altered: Altered
 ) -> None:
     """A forward takes ``stream`` as the input of a block, and nothing runs in blocks before it."""
     for path in blocks[:start]:
-        _exchange_forward(get(model, path), _pass, undo)
+        altered.exchange(get(model, path), _pass)
 
     def before(_: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
         return (stream, *inputs[1:])
 
-    undo.callback(get(model, blocks[start]).register_forward_pre_hook(before).remove)
+    altered.before(get(model, blocks[start]), before)
 
 
 def _entry(
@@ -269,10 +274,10 @@ def _entry(
     def stop(_: nn.Module, inputs: tuple[Any, ...]) -> None:
         raise _Reached(inputs[0])
 
-    with ExitStack() as undo:
+    with Altered() as altered:
         if stream is not None:
-            _enter(model, blocks, number - 1, stream, undo)
-        undo.callback(get(model, blocks[number]).register_forward_pre_hook(stop).remove)
+            _enter(model, blocks, number - 1, stream, altered)
+        altered.before(get(model, blocks[number]), stop)
         try:
             model(images)
         except _Reached as reached:
@@ -286,14 +291,6 @@ class _Reached(Exception):
     def __init__(self, stream: Tensor):
         super().__init__()
         self.stream = stream
-
-
-def _exchange_forward(module: nn.Module, forward: Callable, undo: ExitStack) -> None:
-    if "forward" in vars(module):
-        undo.callback(setattr, module, "forward", vars(module)["forward"])
-    else:
-        undo.callback(delattr, module, "forward")
-    module.forward = forward
 
 
 def _block(structure: Structure, branch: str) -> str:

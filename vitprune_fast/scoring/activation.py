@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -11,7 +10,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..batches import as_input
-from ..modules.modes import evaluating, uncompiled
+from ..errors import InvalidInput
+from ..modules.modes import evaluating
+from ..modules.swap import Altered
 from ..structure import Axis, Structure
 from ..structure.paths import get
 from ..structure.table import Write
@@ -64,19 +65,25 @@ def activation(model: nn.Module, structure: Structure, axes: Sequence[Axis]) -> 
     writes = {write.name: write for write in structure.writes()}
 
     def measure_batch(images: Tensor, labels: Tensor | None) -> Rows:
-        with evaluating(model), torch.no_grad(), uncompiled(), ExitStack() as undo:
+        with evaluating(model), torch.no_grad(), Altered() as altered:
             readings = {axis.name: [] for axis in axes}
             for axis, places in placed:
                 record = readings[axis.name].append
                 if not (held := structure.held(axis)):
-                    _measure_units(model, axis, places, record, undo)
+                    _measure_units(model, axis, places, record, altered)
                 elif axis.kind == "block":
                     for path in structure.blocks:
-                        undo.callback(_measure_block(get(model, path), record).remove)
+                        _measure_block(get(model, path), record, altered)
                 else:
                     for (name,) in held:
-                        _measure_branch(model, writes[name], record, undo)
+                        _measure_branch(model, writes[name], record, altered)
             model(as_input(model, images))
+        for axis in axes:
+            if not readings[axis.name]:
+                raise InvalidInput(
+                    "score: model must call the modules that its structure names, got one that "
+                    f"called none of those of {axis.name!r}"
+                )
         return {
             # branches are units side by side, readers of one unit are averaged
             axis.name: torch.cat(found, 1) if structure.held(axis) else torch.stack(found).mean(0)
@@ -101,7 +108,7 @@ def _read_places(model: nn.Module, structure: Structure, axis: Axis) -> list[Pla
 
 
 def _measure_units(
-    model: nn.Module, axis: Axis, places: Sequence[Place], record: Record, undo: ExitStack
+    model: nn.Module, axis: Axis, places: Sequence[Place], record: Record, altered: Altered
 ) -> None:
     """Record the size of every unit at each input; one size for all outputs that make it."""
     made: list[Tensor] = []
@@ -123,7 +130,7 @@ def _measure_units(
             def before(_: nn.Module, inputs: tuple[Any, ...], place: Place = place) -> None:
                 record(size(place, inputs[0]).mean(1))
 
-            undo.callback(get(model, place.module).register_forward_pre_hook(before).remove)
+            altered.before(get(model, place.module), before)
             continue
 
         def after(_: nn.Module, __: Any, output: Tensor, place: Place = place) -> None:
@@ -132,10 +139,10 @@ def _measure_units(
                 record(torch.linalg.vector_norm(torch.stack(made), dim=0).mean(1))
                 made.clear()
 
-        undo.callback(get(model, place.module).register_forward_hook(after).remove)
+        altered.after(get(model, place.module), after)
 
 
-def _measure_branch(model: nn.Module, write: Write, record: Record, undo: ExitStack) -> None:
+def _measure_branch(model: nn.Module, write: Write, record: Record, altered: Altered) -> None:
     """Record how far a branch turns the stream."""
     first, drop = get(model, write.name if write.post_norm else write.norm), get(model, write.drop)
     stream: list[Tensor] = []
@@ -147,15 +154,15 @@ def _measure_branch(model: nn.Module, write: Write, record: Record, undo: ExitSt
         x = stream.pop()
         record(_turn(x, x + output))
 
-    undo.callback(first.register_forward_pre_hook(before).remove)
-    undo.callback(drop.register_forward_hook(after).remove)
+    altered.before(first, before)
+    altered.after(drop, after)
 
 
-def _measure_block(block: nn.Module, record: Record) -> Any:
+def _measure_block(block: nn.Module, record: Record, altered: Altered) -> None:
     def after(_: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> None:
         record(_turn(inputs[0], output))
 
-    return block.register_forward_hook(after)
+    altered.after(block, after)
 
 
 def _turn(before: Tensor, after: Tensor) -> Tensor:

@@ -25,6 +25,7 @@ from .. import _extension, ops
 from ..errors import InvalidInput
 from ..modeling_pruned import NORMS
 from ..modules.norms import epsilon, is_rms
+from ..modules.swap import exchange_forward
 from ..structure.paths import get
 from .probes import Probes, as_tokens, tap_norm
 from .sites import Site
@@ -91,17 +92,8 @@ def standing_in(forwards: Mapping[nn.Module, Callable[..., Tensor]]) -> Iterator
     """Exchange the forward of modules; back again on leaving."""
     with ExitStack() as restore:
         for module, forward in forwards.items():
-            restore.callback(_put_back, module, vars(module).get("forward"))
-            module.forward = forward
+            restore.callback(exchange_forward(module, forward))
         yield
-
-
-def _put_back(module: nn.Module, forward: Any) -> None:
-    """The forward of the class, or that of the outer run where one runs inside another."""
-    if forward is None:
-        del module.forward
-    else:
-        module.forward = forward
 
 
 def _owner(model: nn.Module, site: Site) -> str | None:

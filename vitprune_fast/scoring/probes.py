@@ -42,6 +42,10 @@ class Probes:
         """Forget the probes of the batch before."""
         self._leaves.clear()
 
+    def __contains__(self, key: str) -> bool:
+        """Whether the forward of this batch came by a place."""
+        return key in self._leaves
+
     def readings(self, loss: Tensor, *, retain_graph: bool = False) -> dict[str, Tensor]:
         """Differentiate ``loss`` by every probe of the batch.
 

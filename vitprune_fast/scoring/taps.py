@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from ..errors import InvalidInput
 from ..modules.norms import epsilon, is_rms
+from ..modules.swap import Altered
 from ..structure.paths import get
 from .fused import runs_its_class
 from .probes import Probes, tap, tap_bias, tap_norm, tap_part
@@ -28,8 +29,7 @@ def hooked(model: nn.Module, sites: Iterable[Site], probes: Probes) -> Iterator[
         InvalidInput: the model has no module where a site says, or one that computes something
             else than what the site measures.
     """
-    handles = []
-    try:
+    with Altered() as altered:
         for site in sites:
             module = get(model, site.module)
             if not isinstance(module, nn.Module):
@@ -44,15 +44,11 @@ def hooked(model: nn.Module, sites: Iterable[Site], probes: Probes) -> Iterator[
                     "score the pruned model"
                 )
             if site.measure == "input":
-                handles.append(module.register_forward_pre_hook(_before(site, probes)))
+                altered.before(module, _before(site, probes))
             else:
                 # before other hooks: what the module itself puts out is measured
-                hook = _after(site, probes, model)
-                handles.append(module.register_forward_hook(hook, prepend=True))
+                altered.after(module, _after(site, probes, model), first=True)
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def _before(site: Site, probes: Probes) -> Any:

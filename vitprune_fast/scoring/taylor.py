@@ -24,7 +24,7 @@ from .graphs import Replayed
 from .labels import draw_labels, label_numbers
 from .probes import Probes
 from .scores import Rows
-from .sites import Assemble, sites_of
+from .sites import Assemble, Site, sites_of
 from .taps import hooked
 
 PathChoice = Literal["auto", "fused", "taps"]
@@ -45,6 +45,7 @@ class TaylorScorer:
         self,
         model: nn.Module,
         probes: Probes,
+        sites: Sequence[Site],
         assemble: dict[str, Assemble],
         loss_scale: float,
         fisher: tuple[int, int] | None,
@@ -52,6 +53,7 @@ class TaylorScorer:
     ):
         self._model = model
         self._probes = probes
+        self._sites = sites
         self._assemble = assemble
         self._loss_scale = loss_scale
         self._fisher = fisher
@@ -84,6 +86,12 @@ class TaylorScorer:
             self._classes = logits.shape[1]
         if logits.dtype in (torch.float16, torch.bfloat16):
             logits = logits.float()
+        for site in self._sites:
+            if site.key not in self._probes:
+                raise InvalidInput(
+                    f"score: model must call {site.module} in its forward, as its structure says, "
+                    "got one that did not"
+                )
         if not logits.requires_grad:
             raise InvalidInput(
                 "score: model must have a unit of the asked kinds left, got one without any"
@@ -157,7 +165,7 @@ def scorer(
     sites, assemble = sites_of(structure, axes)
     probes = Probes(per_token)
 
-    ready = TaylorScorer(model, probes, assemble, loss_scale or 1.0, fisher, cuda_graph)
+    ready = TaylorScorer(model, probes, sites, assemble, loss_scale or 1.0, fisher, cuda_graph)
     with closing(ready), scoring_mode(model), torch.enable_grad():
         if path == "taps":
             with hooked(model, sites, probes):

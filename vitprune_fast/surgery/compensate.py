@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from ..batches import as_input, checked
 from ..errors import InvalidInput
 from ..modules.modes import evaluating
+from ..modules.swap import Altered
 from ..planning.plan import Plan
 from ..structure import Structure, describe
 from ..structure.paths import get
@@ -83,15 +84,21 @@ def calibrate(
         for sums, one in ((means, read.sum(0)), *([(products, read.T @ read)] if grams else [])):
             sums[name] = sums[name] + one.to(dtype) if name in sums else one.to(dtype)
 
-    with evaluating(model), torch.no_grad(), ExitStack() as undo:
+    with evaluating(model), torch.no_grad(), Altered() as altered:
         for write in _projections(structure):
             hook = partial(measure, write.name)
-            undo.callback(get(model, write.projection).register_forward_pre_hook(hook).remove)
+            altered.before(get(model, write.projection), hook)
         for images, _ in checked("calibrate", batches, model):
             model(as_input(model, images))
             num_images += len(images)
     if not num_images:
         raise InvalidInput("calibrate: batches must hold at least one image, got none")
+    for write in _projections(structure):
+        if write.name not in means:
+            raise InvalidInput(
+                f"calibrate: model must call {write.projection} in its forward, got one that never "
+                "did; take wrapped forwards off, or call torch.compiler.reset()"
+            )
     for name, total in (*means.items(), *products.items()):
         if not total.isfinite().all():
             raise InvalidInput(

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
-from functools import partial
+from contextlib import contextmanager
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ..modules.norms import norm_over_kept
+from ..modules.norms import kept_by, norm_over_kept
+from ..modules.swap import Altered
 from ..planning.plan import Plan
 from ..structure import Structure, describe
 from ..structure.paths import get
@@ -27,18 +27,20 @@ def mask(model: nn.Module, plan: Plan) -> Iterator[nn.Module]:
 
     The tensors are exchanged, not multiplied: what is written into masked parameters inside the
     context is lost, and on leaving it, also by an exception, the model is bit for bit what it was.
+    Code that was compiled runs as it is written. A mask inside a mask keeps what both keep.
 
     Args:
         model: a supported model.
         plan: made for this model.
 
     Raises:
-        InvalidInput: the plan belongs to another model.
+        InvalidInput: the plan belongs to another model, or cuts the axis of a norm with a forward
+            of its own.
     """
     structure = describe(model)
     plan = plan.check(structure)
     reading = Reading(structure, plan)
-    with ExitStack() as restore:
+    with Altered() as altered:
         for names in _names_of_tensors(structure, plan):
             tensor = get(model, names[0])
             masked = tensor.data
@@ -50,7 +52,7 @@ def mask(model: nn.Module, plan: Plan) -> Iterator[nn.Module]:
                     positions = torch.from_numpy(lost).to(tensor.device)
                     masked = masked.index_fill(axis, positions, 0)
             if masked is not tensor.data:
-                restore.callback(setattr, tensor, "data", tensor.data)
+                altered.callback(setattr, tensor, "data", tensor.data)
                 tensor.data = masked
         for path, dim in structure.norms.items():
             kept = reading.kept_positions(dim)
@@ -58,12 +60,13 @@ def mask(model: nn.Module, plan: Plan) -> Iterator[nn.Module]:
                 norm = get(model, path)
                 is_kept = torch.zeros(dim.length(), dtype=torch.bool)
                 is_kept[torch.from_numpy(kept)] = True
-                norm.forward = partial(norm_over_kept, norm, is_kept)
-                restore.callback(delattr, norm, "forward")
+                outer = kept_by("mask", path, norm)
+                both = is_kept if outer is None else is_kept & outer
+                altered.exchange(norm, norm_over_kept, norm, both)
         for write in structure.writes():
             if write.name in plan.removed:
                 silent = get(model, write.output)
-                restore.callback(silent.register_forward_hook(_zeros).remove)
+                altered.after(silent, _zeros)
         yield model
 
 

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ...modules.swap import Altered
 from ...precision import autocast, device_of
 from ...structure import Structure
 from ...structure.table import Write
@@ -75,11 +76,9 @@ class Streamed:
         def seen(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
             raise _Reached(inputs[0])
 
-        hook = self._modules[write.projection].register_forward_pre_hook(seen)
-        try:
+        with Altered() as altered:
+            altered.before(self._modules[write.projection], seen)
             return _seen(lambda: self.output(write, x))
-        finally:
-            hook.remove()
 
     def projected(self, write: Write, features: Tensor) -> Tensor:
         """What comes out of the branch for what its output projection reads."""
@@ -117,18 +116,15 @@ class Streamed:
 
             return hook
 
-        hooks = [self._modules[path].register_forward_hook(note(path)) for path in classifiers]
         first = self._blocks[0]
 
         def given(block: nn.Module) -> Callable[..., Tensor]:
             return lambda old, *args, **kwargs: x if block is first else old
 
-        try:
-            with self._instead_of_blocks(given):
-                return self._run(self.model, image.expand(len(x), *image.shape[1:])), seen
-        finally:
-            for hook in hooks:
-                hook.remove()
+        with self._instead_of_blocks(given) as altered:
+            for path in classifiers:
+                altered.after(self._modules[path], note(path))
+            return self._run(self.model, image.expand(len(x), *image.shape[1:])), seen
 
     def _through(self, path: str, x: Tensor) -> Tensor:
         module = self._modules.get(path) if path else None
@@ -139,18 +135,12 @@ class Streamed:
             return module(x)
 
     @contextmanager
-    def _instead_of_blocks(self, forward_of: Callable[[nn.Module], Any]) -> Iterator[None]:
-        """Blocks run another function; a forward that was put on a block itself comes back."""
-        own = [vars(block).get("forward") for block in self._blocks]
-        try:
+    def _instead_of_blocks(self, forward_of: Callable[[nn.Module], Any]) -> Iterator[Altered]:
+        """Blocks run another function."""
+        with Altered() as altered:
             for block in self._blocks:
-                block.forward = forward_of(block)
-            yield
-        finally:
-            for block, forward in zip(self._blocks, own, strict=True):
-                vars(block).pop("forward", None)
-                if forward is not None:
-                    block.forward = forward
+                altered.exchange(block, forward_of(block))
+            yield altered
 
 
 def _seen(run: Callable[[], Any]) -> Tensor:
