@@ -151,6 +151,19 @@ def test_hooks_see_q_k_v_and_what_enters_the_output_projection() -> None:
     assert seen["qkv"].shape == (4, 5, 72) and seen["out"].shape == (4, 5, 24)
 
 
+def test_attention_that_is_visible_already_stays_so() -> None:
+    model = model_of()
+
+    def visible() -> list[bool]:
+        return [hasattr(m, "in_proj") for m in model.modules() if hasattr(m, "in_proj_weight")]
+
+    with tv.visible_attention(model):
+        with tv.visible_attention(model):
+            pass
+        assert visible() and all(visible())
+    assert not any(visible())
+
+
 @pytest.mark.parametrize("fails", [False, True], ids=["normally", "after an exception"])
 def test_the_model_comes_back_exactly_as_it_was(fails: bool) -> None:
     model = model_of("dropout").train()

@@ -37,8 +37,7 @@ def attach(
     :func:`fold` writes it into that map. Unlike pruning, a gate of 0 changes no norm that runs
     over its axis, so only where there is none it is the same as a unit that was cut.
 
-    What was compiled before is compiled again when it next runs, with the gates, and once more when
-    they are detached.
+    What was compiled before is compiled again when it next runs, with the gates.
 
     ``l1``
         the gate is the score, from 1, held down by ``penalty * sum |s|`` (Zhu et al., "Vision

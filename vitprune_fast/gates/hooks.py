@@ -112,7 +112,6 @@ def _undo(
     for one in put_back:
         one()
     del vars(found)["__deepcopy__"]
-    forget_compiled()
 
 
 def _remove(model: nn.Module, added: list[tuple[str, str, int]]) -> None:

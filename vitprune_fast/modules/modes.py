@@ -48,19 +48,18 @@ def compiled(model: nn.Module, backend: bool | str = True) -> Any:
 @contextmanager
 def uncompiled() -> Iterator[None]:
     """Run what was compiled as it is written: a compiled module does not look at its hooks."""
-    if "torch._dynamo" in sys.modules:
-        with torch.compiler.set_stance("force_eager"):
-            yield
-        return
-    # nothing was compiled, and the import takes longer than many a score run
-    try:
+    if "torch._dynamo" not in sys.modules:
+        # nothing was compiled, and the import takes longer than many a score run
         yield
-    finally:
-        # what was compiled meanwhile has the hooks of this block
-        forget_compiled()
+        return
+    with torch.compiler.set_stance("force_eager"):
+        yield
 
 
 def forget_compiled() -> None:
-    """Let all that was compiled be compiled again when it next runs, with the hooks of then."""
+    """Let all that was compiled be compiled again when it next runs, with the hooks of then.
+
+    Compiled code guards on the hooks that it found, and not on there being none.
+    """
     if "torch._dynamo" in sys.modules:
         torch.compiler.reset()
