@@ -17,7 +17,7 @@ import pytest
 import timm.layers
 import torch
 from timm.layers import GluMlp, LayerScale, Mlp, SwiGLU
-from timm.models.vision_transformer import Attention, Block, ResPostBlock, VisionTransformer
+from timm.models.vision_transformer import Attention, ResPostBlock, VisionTransformer
 from torch import Tensor, library, nn
 from torch.nn import functional as F
 
@@ -79,7 +79,7 @@ def order_of(module: nn.Module, x: Tensor) -> str:
 # timm
 
 
-@fact("timm's ViT keeps its sizes in these attributes", "structure/timm_vit.py", "checkpoint.py")
+@fact("timm's ViT keeps its sizes in these attributes", "structure/families/timm_vit.py")
 def timm_vit_attributes() -> None:
     model = vit(reg_tokens=2)
     has(
@@ -97,42 +97,30 @@ def timm_vit_attributes() -> None:
     )
 
 
-@fact("timm's ViT calls its parts in this order", "structure/timm_vit.py", "surgery/folds.py")
+@fact(
+    "timm's ViT calls its parts in this order", "structure/families/timm_vit.py", "surgery/folds.py"
+)
 def timm_vit_order() -> None:
     images = torch.randn(2, 3, 16, 16, dtype=torch.float64)
     wanted = "patch_embed pos_drop patch_drop norm_pre blocks norm fc_norm head_drop head"
     assert order_of(vit(), images) == wanted
 
 
-@fact("timm's ViT takes these arguments", "checkpoint.py", "modeling_pruned.py")
+@fact("timm's ViT takes these arguments", "structure/families/timm_vit.py")
 def timm_vit_arguments() -> None:
     known = inspect.signature(VisionTransformer).parameters
     wanted = """img_size patch_size in_chans num_classes global_pool embed_dim qkv_bias qk_norm
         scale_attn_norm scale_mlp_norm proj_bias class_token pos_embed no_embed_class reg_tokens
         pre_norm final_norm fc_norm pool_include_prefix dynamic_img_size dynamic_img_pad
         patch_drop_rate norm_layer embed_norm_layer act_layer depth num_heads block_fn
-        weight_init"""
+        weight_init mlp_ratio mlp_layer init_values drop_rate pos_drop_rate proj_drop_rate
+        attn_drop_rate drop_path_rate"""
     assert not set(wanted.split()) - set(known)
-
-
-@fact("timm's ViT tells every block its depth, its width and its options", "modeling_pruned.py")
-def timm_block_fn() -> None:
-    given: list[dict[str, Any]] = []
-
-    def block_fn(**options: Any) -> nn.Module:
-        given.append(options)
-        return Block(**options)
-
-    VisionTransformer(**SIZES, depth=2, block_fn=block_fn)  # pyright: ignore[reportArgumentType]
-    assert [options["depth"] for options in given] == [0, 1]
-    wanted = {"dim", "num_heads", "mlp_ratio", "mlp_layer", "init_values", "drop_path"}
-    assert wanted <= set(given[0])
 
 
 @fact(
     "timm's pre-norm block is x + drop_path1(ls1(attn(norm1(x)))), then the same with the MLP",
-    "structure/timm_vit.py",
-    "modeling_pruned.py",
+    "structure/families/timm_vit.py",
 )
 def timm_block() -> None:
     block: Any = vit(init_values=0.1).blocks[0]
@@ -144,8 +132,7 @@ def timm_block() -> None:
 
 @fact(
     "timm's post-norm block is x + drop_path1(norm1(attn(x))), then the same with the MLP",
-    "structure/timm_vit.py",
-    "modeling_pruned.py",
+    "structure/families/timm_vit.py",
 )
 def timm_res_post_block() -> None:
     block: Any = vit(block_fn=ResPostBlock).blocks[0]
@@ -155,7 +142,7 @@ def timm_res_post_block() -> None:
     same(block(x), y + block.norm2(block.mlp(y)))
 
 
-@fact("timm's LayerScale multiplies by gamma", "structure/timm_vit.py", "surgery/folds.py")
+@fact("timm's LayerScale multiplies by gamma", "structure/families/timm_vit.py", "surgery/folds.py")
 def timm_layer_scale() -> None:
     scale = LayerScale(24, init_values=0.3).double()
     x = tokens()
@@ -168,7 +155,7 @@ def timm_layer_scale() -> None:
     "timm's attention computes softmax(q k') v between qkv, q_norm, k_norm and norm, proj",
     "scoring/fused.py",
     "gates/hooks.py",
-    "structure/timm_vit.py",
+    "structure/families/timm_vit.py",
 )
 def timm_attention() -> None:
     attn: Any = vit(qk_norm=True, scale_attn_norm=True).blocks[0].attn
@@ -243,7 +230,7 @@ def timm_swiglu() -> None:
 
 @fact(
     "timm's norms and activations are those of torch, and keep eps, weight and bias",
-    "modeling_pruned.py",
+    "structure/families/timm_vit_1.py",
     "modules/norms.py",
     "scoring/fused.py",
 )

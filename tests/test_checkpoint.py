@@ -7,17 +7,20 @@ import pickle
 import random
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import timm
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
+from timm.layers import DropPath, SwiGLUPacked
+from timm.models.vision_transformer import ResPostBlock, VisionTransformer
 from torch import nn
 
 from tests.plans import draw_plan
-from vitprune_fast.checkpoint import load, save
+from vitprune_fast.checkpoint import check_savable, load, save
 from vitprune_fast.errors import DamagedFile, InvalidInput, RunFolderError, UnsupportedArchitecture
 from vitprune_fast.planning import Plan
 from vitprune_fast.structure import describe
@@ -125,24 +128,51 @@ def _forge(folder: Path, change) -> None:
     write_manifest(folder, ["config.json", "model.safetensors"])
 
 
+def _change(*keys: Any, to: Any) -> Any:
+    def change(config: Any) -> None:
+        place = config["vitprune_fast"]
+        for key in keys[:-1]:
+            place = place[key]
+        place[keys[-1]] = to
+
+    return pytest.param(change, id="-".join(keys) + f"-{to!r:.30}")
+
+
 @pytest.mark.parametrize(
     "change",
     [
         lambda c: c.clear(),
-        lambda c: c["vitprune_fast"].update(version=99),
-        lambda c: c["vitprune_fast"].update({"class": "os.system"}),
-        lambda c: c["vitprune_fast"]["blocks"][0]["attn"].update(heads=10**9),
-        lambda c: c["vitprune_fast"]["blocks"][0]["attn"].update(heads=-3),
-        lambda c: c["vitprune_fast"]["blocks"][0]["mlp"].update(hidden=10**12),
-        lambda c: c["vitprune_fast"]["blocks"][0]["mlp"].update({"class": "Linear"}),
-        lambda c: c["vitprune_fast"]["blocks"].clear(),
-        lambda c: c["vitprune_fast"].update(blocks=7),
-        lambda c: c["vitprune_fast"]["args"].update(embed_dim=0),
-        lambda c: c["vitprune_fast"]["args"].update(img_size="big"),
-        lambda c: c["vitprune_fast"]["args"].update(surprise=1),
-        lambda c: c["vitprune_fast"]["args"]["norm_layer"].update({"class": "exec"}),
-        lambda c: c["vitprune_fast"]["attributes"].update({"forward": "x"}),
-        lambda c: c["vitprune_fast"]["attributes"].update({"blocks.0.attn.num_heads": [1]}),
+        lambda c: c["vitprune_fast"]["args"].clear(),
+        lambda c: c["vitprune_fast"]["args"].pop("depth"),
+        _change("version", to=99),
+        _change("class", to="os.system"),
+        _change("class", to="timm.models.resnet.ResNet"),
+        _change("args", "depth", to=10**9),
+        _change("args", "depth", to=9),
+        _change("args", "num_heads", to=-3),
+        _change("args", "mlp_ratio", to=1e300),
+        _change("args", "mlp_layer", to={"class": "torch.nn.modules.linear.Linear"}),
+        _change("args", "act_layer", to={"class": "timm.layers.create_act.F"}),
+        _change("args", "norm_layer", to={"class": "exec"}),
+        _change("args", to=7),
+        _change("args", "embed_dim", to=0),
+        _change("args", "embed_dim", to=12),
+        _change("args", "img_size", to="big"),
+        _change("args", "surprise", to=1),
+        _change("args", "device", to="cpu"),
+        _change("attributes", "forward", to="x"),
+        _change("attributes", "blocks.0.attn.num_heads", to=[1]),
+        _change("attributes", "blocks.0.attn.num_heads", to=2),
+        _change("attributes", "blocks.0.attn", to=None),
+        _change("swaps", "blocks.0.attn", to="os.system"),
+        _change("swaps", "blocks.0.attn", to="timm.models.vision_transformer.VisionTransformer"),
+        _change("swaps", "blocks.0.attn.qkv.weight", to="Constant"),
+        _change("swaps", "", to="Constant"),
+        _change("halves", "blocks.0", to={"chain": ["forward"], "core": "forward"}),
+        _change("halves", "blocks.0", to={"chain": ["norm1", "attn"], "core": "mlp"}),
+        _change("halves", "", to={"chain": ["blocks"], "core": "blocks"}),
+        _change("deleted", to=["blocks.0"]),
+        _change("deleted", to=["blocks.0.attn.forward"]),
     ],
 )
 def test_forged_descriptions_give_one_typed_error(change, tmp_path: Path) -> None:
@@ -161,12 +191,133 @@ def test_missing_folders_and_files_are_named(tmp_path: Path) -> None:
         load(tmp_path / "model")
 
 
-def test_what_cannot_be_written_down_is_refused(tmp_path: Path) -> None:
+def _without(model: Any, *paths: str) -> None:
+    for path in paths:
+        module, _, name = path.rpartition(".")
+        setattr(model.get_submodule(module), name, None)
+
+
+# what users do to a model, and describe accepts
+CHANGES: dict[str, Any] = {
+    "head without bias": lambda m: _without(m, "head.bias"),
+    "no head": lambda m: setattr(m, "head", nn.Identity()),
+    "patches without bias": lambda m: _without(m, "patch_embed.proj.bias"),
+    "a norm without bias": lambda m: _without(m, "blocks.1.norm1.bias"),
+    "a norm of its own": lambda m: setattr(
+        m, "norm", nn.LayerNorm(24, 1e-3, elementwise_affine=False)
+    ),
+    "a block without biases": lambda m: _without(
+        *(m, "blocks.0.attn.qkv.bias", "blocks.0.attn.proj.bias", "blocks.0.mlp.fc2.bias")
+    ),
+    "fc1 without bias": lambda m: _without(m, *(f"blocks.{i}.mlp.fc1.bias" for i in range(3))),
+    "an activation": lambda m: setattr(m.blocks[1].mlp, "act", nn.LeakyReLU(0.3)),
+    "another kind of MLP": lambda m: setattr(m.blocks[2], "mlp", SwiGLUPacked(24, 96).eval()),
+    "another kind of block": lambda m: m.blocks.__setitem__(1, ResPostBlock(24, 3).eval()),
+    "a block without scale": lambda m: setattr(m.blocks[1], "ls2", nn.Identity()),
+    "a list of its own": lambda m: setattr(m, "crops", [1, [2, 3], None]),
+    "another reduction": lambda m: m.feature_info[0].update(reduction=3),
+    "flags": lambda m: setattr(m.blocks[2].attn, "scale", 0.3),
+}
+ARGUMENTS: dict[str, Any] = {
+    "norms without bias": {"norm_layer": partial(nn.LayerNorm, bias=False)},
+    "norms without affine": {"norm_layer": partial(nn.LayerNorm, elementwise_affine=False)},
+    "no norms": {"norm_layer": nn.Identity},
+    "mish": {"act_layer": "mish"},
+    "hard_swish": {"act_layer": "hard_swish"},
+    "tanh": {"act_layer": partial(nn.GELU, approximate="tanh")},
+    "patch norm": {"embed_norm_layer": nn.LayerNorm},
+    "dropout": {"drop_rate": 0.1, "pos_drop_rate": 0.2, "proj_drop_rate": 0.3},
+    "any size": {"dynamic_img_size": True, "dynamic_img_pad": True, "patch_drop_rate": 0.5},
+}
+
+
+@pytest.mark.parametrize("is_cut", [False, True], ids=["dense", "pruned"])
+@pytest.mark.parametrize("what", [*CHANGES, *ARGUMENTS])
+def test_what_describe_accepts_comes_back(what: str, is_cut: bool, tmp_path: Path) -> None:
+    options = {"init_values": 0.1, "dtype": torch.float32, **ARGUMENTS.get(what, {})}
+    model = random_vit(**options)
+    CHANGES.get(what, lambda _: None)(model)
+    if what == "no norms":
+        # without a norm random weights grow to infinity
+        for parameter in model.parameters():
+            parameter.data /= 4
+    check_savable(model)
+    if is_cut:
+        kept = {"blocks.0.attn.heads": [0, 2], "blocks.2.mlp.neurons": [1, 2, 5]}
+        model = prune(model, Plan.of(describe(model), kept, ["blocks.1.attn"]))
+    save(model, tmp_path)
+    again, images = load(tmp_path), random_images(model)
+    assert torch.equal(again(images), model(images)) and model(images).isfinite().all()
+    assert str(again) == str(model)
+    assert vars(again).get("crops") == vars(model).get("crops")
+    assert again.feature_info == model.feature_info
+    # what timm itself opens is the same as well
+    if not (tmp_path / "modeling_pruned.py").exists():
+        assert torch.equal(opened_by_timm(tmp_path)(images), model(images))
+
+
+class _Scaled(nn.Linear):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return 2 * super().forward(x)
+
+
+class _Act(nn.GELU):
+    pass
+
+
+class _Vit(VisionTransformer):
+    pass
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda m: setattr(m, "head", _Scaled(24, 5)), "save: head must be .* Linear, got _Scaled"),
+        (lambda m: setattr(m.blocks[1].mlp, "act", _Act()), "save: blocks.1.mlp.act must be"),
+        (lambda m: m.blocks[0].attn.add_module("more", nn.Identity()), "blocks.0.attn.more must"),
+        (lambda m: setattr(m, "__class__", _Vit), "must be one of timm VisionTransformer, .*_Vit"),
+        (lambda m: setattr(m, "note", float("nan")), "save: note must be a plain value, got nan"),
+    ],
+)
+def test_what_cannot_be_written_down_is_refused(change: Any, message: str, tmp_path: Path) -> None:
     model = random_vit(dtype=torch.float32)
-    model.blocks[1].mlp.act = nn.Tanh()
-    with pytest.raises(UnsupportedArchitecture, match="act"):
-        save(model, tmp_path / "model")
+    change(model)
+    for ask in (check_savable, lambda model: save(model, tmp_path / "model")):
+        with pytest.raises(UnsupportedArchitecture, match=message):
+            ask(model)
     assert not (tmp_path / "model").exists()
+
+
+def test_a_name_of_its_own_is_never_exchanged(tmp_path: Path) -> None:
+    model = random_vit(dtype=torch.float32)
+    model.pretrained_cfg = {"architecture": "vit_of_mine"}
+    save(model, tmp_path)
+    again: Any = load(tmp_path)
+    assert again.pretrained_cfg["architecture"] == "vit_of_mine"
+    assert "vit_base" not in (tmp_path / "config.json").read_text()
+
+
+@pytest.mark.parametrize("name", ["ragged", "constant"])
+def test_models_saved_in_version_1_still_open(name: str) -> None:
+    """Half blocks, ragged heads, drop path; constants, no patch bias; written in July 2026."""
+    folder = Path(__file__).parent / "data" / "saved_1" / name
+    model = load(folder)
+    for key, tensor in load_file(folder / "model.safetensors").items():
+        assert torch.equal(model.state_dict()[key], tensor)
+    check = load_file(folder / "check.safetensors")
+    # fp32 of another processor
+    allowed = 1e-5 * max(1.0, check["logits"].abs().max().item())
+    assert (model(check["images"]) - check["logits"]).abs().max() <= allowed
+    rates = sorted({m.drop_prob for m in model.modules() if isinstance(m, DropPath)})
+    assert rates == pytest.approx([0.05, 0.1] if name == "ragged" else [])
+
+
+def test_a_description_is_short(tmp_path: Path) -> None:
+    """Sizes are those of the tensors: a dense model has no word of its blocks."""
+    save(random_vit(dtype=torch.float32, depth=12), tmp_path)
+    spec = json.loads((tmp_path / "config.json").read_text())["vitprune_fast"]
+    assert spec["swaps"] == spec["halves"] == spec["attributes"] == {}
+    assert "deleted" not in spec and "blocks." not in json.dumps(spec)
 
 
 def test_a_place_that_cannot_be_written_is_one_sentence(

@@ -350,6 +350,65 @@ def _set(*keys: Any, to: Any) -> Callable[[dict], None]:
     return change
 
 
+def _change_and_refuse(saved: Path, folder: Path, change: Callable[[dict], None]) -> None:
+    folder = _copy(saved, folder)
+    config = json.loads((folder / "config.json").read_text())
+    change(config)
+    (folder / "config.json").write_text(json.dumps(config))
+    _seal(folder, {name: folder / name for name in ("config.json", "model.safetensors")})
+    _refused(load, folder)
+
+
+LSTM = {"class": "torch.nn.modules.rnn.LSTM", "input_size": 1, "hidden_size": 1}
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        _set("args", "depth", to=10**9),
+        _set("args", "depth", to=10**90),
+        _set("args", "depth", to=1 << 14),
+        _set("args", "depth", to=[10**9]),
+        _set("args", "embed_dim", to=10**9),
+        _set("args", "img_size", to=[10**9, 10**9]),
+        _set("args", "patch_size", to=[0, 0]),
+        _set("args", "num_classes", to=10**12),
+        _set("args", "reg_tokens", to=10**12),
+        _set("args", "mlp_ratio", to=1e308),
+        _set("args", "device", to="cpu"),
+        _set("args", "norm_layer", to={"class": "__import__"}),
+        _set(
+            "args", "norm_layer", to={"class": "timm.models.vision_transformer.VisionTransformer"}
+        ),
+        _set("args", "act_layer", to={**LSTM, "num_layers": 1 << 14}),
+        _set("args", "mlp_layer", to={"class": "timm.layers.mlp.Mlp", "device": "cpu"}),
+        _set("args", "block_fn", to={"class": "x." * 10**6}),
+        _set("args", "block_fn", to={"class": {"class": "os.system"}}),
+        _set("args", to=[["a"]]),
+        _set("class", to="os.system"),
+        _set("class", to="timm.models.eva.Eva"),
+        _set("class", to="this.that"),
+        _set("swaps", to={"head": "this.that"}),
+        _set("swaps", to={"head": "timm.models.resnet.ResNet"}),
+        _set("swaps", to={"." * 10**6: "Constant"}),
+        _set("halves", to={"blocks.0": {"chain": "x" * 10**6, "core": "x"}}),
+        _set("halves", to={"blocks.0": {"chain": ["norm1"] * 10**5, "core": "attn"}}),
+        _set("halves", to={"blocks.0": {"chain": ["__init__"], "core": "__init__"}}),
+        _set("deleted", to=["blocks.0"] * 10**5),
+        _set("deleted", to="x" * 10**6),
+        _set("attributes", to={"blocks.0.attn.num_heads": 10**90}),
+        _set("attributes", to={"__class__": "x"}),
+        _set("attributes", to={"." * 10**6: 1}),
+        _set("attributes", to={"forward": "x"}),
+        _set("attributes", to={"blocks.0.attn.qkv": None}),
+    ],
+)
+def test_descriptions_of_models_are_bounded(
+    saved: Path, tmp_path: Path, change: Callable[[dict], None]
+) -> None:
+    _change_and_refuse(saved, tmp_path / "model", change)
+
+
 @pytest.mark.parametrize(
     "change",
     [
@@ -357,31 +416,23 @@ def _set(*keys: Any, to: Any) -> Callable[[dict], None]:
         _set("blocks", 0, "attn", "heads", to=[10**9]),
         _set("blocks", 0, "attn", "heads", to=10**90),
         _set("blocks", 0, "attn", "head_dim", to=10**9),
-        _set("blocks", 0, "mlp", "hidden", to=10**18),
-        _set("blocks", 0, "mlp", "hidden", to=[10**9]),
+        _set("blocks", 0, "attn", "head_dim", to="x" * 10**6),
+        _set("blocks", 0, "class", to="os.system"),
         _set("blocks", to=lambda blocks: blocks * 20_000),
         _set("blocks", to="x" * 10**6),
         _set("args", "embed_dim", to=10**9),
-        _set("args", "img_size", to=[10**9, 10**9]),
-        _set("args", "patch_size", to=[0, 0]),
-        _set("args", "num_classes", to=10**12),
-        _set("args", "reg_tokens", to=10**12),
         _set("args", "norm_layer", to={"class": "__import__"}),
         _set("class", to="os.system"),
         _set("attributes", to={"__class__": "x"}),
         _set("attributes", to={"." * 10**6: 1}),
-        _set("feature_info", to=[["a"]]),
+        _set("feature_info", to=[["a"], {1: 2}, object.__doc__]),
     ],
 )
-def test_descriptions_of_models_are_bounded(
-    saved: Path, tmp_path: Path, change: Callable[[dict], None]
+def test_descriptions_of_version_1_are_bounded(
+    tmp_path: Path, change: Callable[[dict], None]
 ) -> None:
-    folder = _copy(saved, tmp_path / "model")
-    config = json.loads((folder / "config.json").read_text())
-    change(config)
-    (folder / "config.json").write_text(json.dumps(config))
-    _seal(folder, {name: folder / name for name in ("config.json", "model.safetensors")})
-    _refused(load, folder)
+    saved = Path(__file__).parent / "data" / "saved_1" / "ragged"
+    _change_and_refuse(saved, tmp_path / "model", change)
 
 
 @pytest.mark.parametrize(

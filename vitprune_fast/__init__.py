@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from .planning import Budget, Cost, Latency, Plan, cost, latency, plan, predict_cost
     from .recipes import RunConfig, run
     from .scoring import Scores, score
-    from .structure import Structure, describe
+    from .structure import Structure, describe, register_family
     from .surgery import (
         Calibration,
         Compensated,
@@ -78,7 +78,7 @@ _HOMES = {
     ),
     "recipes": ("RunConfig", "run"),
     "scoring": ("Scores", "score"),
-    "structure": ("Structure", "describe"),
+    "structure": ("Structure", "describe", "register_family"),
     "surgery": (
         "Calibration",
         "Compensated",
@@ -135,6 +135,7 @@ __all__ = [
     "plan",
     "predict_cost",
     "prune",
+    "register_family",
     "run",
     "save",
     "score",

@@ -12,16 +12,15 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import timm
 import torch
-from timm.layers import GluMlp, SwiGLU
-from timm.models.vision_transformer import Attention, ResPostBlock
 from torch import Tensor, nn
+from torch.nn.modules import module as registration
 
 from . import modeling_pruned
 from .errors import DamagedFile, InvalidInput, UnsupportedArchitecture
@@ -37,37 +36,32 @@ from .files import (
     write_tensors,
     write_text,
 )
-from .modeling_pruned import ACTIVATIONS, MLPS, NORMS, PLAIN, Constant
-from .stated import caveats, stated_config
-from .structure import describe
-from .structure.paths import put
+from .modeling_pruned import VERSION, HalfBlock, is_plain, set_plain, state
+from .stated import caveats
+from .structure import describe, families
+from .structure.families import Family, qualified
+from .structure.paths import get, put
 
-FORMAT_VERSION = 1
-# a line of text can ask for a block, which takes a millisecond to build
-MAX_BLOCKS = 1 << 10
 MAX_CAVEAT = 1 << 10
-# timm's names for models that have none of their own; every argument is given, so the size in the
-# name is moot
-_ENTRYPOINTS = {
-    "VisionTransformer": "vit_base_patch16_224",
-    "VisionTransformerDistilled": "deit_base_distilled_patch16_224",
-}
-# of timm's pretrained_cfg: how images are prepared, and what the outputs mean; not what timm says
-# by name of weights that need not be these (their home, tag, license and paper)
-_KEPT = (
-    "architecture",
-    "mean",
-    "std",
-    "interpolation",
-    "crop_pct",
-    "crop_mode",
-    "first_conv",
-    "classifier",
-    "label_names",
-    "label_descriptions",
-)
-# how a model runs here and now, not what it is
+# a line of text can ask for a size or for any number of modules: at least so much is allowed, and
+# more only to a file that holds more
+MAX_SIZE = 1 << 14
+FEW_PARTS = 1000
+PARTS_PER_TENSOR = 40
+# how a model runs here and now, not what it is; the rest is written beside the spec
 _RUNTIME_ATTRIBUTES = {"training", "fused_attn", "grad_checkpointing", "weight_init_mode"}
+_APART = {"pretrained_cfg", "default_cfg", "caveats"}
+# whatever a wrong description makes constructors do, the answer is one typed error
+_BUILDING = (
+    ArithmeticError,
+    AssertionError,
+    AttributeError,
+    ImportError,
+    LookupError,
+    RuntimeError,
+    TypeError,
+    ValueError,
+)
 
 
 def save(model: nn.Module, folder: str | Path) -> None:
@@ -90,22 +84,34 @@ def save(model: nn.Module, folder: str | Path) -> None:
     """
     folder = Path(folder)
     check_folder(folder)
-    spec = spec_of(model)
-    plain = _timm_config(model, spec)
-    config = {**(plain or _config(model, "vit_pruned", {})), "vitprune_fast": spec}
+    spec, config, is_alone = _written(model)
     make_folder(folder)
     names = ["config.json", "model.safetensors"]
-    tensors = {name: t.detach().cpu().contiguous() for name, t in model.state_dict().items()}
+    tensors = {name: t.detach().cpu().contiguous() for name, t in state(model).items()}
     # the file format takes no two names of one memory
     tensors |= {name: tensors[name].clone() for name in spec.get("ties", {})}
     write_tensors(folder / "model.safetensors", tensors, {"format": "pt"})
     write_json(folder / "config.json", config)
-    if plain is None:
+    if is_alone:
+        (folder / "modeling_pruned.py").unlink(missing_ok=True)
+    else:
         names.append("modeling_pruned.py")
         write_text(folder / "modeling_pruned.py", inspect.getsource(modeling_pruned))
-    else:
-        (folder / "modeling_pruned.py").unlink(missing_ok=True)
     write_manifest(folder, names)
+
+
+def check_savable(model: nn.Module) -> None:
+    """Ask whether :func:`save` can write a model down, before the work that it comes out of.
+
+    What is pruned from a model that can be saved can be saved too.
+
+    Args:
+        model: on any device, meta included; it is only read.
+
+    Raises:
+        UnsupportedArchitecture: a part of it cannot be written down as plain values.
+    """
+    _written(model)
 
 
 def check_folder(folder: str | Path) -> None:
@@ -156,33 +162,94 @@ def load(folder: str | Path) -> nn.Module:
     config = read_json(folder / "config.json")
     tensors = read_tensors(folder / "model.safetensors")
     spec = config.get("vitprune_fast") if isinstance(config, dict) else None
-    if not isinstance(spec, dict) or spec.get("version") != FORMAT_VERSION:
+    version = spec.get("version") if isinstance(spec, dict) else None
+    if spec is None or version not in (1, VERSION):
         raise DamagedFile(
             f"load: {folder / 'config.json'} must describe a vitprune_fast model of version "
-            f"{FORMAT_VERSION}, got {spec.get('version') if isinstance(spec, dict) else None!r}"
+            f"1 to {VERSION}, got {version!r:.80}"
         )
     try:
-        if len(spec["blocks"]) > MAX_BLOCKS:
-            raise ValueError(f"{len(spec['blocks'])} blocks, more than {MAX_BLOCKS}")
-        model = modeling_pruned.build(spec)
-    except (
-        # whatever a hostile description makes constructors do, the answer is one typed error
-        ArithmeticError,
-        AssertionError,
-        AttributeError,
-        LookupError,
-        RuntimeError,
-        TypeError,
-        ValueError,
-    ) as error:
+        if version == 1:
+            from .structure.families.timm_vit_1 import as_version_2
+
+            spec = as_version_2(spec)
+        model = _built(spec, tensors)
+        # a model of any size has no table without one
+        with contextlib.suppress(InvalidInput):
+            describe(model)
+    except (*_BUILDING, UnsupportedArchitecture) as error:
         raise DamagedFile(
-            f"load: {folder / 'config.json'} must describe a model, got {error!r:.500}"
+            f"load: {folder} must hold a model and its description, got {error!r:.500}"
         ) from error
-    fill(model, tensors, str(folder / "model.safetensors"))
     _tie(model, spec.get("ties", {}), folder / "config.json")
     model.pretrained_cfg = model.default_cfg = config.get("pretrained_cfg", {})
     _note_caveats(model, spec.get("caveats", {}), folder / "config.json")
     return model.eval()
+
+
+def _built(spec: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Any:
+    """The model of a spec, whoever wrote it: bounded work, classes of its family alone."""
+    _check_named(spec, families.named(spec["class"]))
+    _check_sizes(spec["args"], max([MAX_SIZE, *(t.numel() for t in tensors.values())]))
+    with _few_parts(FEW_PARTS + PARTS_PER_TENSOR * len(tensors)):
+        return modeling_pruned.build(spec, tensors, families.known_classes())
+
+
+def _check_named(spec: Mapping[str, Any], family: Family) -> None:
+    """Refuse classes that the family does not know as parts of its models."""
+    wanted = [name for name in spec.get("swaps", {}).values() if name != "Constant"]
+    for value in _values(spec["args"]):
+        if isinstance(value, dict) and "class" in value:
+            wanted.append(value["class"])
+        if isinstance(value, dict) and "device" in value:
+            raise ValueError("the device is not the description's to choose")
+    for name in wanted:
+        if not _is_swap(name, family):
+            raise ValueError(f"{name!r:.200} is no part of such a model")
+
+
+def _is_swap(name: str, family: Family) -> bool:
+    return name in family.swaps or name.rpartition(".")[0] in family.swaps
+
+
+def _check_sizes(args: Any, most: int) -> None:
+    for value in _values(args):
+        if isinstance(value, int) and not 0 <= value <= most:
+            raise ValueError(f"a size of {value:.3g}, which must be 0 to {most}")
+
+
+def _values(value: Any) -> Iterator[Any]:
+    """A JSON value and every value in it."""
+    yield value
+    inside = value.values() if isinstance(value, dict) else value
+    if isinstance(value, (dict, list, tuple)):
+        for each in inside:
+            yield from _values(each)
+
+
+@contextlib.contextmanager
+def _few_parts(most: int) -> Iterator[None]:
+    """Stop whoever builds models of more parameters and modules than this."""
+    count = 0
+
+    def note(*_: Any) -> None:
+        nonlocal count
+        count += 1
+        if count > most:
+            raise ValueError(f"more than {most} parts for the tensors there are")
+
+    hooks = [
+        register(note)
+        for register in (
+            registration.register_module_module_registration_hook,
+            registration.register_module_parameter_registration_hook,
+        )
+    ]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 def _note_caveats(model: Any, notes: Any, source: Path) -> None:
@@ -217,124 +284,93 @@ def _tie(model: nn.Module, ties: Any, source: Path) -> None:
         put(model, name, one)
 
 
-def fill(model: nn.Module, tensors: Mapping[str, Tensor], source: str) -> None:
-    """Give ``model`` (on any device, meta included) exactly these tensors.
+def _written(model: Any) -> tuple[dict[str, Any], dict[str, Any], bool]:
+    """The spec, the whole ``config.json``, and whether the library opens the model alone."""
+    spec, family = spec_of(model), families.of(model)
+    recipe = {name: spec[name] for name in ("class", "args")}
+    for config, made in family.configs(model, recipe):
+        if made is None or _opens_alone(made, model):
+            config = {**config, "vitprune_fast": spec}
+            try:
+                json.dumps(config, allow_nan=False)
+            except (TypeError, ValueError) as error:
+                raise UnsupportedArchitecture(
+                    f"save: model must be told by plain values, got {error}"
+                ) from error
+            return spec, config, made is not None
+    raise AssertionError("a family's last config is for modeling_pruned.py")
 
-    Raises:
-        DamagedFile: names or shapes differ; the message shows the first difference.
-    """
-    wanted = model.state_dict()
-    for name in (*wanted, *tensors):
-        want = tuple(wanted[name].shape) if name in wanted else "no such tensor"
-        have = tuple(tensors[name].shape) if name in tensors else "no such tensor"
-        if want != have:
-            raise DamagedFile(
-                f"load: {source} must fit the model, got {have} for {name!r} where the model has "
-                f"{want}"
-            )
-    model.load_state_dict(dict(tensors), strict=True, assign=True)
+
+def _opens_alone(made: nn.Module, model: nn.Module) -> bool:
+    """Whether what a library makes takes the tensors and is the same, drop path apart."""
+    try:
+        return not _differences(made, model, ignore="drop_path")
+    except UnsupportedArchitecture:
+        return False
 
 
 def spec_of(model: Any) -> dict[str, Any]:
-    """How to build ``model``, as plain JSON values, checked by building it once on meta.
+    """How to build ``model``, as plain JSON values, checked by building it on meta.
 
     Raises:
         UnsupportedArchitecture: a part of the model cannot be written down so.
     """
+    family = families.of(model)
     ties = describe(model).ties
-    spec: dict[str, Any] = {
-        "version": FORMAT_VERSION,
-        "class": type(model).__name__,
-        "args": _constructor_args(model),
-        "blocks": [_block_spec(block) for block in model.blocks],
-        "feature_info": [dict(info) for info in model.feature_info],
-        "attributes": {},
-    }
-    rebuilt = modeling_pruned.build(spec)
-    spec["attributes"] = _check_same(rebuilt, model)
+    spec: dict[str, Any] = {"version": VERSION, **family.construct(model)}
+    tensors = {name: tensor.to("meta") for name, tensor in state(model).items()}
+    try:
+        _note_modules(spec, model, family)
+        rebuilt = _built(spec, tensors)
+        spec["attributes"] |= _differences(rebuilt, model)
+        for path, value in spec["attributes"].items():
+            set_plain(rebuilt, path, value)
+    except _BUILDING as error:
+        raise UnsupportedArchitecture(
+            f"save: {type(model).__name__} must be what its constructor makes, got {error!r:.500}"
+        ) from error
+    if left := _differences(rebuilt, model):
+        path, value = next(iter(left.items()))
+        raise UnsupportedArchitecture(f"save: {path} must be a plain value, got {value!r:.80}")
     notes = {"ties": ties, "caveats": caveats(model)}
-    return spec | {name: note for name, note in notes.items() if note}
+    absent = {name for name in ("deleted", "ties", "caveats") if not (spec | notes)[name]}
+    return {name: what for name, what in (spec | notes).items() if name not in absent}
 
 
-def _constructor_args(model: Any) -> dict[str, Any]:
-    """The arguments of timm's VisionTransformer that decide which modules there are."""
-    attns = [b.attn for b in model.blocks if isinstance(getattr(b, "attn", None), Attention)]
-    mlps = [b.mlp for b in model.blocks if type(getattr(b, "mlp", None)) in MLPS.values()]
-    outputs = [a.proj for a in attns] + [m.fc2 for m in mlps]
-    norms = [m for m in model.modules() if hasattr(m, "normalized_shape")]
-    embed = model.patch_embed
-    args = {
-        "img_size": list(embed.img_size) if embed.img_size else None,
-        "patch_size": list(embed.patch_size),
-        "in_chans": model.patch_embed.proj.in_channels,
-        "num_classes": model.num_classes,
-        "global_pool": model.global_pool,
-        "embed_dim": model.embed_dim,
-        "qkv_bias": any(a.qkv.bias is not None for a in attns),
-        "qk_norm": any(_present(a.q_norm) for a in attns),
-        "scale_attn_norm": any(_present(a.norm) for a in attns),
-        "scale_mlp_norm": any(_present(m.norm) for m in mlps),
-        "proj_bias": any(o.bias is not None for o in outputs),
-        "class_token": model.cls_token is not None,
-        "pos_embed": "none" if model.pos_embed is None else "learn",
-        "no_embed_class": model.no_embed_class,
-        "reg_tokens": model.num_reg_tokens,
-        "pre_norm": _present(model.norm_pre),
-        "final_norm": _present(model.norm) or _present(model.fc_norm),
-        "fc_norm": _present(model.fc_norm),
-        "pool_include_prefix": model.pool_include_prefix,
-        "dynamic_img_size": model.dynamic_img_size,
-        "dynamic_img_pad": embed.dynamic_img_pad,
-        "patch_drop_rate": getattr(model.patch_drop, "prob", 0.0),
-        "norm_layer": _layer_spec(norms[-1], NORMS) if norms else None,
-        "embed_norm_layer": _layer_spec(embed.norm, NORMS),
-        "act_layer": _layer_spec(mlps[0].act, ACTIVATIONS) if mlps else None,
-    }
-    return args
+def _note_modules(spec: dict[str, Any], model: nn.Module, family: Family) -> None:
+    """Note where modules stand that the constructor does not make, and which parameters are none.
+
+    Raises:
+        UnsupportedArchitecture: a module is none that a description may name.
+    """
+    known, theirs = families.known_classes(), dict(model.named_modules())
+    spec |= {"deleted": [], "swaps": {}, "halves": {}, "attributes": {}}
+    stock = modeling_pruned.construct(spec, known)
+    for path, _ in stock.named_modules():
+        parent = theirs.get(path.rpartition(".")[0])
+        if path not in theirs and isinstance(parent, (nn.Sequential, nn.ModuleList)):
+            spec["deleted"].append(path)
+    stock = modeling_pruned.construct(spec, known)
+    for path, module in theirs.items():
+        want, have = type(module), type(get(stock, path))
+        if isinstance(module, HalfBlock):
+            spec["halves"][path] = {"chain": list(module.chain), "core": module.core}
+        elif want is not have:
+            name = want.__name__ if want is modeling_pruned.Constant else qualified(want)
+            if have is type(None) or not (name == "Constant" or _is_swap(name, family)):
+                raise UnsupportedArchitecture(
+                    f"save: {path} must be what its constructor makes, a {have.__name__}, "
+                    f"got {want.__name__}"
+                )
+            spec["swaps"][path] = name
+            modeling_pruned.swap(stock, path, name, known)
+    for path, module in stock.named_modules():
+        for name, parameter in module._parameters.items() if path in theirs else ():
+            if parameter is not None and getattr(theirs[path], name, None) is None:
+                spec["attributes"][f"{path}.{name}" if path else name] = None
 
 
-def _present(module: nn.Module) -> bool:
-    return not isinstance(module, nn.Identity)
-
-
-def _block_spec(block: nn.Module) -> dict[str, Any]:
-    scales = [getattr(getattr(block, f"ls{k}", None), "init_values", None) for k in (1, 2)]
-    drops = [getattr(getattr(block, f"drop_path{k}", None), "drop_prob", 0.0) for k in (1, 2)]
-    post_norm = isinstance(block, ResPostBlock) or getattr(block, "post_norm", False)
-    return {
-        "class": "ResPostBlock" if post_norm else "Block",
-        "attn": _part_spec(getattr(block, "attn", None)),
-        "mlp": _part_spec(getattr(block, "mlp", None)),
-        "init_values": next((s for s in scales if s is not None), None),
-        "drop_path": max(drops),
-    }
-
-
-def _part_spec(part: Any) -> dict[str, Any] | None:
-    """The sizes of an attention or MLP module; None where the branch is absent."""
-    if part is None:
-        return None
-    if isinstance(part, Constant):
-        return {"constant": True}
-    if isinstance(part, Attention):
-        return {"heads": part.num_heads, "head_dim": part.head_dim}
-    first = part.fc1_g if isinstance(part, SwiGLU) else part.fc1
-    spec = {"class": type(part).__name__, "hidden": first.out_features}
-    return spec | ({"gate_last": part.gate_last} if isinstance(part, GluMlp) else {})
-
-
-def _layer_spec(layer: nn.Module, classes: Mapping[str, type]) -> dict[str, Any] | None:
-    if not _present(layer):
-        return None
-    for name, cls in classes.items():
-        if type(layer) is cls:
-            return {"class": name} | ({"eps": layer.eps} if hasattr(layer, "eps") else {})
-    raise UnsupportedArchitecture(
-        f"save: layers must be among {', '.join(classes)}, got {type(layer).__name__}"
-    )
-
-
-def _check_same(rebuilt: nn.Module, model: nn.Module, ignore: str = "\0") -> dict[str, Any]:
+def _differences(rebuilt: nn.Module, model: nn.Module, ignore: str = "\0") -> dict[str, Any]:
     """The plain attributes (rates, scales) in which a rebuilt model still differs.
 
     Modules with ``ignore`` in their path are not compared.
@@ -347,78 +383,36 @@ def _check_same(rebuilt: nn.Module, model: nn.Module, ignore: str = "\0") -> dic
         for m in (rebuilt, model)
     )
     for path in (*theirs, *ours):
-        have, want = (type(m.get(path)).__name__ for m in (ours, theirs))
-        if have != want:
+        have, want = (type(m.get(path)) for m in (ours, theirs))
+        if have is not want:
             raise UnsupportedArchitecture(
-                f"save: {path} must be what its constructor makes, a {have}, got {want}"
+                f"save: {path} must be what its constructor makes, a {have.__name__}, "
+                f"got {want.__name__}"
             )
-    shapes = {name: tuple(t.shape) for name, t in rebuilt.state_dict().items()}
-    for name, tensor in model.state_dict().items():
-        if shapes.get(name) != tuple(tensor.shape):
+    shapes, wanted = (
+        {name: tuple(tensor.shape) for name, tensor in state(m).items()} for m in (rebuilt, model)
+    )
+    for name in (*wanted, *shapes):
+        if shapes.get(name) != wanted.get(name):
             raise UnsupportedArchitecture(
                 f"save: {name} must have the shape its constructor gives it, "
-                f"{shapes.get(name, 'none')}, got {tuple(tensor.shape)}"
+                f"{shapes.get(name, 'none')}, got {wanted.get(name, 'none')}"
             )
     different = {}
     for path, module in theirs.items():
         for name, value in vars(module).items():
-            if name.startswith("_") or name in _RUNTIME_ATTRIBUTES or not isinstance(value, PLAIN):
+            if name.startswith("_") or name in _RUNTIME_ATTRIBUTES | _APART or not is_plain(value):
                 continue
-            if vars(ours[path]).get(name) != value:
-                different[f"{path}.{name}" if path else name] = value
+            own = vars(ours[path])
+            if name not in own or _listed(own[name]) != _listed(value):
+                different[f"{path}.{name}" if path else name] = _listed(value)
     return different
 
 
-def _timm_config(model: Any, spec: Mapping[str, Any]) -> dict[str, Any] | None:
-    """A timm config that builds exactly this model, or None where timm's constructor cannot."""
-    blocks = spec["blocks"]
-    sizes = [(block["class"], block["attn"], block["mlp"]) for block in blocks]
-    if not blocks or sizes.count(sizes[0]) < len(sizes):
-        return None
-    attn, mlp = blocks[0]["attn"], blocks[0]["mlp"]
-    if not attn or not mlp or "heads" not in attn or mlp.get("class") != "Mlp":
-        return None
-    width = spec["args"]["embed_dim"]
-    args = {name: value for name, value in spec["args"].items() if not name.endswith("_layer")}
-    args |= {
-        "depth": len(blocks),
-        "num_heads": attn["heads"],
-        "mlp_ratio": (mlp["hidden"] + 0.5) / width,
-        "init_values": blocks[0]["init_values"],
-        "attn_drop_rate": model.blocks[0].attn.attn_drop.p,
-        "proj_drop_rate": model.blocks[0].attn.proj_drop.p,
-        "pos_drop_rate": model.pos_drop.p,
-        "drop_rate": model.head_drop.p,
-    }
-    own = stated_config(model).get("architecture")
-    for architecture in (own, _ENTRYPOINTS[spec["class"]]):
-        if isinstance(architecture, str) and timm.is_model(architecture):
-            with contextlib.suppress(UnsupportedArchitecture, AssertionError, TypeError):
-                with torch.device("meta"):
-                    rebuilt = timm.create_model(architecture, **args)
-                # drop path follows no rule of timm's after blocks went; it is off in a model opened
-                # by timm
-                if not _check_same(rebuilt, model, ignore="drop_path"):
-                    config = _config(model, architecture, args)
-                    config["pretrained_cfg"]["architecture"] = architecture
-                    return config
-    return None
-
-
-def _config(model: Any, architecture: str, args: Mapping[str, Any]) -> dict[str, Any]:
-    known = stated_config(model)
-    image = model.patch_embed.img_size
-    return {
-        "architecture": architecture,
-        "num_classes": model.num_classes,
-        "num_features": model.num_features,
-        "global_pool": model.global_pool,
-        "model_args": dict(args),
-        "pretrained_cfg": {
-            "num_classes": model.num_classes,
-            "first_conv": "patch_embed.proj",
-            "classifier": "head",
-            **({"input_size": [model.patch_embed.proj.in_channels, *image]} if image else {}),
-            **{name: known[name] for name in _KEPT if known.get(name) is not None},
-        },
-    }
+def _listed(value: Any) -> Any:
+    """A plain value as JSON gives it back."""
+    if isinstance(value, (list, tuple)):
+        return [_listed(each) for each in value]
+    if isinstance(value, dict):
+        return {name: _listed(each) for name, each in value.items()}
+    return value

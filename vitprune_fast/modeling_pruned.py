@@ -1,87 +1,85 @@
-"""Build a pruned ViT from its ``config.json`` with timm alone.
+"""Build a pruned model from its ``config.json`` with the library it comes from alone.
 
-A copy of this file lies beside every saved model that plain ``timm.create_model`` cannot express
+A copy of this file lies beside every saved model that this library cannot express by itself
 (blocks of different size, heads narrower or fewer than the width suggests, missing branches):
 
     from modeling_pruned import load
     model = load("folder of this file")
 
-It needs torch, timm and safetensors, nothing else.
+It needs torch, safetensors and the library of the model (timm, say), nothing else.
 """
 
 from __future__ import annotations
 
+import inspect
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from functools import partial
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-import timm.layers
 import torch
 from safetensors.torch import load_file
-from timm.layers import GluMlp, Mlp, SwiGLU
-from timm.models.deit import VisionTransformerDistilled
-from timm.models.vision_transformer import Attention, Block, ResPostBlock, VisionTransformer
 from torch import Tensor, nn
 
-MODELS = {cls.__name__: cls for cls in (VisionTransformer, VisionTransformerDistilled)}
-BLOCKS = {cls.__name__: cls for cls in (Block, ResPostBlock)}
-MLPS = {cls.__name__: cls for cls in (Mlp, GluMlp, SwiGLU)}
-# the classes a config may name; anything else is refused, nothing is looked up by name elsewhere
-NORMS = {
-    "torch.LayerNorm": nn.LayerNorm,
-    "LayerNorm": timm.layers.LayerNorm,
-    "RmsNorm": timm.layers.RmsNorm,
-}
-ACTIVATIONS = {
-    "torch.GELU": nn.GELU,
-    "torch.ReLU": nn.ReLU,
-    "torch.SiLU": nn.SiLU,
-    "GELU": timm.layers.GELU,
-    "GELUTanh": timm.layers.GELUTanh,
-    "QuickGELU": timm.layers.QuickGELU,
-}
+VERSION = 2
+# where the classes live that a config may name; nothing is looked up elsewhere
+LIBRARIES = (
+    "timm.models.",
+    "timm.layers.",
+    "torchvision.models.",
+    "transformers.models.",
+    "torch.nn.modules.",
+)
 
 
-# what an attribute of a module may be set to from a config
-PLAIN = (bool, int, float, str, type(None))
+class HalfBlock(nn.Module):
+    """What is left of a transformer block that lost one of its two branches.
 
+    ``x + drop(gain(core(norm(x))))`` or ``x + drop(norm(core(x)))``, under the names that the parts
+    have in the block.
+    """
 
-class AttentionBlock(nn.Module):
-    """What is left of a transformer block that lost its MLP."""
+    def __init__(self, block: nn.Module, chain: Iterable[str], core: str):
+        """Take the parts over from ``block``.
 
-    def __init__(self, block: Any):
-        super().__init__()
-        self.post_norm = isinstance(block, ResPostBlock) or getattr(block, "post_norm", False)
-        self.norm1, self.attn, self.drop_path1 = block.norm1, block.attn, block.drop_path1
-        self.ls1 = getattr(block, "ls1", nn.Identity())
-
-    def forward(self, x: Tensor, **mask: Any) -> Tensor:
-        """``x`` (B, N, C) plus the attention branch; masks are named as timm's version names them.
-
-        That is ``attn_mask``, and ``is_causal`` where attention knows of it.
+        Args:
+            block: the whole block, or a half one.
+            chain: names of the parts of the branch that stays, in the order in which they run.
+            core: which of them is the attention or the MLP.
         """
-        if self.post_norm:
-            y = self.norm1(self.attn(x, **mask))
-        else:
-            y = self.ls1(self.attn(self.norm1(x), **mask))
-        return x + self.drop_path1(y)
-
-
-class MlpBlock(nn.Module):
-    """What is left of a transformer block that lost its attention."""
-
-    def __init__(self, block: Any):
         super().__init__()
-        self.post_norm = isinstance(block, ResPostBlock) or getattr(block, "post_norm", False)
-        self.norm2, self.mlp, self.drop_path2 = block.norm2, block.mlp, block.drop_path2
-        self.ls2 = getattr(block, "ls2", nn.Identity())
+        self.chain, self.core = tuple(chain), core
+        for name in self.chain:
+            self.add_module(name, block.get_submodule(name))
+        kinds = inspect.signature(type(self.get_submodule(core)).forward).parameters.values()
+        names = [p.name for p in kinds if p.kind is p.POSITIONAL_OR_KEYWORD]
+        self._masks = tuple(names[2:])
+        self._takes_all = any(p.kind is p.VAR_KEYWORD for p in kinds)
+        self.training = block.training
 
-    def forward(self, x: Tensor, **_: Any) -> Tensor:
-        """``x`` (B, N, C) plus the MLP branch; masks are for attention."""
-        y = self.norm2(self.mlp(x)) if self.post_norm else self.ls2(self.mlp(self.norm2(x)))
-        return x + self.drop_path2(y)
+    @property
+    def post_norm(self) -> bool:
+        """Whether what the core puts out is normalised, and not what it reads."""
+        return self.chain[0] == self.core
+
+    def forward(self, x: Tensor, *masks: Any, **named: Any) -> Tensor:
+        """``x`` (B, N, C) plus the branch; masks go to its core, as far as that takes them."""
+        y = x
+        for name in self.chain:
+            part = getattr(self, name)
+            y = self._run(part, y, masks, named) if name == self.core else part(y)
+        return x + y
+
+    def _run(self, core: nn.Module, y: Tensor, masks: tuple[Any, ...], named: Any) -> Tensor:
+        if isinstance(core, nn.MultiheadAttention):
+            # it takes queries, keys and values apart, and rounds otherwise with its weights asked
+            return core(y, y, y, need_weights=False, **named)[0]
+        taken = named if self._takes_all else {n: named[n] for n in self._masks if n in named}
+        out = core(y, *masks[: len(self._masks)], **taken)
+        # attention of transformers hands its weights back as well
+        return out[0] if isinstance(out, tuple) else out
 
 
 class Constant(nn.Module):
@@ -91,86 +89,182 @@ class Constant(nn.Module):
         super().__init__()
         self.bias = nn.Parameter(bias)
 
-    def forward(self, x: Tensor, **_: Any) -> Tensor:
+    def forward(self, x: Tensor, *_: Any, **__: Any) -> Tensor:
         """The bias at every token of ``x`` (B, N, C)."""
         return torch.zeros_like(x) + self.bias
 
 
-def build(spec: Mapping[str, Any]) -> VisionTransformer:
-    """The model of a ``spec`` (the "vitprune_fast" entry of config.json), on the meta device."""
-    args, blocks = dict(spec["args"]), spec["blocks"]
-    for name, classes in (
-        ("norm_layer", NORMS),
-        ("embed_norm_layer", NORMS),
-        ("act_layer", ACTIVATIONS),
-    ):
-        args[name] = _layer(args[name], classes) if args[name] else None
+def build(
+    spec: Mapping[str, Any],
+    tensors: Mapping[str, Tensor],
+    known: Mapping[str, type[nn.Module]] | None = None,
+) -> Any:
+    """The model of a ``spec`` (the "vitprune_fast" entry of config.json) around its tensors.
 
-    def block_fn(depth: int, **kwargs: Any) -> Any:
-        return build_block(blocks[depth], {**kwargs, "depth": depth})
+    Args:
+        spec: what the constructor is called with, and in what the model differs from its result.
+        tensors: every parameter and buffer by name; sizes are theirs.
+        known: classes by qualified name that may be named beside those of ``LIBRARIES``.
 
-    as_class: Any = block_fn
-    with torch.device("meta"):
-        # one head divides every width; the blocks take their own number from the spec
-        model = MODELS[spec["class"]](
-            **args, depth=len(blocks), num_heads=1, block_fn=as_class, weight_init="skip"
-        )
-    model.feature_info = [dict(info) for info in spec["feature_info"]]
-    for path, value in spec["attributes"].items():
-        parent, _, leaf = path.rpartition(".")
-        module = model.get_submodule(parent)
-        if not isinstance(vars(module).get(leaf, module), PLAIN) or not isinstance(value, PLAIN):
-            raise ValueError(f"attribute {path!r} is no plain value of the model")
-        setattr(module, leaf, value)
+    Returns:
+        The model in training mode; what it holds are ``tensors`` themselves.
+
+    Raises:
+        ValueError: tensors are missing or left over, or the spec asks for what it may not. What a
+            constructor makes of a wrong spec may raise anything.
+    """
+    model = construct(spec, known)
+    for path, name in spec.get("swaps", {}).items():
+        swap(model, path, name, known)
+    for path, half in spec.get("halves", {}).items():
+        _replace(model, path, HalfBlock(model.get_submodule(path), half["chain"], half["core"]))
+    for name, tensor in tensors.items():
+        _assign(model, name, tensor)
+    for module in model.modules():
+        refresh_sizes(module)
+    for path, value in spec.get("attributes", {}).items():
+        set_plain(model, path, value)
+    if missing := sorted(state(model).keys() - tensors.keys()):
+        raise ValueError(f"no tensor for {missing[0]!r}")
     return model
 
 
-def build_block(spec: Mapping[str, Any], kwargs: dict[str, Any]) -> nn.Module:
-    """One block with the sizes of ``spec``; ``kwargs`` are those timm gives to its block class."""
-    dim, attn, mlp = kwargs["dim"], spec["attn"] or {}, spec["mlp"] or {}
-    kwargs |= {name: spec[name] for name in ("init_values", "drop_path")}
-    # int(dim * mlp_ratio) is then exactly the hidden width
-    kwargs["mlp_ratio"] = (mlp.get("hidden", 1) + 0.5) / dim
-    kwargs["mlp_layer"] = partial(
-        MLPS[mlp.get("class", "Mlp")], **{k: mlp[k] for k in ("gate_last",) if k in mlp}
-    )
-    block = BLOCKS[spec["class"]](**kwargs)
-    if "heads" in attn:
-        block.attn = Attention(
-            dim,
-            num_heads=attn["heads"],
-            attn_head_dim=attn["head_dim"],
-            qkv_bias=kwargs["qkv_bias"],
-            qk_norm=kwargs["qk_norm"],
-            scale_norm=kwargs["scale_attn_norm"],
-            proj_bias=kwargs["proj_bias"],
-            attn_drop=kwargs["attn_drop"],
-            proj_drop=kwargs["proj_drop"],
-            norm_layer=kwargs["norm_layer"],
-        )
-    for name, part in (("attn", attn), ("mlp", mlp)):
-        if part.get("constant"):
-            setattr(block, name, Constant(torch.empty(dim)))
-    if not attn:
-        return MlpBlock(block)
-    return block if mlp else AttentionBlock(block)
+def construct(spec: Mapping[str, Any], known: Mapping[str, type[nn.Module]] | None = None) -> Any:
+    """What the constructor alone makes, on the meta device, without the blocks that are gone."""
+    arguments = {name: _argument(value, known) for name, value in spec["args"].items()}
+    with torch.device("meta"):
+        model = find(spec["class"], known)(**arguments)
+    for path in spec.get("deleted", ()):
+        parent, leaf = _parent(model, path)
+        delattr(parent, leaf)
+    return model
 
 
-def load(folder: str | Path) -> VisionTransformer:
+def swap(
+    model: nn.Module, path: str, name: str, known: Mapping[str, type[nn.Module]] | None = None
+) -> None:
+    """Put a new ``Constant`` or module of a qualified class in the place of another, on meta.
+
+    Whatever sizes its constructor asks for are 2: they will be those of the tensors.
+    """
+    with torch.device("meta"):
+        if name == "Constant":
+            _replace(model, path, Constant(torch.empty(0)))
+            return
+        cls = find(name, known)
+        asked = [p for p in inspect.signature(cls).parameters.values() if p.default is p.empty]
+        sizes = [2 for p in asked if p.kind is p.POSITIONAL_OR_KEYWORD]
+        _replace(model, path, cls(*sizes))
+
+
+def find(name: str, known: Mapping[str, type[nn.Module]] | None = None) -> type[nn.Module]:
+    """The class of a qualified name; ValueError where it is none that a config may name."""
+    if known and name in known:
+        return known[name]
+    if name.startswith(LIBRARIES) and all(part.isidentifier() for part in name.split(".")):
+        home, _, leaf = name.rpartition(".")
+        found = getattr(import_module(home), leaf, None)
+        if isinstance(found, type) and issubclass(found, nn.Module):
+            return found
+    raise ValueError(f"{name[:200]!r} is no module class of {', '.join(LIBRARIES)}")
+
+
+def state(model: nn.Module) -> dict[str, Tensor]:
+    """Every parameter and buffer by each of its names, those that state_dict leaves out as well."""
+    options: Any = {"remove_duplicate": False}
+    return {**dict(model.named_parameters(**options)), **dict(model.named_buffers(**options))}
+
+
+def is_plain(value: Any) -> bool:
+    """Whether an attribute is one that a config can hold: JSON, with tuples for lists."""
+    if isinstance(value, dict):
+        return all(isinstance(k, str) for k in value) and all(map(is_plain, value.values()))
+    if isinstance(value, (list, tuple)):
+        return all(map(is_plain, value))
+    return isinstance(value, (bool, int, float, str, type(None)))
+
+
+def set_plain(model: nn.Module, path: str, value: Any) -> None:
+    """Set a plain attribute of a module; None also takes a parameter away.
+
+    Raises:
+        ValueError: there stands something else (a method, a module), or ``value`` is not plain.
+    """
+    parent, _, leaf = path.rpartition(".")
+    module = model.get_submodule(parent)
+    old = vars(module).get(leaf)
+    if value is None and leaf in module._parameters:
+        module._parameters[leaf] = None
+        return
+    free = not hasattr(module, leaf) and leaf.isidentifier()
+    if leaf.startswith("_") or not (leaf in vars(module) or free) or not is_plain([old, value]):
+        raise ValueError(f"attribute {path[:200]!r} is no plain value of the model")
+    # JSON knows no tuples, which sizes are
+    if isinstance(value, list) and leaf in vars(module) and not isinstance(old, list):
+        value = tuple(value)
+    setattr(module, leaf, value)
+
+
+def refresh_sizes(module: Any) -> None:
+    """Sizes that stock leaf modules repeat follow from their weight."""
+    if isinstance(module, nn.Linear):
+        module.out_features, module.in_features = module.weight.shape or (0, 0)
+    elif isinstance(module, nn.Conv2d):
+        module.out_channels = len(module.weight)
+        module.in_channels = module.weight.shape[1] * module.groups
+    elif hasattr(module, "normalized_shape") and module.weight is not None:
+        module.normalized_shape = tuple(module.weight.shape)
+
+
+def load(folder: str | Path, classes: Iterable[type[nn.Module]] = ()) -> Any:
     """The saved model of this folder, on the CPU, in eval mode.
 
     Its ``pretrained_cfg`` says how images are prepared, as timm's ``resolve_model_data_config``
     reads it, and which architecture was pruned.
+
+    Args:
+        folder: the folder of this file.
+        classes: your own model class, where the model is of one.
     """
     folder = Path(folder)
     config: Any = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    model: Any = build(config["vitprune_fast"])
-    tensors = load_file(folder / "model.safetensors")
-    model.load_state_dict(tensors, strict=True, assign=True)
+    known = {f"{cls.__module__}.{cls.__qualname__}": cls for cls in classes}
+    model = build(config["vitprune_fast"], load_file(folder / "model.safetensors"), known)
     model.pretrained_cfg = model.default_cfg = config.get("pretrained_cfg", {})
     return model.eval()
 
 
-def _layer(layer: Mapping[str, Any], classes: Mapping[str, type[nn.Module]]) -> Any:
-    """A layer class with its eps, from its entry in the spec."""
-    return partial(classes[layer["class"]], **{k: v for k, v in layer.items() if k == "eps"})
+def _argument(value: Any, known: Mapping[str, type[nn.Module]] | None) -> Any:
+    """An argument of a constructor: classes by name, with arguments of their own."""
+    if isinstance(value, dict) and "class" in value:
+        options = {name: _argument(v, known) for name, v in value.items() if name != "class"}
+        found = find(value["class"], known)
+        return partial(found, **options) if options else found
+    if isinstance(value, dict):
+        return {name: _argument(v, known) for name, v in value.items()}
+    return value
+
+
+def _parent(model: nn.Module, path: str) -> tuple[nn.Module, str]:
+    """What holds the module at ``path``, and its name there."""
+    parent, _, leaf = path.rpartition(".")
+    holder = model.get_submodule(parent)
+    if leaf not in holder._modules:
+        raise ValueError(f"the model has no module {path[:200]!r}")
+    return holder, leaf
+
+
+def _replace(model: nn.Module, path: str, module: nn.Module) -> None:
+    parent, leaf = _parent(model, path)
+    setattr(parent, leaf, module)
+
+
+def _assign(model: nn.Module, name: str, tensor: Tensor) -> None:
+    parent, _, leaf = name.rpartition(".")
+    module = model.get_submodule(parent)
+    if leaf in module._buffers:
+        module._buffers[leaf] = tensor
+    elif leaf in module._parameters:
+        module._parameters[leaf] = nn.Parameter(tensor, tensor.is_floating_point())
+    else:
+        raise ValueError(f"the model has no place for the tensor {name[:200]!r}")

@@ -265,7 +265,7 @@ def test_a_pruned_model_with_half_blocks_and_constants() -> None:
     )
     pruned = prune(model, plan)
     kinds = [type(m).__name__ for m in pruned.modules()]
-    assert kinds.count("Constant") == 2 and "AttentionBlock" in kinds
+    assert kinds.count("Constant") == 2 and "HalfBlock" in kinds
     batch = batch_of(pruned)
     loss, _ = one_by_one(pruned, batch)
     for name, value in scores_of(pruned, batch, "loss").items():

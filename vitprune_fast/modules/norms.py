@@ -4,10 +4,17 @@ from __future__ import annotations
 
 from typing import Any
 
+import timm.layers
 import torch
 from torch import Tensor, nn
 
 from ..errors import InvalidInput
+
+NORMS = {
+    "torch.LayerNorm": nn.LayerNorm,
+    "LayerNorm": timm.layers.LayerNorm,
+    "RmsNorm": timm.layers.RmsNorm,
+}
 
 
 def is_rms(norm: nn.Module) -> bool:

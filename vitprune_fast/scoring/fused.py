@@ -23,8 +23,7 @@ from torch import Tensor, nn
 
 from .. import _extension, ops
 from ..errors import InvalidInput
-from ..modeling_pruned import NORMS
-from ..modules.norms import epsilon, is_rms
+from ..modules.norms import NORMS, epsilon, is_rms
 from ..modules.swap import exchange_forward
 from ..structure.paths import get
 from .probes import Probes, as_tokens, tap_norm

@@ -4,13 +4,22 @@ from __future__ import annotations
 
 from torch import nn
 
-from ..errors import InvalidInput, UnsupportedArchitecture
+from ..errors import InvalidInput
+from . import families
 from .axes import UNIT_KINDS, Axis, Dim, Group
+from .families import Family, register_family
 from .table import Structure
 
-__all__ = ["UNIT_KINDS", "Axis", "Dim", "Group", "Structure", "describe"]
-
-SUPPORTED = ("timm VisionTransformer", "timm VisionTransformerDistilled")
+__all__ = [
+    "UNIT_KINDS",
+    "Axis",
+    "Dim",
+    "Family",
+    "Group",
+    "Structure",
+    "describe",
+    "register_family",
+]
 
 
 def describe(model: nn.Module, input_size: int | tuple[int, ...] | None = None) -> Structure:
@@ -28,14 +37,8 @@ def describe(model: nn.Module, input_size: int | tuple[int, ...] | None = None) 
         UnsupportedArchitecture: the family, a block or a tensor of the model has no layout here.
         InvalidInput: ``input_size`` has another form, or smaller images than one patch.
     """
-    from . import timm_vit
-
-    if type(model) not in timm_vit.MODELS:
-        raise UnsupportedArchitecture(
-            f"describe: model must be one of {', '.join(SUPPORTED)}, got {type(model).__name__}"
-        )
-    image = None if input_size is None else _image(input_size)
-    return timm_vit.describe(model, image)
+    family = families.of(model)
+    return family.describe(model, None if input_size is None else _image(input_size))
 
 
 def _image(input_size: int | tuple[int, ...]) -> tuple[int, int]:

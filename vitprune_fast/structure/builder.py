@@ -11,7 +11,7 @@ from torch.nn.utils import parametrize
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from ..errors import UnsupportedArchitecture
-from ..modeling_pruned import NORMS
+from ..modules.norms import NORMS
 from .axes import Axis, Dim, as_dim
 from .paths import get
 from .table import Attention, Reader, Rows, Structure, Tap, Work, Write

@@ -13,10 +13,10 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from ..errors import InvalidInput, UnsupportedArchitecture
-from ..modeling_pruned import AttentionBlock, Constant, MlpBlock
+from ..modeling_pruned import Constant, HalfBlock, refresh_sizes
 from ..planning.plan import Plan
 from ..precision import Precision, device_of, resolve
-from ..structure import Structure, describe
+from ..structure import Structure, describe, families
 from ..structure.paths import get, put
 from ..structure.reading import Reading
 from ..structure.table import Attention, Write
@@ -73,8 +73,7 @@ def prune(
 
     The logits equal those of the masked model (:func:`vitprune_fast.mask`) to rounding; a plan
     that keeps everything changes no bit of any tensor. The result is made of stock timm modules;
-    only a block that lost one branch becomes an ``AttentionBlock`` or ``MlpBlock``. Tied parameters
-    stay tied.
+    only a block that lost one branch becomes a ``HalfBlock``. Tied parameters stay tied.
 
     A branch that lost all its units computes a constant. It goes, and the constant is added to the
     last live writer of the residual stream before it. In training with drop path that constant is
@@ -204,7 +203,7 @@ def operate(
     for path, dim in (structure.attrs | norms).items():
         _resize_attr(new, path, reading.length(dim))
     for module in new.modules():
-        _refresh_leaf(module)
+        refresh_sizes(module)
     scaled: set[int] = set()
     for attention in structure.attentions:
         _keep_softmax_scale(cut, structure, reading, attention, scaled)
@@ -243,15 +242,6 @@ def _resize_attr(new: nn.Module, path: str, size: int) -> None:
     old = get(new, path)
     if (old if isinstance(old, int) else old[0]) != size:
         put(new, path, size if isinstance(old, int) else (size,))
-
-
-def _refresh_leaf(module: nn.Module) -> None:
-    """Sizes that stock leaf modules repeat follow from their weight."""
-    if isinstance(module, nn.Linear):
-        module.out_features, module.in_features = module.weight.shape or (0, 0)
-    elif isinstance(module, nn.Conv2d):
-        module.out_channels = len(module.weight)
-        module.in_channels = module.weight.shape[1] * module.groups
 
 
 def _keep_softmax_scale(
@@ -319,25 +309,30 @@ def _fold(cut: Cut, target: Write, constant: Tensor) -> None:
         cut.tensors[name].add_(constant)
 
 
-def _drop_branches(new: Any, reading: Reading) -> None:
-    """Blocks without one branch change class, blocks without any go, and the rest move up."""
+def _drop_branches(new: nn.Module, reading: Reading) -> None:
+    """Blocks without one branch become half ones, blocks without any go, and the rest move up."""
     absent = {name for name, (fate, _) in reading.fates.items() if fate in ("removed", "folded")}
     if not absent:
         return
-    blocks, infos = nn.Sequential(), []
-    blocks.training = new.blocks.training
-    for i, block in enumerate(new.blocks):
-        rest = [
-            branch
-            for branch in ("attn", "mlp")
-            if hasattr(block, branch) and f"blocks.{i}.{branch}" not in absent
-        ]
-        if not rest:
-            continue
-        if len(rest) == 1:
-            half = AttentionBlock(block) if rest == ["attn"] else MlpBlock(block)
-            half.training = block.training
-            block = half
-        infos.append({**new.feature_info[i], "module": f"blocks.{len(blocks)}"})
-        blocks.append(block)
-    new.blocks, new.feature_info = blocks, infos
+    family, moved = families.of(new), dict[str, str]()
+    for path in family.blocks(new):
+        container = get(new, path)
+        blocks = dict(container.named_children())
+        kept: list[tuple[str, nn.Module]] = []
+        for name, block in blocks.items():
+            inside = f"{path}.{name}."
+            held = [w.name for w in reading.structure.stream if w.name.startswith(inside)]
+            rest = [branch for branch in held if branch not in absent]
+            if held and not rest:
+                continue
+            if len(rest) < len(held) and not isinstance(block, HalfBlock):
+                core = rest[0].removeprefix(inside)
+                block = HalfBlock(block, family.halves(block, core), core)
+            kept.append((name, block))
+        for name in blocks:
+            delattr(container, name)
+        # they take the first names, as those of a model that was built with fewer
+        for new_name, (name, block) in zip(blocks, kept, strict=False):
+            container.add_module(new_name, block)
+            moved[f"{path}.{name}"] = f"{path}.{new_name}"
+    family.renumbered(new, moved)

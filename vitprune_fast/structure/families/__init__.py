@@ -1,0 +1,156 @@
+"""The families of models, one file each, reached by the name of a model's class.
+
+A family is found by the qualified name of the class, so that no library is imported before a model
+of it is met. To support a further class, add its line to ``_FAMILIES``; for one outside this
+package there is :func:`register_family`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from importlib import import_module
+from typing import Any
+
+from torch import nn
+
+from ...errors import InvalidInput, UnsupportedArchitecture
+from ..table import Structure
+
+Recipe = dict[str, Any]
+"""How a constructor is called: ``{"class": qualified name, "args": JSON values}``.
+
+A class as an argument is ``{"class": qualified name}``, with what it is to be called with beside.
+"""
+Shape = tuple[int | None, int | None, int | None]
+
+
+def _no_renumbering(model: Any, moved: Mapping[str, str]) -> None:
+    """Most models say nowhere else which blocks they have."""
+
+
+def _own_config(model: Any, recipe: Recipe) -> Iterable[tuple[dict[str, Any], nn.Module | None]]:
+    """Most libraries cannot open a pruned model by themselves."""
+    yield {}, None
+
+
+@dataclass(frozen=True)
+class Family:
+    """What is known of the models of one library; everything else reads the Structure.
+
+    Args:
+        describe: ``(model, image) -> Structure`` for images of (height, width); None is the size
+            the model states.
+        construct: ``model -> Recipe``, read off the model as it is now, pruned or not. On the meta
+            device it has to give the same tree of modules up to half blocks, ``swaps`` and sizes,
+            or one with more blocks, of which the last go.
+        images: ``model -> (channels, height, width)`` of the images it takes; None where it does
+            not say.
+        blocks: ``model -> paths`` of the modules that hold its blocks.
+        halves: ``(block, core) -> names`` of the parts of the branch around ``core``, itself among
+            them, in the order in which they run.
+        swaps: what may stand in the place of a stock module or be given to the constructor:
+            qualified names of classes, or of modules all of whose classes may.
+        renumbered: ``(model, moved)``: told after blocks went from where to where the others moved,
+            for what else a model says of them.
+        configs: ``(model, recipe) -> (config, made)``: what ``config.json`` says in the library's
+            words, the most portable first, with what the library makes of it. The last has None
+            for that: ``modeling_pruned.py`` opens it.
+    """
+
+    describe: Callable[[Any, tuple[int, int] | None], Structure]
+    construct: Callable[[Any], Recipe]
+    images: Callable[[Any], Shape]
+    blocks: Callable[[Any], tuple[str, ...]]
+    halves: Callable[[Any, str], tuple[str, ...]]
+    swaps: tuple[str, ...] = ()
+    renumbered: Callable[[Any, Mapping[str, str]], None] = _no_renumbering
+    configs: Callable[[Any, Recipe], Iterable[tuple[dict[str, Any], nn.Module | None]]] = (
+        _own_config
+    )
+
+
+# class -> file of its family in this folder, or the family itself
+_FAMILIES: dict[str, str | Family] = {
+    "timm.models.vision_transformer.VisionTransformer": "timm_vit",
+    "timm.models.deit.VisionTransformerDistilled": "timm_vit",
+}
+# classes that were registered as such, which no import has to find
+_CLASSES: dict[str, type[nn.Module]] = {}
+
+
+def register_family(model_class: type[nn.Module] | str, family: Family) -> None:
+    """Make a class of models known to every stage, saving and loading included.
+
+    Args:
+        model_class: the class, or its qualified name (``"package.module.Class"``), which spares
+            importing it; subclasses are others. A class that is known already is known anew.
+        family: what is to be known of it.
+
+    Raises:
+        InvalidInput: an argument is something else.
+    """
+    if not isinstance(family, Family):
+        raise InvalidInput(f"register_family: family must be a Family, got {family!r:.80}")
+    if isinstance(model_class, type) and issubclass(model_class, nn.Module):
+        _CLASSES[qualified(model_class)] = model_class
+        model_class = qualified(model_class)
+    if not isinstance(model_class, str) or "." not in model_class:
+        raise InvalidInput(
+            "register_family: model_class must be a module class or its qualified name, "
+            f"got {model_class!r:.80}"
+        )
+    _FAMILIES[model_class] = family
+
+
+def of(model: nn.Module) -> Family:
+    """The family of a model.
+
+    Raises:
+        UnsupportedArchitecture: its class is of none.
+    """
+    name = qualified(type(model))
+    if name not in _FAMILIES:
+        raise UnsupportedArchitecture(
+            f"describe: model must be one of {', '.join(map(_short, _FAMILIES))}, "
+            f"got {type(model).__name__}"
+        )
+    return named(name)
+
+
+def named(name: str) -> Family:
+    """The family of a class; KeyError where it is of none."""
+    family = _FAMILIES[name]
+    if isinstance(family, Family):
+        return family
+    return import_module(f"{__name__}.{family}").FAMILY
+
+
+def known_classes() -> dict[str, type[nn.Module]]:
+    """Classes that were registered, by qualified name; those of this table are not among them."""
+    by_name = {
+        name: name.rpartition(".")
+        for name, family in _FAMILIES.items()
+        if isinstance(family, Family) and name not in _CLASSES
+    }
+    found = {name: getattr(import_module(home), leaf) for name, (home, _, leaf) in by_name.items()}
+    return {**found, **_CLASSES}
+
+
+def qualified(cls: type) -> str:
+    """The name a class is found by."""
+    return f"{cls.__module__}.{cls.__qualname__}"
+
+
+def image_shape(model: nn.Module) -> Shape:
+    """(channels, height, width) of the images a model takes; None where it does not say.
+
+    Raises:
+        UnsupportedArchitecture: its class is of no family.
+    """
+    return of(model).images(model)
+
+
+def _short(name: str) -> str:
+    """``timm VisionTransformer`` for its qualified name."""
+    return f"{name.partition('.')[0]} {name.rpartition('.')[2]}"
