@@ -51,7 +51,7 @@ def main(words: list[str]) -> int:
     if options is None:
         return 0
     import vitprune_fast as vp
-    from vitprune_fast.checkpoint import check_folder
+    from vitprune_fast.checkpoint import check_folder, check_savable
     from vitprune_fast.cli.display import Display, print_assumptions
     from vitprune_fast.cli.signals import stoppable
     from vitprune_fast.files import probe_folder
@@ -72,6 +72,7 @@ def main(words: list[str]) -> int:
     seed = options.schedule.seed
     dtype = options.schedule.dtype
     opened = open_both(options.model, options.data, seed, options.device, options.threads, dtype)
+    check_savable(opened.model)
     print_assumptions({**opened.assumptions, **about_gates(options.gates)})
     resumes = options.checkpoints is not None
     with (

@@ -47,7 +47,7 @@ def main(words: list[str]) -> int:
     if options is None:
         return 0
     import vitprune_fast as vp
-    from vitprune_fast.checkpoint import check_folder
+    from vitprune_fast.checkpoint import check_folder, check_savable
     from vitprune_fast.cli.display import print_assumptions
     from vitprune_fast.recipes import checks
     from vitprune_fast.recipes.assumptions import about_weights
@@ -68,6 +68,7 @@ def main(words: list[str]) -> int:
         )
     with applied(opened.profile if opened else choose_profile("cpu", options.threads)):
         model = opened.model if opened else open_weights(options.model, options.seed)
+        check_savable(model)
         plan = vp.Plan.load(options.plan)
         print_assumptions(
             {**opened.assumptions, **_about_images(options, opened)}

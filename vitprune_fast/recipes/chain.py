@@ -21,6 +21,7 @@ from torch import nn
 
 import vitprune_fast as vp
 from vitprune_fast import files
+from vitprune_fast.checkpoint import check_savable
 from vitprune_fast.data import BadImage, ImageData
 from vitprune_fast.errors import InvalidInput, StageFailed
 from vitprune_fast.planning.cost import predict_cost
@@ -192,7 +193,7 @@ def check_inputs(config: RunConfig, data: ImageData | None = None) -> nn.Module:
     root = getattr(data and data.source, "root", None)
     refuse_overwriting("run", config, {"out": config.out}, more={"data": root}, resumes=True)
     skeleton = models.skeleton(replace(config.model, pretrained=False))
-    vp.describe(skeleton)
+    check_savable(skeleton)
     if config.model.checkpoint and not config.model.checkpoint.is_file():
         raise InvalidInput(
             f"run: checkpoint must be a file, got {config.model.checkpoint} (no such file)"
