@@ -37,6 +37,7 @@ from .files import (
     write_text,
 )
 from .modeling_pruned import VERSION, HalfBlock, is_plain, set_plain, state
+from .modules.behaviour import check_behaviour
 from .stated import caveats
 from .structure import describe, families
 from .structure.families import Family, qualified
@@ -78,7 +79,8 @@ def save(model: nn.Module, folder: str | Path) -> None:
         folder: created if absent; a model saved there is replaced.
 
     Raises:
-        InvalidInput: the folder holds a ``config.json`` of something else.
+        InvalidInput: the folder holds a ``config.json`` of something else, or the model computes by
+            more than its classes: it has hooks or exchanged forwards.
         RunFolderError: the folder cannot be created or written.
         UnsupportedArchitecture: a part of the model cannot be written down as plain values.
     """
@@ -109,6 +111,7 @@ def check_savable(model: nn.Module) -> None:
         model: on any device, meta included; it is only read.
 
     Raises:
+        InvalidInput: it computes by more than its classes, which no file would hold.
         UnsupportedArchitecture: a part of it cannot be written down as plain values.
     """
     _written(model)
@@ -287,6 +290,7 @@ def _tie(model: nn.Module, ties: Any, source: Path) -> None:
 def _written(model: Any) -> tuple[dict[str, Any], dict[str, Any], bool]:
     """The spec, the whole ``config.json``, and whether the library opens the model alone."""
     spec, family = spec_of(model), families.of(model)
+    check_behaviour(model, "save", written=True)
     recipe = {name: spec[name] for name in ("class", "args")}
     for config, made in family.configs(model, recipe):
         if made is None or _opens_alone(made, model):

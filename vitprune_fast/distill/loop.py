@@ -29,6 +29,7 @@ from vitprune_fast.distill.teachers import Teacher, TeacherSet
 from vitprune_fast.errors import DamagedFile, InvalidInput, StageFailed
 from vitprune_fast.evaluation import evaluate
 from vitprune_fast.gates import BudgetLoss, Gates
+from vitprune_fast.modules.behaviour import check_behaviour
 from vitprune_fast.modules.modes import keeping_modes
 from vitprune_fast.planning import Plan
 from vitprune_fast.precision import computing_in, device_of, is_half, resolved_name
@@ -139,8 +140,9 @@ def distill(
 
     Raises:
         InvalidInput: no training batches or none of that form, nothing to train or in float16,
-            ``keep="best"`` without ``val``, gates with masks, ``ema`` or ``keep="best"``, or
-            outputs that do not fit each other.
+            ``keep="best"`` without ``val``, gates with masks, ``ema`` or ``keep="best"``,
+            masks of a student that computes by more than its classes, or outputs that do not fit
+            each other.
         RunFolderError: the checkpoint is of another config or model, or cannot be written.
         StageFailed: more than ``max_bad_steps`` steps in a row were not finite, found at a
             read.
@@ -149,6 +151,8 @@ def distill(
         raise InvalidInput("distill: val must be given to keep the best epoch, got None")
     if masks is not None and gates is not None:
         raise InvalidInput("distill: gates must be None with masks, got both; fold the gates first")
+    if masks is not None:
+        check_behaviour(student, "distill")
     if gate_budget is not None and gates is None:
         raise InvalidInput("distill: gates must be given with a gate_budget, got None")
     if gates is not None and (config.ema or config.keep == "best"):

@@ -21,6 +21,7 @@ from vitprune_fast.batches import as_input
 from vitprune_fast.distill.conversion import Conversion, image_channels
 from vitprune_fast.distill.features import HiddenStates
 from vitprune_fast.errors import InvalidInput
+from vitprune_fast.modules.behaviour import check_behaviour
 from vitprune_fast.modules.modes import compiled, evaluating
 from vitprune_fast.sealed import fingerprint
 from vitprune_fast.stated import stated_config
@@ -346,6 +347,7 @@ def _named(
     options = {"name": Path(name).name, **options}
     same = {"mean": options.get("student_mean"), "std": options.get("student_std")}
     if name == "self":
+        check_behaviour(student, "resolve_teacher")
         return Teacher(copy.deepcopy(student), **{**same, **options})
     if Path(name).is_dir():
         return Teacher(open_model(ModelConfig(name=name)), **options)
@@ -371,6 +373,7 @@ def _converted(model: nn.Module, dtype: torch.dtype | None, channels_last: bool)
             "Teacher: dtype and channels_last must be left alone for a sharded model, whose copy "
             f"would be another shard, got {dtype}; shard it with a MixedPrecisionPolicy"
         )
+    check_behaviour(unwrap_model(model), "Teacher")
     copied = copy.deepcopy(unwrap_model(model)).requires_grad_(False).eval()
     copied = copied if dtype is None else copied.to(dtype)
     return copied.to(memory_format=torch.channels_last) if channels_last else copied

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from .. import ops
 from ..errors import InvalidInput
+from ..modules.behaviour import LeftBehind
 from ..modules.modes import forget_compiled
 from ..modules.swap import exchange_forward
 from ..scoring.fused import activation_of, has_mask, is_plain_attention, is_plain_mlp, packed_qkv
@@ -148,7 +149,7 @@ class _PlainCopy(_Unpicklable):
         return copied
 
 
-class _Shared(_Unpicklable):
+class _Shared(_Unpicklable, LeftBehind):
     """A hook; a copy of a part of a gated model shares it, and so the gates."""
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:

@@ -14,6 +14,7 @@ from torch.optim import Optimizer
 
 from ..errors import InvalidInput, UnsupportedArchitecture
 from ..modeling_pruned import Constant, HalfBlock, refresh_sizes
+from ..modules.behaviour import check_behaviour
 from ..planning.plan import Plan
 from ..precision import Precision, device_of, resolve
 from ..structure import Structure, describe, families
@@ -120,8 +121,9 @@ def prune(
 
     Raises:
         InvalidInput: the plan, optimizer or EMA belongs to another model, or the plan would fill
-            zeros under a norm, ``calibration`` holds something else than images of this model, or
-            ``dtype`` is unknown.
+            zeros under a norm, a model computes by more than its classes (a function in place of a
+            method, a hook that captured a part of it), ``calibration`` holds something else than
+            images of this model, or ``dtype`` is unknown.
         UnsupportedArchitecture: the model has no layout, or head dims go under a q/k norm without
             weight, where the softmax scale has no place, or its forward pass does more than its
             branches, which a sweep cannot follow.
@@ -129,11 +131,13 @@ def prune(
         CheckpointRefused: ``checkpoint`` is damaged, or of another model, plan or images.
     """
     computed = resolve("prune", dtype, device_of(model))
+    averaged: Any = getattr(ema, "module", ema)
+    models: list[nn.Module] = [model] if ema is None else [model, averaged]
     structure = describe(model)
     plan = plan.check(structure)
     reading = Reading(structure, plan)
-    averaged: Any = getattr(ema, "module", ema)
-    models: list[nn.Module] = [model] if ema is None else [model, averaged]
+    for one in models:
+        check_behaviour(one, "prune")
     if ema is not None:
         _check_average(averaged, structure)
     # parameters, buffers, moments and average: one call moves them all
@@ -326,8 +330,7 @@ def _drop_branches(new: nn.Module, reading: Reading) -> None:
             if held and not rest:
                 continue
             if len(rest) < len(held) and not isinstance(block, HalfBlock):
-                core = rest[0].removeprefix(inside)
-                block = HalfBlock(block, family.halves(block, core), core)
+                block = _half(block, rest[0], inside, family)
             kept.append((name, block))
         for name in blocks:
             delattr(container, name)
@@ -336,3 +339,16 @@ def _drop_branches(new: nn.Module, reading: Reading) -> None:
             container.add_module(new_name, block)
             moved[f"{path}.{name}"] = f"{path}.{new_name}"
     family.renumbered(new, moved)
+
+
+def _half(block: nn.Module, branch: str, inside: str, family: families.Family) -> nn.Module:
+    """What is left of a block with one branch; hooks stay, a forward of its own has no place."""
+    if "forward" in vars(block):
+        raise InvalidInput(
+            f"prune: {inside[:-1]} must run the forward of its class to lose a branch, got one of "
+            "its own; put it back, or keep the branch"
+        )
+    core = branch.removeprefix(inside)
+    half = HalfBlock(block, family.halves(block, core), core)
+    vars(half).update({name: own for name, own in vars(block).items() if "_hook" in name})
+    return half

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from .. import ops
 from ..errors import InvalidInput
+from ..modules.behaviour import check_behaviour
 from ..planning.plan import Plan
 from ..structure import describe
 from ..structure.reading import Reading
@@ -42,7 +43,7 @@ class SoftCompaction:
 
     Raises:
         InvalidInput: the plan belongs to another model or empties a branch whose bias is tied, or
-            a master has no cast to ``dtype``.
+            a master has no cast to ``dtype``, or the model computes by more than its classes.
         UnsupportedArchitecture: the model has no layout, or head dims go where nothing can carry
             the softmax scale.
     """
@@ -50,6 +51,7 @@ class SoftCompaction:
     @torch.no_grad()
     def __init__(self, model: nn.Module, plan: Plan, dtype: torch.dtype | None = None):
         structure = describe(model)
+        check_behaviour(model, "SoftCompaction")
         plan = plan.check(structure)
         reading = Reading(structure, plan, fold=False)
         self._there = Compaction(structure.tensors, reading)
