@@ -3,8 +3,8 @@
 A saved model is a folder:
 
     model.safetensors    weights
-    config.json          how to build it: a timm config, with our own entry "vitprune_fast"
-    modeling_pruned.py   builds it with timm alone; only where plain ``timm.create_model`` cannot
+    config.json          how to build it: a config of its library, with our entry "vitprune_fast"
+    modeling_pruned.py   builds it with its library alone, where this cannot do so by itself
     manifest.json        sha256 of every file, written last
 """
 
@@ -16,6 +16,7 @@ import json
 import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from threading import get_ident
 from typing import Any
 
 import torch
@@ -71,8 +72,9 @@ def save(model: nn.Module, folder: str | Path) -> None:
     A model with one size for all blocks that timm's own constructor can express opens with
     ``timm.create_model("local-dir:<folder>", pretrained=True)`` (timm 1.0.23 needs
     ``checkpoint_path="<folder>/model.safetensors"`` in place of ``pretrained``); any other carries
-    ``modeling_pruned.py``, which needs timm only. Files are replaced atomically, the manifest last.
-    Tied parameters are tied again by :func:`load`; timm opens them as equal ones.
+    ``modeling_pruned.py``, which needs no more than the model's library. Files are replaced
+    atomically, the manifest last. Tied parameters are tied again by :func:`load`; timm opens them
+    as equal ones.
 
     Args:
         model: a supported model, pruned or not.
@@ -232,12 +234,12 @@ def _values(value: Any) -> Iterator[Any]:
 
 @contextlib.contextmanager
 def _few_parts(most: int) -> Iterator[None]:
-    """Stop whoever builds models of more parameters and modules than this."""
-    count = 0
+    """Stop this thread where it builds more parameters and modules than this."""
+    count, thread = 0, get_ident()
 
     def note(*_: Any) -> None:
         nonlocal count
-        count += 1
+        count += get_ident() == thread
         if count > most:
             raise ValueError(f"more than {most} parts for the tensors there are")
 
@@ -329,6 +331,8 @@ def spec_of(model: Any) -> dict[str, Any]:
         spec["attributes"] |= _differences(rebuilt, model)
         for path, value in spec["attributes"].items():
             set_plain(rebuilt, path, value)
+    except UnsupportedArchitecture:
+        raise
     except _BUILDING as error:
         raise UnsupportedArchitecture(
             f"save: {type(model).__name__} must be what its constructor makes, got {error!r:.500}"
@@ -362,10 +366,7 @@ def _note_modules(spec: dict[str, Any], model: nn.Module, family: Family) -> Non
         elif want is not have:
             name = want.__name__ if want is modeling_pruned.Constant else qualified(want)
             if have is type(None) or not (name == "Constant" or _is_swap(name, family)):
-                raise UnsupportedArchitecture(
-                    f"save: {path} must be what its constructor makes, a {have.__name__}, "
-                    f"got {want.__name__}"
-                )
+                raise _foreign(path, have, want)
             spec["swaps"][path] = name
             modeling_pruned.swap(stock, path, name, known)
     for path, module in stock.named_modules():
@@ -389,10 +390,7 @@ def _differences(rebuilt: nn.Module, model: nn.Module, ignore: str = "\0") -> di
     for path in (*theirs, *ours):
         have, want = (type(m.get(path)) for m in (ours, theirs))
         if have is not want:
-            raise UnsupportedArchitecture(
-                f"save: {path} must be what its constructor makes, a {have.__name__}, "
-                f"got {want.__name__}"
-            )
+            raise _foreign(path, have, want)
     shapes, wanted = (
         {name: tuple(tensor.shape) for name, tensor in state(m).items()} for m in (rebuilt, model)
     )
@@ -411,6 +409,13 @@ def _differences(rebuilt: nn.Module, model: nn.Module, ignore: str = "\0") -> di
             if name not in own or _listed(own[name]) != _listed(value):
                 different[f"{path}.{name}" if path else name] = _listed(value)
     return different
+
+
+def _foreign(path: str, have: type, want: type) -> UnsupportedArchitecture:
+    made, got = ("nothing" if c is type(None) else f"a {c.__name__}" for c in (have, want))
+    return UnsupportedArchitecture(
+        f"save: {path} must be what its constructor makes, {made}, got {got}"
+    )
 
 
 def _listed(value: Any) -> Any:

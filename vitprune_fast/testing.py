@@ -12,6 +12,8 @@ from timm.models.deit import VisionTransformerDistilled
 from timm.models.vision_transformer import ResPostBlock, VisionTransformer
 from torch import nn
 
+from .structure.families import image_shape
+
 SMALL: dict[str, Any] = {
     "img_size": 16,
     "patch_size": 8,
@@ -78,9 +80,7 @@ def randomise(model: nn.Module, seed: int) -> Any:
 def random_images(model: Any, batch: int = 2, *, seed: int = 0) -> torch.Tensor:
     """(batch, channels, height, width) normal noise of the model's input size and dtype."""
     generator = torch.Generator().manual_seed(seed)
-    size = model.patch_embed.img_size
-    assert size is not None
-    images = torch.randn(
-        batch, model.patch_embed.proj.in_channels, *size, generator=generator, dtype=torch.float64
-    )
+    channels, height, width = image_shape(model)
+    assert channels and height and width
+    images = torch.randn(batch, channels, height, width, generator=generator, dtype=torch.float64)
     return images.to(next(model.parameters()).dtype)
