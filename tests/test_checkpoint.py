@@ -312,7 +312,7 @@ def test_a_name_of_its_own_is_never_exchanged(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["ragged", "constant"])
 def test_models_saved_in_version_1_still_open(name: str) -> None:
-    """Half blocks, ragged heads, drop path; constants, no patch bias; written in July 2026."""
+    """Half blocks, ragged heads and drop path; constants and a norm before the blocks."""
     folder = Path(__file__).parent / "data" / "saved_1" / name
     model = load(folder)
     for key, tensor in load_file(folder / "model.safetensors").items():
