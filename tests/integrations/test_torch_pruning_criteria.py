@@ -16,7 +16,7 @@ import vitprune_fast as vp
 from vitprune_fast.integrations.torch_pruning import FisherImportance, TaylorImportance
 from vitprune_fast.structure import Structure
 from vitprune_fast.structure.axes import Axis, as_dim
-from vitprune_fast.structure.table import Tap
+from vitprune_fast.structure.places import Place
 from vitprune_fast.testing import random_images, random_vit, randomise
 
 
@@ -39,7 +39,7 @@ def small() -> tuple[Any, Structure, Tensor, Tensor]:
         "fc1.weight": (as_dim(neurons), as_dim(4)),
         "fc2.weight": (as_dim(1), as_dim(neurons)),
     }
-    structure.taps["neurons"] = Tap("fc2", as_dim(neurons))
+    structure.taps["neurons"] = Place("fc2", "input", as_dim(neurons))
     images = torch.randn(5, 1, 2, 2, dtype=torch.float64)
     return model, structure, images, torch.arange(5) % 3
 

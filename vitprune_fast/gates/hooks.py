@@ -24,7 +24,7 @@ from ..modules.swap import exchange_forward
 from ..scoring.fused import activation_of, has_mask, is_plain_attention, is_plain_mlp, packed_qkv
 from ..structure import Axis, Structure
 from ..structure.paths import get
-from ..structure.table import Tap
+from ..structure.places import Place
 from .columns import gate_columns
 
 
@@ -85,7 +85,7 @@ def install(model: nn.Module, gates: Source) -> None:
         forward = _forward_with(axis, owner)
         if forward is not None:
             exchanged[path] = exchange_forward(owner, forward, owner, _Gate(gates, axis, tap))
-        elif tap.side == "input":
+        elif tap.at == "input":
             handle = module.register_forward_pre_hook(_Before(gates, axis, tap))
             hooks.append((tap.module, "_forward_pre_hooks", handle))
         else:
@@ -167,16 +167,16 @@ class _Refresh(_Shared):
 class _Gate(_Shared):
     """The gates of one axis, where they are tapped."""
 
-    def __init__(self, gates: Source, axis: Axis, tap: Tap):
+    def __init__(self, gates: Source, axis: Axis, tap: Place):
         self.gates, self.axis, self.tap = gates, axis, tap
         self._live: tuple[Tensor, int, list[int]] | None = None
-        self.group = tap.dim.length() // axis.size
+        self.group = tap.width(axis)
 
     def value(self, training: bool) -> Tensor:
         return self.gates.value(self.axis.name, training)
 
     def multiplied(self, x: Tensor, training: bool) -> Tensor:
-        part = self.tap.part
+        part = self.tap.columns
         self.check(x.shape[-1] if part is None else part[1] - part[0])
         return gate_columns(x, self.value(training), self.group, part)
 

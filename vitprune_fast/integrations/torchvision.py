@@ -136,7 +136,7 @@ def _attention(t: Builder, path: str, embed: Axis, tokens: int) -> Inner:
     t.tensor(f"{path}.in_proj_weight", packed, embed)
     t.tensor(f"{path}.in_proj_bias", packed)
     t.linear(f"{path}.out_proj", embed, heads * v, tokens)
-    t.work(path, tokens, packed, embed)
+    t.work(f"{path}.{PROJECTION}", tokens, packed, embed)
     t.work(path, tokens * tokens, heads * qk)
     t.work(path, tokens * tokens, heads * v)
     t.tap(heads, f"{path}.out_proj", heads * v)

@@ -23,7 +23,7 @@ from ..modules.norms import kept_by, norm_over_kept
 from ..modules.swap import Altered
 from ..structure import Axis, Structure
 from ..structure.paths import get
-from .places import Place, places_of
+from ..structure.places import Place
 from .scores import MeasureBatch, Rows
 
 MEASURES = ("loss", "kl")
@@ -142,7 +142,7 @@ class Trial:
         axis: its name.
         units: their numbers.
         start: the block the forward begins with; None begins with the images.
-        places: where they are selected away.
+        places: where they are selected away, and the unit of every column there.
         late: they are all read within that block, so samples are stacked at the first place only.
         silent: modules whose output is zero, for a branch or block (one unit at a time).
     """
@@ -150,7 +150,7 @@ class Trial:
     axis: str
     units: list[int]
     start: int | None
-    places: tuple[Place, ...] = ()
+    places: tuple[tuple[Place, Tensor], ...] = ()
     late: bool = False
     silent: tuple[str, ...] = ()
 
@@ -168,8 +168,8 @@ def _trials(
         return
     inside = (i for i, block in enumerate(blocks) if axis.name.startswith(f"{block}."))
     start = next(inside, None)
-    places = places_of(model, structure, axis)
-    late = start is not None and any(place.at == "input" for place in places)
+    places = tuple((place, place.owners(axis)) for place in structure.places(axis))
+    late = start is not None and any(place.at == "input" for place, _ in places)
     for first in range(0, axis.size, candidates):
         units = list(range(first, min(first + candidates, axis.size)))
         yield Trial(axis.name, units, start, places, late)
@@ -190,8 +190,8 @@ def _logits_without(
             rows = stream.repeat(count, *(1,) * (stream.ndim - 1))
             _enter(model, blocks, trial.start, rows, altered)
         units = torch.tensor(trial.units)[:, None]
-        for place in trial.places:
-            lost = Lost((place.owner == units).to(images.device), samples, trial.late)
+        for place, owners in trial.places:
+            lost = Lost((owners == units).to(images.device), samples, trial.late)
             _select(model, place, lost, altered)
         for path in trial.silent:
             altered.after(get(model, path), _zeros)

@@ -15,8 +15,8 @@ from ..modules.modes import evaluating
 from ..modules.swap import Altered
 from ..structure import Axis, Structure
 from ..structure.paths import get
+from ..structure.places import Place
 from ..structure.table import Write
-from .places import Place, places_of
 from .scores import MeasureBatch, Rows
 
 # takes (samples, units) of one place or branch
@@ -97,12 +97,12 @@ def _read_places(model: nn.Module, structure: Structure, axis: Axis) -> list[Pla
     """Where units are measured: once in every branch that reads them, or where they are made."""
     if structure.held(axis):
         return []
-    places = places_of(model, structure, axis)
+    places = structure.places(axis)
     read = {}
     for place in places:
         if place.at == "input":
             # a gate and a value layer side by side read the same
-            read.setdefault(structure.owner(f"{place.module}.weight") or place.module, place)
+            read.setdefault(structure.owner(place.module) or place.module, place)
     made = [place for place in places if place.at == "norm"] or list(places)
     return list(read.values()) or made
 
@@ -115,8 +115,8 @@ def _measure_units(
 
     def size(place: Place, x: Tensor) -> Tensor:
         """(samples, tokens, units): L2 norm over the entries of a unit, and heads that share it."""
-        first = int((place.owner < 0).sum())
-        entries = place.owner.argsort(stable=True)[first:]
+        owners = place.owners(axis)
+        entries = owners.argsort(stable=True)[int((owners < 0).sum()) :]
         if not torch.equal(entries, torch.arange(x.shape[-1])):
             x = x[..., entries.to(x.device)]
         x = torch.linalg.vector_norm(_wide(x).unflatten(-1, (axis.size, -1)), dim=-1)

@@ -97,13 +97,12 @@ def standing_in(forwards: Mapping[nn.Module, Callable[..., Tensor]]) -> Iterator
 
 def _owner(model: nn.Module, site: Site) -> str | None:
     """Path of the module whose exchanged forward measures the site; None where a hook must."""
-    is_norm = site.measure in ("norm", "statistics")
-    path = site.module if is_norm else site.module.rpartition(".")[0]
+    path = site.module if site.at_norm else site.module.rpartition(".")[0]
     owner: Any = get(model, path)
     # a module that runs something else than its class says is left alone
-    if site.measure == "bias" or not runs_its_class(owner):
+    if site.of_bias or not runs_its_class(owner):
         return None
-    if is_norm:
+    if site.at_norm:
         return path if type(owner) in NORMS.values() else None
     # as is one with a part that would no longer be called, and somebody listens to or altered
     if not all(_is_plain(getattr(owner, name, None)) for name in ("act", "norm", "attn_drop")):
@@ -250,7 +249,7 @@ def _mlp(mlp: Any, sites: dict[str, Site], probes: Probes, x: Tensor) -> Tensor:
 def _norm(norm: Any, sites: dict[str, Site], probes: Probes, x: Tensor) -> Tensor:
     """LayerNorm and RMSNorm of torch and timm."""
     (site,) = sites.values()
-    probe, output = probes.leaf(site.key, x, site.size), site.measure == "norm"
+    probe, output = probes.leaf(site.key, x, site.size), site.place.at == "norm"
     if norm.weight is not None and norm.weight.dtype != x.dtype:
         # autocast, or a norm that was left in fp32: the norm itself knows which dtype comes out
         y = type(norm).forward(norm, x)

@@ -19,45 +19,51 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from torch import Tensor
 
 from ..errors import InvalidInput
 from ..structure import Axis, Structure
-
-Measure = Literal["input", "output", "norm", "statistics", "bias"]
+from ..structure.places import Place
 
 
 @dataclass(frozen=True)
 class Site:
-    """One measurement: per-sample numbers that a backward pass leaves behind.
+    """One measurement: per-sample numbers that a backward pass leaves behind at a place.
 
-    ``input`` and ``output`` sum activation x gradient of what enters or leaves ``module`` over the
-    tokens and ``group`` adjacent columns. ``norm`` is the removal of a channel from a norm whose
-    output is read, ``statistics`` from one whose output is not. ``bias`` is the bias of the
-    projection ``module`` times the gradient of its output, one number per sample.
+    At an input or output: activation x gradient, summed over the tokens and the columns of a unit.
+    At a norm: the removal of a channel. Of a bias: the bias of the module times the gradient of its
+    output, one number per sample.
 
     Args:
         key: of the probe; unique.
-        module: path of the module.
-        measure: see above.
+        place: where.
         kind: unit kind it serves.
         size: numbers per sample.
-        group: adjacent columns that make one number.
-        part: first and last + 1 column; None is all of them.
-        bias: path of the bias, for ``bias``.
+        of_bias: whether it is the bias that is measured.
     """
 
     key: str
-    module: str
-    measure: Measure
+    place: Place
     kind: str
     size: int
-    group: int = 1
-    part: tuple[int, int] | None = None
-    bias: str = ""
+    of_bias: bool = False
+
+    @property
+    def module(self) -> str:
+        """Path of the module."""
+        return self.place.module
+
+    @property
+    def at_norm(self) -> bool:
+        """Whether it measures what a norm makes of its channels."""
+        return self.place.at in ("norm", "statistics")
+
+    @property
+    def group(self) -> int:
+        """Adjacent columns that make one number."""
+        return self.place.dim.length() // self.size
 
 
 # from the readings of all sites, (samples, size) each, to the scores of an axis, (samples, units)
@@ -108,34 +114,30 @@ def sites_of(structure: Structure, axes: Sequence[Axis]) -> tuple[list[Site], di
 
 
 def _tap_site(structure: Structure, axis: Axis) -> Site:
-    tap = structure.taps[axis.name]
-    group = tap.dim.length() // axis.size
-    return Site(axis.name, tap.module, tap.side, axis.kind, axis.size, group, tap.part)
+    return Site(axis.name, structure.taps[axis.name], axis.kind, axis.size)
 
 
 def _reader_sites(structure: Structure, axis: Axis) -> list[Site]:
-    sites = []
-    for reader in structure.readers[axis.name]:
-        measure: Measure = "input" if reader.how == "direct" else reader.how
-        key = f"{axis.name}@{reader.module}"
-        sites.append(Site(key, reader.module, measure, axis.kind, axis.size))
-    return sites
+    return [
+        Site(f"{axis.name}@{place.module}", place, axis.kind, axis.size)
+        for place in structure.readers[axis.name]
+    ]
 
 
 def _branch_sites(structure: Structure, branch: str, kind: str) -> list[Site]:
     write = next(write for write in structure.writes() if write.name == branch)
     if write.post_norm:
         # behind a norm the projection is no longer linear in the gate: measure what is written
-        width = write.dim.length()
-        return [Site(f"{branch}@write", write.norm, "output", kind, 1, width)]
+        return [Site(f"{branch}@write", Place(write.norm, "output", write.dim), kind, 1)]
     inner = next(
         axis
         for name, axis in structure.axes.items()
         if name in structure.taps and structure.taps[name].module == write.projection
     )
     sites = [_tap_site(structure, inner)]
-    if write.bias[0] in structure.tensors:
-        sites.append(Site(f"{branch}@bias", write.projection, "bias", kind, 1, bias=write.bias[0]))
+    if write.projected_bias in structure.tensors:
+        output = Place(write.projection, "output", write.dim)
+        sites.append(Site(f"{branch}@bias", output, kind, 1, of_bias=True))
     return sites
 
 

@@ -37,13 +37,13 @@ def hooked(model: nn.Module, sites: Iterable[Site], probes: Probes) -> Iterator[
                     f"score: structure must name modules of the model, got {site.module!r}, which "
                     f"{type(model).__name__} does not have"
                 )
-            if site.measure in ("norm", "statistics", "bias") and not runs_its_class(module):
+            if (site.at_norm or site.of_bias) and not runs_its_class(module):
                 raise InvalidInput(
                     f"score: {site.module} must run the forward of its class for units of kind "
                     f"{site.kind!r}, got one of its own; leave that kind out, or leave vp.mask and "
                     "score the pruned model"
                 )
-            if site.measure == "input":
+            if site.place.at == "input":
                 altered.before(module, _before(site, probes))
             else:
                 # before other hooks: what the module itself puts out is measured
@@ -59,13 +59,13 @@ def _before(site: Site, probes: Probes) -> Any:
 
 
 def _after(site: Site, probes: Probes, model: nn.Module) -> Any:
-    bias: Any = get(model, site.bias)
+    bias: Any = get(model, f"{site.module}.bias")
 
     def hook(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
-        if site.measure == "output":
+        if not (site.at_norm or site.of_bias):
             return _tapped(output, site, probes)
         probe = probes.leaf(site.key, output, site.size)
-        if site.measure == "bias":
+        if site.of_bias:
             return tap_bias(output, probe, bias)
         return tap_norm(
             output,
@@ -74,20 +74,21 @@ def _after(site: Site, probes: Probes, model: nn.Module) -> Any:
             module,
             rms=is_rms(module),
             eps=epsilon(module, output.dtype),
-            output=site.measure == "norm",
+            output=site.place.at == "norm",
         )
 
     return hook
 
 
 def _tapped(x: Tensor, site: Site, probes: Probes) -> Tensor:
-    columns = x.shape[-1] if site.part is None else site.part[1] - site.part[0]
+    part = site.place.columns
+    columns = x.shape[-1] if part is None else part[1] - part[0]
     if columns != site.size * site.group:
         raise InvalidInput(
             f"score: structure must give {site.module} {columns} columns like the model, "
             f"got {site.size} units of {site.group}"
         )
     probe = probes.leaf(site.key, x, site.size)
-    if site.part is None:
+    if part is None:
         return tap(x, probe, site.group, probes.per_token)
-    return tap_part(x, probe, site.part, site.group, probes.per_token)
+    return tap_part(x, probe, part, site.group, probes.per_token)

@@ -172,7 +172,7 @@ def scorer(
                 yield ready
             return
         with exchanged(model, sites, probes) as rest:
-            known = [site for site in rest if site.measure != "bias"]
+            known = [site for site in rest if not site.of_bias]
             if path == "fused" and known:
                 raise InvalidInput(
                     "score: path must be 'auto' or 'taps' for a model with modules that have no "

@@ -14,7 +14,8 @@ from ..errors import UnsupportedArchitecture
 from ..modules.norms import NORMS
 from .axes import Axis, Dim, as_dim
 from .paths import get
-from .table import Attention, Reader, Rows, Structure, Tap, Work, Write
+from .places import Place
+from .table import Attention, Rows, Structure, Work, Write
 
 Size = Axis | Dim | int
 
@@ -117,24 +118,25 @@ class Builder:
         axis: Axis,
         module: str,
         dim: Size,
-        side: Literal["input", "output"] = "input",
-        part: tuple[int, int] | None = None,
+        at: Literal["input", "output"] = "input",
+        columns: tuple[int, int] | None = None,
     ) -> None:
         """The units of ``axis`` are gated on what enters or leaves ``module``."""
-        self.structure.taps[axis.name] = Tap(module, as_dim(dim), side, part)
+        self.structure.taps[axis.name] = Place(module, at, as_dim(dim), columns)
 
     def reader(self, axis: Axis, module: str, norm: str | None = None) -> None:
         """``module`` reads the stream of width ``axis``, through ``norm`` where that is one."""
         readers = self.structure.readers.setdefault(axis.name, [])
-        if norm in self.structure.norms:
-            readers.append(Reader(norm, "norm"))
+        if norm is not None and norm in self.structure.norms:
+            readers.append(Place(norm, "norm", as_dim(axis)))
         else:
-            readers.append(Reader(module, "direct"))
+            readers.append(Place(module, "input", as_dim(axis)))
 
     def writer_norm(self, axis: Axis, norm: str) -> None:
         """``norm``, where there is one, stands in a write into the stream of width ``axis``."""
         if norm in self.structure.norms:
-            self.structure.readers.setdefault(axis.name, []).append(Reader(norm, "statistics"))
+            place = Place(norm, "statistics", as_dim(axis))
+            self.structure.readers.setdefault(axis.name, []).append(place)
 
     def stem(self, embed: Axis, *bias: str) -> None:
         """Open the residual stream of width ``embed``; adding to all of ``bias`` adds to tokens."""

@@ -9,10 +9,10 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Literal
 
 from ..errors import InvalidInput
 from .axes import UNIT_KINDS, Axis, Dim, Group
+from .places import Place
 from .terms import Terms
 
 
@@ -109,36 +109,6 @@ class Work:
     dims: tuple[Dim, ...]
 
 
-@dataclass(frozen=True)
-class Tap:
-    """Where units can be gated: the last dimension of what enters or leaves a module.
-
-    Args:
-        module: path of the module.
-        dim: layout of the dimension (of the part, where there is one).
-        side: ``"input"`` or ``"output"``.
-        part: first and last + 1 column; None is all of them.
-    """
-
-    module: str
-    dim: Dim
-    side: Literal["input", "output"] = "input"
-    part: tuple[int, int] | None = None
-
-
-@dataclass(frozen=True)
-class Reader:
-    """A place that sees the width of a residual stream.
-
-    ``norm``: the norm ``module`` reads the stream, and what it puts out is read. ``direct``: the
-    input of ``module`` is the stream itself. ``statistics``: the norm ``module`` stands in a write
-    into the stream, so that removed channels change its statistics and nothing else.
-    """
-
-    module: str
-    how: Literal["norm", "direct", "statistics"]
-
-
 @dataclass
 class Structure:
     """What can be removed from a model. Written by its family, read by everything else."""
@@ -166,9 +136,10 @@ class Structure:
     # branch axis -> the branch each of its units stands for
     branches: dict[str, tuple[str, ...]] = field(default_factory=dict)
     work: list[Work] = field(default_factory=list)
-    taps: dict[str, Tap] = field(default_factory=dict)
-    # axis of a residual stream -> where it is read
-    readers: dict[str, list[Reader]] = field(default_factory=dict)
+    # axis -> where its units can be gated
+    taps: dict[str, Place] = field(default_factory=dict)
+    # axis of a residual stream -> where it is read, by norms or as it is
+    readers: dict[str, list[Place]] = field(default_factory=dict)
 
     def units(self, kind: str) -> list[Axis]:
         """The axes of one unit kind, in model order."""
@@ -225,6 +196,23 @@ class Structure:
         if axis.kind == "block":
             return list(self.blocks.values())
         return [(name,) for name in self.branches.get(axis.name, ())]
+
+    def places(self, axis: Axis) -> tuple[Place, ...]:
+        """Everything that reads units of an axis, the norms first: they stand before a Linear.
+
+        Units are read by norms across the axis and by the inputs of Linear layers. The product of
+        queries and keys is no module: where no Linear reads an axis, the outputs that make its
+        units stand in for it.
+        """
+        norms = [Place(path, "norm", dim) for path, dim in self.norms.items() if axis in dim.axes]
+        inputs, outputs = [], []
+        for work in self.work:
+            layout = self.tensors.get(f"{work.module}.weight", ())
+            if len(layout) == 2:
+                out, in_ = layout
+                outputs += [Place(work.module, "output", out)] if axis in out.axes else []
+                inputs += [Place(work.module, "input", in_)] if axis in in_.axes else []
+        return (*norms, *(inputs or outputs))
 
     def axes_in(self, branches: Collection[str]) -> Iterator[Axis]:
         """The axes inside branches: an axis has the path of the module that holds its units."""

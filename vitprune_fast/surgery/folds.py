@@ -47,10 +47,10 @@ def fold_gates(model: nn.Module, gates: Mapping[str, Tensor]) -> None:
         refuse_tied("fold_gates", structure, f"{module}.weight", f"{module}.bias")
     for name, values in gates.items():
         tap, axis = structure.taps[name], structure.axes[name]
-        owners = torch.from_numpy(tap.dim.owners(axis))
+        owners = tap.owners(axis)
         module = get(model, tap.module)
-        part = slice(None) if tap.part is None else slice(*tap.part)
-        if tap.side == "input":
+        part = slice(None) if tap.columns is None else slice(*tap.columns)
+        if tap.at == "input":
             module.weight[:, part] *= values.detach().cpu()[owners].to(module.weight)
             continue
         for tensor in (module.weight, getattr(module, "bias", None)):
