@@ -86,7 +86,7 @@ def test_eval_and_bench_compute_in_it(
         return original(*args, **options)
 
     monkeypatch.setattr(stages, "latencies", latencies)
-    monkeypatch.setattr(vp, "evaluate", evaluate)
+    monkeypatch.setattr("vitprune_fast.evaluation.evaluate", evaluate)
     model = ["--model", str(made / "m")]
     assert main(["bench", *model, *HALF, "--batch-sizes", "1"]) == 0
     assert re.search(r"^profile cpu: .*, bfloat16, ", capsys.readouterr().out)
