@@ -69,10 +69,12 @@ import vitprune_fast.distill.config
 import vitprune_fast as vp
 assert "torch" not in sys.modules
 import vitprune_fast.doctor
+import vitprune_fast.run.folder
 for name in vp.__all__:
     value = getattr(vp, name)
     assert callable(value) or name in ("gates", "ops"), name
 assert vp.distill.__module__ == "vitprune_fast.distill.loop"
+assert vp.run.__module__ == "vitprune_fast.recipes.chain"
 assert set(vp.__all__) <= set(dir(vp))
 """
     result = run_fresh(script)

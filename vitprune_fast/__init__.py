@@ -144,8 +144,8 @@ __all__ = [
 class _Package(ModuleType):
     """Imports public names at first use, so that ``import vitprune_fast`` and ``--help`` are quick.
 
-    Two functions share their name with the module they come from (``distill``, ``doctor``). The
-    import system writes an imported module into its package; here the function keeps the name.
+    Three functions share their name with a module (``distill``, ``doctor``, ``run``). The import
+    system writes an imported module into its package; here the function keeps the name.
     """
 
     def __getattr__(self, name: str) -> Any:

@@ -23,11 +23,10 @@ from vitprune_fast import files, planning
 from vitprune_fast.checkpoint import load, save
 from vitprune_fast.data import BadImage, ImageData
 from vitprune_fast.errors import InvalidInput, StageFailed
-from vitprune_fast.recipes import assumptions, checks, models, stages, summary
+from vitprune_fast.models.open import skeleton
+from vitprune_fast.recipes import assumptions, checks, stages, summary
 from vitprune_fast.recipes.board import Board
-from vitprune_fast.recipes.comparison import arrow
 from vitprune_fast.recipes.config import RunConfig
-from vitprune_fast.recipes.folder import Metrics, RunFolder, read_metrics
 from vitprune_fast.recipes.opened import (
     check_fit,
     not_followed,
@@ -42,6 +41,8 @@ from vitprune_fast.recipes.profile import Profile, applied, choose_profile, vers
 from vitprune_fast.recipes.refit import left_out_lines, refit_text
 from vitprune_fast.recipes.stages import OnEvent, Setting
 from vitprune_fast.recipes.yamlfile import to_plain, to_yaml
+from vitprune_fast.run.comparison import arrow
+from vitprune_fast.run.folder import Metrics, RunFolder, read_metrics
 from vitprune_fast.scoring import Scores, ScoringStopped
 from vitprune_fast.scoring.agreement import agreement_text
 from vitprune_fast.sealed import CheckpointRefused
@@ -191,8 +192,8 @@ def check_inputs(config: RunConfig, data: ImageData | None = None) -> nn.Module:
     # images that were opened by the caller lie somewhere too
     root = getattr(data and data.source, "root", None)
     refuse_overwriting("run", config, {"out": config.out}, more={"data": root}, resumes=True)
-    skeleton = models.skeleton(replace(config.model, pretrained=False))
-    describe(skeleton)
+    model = skeleton(replace(config.model, pretrained=False))
+    describe(model)
     if config.model.checkpoint and not config.model.checkpoint.is_file():
         raise InvalidInput(
             f"run: checkpoint must be a file, got {config.model.checkpoint} (no such file)"
@@ -202,7 +203,7 @@ def check_inputs(config: RunConfig, data: ImageData | None = None) -> nn.Module:
             f"run: {config.model.name} has no trained weights; give --checkpoint FILE or "
             "--pretrained, or --train-dense to train it here first"
         )
-    return skeleton
+    return model
 
 
 def check_splits(data: ImageData) -> None:

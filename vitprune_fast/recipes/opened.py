@@ -8,11 +8,12 @@ from typing import Any
 from torch import nn
 
 from vitprune_fast.data import INTERPOLATIONS, ImageData, open_data
+from vitprune_fast.models.config import ModelConfig
+from vitprune_fast.models.open import open_model
 from vitprune_fast.precision import Precision
 from vitprune_fast.randomness import seeded
-from vitprune_fast.recipes import models
 from vitprune_fast.recipes.assumptions import about_data, about_weights
-from vitprune_fast.recipes.config import DataConfig, ModelConfig
+from vitprune_fast.recipes.config import DataConfig
 from vitprune_fast.recipes.profile import Profile, choose_profile
 from vitprune_fast.recipes.stages import Setting
 from vitprune_fast.stated import caveats, stated_config
@@ -134,9 +135,9 @@ def check_fit(model: Any, data: ImageData) -> None:
 
 
 def open_weights(config: ModelConfig, seed: int, classes: int | None = None) -> nn.Module:
-    """The model of `models.open_model`; weights that come from nowhere are drawn by the seed."""
+    """The model of `open_model`; weights that come from nowhere are drawn by the seed."""
     with seeded(seed, "init"):
-        return models.open_model(config, classes)
+        return open_model(config, classes)
 
 
 def open_both(

@@ -20,18 +20,14 @@ from vitprune_fast.distill.masks import MaskSchedule
 from vitprune_fast.distill.teachers import Teacher, resolve_teacher
 from vitprune_fast.errors import InvalidInput, VitpruneError
 from vitprune_fast.gates import BudgetLoss, attach, fold, to_plan
+from vitprune_fast.models.config import ModelConfig
+from vitprune_fast.models.open import open_model
 from vitprune_fast.planning import Budget
 from vitprune_fast.precision import resolve
 from vitprune_fast.randomness import derive_seed, seeded
-from vitprune_fast.recipes import models, stages
+from vitprune_fast.recipes import stages
 from vitprune_fast.recipes.board import Board
-from vitprune_fast.recipes.config import (
-    GateConfig,
-    MaskConfig,
-    ModelConfig,
-    ScoreConfig,
-    TeacherConfig,
-)
+from vitprune_fast.recipes.config import GateConfig, MaskConfig, ScoreConfig, TeacherConfig
 from vitprune_fast.recipes.stages import OnEvent, Setting
 from vitprune_fast.scoring.scores import Scores
 from vitprune_fast.surgery import prune
@@ -188,7 +184,7 @@ def _teacher(
         return resolve_teacher(name, student, **options)
     args = {"in_chans": data.channels, "num_classes": len(data.classes)}
     with seeded(seed, "teacher", number):
-        model = models.open_model(ModelConfig(name=name, pretrained=teachers.pretrained, args=args))
+        model = open_model(ModelConfig(name=name, pretrained=teachers.pretrained, args=args))
     # it learns from images as the student gets them
     options |= {"mean": data.mean, "std": data.std, **_sized(model, teachers)}
     resized = Resized(model, fixed_size(model) or options.get("image_size"))

@@ -16,10 +16,10 @@ from vitprune_fast import files
 from vitprune_fast.errors import DamagedFile, RunFolderError
 from vitprune_fast.planning import Plan
 from vitprune_fast.planning.waiting import load_warning
-from vitprune_fast.recipes.comparison import STEPS, comparison, steps
-from vitprune_fast.recipes.folder import RunFolder, read_metrics
 from vitprune_fast.report import figures
 from vitprune_fast.report.refit import refit_facts
+from vitprune_fast.run.comparison import STEPS, comparison, steps
+from vitprune_fast.run.folder import RunFolder, read_metrics
 from vitprune_fast.scoring import Scores
 
 STAGES = ("data", "dense", "score", "plan", "prune", "sweep", "distill", "evaluate")
