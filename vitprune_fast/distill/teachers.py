@@ -21,8 +21,6 @@ from vitprune_fast.batches import as_input
 from vitprune_fast.distill.conversion import Conversion, image_channels
 from vitprune_fast.distill.features import HiddenStates
 from vitprune_fast.errors import InvalidInput
-from vitprune_fast.models.config import ModelConfig
-from vitprune_fast.models.open import open_model
 from vitprune_fast.modules.modes import compiled, evaluating
 from vitprune_fast.sealed import fingerprint
 from vitprune_fast.stated import stated_config
@@ -341,6 +339,10 @@ def _named(
     checkpoint: str | Path | None,
     options: dict[str, Any],
 ) -> Teacher:
+    # a training whose teachers are given as modules needs none of the packages behind flags
+    from vitprune_fast.models.config import ModelConfig
+    from vitprune_fast.models.open import open_model
+
     options = {"name": Path(name).name, **options}
     same = {"mean": options.get("student_mean"), "std": options.get("student_std")}
     if name == "self":
