@@ -15,10 +15,10 @@ from torch import Tensor
 
 from bench.bench_masked_step import entries_of, half, in_turns, multiply
 from bench.conftest import note_race
+from vitprune_fast.cli.scoring_race import Entry
 from vitprune_fast.distill import DistillConfig, MaskSchedule, distill
 from vitprune_fast.distill.teachers import Teacher
 from vitprune_fast.planning import Plan, predict_cost
-from vitprune_fast.scoring.race import Entry
 from vitprune_fast.structure import describe
 
 OURS, SOFT = "vitprune_fast: dense", "vitprune_fast: soft-compacted"

@@ -16,8 +16,8 @@ from torch.nn.functional import cross_entropy
 from bench.conftest import note_race
 from bench.timing import measure
 from vitprune_fast import SoftCompaction
+from vitprune_fast.cli.scoring_race import Entry
 from vitprune_fast.planning import Plan, predict_cost
-from vitprune_fast.scoring.race import Entry
 from vitprune_fast.structure import describe
 from vitprune_fast.structure.paths import get
 

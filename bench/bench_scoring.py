@@ -12,7 +12,7 @@ import torch
 from bench.conftest import note_memory, note_race
 from bench.peak_memory import peak, peak_of
 from vitprune_fast import describe, score
-from vitprune_fast.scoring.race import (
+from vitprune_fast.cli.scoring_race import (
     ALL_KINDS,
     BARE,
     COMPILED,

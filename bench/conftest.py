@@ -34,7 +34,7 @@ from bench.timing import (
     measure,
     tensors,
 )
-from vitprune_fast import __version__
+from vitprune_fast._version import __version__
 from vitprune_fast.doctor import doctor
 from vitprune_fast.scoring.graphs import captured
 

@@ -247,7 +247,7 @@ def timm_layers() -> None:
     same(timm.layers.QuickGELU()(x), x * torch.sigmoid(1.702 * x))
 
 
-@fact("timm has these helpers of training and data", "distill/loop.py", "data/folder.py")
+@fact("timm has these helpers of training and data", "distill/state.py", "data/folder.py")
 def timm_helpers() -> None:
     from timm.data import auto_augment
     from timm.data.readers.img_extensions import get_img_extensions

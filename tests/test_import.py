@@ -41,7 +41,7 @@ print(kernel.__name__)
     assert result.stdout.strip() == "vitprune_fast.kernels.taylor_score", result.stderr
 
 
-def test_scoring_and_pruning_need_only_the_core_dependencies():
+def test_scoring_pruning_and_training_need_only_the_core_dependencies():
     script = """
 import sys
 # what imports raise for; unlike a raising finder it still answers "is it installed?" with no
@@ -55,6 +55,7 @@ scores = vp.score(model, [(random_images(model), torch.tensor([0, 1]))])
 small = vp.prune(model, vp.plan(model, scores, vp.Budget(macs=0.5)))
 assert vp.cost(small).macs <= 0.5 * vp.cost(model).macs
 assert "torch" in str(vp.doctor())
+assert callable(vp.distill)
 x = torch.ones(2, 3, 4)
 assert vp.ops.taylor_score(x, x).sum() == 24
 """
@@ -69,10 +70,12 @@ import vitprune_fast.distill.config
 import vitprune_fast as vp
 assert "torch" not in sys.modules
 import vitprune_fast.doctor
+import vitprune_fast.run.folder
 for name in vp.__all__:
     value = getattr(vp, name)
     assert callable(value) or name in ("gates", "ops"), name
 assert vp.distill.__module__ == "vitprune_fast.distill.loop"
+assert vp.run.__module__ == "vitprune_fast.recipes.chain"
 assert set(vp.__all__) <= set(dir(vp))
 """
     result = run_fresh(script)

@@ -26,9 +26,9 @@ from vitprune_fast import files
 from vitprune_fast.checkpoint import load, save
 from vitprune_fast.data import open_data
 from vitprune_fast.errors import DamagedFile, VitpruneError
+from vitprune_fast.models.config import ModelConfig
+from vitprune_fast.models.open import open_model
 from vitprune_fast.planning import Plan
-from vitprune_fast.recipes.config import ModelConfig
-from vitprune_fast.recipes.models import open_model
 from vitprune_fast.scoring import Scores
 from vitprune_fast.testing import random_vit
 
@@ -200,7 +200,7 @@ def test_checkpoints_are_bounded(tmp_path: Path, make: Callable[[Path], None], s
 def test_the_zip_that_torch_writes_is_read(tmp_path: Path) -> None:
     model = random_vit(dtype=torch.float32)
     torch.save(model.state_dict(), tmp_path / "x.pth")
-    from vitprune_fast.recipes.models import read_checkpoint
+    from vitprune_fast.models.open import read_checkpoint
 
     assert read_checkpoint(tmp_path / "x.pth").keys() == model.state_dict().keys()
 

@@ -13,7 +13,7 @@ from importlib import import_module
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
-__version__ = "0.1.0"
+from ._version import __version__ as __version__
 
 if TYPE_CHECKING:
     from . import gates, ops
@@ -145,8 +145,8 @@ __all__ = [
 class _Package(ModuleType):
     """Imports public names at first use, so that ``import vitprune_fast`` and ``--help`` are quick.
 
-    Two functions share their name with the module they come from (``distill``, ``doctor``). The
-    import system writes an imported module into its package; here the function keeps the name.
+    Three functions share their name with a module (``distill``, ``doctor``, ``run``). The import
+    system writes an imported module into its package; here the function keeps the name.
     """
 
     def __getattr__(self, name: str) -> Any:

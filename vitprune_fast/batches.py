@@ -93,21 +93,6 @@ def as_input(model: nn.Module, images: Tensor) -> Tensor:
     return images if weight is None else images.to(weight.device, weight.dtype)
 
 
-def sent(tensor: Tensor, device: torch.device) -> Tensor:
-    """A tensor on a device; the host goes on while it is on its way to a GPU.
-
-    A copy out of memory that is not pinned would wait for all that the GPU has yet to do.
-    """
-    if tensor.device.type == "cpu" and pins(device):
-        tensor = tensor.pin_memory()
-    return tensor.to(device, non_blocking=True)
-
-
-def pins(device: torch.device) -> bool:
-    """Whether copies to a device come out of pinned memory."""
-    return device.type == "cuda"
-
-
 def check_logits(function: str, logits: Tensor, labels: Tensor) -> None:
     """Refuse logits that are not one row per label, and labels they have no class for.
 

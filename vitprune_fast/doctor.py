@@ -14,9 +14,9 @@ from pathlib import Path
 
 import torch
 
-from vitprune_fast import __version__
 from vitprune_fast._extension import extension_status
 from vitprune_fast._toolkit import cuda_home
+from vitprune_fast._version import __version__
 from vitprune_fast.ops import Choice, backends
 
 _PACKAGES = ("torch", "torchvision", "timm", "triton", "numpy", "safetensors")

@@ -15,7 +15,7 @@ import vitprune_fast as vp
 from vitprune_fast.cli.main import main
 from vitprune_fast.distill.checkpoints import read_newest
 from vitprune_fast.recipes import stages
-from vitprune_fast.recipes.folder import RunFolder
+from vitprune_fast.run.folder import RunFolder
 
 HALF = ["--dtype", "bfloat16"]
 DIGITS = ["--data", "digits", "--threads", "1"]
@@ -86,7 +86,7 @@ def test_eval_and_bench_compute_in_it(
         return original(*args, **options)
 
     monkeypatch.setattr(stages, "latencies", latencies)
-    monkeypatch.setattr(vp, "evaluate", evaluate)
+    monkeypatch.setattr("vitprune_fast.evaluation.evaluate", evaluate)
     model = ["--model", str(made / "m")]
     assert main(["bench", *model, *HALF, "--batch-sizes", "1"]) == 0
     assert re.search(r"^profile cpu: .*, bfloat16, ", capsys.readouterr().out)

@@ -15,8 +15,9 @@ from tests.small import NAME, SMALL, photographs
 from vitprune_fast.cli.main import VERBS, main
 from vitprune_fast.data import open_data
 from vitprune_fast.errors import InvalidInput
+from vitprune_fast.models.config import ModelConfig
 from vitprune_fast.recipes.chain import run
-from vitprune_fast.recipes.config import ModelConfig, RunConfig
+from vitprune_fast.recipes.config import RunConfig
 from vitprune_fast.recipes.outputs import refuse_overwriting
 
 

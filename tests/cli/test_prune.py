@@ -136,7 +136,7 @@ def test_images_that_test_the_run_of_the_plan_are_refused(
     prune: Any, made: Path, tmp_path: Path
 ) -> None:
     from vitprune_fast import files
-    from vitprune_fast.recipes.folder import SCHEMA
+    from vitprune_fast.run.folder import SCHEMA
 
     photographs(made / "parts", "train", "test", count=20)
     (made / "run").mkdir()

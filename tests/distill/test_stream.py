@@ -11,7 +11,7 @@ from torch import Tensor
 from vitprune_fast.distill import DistillConfig
 from vitprune_fast.distill.stream import Stream
 from vitprune_fast.errors import InvalidInput
-from vitprune_fast.scoring.ranks import Ranks
+from vitprune_fast.ranks import Ranks
 from vitprune_fast.testing import random_vit
 
 

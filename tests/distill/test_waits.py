@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 import vitprune_fast as vp
-from vitprune_fast import batches
+from vitprune_fast import transfer
 from vitprune_fast.distill import DistillConfig, MaskSchedule, distill, optim
 from vitprune_fast.distill.checkpoints import read_newest
 from vitprune_fast.distill.task import DistillTask
@@ -142,7 +142,7 @@ def report() -> None:
 
     device = far.use()
     optim.can_fuse = lambda types: types in ({far.FAR}, {"cpu"})
-    batches.pins = lambda device: device.type == far.FAR
+    transfer.pins = lambda device: device.type == far.FAR
     # the device has no precision but its own; the loss is scaled all the same
     DistillTask.autocast = lambda self: nullcontext()
     for name in ("adam", "sgd"):

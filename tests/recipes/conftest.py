@@ -10,14 +10,9 @@ import pytest
 
 from tests.recipes.attempts import Attempts, Outcome
 from vitprune_fast.distill.config import DistillConfig
+from vitprune_fast.models.config import ModelConfig
 from vitprune_fast.recipes.chain import run
-from vitprune_fast.recipes.config import (
-    DataConfig,
-    ModelConfig,
-    RunConfig,
-    ScoreConfig,
-    SweepConfig,
-)
+from vitprune_fast.recipes.config import DataConfig, RunConfig, ScoreConfig, SweepConfig
 from vitprune_fast.recipes.yamlfile import to_yaml
 from vitprune_fast.report import figures
 

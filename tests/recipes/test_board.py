@@ -16,7 +16,7 @@ from vitprune_fast.errors import BackendUnavailable
 from vitprune_fast.recipes.board import Board
 from vitprune_fast.recipes.chain import run
 from vitprune_fast.recipes.config import RunConfig
-from vitprune_fast.recipes.folder import read_metrics
+from vitprune_fast.run.folder import read_metrics
 
 needs_tensorboard = pytest.mark.skipif(
     importlib.util.find_spec("tensorboard") is None, reason="tensorboard is not installed"

@@ -10,8 +10,8 @@ import pytest
 from tests.small import photographs
 from vitprune_fast.data import ImageData, open_data
 from vitprune_fast.errors import InvalidInput
-from vitprune_fast.recipes.folder import SCHEMA
 from vitprune_fast.recipes.refit import left_out_lines, refit_text, refuse_test_images
+from vitprune_fast.run.folder import SCHEMA
 from vitprune_fast.surgery import Fit, SweepReport
 
 

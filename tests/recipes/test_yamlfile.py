@@ -9,7 +9,7 @@ import pytest
 from vitprune_fast.errors import InvalidInput
 from vitprune_fast.recipes.config import PlanConfig, RunConfig
 from vitprune_fast.recipes.presets import PRESETS, preset
-from vitprune_fast.recipes.yamlfile import differences, from_yaml, to_yaml
+from vitprune_fast.recipes.yamlfile import from_yaml, to_yaml
 
 # each level is ten of the level before
 BOMB = "a0: &a0 [x]\n" + "".join(
@@ -86,13 +86,6 @@ def test_yaml_may_use_aliases(tmp_path: Path) -> None:
 def test_yaml_missing_file_is_one_sentence(tmp_path: Path) -> None:
     with pytest.raises(InvalidInput, match="cannot read"):
         from_yaml(tmp_path / "none.yaml", preset("digits"))
-
-
-def test_differences_name_the_leaf_and_both_values() -> None:
-    before = {"plan": {"macs": 0.5, "keep": {}}, "seed": 0}
-    after = {"plan": {"macs": 0.4, "keep": {}}, "seed": 0, "device": "cpu"}
-    assert differences(before, after) == ["plan.macs: 0.5 -> 0.4", "device: absent -> cpu"]
-    assert differences(before, before) == []
 
 
 def test_two_budgets_are_refused() -> None:

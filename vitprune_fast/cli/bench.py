@@ -8,7 +8,8 @@ from typing import Annotated
 from tyro.conf import arg
 
 from vitprune_fast.cli.options import parse, required_model
-from vitprune_fast.recipes.config import Computed, ModelConfig, Threads
+from vitprune_fast.models.config import ModelConfig
+from vitprune_fast.recipes.config import Computed, Threads
 
 
 @dataclass(frozen=True)
@@ -42,14 +43,15 @@ def main(words: list[str]) -> int:
         return 0
     import vitprune_fast as vp
     from vitprune_fast.cli.display import print_assumptions, print_table
+    from vitprune_fast.models.open import open_model
     from vitprune_fast.planning.waiting import load_warning
-    from vitprune_fast.recipes import models, stages
+    from vitprune_fast.recipes import stages
     from vitprune_fast.recipes.profile import applied, choose_profile
 
     profile = choose_profile(options.device, options.threads, dtype=options.dtype)
     print(f"profile {profile}")
     configs = [options.model, *([ModelConfig(name=options.against)] if options.against else [])]
-    opened = [models.open_model(config) for config in configs]
+    opened = [open_model(config) for config in configs]
     for number, (config, model) in enumerate(zip(configs, opened, strict=True), 1):
         cost = vp.cost(model)
         print(f"model {number}: {config.name}, {cost.params:,} params, {cost.macs:,} MACs")

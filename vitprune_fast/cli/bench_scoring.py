@@ -8,7 +8,8 @@ from typing import Annotated, Any
 from tyro.conf import arg
 
 from vitprune_fast.cli.options import parse
-from vitprune_fast.recipes.config import Computed, ModelConfig
+from vitprune_fast.models.config import ModelConfig
+from vitprune_fast.recipes.config import Computed
 
 
 @dataclass(frozen=True)
@@ -40,11 +41,11 @@ def main(words: list[str]) -> int:
     import torch
 
     from vitprune_fast.cli.display import print_table
+    from vitprune_fast.cli.scoring_race import ALL_KINDS, BARE, FISHER, FORMS, race
     from vitprune_fast.errors import InvalidInput, NotEnoughMemory
+    from vitprune_fast.models.open import open_model
     from vitprune_fast.randomness import generator
-    from vitprune_fast.recipes import models
     from vitprune_fast.recipes.profile import choose_profile
-    from vitprune_fast.scoring.race import ALL_KINDS, BARE, FISHER, FORMS, race
     from vitprune_fast.scoring.stream import is_out_of_memory
     from vitprune_fast.structure import describe
 
@@ -52,7 +53,7 @@ def main(words: list[str]) -> int:
         raise InvalidInput(f"bench: batch_size must be at least 1, got {options.batch_size}")
     profile = choose_profile(options.device, 1, dtype=options.dtype)
     device, dtype = profile.device, getattr(torch, profile.dtype)
-    model: Any = models.open_model(options.model).to(device, dtype)
+    model: Any = open_model(options.model).to(device, dtype)
     random = generator(0, "bench")
     size = (options.batch_size, *describe(model).input_size)
     forms = FORMS if options.peers else (ALL_KINDS, FISHER, BARE)

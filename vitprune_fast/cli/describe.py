@@ -8,7 +8,8 @@ from typing import Annotated
 from tyro.conf import arg
 
 from vitprune_fast.cli.options import parse, required_model
-from vitprune_fast.recipes.config import ModelConfig, Threads
+from vitprune_fast.models.config import ModelConfig
+from vitprune_fast.recipes.config import Threads
 
 
 @dataclass(frozen=True)
@@ -26,7 +27,7 @@ def main(words: list[str]) -> int:
         return 0
     import vitprune_fast as vp
     from vitprune_fast.cli.display import print_table
-    from vitprune_fast.recipes.models import skeleton
+    from vitprune_fast.models.open import skeleton
     from vitprune_fast.recipes.profile import applied, choose_profile
 
     with applied(choose_profile("cpu", options.threads)):

@@ -11,14 +11,8 @@ from tyro.conf import arg
 from vitprune_fast.cli.options import parse, required_data, required_model
 from vitprune_fast.distill.config import DistillConfig
 from vitprune_fast.errors import InvalidInput
-from vitprune_fast.recipes.config import (
-    DataConfig,
-    GateConfig,
-    MaskConfig,
-    ModelConfig,
-    TeacherConfig,
-    Threads,
-)
+from vitprune_fast.models.config import ModelConfig
+from vitprune_fast.recipes.config import DataConfig, GateConfig, MaskConfig, TeacherConfig, Threads
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,8 @@ from typing import Annotated, Literal
 from tyro.conf import arg
 
 from vitprune_fast.cli.options import parse, required_data, required_model
-from vitprune_fast.recipes.config import Computed, DataConfig, ModelConfig, Threads
+from vitprune_fast.models.config import ModelConfig
+from vitprune_fast.recipes.config import Computed, DataConfig, Threads
 
 
 @dataclass(frozen=True)
@@ -34,7 +35,8 @@ def main(words: list[str]) -> int:
     if options is None:
         return 0
     from vitprune_fast.cli.display import print_assumptions
-    from vitprune_fast.recipes import models, stages
+    from vitprune_fast.models.open import open_model
+    from vitprune_fast.recipes import stages
     from vitprune_fast.recipes.assumptions import about_test_images
     from vitprune_fast.recipes.opened import open_both
     from vitprune_fast.recipes.profile import applied
@@ -44,7 +46,7 @@ def main(words: list[str]) -> int:
     )
     unknown = about_test_images(options.model, opened.data) if options.split == "test" else {}
     print_assumptions({**opened.assumptions, **unknown})
-    teacher = models.open_model(ModelConfig(name=str(options.teacher))) if options.teacher else None
+    teacher = open_model(ModelConfig(name=str(options.teacher))) if options.teacher else None
     with applied(opened.profile):
         result = stages.evaluate(
             opened.model, opened.data, opened.setting, split=options.split, teacher=teacher

@@ -9,6 +9,7 @@ import sys
 from collections.abc import Sequence
 from importlib import import_module
 
+from vitprune_fast._version import __version__
 from vitprune_fast.cli.signals import Interrupted, listen
 from vitprune_fast.errors import VitpruneError
 
@@ -34,9 +35,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(_overview())
         return 0
     if words[0] == "--version":
-        import vitprune_fast
-
-        print(vitprune_fast.__version__)
+        print(__version__)
         return 0
     verb = words.pop(0)
     if verb not in VERBS:

@@ -12,7 +12,8 @@ from typing import Annotated, Any, TypeVar
 import tyro
 from tyro.conf import arg
 
-from vitprune_fast.recipes.config import DataConfig, ModelConfig
+from vitprune_fast.models.config import ModelConfig
+from vitprune_fast.recipes.config import DataConfig
 from vitprune_fast.recipes.outputs import refuse_overwriting
 from vitprune_fast.recipes.yamlfile import from_yaml, to_yaml
 

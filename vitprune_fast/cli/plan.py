@@ -10,7 +10,8 @@ import tyro
 from tyro.conf import arg
 
 from vitprune_fast.cli.options import parse, required_model
-from vitprune_fast.recipes.config import ModelConfig, PlanConfig, Threads
+from vitprune_fast.models.config import ModelConfig
+from vitprune_fast.recipes.config import PlanConfig, Threads
 
 
 @dataclass(frozen=True)
@@ -33,14 +34,15 @@ def main(words: list[str]) -> int:
         return 0
     import vitprune_fast as vp
     from vitprune_fast.cli.display import print_assumptions
+    from vitprune_fast.models.open import skeleton
     from vitprune_fast.planning.cost import predict_cost
-    from vitprune_fast.recipes import models, stages
+    from vitprune_fast.recipes import stages
     from vitprune_fast.recipes.assumptions import about_budget, about_scores
     from vitprune_fast.recipes.profile import applied, choose_profile
 
     scores = vp.Scores.load(options.scores)
     with applied(choose_profile("cpu", options.threads)):
-        model = models.skeleton(options.model)
+        model = skeleton(options.model)
         plan = stages.plan(model, scores, options.plan)
         print_assumptions({**about_scores(scores), **about_budget(options.plan)})
         plan.save(options.out)

@@ -12,8 +12,9 @@ from tyro.conf import arg
 
 from vitprune_fast.cli.options import optional_data, parse, partial_of, required_model
 from vitprune_fast.errors import InvalidInput
+from vitprune_fast.models.config import ModelConfig
 from vitprune_fast.precision import Precision
-from vitprune_fast.recipes.config import DataConfig, ModelConfig, SweepConfig, Threads
+from vitprune_fast.recipes.config import DataConfig, SweepConfig, Threads
 
 
 @dataclass(frozen=True)

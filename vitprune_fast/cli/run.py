@@ -6,7 +6,8 @@ from argparse import Namespace
 from dataclasses import replace
 
 from vitprune_fast.cli.options import PresetFlags, parse
-from vitprune_fast.recipes.config import ModelConfig, RunConfig
+from vitprune_fast.models.config import ModelConfig
+from vitprune_fast.recipes.config import RunConfig
 from vitprune_fast.recipes.presets import preset
 
 

@@ -6,7 +6,6 @@ import math
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -14,19 +13,17 @@ import torch
 from torch import Tensor, nn
 
 from vitprune_fast.distill import resume
-from vitprune_fast.distill.average import Average
 from vitprune_fast.distill.config import DistillConfig
-from vitprune_fast.distill.masks import MaskedStudent, MaskSchedule
-from vitprune_fast.distill.objective import Objective, images_like
-from vitprune_fast.distill.optim import as_trained, is_fused, learning_rate, make_optimizer
+from vitprune_fast.distill.masks import MaskSchedule
+from vitprune_fast.distill.optim import as_trained, is_fused, learning_rate
 from vitprune_fast.distill.pace import Pace
-from vitprune_fast.distill.progress import Event, Progress
-from vitprune_fast.distill.rate import IMAGES, LARGEST, start_rate, state_of
-from vitprune_fast.distill.stream import MicroBatch, Stream
-from vitprune_fast.distill.tally import Outcome, Tally
-from vitprune_fast.distill.task import DistillTask
+from vitprune_fast.distill.progress import Event
+from vitprune_fast.distill.rate import IMAGES, start_rate, state_of
+from vitprune_fast.distill.state import Batches, TrainingState
+from vitprune_fast.distill.stream import MicroBatch
+from vitprune_fast.distill.tally import Outcome
 from vitprune_fast.distill.teachers import Teacher, TeacherSet
-from vitprune_fast.errors import DamagedFile, InvalidInput, StageFailed
+from vitprune_fast.errors import InvalidInput, StageFailed
 from vitprune_fast.evaluation import evaluate
 from vitprune_fast.gates import BudgetLoss, Gates
 from vitprune_fast.modules.behaviour import check_behaviour
@@ -34,10 +31,8 @@ from vitprune_fast.modules.modes import keeping_modes
 from vitprune_fast.planning import Plan
 from vitprune_fast.precision import computing_in, device_of, is_half, resolved_name
 from vitprune_fast.randomness import derive_seed, seeded
-from vitprune_fast.scoring.ranks import Ranks
 from vitprune_fast.surgery import prune
 
-Batches = Iterable[Sequence[Any]]
 Teachers = nn.Module | Teacher | TeacherSet | Sequence[nn.Module]
 
 # steps between two looks at what came of them, where no events ask for one
@@ -183,69 +178,10 @@ def _as_set(teacher: Teachers | None) -> TeacherSet | None:
     return TeacherSet([each if isinstance(each, Teacher) else Teacher(each) for each in several])
 
 
-class _Run:
+class _Run(TrainingState):
     """One call of ``distill``."""
 
-    folder: Path | None
-    on_event: Callable[[Event], None] | None
     stop: Callable[[], bool]
-
-    def __init__(
-        self,
-        student: nn.Module,
-        teachers: TeacherSet | None,
-        train: Batches,
-        val: Batches | None,
-        config: DistillConfig,
-        gates: Gates | None,
-        gate_budget: BudgetLoss | None,
-        masks: MaskSchedule | None,
-    ) -> None:
-        self.student, self.teachers = student, teachers
-        self.val, self.config = val, config
-        self.gates = gates
-        self.progress = Progress()
-        self.ranks = Ranks.current()
-        self.stream = Stream(train, student, config, self.ranks)
-        self.named = {n: p for n, p in student.named_parameters() if p.requires_grad}
-        _check_parameters(self.named, alone=gates is None)
-        compares_insides = teachers is not None and config.looks_inside
-        pictures = images_like(student) if compares_insides else torch.empty(0)
-        objective = Objective(config, student, teachers, pictures)
-        self.task = DistillTask(student, objective, config, gates, gate_budget)
-        self.optimizer = make_optimizer(student, self.named, self._other_groups(), config)
-        self.average = Average(student, config.ema, use_warmup=True) if config.ema else None
-        self.tally = Tally()
-        scales = config.dtype == "float16"
-        self.scaler = torch.amp.GradScaler(self.task.device.type, enabled=scales)
-        half = torch.bfloat16 if config.dtype == "bfloat16" else None
-        self.masked = MaskedStudent(student, masks, half) if masks else None
-        self.best: dict[str, Tensor] = {}
-
-    @cached_property
-    def teacher_weights(self) -> dict[str, str]:
-        """Teacher -> what tells its weights from others."""
-        return {teacher.name: teacher.fingerprint() for teacher in self.teachers or ()}
-
-    @property
-    def peak(self) -> float:
-        """The peak learning rate: given, or found before the first step."""
-        return self.config.lr or self.progress.start.get("peak_lr", LARGEST)
-
-    def _other_groups(self) -> list[dict[str, Any]]:
-        """What learns beside the student, with its own learning rate."""
-        config, groups = self.config, []
-        if self.gates is not None:
-            rate = 5 * self.peak if config.gate_lr is None else config.gate_lr
-            groups += self.gates.parameter_groups(lr=rate)
-        if "gate_budget" in self.task.extras:
-            budget: Any = self.task.extras["gate_budget"]
-            groups += budget.parameter_groups(lr=config.gate_budget_lr)
-        for group in groups:
-            group["lr_scale"] = group.pop("lr") / self.peak
-        projectors = list(self.task.objective.projectors.parameters())
-        matrices = {"params": projectors, "lr_scale": 1.0, "weight_decay": config.weight_decay}
-        return [*groups, matrices]
 
     def go(self) -> DistillResult:
         self.progress = resume.read(self)
@@ -282,7 +218,7 @@ class _Run:
             found |= self._validated(None)
         self.progress.start = found
         if found:
-            self._tell("start", 0, **found)
+            self.tell("start", 0, **found)
 
     def _rate(self) -> Event:
         """The peak learning rate that suits the student, and what that was seen from."""
@@ -349,7 +285,7 @@ class _Run:
             self.progress.forget_best()
             self.best = {}
             self._run_on_what_is_live()
-            self._tell("masks", epoch, share=masked.share, alive=masked.alive())
+            self.tell("masks", epoch, share=masked.share, alive=masked.alive())
 
     def _step(self, batches: Sequence[MicroBatch]) -> None:
         """Take one optimizer step, or leave it out where it is not finite.
@@ -462,7 +398,7 @@ class _Run:
         loss = outcome.parts["loss"]
         norm = outcome.norm if math.isfinite(outcome.beside) else outcome.beside
         epoch = step // self.stream.steps_per_epoch
-        self._tell("skipped_step", epoch, step=step, loss_text=str(loss), grad_norm_text=str(norm))
+        self.tell("skipped_step", epoch, step=step, loss_text=str(loss), grad_norm_text=str(norm))
         if progress.skipped_in_a_row > config.max_bad_steps:
             raise StageFailed(
                 f"distill: at most {config.max_bad_steps} steps in a row may have a non-finite "
@@ -477,7 +413,7 @@ class _Run:
         if self.val is not None:
             entry |= self._validated(epoch)
         progress.history.append(entry)
-        self._tell("epoch", **entry)
+        self.tell("epoch", **entry)
 
     def _validated(self, epoch: int | None) -> Event:
         """What the validation images say after an epoch (None: before the first step)."""
@@ -505,17 +441,12 @@ class _Run:
                 return teacher.as_classifier()
         return None
 
-    def _tell(self, event: str, epoch: int, **values: Any) -> None:
-        if self.on_event is not None:
-            place = {"epoch": epoch, "step": self.progress.step}
-            self.on_event({"stage": "distill", "event": event, **place, **values})
-
     def _tell_step(self, epoch: int, lr: float, parts: dict[str, float | None]) -> None:
         values: Event = {"steps": self.stream.steps, "lr": lr, **self.pace.rates(), **parts}
         counted = self.masked or self.gates
         if counted is not None:
             values["alive"] = counted.alive()
-        self._tell("step", epoch, **values)
+        self.tell("step", epoch, **values)
 
     def _result(self, *, finished: bool) -> DistillResult:
         progress = self.progress
@@ -530,30 +461,7 @@ class _Run:
             progress.start,
         )
 
-    def tell_damage(self, error: DamagedFile) -> None:
-        """Say that a checkpoint was passed over."""
-        self._tell("damaged_checkpoint", 0, reason=str(error))
-
-    def tell_place(self, event: str, epoch: int) -> None:
-        """Say where the run is."""
-        self._tell(event, epoch)
-
 
 def _is_due(step: int, every: int) -> bool:
     """Whether something is done after this step; 0 never does it."""
     return every > 0 and step % every == 0
-
-
-def _check_parameters(named: dict[str, nn.Parameter], *, alone: bool) -> None:
-    """Refuse a student that cannot learn; with gates beside it all of it may be frozen."""
-    if not named and alone:
-        raise InvalidInput(
-            "distill: student must have a parameter that requires a gradient, got all frozen; "
-            "call student.requires_grad_(True) or on the part to train"
-        )
-    if any(parameter.dtype == torch.float16 for parameter in named.values()):
-        raise InvalidInput(
-            "distill: student must have parameters of float32, float64 or bfloat16, got "
-            "float16, in which AdamW divides by squared gradients that have become 0; "
-            "train student.float() with dtype='float16', or call .half() afterwards"
-        )

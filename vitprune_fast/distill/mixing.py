@@ -19,8 +19,9 @@ import torch
 from torch import Tensor
 
 from vitprune_fast._checks import require
-from vitprune_fast.batches import check_labels, sent
+from vitprune_fast.batches import check_labels
 from vitprune_fast.errors import InvalidInput
+from vitprune_fast.transfer import sent
 
 Fill = Literal["const", "rand", "pixel"]
 

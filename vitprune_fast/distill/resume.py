@@ -3,21 +3,19 @@
 from __future__ import annotations
 
 from dataclasses import asdict
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import Tensor, nn
 
 from vitprune_fast.distill.checkpoints import Checkpoint, read_newest, tidy, write_checkpoint
 from vitprune_fast.distill.optim import is_fused
 from vitprune_fast.distill.progress import Progress
+from vitprune_fast.distill.state import TrainingState
 from vitprune_fast.errors import RunFolderError
 from vitprune_fast.planning import Plan
 
-if TYPE_CHECKING:
-    from vitprune_fast.distill.loop import _Run
 
-
-def write(run: _Run, epoch: int) -> None:
+def write(run: TrainingState, epoch: int) -> None:
     """Write a checkpoint, where the run has a folder; one process does."""
     if run.folder is None or not run.ranks.is_first:
         return
@@ -43,10 +41,10 @@ def write(run: _Run, epoch: int) -> None:
         state["masks"] = {"plan": run.masked.plan.to_json(), "share": run.masked.share}
     # tied parameters and views share memory, which the file format takes once only
     write_checkpoint(run.folder, Checkpoint(run.progress.step, state, _unshared(tensors)))
-    run.tell_place("checkpoint", epoch)
+    run.tell("checkpoint", epoch)
 
 
-def read(run: _Run) -> Progress:
+def read(run: TrainingState) -> Progress:
     """Load the newest whole checkpoint into the run, if there is one.
 
     Raises:
@@ -86,11 +84,11 @@ def read(run: _Run) -> Progress:
     if run.ranks.is_first:
         tidy(run.folder, progress.step)
     run.progress = progress
-    run.tell_place("resume", progress.step // run.stream.steps_per_epoch)
+    run.tell("resume", progress.step // run.stream.steps_per_epoch)
     return progress
 
 
-def _check_same(run: _Run, state: dict[str, Any]) -> None:
+def _check_same(run: TrainingState, state: dict[str, Any]) -> None:
     changed = run.config.differences(state["config"])
     steps = state["steps_per_epoch"]
     if state.get("world", 1) != run.ranks.world:
@@ -108,7 +106,7 @@ def _check_same(run: _Run, state: dict[str, Any]) -> None:
         )
 
 
-def _told(run: _Run) -> dict[str, Any]:
+def _told(run: TrainingState) -> dict[str, Any]:
     """What a run is told beside its config, as far as that is data."""
     told: dict[str, Any] = {"masks": run.masked is not None, "gates": run.gates is not None}
     told |= {f"teacher {name}": weights for name, weights in run.teacher_weights.items()}
@@ -128,7 +126,7 @@ def _told(run: _Run) -> dict[str, Any]:
     return told
 
 
-def _load_optimizer(run: _Run, stored: dict[str, Tensor]) -> None:
+def _load_optimizer(run: TrainingState, stored: dict[str, Tensor]) -> None:
     for name, parameter in _learning(run).items():
         state = run.optimizer.state[parameter]
         for key in ("step", "exp_avg", "exp_avg_sq", "momentum_buffer"):
@@ -139,7 +137,7 @@ def _load_optimizer(run: _Run, stored: dict[str, Tensor]) -> None:
                 state[key] = value if counts else value.to(parameter.device)
 
 
-def _learning(run: _Run) -> dict[str, nn.Parameter]:
+def _learning(run: TrainingState) -> dict[str, nn.Parameter]:
     """All that the optimizer moves, by the names it has in a checkpoint."""
     return {**run.named, **{f"extras.{name}": p for name, p in run.task.named_extras()}}
 

@@ -11,12 +11,13 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from vitprune_fast.batches import sent, unpack
+from vitprune_fast.batches import unpack
 from vitprune_fast.distill.config import DistillConfig
 from vitprune_fast.distill.mixing import Mixing, erase
 from vitprune_fast.errors import InvalidInput
 from vitprune_fast.randomness import derive_seed, seeded
-from vitprune_fast.scoring.ranks import Ranks
+from vitprune_fast.ranks import Ranks
+from vitprune_fast.transfer import sent
 
 # number in the run of all processes, images, labels
 MicroBatch = tuple[int, Tensor, Tensor]

@@ -11,14 +11,15 @@ import torch
 from timm.task.task import TrainingTask
 from torch import Tensor, nn
 
-from vitprune_fast.batches import as_input, check_labels, check_logits, sent
+from vitprune_fast.batches import as_input, check_labels, check_logits
 from vitprune_fast.distill.config import DistillConfig
 from vitprune_fast.distill.objective import Objective
 from vitprune_fast.errors import InvalidInput
 from vitprune_fast.modules.modes import compiled, evaluating
 from vitprune_fast.precision import autocast, resolve
+from vitprune_fast.ranks import Ranks
 from vitprune_fast.scoring.fused import quick_attention, standing_in
-from vitprune_fast.scoring.ranks import Ranks
+from vitprune_fast.transfer import sent
 
 
 class DistillTask(TrainingTask):

@@ -340,9 +340,9 @@ def _named(
     checkpoint: str | Path | None,
     options: dict[str, Any],
 ) -> Teacher:
-    # the recipes build on this package, so their names are asked for when one is needed
-    from vitprune_fast.recipes.config import ModelConfig
-    from vitprune_fast.recipes.models import open_model
+    # a training whose teachers are given as modules needs none of the packages behind flags
+    from vitprune_fast.models.config import ModelConfig
+    from vitprune_fast.models.open import open_model
 
     options = {"name": Path(name).name, **options}
     same = {"mean": options.get("student_mean"), "std": options.get("student_std")}

@@ -9,9 +9,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from ..batches import sent
 from ..errors import InvalidInput
 from ..structure import Axis, Structure
+from ..transfer import sent
 from . import hooks, kinds
 
 GATED_UNITS = ("head", "neuron", "qk_dim", "v_dim")

@@ -13,7 +13,6 @@ import torch
 from torch import Tensor, library
 
 from vitprune_fast import _checks
-from vitprune_fast.batches import sent
 from vitprune_fast.ops._custom_op import custom_op
 from vitprune_fast.ops._dispatch import Backend, choose
 from vitprune_fast.ops._probes import refuse_second_derivative, score_dtype
@@ -24,6 +23,7 @@ from vitprune_fast.ops._qkv import (
     triton_obstacle,
     with_adjacent_dims,
 )
+from vitprune_fast.transfer import sent
 
 _OP = "gated_attention"
 # Beyond this many tokens attention is bound by its matrix products, of which our backward has 7

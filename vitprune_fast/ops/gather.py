@@ -269,7 +269,8 @@ def gather_all(
         words = table.words_on(matrices[0].device)
         torch.ops.vitprune_fast.gather_all(matrices, results, list(entries), table.words, words)
     else:
-        _eager_all(matrices, results, [table.selections[entry] for entry in entries])
+        kept = (table.selections[entry] for entry in entries)
+        _eager_all(matrices, results, [(each.rows, each.columns) for each in kept])
     if out is None:
         return results
     # a graph that still needs what was there says so, as with any other change in place

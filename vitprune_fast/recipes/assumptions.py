@@ -6,13 +6,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from vitprune_fast.data import ImageData
-from vitprune_fast.recipes.config import (
-    LEAST_CALIBRATION,
-    GateConfig,
-    ModelConfig,
-    PlanConfig,
-    SweepConfig,
-)
+from vitprune_fast.models.config import ModelConfig
+from vitprune_fast.recipes.config import LEAST_CALIBRATION, GateConfig, PlanConfig, SweepConfig
 from vitprune_fast.stated import caveats
 
 SPLITS = ("train", "validation", "test")

@@ -19,17 +19,14 @@ from typing import Any
 
 from torch import nn
 
-import vitprune_fast as vp
-from vitprune_fast import files
-from vitprune_fast.checkpoint import check_savable
+from vitprune_fast import files, planning
+from vitprune_fast.checkpoint import check_savable, load, save
 from vitprune_fast.data import BadImage, ImageData
 from vitprune_fast.errors import InvalidInput, StageFailed
-from vitprune_fast.planning.cost import predict_cost
-from vitprune_fast.recipes import assumptions, checks, models, stages, summary
+from vitprune_fast.models.open import skeleton
+from vitprune_fast.recipes import assumptions, checks, stages, summary
 from vitprune_fast.recipes.board import Board
-from vitprune_fast.recipes.comparison import arrow
 from vitprune_fast.recipes.config import RunConfig
-from vitprune_fast.recipes.folder import Metrics, RunFolder, read_metrics
 from vitprune_fast.recipes.opened import (
     check_fit,
     not_followed,
@@ -44,9 +41,12 @@ from vitprune_fast.recipes.profile import Profile, applied, choose_profile, vers
 from vitprune_fast.recipes.refit import left_out_lines, refit_text
 from vitprune_fast.recipes.stages import OnEvent, Setting
 from vitprune_fast.recipes.yamlfile import to_plain, to_yaml
-from vitprune_fast.scoring import ScoringStopped
+from vitprune_fast.run.comparison import arrow
+from vitprune_fast.run.folder import Metrics, RunFolder, read_metrics
+from vitprune_fast.scoring import Scores, ScoringStopped
 from vitprune_fast.scoring.agreement import agreement_text
 from vitprune_fast.sealed import CheckpointRefused
+from vitprune_fast.structure import describe
 from vitprune_fast.surgery import SweepStopped
 
 BATCH_SIZES = (1, 64)
@@ -88,12 +88,12 @@ class Job:
         return stages.probe_images(self.data).to(self.profile.device)
 
     def load(self, name: str) -> nn.Module:
-        return vp.load(self.folder / name).to(self.profile.device).eval()
+        return load(self.folder / name).to(self.profile.device).eval()
 
     def save(self, model: nn.Module, name: str) -> checks.Check:
         """Saves the model as a folder of the run, and reports whether it reloads bit-equal."""
         with self.folder.replacing(name) as fresh:
-            vp.save(model, fresh)
+            save(model, fresh)
         return checks.reloads(model, self.folder / name, self.images)
 
     def tell(self, event: dict[str, Any]) -> None:
@@ -192,8 +192,8 @@ def check_inputs(config: RunConfig, data: ImageData | None = None) -> nn.Module:
     # images that were opened by the caller lie somewhere too
     root = getattr(data and data.source, "root", None)
     refuse_overwriting("run", config, {"out": config.out}, more={"data": root}, resumes=True)
-    skeleton = models.skeleton(replace(config.model, pretrained=False))
-    check_savable(skeleton)
+    model = skeleton(replace(config.model, pretrained=False))
+    check_savable(model)
     if config.model.checkpoint and not config.model.checkpoint.is_file():
         raise InvalidInput(
             f"run: checkpoint must be a file, got {config.model.checkpoint} (no such file)"
@@ -203,7 +203,7 @@ def check_inputs(config: RunConfig, data: ImageData | None = None) -> nn.Module:
             f"run: {config.model.name} has no trained weights; give --checkpoint FILE or "
             "--pretrained, or --train-dense to train it here first"
         )
-    return skeleton
+    return model
 
 
 def check_splits(data: ImageData) -> None:
@@ -330,7 +330,7 @@ def _dense(job: Job) -> dict[str, Any]:
     check_fit(model, job.data)
     remember_normalisation(model, job.data, trained=not config.has_weights)
     model = model.to(job.profile.device).eval()
-    cost = vp.cost(model)
+    cost = planning.cost(model)
     proofs = [checks.finite(model, job.images), job.save(model, "dense")]
     return {
         **facts,
@@ -410,11 +410,11 @@ def _score(job: Job) -> dict[str, Any]:
 
 def _plan(job: Job) -> dict[str, Any]:
     dense = job.load("dense")
-    scores = vp.Scores.load(job.folder / "scores.safetensors")
+    scores = Scores.load(job.folder / "scores.safetensors")
     plan = stages.plan(dense, scores, job.config.plan)
     plan.save(job.folder / "plan.json")
-    structure = vp.describe(dense)
-    predicted = predict_cost(structure, plan)
+    structure = describe(dense)
+    predicted = planning.predict_cost(structure, plan)
     axes = {
         name: {"kind": axis.kind, "size": axis.size, "kept": len(plan[name])}
         for name, axis in structure.axes.items()
@@ -432,10 +432,10 @@ def _plan(job: Job) -> dict[str, Any]:
 
 def _prune(job: Job) -> dict[str, Any]:
     dense = job.load("dense")
-    plan = vp.Plan.load(job.folder / "plan.json")
+    plan = planning.Plan.load(job.folder / "plan.json")
     pruned, proofs = checks.prune_and_prove(dense, plan, job.images)
-    counted = vp.cost(pruned)
-    proofs += checks.within_budget(counted, vp.cost(dense), job.config.plan.budget())
+    counted = planning.cost(pruned)
+    proofs += checks.within_budget(counted, planning.cost(dense), job.config.plan.budget())
     proofs.append(job.save(pruned, "pruned"))
     return {
         "cost": {"params": counted.params, "macs": counted.macs},
@@ -450,7 +450,7 @@ def _sweep(job: Job) -> dict[str, Any]:
         shutil.rmtree(job.folder / "swept", ignore_errors=True)
         (job.folder / "sweep.json").unlink(missing_ok=True)
         return {"left_out": "--no-compensate", "text": "left out (--no-compensate)"}
-    dense, plan = job.load("dense"), vp.Plan.load(job.folder / "plan.json")
+    dense, plan = job.load("dense"), planning.Plan.load(job.folder / "plan.json")
     checkpoint = job.folder / "checkpoints" / "sweep" / "sweep.safetensors"
 
     def sweep() -> Any:
@@ -470,7 +470,7 @@ def _sweep(job: Job) -> dict[str, Any]:
     files.write_json(job.folder / "sweep.json", report.to_dict())
     for text in (*report.warnings, *left_out_lines(report)):
         job.on_event({"event": "note", "text": text})
-    cost, wanted = vp.cost(swept), _fact(job, "prune", "cost", {})
+    cost, wanted = planning.cost(swept), _fact(job, "prune", "cost", {})
     proofs = [
         checks.finite(swept, job.images),
         checks.Check(

@@ -10,12 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-import vitprune_fast as vp
+from vitprune_fast import planning, surgery
 from vitprune_fast.batches import as_input
+from vitprune_fast.checkpoint import load
 from vitprune_fast.errors import StageFailed
 from vitprune_fast.modules.modes import evaluating
-from vitprune_fast.planning.cost import predict_cost
 from vitprune_fast.randomness import generator
+from vitprune_fast.structure import describe
 
 TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-12}
 """Allowed difference of masked and pruned logits, relative to max(1, max |logits|)."""
@@ -87,7 +88,7 @@ def same_cost(predicted: Any, counted: Any) -> Check:
 
 def within_budget(counted: Any, dense: Any, budget: dict[str, Any]) -> list[Check]:
     """The built model meets the budget that was asked for (a keep ratio has no cost limit)."""
-    asked = vp.Budget(**budget)
+    asked = planning.Budget(**budget)
     if asked.measure == "keep":
         return []
     limit, cost = asked.limit(dense), getattr(counted, asked.measure)
@@ -98,7 +99,7 @@ def within_budget(counted: Any, dense: Any, budget: dict[str, Any]) -> list[Chec
 
 def masked_equals_pruned(dense: nn.Module, pruned: nn.Module, plan: Any, images: Tensor) -> Check:
     """Removing the units equals silencing them, up to rounding."""
-    with vp.mask(dense, plan):
+    with surgery.mask(dense, plan):
         wanted = logits(dense, images)
     # in fp64, so that the comparison itself rounds nothing
     difference = float((wanted.double() - logits(pruned, images).double()).abs().max())
@@ -113,15 +114,15 @@ def masked_equals_pruned(dense: nn.Module, pruned: nn.Module, plan: Any, images:
 
 def reloads(model: nn.Module, folder: Path, images: Tensor) -> Check:
     """The model saved in `folder` gives the same bits as the one in memory."""
-    same = torch.equal(logits(vp.load(folder).to(images.device), images), logits(model, images))
+    same = torch.equal(logits(load(folder).to(images.device), images), logits(model, images))
     return Check("saved model reloads bit-equal", same, "logits differ" if not same else "equal")
 
 
 def prune_and_prove(dense: nn.Module, plan: Any, images: Tensor) -> tuple[nn.Module, list[Check]]:
     """The pruned model in evaluation mode, and what was checked about it on these images."""
-    pruned = vp.prune(dense, plan).eval()
+    pruned = surgery.prune(dense, plan).eval()
     return pruned, [
-        same_cost(predict_cost(vp.describe(dense), plan), vp.cost(pruned)),
+        same_cost(planning.predict_cost(describe(dense), plan), planning.cost(pruned)),
         finite(pruned, images),
         masked_equals_pruned(dense, pruned, plan, images),
     ]
@@ -132,5 +133,5 @@ def random_images(model: nn.Module, count: int = 4) -> Tensor:
 
     They have the model's input size, device and dtype.
     """
-    size = vp.describe(model).input_size
+    size = describe(model).input_size
     return as_input(model, torch.randn(count, *size, generator=generator(0, "probe")))

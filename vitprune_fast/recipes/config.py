@@ -9,39 +9,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import yaml
 from tyro.conf import arg
-from tyro.constructors import PrimitiveConstructorSpec
 
 from vitprune_fast.distill.config import DistillConfig
 from vitprune_fast.errors import InvalidInput
+from vitprune_fast.models.config import ModelConfig, Pairs
 from vitprune_fast.precision import Precision
-
-
-def _parse_pairs(words: list[str]) -> dict[str, Any]:
-    pairs = {}
-    for word in words:
-        key, equals, value = word.partition("=")
-        if not (key and equals):
-            raise ValueError(f"must look like KEY=VALUE, got {word!r}")
-        try:
-            pairs[key] = yaml.safe_load(value)
-        except yaml.YAMLError:
-            raise ValueError(f"must have a YAML value after {key}=, got {value!r}") from None
-    return pairs
-
-
-Pairs = Annotated[
-    dict[str, Any],
-    PrimitiveConstructorSpec(
-        nargs="*",
-        metavar="KEY=VALUE ...",
-        instance_from_str=_parse_pairs,
-        is_instance=lambda value: isinstance(value, dict),
-        str_from_instance=lambda pairs: [f"{key}={value}" for key, value in pairs.items()],
-    ),
-]
-"""A mapping typed as `key=value` words on the command line; values are read as YAML."""
 
 Amount = Annotated[float | None, arg(metavar="SHARE|NUMBER")]
 Count = Annotated[int | None, arg(metavar="N")]
@@ -58,29 +31,6 @@ Computed = Annotated[
     Precision,
     arg(help="What models compute in; auto: bfloat16 on a GPU that has it, float32 elsewhere."),
 ]
-
-
-@dataclass(frozen=True)
-class ModelConfig:
-    """Which model, and where its weights come from."""
-
-    name: Annotated[str, arg(name="model")] = "vit_tiny_patch16_224"
-    """Model name of timm, or a folder written by `prune`, `distill` or `run`."""
-    args: Annotated[Pairs, arg(name="model-args")] = field(default_factory=dict)
-    """Arguments for the timm constructor, e.g. img_size=32 patch_size=4 embed_dim=192."""
-    checkpoint: Annotated[Path | None, arg(metavar="FILE")] = None
-    """Trained weights: .safetensors, or a torch file (read with weights_only, never unpickled)."""
-    pretrained: bool = False
-    """Download timm's own weights for this model."""
-
-    @property
-    def origin(self) -> Literal["saved", "checkpoint", "pretrained", "random"]:
-        """Where the weights come from: our own folder, a file, timm's download, or nowhere."""
-        if self.name and Path(self.name).is_dir():
-            return "saved"
-        if self.checkpoint is not None:
-            return "checkpoint"
-        return "pretrained" if self.pretrained else "random"
 
 
 @dataclass(frozen=True)

@@ -7,16 +7,17 @@ from typing import Any
 
 from torch import nn
 
-import vitprune_fast as vp
 from vitprune_fast.data import INTERPOLATIONS, ImageData, open_data
+from vitprune_fast.models.config import ModelConfig
+from vitprune_fast.models.open import open_model
 from vitprune_fast.precision import Precision
 from vitprune_fast.randomness import seeded
-from vitprune_fast.recipes import models
 from vitprune_fast.recipes.assumptions import about_data, about_weights
-from vitprune_fast.recipes.config import DataConfig, ModelConfig
+from vitprune_fast.recipes.config import DataConfig
 from vitprune_fast.recipes.profile import Profile, choose_profile
 from vitprune_fast.recipes.stages import Setting
 from vitprune_fast.stated import caveats, stated_config
+from vitprune_fast.structure import describe
 
 
 @dataclass(frozen=True)
@@ -55,7 +56,7 @@ def open_model_data(config: DataConfig, model: Any, weights: ModelConfig) -> Ima
         model: decides size and channels, and where it is trained also the pixel statistics.
         weights: where the model comes from.
     """
-    channels, height, width = vp.describe(model).input_size
+    channels, height, width = describe(model).input_size
     own = {} if weights.origin == "random" else _own_statistics(model, channels)
     given = {name: getattr(config, name) for name in _STATISTICS}
     known = {name: value for name, value in own.items() if given[name] is None}
@@ -134,9 +135,9 @@ def check_fit(model: Any, data: ImageData) -> None:
 
 
 def open_weights(config: ModelConfig, seed: int, classes: int | None = None) -> nn.Module:
-    """The model of `models.open_model`; weights that come from nowhere are drawn by the seed."""
+    """The model of `open_model`; weights that come from nowhere are drawn by the seed."""
     with seeded(seed, "init"):
-        return models.open_model(config, classes)
+        return open_model(config, classes)
 
 
 def open_both(

@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from vitprune_fast.errors import InvalidInput
-from vitprune_fast.recipes.config import DataConfig, ModelConfig, TeacherConfig
+from vitprune_fast.models.config import ModelConfig
+from vitprune_fast.recipes.config import DataConfig, TeacherConfig
 
 
 def refuse_overwriting(

@@ -7,7 +7,8 @@ from pathlib import Path
 
 from vitprune_fast.distill.config import DistillConfig
 from vitprune_fast.errors import InvalidInput
-from vitprune_fast.recipes.config import DataConfig, ModelConfig, RunConfig, ScoreConfig
+from vitprune_fast.models.config import ModelConfig
+from vitprune_fast.recipes.config import DataConfig, RunConfig, ScoreConfig
 
 DIGITS = RunConfig(
     out=Path("runs/digits"),

@@ -7,6 +7,7 @@ import platform
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 
+from vitprune_fast._version import __version__
 from vitprune_fast.errors import BackendUnavailable, InvalidInput
 from vitprune_fast.precision import Precision, resolved_name
 from vitprune_fast.recipes.cores import available_cores, default_threads
@@ -118,10 +119,8 @@ def versions() -> dict[str, str]:
     import timm
     import torch
 
-    import vitprune_fast
-
     return {
-        "vitprune_fast": vitprune_fast.__version__,
+        "vitprune_fast": __version__,
         "torch": str(torch.__version__),
         "timm": timm.__version__,
         "numpy": numpy.__version__,

@@ -10,7 +10,7 @@ from typing import Any
 
 from vitprune_fast.data import ImageData, open_data
 from vitprune_fast.errors import InvalidInput, VitpruneError
-from vitprune_fast.recipes.folder import RunFolder
+from vitprune_fast.run.folder import RunFolder
 
 
 def refit_text(report: Any) -> str:

@@ -15,13 +15,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-import vitprune_fast as vp
+from vitprune_fast import evaluation, planning, scoring, surgery
 from vitprune_fast.data import Augment, ImageData, Images, Loader, RandomCrop
 from vitprune_fast.distill.config import DistillConfig
 from vitprune_fast.distill.loop import distill
 from vitprune_fast.distill.teachers import Teacher
 from vitprune_fast.errors import InvalidInput
-from vitprune_fast.evaluation import evaluate_beside
 from vitprune_fast.planning.latency import latencies
 from vitprune_fast.precision import Precision, is_half, resolve
 from vitprune_fast.randomness import derive_seed, generator
@@ -166,7 +165,7 @@ def score(
         seed=derive_seed(setting.seed, "score"),
         workers=setting.workers,
     )
-    return vp.score(
+    return scoring.score(
         model.to(setting.device),
         first_samples(loader.epoch(0), config.samples),
         criterion=config.criterion,
@@ -201,10 +200,10 @@ def plan(model: nn.Module, scores: Any, config: PlanConfig) -> Any:
     options: dict[str, Any] = {}
     if config.normalization is not None:
         options["normalization"] = config.normalization
-    return vp.plan(
+    return planning.plan(
         model,
         scores,
-        budget=vp.Budget(**config.budget()),
+        budget=planning.Budget(**config.budget()),
         allocation=config.allocation,
         min_units=config.min_units,
         round_to={"neuron": config.round_to},
@@ -260,7 +259,7 @@ def sweep(
     with warnings.catch_warnings():
         # they stand in the report as well, and are printed from there
         warnings.filterwarnings("ignore", "prune: ")
-        model, report = vp.prune(
+        model, report = surgery.prune(
             dense.to(setting.device),
             plan,
             calibration=calibration(data, config, setting),
@@ -289,7 +288,7 @@ def evaluate(
 ) -> Any:
     """`Evaluation` (integer counts) of the model on a split."""
     loader = Loader(data.split(split), setting.batch_size, workers=setting.workers)
-    return vp.evaluate(
+    return evaluation.evaluate(
         model.to(setting.device),
         loader,
         teacher=teacher and teacher.to(setting.device),
@@ -301,7 +300,7 @@ def evaluate_all(models: Sequence[nn.Module], data: ImageData, setting: Setting)
     """`Evaluation` of each model on the test images, read once; the first one teaches the rest."""
     dense, *others = (model.to(setting.device) for model in models)
     loader = Loader(data.split("test"), setting.batch_size, workers=setting.workers)
-    return evaluate_beside(dense, others, loader, dtype=setting.dtype)
+    return evaluation.evaluate_beside(dense, others, loader, dtype=setting.dtype)
 
 
 def measure(

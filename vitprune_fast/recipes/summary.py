@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-import vitprune_fast as vp
+from vitprune_fast import planning
 from vitprune_fast.evaluation import wilson
 from vitprune_fast.recipes.checks import Check
 
@@ -62,7 +62,7 @@ def seen_whole(found: Mapping[str, Any], wanted: int) -> list[Check]:
 
 
 def _costs(model: nn.Module) -> dict[str, int]:
-    cost = vp.cost(model)
+    cost = planning.cost(model)
     return {"params": cost.params, "macs": cost.macs}
 
 

@@ -11,7 +11,7 @@ import timm
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-import vitprune_fast as vp
+from vitprune_fast.checkpoint import load
 from vitprune_fast.data import ImageData
 from vitprune_fast.distill.config import DistillConfig
 from vitprune_fast.distill.conversion import fixed_size
@@ -19,19 +19,18 @@ from vitprune_fast.distill.loop import DistillResult
 from vitprune_fast.distill.masks import MaskSchedule
 from vitprune_fast.distill.teachers import Teacher, resolve_teacher
 from vitprune_fast.errors import InvalidInput, VitpruneError
+from vitprune_fast.gates import BudgetLoss, attach, fold, to_plan
+from vitprune_fast.models.config import ModelConfig
+from vitprune_fast.models.open import open_model
+from vitprune_fast.planning import Budget
 from vitprune_fast.precision import resolve
 from vitprune_fast.randomness import derive_seed, seeded
-from vitprune_fast.recipes import models, stages
+from vitprune_fast.recipes import stages
 from vitprune_fast.recipes.board import Board
-from vitprune_fast.recipes.config import (
-    GateConfig,
-    MaskConfig,
-    ModelConfig,
-    ScoreConfig,
-    TeacherConfig,
-)
+from vitprune_fast.recipes.config import GateConfig, MaskConfig, ScoreConfig, TeacherConfig
 from vitprune_fast.recipes.stages import OnEvent, Setting
 from vitprune_fast.scoring.scores import Scores
+from vitprune_fast.surgery import prune
 
 
 class TrainingStopped(VitpruneError):
@@ -144,7 +143,7 @@ def teach(
     if gates.kind != "none":
         student = _cut_by_gates(student, config, gates, taught_by, trainings)
     result = trainings("distill", student, config, taught_by, masks=schedule)
-    return result.model if result.plan is None else vp.prune(result.model, result.plan)
+    return result.model if result.plan is None else prune(result.model, result.plan)
 
 
 def _check_names(config: DistillConfig, names: list[str]) -> None:
@@ -177,7 +176,7 @@ def _teacher(
         "logits": config.learns_logits,
     }
     if name == "self" or Path(name).is_dir():
-        options |= _sized(student if name == "self" else vp.load(name), teachers)
+        options |= _sized(student if name == "self" else load(name), teachers)
         return resolve_teacher(name, student, **options)
     stated = timm.models.get_pretrained_cfg(name)
     if teachers.pretrained and stated is not None and stated.num_classes == len(data.classes):
@@ -185,7 +184,7 @@ def _teacher(
         return resolve_teacher(name, student, **options)
     args = {"in_chans": data.channels, "num_classes": len(data.classes)}
     with seeded(seed, "teacher", number):
-        model = models.open_model(ModelConfig(name=name, pretrained=teachers.pretrained, args=args))
+        model = open_model(ModelConfig(name=name, pretrained=teachers.pretrained, args=args))
     # it learns from images as the student gets them
     options |= {"mean": data.mean, "std": data.std, **_sized(model, teachers)}
     resized = Resized(model, fixed_size(model) or options.get("image_size"))
@@ -239,7 +238,7 @@ def _cut_by_gates(
         # equal scores would leave it open who goes
         scores = stages.score(student, trainings.data, ScoreConfig(), trainings.setting)
         keep, init = gates.macs, _levelled(scores)
-    attached = vp.gates.attach(
+    attached = attach(
         student,
         gates.units,
         gates.kind,
@@ -249,8 +248,8 @@ def _cut_by_gates(
         seed=derive_seed(config.seed, "gates"),
     )
     own = replace(config, epochs=gates.epochs, keep="last", ema=0.0, cooldown_epochs=0.0)
-    budget = vp.gates.BudgetLoss(attached, gates.macs) if gates.budget else None
+    budget = BudgetLoss(attached, gates.macs) if gates.budget else None
     trainings("gates", student, own, taught_by, gates=attached, gate_budget=budget)
-    plan = vp.gates.to_plan(student, attached, vp.Budget(macs=gates.macs))
-    vp.gates.fold(student, attached)
-    return vp.prune(student, plan)
+    plan = to_plan(student, attached, Budget(macs=gates.macs))
+    fold(student, attached)
+    return prune(student, plan)

@@ -158,14 +158,3 @@ _short = _brief.repr
 
 def _kind(value: Any) -> str:
     return "nothing" if value is None else f"{_short(value)} ({type(value).__name__})"
-
-
-def differences(before: Any, after: Any, where: str = "") -> list[str]:
-    """One line `name: old -> new` per leaf in which two plain values differ."""
-    if isinstance(before, dict) and isinstance(after, dict):
-        lines = []
-        for key in [*before, *(key for key in after if key not in before)]:
-            name = f"{where}.{key}" if where else str(key)
-            lines += differences(before.get(key, "absent"), after.get(key, "absent"), name)
-        return lines
-    return [] if before == after else [f"{where}: {before} -> {after}"]

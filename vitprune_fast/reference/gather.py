@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
-from vitprune_fast.batches import sent
+from vitprune_fast.transfer import sent
 
-if TYPE_CHECKING:
-    from vitprune_fast.ops.gather import Selection
+Index = NDArray[np.int64] | None
 
 
 def gather(source_RC: Tensor, rows: Tensor | None = None, columns: Tensor | None = None) -> Tensor:
@@ -28,12 +28,12 @@ def gather(source_RC: Tensor, rows: Tensor | None = None, columns: Tensor | None
 
 
 def gather_all(
-    sources: Iterable[Tensor], targets: Sequence[Tensor], selections: Iterable[Selection]
+    sources: Iterable[Tensor], targets: Sequence[Tensor], kept: Iterable[tuple[Index, Index]]
 ) -> None:
-    """Write into each target what its selection takes of its source, one after the other."""
-    for source, target, selection in zip(sources, targets, selections, strict=True):
+    """Write into each target the kept (rows, columns) of its source, one after the other."""
+    for source, target, indices in zip(sources, targets, kept, strict=True):
         rows, columns = (
             None if index is None else sent(torch.from_numpy(index), source.device)
-            for index in (selection.rows, selection.columns)
+            for index in indices
         )
         target.copy_(gather(source, rows, columns))

@@ -10,8 +10,6 @@ from typing import Any
 
 from vitprune_fast import files
 from vitprune_fast.errors import InvalidInput
-from vitprune_fast.recipes.comparison import between, comparison
-from vitprune_fast.recipes.folder import RunFolder, read_metrics
 from vitprune_fast.report import figures
 from vitprune_fast.report.page import (
     budget_text,
@@ -20,6 +18,8 @@ from vitprune_fast.report.page import (
     template,
     whole_run_expected,
 )
+from vitprune_fast.run.comparison import between, comparison
+from vitprune_fast.run.folder import RunFolder, read_metrics
 
 
 def write_comparison(folders: Sequence[Path | str], path: Path | str) -> Path:

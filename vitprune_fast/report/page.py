@@ -12,14 +12,15 @@ from typing import Any
 
 import jinja2
 
-import vitprune_fast as vp
 from vitprune_fast import files
 from vitprune_fast.errors import DamagedFile, RunFolderError
+from vitprune_fast.planning import Plan
 from vitprune_fast.planning.waiting import load_warning
-from vitprune_fast.recipes.comparison import STEPS, comparison, steps
-from vitprune_fast.recipes.folder import RunFolder, read_metrics
 from vitprune_fast.report import figures
 from vitprune_fast.report.refit import refit_facts
+from vitprune_fast.run.comparison import STEPS, comparison, steps
+from vitprune_fast.run.folder import RunFolder, read_metrics
+from vitprune_fast.scoring import Scores
 
 STAGES = ("data", "dense", "score", "plan", "prune", "sweep", "distill", "evaluate")
 KIND_NAMES = {"head": "attention heads", "neuron": "MLP neurons"}
@@ -142,8 +143,8 @@ def weights_text(weights: dict[str, Any]) -> str:
 def unit_facts(run: RunFolder) -> dict[str, list[dict[str, Any]]]:
     """Per unit kind the axes in order: block, size, kept units, scores."""
     plan_facts = (run.record_of("plan") or {"facts": {"axes": {}}})["facts"]["axes"]
-    plan = vp.Plan.load(run / "plan.json")
-    scores = vp.Scores.load(run / "scores.safetensors")
+    plan = Plan.load(run / "plan.json")
+    scores = Scores.load(run / "scores.safetensors")
     kinds: dict[str, list[dict[str, Any]]] = {}
     for name, axis in plan_facts.items():
         if axis["kind"] not in figures.KINDS:

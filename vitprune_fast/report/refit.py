@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from vitprune_fast import files
-from vitprune_fast.recipes.folder import RunFolder
 from vitprune_fast.report import figures
+from vitprune_fast.run.folder import RunFolder
 
 PART_NAMES = {"reader": "what it reads", "writer": "what it puts out", "classifier": "logits"}
 MOST_FITS = 20

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from ..batches import checked
 from ..errors import InvalidInput
 from ..precision import Precision, computing_in, device_of, is_half, name_of, resolve
+from ..ranks import Ranks
 from ..sealed import fingerprint
 from ..structure import UNIT_KINDS, Axis, Structure, describe
 from ..structure.paths import get
@@ -22,7 +23,6 @@ from .ablation import leave_one_out
 from .activation import activation
 from .agreement import rank_agreement, split_off
 from .magnitude import NORMS, magnitude
-from .ranks import Ranks
 from .resume import Checkpoint
 from .scores import Accumulator, Scores
 from .stream import OnEvent, ScoringStopped

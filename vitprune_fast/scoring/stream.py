@@ -17,7 +17,8 @@ from torch import Tensor, nn
 
 from ..batches import checked
 from ..errors import NotEnoughMemory
-from .ranks import Ranks
+from ..ranks import Ranks
+from .exchange import agree_on_done, exchange
 from .resume import Checkpoint
 from .scores import Accumulator, Partial, Rows
 
@@ -82,7 +83,7 @@ def run(
     stream = micro_batches(model, batches, micro_batch)
     if checkpoint is not None:
         done = checkpoint.load(accumulator)
-        ranks.agree_on_done(done)
+        agree_on_done(ranks, done)
         stream = checkpoint.skip(stream, done)
     width = sum(accumulator.axes.values())
     for pieces in rounds(stream, ranks):
@@ -99,7 +100,8 @@ def run(
             return partial
 
         lengths = [len(piece.labels) for piece in pieces]
-        for partial in ranks.exchange(
+        for partial in exchange(
+            ranks,
             None if mine is None else compute,
             lengths,
             pieces[0].number,

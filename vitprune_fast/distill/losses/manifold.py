@@ -15,11 +15,11 @@ import torch
 from torch import Tensor
 
 from vitprune_fast._checks import require
-from vitprune_fast.batches import sent
 from vitprune_fast.distill.losses.features import check_pairs
 from vitprune_fast.distill.losses.gram import manifold_full
 from vitprune_fast.distill.losses.tokens import align_tokens
 from vitprune_fast.ops.manifold_loss import manifold_loss
+from vitprune_fast.transfer import sent
 
 # published with the weights below
 NUM_ROWS = 192

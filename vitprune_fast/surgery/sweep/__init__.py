@@ -12,8 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-import vitprune_fast
-
+from ..._version import __version__
 from ...errors import InvalidInput, UnsupportedArchitecture, VitpruneError
 from ...modules.modes import evaluating, uncompiled
 from ...precision import device_of, dtype_of, is_half, name_of
@@ -146,7 +145,7 @@ def _identity(model: nn.Module, structure: Structure, reading: Reading, read: st
     kept = {name: reading.kept(axis).tolist() for name, axis in structure.axes.items()}
     plan = repr((kept, sorted(reading.removed))).encode()
     digest = hashlib.blake2b(plan, digest_size=16).hexdigest()
-    versions = f"{vitprune_fast.__version__} {torch.__version__}"
+    versions = f"{__version__} {torch.__version__}"
     return f"{versions} {fingerprint(model)} {digest} {read}"
 
 

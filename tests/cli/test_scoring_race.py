@@ -9,9 +9,8 @@ import pytest
 import timm
 import torch
 
-from vitprune_fast.errors import InvalidInput, StageFailed
-from vitprune_fast.scoring import race as races
-from vitprune_fast.scoring.race import (
+from vitprune_fast.cli import scoring_race as races
+from vitprune_fast.cli.scoring_race import (
     BARE,
     FULL,
     OURS,
@@ -21,6 +20,7 @@ from vitprune_fast.scoring.race import (
     plain_gates,
     race,
 )
+from vitprune_fast.errors import InvalidInput, StageFailed
 from vitprune_fast.testing import random_images, random_vit
 
 

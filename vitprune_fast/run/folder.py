@@ -26,7 +26,6 @@ from typing import Any
 
 from vitprune_fast import files
 from vitprune_fast.errors import DamagedFile, RunFolderError
-from vitprune_fast.recipes.yamlfile import differences
 
 SCHEMA = 4
 
@@ -256,6 +255,17 @@ class RunFolder:
 
 def _files_under(path: Path) -> list[Path]:
     return sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
+
+
+def differences(before: Any, after: Any, where: str = "") -> list[str]:
+    """One line `name: old -> new` per leaf in which two plain values differ."""
+    if isinstance(before, dict) and isinstance(after, dict):
+        lines = []
+        for key in [*before, *(key for key in after if key not in before)]:
+            name = f"{where}.{key}" if where else str(key)
+            lines += differences(before.get(key, "absent"), after.get(key, "absent"), name)
+        return lines
+    return [] if before == after else [f"{where}: {before} -> {after}"]
 
 
 class Metrics:

@@ -14,8 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from vitprune_fast import files
+from vitprune_fast.checkpoint import load
 from vitprune_fast.errors import DamagedFile, InvalidInput
-from vitprune_fast.recipes.config import ModelConfig
+from vitprune_fast.models.config import ModelConfig
 
 
 def skeleton(config: ModelConfig) -> nn.Module:
@@ -43,14 +44,12 @@ def open_model(config: ModelConfig, classes: int | None = None) -> nn.Module:
         DamagedFile: the checkpoint is no tensor file (pickled code is never executed).
     """
     if config.origin == "saved":
-        import vitprune_fast as vp
-
         if config.args or config.checkpoint or config.pretrained:
             raise InvalidInput(
                 f"model: the folder {config.name} holds its own weights and sizes; "
                 "drop --model-args, --checkpoint and --pretrained"
             )
-        return vp.load(config.name).eval()
+        return load(config.name).eval()
     if config.checkpoint is None:
         unset = classes is not None and "num_classes" not in config.args
         return _create(config, **({"num_classes": classes} if unset else {})).eval()

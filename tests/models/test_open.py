@@ -14,8 +14,8 @@ from tests import small
 from tests.small import NAME
 from vitprune_fast import files
 from vitprune_fast.errors import DamagedFile, InvalidInput
-from vitprune_fast.recipes.config import ModelConfig
-from vitprune_fast.recipes.models import open_model, skeleton
+from vitprune_fast.models.config import ModelConfig
+from vitprune_fast.models.open import open_model, skeleton
 
 SMALL = {**small.SMALL, "num_classes": 5}
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from vitprune_fast.errors import RunFolderError
-from vitprune_fast.recipes.folder import Metrics, RunFolder, read_metrics
+from vitprune_fast.run.folder import Metrics, RunFolder, differences, read_metrics
 
 IDENTITY = {"config": {"seed": 0, "plan": {"macs": 0.5}}, "threads": 1}
 
@@ -153,3 +153,10 @@ def test_a_torn_last_line_is_dropped(tmp_path: Path) -> None:
     assert len(read_metrics(metrics.path)) == 1
     metrics.cut([])
     assert metrics.path.read_text() == whole
+
+
+def test_differences_name_the_leaf_and_both_values() -> None:
+    before = {"plan": {"macs": 0.5, "keep": {}}, "seed": 0}
+    after = {"plan": {"macs": 0.4, "keep": {}}, "seed": 0, "device": "cpu"}
+    assert differences(before, after) == ["plan.macs: 0.5 -> 0.4", "device: absent -> cpu"]
+    assert differences(before, before) == []

@@ -22,10 +22,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..errors import InvalidInput, StageFailed
-from ..structure import Structure, describe
-from . import Criterion, score
-from .taylor import LOSS_SCALE, scoring_mode
+from vitprune_fast.errors import InvalidInput, StageFailed
+from vitprune_fast.scoring import Criterion, score
+from vitprune_fast.scoring.taylor import LOSS_SCALE, scoring_mode
+from vitprune_fast.structure import Structure, describe
 
 OURS = "vitprune_fast: heads, neurons"
 BARE = "bare forward + input gradients"

@@ -1,0 +1,1 @@
+"""Models by name: of timm, from a folder or from a checkpoint."""

@@ -1,0 +1,1 @@
+"""A run on disk: recipes write it, reports read it."""
