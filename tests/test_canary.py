@@ -97,9 +97,7 @@ def timm_vit_attributes() -> None:
     )
 
 
-@fact(
-    "timm's ViT calls its parts in this order", "structure/families/timm_vit.py", "surgery/folds.py"
-)
+@fact("timm's ViT calls its parts in this order", "structure/families/timm_vit.py")
 def timm_vit_order() -> None:
     images = torch.randn(2, 3, 16, 16, dtype=torch.float64)
     wanted = "patch_embed pos_drop patch_drop norm_pre blocks norm fc_norm head_drop head"
@@ -142,7 +140,7 @@ def timm_res_post_block() -> None:
     same(block(x), y + block.norm2(block.mlp(y)))
 
 
-@fact("timm's LayerScale multiplies by gamma", "structure/families/timm_vit.py", "surgery/folds.py")
+@fact("timm's LayerScale multiplies by gamma", "structure/families/timm_vit.py")
 def timm_layer_scale() -> None:
     scale = LayerScale(24, init_values=0.3).double()
     x = tokens()
@@ -153,8 +151,7 @@ def timm_layer_scale() -> None:
 
 @fact(
     "timm's attention computes softmax(q k') v between qkv, q_norm, k_norm and norm, proj",
-    "scoring/fused.py",
-    "gates/hooks.py",
+    "modules/known.py",
     "structure/families/timm_vit.py",
 )
 def timm_attention() -> None:
@@ -173,8 +170,7 @@ def timm_attention() -> None:
 
 @fact(
     "timm's fused attention ignores attn.scale, the other one follows it",
-    "scoring/fused.py",
-    "gates/hooks.py",
+    "modules/known.py",
     "surgery/prune.py",
 )
 def timm_attention_scale() -> None:
@@ -190,8 +186,7 @@ def timm_attention_scale() -> None:
 
 @fact(
     "beside x timm's attention takes attn_mask and perhaps is_causal, both off by default",
-    "scoring/fused.py",
-    "gates/hooks.py",
+    "modules/known.py",
 )
 def timm_attention_masks() -> None:
     _, _, *masks = inspect.signature(Attention.forward).parameters.values()
@@ -200,7 +195,7 @@ def timm_attention_masks() -> None:
     assert all(mask.name in off and mask.default is off[mask.name] for mask in masks)
 
 
-@fact("timm's MLP is fc2(norm(act(fc1(x))))", "scoring/fused.py", "gates/hooks.py")
+@fact("timm's MLP is fc2(norm(act(fc1(x))))", "modules/known.py")
 def timm_mlp() -> None:
     mlp: Any = Mlp(24, 96, norm_layer=nn.LayerNorm).double().eval()
     x = tokens()
@@ -208,7 +203,7 @@ def timm_mlp() -> None:
     same(mlp(x), mlp.fc2(mlp.norm(mlp.act(mlp.fc1(x)))))
 
 
-@fact("timm's GluMlp activates one half of fc1, told by gate_last", "scoring/fused.py")
+@fact("timm's GluMlp activates one half of fc1, told by gate_last", "modules/known.py")
 def timm_glu_mlp() -> None:
     for gate_last in (False, True):
         mlp: Any = GluMlp(24, 96, act_layer=nn.SiLU, gate_last=gate_last).double().eval()
@@ -219,7 +214,7 @@ def timm_glu_mlp() -> None:
         same(mlp(x), mlp.fc2(mlp.norm(h)))
 
 
-@fact("timm's SwiGLU is fc2(norm(act(fc1_g(x)) * fc1_x(x)))", "scoring/fused.py")
+@fact("timm's SwiGLU is fc2(norm(act(fc1_g(x)) * fc1_x(x)))", "modules/known.py")
 def timm_swiglu() -> None:
     mlp: Any = SwiGLU(24, 96).double().eval()
     x = tokens()
@@ -232,7 +227,7 @@ def timm_swiglu() -> None:
     "timm's norms and activations are those of torch, and keep eps, weight and bias",
     "structure/families/timm_vit_1.py",
     "modules/norms.py",
-    "scoring/fused.py",
+    "modules/known.py",
 )
 def timm_layers() -> None:
     x = tokens()
@@ -348,7 +343,7 @@ def torchvision_vit() -> None:
 # torch
 
 
-@fact("a module keeps its hooks in these dicts", "gates/hooks.py", "scoring/fused.py")
+@fact("a module keeps its hooks in these dicts", "gates/hooks.py", "modules/known.py")
 def torch_hooks() -> None:
     module = nn.Identity()
     for name, register in (
@@ -361,7 +356,7 @@ def torch_hooks() -> None:
         assert list(getattr(module, name)) == [handle.id], name
 
 
-@fact("a module's own forward stands in for that of its class", "scoring/fused.py")
+@fact("a module's own forward stands in for that of its class", "modules/known.py")
 def torch_forward() -> None:
     module: Any = nn.Identity()
     module.forward = lambda x: x + 1

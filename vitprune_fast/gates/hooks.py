@@ -13,15 +13,21 @@ from functools import partial
 from typing import Any, Protocol
 from weakref import WeakKeyDictionary, ref
 
-from timm.layers import GluMlp, SwiGLU
 from torch import Tensor, nn
 
 from .. import ops
 from ..errors import InvalidInput
 from ..modules.behaviour import LeftBehind
+from ..modules.known import (
+    activation_of,
+    has_mask,
+    is_plain_attention,
+    is_plain_mlp,
+    run_attention,
+    run_mlp,
+)
 from ..modules.modes import forget_compiled
 from ..modules.swap import exchange_forward
-from ..scoring.fused import activation_of, has_mask, is_plain_attention, is_plain_mlp, packed_qkv
 from ..structure import Axis, Structure
 from ..structure.paths import get
 from ..structure.places import Place
@@ -228,26 +234,23 @@ def _gated_attention(attn: Any, gate: _Gate, x: Tensor, **mask: Any) -> Tensor:
             return type(attn).forward(attn, x, **mask)
         finally:
             handle.remove()
-    qkv_BN3HK = packed_qkv(attn, x)
-    gate.check(qkv_BN3HK.shape[3] * qkv_BN3HK.shape[4])
-    out_BNHK = ops.gated_attention(
-        qkv_BN3HK,
-        gate.value(attn.training),
-        live_heads=gate.live(),
-        # timm's fused path takes the scale from the width, the other one from the attribute
-        scale=None if attn.fused_attn else attn.scale,
-    )
-    return attn.proj_drop(attn.proj(out_BNHK.flatten(2)))
+
+    def attend(qkv_BN3HK: Tensor, scale: float | None) -> Tensor:
+        gate.check(qkv_BN3HK.shape[3] * qkv_BN3HK.shape[4])
+        value = gate.value(attn.training)
+        return ops.gated_attention(qkv_BN3HK, value, live_heads=gate.live(), scale=scale)
+
+    return run_attention(attn, x, attend)
 
 
 def _gated_mlp(mlp: Any, gate: _Gate, x: Tensor) -> Tensor:
     """timm's Mlp, GluMlp and SwiGLU without an inner norm; gates and dropout may change places."""
     gate_F, name = gate.value(mlp.training), activation_of(mlp.act)
     assert name is not None
-    if isinstance(mlp, SwiGLU):
-        h = ops.gated_glu(mlp.fc1_g(x), mlp.fc1_x(x), gate_F, name)
-    elif isinstance(mlp, GluMlp):
-        h = ops.gated_glu_packed(mlp.fc1(x), gate_F, name, gate_last=mlp.gate_last)
-    else:
-        h = ops.gated_activation(mlp.fc1(x), gate_F, name)
-    return mlp.drop2(mlp.fc2(mlp.drop1(h)))
+    return run_mlp(
+        mlp,
+        x,
+        one=lambda h: ops.gated_activation(h, gate_F, name),
+        two=lambda glu, value: ops.gated_glu(glu, value, gate_F, name),
+        packed=lambda h, gate_last: ops.gated_glu_packed(h, gate_F, name, gate_last=gate_last),
+    )

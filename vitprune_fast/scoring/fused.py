@@ -15,28 +15,29 @@ from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any
 
-import timm.layers
 import torch
-from timm.layers import GluMlp, Mlp, SwiGLU
-from timm.models.vision_transformer import Attention
 from torch import Tensor, nn
 
 from .. import _extension, ops
 from ..errors import InvalidInput
+from ..modules.known import (
+    activation_of,
+    equivalent,
+    has_mask,
+    is_attention,
+    is_plain,
+    is_plain_attention,
+    is_plain_mlp,
+    run_attention,
+    run_mlp,
+    runs_its_class,
+)
 from ..modules.norms import NORMS, epsilon, is_rms
 from ..modules.swap import exchange_forward
 from ..structure.paths import get
 from .probes import Probes, as_tokens, tap_norm
 from .sites import Site
 
-_GELUS = (nn.GELU, timm.layers.GELU)
-_OTHERS = {
-    nn.ReLU: "relu",
-    nn.SiLU: "silu",
-    nn.Sigmoid: "sigmoid",
-    timm.layers.GELUTanh: "gelu_tanh",
-    timm.layers.QuickGELU: "quick_gelu",
-}
 # in which our attention pays on a CPU
 _QUICK = (torch.bfloat16, torch.float16)
 
@@ -79,10 +80,7 @@ def quick_attention(model: nn.Module) -> dict[nn.Module, Callable[..., Tensor]]:
     return {
         module: partial(_quick_attention, module)
         for module in model.modules()
-        if type(module) is Attention
-        and module.qkv is not None
-        and runs_its_class(module)
-        and _is_plain(module.attn_drop)
+        if is_attention(module) and is_plain(module.attn_drop)
     }
 
 
@@ -105,88 +103,24 @@ def _owner(model: nn.Module, site: Site) -> str | None:
     if site.at_norm:
         return path if type(owner) in NORMS.values() else None
     # as is one with a part that would no longer be called, and somebody listens to or altered
-    if not all(_is_plain(getattr(owner, name, None)) for name in ("act", "norm", "attn_drop")):
+    if not all(is_plain(getattr(owner, name, None)) for name in ("act", "norm", "attn_drop")):
         return None
-    if type(owner) is Attention and site.kind in ("head", "v_dim", "qk_dim"):
+    if site.kind in ("head", "v_dim", "qk_dim"):
         # behind a norm or a gate the units' activations are no longer what attention puts out
-        plain = is_plain_attention(owner)
-        return path if owner.qkv is not None and (plain or site.kind == "qk_dim") else None
+        known = is_attention if site.kind == "qk_dim" else is_plain_attention
+        return path if known(owner) else None
     if site.kind == "neuron":
         return path if is_plain_mlp(owner) else None
     return None
 
 
-def is_plain_mlp(owner: Any) -> bool:
-    """Whether a module is an MLP that can be computed by its layers and one op between them."""
-    return (
-        type(owner) in (Mlp, GluMlp, SwiGLU)
-        and runs_its_class(owner)
-        and all(_is_plain(getattr(owner, name)) for name in ("act", "norm"))
-        and isinstance(owner.norm, nn.Identity)
-        and isinstance(owner.fc2, nn.Linear)
-        and activation_of(owner.act) is not None
-    )
-
-
-def is_plain_attention(owner: Any) -> bool:
-    """Whether a module is an attention of timm whose heads' outputs go straight to ``proj``."""
-    return (
-        type(owner) is Attention
-        and runs_its_class(owner)
-        and owner.qkv is not None
-        # timm's attention got gates after 1.0.23
-        and getattr(owner, "gate", None) is None
-        and isinstance(owner.norm, nn.Identity)
-        and _is_plain(owner.norm)
-        and _is_plain(owner.attn_drop)
-    )
-
-
-def has_mask(mask: Mapping[str, Any]) -> bool:
-    """Whether one of the arguments that timm's version of attention takes beside x masks tokens.
-
-    They are ``attn_mask``, and ``is_causal`` in versions after 1.0.23.
-    """
-    return any(value is not None and value is not False for value in mask.values())
-
-
-def packed_qkv(attn: Any, x: Tensor) -> Tensor:
-    """Queries, keys and values of timm's Attention, ``(B, N, 3, H, K)``, after its norms."""
-    qkv_BN3HK = attn.qkv(x).unflatten(2, (3, attn.num_heads, attn.head_dim))
-    if not isinstance(attn.q_norm, nn.Identity) or not isinstance(attn.k_norm, nn.Identity):
-        q, k, v = qkv_BN3HK.unbind(2)
-        qkv_BN3HK = torch.stack((attn.q_norm(q), attn.k_norm(k), v), 2)
-    return qkv_BN3HK
-
-
-def runs_its_class(module: Any) -> bool:
-    """Whether a module's forward is that of its class, or the one that stands for it here."""
-    forward = vars(module).get("forward")
-    ours = (_attention, _quick_attention, _mlp, _norm)
-    return forward is None or getattr(forward, "func", None) in ours
-
-
-def _is_plain(module: Any) -> bool:
-    """Whether a module may be passed over: no hooks, and no forward of its own."""
-    if not isinstance(module, nn.Module):
-        return True
-    hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks)
-    return runs_its_class(module) and not any((*hooks, module._backward_pre_hooks))
-
-
-def activation_of(module: Any) -> str | None:
-    """Name of the activation as the scored ops know it, or None."""
-    if type(module) in _GELUS:
-        return "gelu_tanh" if getattr(module, "approximate", "none") == "tanh" else "gelu"
-    return _OTHERS.get(type(module))
-
-
 def _forward_of(module: nn.Module) -> Callable[..., Tensor]:
-    if isinstance(module, Attention):
+    if is_attention(module):
         return _attention
-    return _mlp if isinstance(module, (Mlp, GluMlp, SwiGLU)) else _norm
+    return _mlp if is_plain_mlp(module) else _norm
 
 
+@equivalent
 def _attention(
     attn: Any,
     sites: dict[str, Site],
@@ -203,49 +137,45 @@ def _attention(
     sizes = {"head": (heads,), "v_dim": (heads, width), "qk_dim": (heads, width)}
     inside = {kind: probes.leaf(site.key, x, *sizes[kind]) for kind, site in sites.items()}
     by_kind = (inside.get("head"), inside.get("qk_dim"), inside.get("v_dim"))
-    return _attend(attn, x, *by_kind, per_token=probes.per_token)
+    attend = partial(_attend, probes=by_kind, per_token=probes.per_token)
+    return run_attention(attn, x, attend)
 
 
+@equivalent
 def _quick_attention(attn: Any, x: Tensor, **mask: Any) -> Tensor:
     """timm's Attention; by our op where that pays."""
     dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x.dtype
     pays = x.is_cpu and torch.is_grad_enabled() and dtype in _QUICK
     if not pays or has_mask(mask) or (attn.training and attn.attn_drop.p > 0):
         return type(attn).forward(attn, x, **mask)
-    return _attend(attn, x)
+    return run_attention(attn, x, _attend)
 
 
-def _attend(attn: Any, x: Tensor, *probes: Tensor | None, per_token: bool = False) -> Tensor:
-    """timm's Attention without a mask, by our op."""
-    gated = getattr(attn, "gate", None)
-    gate = gated(x).sigmoid() if gated is not None else None
-    out = ops.scored_attention(
-        packed_qkv(attn, x),
-        *probes,
-        # timm's fused path takes the scale from the width, the other one from the attribute
-        scale=None if attn.fused_attn else attn.scale,
-        per_token=per_token,
-    )
-    out = attn.norm(out.flatten(2))
-    if gate is not None:
-        out = out * gate
-    return attn.proj_drop(attn.proj(out))
+def _attend(
+    qkv_BN3HK: Tensor,
+    scale: float | None,
+    probes: Sequence[Tensor | None] = (),
+    per_token: bool = False,
+) -> Tensor:
+    return ops.scored_attention(qkv_BN3HK, *probes, scale=scale, per_token=per_token)
 
 
+@equivalent
 def _mlp(mlp: Any, sites: dict[str, Site], probes: Probes, x: Tensor) -> Tensor:
     """timm's Mlp, GluMlp and SwiGLU without an inner norm."""
     site = sites["neuron"]
     probe = probes.leaf(site.key, x, site.size)
     how: Any = {"activation": activation_of(mlp.act), "per_token": probes.per_token}
-    if isinstance(mlp, SwiGLU):
-        h = ops.scored_glu(mlp.fc1_g(x), mlp.fc1_x(x), probe, **how)
-    elif isinstance(mlp, GluMlp):
-        h = ops.scored_glu_packed(mlp.fc1(x), probe, gate_last=mlp.gate_last, **how)
-    else:
-        h = ops.scored_activation(mlp.fc1(x), probe, **how)
-    return mlp.drop2(mlp.fc2(mlp.drop1(h)))
+    return run_mlp(
+        mlp,
+        x,
+        one=lambda h: ops.scored_activation(h, probe, **how),
+        two=lambda gate, value: ops.scored_glu(gate, value, probe, **how),
+        packed=lambda h, gate_last: ops.scored_glu_packed(h, probe, gate_last=gate_last, **how),
+    )
 
 
+@equivalent
 def _norm(norm: Any, sites: dict[str, Site], probes: Probes, x: Tensor) -> Tensor:
     """LayerNorm and RMSNorm of torch and timm."""
     (site,) = sites.values()

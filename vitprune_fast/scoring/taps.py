@@ -13,10 +13,10 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..errors import InvalidInput
+from ..modules.known import runs_its_class
 from ..modules.norms import epsilon, is_rms
 from ..modules.swap import Altered
 from ..structure.paths import get
-from .fused import runs_its_class
 from .probes import Probes, tap, tap_bias, tap_norm, tap_part
 from .sites import Site
 
