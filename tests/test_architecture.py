@@ -22,8 +22,9 @@ GROUND = (
 ORDER = (
     *GROUND,
     *("modules", "reference", "kernels", "ops", "modeling_pruned", "structure", "checkpoint"),
-    *("models", "testing", "evaluation", "data", "scoring", "planning", "surgery", "gates"),
-    *("integrations", "distill", "run", "report", "recipes", "doctor", "vitprune_fast", "cli"),
+    *("models", "evaluation", "data", "scoring", "planning", "surgery", "check", "testing"),
+    *("gates", "integrations", "distill", "run", "report", "recipes", "doctor"),
+    *("vitprune_fast", "cli"),
 )
 
 

@@ -17,6 +17,7 @@ from ._version import __version__ as __version__
 
 if TYPE_CHECKING:
     from . import gates, ops
+    from .check import StructureReport, check_structure
     from .checkpoint import load, save
     from .data import Loader, open_data
     from .distill import DistillConfig, DistillResult, distill
@@ -50,6 +51,7 @@ if TYPE_CHECKING:
     )
 
 _HOMES = {
+    "check": ("StructureReport", "check_structure"),
     "checkpoint": ("load", "save"),
     "data": ("Loader", "open_data"),
     "distill": ("DistillConfig", "DistillResult", "distill"),
@@ -115,9 +117,11 @@ __all__ = [
     "SoftCompaction",
     "StageFailed",
     "Structure",
+    "StructureReport",
     "UnsupportedArchitecture",
     "VitpruneError",
     "calibrate",
+    "check_structure",
     "compensate",
     "cost",
     "describe",

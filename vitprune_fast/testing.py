@@ -10,7 +10,10 @@ import torch
 from timm.layers import RmsNorm, SwiGLU, SwiGLUPacked
 from timm.models.deit import VisionTransformerDistilled
 from timm.models.vision_transformer import ResPostBlock, VisionTransformer
-from torch import nn
+
+from .check.drawn import randomise
+
+__all__ = ["SMALL", "VITS", "random_images", "random_vit", "randomise"]
 
 from .structure.families import image_shape
 
@@ -63,18 +66,6 @@ def random_vit(
     """
     model = VITS[config](**args).to(dtype).eval()
     return randomise(model, seed)
-
-
-def randomise(model: nn.Module, seed: int) -> Any:
-    """Fill every parameter with random values of about unit scale; returns the model."""
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for name, tensor in model.named_parameters():
-            scale = 0.5 if tensor.ndim < 2 else 1.5 / max(tensor.shape[-1], 1) ** 0.5
-            noise = torch.randn(tensor.shape, generator=generator, dtype=torch.float64)
-            shift = 1.0 if "norm" in name and name.endswith("weight") else 0.0
-            tensor.copy_(noise * scale + shift)
-    return model
 
 
 def random_images(model: Any, batch: int = 2, *, seed: int = 0) -> torch.Tensor:

@@ -50,20 +50,15 @@ def assert_prunes_exactly(model: Any, plan: Plan, batch: int = 2) -> Any:
     return pruned
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=["fp64", "fp32"])
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("config", VITS)
-def test_pruned_equals_masked(config: str, kind: str, dtype: torch.dtype) -> None:
-    model = random_vit(config, dtype=dtype)
+def test_pruned_equals_masked_in_single_precision(config: str, kind: str) -> None:
+    """In double precision it is a part of ``check_structure``, which tests/test_check.py runs."""
+    model = random_vit(config, dtype=torch.float32)
     structure, rng = describe(model), random.Random(f"{config} {kind}")
     for _ in range(3):
         plan = draw_plan(structure, kind, rng)
-        pruned = assert_prunes_exactly(model, plan)
-        # what is left is a supported model again, with the counts of the plan
-        again = describe(pruned)
-        assert sum(a.size for a in again.units("neuron")) == sum(
-            len(plan[a.name]) for a in structure.units("neuron")
-        )
+        assert_prunes_exactly(model, plan)
 
 
 @st.composite

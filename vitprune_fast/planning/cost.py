@@ -54,10 +54,27 @@ def cost(model: nn.Module, input_size: int | tuple[int, ...] | None = None) -> C
 
 def count_macs(run: Callable[[], Any]) -> int:
     """Multiply-accumulates of the products that ``run`` computes, without gradients."""
+    return _counted(run).get_total_flops() // 2
+
+
+def count_macs_by_module(model: nn.Module, run: Callable[[], Any]) -> dict[str, int]:
+    """As :func:`count_macs`, of every module that computes products; ``""`` is the model.
+
+    A module counts what it contains as well.
+    """
+    root = type(model).__name__
+    return {
+        path.removeprefix(root).removeprefix("."): sum(flops.values()) // 2
+        for path, flops in _counted(run).get_flop_counts().items()
+        if path.partition(".")[0] == root
+    }
+
+
+def _counted(run: Callable[[], Any]) -> FlopCounterMode:
     counter = FlopCounterMode(display=False, custom_mapping=_uncounted())
     with torch.no_grad(), counter:
         run()
-    return counter.get_total_flops() // 2
+    return counter
 
 
 def _uncounted() -> dict[Any, Any]:

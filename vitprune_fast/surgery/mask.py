@@ -37,7 +37,13 @@ def mask(model: nn.Module, plan: Plan) -> Iterator[nn.Module]:
         InvalidInput: the plan belongs to another model, or cuts the axis of a norm with a forward
             of its own.
     """
-    structure = describe(model)
+    with masked_by(model, describe(model), plan):
+        yield model
+
+
+@contextmanager
+def masked_by(model: nn.Module, structure: Structure, plan: Plan) -> Iterator[None]:
+    """As :func:`mask`, by a table that is given."""
     plan = plan.check(structure)
     reading = Reading(structure, plan)
     with Altered() as altered:
@@ -67,7 +73,7 @@ def mask(model: nn.Module, plan: Plan) -> Iterator[nn.Module]:
             if write.name in plan.removed:
                 silent = get(model, write.output)
                 altered.after(silent, _zeros)
-        yield model
+        yield
 
 
 def _names_of_tensors(structure: Structure, plan: Plan) -> list[list[str]]:
