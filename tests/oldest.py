@@ -41,6 +41,8 @@ TESTS = [
 LEFT_OUT = [
     *("-k", "not same_bits and not fp16 and not N197 and not N257"),
     "--ignore=tests/scoring/test_ablation.py",
+    # models of transformers before 5.9 and 5.18 are scored, and refused by prune
+    "--ignore=tests/structure/test_hf.py",
 ]
 
 

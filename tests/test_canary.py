@@ -262,7 +262,8 @@ def timm_helpers() -> None:
 
 # transformers and torchvision
 
-_HF, _PRUNING = "integrations/transformers.py", "integrations/torch_pruning.py"
+_FAMILIES = "structure/families"
+_HF, _PRUNING = f"{_FAMILIES}/hf_vit.py", "integrations/torch_pruning.py"
 
 
 def _small(name: str) -> Any:
@@ -317,7 +318,10 @@ def transformers_dinov2() -> None:
     has(layer.layer_scale1, "lambda1")
 
 
-@fact("torchvision's ViT has these parts, around MultiheadAttention", "integrations/torchvision.py")
+@fact(
+    "torchvision's ViT has these parts, around MultiheadAttention",
+    f"{_FAMILIES}/torchvision_vit.py",
+)
 def torchvision_vit() -> None:
     from torchvision.models.vision_transformer import EncoderBlock, MLPBlock
     from torchvision.models.vision_transformer import VisionTransformer as Other

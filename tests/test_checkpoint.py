@@ -275,7 +275,7 @@ class _Vit(VisionTransformer):
     [
         (
             lambda m: setattr(m, "head", _Scaled(24, 5)),
-            "save: head must be .*, a Linear, got a _Scaled",
+            "describe: head must be a Linear .*_Scaled$",
         ),
         (
             lambda m: setattr(m.blocks[1].mlp, "act", _Act()),

@@ -93,6 +93,34 @@ def as_input(model: nn.Module, images: Tensor) -> Tensor:
     return images if weight is None else images.to(weight.device, weight.dtype)
 
 
+def logits_of(output: Any) -> Any:
+    """What a model says of its images: what it returns, or the ``.logits`` of that."""
+    return getattr(output, "logits", output)
+
+
+def classes_of(model: nn.Module) -> Any:
+    """How many classes a model says it tells apart; None where it does not say."""
+    return getattr(model, "num_classes", getattr(model, "num_labels", None))
+
+
+def check_single_label(function: str, model: nn.Module) -> None:
+    """Refuse a model that was made for labels of another kind than one class per image.
+
+    Args:
+        function: the caller's name, for the error sentence.
+        model: of any library; one of transformers says it in ``config.problem_type``.
+
+    Raises:
+        InvalidInput: as said.
+    """
+    kind = getattr(getattr(model, "config", None), "problem_type", None)
+    if kind not in (None, "single_label_classification"):
+        raise InvalidInput(
+            f"{function}: model must tell one class per image, by whose cross-entropy it is "
+            f"measured, got problem_type={kind!r}"
+        )
+
+
 def check_logits(function: str, logits: Tensor, labels: Tensor) -> None:
     """Refuse logits that are not one row per label, and labels they have no class for.
 

@@ -53,6 +53,8 @@ PARTS_PER_TENSOR = 40
 # how a model runs here and now, not what it is; the rest is written beside the spec
 _RUNTIME_ATTRIBUTES = {"training", "fused_attn", "grad_checkpointing", "weight_init_mode"}
 _APART = {"pretrained_cfg", "default_cfg", "caveats"}
+# classes that modeling_pruned.py brings along
+_OURS = {cls.__name__: cls for cls in (modeling_pruned.Constant, modeling_pruned.SlimAttention)}
 # whatever a wrong description makes constructors do, the answer is one typed error
 _BUILDING = (
     ArithmeticError,
@@ -202,7 +204,7 @@ def _built(spec: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Any:
 
 def _check_named(spec: Mapping[str, Any], family: Family) -> None:
     """Refuse classes that the family does not know as parts of its models."""
-    wanted = [name for name in spec.get("swaps", {}).values() if name != "Constant"]
+    wanted = [name for name in spec.get("swaps", {}).values() if name not in _OURS]
     for value in _values(spec["args"]):
         if isinstance(value, dict) and "class" in value:
             wanted.append(value["class"])
@@ -364,8 +366,8 @@ def _note_modules(spec: dict[str, Any], model: nn.Module, family: Family) -> Non
         if isinstance(module, HalfBlock):
             spec["halves"][path] = {"chain": list(module.chain), "core": module.core}
         elif want is not have:
-            name = want.__name__ if want is modeling_pruned.Constant else qualified(want)
-            if have is type(None) or not (name == "Constant" or _is_swap(name, family)):
+            name = want.__name__ if want in _OURS.values() else qualified(want)
+            if have is type(None) or not (name in _OURS or _is_swap(name, family)):
                 raise _foreign(path, have, want)
             spec["swaps"][path] = name
             modeling_pruned.swap(stock, path, name, known)

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vitprune_fast.batches import as_input, check_logits, checked
+from vitprune_fast.batches import as_input, check_logits, check_single_label, checked, logits_of
 from vitprune_fast.errors import InvalidInput
 from vitprune_fast.modules.modes import evaluating
 from vitprune_fast.precision import Precision, computing_in, device_of, resolve
@@ -87,6 +87,7 @@ def evaluate(
     counts = _Counts(agrees=teacher is not None)
     computed = resolve("evaluate", dtype, device_of(model))
     with evaluating(model, teacher), computing_in(computed, model, teacher):
+        check_single_label("evaluate", model)
         for images, labels in checked("evaluate", batches, model, teacher):
             logits = _logits(model, images)
             other = None if teacher is None else _logits(teacher, images)
@@ -191,7 +192,7 @@ class _Counts:
 
 @torch.inference_mode()
 def _logits(model: nn.Module, images: Tensor) -> Tensor:
-    return model(as_input(model, images))
+    return logits_of(model(as_input(model, images)))
 
 
 def _ranked(logits: Tensor) -> Tensor:

@@ -22,6 +22,8 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 VERSION = 2
 # where the classes live that a config may name; nothing is looked up elsewhere
@@ -66,32 +68,95 @@ class HalfBlock(nn.Module):
 
     def forward(self, x: Tensor, *masks: Any, **named: Any) -> Tensor:
         """``x`` (B, N, C) plus the branch; masks go to its core, as far as that takes them."""
-        y = x
+        y, masks = x, masks[: len(self._masks)]
+        taken = named if self._takes_all else {n: named[n] for n in self._masks if n in named}
         for name in self.chain:
             part = getattr(self, name)
-            y = self._run(part, y, masks, named) if name == self.core else part(y)
+            y = run_core(part, y, *masks, **taken) if name == self.core else part(y)
         return x + y
-
-    def _run(self, core: nn.Module, y: Tensor, masks: tuple[Any, ...], named: Any) -> Tensor:
-        if isinstance(core, nn.MultiheadAttention):
-            # it takes queries, keys and values apart, and rounds otherwise with its weights asked
-            return core(y, y, y, need_weights=False, **named)[0]
-        taken = named if self._takes_all else {n: named[n] for n in self._masks if n in named}
-        out = core(y, *masks[: len(self._masks)], **taken)
-        # attention of transformers hands its weights back as well
-        return out[0] if isinstance(out, tuple) else out
 
 
 class Constant(nn.Module):
     """An emptied branch whose constant output no other tensor of the model can take over."""
 
-    def __init__(self, bias: Tensor):
+    def __init__(self, bias: Tensor, pair: bool = False):
         super().__init__()
         self.bias = nn.Parameter(bias)
+        # attention of some libraries hands back its weights as well
+        self.pair = pair
 
-    def forward(self, x: Tensor, *_: Any, **__: Any) -> Tensor:
-        """The bias at every token of ``x`` (B, N, C)."""
-        return torch.zeros_like(x) + self.bias
+    def forward(self, x: Tensor, *_: Any, **__: Any) -> Any:
+        """The bias at every token of ``x`` (B, N, C), and None for weights where it is a pair."""
+        y = torch.zeros_like(x) + self.bias
+        return (y, None) if self.pair else y
+
+
+class SlimAttention(nn.Module):
+    """Self attention with heads of any number and width, for ``nn.MultiheadAttention``.
+
+    It has the names of that module's tensors, and its place in torchvision's blocks. Queries and
+    keys may have another width than values; the temperature is told.
+    """
+
+    def __init__(self, width: int, num_heads: int):
+        super().__init__()
+        self.num_heads, self.scale, self.dropout = num_heads, 1.0, 0.0
+        self.in_proj_weight = nn.Parameter(torch.empty(3 * width, width))
+        self.in_proj_bias = nn.Parameter(torch.empty(3 * width))
+        self.out_proj = NonDynamicallyQuantizableLinear(width, width)
+
+    @classmethod
+    def of(cls, attention: nn.MultiheadAttention) -> SlimAttention:
+        """Take over the tensors, hooks and temperature of ``attention``, whose heads are others."""
+        with torch.device("meta"):
+            slim = cls(attention.embed_dim, attention.num_heads)
+        slim.in_proj_weight, slim.in_proj_bias = attention.in_proj_weight, attention.in_proj_bias
+        slim.out_proj, slim.training = attention.out_proj, attention.training
+        slim.scale, slim.dropout = attention.head_dim**-0.5, attention.dropout
+        vars(slim).update({name: own for name, own in vars(attention).items() if "_hook" in name})
+        return slim
+
+    def forward(
+        self, query: Tensor, key: Tensor, value: Tensor, need_weights: bool = True, **masks: Any
+    ) -> tuple[Tensor, None]:
+        """Attention of one tensor (B, N, C) to itself, without masks and weights."""
+        check_plain_call(query, key, value, need_weights=need_weights, **masks)
+        return attended(self, F.linear(query, self.in_proj_weight, self.in_proj_bias)), None
+
+
+def attended(attention: Any, qkv: Tensor) -> Tensor:
+    """What a SlimAttention, or torch's, makes of packed q, k and v (B, N, rows); (B, N, C)."""
+    inner = attention.out_proj.in_features
+    widths = 2 * [(qkv.shape[-1] - inner) // 2] + [inner]
+    heads = (part.unflatten(-1, (attention.num_heads, -1)) for part in qkv.split(widths, -1))
+    q, k, v = (part.transpose(1, 2) for part in heads)
+    dropout = attention.dropout if attention.training else 0.0
+    # torch's own takes the temperature from the width
+    scale = getattr(attention, "scale", None)
+    out = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, scale=scale)
+    return attention.out_proj(out.transpose(1, 2).flatten(2))
+
+
+def check_plain_call(
+    query: Tensor, key: Tensor, value: Tensor, need_weights: bool = True, **masks: Any
+) -> None:
+    """Refuse, by a ValueError, calls of attention that torchvision's EncoderBlock does not make."""
+    masked = any(mask is not None and mask is not False for mask in masks.values())
+    if query is not key or key is not value or need_weights or masked:
+        raise ValueError(
+            "attention: it must be called on one tensor, without masks and weights, as "
+            "torchvision's EncoderBlock does"
+        )
+
+
+def run_core(core: nn.Module, y: Tensor, *masks: Any, **named: Any) -> Tensor:
+    """What an attention or MLP of any library makes of ``y`` (B, N, C); (B, N, C)."""
+    if isinstance(core, (nn.MultiheadAttention, SlimAttention)):
+        # it takes queries, keys and values apart, and rounds otherwise with its weights asked
+        return core(y, y, y, need_weights=False, **named)[0]
+    out = core(y, *masks, **named)
+    # attention of transformers hands its weights back as well
+    return out[0] if isinstance(out, tuple) else out
 
 
 def build(
@@ -143,7 +208,7 @@ def construct(spec: Mapping[str, Any], known: Mapping[str, type[nn.Module]] | No
 def swap(
     model: nn.Module, path: str, name: str, known: Mapping[str, type[nn.Module]] | None = None
 ) -> None:
-    """Put a new ``Constant`` or module of a qualified class in the place of another, on meta.
+    """Put a new module, of a qualified class or one of this file, in the place of another, on meta.
 
     Whatever sizes its constructor asks for are 2: they will be those of the tensors.
     """
@@ -151,7 +216,7 @@ def swap(
         if name == "Constant":
             _replace(model, path, Constant(torch.empty(0)))
             return
-        cls = find(name, known)
+        cls = SlimAttention if name == "SlimAttention" else find(name, known)
         asked = [p for p in inspect.signature(cls).parameters.values() if p.default is p.empty]
         sizes = [2 for p in asked if p.kind is p.POSITIONAL_OR_KEYWORD]
         _replace(model, path, cls(*sizes))
@@ -238,11 +303,36 @@ def _argument(value: Any, known: Mapping[str, type[nn.Module]] | None) -> Any:
     """An argument of a constructor: classes by name, with arguments of their own."""
     if isinstance(value, dict) and "class" in value:
         options = {name: _argument(v, known) for name, v in value.items() if name != "class"}
+        if value["class"].startswith("transformers.models.") and "config" in value["class"]:
+            return _config(value["class"], options)
         found = find(value["class"], known)
         return partial(found, **options) if options else found
     if isinstance(value, dict):
         return {name: _argument(v, known) for name, v in value.items()}
     return value
+
+
+def config_settings(cls: Any) -> set[str]:
+    """What a config of transformers may be told: sizes and labels, and nothing that loads code."""
+    own = {name for name in vars(cls()) if not name.startswith("_")}
+    # labels may have any names, also those that mean something here: they follow from id2label
+    return (own | {"head_dim", "num_labels"}) - {"dtype", "label2id", "transformers_version"}
+
+
+def _config(name: str, options: dict[str, Any]) -> Any:
+    """A config of transformers, made of settings alone."""
+    home, _, leaf = name.rpartition(".")
+    if all(part.isidentifier() for part in name.split(".")):
+        cls: Any = getattr(import_module(home), leaf, None)
+        base = "transformers.configuration_utils"
+        if isinstance(cls, type) and any(each.__module__ == base for each in cls.__mro__):
+            # any other may name code to be fetched
+            eager = options.get("attn_implementation", "eager") == "eager"
+            if eager and options.keys() - {"attn_implementation"} <= config_settings(cls):
+                config = cls(**options)
+                config.label2id = {label: number for number, label in config.id2label.items()}
+                return config
+    raise ValueError(f"{name[:200]!r} is no config with such settings")
 
 
 def _parent(model: nn.Module, path: str) -> tuple[nn.Module, str]:

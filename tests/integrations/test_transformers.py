@@ -110,9 +110,7 @@ def test_every_parameter_has_a_layout() -> None:
     for name in MODELS:
         model = model_of(name)
         structure = hf.units(model)
-        left = {n for n, _ in model.named_parameters()} - structure.tensors.keys()
-        # replaced pixels of pre-training, unused by a classifier
-        assert {n.rpartition(".")[2] for n in left} <= {"mask_token"}
+        assert {n for n, _ in model.named_parameters()} == structure.tensors.keys()
 
 
 def test_magnitude_needs_no_data() -> None:
@@ -129,7 +127,7 @@ def test_magnitude_needs_no_data() -> None:
 def test_other_models_are_refused() -> None:
     arguments: dict[str, Any] = MLP | {"decoder_hidden_size": 24, "decoder_num_attention_heads": 3}
     config = ViTMAEConfig(**arguments)
-    with pytest.raises(UnsupportedArchitecture, match=r"one of ViTFor.*, got ViTMAEForPreTraining"):
+    with pytest.raises(UnsupportedArchitecture, match=r"one of timm.*, got ViTMAEForPreTraining"):
         hf.units(ViTMAEForPreTraining(config))
 
     class ViTForImageClassification(nn.Module):
@@ -152,3 +150,15 @@ def test_other_models_are_refused() -> None:
     with pytest.raises(InvalidInput, match="units must be among"):
         hf.score(model_of(), [batch_of()], units=("heads",))
     assert isinstance(hf.score(model_of(), [batch_of()]), vp.Scores)
+
+
+@pytest.mark.parametrize("name", ["vit", "dinov2"])
+def test_older_versions_are_refused_by_prune(name: str) -> None:
+    model = model_of(name)
+    structure = hf.units(model)
+    plan = vp.Plan.of(structure, {structure.units("head")[0].name: [1]})
+    if layers_of(model)[0].tells_head_dim:
+        assert vp.describe(vp.prune(model, plan)).units("head")[0].size == 1
+        return
+    with pytest.raises(UnsupportedArchitecture, match=r"transformers must be 5\.18 or later"):
+        vp.prune(model, plan)

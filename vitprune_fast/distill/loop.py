@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from vitprune_fast.batches import check_single_label
 from vitprune_fast.distill import resume
 from vitprune_fast.distill.config import DistillConfig
 from vitprune_fast.distill.masks import MaskSchedule
@@ -142,6 +143,7 @@ def distill(
         StageFailed: more than ``max_bad_steps`` steps in a row were not finite, found at a
             read.
     """
+    check_single_label("distill", student)
     if config.keep == "best" and val is None:
         raise InvalidInput("distill: val must be given to keep the best epoch, got None")
     if masks is not None and gates is not None:

@@ -15,7 +15,7 @@ from timm.utils import unwrap_model
 from torch import Tensor, nn
 
 from vitprune_fast import ops
-from vitprune_fast.batches import as_input
+from vitprune_fast.batches import as_input, logits_of
 from vitprune_fast.distill import losses
 from vitprune_fast.distill.config import DistillConfig
 from vitprune_fast.distill.features import HiddenStates
@@ -220,7 +220,7 @@ class _Watch:
 
     def output(self, outputs: Any) -> StudentOutput:
         """Put what the model returned beside what was recorded, and forget that."""
-        class_BC, taught_BC = outputs, outputs
+        class_BC = taught_BC = logits_of(outputs)
         if isinstance(outputs, (tuple, list)) and len(outputs) == 2:
             class_BC, taught_BC = outputs
         if self.hidden is None:

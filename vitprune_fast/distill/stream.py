@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from vitprune_fast.batches import unpack
+from vitprune_fast.batches import classes_of, unpack
 from vitprune_fast.distill.config import DistillConfig
 from vitprune_fast.distill.mixing import Mixing, erase
 from vitprune_fast.errors import InvalidInput
@@ -144,7 +144,7 @@ def _numbered(train: Any, seed: int, epoch: int, start: int) -> Iterator[tuple[i
 def _mixing(student: nn.Module, config: DistillConfig) -> Mixing | None:
     if not config.mixup and not config.cutmix:
         return None
-    classes = getattr(student, "num_classes", None)
+    classes = classes_of(student)
     if classes is None:
         raise InvalidInput(
             "distill: mixup and cutmix must be 0 for a student without num_classes, got "

@@ -17,7 +17,7 @@ import torch
 from timm.utils import unwrap_model
 from torch import Tensor, nn
 
-from vitprune_fast.batches import as_input
+from vitprune_fast.batches import as_input, classes_of, logits_of
 from vitprune_fast.distill.conversion import Conversion, image_channels
 from vitprune_fast.distill.features import HiddenStates
 from vitprune_fast.errors import InvalidInput
@@ -172,7 +172,7 @@ class Teacher(nn.Module):
             x = x.contiguous(memory_format=torch.channels_last)
         hidden = self._hidden
         with evaluating(*self._borrowed), hidden or nullcontext():
-            logits = self._runner[0](x)
+            logits = logits_of(self._runner[0](x))
         if not isinstance(logits, Tensor) or logits.ndim != 2 or len(logits) != len(x):
             shown = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
             raise InvalidInput(
@@ -214,8 +214,7 @@ class Teacher(nn.Module):
                 f"Teacher: {self.name} must be another model than the student, got one that shares "
                 "its weights and would chase itself; give copy.deepcopy(model)"
             )
-        own = getattr(unwrap_model(self.model), "num_classes", None)
-        wanted = getattr(inner, "num_classes", None)
+        own, wanted = classes_of(unwrap_model(self.model)), classes_of(inner)
         if logits and None not in (own, wanted) and own != wanted:
             raise InvalidInput(
                 f"Teacher: {self.name} must have {wanted} classes like the student, got {own}; "

@@ -159,7 +159,8 @@ def _starts(
 
 
 def _start(model: nn.Module, structure: Structure, axis: Axis, given: Any, first: float) -> Tensor:
-    module: Any = get(model, structure.taps[axis.name].module)
+    # a projection that is a bare weight of its module has no module of its own
+    module: Any = get(model, structure.taps[axis.name].module) or model
     like = next((p for p in module.parameters()), next(model.parameters()))
     dtype = torch.promote_types(like.dtype, torch.float32)
     if given is None:

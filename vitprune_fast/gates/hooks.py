@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from contextlib import ExitStack
 from functools import partial
 from typing import Any, Protocol
 from weakref import WeakKeyDictionary, ref
@@ -28,7 +29,7 @@ from ..modules.known import (
 )
 from ..modules.modes import forget_compiled
 from ..modules.swap import exchange_forward
-from ..structure import Axis, Structure
+from ..structure import Axis, Structure, families
 from ..structure.paths import get
 from ..structure.places import Place
 from .columns import gate_columns
@@ -71,11 +72,19 @@ def install(model: nn.Module, gates: Source) -> None:
         raise InvalidInput(
             "gates.attach: model must have no gates yet, got one with gates; detach them first"
         )
-    placed = []
+    placed, undo = [], ExitStack()
+    own = [module for module in model.modules() if "forward" in vars(module)]
+    undo.enter_context(families.opened(model, gates.structure))
+    lent = [
+        path
+        for path, module in model.named_modules()
+        if "forward" in vars(module) and module not in own
+    ]
     for axis in gates.axes.values():
         tap = gates.structure.taps[axis.name]
         module = get(model, tap.module)
         if not isinstance(module, nn.Module):
+            undo.close()
             raise InvalidInput(
                 f"gates.attach: model must be the one the gates were made for, got one without "
                 f"{tap.module!r}"
@@ -98,8 +107,9 @@ def install(model: nn.Module, gates: Source) -> None:
             handle = module.register_forward_hook(_After(gates, axis, tap))
             hooks.append((tap.module, "_forward_hooks", handle))
     added = [(path, kind, handle.id) for path, kind, handle in hooks]
-    vars(model)["__deepcopy__"] = _PlainCopy(model, added, [*exchanged])
-    _attached[model] = (gates, partial(_undo, ref(model), added, [*exchanged.values()]))
+    vars(model)["__deepcopy__"] = _PlainCopy(model, added, [*exchanged, *lent])
+    put_back = [*exchanged.values(), undo.close]
+    _attached[model] = (gates, partial(_undo, ref(model), added, put_back))
 
 
 def uninstall(model: nn.Module) -> None:

@@ -7,9 +7,8 @@ from torch import Tensor, nn
 
 from ..errors import InvalidInput
 from ..scoring import Scores
-from ..structure import Structure
+from ..structure import Structure, describe
 from ..structure.paths import get
-from .models import structure_of
 
 __all__ = ["importance_scores"]
 
@@ -39,7 +38,7 @@ def importance_scores(
         InvalidInput: scores of another model, or of units that own no weights.
         UnsupportedArchitecture: the model has no layout.
     """
-    structure = structure_of(model) if structure is None else structure
+    structure = describe(model) if structure is None else structure
     if unknown := [name for name in scores if name not in structure.axes]:
         raise InvalidInput(
             "importance_scores: scores must be those of the model, "

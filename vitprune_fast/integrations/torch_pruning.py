@@ -18,10 +18,9 @@ from timm.models.vision_transformer import Attention
 from torch import Tensor, nn
 
 from ..errors import BackendUnavailable, InvalidInput, UnsupportedArchitecture
-from ..scoring import Scores
-from ..structure import Axis, Dim, Structure
+from ..scoring import Scores, score
+from ..structure import Axis, Dim, Structure, describe
 from ..structure.paths import get, put
-from .models import scorer_of, structure_of
 
 try:
     import torch_pruning as tp
@@ -37,7 +36,7 @@ Normalizer = Literal["mean"] | Callable[[Tensor], Tensor] | None
 
 
 class _ScoredImportance(tp.importance.Importance):
-    criterion: ClassVar[str]
+    criterion: ClassVar[Any]
     # that of the peer, where it is not the criterion's own
     reduction: ClassVar[Any] = None
 
@@ -57,8 +56,7 @@ class _ScoredImportance(tp.importance.Importance):
             model: the model that the pruner gets, not pruned since ``scores`` were made.
             batches: yields (images, labels), as for :func:`vitprune_fast.score`.
             scores: instead of batches.
-            structure: of the model, where neither :func:`vitprune_fast.describe` nor an integration
-                knows it.
+            structure: of the model, where :func:`vitprune_fast.describe` does not know it.
             normalizer: applied to the importances of a group: ``"mean"`` divides by their mean as
                 Torch-Pruning does by default, a callable does as it likes. It matters only where
                 the pruner ranks across layers (``global_pruning``, ``isomorphic``).
@@ -103,10 +101,9 @@ class _ScoredImportance(tp.importance.Importance):
                 f"{type(self).__name__}: either batches or scores must be given, got "
                 f"{'neither' if batches is None else 'both'}"
             )
-        self.structure = structure_of(self.model) if structure is None else structure
+        self.structure = describe(self.model) if structure is None else structure
         if scores is None:
-            score = scorer_of(self.model, structure)
-            options = {"reduction": self.reduction, **self.options}
+            options = {"reduction": self.reduction, "structure": structure, **self.options}
             scores = score(self.model, batches, criterion=self.criterion, **options)
         if unknown := [name for name in scores if name not in self.structure.axes]:
             raise InvalidInput(

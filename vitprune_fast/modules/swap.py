@@ -8,6 +8,7 @@ from functools import partial
 from typing import Any
 from weakref import WeakKeyDictionary
 
+import torch
 from torch import nn
 
 from .modes import uncompiled
@@ -51,6 +52,13 @@ class Altered(ExitStack):
         _altered[module] = _altered.get(module, 0) + 1
         self.callback(_forget, module)
         self.callback(undo)
+
+
+def silence(module: nn.Module, inputs: tuple[Any, ...], output: Any) -> Any:
+    """A hook after a branch: it writes zeros; what attention hands back beside them stays."""
+    if isinstance(output, tuple):
+        return (torch.zeros_like(output[0]), *output[1:])
+    return torch.zeros_like(output)
 
 
 def is_altered(module: nn.Module) -> bool:

@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,6 +17,7 @@ from vitprune_fast.modules.modes import evaluating
 from vitprune_fast.planning.waiting import TOLERATED, Waits, load_warning
 from vitprune_fast.precision import Precision, computing_in, device_of, dtype_of, resolve
 from vitprune_fast.stated import stated_config
+from vitprune_fast.structure import families
 
 _TURN = 5
 """Passes of one model before it is the next one's turn."""
@@ -78,8 +80,8 @@ def latency(
     Args:
         model: maps images to anything.
         batch_size: images per pass.
-        input_size: side, (height, width) or (channels, height, width) in pixels; default: what a
-            timm model says of itself.
+        input_size: side, (height, width) or (channels, height, width) in pixels; default: what
+            the model says of itself.
         device: where to measure; default: where the model is.
         seconds: measure for about this long.
         min_runs: but at least this many passes.
@@ -201,14 +203,12 @@ def _time_on_cuda(model: Callable[[torch.Tensor], object], images: torch.Tensor)
 def _image_shape(
     model: nn.Module, input_size: int | tuple[int, ...] | None
 ) -> tuple[int, int, int]:
-    """Complete (channels, height, width) with what a timm model says of itself."""
-    embed = getattr(model, "patch_embed", None)
-    proj = getattr(embed, "proj", None)
+    """Complete (channels, height, width) with what a model says of itself."""
+    said = families.stated_shape(model)
     config = stated_config(model).get("input_size") or (3,)
-    channels: int = proj.in_channels if isinstance(proj, nn.Conv2d) else config[0]
-    size = input_size or getattr(embed, "img_size", None) or config[1:]
+    size: Any = input_size or (config[1:] if None in said else said[1:])
     shape = (size, size) if isinstance(size, int) else tuple(size)
-    shape = (channels, *shape) if len(shape) == 2 else shape
+    shape = (said[0] or config[0], *shape) if len(shape) == 2 else shape
     if len(shape) != 3 or min(shape) < 1:
         raise InvalidInput(
             "latency: input_size must be a side, (height, width) or (channels, height, width), "

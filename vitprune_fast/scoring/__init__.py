@@ -11,12 +11,12 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor, nn
 
-from ..batches import checked
+from ..batches import check_single_label, checked, classes_of
 from ..errors import InvalidInput
 from ..precision import Precision, computing_in, device_of, is_half, name_of, resolve
 from ..ranks import Ranks
 from ..sealed import fingerprint
-from ..structure import UNIT_KINDS, Axis, Structure, describe
+from ..structure import UNIT_KINDS, Axis, Structure, describe, families
 from ..structure.paths import get
 from . import stream
 from .ablation import leave_one_out
@@ -149,7 +149,8 @@ def score(
     computed = resolve("score", dtype, device_of(model))
     provenance: dict[str, Any] = {"model": structure.family, "torch": torch.__version__}
     if criterion == "magnitude":
-        by_axis = magnitude(model, structure, axes, chosen)
+        with families.opened(model, structure) as seen:
+            by_axis = magnitude(model, seen, axes, chosen)
         return Scores(by_axis, criterion, chosen, 0, provenance=provenance)
     if batches is None:
         raise InvalidInput(
@@ -187,13 +188,13 @@ def score(
     @contextmanager
     def measuring(dtype: torch.dtype | None, *, replayed: bool) -> Iterator[stream.ScoreBatch]:
         """The criterion, computed in a dtype."""
-        with computing_in(dtype, model):
+        with computing_in(dtype, model), families.opened(model, structure) as seen:
             if criterion not in ("taylor", "fisher"):
-                yield _forward_only(model, structure, axes, criterion, candidates)
+                yield _forward_only(model, seen, axes, criterion, candidates)
                 return
             with scorer(
                 model,
-                structure,
+                seen,
                 axes,
                 path=path,
                 per_token=chosen == "token_abs",
@@ -281,7 +282,8 @@ def _check_structure(model: nn.Module, structure: Structure) -> None:
 
 def _check_classes(model: nn.Module, criterion: str) -> None:
     """Refuse a model that tells no classes apart: its loss says nothing about its units."""
-    classes = getattr(model, "num_classes", getattr(model, "num_labels", None))
+    check_single_label("score", model)
+    classes = classes_of(model)
     if isinstance(classes, int) and classes < 2:
         raise InvalidInput(
             f"score: model must have at least 2 classes for the criterion {criterion!r}, got "

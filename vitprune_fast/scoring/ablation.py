@@ -16,11 +16,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..batches import as_input, check_logits
+from ..batches import as_input, check_logits, logits_of
 from ..errors import InvalidInput
 from ..modules.modes import evaluating, uncompiled
 from ..modules.norms import kept_by, norm_over_kept
-from ..modules.swap import Altered
+from ..modules.swap import Altered, silence
 from ..structure import Axis, Structure
 from ..structure.paths import get
 from ..structure.places import Place
@@ -90,7 +90,7 @@ def _score_batch(
     measure: str,
 ) -> dict[str, Tensor]:
     images = as_input(model, images)
-    full = model(images)
+    full = logits_of(model(images))
     damage = _damage_to(full, labels, measure, len(images))
     dtype = torch.promote_types(full.dtype, torch.float32)
     scores = {axis.name: full.new_empty((len(images), axis.size), dtype=dtype) for axis in axes}
@@ -194,8 +194,8 @@ def _logits_without(
             lost = Lost((owners == units).to(images.device), samples, trial.late)
             _select(model, place, lost, altered)
         for path in trial.silent:
-            altered.after(get(model, path), _zeros)
-        return model(images)
+            altered.after(get(model, path), silence)
+        return logits_of(model(images))
 
 
 @dataclass(frozen=True)
@@ -305,10 +305,3 @@ def _pass(x: Tensor, *_: Any, **__: Any) -> Tensor:
 
 def _flat(module: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> Tensor:
     return output.flatten(0, 1)
-
-
-def _zeros(module: nn.Module, inputs: tuple[Any, ...], output: Any) -> Any:
-    # attention of other libraries hands its weights back beside what it writes
-    if isinstance(output, tuple):
-        return (torch.zeros_like(output[0]), *output[1:])
-    return torch.zeros_like(output)

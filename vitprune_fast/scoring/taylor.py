@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..batches import as_input, check_labels, check_logits
+from ..batches import as_input, check_labels, check_logits, logits_of
 from ..errors import InvalidInput
 from ..modules.modes import evaluating, uncompiled
 from ..structure import Axis, Structure
@@ -79,7 +79,7 @@ class TaylorScorer:
     def _rows(self, images: Tensor, targets: Tensor) -> list[Rows]:
         """Forward and backward; the targets are labels (B,), or random numbers (B, draws)."""
         self._probes.clear()
-        logits = self._model(images)
+        logits = logits_of(self._model(images))
         if self._classes is None:
             labels = targets if self._fisher is None else targets.new_zeros(len(images)).long()
             check_logits("score", logits, labels)

@@ -7,6 +7,7 @@ from types import EllipsisType
 from typing import Literal
 
 from torch import Tensor, nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from torch.nn.utils import parametrize
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
@@ -18,6 +19,7 @@ from .places import Place
 from .table import Attention, Rows, Structure, Work, Write
 
 Size = Axis | Dim | int
+_LAYERS = (nn.Linear, nn.Conv2d, NonDynamicallyQuantizableLinear)
 
 
 class Builder:
@@ -58,6 +60,13 @@ class Builder:
 
     def linear(self, path: str, out: Size, in_: Size, positions: int) -> None:
         """A Linear or Conv layer applied at ``positions`` places of one sample."""
+        layer = get(self.model, path)
+        if isinstance(getattr(layer, "weight", None), Tensor) and type(layer) not in _LAYERS:
+            remedy = "; call merge_and_unload()" if hasattr(layer, "base_layer") else ""
+            raise UnsupportedArchitecture(
+                f"describe: {path} must be a Linear or Conv2d of torch, which computes by its "
+                f"weight alone, got a {type(layer).__module__}.{type(layer).__name__}{remedy}"
+            )
         self.tensor(f"{path}.weight", out, in_)
         self.tensor(f"{path}.bias", out)
         if self.has(f"{path}.weight"):
@@ -96,8 +105,8 @@ class Builder:
     def attention(
         self,
         module: str,
-        width: Axis,
-        queries: Sequence[str],
+        width: Axis | None,
+        queries: Sequence[str] = (),
         *,
         key_bias: Rows | None = None,
         value_bias: Rows | None = None,

@@ -18,7 +18,7 @@ from ..errors import InvalidInput
 from ..modules.modes import evaluating
 from ..modules.swap import Altered
 from ..planning.plan import Plan
-from ..structure import Structure, describe
+from ..structure import Structure, describe, families
 from ..structure.paths import get
 from ..structure.reading import Reading
 from ..structure.table import Write
@@ -84,7 +84,8 @@ def calibrate(
         for sums, one in ((means, read.sum(0)), *([(products, read.T @ read)] if grams else [])):
             sums[name] = sums[name] + one.to(dtype) if name in sums else one.to(dtype)
 
-    with evaluating(model), torch.no_grad(), Altered() as altered:
+    opened = families.opened(model, structure)
+    with opened, evaluating(model), torch.no_grad(), Altered() as altered:
         for write in _projections(structure):
             hook = partial(measure, write.name)
             altered.before(get(model, write.projection), hook)

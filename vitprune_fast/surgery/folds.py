@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import InvalidInput
-from ..structure import Structure, describe
+from ..structure import Axis, Structure, describe, families
 from ..structure.paths import get
 from ..structure.table import Rows
 
@@ -30,33 +30,37 @@ def fold_gates(model: nn.Module, gates: Mapping[str, Tensor]) -> None:
             or are not finite, or a tensor beside a gate is tied; nothing was changed then.
         UnsupportedArchitecture: the model has no layout.
     """
-    structure = describe(model)
-    for name, values in gates.items():
-        if name not in structure.taps:
-            raise InvalidInput(
-                f"fold_gates: gates must be of axes of heads, dims or neurons of this model, "
-                f"got {name!r}"
-            )
-        size = structure.axes[name].size
-        if not isinstance(values, Tensor) or values.shape != (size,):
-            got = tuple(values.shape) if isinstance(values, Tensor) else type(values).__name__
-            raise InvalidInput(f"fold_gates: gates of {name} must be ({size},), got {got}")
-        if not values.isfinite().all():
-            raise InvalidInput(f"fold_gates: gates of {name} must be finite, got others")
-        module = structure.taps[name].module
-        refuse_tied("fold_gates", structure, f"{module}.weight", f"{module}.bias")
-    for name, values in gates.items():
-        tap, axis = structure.taps[name], structure.axes[name]
-        owners = tap.owners(axis)
-        module = get(model, tap.module)
-        part = slice(None) if tap.columns is None else slice(*tap.columns)
-        if tap.at == "input":
-            module.weight[:, part] *= values.detach().cpu()[owners].to(module.weight)
-            continue
-        for tensor in (module.weight, getattr(module, "bias", None)):
-            if tensor is not None:
-                factor = values.detach().cpu()[owners].to(tensor)
-                tensor[part] *= factor.view(-1, *(1,) * (tensor.ndim - 1))
+    with families.opened(model, describe(model)) as structure:
+        for name, values in gates.items():
+            if name not in structure.taps:
+                raise InvalidInput(
+                    f"fold_gates: gates must be of axes of heads, dims or neurons of this model, "
+                    f"got {name!r}"
+                )
+            size = structure.axes[name].size
+            if not isinstance(values, Tensor) or values.shape != (size,):
+                got = tuple(values.shape) if isinstance(values, Tensor) else type(values).__name__
+                raise InvalidInput(f"fold_gates: gates of {name} must be ({size},), got {got}")
+            if not values.isfinite().all():
+                raise InvalidInput(f"fold_gates: gates of {name} must be finite, got others")
+            module = structure.taps[name].module
+            refuse_tied("fold_gates", structure, f"{module}.weight", f"{module}.bias")
+        for name, values in gates.items():
+            _fold_gate(model, structure, structure.axes[name], values.detach().cpu())
+
+
+def _fold_gate(model: nn.Module, structure: Structure, axis: Axis, values: Tensor) -> None:
+    tap = structure.taps[axis.name]
+    owners = tap.owners(axis)
+    module = get(model, tap.module)
+    part = slice(None) if tap.columns is None else slice(*tap.columns)
+    if tap.at == "input":
+        module.weight[:, part] *= values[owners].to(module.weight)
+        return
+    for tensor in (module.weight, getattr(module, "bias", None)):
+        if tensor is not None:
+            factor = values[owners].to(tensor)
+            tensor[part] *= factor.view(-1, *(1,) * (tensor.ndim - 1))
 
 
 @torch.no_grad()

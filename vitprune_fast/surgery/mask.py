@@ -7,10 +7,10 @@ from contextlib import contextmanager
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from ..modules.norms import kept_by, norm_over_kept
-from ..modules.swap import Altered
+from ..modules.swap import Altered, silence
 from ..planning.plan import Plan
 from ..structure import Structure, describe
 from ..structure.paths import get
@@ -72,7 +72,7 @@ def masked_by(model: nn.Module, structure: Structure, plan: Plan) -> Iterator[No
         for write in structure.writes():
             if write.name in plan.removed:
                 silent = get(model, write.output)
-                altered.after(silent, _zeros)
+                altered.after(silent, silence)
         yield
 
 
@@ -84,7 +84,3 @@ def _names_of_tensors(structure: Structure, plan: Plan) -> list[list[str]]:
         if not (structure.is_tied(name) and name.startswith(silenced)):
             names.setdefault(structure.ties.get(name, name), []).append(name)
     return list(names.values())
-
-
-def _zeros(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
-    return torch.zeros_like(output)

@@ -73,8 +73,9 @@ def prune(
     """A new, smaller, dense model that computes what ``model`` computes under ``plan``.
 
     The logits equal those of the masked model (:func:`vitprune_fast.mask`) to rounding; a plan
-    that keeps everything changes no bit of any tensor. The result is made of stock timm modules;
-    only a block that lost one branch becomes a ``HalfBlock``. Tied parameters stay tied.
+    that keeps everything changes no bit of any tensor. The result is made of the stock modules of
+    its library; only a block that lost one branch becomes a ``HalfBlock``. Tied parameters stay
+    tied.
 
     A branch that lost all its units computes a constant. It goes, and the constant is added to the
     last live writer of the residual stream before it. In training with drop path that constant is
@@ -201,7 +202,7 @@ def operate(
     model: nn.Module, structure: Structure, reading: Reading, moved: dict[str, Tensor]
 ) -> Cut:
     """Prune ``model``; also tells which new tensor each old one became, for what goes with it."""
-    cut = _smaller_copy(model, structure, moved)
+    cut, family = _smaller_copy(model, structure, moved), families.of(model)
     new = cut.model
     norms = {f"{path}.normalized_shape": dim for path, dim in structure.norms.items()}
     for path, dim in (structure.attrs | norms).items():
@@ -214,7 +215,8 @@ def operate(
     for write in reading.dead.values():
         fate, target = reading.fates[write.name]
         if fate == "constant":
-            constant = Constant(_projected(new, write, reading))
+            pair = write.name.rpartition(".")[2] in family.pairs
+            constant = Constant(_projected(new, write, reading), pair)
             put(new, write.name, constant)
             name = write.projected_bias
             # it learns as the bias did; where there was none, nothing is there to learn
@@ -223,6 +225,7 @@ def operate(
             cut.constants[name] = constant.bias
         elif fate == "folded" and target is not None:
             _fold(cut, target, _constant(new, write, reading))
+    family.fitting(new)
     cut.modules = dict(new.named_modules())
     _drop_branches(new, reading)
     return cut
@@ -257,6 +260,8 @@ def _keep_softmax_scale(
     ``.scale``: so the factor goes into the query rows and ``.scale`` follows the new width.
     ``scaled`` remembers the tensors that have it: tied ones are met again.
     """
+    if attention.width is None:
+        return
     width, old_width = reading.extent[attention.width.name], attention.width.width
     if width in (0, old_width) or attention.module in reading.dead:
         return

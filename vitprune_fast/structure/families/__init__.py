@@ -8,6 +8,7 @@ package there is :func:`register_family`.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from importlib import import_module
 from typing import Any
@@ -27,6 +28,15 @@ Shape = tuple[int | None, int | None, int | None]
 
 def _no_renumbering(model: Any, moved: Mapping[str, str]) -> None:
     """Most models say nowhere else which blocks they have."""
+
+
+def _as_it_is(model: Any) -> None:
+    """Most modules may have any size."""
+
+
+def _open_already(model: Any, structure: Structure) -> AbstractContextManager[Structure]:
+    """Most modules call others for all they compute."""
+    return nullcontext(structure)
 
 
 def _own_config(model: Any, recipe: Recipe) -> Iterable[tuple[dict[str, Any], nn.Module | None]]:
@@ -51,6 +61,11 @@ class Family:
             them, in the order in which they run.
         swaps: what may stand in the place of a stock module or be given to the constructor:
             qualified names of classes, or of modules all of whose classes may.
+        pairs: names of cores that hand back a pair, of which the first is what the branch writes.
+        fitting: told of a pruned model whose tensors and attributes have their sizes: exchanges
+            modules that cannot be of these sizes, and what else the model says of them.
+        opened: ``(model, structure)``: a context in which hooks see what passes every module that
+            the structure names; it hands over a structure of the names that then hold.
         renumbered: ``(model, moved)``: told after blocks went from where to where the others moved,
             for what else a model says of them.
         configs: ``(model, recipe) -> (config, made)``: what ``config.json`` says in the library's
@@ -64,6 +79,9 @@ class Family:
     blocks: Callable[[Any], tuple[str, ...]]
     halves: Callable[[Any, str], tuple[str, ...]]
     swaps: tuple[str, ...] = ()
+    pairs: tuple[str, ...] = ()
+    fitting: Callable[[Any], None] = _as_it_is
+    opened: Callable[[Any, Structure], AbstractContextManager[Structure]] = _open_already
     renumbered: Callable[[Any, Mapping[str, str]], None] = _no_renumbering
     configs: Callable[[Any, Recipe], Iterable[tuple[dict[str, Any], nn.Module | None]]] = (
         _own_config
@@ -74,6 +92,13 @@ class Family:
 _FAMILIES: dict[str, str | Family] = {
     "timm.models.vision_transformer.VisionTransformer": "timm_vit",
     "timm.models.deit.VisionTransformerDistilled": "timm_vit",
+    "transformers.models.vit.modeling_vit.ViTForImageClassification": "hf_vit",
+    "transformers.models.deit.modeling_deit.DeiTForImageClassification": "hf_deit",
+    "transformers.models.deit.modeling_deit.DeiTForImageClassificationWithTeacher": "hf_deit",
+    "transformers.models.dinov2.modeling_dinov2.Dinov2ForImageClassification": "hf_dinov2",
+    "transformers.models.dinov2_with_registers.modeling_dinov2_with_registers"
+    ".Dinov2WithRegistersForImageClassification": "hf_dinov2",
+    "torchvision.models.vision_transformer.VisionTransformer": "torchvision_vit",
 }
 # classes that were registered as such, which no import has to find
 _CLASSES: dict[str, type[nn.Module]] = {}
@@ -113,7 +138,7 @@ def of(model: nn.Module) -> Family:
     if name not in _FAMILIES:
         raise UnsupportedArchitecture(
             f"describe: model must be one of {', '.join(map(_short, _FAMILIES))}, "
-            f"got {type(model).__name__}"
+            f"got {type(model).__name__}{_remedy(model)}"
         )
     return named(name)
 
@@ -149,6 +174,30 @@ def image_shape(model: nn.Module) -> Shape:
         UnsupportedArchitecture: its class is of no family.
     """
     return of(model).images(model)
+
+
+def stated_shape(model: nn.Module) -> Shape:
+    """The same, all None for a model of no family."""
+    try:
+        return image_shape(model)
+    except UnsupportedArchitecture:
+        return (None, None, None)
+
+
+def opened(model: nn.Module, structure: Structure) -> AbstractContextManager[Structure]:
+    """See :class:`Family`; a model of no family is as it is."""
+    name = qualified(type(model))
+    return named(name).opened(model, structure) if name in _FAMILIES else nullcontext(structure)
+
+
+def _remedy(model: Any) -> str:
+    """How to get at the model inside a wrapper; empty where there is none."""
+    if hasattr(model, "merge_and_unload"):
+        return "; pass what its merge_and_unload() hands back"
+    for name in ("module", "_orig_mod"):
+        if isinstance(getattr(model, name, None), nn.Module):
+            return f"; pass model.{name}"
+    return ""
 
 
 def _short(name: str) -> str:

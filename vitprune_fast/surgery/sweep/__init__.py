@@ -13,11 +13,12 @@ import torch
 from torch import Tensor, nn
 
 from ..._version import __version__
+from ...batches import logits_of
 from ...errors import InvalidInput, UnsupportedArchitecture, VitpruneError
 from ...modules.modes import evaluating, uncompiled
 from ...precision import device_of, dtype_of, is_half, name_of
 from ...sealed import fingerprint
-from ...structure import Structure
+from ...structure import Structure, families
 from ...structure.reading import Reading
 from ...structure.table import Write
 from ..carry import Cut
@@ -79,6 +80,8 @@ def sweep(
         uncompiled(),
         torch.no_grad(),
         torch.autocast(device, enabled=False),
+        families.opened(model, structure),
+        families.opened(cut.model, structure),
     ):
         modules = dict(model.named_modules())
         dense = Streamed(model, modules, structure, dtype)
@@ -151,7 +154,7 @@ def _identity(model: nn.Module, structure: Structure, reading: Reading, read: st
 
 def _check_forward(model: Streamed, writes: Sequence[Write], example: Tensor) -> None:
     """Refuse a model whose forward pass is more than its branches: that would be lost."""
-    want = model.model(example)
+    want = logits_of(model.model(example))
     got = model.finish(model.through(writes, model.stem(example)), example)[0]
     if not want.isfinite().all():
         raise InvalidInput(

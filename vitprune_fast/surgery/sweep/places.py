@@ -98,7 +98,10 @@ class Fitter:
         return [
             self._fit_classifier(name.removesuffix(".weight"))
             for name, (rows, *columns) in self._structure.tensors.items()
-            if columns == [stream] and not any(rows.axes) and self._structure.owner(name) is None
+            if name.endswith(".weight")
+            and columns == [stream]
+            and not any(rows.axes)
+            and self._structure.owner(name) is None
         ]
 
     def _streams_agree(self) -> bool:

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from ...batches import logits_of
+from ...modeling_pruned import run_core
 from ...modules.swap import Altered
 from ...precision import autocast, device_of
 from ...structure import Structure
@@ -86,7 +89,8 @@ class Streamed:
 
     def output(self, write: Write, x: Tensor) -> Tensor:
         """What comes out of the branch, before its gain."""
-        return self._run(self._modules[write.name], self.reading(write, x))
+        core = self._modules[write.name]
+        return self._run(partial(run_core, core), self.reading(write, x))
 
     def scaled(self, write: Write, output: Tensor) -> Tensor:
         """What an output of the branch adds to the stream: it times the gain, or its norm."""
@@ -124,13 +128,14 @@ class Streamed:
         with self._instead_of_blocks(given) as altered:
             for path in classifiers:
                 altered.after(self._modules[path], note(path))
-            return self._run(self.model, image.expand(len(x), *image.shape[1:])), seen
+            said = self._run(self.model, image.expand(len(x), *image.shape[1:]))
+            return logits_of(said), seen
 
     def _through(self, path: str, x: Tensor) -> Tensor:
         module = self._modules.get(path) if path else None
         return x if module is None else self._run(module, x)
 
-    def _run(self, module: nn.Module, x: Tensor) -> Tensor:
+    def _run(self, module: Callable[[Tensor], Any], x: Tensor) -> Any:
         with autocast(self._dtype, device_of(self.model), keeps_casts=False):
             return module(x)
 
