@@ -84,6 +84,9 @@ def test_the_table_of_a_pruned_model_has_the_sizes_of_the_plan(name: str) -> Non
     for axis in found.axes.values():
         assert axis.size == sizes.get(axis.kind, structure.axes[axis.name].size)
     assert pruned.config.hidden_size == 16 and pruned.config.num_attention_heads == 2
+    # one config for all modules, and another than that of the dense model
+    assert layers_of(pruned)[1].attention.config is pruned.config
+    assert model.config.hidden_size == 24
 
 
 @pytest.mark.parametrize("name", SOME)
@@ -262,6 +265,19 @@ def test_layers_that_compute_by_more_than_their_weight_are_refused() -> None:
     attention = layers_of(model)[0].attention
     attention.q_proj = _Adapted(attention.q_proj)
     with pytest.raises(UnsupportedArchitecture, match=r"_Adapted; call merge_and_unload\(\)$"):
+        vp.describe(model)
+
+
+class _Attention(nn.Identity):
+    """A part that some program of somebody's put in."""
+
+
+def test_parts_of_others_are_refused() -> None:
+    model = model_of()
+    layers_of(model)[1].block.attention = _Attention()
+    with pytest.raises(
+        UnsupportedArchitecture, match=r"\.1 must be made of parts of .*_Attention$"
+    ):
         vp.describe(model)
 
 

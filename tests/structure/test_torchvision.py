@@ -152,6 +152,8 @@ def test_gates_see_into_attention_and_leave_nothing_behind() -> None:
     with vp.gates.attach(model, units, "fixed", init=values):
         gated = model(images)
         assert [*model.state_dict()] == keys
+        half = vp.evaluate(model, [(images, torch.zeros(2).long())], dtype=torch.float32)
+        assert half.nonfinite_count == 0
         assert torch.equal(copy.deepcopy(model)(images), copy.deepcopy(model.eval())(images))
         assert gap(copy.deepcopy(model)(images), plain) <= 1e-12
     assert gap(gated, plain) > 1e-3

@@ -148,15 +148,11 @@ def _names(model: nn.Module, path: str, rows: Sequence[tuple[str, ...]]) -> tupl
 def _describe_block(t: Builder, path: str, names: Names, embed: Axis, tokens: int) -> None:
     """Attention and MLP, each behind a norm and before a LayerScale, where there is one."""
     block = get(t.model, path)
+    homes = (type(t.model).__module__, HalfBlock.__module__, "torch.nn.")
     for module in (block, *block.children()):
-        home = type(module).__module__
-        if (
-            not (home.startswith(("torch.nn.", HalfBlock.__module__)))
-            and home != type(t.model).__module__
-        ):
+        if not type(module).__module__.startswith(homes):
             raise UnsupportedArchitecture(
-                f"describe: {path} must be made of parts of {type(t.model).__module__}, got "
-                f"{type(module).__name__}"
+                f"describe: {path} must be made of parts of {homes[0]}, got {type(module).__name__}"
             )
     # before 5.9 the module around the last Linear adds the stream to what that puts out
     mlp = "mlp" if get(block, "intermediate") is None else "output.dense"

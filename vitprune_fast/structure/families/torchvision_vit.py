@@ -235,7 +235,13 @@ def _forward(
 ) -> tuple[Tensor, None]:
     """Self attention as torchvision's EncoderBlock calls it; (B, N, C) in, out."""
     check_plain_call(query, key, value, *args, **options)
-    return attended(attention, vars(attention)[PROJECTION](query)), None
+    projection: nn.Linear = vars(attention)[PROJECTION]
+    # whoever casts or moves a model looks for tensors in its modules
+    projection._parameters |= {
+        "weight": attention.in_proj_weight,
+        "bias": attention.in_proj_bias,
+    }
+    return attended(attention, projection(query)), None
 
 
 # saving
