@@ -137,6 +137,15 @@ def tie_not_noted(s: Structure) -> None:
     s.ties.clear()
 
 
+def filled_under_a_norm(s: Structure) -> None:
+    s.unpaddable.clear()
+
+
+def width_not_declared(s: Structure) -> None:
+    """What no forward reads, and the family does."""
+    del s.attrs["embed_dim"]
+
+
 def name_of_nothing(s: Structure) -> None:
     first = s.stream[1]
     s.stream[1] = replace(first, projection="blocks.0.attn.out")
@@ -263,6 +272,15 @@ FAULTS: list[tuple[Callable[[Structure], None], str, list[tuple[str, str, str]]]
         "tied",
         [("layouts", "blocks.2.mlp.fc1.weight", "the same tensor as blocks.0.mlp.fc1.weight")],
     ),
+    (
+        filled_under_a_norm,
+        "scale_attn_norm-scale_mlp_norm",
+        [
+            ("declarations", "blocks.0.attn.v_dims", "blocks.0.attn.norm takes statistics"),
+            ("masked is pruned", "blocks.0.attn.v_dims", "logits differ"),
+        ],
+    ),
+    (width_not_declared, "plain", [("described again", "embed", "must have shape")]),
     (name_of_nothing, "plain", [("declarations", "blocks.0.attn.out", "is no module")]),
     (
         units_nobody_reads,
@@ -288,6 +306,30 @@ def test_what_is_wrong_is_caught_and_named(
             check.name == name and where in check.where.split(", ") and said in check.detail
             for check in report.failures
         ), str(report)
+
+
+@pytest.mark.parametrize(
+    "field",
+    [
+        "axes",
+        "tensors",
+        "attrs",
+        "norms",
+        "boxes",
+        "attentions",
+        "stream",
+        "blocks",
+        "branches",
+        "work",
+        "taps",
+        "readers",
+    ],
+)
+def test_no_part_of_a_table_can_be_left_out_and_none_stops_the_check(field: str) -> None:
+    model = random_vit()
+    structure = vp.describe(model)
+    getattr(structure, field).clear()
+    assert not vp.check_structure(model, structure, plans=1).ok
 
 
 class Ours(VisionTransformer):

@@ -50,9 +50,9 @@ def check_structure(
     * *twice is once*: a plan and then another one is the one plan that does both.
     * *readers*: a channel that is masked at the readers of its stream is masked altogether.
     * *scores*: Taylor scores are the central difference of the loss by a gate on the unit, which
-      stands in the tensors and not at the tap, for every sample of some units of every axis. An
-      axis of dims or neurons that reaches no projection of a branch, and is no width of queries,
-      is left out.
+      stands in the tensors and not at the tap, for every sample of some units of every axis. Of
+      dims and neurons that reach no projection of a branch, and are no width of queries, it is
+      only known that they can be scored.
     * *leave one out*: the score ``loss`` is the rise of the loss under the mask.
 
     A plan that breaks is cut down to the axis that breaks it, and declarations are added for a try

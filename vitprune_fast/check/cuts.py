@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import math
 import random
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from ..errors import UnsupportedArchitecture
 from ..planning.cost import count_macs, count_macs_by_module, predict_cost
 from ..planning.plan import Plan
 from ..structure import Axis, Dim, Structure, describe, families
@@ -82,6 +85,9 @@ class PlanCheck:
     explain: Callable[[Plan, Sequence[Cut]], str] = lambda plan, cuts: ""
     faults: list[Fault] = field(default_factory=list)
 
+    def __post_init__(self) -> None:
+        self._kinds: set[str] = set()
+
     def holds(self, structure: Structure, kind: str, plan: Plan) -> bool:
         """Whether it does; else what breaks it is narrowed down and noted, the first of a kind."""
 
@@ -95,17 +101,17 @@ class PlanCheck:
             return True
         if kind not in self._kinds and len(self.faults) < _MOST_FAULTS:
             self._kinds.add(kind)
-            smaller, cuts = narrowed(structure, plan, breaks)
+            plan, cuts = narrowed(structure, plan, breaks)
             names = [cut if isinstance(cut, str) else cut.name for cut in cuts]
             where = ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
             if where not in [place for place, _ in self.faults]:
-                said = (breaks(smaller) or "", self.explain(smaller, cuts))
+                said = [breaks(plan) or ""]
+                with suppress(Exception):
+                    # a table that breaks what explains it is not explained
+                    said.append(self.explain(plan, cuts))
                 found = "; ".join(part for part in said if part)
                 self.faults.append((where, f"plans of kind {kind!r}: {found}"))
         return False
-
-    def __post_init__(self) -> None:
-        self._kinds: set[str] = set()
 
 
 def try_plans(subject: Subject, drawn: list[tuple[str, Plan]], checks: Sequence[PlanCheck]) -> None:
@@ -174,18 +180,19 @@ def costs_of_modules(subject: Subject) -> Iterator[Fault]:
     """The innermost modules whose products the table counts otherwise than PyTorch."""
     model, structure, image = subject.model, subject.structure, _image(subject)
     counted = count_macs_by_module(model, lambda: model(image))
-    predicted = dict.fromkeys((*counted, *(work.module for work in structure.work)), 0)
+    # what a module computes by itself, without a call of the part that the table names, is its own
+    predicted = dict.fromkeys(counted, 0)
     for work in structure.work:
-        macs = Reading(replace(structure, work=[work])).macs
+        macs = work.positions * math.prod(dim.length() for dim in work.dims)
         for path in predicted:
             if not path or f"{work.module}.".startswith(f"{path}."):
                 predicted[path] += macs
-    wrong = [path for path, macs in predicted.items() if macs != counted.get(path, 0)]
+    wrong = [path for path, macs in predicted.items() if macs != counted[path]]
     for path in wrong:
         inside = f"{path}." if path else ""
         if not any(other != path and other.startswith(inside) for other in wrong):
             where = path or type(model).__name__
-            yield where, f"{counted.get(path, 0):,} MACs, predicted {predicted[path]:,}"
+            yield where, f"{counted[path]:,} MACs, predicted {predicted[path]:,}"
 
 
 def _counts(structure: Structure, plan: Plan) -> dict[str, int]:
@@ -245,7 +252,7 @@ def has_family(model: nn.Module) -> bool:
     """Whether a pruned model can be described again."""
     try:
         families.of(model)
-    except NotImplementedError:
+    except UnsupportedArchitecture:
         return False
     return True
 

@@ -37,12 +37,21 @@ def layout_faults(model: nn.Module, structure: Structure) -> Iterator[Fault]:
 
 def declaration_faults(model: nn.Module, structure: Structure) -> Iterator[Fault]:
     """Names of nothing, values that are others, and layouts inside a module that do not fit."""
+    for name, layout in structure.tensors.items():
+        for axis in (axis for dim in layout for axis in dim.axes):
+            if structure.axes.get(axis.name) != axis:
+                yield name, f"runs over {axis.name}, which is not that axis of the table, or none"
     yield from _names_of_nothing(model, structure)
     for path, dim in structure.attrs.items():
         value = get(model, path)
         first = value[0] if isinstance(value, (tuple, list)) and value else value
         if first != dim.length():
             yield path, f"is {value!r}, and is declared to be {dim.length()}"
+    boxed = {axis.name for box in structure.boxes for axis in box if len(box) > 1}
+    for path, dim in structure.norms.items():
+        for axis in dim.axes:
+            if axis.name in boxed - structure.unpaddable:
+                yield axis.name, f"may be filled with zeros, over which {path} takes statistics"
     for path, module in model.named_modules():
         weight, bias = (structure.tensors.get(f"{path}.{name}") for name in ("weight", "bias"))
         if isinstance(module, nn.Linear) and weight and bias and not _alike(bias[0], weight[0]):

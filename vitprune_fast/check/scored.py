@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import copy
 import random
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
 from functools import partial
@@ -22,8 +22,8 @@ from ..modules.norms import epsilon, is_rms
 from ..modules.swap import Altered
 from ..planning.plan import Plan
 from ..scoring.ablation import leave_one_out
-from ..scoring.taylor import scorer
-from ..structure import UNIT_KINDS, Axis, Structure
+from ..scoring.taylor import PathChoice, scorer
+from ..structure import UNIT_KINDS, Axis, Structure, families
 from ..structure.paths import get, put
 from .declared import Fault
 from .subject import TOLERANCE, Differs, Subject, sentence
@@ -41,25 +41,43 @@ def scores_are_derivatives(subject: Subject, labels: Tensor, seed: int) -> Itera
     structure, rng = subject.structure, random.Random(seed)
     own = _untied(subject)
     for kind in UNIT_KINDS:
-        for axis in structure.units(kind):
-            gate = _gate_of(own, structure, axis)
-            if gate is None or not axis.size:
+        axes = [axis for axis in structure.units(kind) if axis.size]
+        rows = _rows(own, axes, labels)
+        for axis in axes:
+            found, gate = rows[axis.name], _gate_of(own, structure, axis)
+            if isinstance(found, str):
+                yield axis.name, f"{found}{_measured_at(structure, axis)}"
                 continue
-            try:
-                rows = [_scores(own, axis, labels, path) for path in ("auto", "taps")]
-                for unit in rng.sample(range(axis.size), min(UNITS, axis.size)):
-                    want = _derivative(own, labels, partial(gate, unit))
-                    for row in rows:
-                        error = (row[:, unit] - want).abs().max().item()
-                        # written so that NaN is an error
-                        if not error <= STEP * subject.scale:
-                            got = row[:, unit].abs().max().item()
-                            raise Differs(
-                                f"the score of unit {unit} is up to {got:.3e}, the derivative by "
-                                f"its gate {want.abs().max().item():.3e}"
-                            )
-            except Exception as error:
-                yield axis.name, f"{sentence(error)}{_measured_at(structure, axis)}"
+            if gate is None:
+                continue
+            for unit in rng.sample(range(axis.size), min(UNITS, axis.size)):
+                want = _derivative(own, labels, partial(gate, unit))
+                # written so that NaN is an error
+                wrong = [
+                    row[:, unit]
+                    for row in found
+                    if not (row[:, unit] - want).abs().max().item() <= STEP * subject.scale
+                ]
+                if wrong:
+                    yield (
+                        axis.name,
+                        f"the score of unit {unit} is up to {wrong[0].abs().max().item():.3e}, the "
+                        f"derivative by its gate {want.abs().max().item():.3e}"
+                        f"{_measured_at(structure, axis)}",
+                    )
+                    break
+
+
+def _rows(subject: Subject, axes: list[Axis], labels: Tensor) -> dict[str, list[Tensor] | str]:
+    """axis name -> (samples, units) on both paths, or what came in between."""
+    try:
+        both = [_scores(subject, axes, labels, path) for path in ("auto", "taps")] if axes else []
+    except Exception as error:
+        if len(axes) == 1:
+            return {axes[0].name: sentence(error)}
+        # one after the other, so that the others are known
+        return {name: row for axis in axes for name, row in _rows(subject, [axis], labels).items()}
+    return {axis.name: [rows[axis.name] for rows in both] for axis in axes}
 
 
 def readers_are_all(subject: Subject) -> Iterator[Fault]:
@@ -97,8 +115,9 @@ def losses_are_those_of_masks(subject: Subject, labels: Tensor, seed: int) -> It
             continue
         axis = rng.choice(axes)
         try:
-            measure = leave_one_out(subject.model, structure, [axis], "loss")
-            rows = measure(subject.images, labels)[axis.name]
+            with families.opened(subject.model, structure) as seen:
+                measure = leave_one_out(subject.model, seen, [axis], "loss")
+                rows = measure(subject.images, labels)[axis.name]
             for unit in rng.sample(range(axis.size), min(UNITS, axis.size)):
                 kept = [u for u in range(axis.size) if u != unit]
                 without = subject.masked(Plan.of(structure, {axis.name: kept}), structure)
@@ -122,10 +141,15 @@ def _untied(subject: Subject) -> Subject:
     return Subject(model, subject.structure, subject.images)
 
 
-def _scores(subject: Subject, axis: Axis, labels: Tensor, path: Any) -> Tensor:
-    with scorer(subject.model, subject.structure, [axis], path=path) as ready:
+def _scores(
+    subject: Subject, axes: Sequence[Axis], labels: Tensor, path: PathChoice
+) -> Mapping[str, Tensor]:
+    with (
+        families.opened(subject.model, subject.structure) as seen,
+        scorer(subject.model, seen, axes, path=path) as ready,
+    ):
         (rows,) = ready(subject.images, labels, 0)
-    return rows[axis.name]
+    return rows
 
 
 def _losses(logits: Tensor, labels: Tensor) -> Tensor:

@@ -149,7 +149,7 @@ def _cuts(structure: Structure, plan: Plan) -> Iterator[Cut]:
 
 
 def _only(structure: Structure, plan: Plan, cuts: list[Cut]) -> Plan | None:
-    """The plan with some of its cuts; None where zeros would have to fill what they may not."""
+    """The plan with some of its cuts; None where that is none, as where zeros may not fill."""
     kept: dict[str, list[int]] = {}
     axes = [cut for cut in cuts if not isinstance(cut, str)]
     for axis in axes:
@@ -161,7 +161,7 @@ def _only(structure: Structure, plan: Plan, cuts: list[Cut]) -> Plan | None:
     try:
         chosen = Plan.of(structure, kept, [cut for cut in cuts if isinstance(cut, str)])
         Reading(structure, chosen)
-    except InvalidInput:
+    except (InvalidInput, LookupError):
         return None
     return chosen
 

@@ -58,7 +58,7 @@ def count_macs(run: Callable[[], Any]) -> int:
 
 
 def count_macs_by_module(model: nn.Module, run: Callable[[], Any]) -> dict[str, int]:
-    """As :func:`count_macs`, of every module that computes products; ``""`` is the model.
+    """As :func:`count_macs`, of every module in which products are computed; ``""`` is the model.
 
     A module counts what it contains as well.
     """

@@ -129,12 +129,13 @@ def _branch_sites(structure: Structure, branch: str, kind: str) -> list[Site]:
     if write.post_norm:
         # behind a norm the projection is no longer linear in the gate: measure what is written
         return [Site(f"{branch}@write", Place(write.norm, "output", write.dim), kind, 1)]
-    inner = next(
-        axis
-        for name, axis in structure.axes.items()
-        if name in structure.taps and structure.taps[name].module == write.projection
-    )
-    sites = [_tap_site(structure, inner)]
+    inner = [name for name, place in structure.taps.items() if place.module == write.projection]
+    if not inner:
+        raise InvalidInput(
+            f"score: structure must have units at the input of {write.projection}, where those of "
+            f"{branch} are measured, got none"
+        )
+    sites = [_tap_site(structure, structure.axes[inner[0]])]
     if write.projected_bias in structure.tensors:
         output = Place(write.projection, "output", write.dim)
         sites.append(Site(f"{branch}@bias", output, kind, 1, of_bias=True))
