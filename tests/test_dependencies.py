@@ -19,7 +19,7 @@ OURS = {"vitprune_fast", "kernels", "tests", "bench"}
 THROUGH = {
     "tensorboard": ("vitprune_fast/recipes/board.py", "torch.utils.tensorboard"),
     # a model of it is known by the home of its class
-    "transformers": ("vitprune_fast/integrations/models.py", '"transformers"'),
+    "transformers": ("vitprune_fast/structure/families/__init__.py", '"transformers.models.'),
 }
 
 
