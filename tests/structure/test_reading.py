@@ -120,6 +120,22 @@ def test_counts_that_are_not_possible_are_refused(counts: dict[str, int], messag
         predict_cost(describe(random_vit()), counts)
 
 
+def test_axes_that_share_parameters_have_one_count() -> None:
+    model = random_vit()
+    model.blocks[2].mlp.fc1.weight = model.blocks[0].mlp.fc1.weight
+    structure = describe(model)
+    names = [f"blocks.{number}.mlp.neurons" for number in (0, 2)]
+    alike = dict.fromkeys(names, 40)
+    plan = Plan.of(structure, {name: range(40) for name in names})
+    assert predict_cost(structure, alike) == predict_cost(structure, plan)
+    with pytest.raises(InvalidInput, match=f"{names[0]!r} and {names[1]!r} must be the same"):
+        predict_cost(structure, {names[0]: 40})
+    # of a branch that goes, nothing is shared any more
+    left = Reading.of_counts(structure, {names[0]: 40}, ("blocks.2.mlp",))
+    other = Plan.of(structure, {names[0]: range(40)}, ("blocks.2.mlp",))
+    assert left.params == Reading(structure, other).params
+
+
 def test_terms_are_sums_of_products() -> None:
     a, b = Axis("a", 4, "head"), Axis("b", 6, "neuron")
     products = [

@@ -70,7 +70,8 @@ class Reading:
             fold: as above.
 
         Raises:
-            InvalidInput: a count is out of range, or of no axis that can be counted.
+            InvalidInput: a count is out of range, of no axis that can be counted, or another one
+                than that of an axis with the same parameters.
         """
         for name, count in counts.items():
             axis = structure.axes.get(name)
@@ -79,6 +80,17 @@ class Reading:
                     f"Reading: counts must be of units of the model, from 0 to all, got {count} of "
                     f"{name!r}, which has {axis.width if axis else 'no'} units; name branches and "
                     "blocks as removed"
+                )
+        gone = {axis.name for axis in structure.axes_in(removed)} if removed else ()
+        for group in structure.groups:
+            staying = [axis for axis in group.axes if axis.name not in gone]
+            if (
+                len(staying) > 1
+                and len({counts.get(axis.name, axis.width) for axis in staying}) > 1
+            ):
+                raise InvalidInput(
+                    f"Reading: counts of {staying[0].name!r} and {staying[1].name!r} must be the "
+                    "same, since they share parameters, got others"
                 )
         reading = cls.__new__(cls)
         reading._begin(structure, _Counts(counts), frozenset(removed), fold=fold)
