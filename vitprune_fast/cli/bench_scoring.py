@@ -40,6 +40,7 @@ def main(words: list[str]) -> int:
         return 0
     import torch
 
+    from vitprune_fast.batches import classes_of
     from vitprune_fast.cli.display import print_table
     from vitprune_fast.cli.scoring_race import ALL_KINDS, BARE, FISHER, FORMS, race
     from vitprune_fast.errors import InvalidInput, NotEnoughMemory
@@ -60,7 +61,7 @@ def main(words: list[str]) -> int:
     print(f"{options.model.name}, batch {options.batch_size}, {dtype}, {device}")
     try:
         images = torch.randn(size, generator=random).to(device, dtype)
-        labels = torch.randint(model.num_classes, size[:1], generator=random).to(device)
+        labels = torch.randint(classes_of(model), size[:1], generator=random).to(device)
         entries = race(model, images, labels, rounds=options.rounds, forms=forms)
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn import functional as F
 
-from vitprune_fast.batches import as_input, check_labels
+from vitprune_fast.batches import as_input, check_labels, logits_of
 from vitprune_fast.modules.modes import evaluating
 from vitprune_fast.randomness import seeded
 
@@ -103,7 +103,7 @@ def state_of(
                     functional_call(student, moved, (as_input(student, images),))
                     for images, _ in batches
                 ]
-            return [logits.double().log_softmax(1) for logits in outputs]
+            return [logits_of(output).double().log_softmax(1) for output in outputs]
 
         now = said(0.0)
         if teacher is None:
@@ -114,7 +114,7 @@ def state_of(
                 for logits, (_, labels) in zip(now, batches, strict=True)
             ]
         else:
-            taught = [teacher(as_input(teacher, images)) for images, _ in batches]
+            taught = [logits_of(teacher(as_input(teacher, images))) for images, _ in batches]
             learnt = _divergences([t.to(now[0]).log_softmax(1) for t in taught], now)
         distance = _mean(learnt)
         # rounding may take a divergence of next to nothing below zero; NaN stays

@@ -72,8 +72,14 @@ def count_macs_by_module(model: nn.Module, run: Callable[[], Any]) -> dict[str, 
 
 def _counted(run: Callable[[], Any]) -> FlopCounterMode:
     counter = FlopCounterMode(display=False, custom_mapping=_uncounted())
-    with torch.no_grad(), counter:
-        run()
+    # without gradients torch's own attention may run as one operation that no counter looks into
+    fast = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        with torch.no_grad(), counter:
+            run()
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fast)
     return counter
 
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from vitprune_fast import planning, surgery
-from vitprune_fast.batches import as_input
+from vitprune_fast.batches import as_input, logits_of
 from vitprune_fast.checkpoint import load
 from vitprune_fast.errors import StageFailed
 from vitprune_fast.modules.modes import evaluating
@@ -61,7 +61,7 @@ def logits(model: nn.Module, images: Tensor) -> Tensor:
     The modes of the model come back as they were.
     """
     with evaluating(model):
-        return model(as_input(model, images))
+        return logits_of(model(as_input(model, images)))
 
 
 def tolerance(dtype: torch.dtype) -> float:

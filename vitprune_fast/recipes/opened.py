@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import nn
 
+from vitprune_fast.batches import classes_of
 from vitprune_fast.data import INTERPOLATIONS, ImageData, open_data
 from vitprune_fast.models.config import ModelConfig
 from vitprune_fast.models.open import open_model
@@ -131,7 +132,9 @@ def remember_normalisation(model: Any, data: ImageData, *, trained: bool) -> Non
 
 def check_fit(model: Any, data: ImageData) -> None:
     """Refuses a head or a patch size that does not fit the data (InvalidInput)."""
-    data.check_model(num_classes=model.num_classes, patch_size=model.patch_embed.patch_size)
+    # models of other libraries take images of one size, of which they say no patch
+    patch = getattr(getattr(model, "patch_embed", None), "patch_size", 1)
+    data.check_model(num_classes=classes_of(model), patch_size=patch)
 
 
 def open_weights(config: ModelConfig, seed: int, classes: int | None = None) -> nn.Module:
