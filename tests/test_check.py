@@ -399,8 +399,11 @@ def test_a_report_is_a_table_to_read() -> None:
     [
         ({"plans": 0}, "plans must be a whole number >= 1, got 0"),
         ({"plans": True}, "plans must be a whole number >= 1, got True"),
-        ({"images": torch.zeros(3, 16, 16)}, r"images must be floating .* got \(3, 16, 16\)"),
-        ({"images": "noise"}, "images must be floating .* got 'str'"),
+        (
+            {"images": torch.zeros(3, 16, 16)},
+            r"images must be floating .* got \(3, 16, 16\) in torch.float32",
+        ),
+        ({"images": "noise"}, "images must be floating .* got str"),
     ],
 )
 def test_wrong_arguments_are_refused(argument: dict[str, Any], message: str) -> None:

@@ -51,7 +51,9 @@ MAX_SIZE = 1 << 14
 FEW_PARTS = 1000
 PARTS_PER_TENSOR = 40
 # how a model runs here and now, not what it is; the rest is written beside the spec
-_RUNTIME_ATTRIBUTES = {"training", "fused_attn", "grad_checkpointing", "weight_init_mode"}
+_RUNTIME_ATTRIBUTES = {
+    *("training", "fused_attn", "grad_checkpointing", "gradient_checkpointing", "weight_init_mode"),
+}
 _APART = {"pretrained_cfg", "default_cfg", "caveats"}
 # classes that modeling_pruned.py brings along
 _OURS = {cls.__name__: cls for cls in (modeling_pruned.Constant, modeling_pruned.SlimAttention)}

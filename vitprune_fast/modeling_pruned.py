@@ -329,7 +329,11 @@ def _config(name: str, options: dict[str, Any]) -> Any:
             # any other may name code to be fetched
             eager = options.get("attn_implementation", "eager") == "eager"
             if eager and options.keys() - {"attn_implementation"} <= config_settings(cls):
-                config = cls(**options)
+                try:
+                    config = cls(**options)
+                # its checks raise errors of a library of their own
+                except Exception as error:
+                    raise ValueError(f"{leaf} takes other settings: {error!s:.200}") from error
                 config.label2id = {label: number for number, label in config.id2label.items()}
                 return config
     raise ValueError(f"{name[:200]!r} is no config with such settings")

@@ -125,10 +125,21 @@ def test_what_goes_with_a_model_goes_with_it(name: str) -> None:
     moved.step()
     before = vp.evaluate(pruned, [(images, labels)], model)
     assert before.samples == 8 and before.agreement is not None
-    config = DistillConfig(epochs=1, lr=1e-3, mixup=0.2)
+    # the learning rate follows from what the models say
+    config = DistillConfig(epochs=1, mixup=0.2)
     result = vp.distill(pruned, model, [(images, labels)], None, config)
     assert result.history[-1]["kd"] > 0
     assert vp.latency(pruned, seconds=0, min_runs=1).runs == 1
+
+
+@pytest.mark.parametrize("name", SOME)
+def test_what_the_library_leaves_on_a_model_is_no_obstacle(name: str, tmp_path: Path) -> None:
+    model, (images, _) = model_of(name), batch_of()
+    # puts hooks on it for good
+    model(images, output_hidden_states=True)
+    model.gradient_checkpointing_enable()
+    vp.save(model, tmp_path / "model")
+    assert torch.equal(vp.load(tmp_path / "model")(images).logits, model(images).logits)
 
 
 @pytest.mark.parametrize("name", SOME)
@@ -218,10 +229,13 @@ def test_a_ragged_model_is_opened_without_us(tmp_path: Path) -> None:
         {"_attn_implementation": "someone/kernels"},
         {"auto_map": {"AutoModel": "theirs.Model"}},
         {"dtype": "load"},
+        # of another kind than the library itself checks for
+        {"hidden_size": "x"},
+        {"hidden_act": ["gelu"]},
     ],
     ids=str,
 )
-def test_a_config_of_strangers_names_no_code(changes: dict[str, Any], tmp_path: Path) -> None:
+def test_a_config_of_strangers_is_refused_by_one_kind_of_error(changes: dict[str, Any], tmp_path: Path) -> None:
     vp.save(model_of(dtype=torch.float32), tmp_path)
     (tmp_path / "manifest.json").unlink()
     text = json.loads((tmp_path / "config.json").read_text())

@@ -112,10 +112,14 @@ def test_gates_that_are_open_or_shut_give_the_widths_of_the_plan(config: str, se
         ({"blocks.0.attn.heads": -1}, "from 0 to all, got -1"),
         ({"blocks.0.attn.v_dims": 9}, "which has 8 units"),
         ({"nowhere": 1}, "which has no units"),
-        ({"blocks": 2}, "name branches and blocks as removed"),
+        ({"blocks": 2}, "a plan says which branches and blocks go"),
+        ({"embed": 2.5}, "must be whole numbers .* got 2.5"),
+        ({"embed": True}, "must be whole numbers .* got True"),
+        ({"embed": [1, 2]}, r"must be whole numbers .* got \[1, 2\]"),
+        ([1], "must be a Plan, or a mapping from axis names to counts, got list"),
     ],
 )
-def test_counts_that_are_not_possible_are_refused(counts: dict[str, int], message: str) -> None:
+def test_counts_that_are_not_possible_are_refused(counts: Any, message: str) -> None:
     with pytest.raises(InvalidInput, match=message):
         predict_cost(describe(random_vit()), counts)
 

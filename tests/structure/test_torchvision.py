@@ -12,6 +12,7 @@ import torch
 from integrations.test_torchvision import MODELS, batch_of, model_of
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torchvision.models import VisionTransformer
 
 import vitprune_fast as vp
 from tests.plans import KINDS, draw_plan
@@ -201,3 +202,12 @@ def test_heads_of_ones_own_work_or_are_refused(tmp_path: Path) -> None:
 def test_it_takes_images_of_one_size() -> None:
     with pytest.raises(InvalidInput, match="input_size must be that of the model, 16 x 16"):
         vp.describe(model_of(), 24)
+
+
+@pytest.mark.parametrize("heads", [2, 3])
+def test_costs_do_not_depend_on_a_fast_path(heads: int) -> None:
+    """With an even number of heads torch runs an attention as one operation, without gradients."""
+    model = VisionTransformer(16, 8, 1, heads, heads * 8, 32, num_classes=5).eval()
+    enabled = torch.backends.mha.get_fastpath_enabled()
+    assert vp.cost(model) == vp.predict_cost(vp.describe(model))
+    assert torch.backends.mha.get_fastpath_enabled() == enabled

@@ -76,14 +76,21 @@ def check_structure(
         InvalidInput: the model computes by more than its classes, or another argument has a value
             that cannot be used.
     """
+    if structure is not None and not isinstance(structure, Structure):
+        raise InvalidInput(
+            f"check_structure: structure must be a Structure, got {type(structure).__name__}"
+        )
     if type(plans) is not int or plans < 1:
         raise InvalidInput(f"check_structure: plans must be a whole number >= 1, got {plans!r}")
+    if type(seed) is not int:
+        raise InvalidInput(f"check_structure: seed must be a whole number, got {seed!r}")
     check_behaviour(model, "check_structure")
     if images is not None and not (
         isinstance(images, Tensor) and images.ndim == 4 and images.is_floating_point()
     ):
-        shown = tuple(images.shape) if isinstance(images, Tensor) else type(images).__name__
-        raise InvalidInput(f"check_structure: images must be floating (B, C, H, W), got {shown!r}")
+        is_tensor = isinstance(images, Tensor)
+        shown = f"{tuple(images.shape)} in {images.dtype}" if is_tensor else type(images).__name__
+        raise InvalidInput(f"check_structure: images must be floating (B, C, H, W), got {shown}")
     structure = describe(model) if structure is None else structure
     model = copy.deepcopy(model).double().eval()
     report = _Report(model)

@@ -18,6 +18,10 @@ _BACKWARD_HOOKS = ("_backward_pre_hooks", "_backward_hooks")
 _INNER = ("_compiled_call_impl", "__deepcopy__")
 
 
+# hooks that a library puts on a model when it first needs them, on a copy as well as on this one
+_OF_LIBRARIES = ("transformers.utils.output_capturing",)
+
+
 class LeftBehind:
     """Base of our hooks, and of what our stand-ins are given, that no copy of their model has."""
 
@@ -53,7 +57,7 @@ def check_behaviour(model: nn.Module, verb: str, *, written: bool = False) -> No
                 f"{_kind(value)}, which {lost}; put it back, or subclass the module"
             )
         for hook in _hooks(module, _HOOKS if written else (*_HOOKS, *_BACKWARD_HOOKS)):
-            if not _is_ours(hook) if written else _is_shared(hook, parts):
+            if not _is_passing(hook) if written else _is_shared(hook, parts):
                 raise InvalidInput(
                     f"{verb}: model must compute by its classes alone, got a hook on "
                     f"{path or 'its top'} ({_kind(hook)}), which {lost}; remove it, or subclass "
@@ -82,9 +86,10 @@ def _hooks(module: nn.Module, kinds: Sequence[str]) -> Iterator[Any]:
         yield from getattr(module, kind).values()
 
 
-def _is_ours(hook: Any) -> bool:
-    """Whether a hook is of this package, whose hooks are for the time they are needed."""
-    return str(getattr(hook, "__module__", None)).partition(".")[0] == __name__.partition(".")[0]
+def _is_passing(hook: Any) -> bool:
+    """Whether a hook is for the time it is needed: of this package, or of the model's library."""
+    home = str(getattr(hook, "__module__", None))
+    return home.partition(".")[0] == __name__.partition(".")[0] or home in _OF_LIBRARIES
 
 
 def _is_shared(value: Any, parts: set[int]) -> bool:

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode, flop_registry, sdpa_flop_count
 
+from ..errors import InvalidInput
 from ..modules.modes import evaluating
 from ..ops.gated_attention import gated_attention_ops
 from ..structure import Structure, describe
@@ -115,6 +116,11 @@ def predict_cost(structure: Structure, plan: Plan | Mapping[str, int] | None = N
     """
     if plan is None or isinstance(plan, Plan):
         reading = Reading(structure, plan and plan.check(structure))
-    else:
+    elif isinstance(plan, Mapping):
         reading = Reading.of_counts(structure, plan)
+    else:
+        raise InvalidInput(
+            "predict_cost: plan must be a Plan, or a mapping from axis names to counts, got "
+            f"{type(plan).__name__}"
+        )
     return Cost(reading.params, reading.macs, reading.useful_macs)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from functools import cached_property
+from numbers import Integral
 from typing import Any, Literal, Protocol
 
 import numpy as np
@@ -75,11 +76,13 @@ class Reading:
         """
         for name, count in counts.items():
             axis = structure.axes.get(name)
-            if axis is None or structure.held(axis) or not 0 <= count <= axis.width:
+            whole = isinstance(count, Integral) and not isinstance(count, bool)
+            most = None if axis is None or structure.held(axis) else axis.width
+            if most is None or not whole or not 0 <= count <= most:
                 raise InvalidInput(
-                    f"Reading: counts must be of units of the model, from 0 to all, got {count} of "
-                    f"{name!r}, which has {axis.width if axis else 'no'} units; name branches and "
-                    "blocks as removed"
+                    "predict_cost: counts must be whole numbers of units of the model, from 0 to "
+                    f"all, got {count!r} of {name!r}, which has {most or 'no'} units; a plan says "
+                    "which branches and blocks go"
                 )
         gone = {axis.name for axis in structure.axes_in(removed)} if removed else ()
         for group in structure.groups:
@@ -89,8 +92,8 @@ class Reading:
                 and len({counts.get(axis.name, axis.width) for axis in staying}) > 1
             ):
                 raise InvalidInput(
-                    f"Reading: counts of {staying[0].name!r} and {staying[1].name!r} must be the "
-                    "same, since they share parameters, got others"
+                    f"predict_cost: counts of {staying[0].name!r} and {staying[1].name!r} must be "
+                    "the same, since they share parameters, got others"
                 )
         reading = cls.__new__(cls)
         reading._begin(structure, _Counts(counts), frozenset(removed), fold=fold)
