@@ -202,7 +202,8 @@ def operate(
     model: nn.Module, structure: Structure, reading: Reading, moved: dict[str, Tensor]
 ) -> Cut:
     """Prune ``model``; also tells which new tensor each old one became, for what goes with it."""
-    cut, family = _smaller_copy(model, structure, moved), families.of(model)
+    # a table of one's own may be of a model that no family knows
+    cut, family = _smaller_copy(model, structure, moved), families.find(model)
     new = cut.model
     norms = {f"{path}.normalized_shape": dim for path, dim in structure.norms.items()}
     for path, dim in (structure.attrs | norms).items():
@@ -215,7 +216,7 @@ def operate(
     for write in reading.dead.values():
         fate, target = reading.fates[write.name]
         if fate == "constant":
-            pair = write.name.rpartition(".")[2] in family.pairs
+            pair = family is not None and write.name.rpartition(".")[2] in family.pairs
             constant = Constant(_projected(new, write, reading), pair)
             put(new, write.name, constant)
             name = write.projected_bias
@@ -225,7 +226,8 @@ def operate(
             cut.constants[name] = constant.bias
         elif fate == "folded" and target is not None:
             _fold(cut, target, _constant(new, write, reading))
-    family.fitting(new)
+    if family is not None:
+        family.fitting(new)
     cut.modules = dict(new.named_modules())
     _drop_branches(new, reading)
     return cut

@@ -143,6 +143,12 @@ def of(model: nn.Module) -> Family:
     return named(name)
 
 
+def find(model: nn.Module) -> Family | None:
+    """The family of a model, or None."""
+    name = qualified(type(model))
+    return named(name) if name in _FAMILIES else None
+
+
 def named(name: str) -> Family:
     """The family of a class; KeyError where it is of none."""
     family = _FAMILIES[name]
@@ -178,16 +184,14 @@ def image_shape(model: nn.Module) -> Shape:
 
 def stated_shape(model: nn.Module) -> Shape:
     """The same, all None for a model of no family."""
-    try:
-        return image_shape(model)
-    except UnsupportedArchitecture:
-        return (None, None, None)
+    family = find(model)
+    return (None, None, None) if family is None else family.images(model)
 
 
 def opened(model: nn.Module, structure: Structure) -> AbstractContextManager[Structure]:
     """See :class:`Family`; a model of no family is as it is."""
-    name = qualified(type(model))
-    return named(name).opened(model, structure) if name in _FAMILIES else nullcontext(structure)
+    family = find(model)
+    return nullcontext(structure) if family is None else family.opened(model, structure)
 
 
 def _remedy(model: Any) -> str:
