@@ -16,6 +16,7 @@ from torch.nn import functional as F
 
 import vitprune_fast as vp
 from tests.plans import KINDS, draw_plan
+from tests.structure.cuts import assert_prunes, gap, says
 from vitprune_fast.batches import logits_of
 from vitprune_fast.distill import DistillConfig
 from vitprune_fast.errors import DamagedFile, InvalidInput, UnsupportedArchitecture
@@ -23,18 +24,7 @@ from vitprune_fast.modeling_pruned import Constant
 from vitprune_fast.planning import Plan
 from vitprune_fast.surgery.folds import fold_attention_biases
 
-# the same sums in another order, as for timm
-TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5}
 SOME = ("vit", "deit-teacher", "dinov2-giant", "dinov2-registers")
-
-
-def gap(got: Tensor, want: Tensor) -> float:
-    return ((got - want).abs().max() / want.abs().max().clamp(min=1)).item()
-
-
-def says(model: Any, images: Tensor) -> Tensor:
-    with torch.no_grad():
-        return logits_of(model(images))
 
 
 def uniform(structure: vp.Structure, **counts: int) -> Plan:
@@ -50,15 +40,7 @@ def test_pruned_equals_masked_and_comes_back_from_files(
     name: str, kind: str, dtype: torch.dtype, tmp_path: Path
 ) -> None:
     model, (images, _) = model_of(name, dtype), batch_of(2, dtype)
-    structure = vp.describe(model)
-    plan = draw_plan(structure, kind, random.Random(f"{name} {kind}"))
-    with vp.mask(model, plan):
-        want = says(model, images)
-    pruned = vp.prune(model, plan)
-    got = says(pruned, images)
-    assert gap(got, want) <= TOLERANCE[dtype]
-    counted, predicted = vp.cost(pruned), vp.predict_cost(structure, plan)
-    assert (counted.params, counted.macs) == (predicted.params, predicted.macs)
+    pruned, got = assert_prunes(model, images, kind, f"{name} {kind}")
     vp.save(pruned, tmp_path)
     assert torch.equal(says(vp.load(tmp_path), images), got)
 

@@ -10,25 +10,19 @@ from typing import Any
 import pytest
 import torch
 from integrations.test_torchvision import MODELS, batch_of, model_of
-from torch import Tensor, nn
+from torch import nn
 from torch.nn import functional as F
 from torchvision.models import VisionTransformer
 
 import vitprune_fast as vp
 from tests.plans import KINDS, draw_plan
+from tests.structure.cuts import assert_prunes, gap, says
 from vitprune_fast import modeling_pruned
 from vitprune_fast.distill import DistillConfig
 from vitprune_fast.errors import InvalidInput, UnsupportedArchitecture
 from vitprune_fast.modeling_pruned import SlimAttention
 from vitprune_fast.planning import Plan
 from vitprune_fast.surgery.folds import fold_attention_biases, fold_gates
-
-# the same sums in another order, as for timm
-TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5}
-
-
-def gap(got: Tensor, want: Tensor) -> float:
-    return ((got - want).abs().max() / want.abs().max().clamp(min=1)).item()
 
 
 def slim_in(model: nn.Module) -> int:
@@ -54,23 +48,14 @@ def test_pruned_equals_masked_and_comes_back_from_files(
     name: str, kind: str, dtype: torch.dtype, tmp_path: Path
 ) -> None:
     model, (images, _) = model_of(name, dtype), batch_of(2, dtype)
-    structure = vp.describe(model)
-    plan = draw_plan(structure, kind, random.Random(f"{name} {kind}"))
-    with torch.no_grad():
-        with vp.mask(model, plan):
-            want = model(images)
-        pruned = vp.prune(model, plan)
-        got = pruned(images)
-        assert gap(got, want) <= TOLERANCE[dtype]
-        counted, predicted = vp.cost(pruned), vp.predict_cost(structure, plan)
-        assert (counted.params, counted.macs) == (predicted.params, predicted.macs)
-        if name == "conv_stem":
-            with pytest.raises(UnsupportedArchitecture, match="save: conv_proj must be one conv"):
-                vp.save(pruned, tmp_path)
-            return
-        vp.save(pruned, tmp_path)
-        assert torch.equal(vp.load(tmp_path)(images), got)
-        assert torch.equal(modeling_pruned.load(tmp_path)(images), got)
+    pruned, got = assert_prunes(model, images, kind, f"{name} {kind}")
+    if name == "conv_stem":
+        with pytest.raises(UnsupportedArchitecture, match="save: conv_proj must be one conv"):
+            vp.save(pruned, tmp_path)
+        return
+    vp.save(pruned, tmp_path)
+    assert torch.equal(says(vp.load(tmp_path), images), got)
+    assert torch.equal(says(modeling_pruned.load(tmp_path), images), got)
 
 
 def test_a_plan_that_keeps_all_heads_and_dims_changes_no_attention() -> None:
