@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..batches import logits_of
 from ..errors import InvalidInput, VitpruneError
 from ..planning.plan import Plan
 from ..structure import Axis, Structure
@@ -46,8 +47,7 @@ class Subject:
     def logits(self, model: nn.Module | None = None) -> Tensor:
         """What a model, or this one, makes of the images."""
         with torch.no_grad():
-            out: Any = (model or self.model)(self.images)
-        return out if isinstance(out, Tensor) else out.logits
+            return logits_of((model or self.model)(self.images))
 
     def masked(self, plan: Plan, structure: Structure | None = None) -> Tensor:
         """The logits of the masked model."""

@@ -346,7 +346,7 @@ class _Kind:
 
 
 _TIMM = _Kind("num_heads", "head_dim", "scale", ("qkv",), "proj", "attn_dim")
-# as integrations.transformers has them: since 5.9 (ViT, DeiT) and 5.18 (DINOv2), and before
+# as structure/families/hf_vit.py has them: since 5.9 (ViT, DeiT) and 5.18 (DINOv2), and before
 _HF = (
     _Kind("num_attention_heads", "head_dim", "scaling", ("q_proj", "k_proj", "v_proj"), "o_proj"),
     _Kind(

@@ -85,12 +85,9 @@ class Reading:
                     "which branches and blocks go"
                 )
         gone = {axis.name for axis in structure.axes_in(removed)} if removed else ()
-        for group in structure.groups:
+        for group in (each for each in structure.groups if len(each.axes) > 1):
             staying = [axis for axis in group.axes if axis.name not in gone]
-            if (
-                len(staying) > 1
-                and len({counts.get(axis.name, axis.width) for axis in staying}) > 1
-            ):
+            if len({counts.get(axis.name, axis.width) for axis in staying}) > 1:
                 raise InvalidInput(
                     f"predict_cost: counts of {staying[0].name!r} and {staying[1].name!r} must be "
                     "the same, since they share parameters, got others"
