@@ -3,8 +3,10 @@
     python bench/against.py COMMIT
 
 Ops can be registered once in a process, so each commit has a process of its own; they take turns at
-every single call, with one thread each. A ratio is one of minima; its spread is that of the
-quartiles of both. The native code of this tree serves both: build it for a commit that has another.
+every single call, with one thread each. Which of two processes starts first can decide by a factor
+of two, so they swap in the next round. A ratio is one of minima over all rounds, and the ratio of
+each round stands beside it. The native code of this tree serves both: build it for a commit that
+has another.
 """
 
 from __future__ import annotations
@@ -103,32 +105,41 @@ def ask(process: Any, case: str) -> float:
     return float(process.stdout.readline())
 
 
-def compare(tree: Path, repetitions: int) -> None:
+def compare(tree: Path, rounds: int, repetitions: int) -> None:
     """Print milliseconds and ratios of every case."""
-    with worker(tree) as other, worker(ROOT) as ours:
-        names, _ = (each.stdout.readline().rstrip("\n").split("\t") for each in (other, ours))
-        print(f"{'case':20}{'before, ms':>12}{'now, ms':>12}{'now / before':>16}  spread")
-        for name in names:
-            pairs = [(ask(other, name), ask(ours, name)) for _ in range(repetitions + 1)][1:]
-            before, now = map(sorted, zip(*pairs, strict=True))
-            ratios = sorted(b / a for a, b in pairs)
-            low, high = ratios[len(ratios) // 4], ratios[3 * len(ratios) // 4]
-            print(
-                f"{name:20}{before[0] * 1e3:12.2f}{now[0] * 1e3:12.2f}{now[0] / before[0]:16.3f}"
-                f"  {low:.3f} to {high:.3f}",
-                flush=True,
-            )
+    least: dict[str, list[tuple[float, float]]] = {}
+    for order in range(rounds):
+        # memory that the first process of a pair got may not be had by the second, so they swap
+        trees = (tree, ROOT) if order % 2 == 0 else (ROOT, tree)
+        with worker(trees[0]) as first, worker(trees[1]) as second:
+            other, ours = (first, second) if order % 2 == 0 else (second, first)
+            names, _ = (each.stdout.readline().rstrip("\n").split("\t") for each in (other, ours))
+            for name in names:
+                pairs = [(ask(other, name), ask(ours, name)) for _ in range(repetitions + 1)][1:]
+                before, now = map(min, zip(*pairs, strict=True))
+                least.setdefault(name, []).append((before, now))
+    print(f"{'case':20}{'before, ms':>12}{'now, ms':>12}{'now / before':>16}  rounds")
+    for name, found in least.items():
+        before, now = map(min, zip(*found, strict=True))
+        each = "  ".join(f"{b / a:.3f}" for a, b in found)
+        print(f"{name:20}{before * 1e3:12.2f}{now * 1e3:12.2f}{now / before:16.3f}  {each}")
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("commit", nargs="?", help="what to compare with")
-    parser.add_argument("--repetitions", type=int, default=10, help="calls of each (default: 10)")
+    parser.add_argument("--rounds", type=int, default=4, help="pairs of processes (default: 4)")
+    parser.add_argument(
+        "--repetitions", type=int, default=5, help="calls of each in a round (default: 5)"
+    )
     parser.add_argument("--work", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.work:
         work()
         return 0
+    for name in ("rounds", "repetitions"):
+        if getattr(options, name) < 1:
+            parser.error(f"--{name} must be >= 1, got {getattr(options, name)}")
     if options.commit is None:
         parser.error("commit must be given, got none; the one before this is HEAD~1")
     git = ["git", "-C", str(ROOT), "worktree"]
@@ -137,7 +148,7 @@ def main() -> int:
         try:
             for library in (ROOT / "vitprune_fast").glob("*.so"):
                 (Path(folder) / "vitprune_fast" / library.name).symlink_to(library)
-            compare(Path(folder), options.repetitions)
+            compare(Path(folder), options.rounds, options.repetitions)
         finally:
             subprocess.run([*git, "remove", "--force", folder], check=True)
     return 0

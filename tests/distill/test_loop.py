@@ -141,11 +141,15 @@ def test_one_step_is_adamw_by_hand(data: ImageData) -> None:
         sums = math.sqrt(terms) * 2.0**-24 * exact[name].abs().max()
         error = 2 * torch.maximum((rounded[name] - exact[name]).abs().max(), sums)
         # The first step of Adam is g / (|g| + eps), as its moments are then g and g^2. It rises
-        # with g, steeply near 0, where the error decides; and the result is rounded a few times.
+        # with g, steeply near 0, where the error decides. Half a unit in the last place is lost
+        # 12 times of the step: the factor of g in m, their product, half of three in v, which is
+        # under a root, that root, its correction, quotient and sum with eps, the rate, m / root,
+        # its product with the rate, the last sum; and 3 times of the weight: the factor of its
+        # decay, the product, the last sum.
         low, high = (
             decayed - lr * g / (g.abs() + eps) for g in (exact[name] + error, exact[name] - error)
         )
-        rounding = 4 * 2.0**-24 * (before[name].abs() + lr)
+        rounding = 2.0**-24 * (3 * before[name].abs() + 12 * lr)
         got = tensor.double()
         assert ((low - rounding <= got) & (got <= high + rounding)).all(), name
         room.append(((high - low) / lr).flatten())

@@ -11,6 +11,7 @@ import errno
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -57,8 +58,6 @@ class Outcome:
         out, err: what it printed.
         events: the run's events, as ``(event, stage, step, state)``.
         operations: ``kind name`` of every operation on the folder, in order.
-        without_effect: which of them (from 0) left the folder as it was for whoever comes next: a
-            flush, and what was refused, such as the removal of a file that is not there.
     """
 
     status: int
@@ -66,7 +65,6 @@ class Outcome:
     err: str
     events: list[tuple[str, str, int, str]] = field(default_factory=list)
     operations: list[str] = field(default_factory=list)
-    without_effect: set[int] = field(default_factory=set)
 
     @property
     def in_training(self) -> bool:
@@ -106,7 +104,6 @@ class Attempt:
             (self.log / "err").read_text(),
             self.events(),
             _lines(self.log / "operations"),
-            set(map(int, _lines(self.log / "without_effect"))),
         )
 
 
@@ -144,6 +141,7 @@ class Attempts:
         fault: Fault | None = None,
         hold: Path | None = None,
         disk: dict[str, str] | None = None,
+        copies: Path | None = None,
     ) -> Attempt:
         """Starts ``vitprune-fast WORDS`` in a child.
 
@@ -152,6 +150,9 @@ class Attempts:
             fault: what goes wrong.
             hold: the run waits at its first stage until this file exists.
             disk: a small file system is mounted for the child alone: see ``_on_small_disk``.
+            copies: a new folder, which gets a copy of the run's folder from every moment at which a
+                kill could leave another one: ``0007-before`` operation 7, and ``0007-torn``, in the
+                middle of it, where it is a write.
         """
         self.count += 1
         log = self.logs / f"{self.count:05}"
@@ -163,6 +164,7 @@ class Attempts:
                 "fault": asdict(fault) if fault else None,
                 "hold": str(hold) if hold else None,
                 "disk": disk,
+                "copies": str(copies) if copies else None,
             }
         )
         return Attempt(self, reply["pid"], log)
@@ -189,17 +191,14 @@ def _lines(path: Path) -> list[str]:
 
 
 class _Hooks:
-    """Counts the run's operations on its folder, and lets the fault happen."""
+    """Counts the run's operations on its folder, copies it, and lets the fault happen."""
 
-    def __init__(self, folder: str, log: str, fault: Fault | None) -> None:
-        self.folder, self.fault = folder, fault
+    def __init__(self, folder: str, log: str, fault: Fault | None, copies: str | None) -> None:
+        self.folder, self.fault, self.copies = folder, fault, copies
         self.counting = fault is None or fault.after_step_of is None
         self.seen = 0
         self.failing = False
-        self.log, self.idle = (
-            os.open(f"{log}/{name}", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-            for name in ("operations", "without_effect")
-        )
+        self.log = os.open(f"{log}/operations", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
         self.logged = 0
         self.real = {
             name: getattr(os, name)
@@ -216,6 +215,10 @@ class _Hooks:
             real = self.real[name]
             # half of what a write was asked for is a legal result of it
             half = (lambda: real(target, rest[0][: len(rest[0]) // 2])) if name == "write" else None
+            if self.copies and half is not None and self.holds(target):
+                written = self.around(kind, target, half, None)
+                self.copy("torn")
+                return written + real(target, rest[0][written:])
             return self.around(kind, target, lambda: real(target, *rest, **options), half)
 
         return operation
@@ -227,16 +230,28 @@ class _Hooks:
             "create", path, lambda: self.real["open"](path, flags, *rest, **options), None
         )
 
-    def around(self, kind: str, target: Any, act: Callable[[], Any], half: Any) -> Any:
+    def holds(self, target: Any) -> str:
+        """Its path where it lies in the run's folder, else an empty one."""
         name = os.readlink(f"/proc/self/fd/{target}") if isinstance(target, int) else str(target)
-        if not name.startswith(self.folder):
+        return name if name.startswith(self.folder) else ""
+
+    def copy(self, when: str) -> None:
+        """Keeps the folder as the last operation met or left it."""
+        if os.path.isdir(self.folder):
+            shutil.copytree(self.folder, f"{self.copies}/{self.logged - 1:04}-{when}")
+
+    def around(self, kind: str, target: Any, act: Callable[[], Any], half: Any) -> Any:
+        name = self.holds(target)
+        if not name:
             return act()
         shown = re.sub(r"\.\d+-\d+\.tmp", ".tmp", name[len(self.folder) + 1 :])
         self.real["write"](self.log, f"{kind} {shown}\n".encode())
-        fault, number = self.fault, self.logged
         self.logged += 1
+        if self.copies:
+            self.copy("before")
+        fault = self.fault
         if fault is None or not self.counting or (fault.kinds and kind not in fault.kinds):
-            return self.noted(kind, number, act)
+            return act()
         now, self.seen = self.seen == fault.at, self.seen + 1
         if now and fault.when == "before":
             _die()
@@ -250,22 +265,10 @@ class _Hooks:
                 return half()
             raise OSError(fault.number, os.strerror(fault.number), name)
         try:
-            return self.noted(kind, number, act)
+            return act()
         finally:
             if now and fault.when == "after":
                 _die()
-
-    def noted(self, kind: str, number: int, act: Callable[[], Any]) -> Any:
-        """Acts, and writes down when that has no effect."""
-        idle = kind == "fsync"
-        try:
-            return act()
-        except OSError:
-            idle = True
-            raise
-        finally:
-            if idle:
-                self.real["write"](self.idle, f"{number}\n".encode())
 
 
 def _die() -> None:
@@ -298,7 +301,6 @@ def _on_small_disk(disk: dict[str, str], words: list[str]) -> int:
     Returns 0 when the first attempt failed with code 2 and the second one succeeded.
     """
     import ctypes
-    import shutil
 
     from vitprune_fast.cli.main import main
 
@@ -328,7 +330,7 @@ def _child(request: dict[str, Any]) -> int:
         os.dup2(os.open(f"{log}/{name}", os.O_WRONLY | os.O_CREAT), number)
     folder = words[words.index("--out") + 1]
     fault = Fault(**request["fault"]) if request["fault"] else None
-    _watch(log, _Hooks(folder, log, fault), request["hold"])
+    _watch(log, _Hooks(folder, log, fault, request["copies"]), request["hold"])
     if request["disk"]:
         return _on_small_disk(request["disk"], words)
     from vitprune_fast.cli.main import main

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import random
+import re
+import shutil
 import signal
 import time
 from dataclasses import replace
@@ -12,7 +14,7 @@ import pytest
 
 from tests.recipes.attempts import Attempts, Fault, Outcome
 from tests.recipes.conftest import TINY, command
-from tests.recipes.same import assert_same_run, files_of
+from tests.recipes.same import assert_same_run, files_of, is_bitwise
 from vitprune_fast.distill.config import DistillConfig
 
 LONG = DistillConfig(epochs=16, warmup_epochs=1, log_steps=1, checkpoint_steps=3)
@@ -80,30 +82,39 @@ def points(undisturbed: Outcome) -> list[Fault]:
     """Between any two operations, and in the middle of each write.
 
     After one operation is before the next: the process does nothing to the folder between them.
-    Behind an operation that had no effect, the folder is as it was before it.
     """
     faults = []
     for at, operation in enumerate(undisturbed.operations):
-        if at - 1 not in undisturbed.without_effect:
-            faults.append(Fault(at, "before"))
+        faults.append(Fault(at, "before"))
         if operation.startswith("write "):
             faults.append(Fault(at, "torn"))
     return [*faults, Fault(len(undisturbed.operations) - 1, "after")]
 
 
-def kill_and_resume(
-    attempts: Attempts, short: tuple[Path, Outcome], faults: list[Fault], tmp_path: Path
-) -> None:
-    undisturbed, operations = short[0], short[1].operations
-    for fault in faults:
-        folder = tmp_path / f"{fault.when}-{fault.at}"
-        words = command(TINY, folder)
-        outcome = attempts.finish(words, fault=fault)
-        assert outcome.status == -signal.SIGKILL, outcome
-        assert outcome.operations == operations[: fault.at + 1], fault
-        outcome = attempts.finish(words)
-        assert outcome.status == 0, (fault, operations[fault.at], outcome.err)
-        assert_same_run(undisturbed, folder)
+def left(folder: Path) -> dict[str, bytes]:
+    """What whoever comes next finds."""
+    return {name: (folder / name).read_bytes() for name in files_of(folder)}
+
+
+def of_any_process(found: dict[str, bytes]) -> dict[str, bytes]:
+    """The same without seconds in files and process numbers in the names of temporary ones."""
+    return {
+        re.sub(r"\d+-\d+\.tmp", "tmp", name): content if is_bitwise(name) else b""
+        for name, content in found.items()
+    }
+
+
+@pytest.fixture(scope="module")
+def copies(
+    attempts: Attempts, short: tuple[Path, Outcome], tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    """What a kill can leave of the tiny job, beside the folder it ran in."""
+    base = tmp_path_factory.mktemp("copies")
+    (base / "left").mkdir()
+    outcome = attempts.finish(command(TINY, base / "run"), copies=base / "left")
+    assert outcome.status == 0 and outcome.operations == short[1].operations
+    shutil.move(base / "run", base / "left" / f"{len(outcome.operations) - 1:04}-after")
+    return base / "left"
 
 
 def test_the_kill_points_are_all_that_a_run_does_to_its_folder(
@@ -124,22 +135,47 @@ def test_the_kill_points_are_all_that_a_run_does_to_its_folder(
     assert count["fsync"] == 2 * written + appended + 1 + folders_replaced
     kept = [name for name in files_of(folder) if name not in ("metrics.jsonl", ".lock")]
     assert written >= len(kept)
-    idle = [operations[at].split()[0] for at in short[1].without_effect]
-    assert set(idle) == {"fsync", "unlink", "mkdir"} and idle.count("fsync") == count["fsync"]
+
+
+def goes_on(attempts: Attempts, short: tuple[Path, Outcome], folder: Path, what: object) -> None:
+    try:
+        outcome = attempts.finish(command(TINY, folder))
+        assert outcome.status == 0, (what, outcome.err)
+        assert_same_run(short[0], folder)
+    finally:
+        # the next one runs under the same name, which stands in its files
+        shutil.rmtree(folder)
 
 
 @pytest.mark.parametrize("part", range(2))
 def test_a_run_killed_at_some_operations(
-    part: int, attempts: Attempts, short: tuple[Path, Outcome], tmp_path: Path
+    part: int, attempts: Attempts, short: tuple[Path, Outcome], copies: Path
 ) -> None:
-    some = random.Random(part).sample(points(short[1]), 6)
-    kill_and_resume(attempts, short, some, tmp_path)
+    """And what it leaves is what was copied at that moment."""
+    folder = copies.parent / "run"
+    for fault in random.Random(part).sample(points(short[1]), 6):
+        outcome = attempts.finish(command(TINY, folder), fault=fault)
+        assert outcome.status == -signal.SIGKILL, outcome
+        assert outcome.operations == short[1].operations[: fault.at + 1], fault
+        copy = copies / f"{fault.at:04}-{fault.when}"
+        assert of_any_process(left(folder)) == of_any_process(left(copy)), fault
+        goes_on(attempts, short, folder, fault)
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(3000)
 @pytest.mark.parametrize("part", range(8))
-def test_a_run_killed_at_every_operation(
-    part: int, attempts: Attempts, short: tuple[Path, Outcome], tmp_path: Path
+def test_a_run_goes_on_from_whatever_a_kill_leaves(
+    part: int, attempts: Attempts, short: tuple[Path, Outcome], copies: Path
 ) -> None:
-    kill_and_resume(attempts, short, points(short[1])[part::8], tmp_path)
+    seen, different = {}, []
+    for fault in points(short[1]):
+        copy = copies / f"{fault.at:04}-{fault.when}"
+        # a flush, or a removal of what is not there: nobody can tell that it happened
+        if (found := left(copy)) != seen:
+            different.append(copy)
+        seen = found
+    assert len(different) > len(short[1].operations) / 2
+    for copy in different[part::8]:
+        shutil.copytree(copy, copies.parent / "run")
+        goes_on(attempts, short, copies.parent / "run", copy.name)

@@ -6,7 +6,7 @@ import math
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from functools import cached_property
 from numbers import Integral
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -130,13 +130,13 @@ class Reading:
             # no head is left to store anything
             width = 0
         for axis in box:
-            if axis.name in self.structure.unpaddable and width:
+            unpaddable = axis.name in self.structure.unpaddable and width
+            if unpaddable and not self._units.fills(axis, width):
                 counts = self._units.of_kept_parents(axis)
-                if (counts != width).any():
-                    raise InvalidInput(
-                        f"prune: units kept of {axis.name!r} must be {width} in every head, "
-                        f"because a norm reads across them, got {sorted(set(counts.tolist()))}"
-                    )
+                raise InvalidInput(
+                    f"prune: units kept of {axis.name!r} must be {width} in every head, "
+                    f"because a norm reads across them, got {sorted(set(counts.tolist()))}"
+                )
             self.extent[axis.name] = width
 
     def kept(self, axis: Axis) -> np.ndarray:
@@ -151,19 +151,11 @@ class Reading:
         """Entries of a dimension that hold kept units alone, without fill rows."""
         total: Any = 0
         for part in dim.parts:
-            count: Any = 1
-            per_parent: dict[str, Any] = {}
-            for factor in part:
-                if isinstance(factor, int):
-                    count = count * factor
-                elif factor.parent is not None:
-                    each = self._units.each(factor)
-                    known = per_parent.get(factor.parent.name)
-                    per_parent[factor.parent.name] = each if known is None else known * each
-            for factor in part:
-                if isinstance(factor, Axis) and factor.parent is None:
-                    each = per_parent.get(factor.name)
-                    count = count * (self._alone(factor) if each is None else each.sum())
+            count: Any = math.prod(factor for factor in part if isinstance(factor, int))
+            axes = [factor for factor in part if isinstance(factor, Axis)]
+            for axis in (axis for axis in axes if axis.parent is None):
+                inside = [each for each in axes if each.parent == axis]
+                count = count * (self._units.inside(axis, inside) if inside else self._alone(axis))
             total = total + count
         return total
 
@@ -295,7 +287,8 @@ class Reading:
     @property
     def useful_macs(self) -> int:
         """The same without the zero rows that fill what is stored at one width."""
-        if not any(self._is_filled(axis) for box in self.structure.boxes for axis in box):
+        boxed = (axis for box in self.structure.boxes for axis in box)
+        if all(self._units.fills(axis, self.extent[axis.name]) for axis in boxed):
             return self.macs
         left = (work for work in self.structure.work if not self.is_gone(work.module))
         return int(sum(work.positions * math.prod(map(self.useful, work.dims)) for work in left))
@@ -303,9 +296,6 @@ class Reading:
     @cached_property
     def _widths(self) -> np.ndarray:
         return np.array([*self.extent.values(), 1], dtype=np.int64)
-
-    def _is_filled(self, axis: Axis) -> bool:
-        return bool((self._units.of_kept_parents(axis) != self.extent[axis.name]).any())
 
     def _size(self, layout: tuple[Dim, ...]) -> int:
         return math.prod(map(self.length, layout))
@@ -319,41 +309,51 @@ class Reading:
                 yield tensors[left[-1]]
 
 
-class _Units(Protocol):
+class _Units:
     """Which units are kept, or how many of them."""
 
     # whether the numbers are whole
-    exact: bool
+    exact = True
 
     def total(self, axis: Axis) -> Any:
         """How many units of an axis without parent."""
-        ...
+        raise NotImplementedError
 
     def each(self, axis: Axis) -> Any:
         """(parents,): how many units of every parent unit; 0 of those that are lost."""
-        ...
-
-    def widest(self, axis: Axis) -> Any:
-        """The most that a parent unit keeps."""
-        ...
-
-    def shared(self, widths: Sequence[Any]) -> Any:
-        """The one width of axes that are stored alike."""
-        ...
-
-    def of_kept_parents(self, axis: Axis) -> Any:
-        """(kept parents,) as ``each``, or (1,) without parent."""
-        ...
+        raise NotImplementedError
 
     def kept(self, axis: Axis) -> np.ndarray:
         """Unit numbers, int64, sorted."""
-        ...
+        raise NotImplementedError
+
+    def widest(self, axis: Axis) -> Any:
+        """The most that a parent unit keeps."""
+        return int(self.each(axis).max(initial=0))
+
+    def shared(self, widths: Sequence[Any]) -> Any:
+        """The one width of axes that are stored alike."""
+        # one stored row at least, or the softmax scale of an empty query would divide by zero
+        return max(1, *widths)
+
+    def inside(self, parent: Axis, axes: Sequence[Axis]) -> Any:
+        """Over all parent units, the sum of the products of how many units each has of the axes."""
+        products: Any = math.prod(map(self.each, axes))
+        return products.sum()
+
+    def of_kept_parents(self, axis: Axis) -> Any:
+        """(kept parents,) as ``each``, or (1,) without parent."""
+        if axis.parent is None:
+            return np.array([self.total(axis)])
+        return self.each(axis)[self.kept(axis.parent)]
+
+    def fills(self, axis: Axis, width: Any) -> bool:
+        """Whether every kept parent unit keeps so many units, so that nothing is filled up."""
+        return bool((self.of_kept_parents(axis) == width).all())
 
 
-class _Sets:
+class _Sets(_Units):
     """Units by their numbers."""
-
-    exact = True
 
     def __init__(self, structure: Structure, kept: Mapping[str, Sequence[int]]):
         self._kept = {
@@ -375,58 +375,41 @@ class _Sets:
         kept[parents] = counts[parents]
         return kept
 
-    def widest(self, axis: Axis) -> int:
-        return int(self.each(axis).max(initial=0))
 
-    def shared(self, widths: Sequence[int]) -> int:
-        # one stored row at least, or the softmax scale of an empty query would divide by zero
-        return max(1, *widths)
-
-    def of_kept_parents(self, axis: Axis) -> np.ndarray:
-        if axis.parent is None:
-            return np.array([self.total(axis)])
-        return self.each(axis)[self._kept[axis.parent.name]]
-
-
-class _Counts:
-    """The first so many units of every axis, or of every parent unit."""
-
-    exact = True
+class _Counts(_Units):
+    """The first so many units of every axis, or of every parent unit; in numbers, not arrays."""
 
     def __init__(self, counts: Mapping[str, int]):
         self._counts = counts
 
-    def _count(self, axis: Axis) -> int:
+    def total(self, axis: Axis) -> int:
         return self._counts.get(axis.name, axis.width)
 
     def kept(self, axis: Axis) -> np.ndarray:
-        units = np.arange(self._count(axis))
+        units = np.arange(self.total(axis))
         if axis.parent is None:
             return units
-        return (np.arange(self._count(axis.parent))[:, None] * axis.width + units).ravel()
-
-    def total(self, axis: Axis) -> int:
-        return self._count(axis)
+        return (np.arange(self.total(axis.parent))[:, None] * axis.width + units).ravel()
 
     def each(self, axis: Axis) -> np.ndarray:
         assert axis.parent is not None
         kept = np.zeros(axis.parent.size, dtype=np.int64)
-        kept[: self._count(axis.parent)] = self._count(axis)
+        kept[: self.total(axis.parent)] = self.total(axis)
         return kept
 
     def widest(self, axis: Axis) -> int:
         assert axis.parent is not None
-        return self._count(axis) if self._count(axis.parent) else 0
+        return self.total(axis) if self.total(axis.parent) else 0
 
-    def shared(self, widths: Sequence[int]) -> int:
-        return max(1, *widths)
+    def inside(self, parent: Axis, axes: Sequence[Axis]) -> int:
+        return self.total(parent) * math.prod(map(self.total, axes))
 
-    def of_kept_parents(self, axis: Axis) -> np.ndarray:
-        parents = 1 if axis.parent is None else self._count(axis.parent)
-        return np.full(parents, self._count(axis))
+    def fills(self, axis: Axis, width: int) -> bool:
+        is_lost = axis.parent is not None and not self.total(axis.parent)
+        return is_lost or self.total(axis) == width
 
 
-class _Openness:
+class _Openness(_Units):
     """Units that count as much as their gates are open."""
 
     exact = False
@@ -457,7 +440,7 @@ class _Openness:
 
     def shared(self, widths: Sequence[Any]) -> Any:
         if not any(isinstance(width, Tensor) for width in widths):
-            return max(1, *widths)
+            return super().shared(widths)
         wide = [torch.as_tensor(width).to(self._like) for width in widths]
         return torch.stack(wide).amax().clamp(min=1)
 

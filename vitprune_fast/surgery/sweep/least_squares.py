@@ -229,13 +229,13 @@ def fit(
 
 
 def _gram(a: Tensor) -> Tensor:
-    """``a^T a``, computed once for each pair of columns."""
+    """``a^T a``, computed once for each pair of columns, and so symmetric to the bit."""
     width = a.shape[1]
-    if width <= _BLOCK:
-        return a.T @ a
     gram = a.new_empty(width, width)
     for start in range(0, width, _BLOCK):
         block = slice(start, start + _BLOCK)
         gram[block, start:] = a[:, block].T @ a[:, start:]
-        gram[start + _BLOCK :, block] = gram[block, start + _BLOCK :].T
+    # of a square block a library may compute both halves, each in an order of its own
+    gram.triu_()
+    gram += gram.triu(1).T
     return gram
