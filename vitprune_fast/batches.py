@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from vitprune_fast.errors import InvalidInput
+from vitprune_fast.stated import misfit
 
 
 def checked(
@@ -164,8 +165,12 @@ def _images(function: str, images: Any, *models: nn.Module | None) -> Tensor:
             f"{function}: images must be a floating tensor (B, C, H, W), got {_shown(images)}"
         )
     for model in models:
-        if model is not None:
-            _check_size(function, model, images)
+        rule = "" if model is None else misfit(model, images.shape[1:])
+        if rule:
+            raise InvalidInput(
+                f"{function}: images must be (B, {rule}) like the model takes them, "
+                f"got {tuple(images.shape)}"
+            )
     return images
 
 
@@ -180,28 +185,6 @@ def _labels(function: str, labels: Any, count: int) -> Tensor:
     if found.shape != (count,) or not (whole or not count):
         raise InvalidInput(f"{rule}, got {_shown(found)}")
     return found.long()
-
-
-def _check_size(function: str, model: Any, images: Tensor) -> None:
-    """Compare with what a timm model says of its images; another model is taken at its word."""
-    embed: Any = getattr(model, "patch_embed", None)
-    patch, weight = getattr(embed, "patch_size", None), getattr(embed, "proj", None)
-    if patch is None or weight is None:
-        return
-    channels, size = weight.in_channels, embed.img_size
-    height, width = images.shape[2:]
-    if size is not None and not getattr(model, "dynamic_img_size", False):
-        fits, rule = (height, width) == tuple(size), f"{size[0]}, {size[1]}"
-    elif embed.dynamic_img_pad:
-        fits, rule = min(height, width) > 0, "H, W"
-    else:
-        fits = min(height, width) > 0 and height % patch[0] == 0 and width % patch[1] == 0
-        rule = f"multiples of {patch[0]}, multiples of {patch[1]}"
-    if images.shape[1] != channels or not fits:
-        raise InvalidInput(
-            f"{function}: images must be (B, {channels}, {rule}) like the model takes them, "
-            f"got {tuple(images.shape)}"
-        )
 
 
 def _shown(value: Any) -> str:

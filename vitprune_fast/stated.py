@@ -1,8 +1,11 @@
-"""What a model states of itself, the way timm's models do."""
+"""What a model states of itself, the way timm's models do, teachers of no family among them."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
+
+from torch import nn
 
 
 def stated_config(model: Any) -> dict[str, Any]:
@@ -20,3 +23,63 @@ def caveats(model: Any) -> dict[str, str]:
     ``weights``: they are random. ``pixels``: where statistics come from that are a guess.
     """
     return dict(getattr(model, "caveats", {}))
+
+
+def patch_size(model: Any) -> tuple[int, int] | None:
+    """(height, width) of a patch in pixels; None where nothing says so."""
+    patch = getattr(getattr(model, "patch_embed", None), "patch_size", None)
+    return None if patch is None else _pair(patch)
+
+
+def image_channels(model: Any) -> int | None:
+    """Channels of the images a model takes; None where nothing says so."""
+    stated = getattr(model, "in_chans", None)
+    if stated is not None:
+        return int(stated)
+    first = next((m for m in model.modules() if isinstance(m, nn.Conv2d)), None)
+    return None if first is None else first.in_channels
+
+
+def image_size(model: Any) -> tuple[int, int] | None:
+    """(height, width) of the images that a model was made for; None where nothing says so."""
+    made_for, _ = _made_for(model)
+    known = stated_config(model).get("input_size")
+    return made_for or (None if known is None else _pair(known[1:]))
+
+
+def fixed_size(model: Any) -> tuple[int, int] | None:
+    """(height, width) of the only images a model takes; None where it takes others too."""
+    size, embed = _made_for(model)
+    free = getattr(model, "dynamic_img_size", False)
+    return None if free or not getattr(embed, "strict_img_size", True) else size
+
+
+def misfit(model: Any, shape: Sequence[int]) -> str:
+    """The (C, H, W) that a model states to take, where these are others; else nothing."""
+    patch = patch_size(model)
+    if patch is None:
+        return ""
+    channels, height, width = shape
+    wanted, size = image_channels(model), fixed_size(model)
+    if size is not None:
+        fits, rule = (height, width) == size, f"{size[0]}, {size[1]}"
+    elif getattr(model.patch_embed, "dynamic_img_pad", False):
+        fits, rule = min(height, width) > 0, "H, W"
+    else:
+        fits = min(height, width) > 0 and height % patch[0] == 0 and width % patch[1] == 0
+        rule = f"multiples of {patch[0]}, multiples of {patch[1]}"
+    return "" if fits and channels == wanted else f"{wanted}, {rule}"
+
+
+def _made_for(model: Any) -> tuple[tuple[int, int] | None, Any]:
+    """The image size that a part of a model has, and the part."""
+    for part in (getattr(model, "patch_embed", None), getattr(model, "stem", None), model):
+        size = getattr(part, "img_size", None)
+        if size is not None:
+            return _pair(size), part
+    return None, None
+
+
+def _pair(size: int | Sequence[int]) -> tuple[int, int]:
+    height, width = (size, size) if isinstance(size, int) else size
+    return int(height), int(width)

@@ -11,10 +11,10 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from vitprune_fast.errors import InvalidInput
-from vitprune_fast.stated import stated_config
+from vitprune_fast.stated import fixed_size, image_channels, stated_config
 
 _Pair = tuple[Sequence[float] | None, Sequence[float] | None]
 
@@ -100,26 +100,6 @@ class Conversion:
             self._constants[key] = (scale, shift)
         scale, shift = self._constants[key]
         return torch.addcmul(shift, x, scale)
-
-
-def fixed_size(model: Any) -> tuple[int, int] | None:
-    """The one image size a model takes, (height, width); None where it takes any."""
-    for embed in (getattr(model, "patch_embed", None), getattr(model, "stem", None), model):
-        size = getattr(embed, "img_size", None)
-        if size is not None:
-            free = getattr(model, "dynamic_img_size", False)
-            strict = getattr(embed, "strict_img_size", True)
-            return None if free or not strict else _pair(size)
-    return None
-
-
-def image_channels(model: Any) -> int | None:
-    """Channels of the images a model takes; None where nothing says so."""
-    stated = getattr(model, "in_chans", None)
-    if stated is not None:
-        return int(stated)
-    first = next((m for m in model.modules() if isinstance(m, nn.Conv2d)), None)
-    return None if first is None else first.in_channels
 
 
 def _stated(model: Any, channels: int | None) -> _Pair:

@@ -33,7 +33,8 @@ from vitprune_fast.distill.terms import (
 from vitprune_fast.errors import InvalidInput
 from vitprune_fast.modules.modes import evaluating
 from vitprune_fast.randomness import seeded
-from vitprune_fast.stated import stated_config
+from vitprune_fast.stated import image_channels, image_size
+from vitprune_fast.structure import families
 
 
 @dataclass(frozen=True)
@@ -242,14 +243,12 @@ def images_like(model: nn.Module) -> Tensor:
         InvalidInput: it states none.
     """
     inner: Any = unwrap_model(model)
-    size = getattr(getattr(inner, "patch_embed", None), "img_size", None)
-    channels = getattr(inner, "in_chans", None)
-    known = stated_config(inner).get("input_size")
+    channels, height, width = families.stated_shape(inner)
+    size = image_size(inner) if height is None or width is None else (height, width)
+    channels = channels or image_channels(inner)
     if size is None or channels is None:
-        if known is None:
-            raise InvalidInput(
-                "distill: student must state its input size to compare what happens inside, got "
-                f"{type(inner).__name__} without patch_embed.img_size and pretrained_cfg"
-            )
-        channels, *size = known
+        raise InvalidInput(
+            "distill: student must state its input size to compare what happens inside, got "
+            f"{type(inner).__name__} without patch_embed.img_size and pretrained_cfg"
+        )
     return torch.zeros(2, channels, *size)

@@ -18,13 +18,13 @@ from timm.utils import unwrap_model
 from torch import Tensor, nn
 
 from vitprune_fast.batches import as_input, classes_of, logits_of
-from vitprune_fast.distill.conversion import Conversion, image_channels
+from vitprune_fast.distill.conversion import Conversion
 from vitprune_fast.distill.features import HiddenStates
 from vitprune_fast.errors import InvalidInput
 from vitprune_fast.modules.behaviour import check_behaviour
 from vitprune_fast.modules.modes import compiled, evaluating
 from vitprune_fast.sealed import fingerprint
-from vitprune_fast.stated import stated_config
+from vitprune_fast.stated import image_channels, stated_config
 
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 

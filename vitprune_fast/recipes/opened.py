@@ -17,7 +17,7 @@ from vitprune_fast.recipes.assumptions import about_data, about_weights
 from vitprune_fast.recipes.config import DataConfig
 from vitprune_fast.recipes.profile import Profile, choose_profile
 from vitprune_fast.recipes.stages import Setting
-from vitprune_fast.stated import caveats, stated_config
+from vitprune_fast.stated import caveats, patch_size, stated_config
 from vitprune_fast.structure import describe
 
 
@@ -133,8 +133,7 @@ def remember_normalisation(model: Any, data: ImageData, *, trained: bool) -> Non
 def check_fit(model: Any, data: ImageData) -> None:
     """Refuses a head or a patch size that does not fit the data (InvalidInput)."""
     # models of other libraries take images of one size, of which they say no patch
-    patch = getattr(getattr(model, "patch_embed", None), "patch_size", 1)
-    data.check_model(num_classes=classes_of(model), patch_size=patch)
+    data.check_model(num_classes=classes_of(model), patch_size=patch_size(model) or 1)
 
 
 def open_weights(config: ModelConfig, seed: int, classes: int | None = None) -> nn.Module:

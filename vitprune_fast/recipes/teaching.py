@@ -14,7 +14,6 @@ from torch import Tensor, nn
 from vitprune_fast.checkpoint import load
 from vitprune_fast.data import ImageData
 from vitprune_fast.distill.config import DistillConfig
-from vitprune_fast.distill.conversion import fixed_size
 from vitprune_fast.distill.loop import DistillResult
 from vitprune_fast.distill.masks import MaskSchedule
 from vitprune_fast.distill.teachers import Teacher, resolve_teacher
@@ -30,6 +29,7 @@ from vitprune_fast.recipes.board import Board
 from vitprune_fast.recipes.config import GateConfig, MaskConfig, ScoreConfig, TeacherConfig
 from vitprune_fast.recipes.stages import OnEvent, Setting
 from vitprune_fast.scoring.scores import Scores
+from vitprune_fast.stated import fixed_size
 from vitprune_fast.surgery import prune
 
 

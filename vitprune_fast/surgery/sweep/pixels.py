@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor, nn
+
+from ...stated import stated_config
 
 # photographs and drawings spread by about a quarter of the range of pixels
 _FLAT = 0.08
@@ -37,7 +37,7 @@ class PixelRange:
 
     def oddity(self, model: nn.Module) -> str:
         """What speaks against the normalisation that the model states; empty where nothing does."""
-        stated: Any = getattr(model, "pretrained_cfg", None) or {}
+        stated = stated_config(model)
         if self._sums is None or not all(name in stated for name in ("mean", "std")):
             return ""
         mean, std = (torch.tensor(stated[name], dtype=torch.float64) for name in ("mean", "std"))
