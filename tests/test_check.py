@@ -39,6 +39,11 @@ def test_the_tables_of_all_models_are_right(config: str) -> None:
     ]
 
 
+def test_a_backbone_puts_out_the_channels_that_are_left() -> None:
+    report = vp.check_structure(VisionTransformer(**{**SMALL, "num_classes": 0}), plans=1)
+    assert report.ok, str(report)
+
+
 def exchanged_parts(s: Structure) -> None:
     """Values where queries are, queries where keys are, keys where values are."""
     qk, v = (s.axes[f"blocks.1.attn.{name}"] for name in ("qk_dims", "v_dims"))

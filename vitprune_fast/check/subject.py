@@ -84,6 +84,13 @@ class Subject:
         # written so that NaN is a difference
         return None if gap <= TOLERANCE else f"logits differ by {gap:.1e} of the largest"
 
+    def _left(self, want: Tensor, plan: Plan, width: int) -> Tensor:
+        """Of what a model without classifier puts out, the channels that are left."""
+        for axis in self.structure.units("embed"):
+            if axis.size == want.shape[-1] and len(plan[axis.name]) == width:
+                return want[..., list(plan[axis.name])]
+        return want
+
     def broken(
         self, plan: Plan, structure: Structure | None = None, *, fold: bool = True
     ) -> str | None:
@@ -95,7 +102,8 @@ class Subject:
                 for module in pruned.modules():
                     if hasattr(module, "fused_attn"):
                         module.fused_attn = fused  # pyright: ignore[reportArgumentType]
-                if found := self.apart(self.logits(pruned), want):
+                got = self.logits(pruned)
+                if found := self.apart(got, self._left(want, plan, got.shape[-1])):
                     return found
         except Exception as error:
             return sentence(error)
