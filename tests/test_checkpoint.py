@@ -94,6 +94,17 @@ def test_any_other_model_opens_with_the_file_beside_it(tmp_path: Path) -> None:
     assert result.returncode == 0, result.stderr
 
 
+def test_the_file_beside_it_reads_weights_into_memory(tmp_path: Path) -> None:
+    save(random_vit(), tmp_path)
+    model = modeling_pruned.load(tmp_path)
+    weights = tmp_path / "model.safetensors"
+    weights.write_bytes(bytes(weights.stat().st_size))
+    want = random_vit().state_dict()
+    assert all(torch.equal(tensor, want[name]) for name, tensor in model.state_dict().items())
+    # an address as torch allocates them, which the library of matrix products may look at
+    assert all(tensor.data_ptr() % 64 == 0 for tensor in model.state_dict().values())
+
+
 def test_saving_again_replaces_all_of_it(tmp_path: Path) -> None:
     model = random_vit(dtype=torch.float32)
     structure = describe(model)
