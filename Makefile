@@ -10,7 +10,7 @@ WITH_TOOLKIT = CUDA_HOME="$$($(BIN)/python vitprune_fast/_toolkit.py)"; export C
 	if [ -z "$$CUDA_HOME" ]; then VITPRUNE_WITH_CUDA="$${VITPRUNE_WITH_CUDA:-0}"; export VITPRUNE_WITH_CUDA; fi;
 PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q
 
-.PHONY: prune test test-slow oldest lint ext bench kernels gpu gpu-package clean
+.PHONY: prune test test-slow oldest oldest-installed lint ext bench kernels gpu gpu-package clean
 .DELETE_ON_ERROR:
 
 prune: $(VENV)/.package
@@ -25,6 +25,9 @@ test-slow: $(VENV)/.package oldest
 # the lower bounds of pyproject.toml, installed beside .venv: quick tests, and every kernel compiled
 oldest: $(VENV)/.package
 	$(BIN)/python -m tests.oldest
+
+oldest-installed: $(VENV)/.package
+	$(BIN)/python -m tests.oldest --install
 
 lint: $(VENV)/.package
 	$(BIN)/ruff check .

@@ -145,10 +145,12 @@ def build() -> None:
 
 
 def main() -> None:
-    """Install, build and test."""
+    """Install, build and test; ``--install`` does not test."""
     copy_repository()
     install()
     build()
+    if sys.argv[1:] == ["--install"]:
+        return
     run(VENV / "bin" / "vitprune-fast", "doctor")
     chosen = sys.argv[1:] or ["-n", "2", "-m", "not slow and not gpu", *TESTS, *LEFT_OUT]
     run(PYTHON, "-m", "pytest", "-q", *chosen, OMP_NUM_THREADS="1")

@@ -31,6 +31,7 @@ def table(*arguments: str, environment: dict[str, str] | None = None):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 @pytest.mark.parametrize("target", machine.TARGETS, ids="sm_{}".format)
 @pytest.mark.parametrize("stem", machine.stems())
 def test_kernels_compile_to_what_they_must_be(request, stem, target):

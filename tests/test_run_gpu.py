@@ -85,7 +85,7 @@ def test_processes_of_a_step_that_is_cut_are_ended(tmp_path):
     code = "import subprocess as s, sys; p = s.Popen(['sleep', '3600']); "
     code += f"open({str(file)!r}, 'w').write(str(p.pid)); p.wait()"
     with (tmp_path / "log.txt").open("a") as log:
-        assert "stopped" in Run(tmp_path, 600.0).run(step(code, 20.0), log)
+        assert "stopped" in Run(tmp_path, 600.0).run(step(code, 8.0), log)
     # a busy machine takes its time to end a process, and nobody may have asked yet how it ended
     for _ in range(100):
         state = reading(Path("/proc", file.read_text(), "stat")).rpartition(")")[2].split()
