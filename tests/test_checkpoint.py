@@ -195,8 +195,13 @@ def test_forged_descriptions_give_one_typed_error(change, tmp_path: Path) -> Non
 
 
 def test_missing_folders_and_files_are_named(tmp_path: Path) -> None:
-    with pytest.raises(DamagedFile, match="no folder"):
+    with pytest.raises(DamagedFile, match=r"no folder$"):
         load(tmp_path / "nothing")
+    (tmp_path / "weights.pth").touch()
+    with pytest.raises(DamagedFile, match=r"no folder; give weights alone .* to --checkpoint"):
+        load(tmp_path / "weights.pth")
+    with pytest.raises(DamagedFile, match=r"written by vp.save, .* without manifest.json; open"):
+        load(tmp_path)
     save(random_vit(dtype=torch.float32), tmp_path / "model")
     (tmp_path / "model" / "model.safetensors").unlink()
     with pytest.raises(DamagedFile, match=r"model\.safetensors"):

@@ -166,7 +166,15 @@ def load(folder: str | Path) -> nn.Module:
     """
     folder = Path(folder)
     if not folder.is_dir():
-        raise DamagedFile(f"load: folder must be a saved model, got {folder}, which is no folder")
+        remedy = "; give weights alone to a model, or to --checkpoint" if folder.is_file() else ""
+        raise DamagedFile(
+            f"load: folder must be a saved model, got {folder}, which is no folder{remedy}"
+        )
+    if not (folder / MANIFEST).is_file():
+        raise DamagedFile(
+            f"load: folder must be written by vp.save, got {folder} without {MANIFEST}; open a "
+            "model of another library there, as with from_pretrained of transformers, and save that"
+        )
     check_manifest(folder)
     config = read_json(folder / "config.json")
     tensors = read_tensors(folder / "model.safetensors")
