@@ -320,7 +320,8 @@ def config_settings(cls: Any) -> set[str]:
     """What a config of transformers may be told: sizes and labels, and nothing that loads code."""
     own = {name for name in vars(cls()) if not name.startswith("_")}
     # labels may have any names, also those that mean something here: they follow from id2label
-    return (own | {"head_dim", "num_labels"}) - {"dtype", "label2id", "transformers_version"}
+    named = {"head_dim", "num_labels", "output_attentions"}
+    return (own | named) - {"dtype", "label2id", "transformers_version"}
 
 
 def _config(name: str, options: dict[str, Any]) -> Any:

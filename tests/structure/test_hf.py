@@ -155,6 +155,17 @@ def test_names_of_labels_are_saved(tmp_path: Path) -> None:
     assert type(model).from_pretrained(tmp_path).config.id2label == model.config.id2label
 
 
+def test_what_a_model_hands_back_beside_logits_is_saved(tmp_path: Path) -> None:
+    model, (images, _) = model_of("vit-eager", torch.float32), batch_of(2, torch.float32)
+    model.config.output_attentions = model.config.output_hidden_states = True
+    pruned: Any = vp.prune(model, uniform(vp.describe(model), head=2))
+    vp.save(pruned, tmp_path)
+    again: Any = vp.load(tmp_path)
+    for name in ("attentions", "hidden_states"):
+        want, got = (getattr(each(images), name) for each in (pruned, again))
+        assert len(want) and all(map(torch.equal, want, got)), name
+
+
 def test_a_constant_that_stands_for_attention_is_saved(tmp_path: Path) -> None:
     model, (images, _) = model_of(), batch_of(2)
     structure = vp.describe(model)
