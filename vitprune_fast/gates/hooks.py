@@ -21,9 +21,9 @@ from ..errors import InvalidInput
 from ..modules.behaviour import LeftBehind
 from ..modules.known import (
     activation_of,
-    has_mask,
     is_plain_attention,
     is_plain_mlp,
+    masks_or_drops,
     run_attention,
     run_mlp,
 )
@@ -237,7 +237,7 @@ def _forward_with(axis: Axis, owner: Any) -> Callable[..., Tensor] | None:
 
 def _gated_attention(attn: Any, gate: _Gate, x: Tensor, **mask: Any) -> Tensor:
     """timm's Attention without an inner norm; with a mask or dropout as it is, and multiplied."""
-    if has_mask(mask) or (attn.training and attn.attn_drop.p > 0):
+    if masks_or_drops(attn, mask):
         # what enters the projection is multiplied there
         handle = attn.proj.register_forward_pre_hook(_Before(gate.gates, gate.axis, gate.tap))
         try:

@@ -113,6 +113,11 @@ def has_mask(mask: Mapping[str, Any]) -> bool:
     return any(value is not None and value is not False for value in mask.values())
 
 
+def masks_or_drops(attn: Any, mask: Mapping[str, Any]) -> bool:
+    """Whether an attention is to mask tokens or to drop of its weights, which our ops do not."""
+    return has_mask(mask) or (attn.training and attn.attn_drop.p > 0)
+
+
 def run_attention(attn: Any, x: Tensor, attend: Callable[..., Tensor]) -> Tensor:
     """The forward of an attention without a mask and without dropout of its weights.
 

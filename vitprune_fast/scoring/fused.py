@@ -28,6 +28,7 @@ from ..modules.known import (
     is_plain,
     is_plain_attention,
     is_plain_mlp,
+    masks_or_drops,
     run_attention,
     run_mlp,
     runs_its_class,
@@ -146,7 +147,7 @@ def _quick_attention(attn: Any, x: Tensor, **mask: Any) -> Tensor:
     """timm's Attention; by our op where that pays."""
     dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x.dtype
     pays = x.is_cpu and torch.is_grad_enabled() and dtype in _QUICK
-    if not pays or has_mask(mask) or (attn.training and attn.attn_drop.p > 0):
+    if not pays or masks_or_drops(attn, mask):
         return type(attn).forward(attn, x, **mask)
     return run_attention(attn, x, _attend)
 
