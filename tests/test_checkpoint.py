@@ -198,9 +198,9 @@ def test_missing_folders_and_files_are_named(tmp_path: Path) -> None:
     with pytest.raises(DamagedFile, match=r"no folder$"):
         load(tmp_path / "nothing")
     (tmp_path / "weights.pth").touch()
-    with pytest.raises(DamagedFile, match=r"no folder; give weights alone .* to --checkpoint"):
+    with pytest.raises(DamagedFile, match="no folder; weights go into a model, or to --checkpoint"):
         load(tmp_path / "weights.pth")
-    with pytest.raises(DamagedFile, match=r"written by vp.save, .* without manifest.json; open"):
+    with pytest.raises(DamagedFile, match=r"vp.save wrote, .* without manifest.json; save or copy"):
         load(tmp_path)
     save(random_vit(dtype=torch.float32), tmp_path / "model")
     (tmp_path / "model" / "model.safetensors").unlink()

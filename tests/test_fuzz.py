@@ -20,6 +20,7 @@ from vitprune_fast.planning import Plan
 from vitprune_fast.scoring import Scores
 from vitprune_fast.testing import random_vit
 
+# the larger number takes a minute
 QUICK, ALL = 500, 10_000
 # what a careless or hostile writer puts where something else belongs
 ODD_VALUES: list[Any] = [

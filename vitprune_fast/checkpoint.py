@@ -166,14 +166,14 @@ def load(folder: str | Path) -> nn.Module:
     """
     folder = Path(folder)
     if not folder.is_dir():
-        remedy = "; give weights alone to a model, or to --checkpoint" if folder.is_file() else ""
+        remedy = "; weights go into a model, or to --checkpoint" if folder.is_file() else ""
         raise DamagedFile(
             f"load: folder must be a saved model, got {folder}, which is no folder{remedy}"
         )
-    if not (folder / MANIFEST).is_file():
+    if os.access(folder, os.X_OK) and not os.path.lexists(folder / MANIFEST):
         raise DamagedFile(
-            f"load: folder must be written by vp.save, got {folder} without {MANIFEST}; open a "
-            "model of another library there, as with from_pretrained of transformers, and save that"
+            f"load: folder must be one that vp.save wrote, got {folder} without {MANIFEST}; save "
+            "or copy it again, or open it with the library that wrote it"
         )
     check_manifest(folder)
     config = read_json(folder / "config.json")

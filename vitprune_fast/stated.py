@@ -40,11 +40,12 @@ def image_channels(model: Any) -> int | None:
     return None if first is None else first.in_channels
 
 
-def image_size(model: Any) -> tuple[int, int] | None:
-    """(height, width) of the images that a model was made for; None where nothing says so."""
+def image_shape(model: Any) -> tuple[int | None, int | None, int | None]:
+    """(channels, height, width) of the images a model was made for; None where nothing says so."""
+    channels, height, width = stated_config(model).get("input_size") or (None, None, None)
     made_for, _ = _made_for(model)
-    known = stated_config(model).get("input_size")
-    return made_for or (None if known is None else _pair(known[1:]))
+    height, width = made_for or (height, width)
+    return image_channels(model) or channels, height, width
 
 
 def fixed_size(model: Any) -> tuple[int, int] | None:
@@ -55,20 +56,25 @@ def fixed_size(model: Any) -> tuple[int, int] | None:
 
 
 def misfit(model: Any, shape: Sequence[int]) -> str:
-    """The (C, H, W) that a model states to take, where these are others; else nothing."""
-    patch = patch_size(model)
-    if patch is None:
+    """The ``C, H, W`` that a ViT of timm takes, where those of images are others; else empty.
+
+    A model whose first layer is no plain embedding of patches is taken at its word.
+    """
+    embed = getattr(model, "patch_embed", None)
+    patch, proj = patch_size(model), getattr(embed, "proj", None)
+    # that of a hybrid reads the features of a CNN
+    if patch is None or not isinstance(proj, nn.Conv2d) or hasattr(embed, "backbone"):
         return ""
     channels, height, width = shape
-    wanted, size = image_channels(model), fixed_size(model)
-    if size is not None:
+    size = fixed_size(model)
+    if size is not None and hasattr(embed, "img_size"):
         fits, rule = (height, width) == size, f"{size[0]}, {size[1]}"
-    elif getattr(model.patch_embed, "dynamic_img_pad", False):
+    elif proj.stride != patch or getattr(embed, "dynamic_img_pad", False):
         fits, rule = min(height, width) > 0, "H, W"
     else:
         fits = min(height, width) > 0 and height % patch[0] == 0 and width % patch[1] == 0
         rule = f"multiples of {patch[0]}, multiples of {patch[1]}"
-    return "" if fits and channels == wanted else f"{wanted}, {rule}"
+    return "" if fits and channels == proj.in_channels else f"{proj.in_channels}, {rule}"
 
 
 def _made_for(model: Any) -> tuple[tuple[int, int] | None, Any]:

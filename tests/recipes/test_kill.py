@@ -7,6 +7,7 @@ import re
 import shutil
 import signal
 import time
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -92,29 +93,38 @@ def points(undisturbed: Outcome) -> list[Fault]:
 
 
 def left(folder: Path) -> dict[str, bytes]:
-    """What whoever comes next finds."""
-    return {name: (folder / name).read_bytes() for name in files_of(folder)}
+    """What whoever comes next finds: files, and folders as if they were empty ones."""
+    found = {folder, *folder.rglob("*")} if folder.exists() else set()
+    return {
+        str(path.relative_to(folder)): path.read_bytes() if path.is_file() else b""
+        for path in found
+    }
 
 
 def of_any_process(found: dict[str, bytes]) -> dict[str, bytes]:
-    """The same without seconds in files and process numbers in the names of temporary ones."""
-    return {
-        re.sub(r"\d+-\d+\.tmp", "tmp", name): content if is_bitwise(name) else b""
-        for name, content in found.items()
-    }
+    """The same without files that hold seconds, and process numbers in the names of others."""
+    same = {}
+    for name, content in found.items():
+        # a temporary file holds what the one it becomes does
+        becomes = re.sub(r"(^|/)\.([^/]+)\.\d+-\d+\.tmp$", r"\1\2", name)
+        shown = re.sub(r"\d+-\d+\.tmp$", "tmp", name)
+        same[shown] = content if is_bitwise(becomes) else b""
+    return same
 
 
 @pytest.fixture(scope="module")
 def copies(
     attempts: Attempts, short: tuple[Path, Outcome], tmp_path_factory: pytest.TempPathFactory
-) -> Path:
+) -> Iterator[Path]:
     """What a kill can leave of the tiny job, beside the folder it ran in."""
     base = tmp_path_factory.mktemp("copies")
     (base / "left").mkdir()
     outcome = attempts.finish(command(TINY, base / "run"), copies=base / "left")
     assert outcome.status == 0 and outcome.operations == short[1].operations
     shutil.move(base / "run", base / "left" / f"{len(outcome.operations) - 1:04}-after")
-    return base / "left"
+    yield base / "left"
+    # hundreds of megabytes
+    shutil.rmtree(base)
 
 
 def test_the_kill_points_are_all_that_a_run_does_to_its_folder(
@@ -138,13 +148,9 @@ def test_the_kill_points_are_all_that_a_run_does_to_its_folder(
 
 
 def goes_on(attempts: Attempts, short: tuple[Path, Outcome], folder: Path, what: object) -> None:
-    try:
-        outcome = attempts.finish(command(TINY, folder))
-        assert outcome.status == 0, (what, outcome.err)
-        assert_same_run(short[0], folder)
-    finally:
-        # the next one runs under the same name, which stands in its files
-        shutil.rmtree(folder)
+    outcome = attempts.finish(command(TINY, folder))
+    assert outcome.status == 0, (what, outcome.err)
+    assert_same_run(short[0], folder)
 
 
 @pytest.mark.parametrize("part", range(2))
@@ -154,6 +160,8 @@ def test_a_run_killed_at_some_operations(
     """And what it leaves is what was copied at that moment."""
     folder = copies.parent / "run"
     for fault in random.Random(part).sample(points(short[1]), 6):
+        # under the name that stands in the files of the copies
+        shutil.rmtree(folder, ignore_errors=True)
         outcome = attempts.finish(command(TINY, folder), fault=fault)
         assert outcome.status == -signal.SIGKILL, outcome
         assert outcome.operations == short[1].operations[: fault.at + 1], fault
@@ -171,11 +179,12 @@ def test_a_run_goes_on_from_whatever_a_kill_leaves(
     seen, different = {}, []
     for fault in points(short[1]):
         copy = copies / f"{fault.at:04}-{fault.when}"
-        # a flush, or a removal of what is not there: nobody can tell that it happened
+        # nobody can tell that there was a flush, or a removal of what is not there
         if (found := left(copy)) != seen:
             different.append(copy)
         seen = found
     assert len(different) > len(short[1].operations) / 2
     for copy in different[part::8]:
+        shutil.rmtree(copies.parent / "run", ignore_errors=True)
         shutil.copytree(copy, copies.parent / "run")
         goes_on(attempts, short, copies.parent / "run", copy.name)

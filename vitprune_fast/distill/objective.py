@@ -33,7 +33,7 @@ from vitprune_fast.distill.terms import (
 from vitprune_fast.errors import InvalidInput
 from vitprune_fast.modules.modes import evaluating
 from vitprune_fast.randomness import seeded
-from vitprune_fast.stated import image_channels, image_size
+from vitprune_fast.stated import image_shape
 from vitprune_fast.structure import families
 
 
@@ -243,12 +243,13 @@ def images_like(model: nn.Module) -> Tensor:
         InvalidInput: it states none.
     """
     inner: Any = unwrap_model(model)
-    channels, height, width = families.stated_shape(inner)
-    size = image_size(inner) if height is None or width is None else (height, width)
-    channels = channels or image_channels(inner)
-    if size is None or channels is None:
+    channels, height, width = (
+        known or stated
+        for known, stated in zip(families.stated_shape(inner), image_shape(inner), strict=True)
+    )
+    if channels is None or height is None or width is None:
         raise InvalidInput(
             "distill: student must state its input size to compare what happens inside, got "
             f"{type(inner).__name__} without patch_embed.img_size and pretrained_cfg"
         )
-    return torch.zeros(2, channels, *size)
+    return torch.zeros(2, channels, height, width)

@@ -229,7 +229,7 @@ def fit(
 
 
 def _gram(a: Tensor) -> Tensor:
-    """``a^T a``, computed once for each pair of columns, and so symmetric to the bit."""
+    """``a^T a``, symmetric to the bit: of two columns only one product counts."""
     width = a.shape[1]
     gram = a.new_empty(width, width)
     for start in range(0, width, _BLOCK):
