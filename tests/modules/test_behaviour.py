@@ -186,6 +186,24 @@ def test_a_hook_that_captured_a_part_of_the_model_is_refused(hook: Any) -> None:
     vp.prune(model, half_of(model))
 
 
+class Keeper:
+    def __init__(self) -> None:
+        self.kept: list[Tensor] = []
+
+    def keep(self, module: nn.Module, inputs: Any, output: Tensor) -> None:
+        self.kept.append(output)
+
+
+def test_activations_that_a_hook_keeps_are_named() -> None:
+    model, keeper = random_vit(depth=1), Keeper()
+    model.blocks[0].register_forward_hook(keeper.keep)
+    model(random_images(model))
+    with pytest.raises(InvalidInput, match=r"^prune: model must hold no tensors of a computation"):
+        vp.prune(model, half_of(model))
+    keeper.kept = [tensor.detach() for tensor in keeper.kept]
+    vp.prune(model, half_of(model))
+
+
 @pytest.mark.parametrize("hook", [nothing, method, given, Recorder])
 def test_a_hook_that_a_copy_copies_is_kept_and_not_saved(hook: Any, tmp_path: Path) -> None:
     model: Any = random_vit(depth=1)

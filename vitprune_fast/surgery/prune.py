@@ -244,7 +244,16 @@ def _smaller_copy(model: nn.Module, structure: Structure, moved: dict[str, Tenso
                 new = nn.Parameter(new, requires_grad=old.requires_grad)
             memo[id(old)] = new
         tensors[name] = memo[id(old)]
-    return Cut(copy.deepcopy(model, memo), tensors)
+    try:
+        return Cut(copy.deepcopy(model, memo), tensors)
+    except RuntimeError as error:
+        # what torch says of a tensor that has a gradient to pass on
+        if "deepcopy" not in str(error):
+            raise
+        raise InvalidInput(
+            "prune: model must hold no tensors of a computation, got some, as a hook that keeps "
+            "activations has; remove it, or keep detached ones"
+        ) from None
 
 
 def _resize_attr(new: nn.Module, path: str, size: int) -> None:
