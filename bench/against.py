@@ -31,6 +31,7 @@ def cases() -> dict[str, Callable[[], Any]]:
     import torch
 
     import vitprune_fast as vp
+    from vitprune_fast import ops
 
     torch.manual_seed(0)
     torch.set_num_threads(1)
@@ -58,6 +59,7 @@ def cases() -> dict[str, Callable[[], Any]]:
             "exp_avg_sq": torch.zeros_like(parameter),
         }
     soft = vp.SoftCompaction(small, plan_small)
+    weight, rows = base.get_parameter("blocks.0.mlp.fc1.weight").detach(), torch.arange(0, 3072, 2)
 
     def step() -> None:
         soft.refresh()(images).square().mean().backward()
@@ -70,6 +72,7 @@ def cases() -> dict[str, Callable[[], Any]]:
         "plan, uniform": lambda: vp.plan(structure, scores, half, allocation="uniform"),
         "predict_cost": lambda: vp.predict_cost(structure, plan),
         "score": lambda: vp.score(small, [(images, labels)]),
+        "gather": lambda: ops.gather(weight, rows),
         "prune": lambda: vp.prune(base, plan),
         "prune with moments": lambda: vp.prune(base, plan, optimizer),
         "training step": step,
