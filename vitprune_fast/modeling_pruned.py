@@ -295,8 +295,8 @@ def load(folder: str | Path, classes: Iterable[type[nn.Module]] = ()) -> Any:
     config: Any = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     known = {f"{cls.__module__}.{cls.__qualname__}": cls for cls in classes}
     mapped = load_file(folder / "model.safetensors")
-    # a file that is mapped may change under a model, and starts at no address that products of
-    # matrices like, whose bits may follow it
+    # Mapped tensors change with their file, and begin at addresses where torch would allocate none:
+    # on some processors that alone moves the last bits of a product of matrices.
     tensors = {name: tensor.clone() for name, tensor in mapped.items()}
     model = build(config["vitprune_fast"], tensors, known)
     model.pretrained_cfg = model.default_cfg = config.get("pretrained_cfg", {})

@@ -114,7 +114,7 @@ def has_mask(mask: Mapping[str, Any]) -> bool:
 
 
 def masks_or_drops(attn: Any, mask: Mapping[str, Any]) -> bool:
-    """Whether an attention is to mask tokens or to drop of its weights, which our ops do not."""
+    """Whether tokens are masked or attention weights dropped, neither of which our ops do."""
     return has_mask(mask) or (attn.training and attn.attn_drop.p > 0)
 
 
