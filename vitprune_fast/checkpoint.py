@@ -173,7 +173,7 @@ def load(folder: str | Path) -> nn.Module:
     if os.access(folder, os.X_OK) and not os.path.lexists(folder / MANIFEST):
         raise DamagedFile(
             f"load: folder must be one that vp.save wrote, got {folder} without {MANIFEST}; save "
-            "or copy it again, or open it with the library that wrote it"
+            "or copy it again; what another library wrote, open with that and vp.save it"
         )
     check_manifest(folder)
     config = read_json(folder / "config.json")
