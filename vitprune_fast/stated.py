@@ -67,7 +67,7 @@ def misfit(model: Any, shape: Sequence[int]) -> str:
         return ""
     channels, height, width = shape
     size = fixed_size(model)
-    if size is not None and hasattr(embed, "img_size"):
+    if size is not None and getattr(embed, "img_size", None) is not None:
         fits, rule = (height, width) == size, f"{size[0]}, {size[1]}"
     elif proj.stride != patch or getattr(embed, "dynamic_img_pad", False):
         fits, rule = min(height, width) > 0, "H, W"

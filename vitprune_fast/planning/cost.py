@@ -106,7 +106,7 @@ def predict_cost(structure: Structure, plan: Plan | Mapping[str, int] | None = N
     Args:
         structure: of the unpruned model.
         plan: what is kept: a plan, or bare counts (axis name -> how many units stay; of dims of
-            heads, how many in each head), which take a hundredth of the time; None keeps all.
+            heads, how many in each head), which take a fortieth of the time; None keeps all.
 
     Returns:
         Exactly what :func:`cost` counts on the pruned model, with ``useful_macs`` beside it.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from functools import cached_property
 from numbers import Integral
@@ -309,23 +310,23 @@ class Reading:
                 yield tensors[left[-1]]
 
 
-class _Units:
+class _Units(ABC):
     """Which units are kept, or how many of them."""
 
     # whether the numbers are whole
     exact = True
 
+    @abstractmethod
     def total(self, axis: Axis) -> Any:
         """How many units of an axis without parent."""
-        raise NotImplementedError
 
+    @abstractmethod
     def each(self, axis: Axis) -> Any:
         """(parents,): how many units of every parent unit; 0 of those that are lost."""
-        raise NotImplementedError
 
+    @abstractmethod
     def kept(self, axis: Axis) -> np.ndarray:
         """Unit numbers, int64, sorted."""
-        raise NotImplementedError
 
     def widest(self, axis: Axis) -> Any:
         """The most that a parent unit keeps."""
