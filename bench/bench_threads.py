@@ -24,8 +24,8 @@ import pytest
 
 from bench import study
 from bench.conftest import HERE
-from vitprune_fast.recipes.cores import available_cores
 from vitprune_fast.recipes.presets import DIGITS
+from vitprune_fast.run.cores import available_cores
 
 ROUNDS = 5
 EPOCHS = 4

@@ -179,7 +179,7 @@ def tune(work: Path, name: str) -> nn.Module:
 def train_digits(folder: Path, seed: int) -> None:
     """The dense stage of `vitprune-fast run --preset digits --seed SEED`, and no further."""
     from vitprune_fast.recipes import preset, run
-    from vitprune_fast.recipes.chain import RunStopped
+    from vitprune_fast.recipes.start import RunStopped
 
     finished = False
 

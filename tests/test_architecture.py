@@ -23,7 +23,7 @@ ORDER = (
     *GROUND,
     *("modules", "reference", "kernels", "ops", "modeling_pruned", "structure", "checkpoint"),
     *("models", "evaluation", "data", "scoring", "planning", "surgery", "check", "testing"),
-    *("gates", "integrations", "distill", "run", "report", "recipes", "doctor"),
+    *("gates", "integrations", "distill", "config", "run", "recipes", "doctor"),
     *("vitprune_fast", "cli"),
 )
 

@@ -17,7 +17,7 @@ MODULES = {"pillow": "PIL", "pyyaml": "yaml", "scikit-learn": "sklearn"}
 OURS = {"vitprune_fast", "kernels", "tests", "bench"}
 # extras of which other packages import the module for us, and where we count on it
 THROUGH = {
-    "tensorboard": ("vitprune_fast/recipes/board.py", "torch.utils.tensorboard"),
+    "tensorboard": ("vitprune_fast/run/tensorboard.py", "torch.utils.tensorboard"),
     # a model of it is known by the home of its class
     "transformers": ("vitprune_fast/structure/families/__init__.py", '"transformers.models.'),
 }

@@ -75,7 +75,7 @@ for name in vp.__all__:
     value = getattr(vp, name)
     assert callable(value) or name in ("gates", "ops"), name
 assert vp.distill.__module__ == "vitprune_fast.distill.loop"
-assert vp.run.__module__ == "vitprune_fast.recipes.chain"
+assert vp.run.__module__ == "vitprune_fast.recipes.start"
 assert set(vp.__all__) <= set(dir(vp))
 """
     result = run_fresh(script)

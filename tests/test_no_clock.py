@@ -29,7 +29,7 @@ def decided_by_a_clock(source: str) -> Iterator[str]:
 
 def test_no_test_reads_a_clock() -> None:
     # a process that does nothing but end, which takes milliseconds
-    declared = {"recipes/attempts.py": 1}
+    declared = {"run/attempts.py": 1}
     found = {}
     for path in TESTS.rglob("*.py"):
         lines = list(decided_by_a_clock(path.read_text(encoding="utf-8")))

@@ -20,11 +20,11 @@ import pytest
 import torch
 from PIL import Image
 
-from tests.recipes.conftest import TINY
+from tests.run.conftest import TINY
+from vitprune_fast.config.run import DataConfig
 from vitprune_fast.data import BadImage, ImageData, Loader, open_data
 from vitprune_fast.errors import DamagedFile, InvalidInput, StageFailed
-from vitprune_fast.recipes.chain import run
-from vitprune_fast.recipes.config import DataConfig
+from vitprune_fast.recipes.start import run
 
 SPLITS = ("train", "validation", "test")
 NOBODY = 65534

@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     )
     from .evaluation import Evaluation, evaluate
     from .planning import Budget, Cost, Latency, Plan, cost, latency, plan, predict_cost
-    from .recipes import RunConfig, run
+    from .recipes import Recipe, RunConfig, Step, run
     from .scoring import Scores, score
     from .structure import Structure, describe, register_family
     from .surgery import (
@@ -78,7 +78,7 @@ _HOMES = {
         "plan",
         "predict_cost",
     ),
-    "recipes": ("RunConfig", "run"),
+    "recipes": ("Recipe", "RunConfig", "Step", "run"),
     "scoring": ("Scores", "score"),
     "structure": ("Structure", "describe", "register_family"),
     "surgery": (
@@ -111,11 +111,13 @@ __all__ = [
     "Loader",
     "NotEnoughMemory",
     "Plan",
+    "Recipe",
     "RunConfig",
     "RunFolderError",
     "Scores",
     "SoftCompaction",
     "StageFailed",
+    "Step",
     "Structure",
     "StructureReport",
     "UnsupportedArchitecture",

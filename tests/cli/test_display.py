@@ -25,6 +25,8 @@ HALF = {
     "images_per_s": 3200.0,
 }
 SUMMARY = {
+    "models": ["before", "cut", "swept", "after"],
+    "teachers": [{"name": "self", "kind": "self"}],
     "before": HALF,
     "cut": {**HALF, "top1": 0.9, "top1_count": 540, "agreement": 0.91},
     "swept": {**HALF, "top1": 0.97, "top1_count": 582, "agreement": 0.98},
@@ -172,7 +174,7 @@ def test_the_last_line_says_what_each_step_did() -> None:
 
 
 def test_a_step_that_was_left_out_has_no_row() -> None:
-    end = {**EVENTS[-1], "summary": {**SUMMARY, "swept": None}}
+    end = {**EVENTS[-1], "summary": {**SUMMARY, "models": ["before", "cut", "after"]}}
     text = shown(terminal=False, events=[end])
     assert text.endswith("dense 98.00% -> cut 90.00% -> distilled 97.50%\n")
     assert "swept" not in text

@@ -14,7 +14,7 @@ import torch
 import vitprune_fast as vp
 from vitprune_fast.cli.main import main
 from vitprune_fast.distill.checkpoints import read_newest
-from vitprune_fast.recipes import stages
+from vitprune_fast.run import stages
 from vitprune_fast.run.folder import RunFolder
 
 HALF = ["--dtype", "bfloat16"]

@@ -9,8 +9,8 @@ import pytest
 import yaml
 
 from vitprune_fast.cli.main import VERBS, main
+from vitprune_fast.config.yamlfile import to_plain
 from vitprune_fast.recipes.presets import preset
-from vitprune_fast.recipes.yamlfile import to_plain
 
 
 def test_overview_lists_every_verb(capsys: pytest.CaptureFixture[str]) -> None:
@@ -40,7 +40,7 @@ def test_parsing_needs_nothing_heavy() -> None:
         "from vitprune_fast.cli.main import main\n"
         "try: main(['run', '--help'])\n"
         "except SystemExit: pass\n"
-        "heavy = ('matplotlib', 'jinja2', 'sklearn', 'vitprune_fast.recipes.chain')\n"
+        "heavy = ('matplotlib', 'jinja2', 'sklearn', 'vitprune_fast.run.chain')\n"
         "print([name for name in heavy if name in sys.modules], file=sys.stderr)\n"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
@@ -129,7 +129,7 @@ def test_a_model_asked_for_by_name_takes_no_arguments_of_the_preset() -> None:
 
     from vitprune_fast.cli.run import _default
 
-    unset = {"preset": None, "data": None, "config": None, "model": None}
+    unset = {"preset": None, "recipe": None, "data": None, "config": None, "model": None}
     assert _default(Namespace(**unset)).model.args["embed_dim"] == 64
     assert _default(Namespace(**{**unset, "model": "folder"})).model.args == {}
     assert _default(Namespace(**{**unset, "data": "tar:photos.tar"})).data.source != "digits"

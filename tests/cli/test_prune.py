@@ -16,7 +16,7 @@ import torch
 import vitprune_fast as vp
 from tests.small import NAME, SMALL, photographs
 from vitprune_fast.cli.main import main
-from vitprune_fast.recipes import stages
+from vitprune_fast.run import stages
 
 STATISTICS = ["--mean", ".1", ".2", ".3", "--std", "1", "1", "2"]
 

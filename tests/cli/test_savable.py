@@ -11,7 +11,7 @@ import pytest
 import vitprune_fast as vp
 from vitprune_fast import files
 from vitprune_fast.cli.main import main
-from vitprune_fast.recipes import checks, stages, teaching
+from vitprune_fast.run import checks, stages, training
 from vitprune_fast.structure.families import timm_vit
 
 MODEL = ("--model", "vit_tiny_patch16_224", "--model-args", "img_size=8", "patch_size=4")
@@ -41,7 +41,7 @@ def test_verbs_that_save_ask_first(
     monkeypatch.setattr(timm_vit, "FAMILY", replace(timm_vit.FAMILY, swaps=()))
     for home, name in ((vp.Plan, "load"), (checks, "prune_and_prove"), (stages, "train")):
         monkeypatch.setattr(home, name, work)
-    monkeypatch.setattr(teaching, "teach", work)
+    monkeypatch.setattr(training, "teach", work)
     verb, *rest = words
     assert main([verb, *MODEL, *SIZES, *rest, "--out", "out"]) != 0
     said = " ".join(capsys.readouterr().err.split())

@@ -10,12 +10,12 @@ import timm
 import torch
 
 import vitprune_fast as vp
-from tests.recipes.conftest import TINY
+from tests.run.conftest import TINY
 from vitprune_fast.cli.main import VERBS, main
+from vitprune_fast.config.yamlfile import to_yaml
 from vitprune_fast.files import read_json
 from vitprune_fast.planning.waiting import Waits
-from vitprune_fast.recipes.chain import run
-from vitprune_fast.recipes.yamlfile import to_yaml
+from vitprune_fast.recipes.start import run
 
 COMMANDS = {
     "run": "run --config tiny.yaml --out fresh",

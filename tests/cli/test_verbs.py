@@ -16,9 +16,9 @@ import torch
 
 import vitprune_fast as vp
 from vitprune_fast.cli.main import main
-from vitprune_fast.recipes.chain import RunStopped, run
+from vitprune_fast.config.yamlfile import from_yaml
 from vitprune_fast.recipes.presets import preset
-from vitprune_fast.recipes.yamlfile import from_yaml
+from vitprune_fast.recipes.start import RunStopped, run
 
 TRAINING = [
     *("--dense.epochs", "1", "--dense.warmup-epochs", "0", "--distill.epochs", "1"),

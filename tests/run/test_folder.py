@@ -18,7 +18,7 @@ def finished(path: Path) -> RunFolder:
     path.mkdir(exist_ok=True)
     folder.begin(IDENTITY, {"command": ["run"]})
     (folder / "plan.json").write_text("{}")
-    folder.finish("plan", ("plan.json",), {"text": "done"})
+    folder.finish("plan", "plan.json = plan(dense)", ("plan.json",), {"text": "done"})
     return folder
 
 

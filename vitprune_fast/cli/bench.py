@@ -8,8 +8,8 @@ from typing import Annotated
 from tyro.conf import arg
 
 from vitprune_fast.cli.options import parse, required_model
+from vitprune_fast.config.run import Computed, Threads
 from vitprune_fast.models.config import ModelConfig
-from vitprune_fast.recipes.config import Computed, Threads
 
 
 @dataclass(frozen=True)
@@ -45,8 +45,8 @@ def main(words: list[str]) -> int:
     from vitprune_fast.cli.display import print_assumptions, print_table
     from vitprune_fast.models.open import open_model
     from vitprune_fast.planning.waiting import load_warning
-    from vitprune_fast.recipes import stages
-    from vitprune_fast.recipes.profile import applied, choose_profile
+    from vitprune_fast.run import stages
+    from vitprune_fast.run.hardware import applied, choose_profile
 
     profile = choose_profile(options.device, options.threads, dtype=options.dtype)
     print(f"profile {profile}")

@@ -8,8 +8,8 @@ from typing import Annotated
 from tyro.conf import arg
 
 from vitprune_fast.cli.options import parse, required_model
+from vitprune_fast.config.run import Threads
 from vitprune_fast.models.config import ModelConfig
-from vitprune_fast.recipes.config import Threads
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,7 @@ def main(words: list[str]) -> int:
     import vitprune_fast as vp
     from vitprune_fast.cli.display import print_table
     from vitprune_fast.models.open import skeleton
-    from vitprune_fast.recipes.profile import applied, choose_profile
+    from vitprune_fast.run.hardware import applied, choose_profile
 
     with applied(choose_profile("cpu", options.threads)):
         model = skeleton(options.model)

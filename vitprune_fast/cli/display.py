@@ -13,7 +13,7 @@ from rich.table import Table
 
 from vitprune_fast.distill.config import FEATURE_LOSSES, LOGIT_LOSSES
 from vitprune_fast.planning.waiting import load_warning
-from vitprune_fast.recipes.assumptions import line
+from vitprune_fast.run.assumptions import line
 from vitprune_fast.run.comparison import arrow, comparison, steps
 
 _PARTS = ("ce", *LOGIT_LOSSES, *FEATURE_LOSSES)

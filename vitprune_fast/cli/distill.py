@@ -9,10 +9,10 @@ from typing import Annotated
 from tyro.conf import arg
 
 from vitprune_fast.cli.options import parse, required_data, required_model
+from vitprune_fast.config.run import DataConfig, GateConfig, MaskConfig, TeacherConfig, Threads
 from vitprune_fast.distill.config import DistillConfig
 from vitprune_fast.errors import InvalidInput
 from vitprune_fast.models.config import ModelConfig
-from vitprune_fast.recipes.config import DataConfig, GateConfig, MaskConfig, TeacherConfig, Threads
 
 
 @dataclass(frozen=True)
@@ -49,11 +49,11 @@ def main(words: list[str]) -> int:
     from vitprune_fast.cli.display import Display, print_assumptions
     from vitprune_fast.cli.signals import stoppable
     from vitprune_fast.files import probe_folder
-    from vitprune_fast.recipes.assumptions import about_gates
-    from vitprune_fast.recipes.board import Board
-    from vitprune_fast.recipes.opened import open_both, remember_normalisation
-    from vitprune_fast.recipes.profile import applied
-    from vitprune_fast.recipes.teaching import Trainings, TrainingStopped, teach
+    from vitprune_fast.run.assumptions import about_gates
+    from vitprune_fast.run.hardware import applied
+    from vitprune_fast.run.inputs import open_both, remember_normalisation
+    from vitprune_fast.run.tensorboard import Board
+    from vitprune_fast.run.training import Trainings, TrainingStopped, teach
 
     if options.schedule.needs_teacher and not options.teacher.names:
         raise InvalidInput(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from vitprune_fast.cli.options import parse
-from vitprune_fast.recipes.config import Threads
+from vitprune_fast.config.run import Threads
 
 
 @dataclass(frozen=True)
@@ -21,7 +21,7 @@ def main(words: list[str]) -> int:
     if options is None:
         return 0
     import vitprune_fast as vp
-    from vitprune_fast.recipes.profile import applied, choose_profile
+    from vitprune_fast.run.hardware import applied, choose_profile
 
     with applied(choose_profile("cpu", options.threads)):
         print(vp.doctor())

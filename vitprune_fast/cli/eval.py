@@ -9,8 +9,8 @@ from typing import Annotated, Literal
 from tyro.conf import arg
 
 from vitprune_fast.cli.options import parse, required_data, required_model
+from vitprune_fast.config.run import Computed, DataConfig, Threads
 from vitprune_fast.models.config import ModelConfig
-from vitprune_fast.recipes.config import Computed, DataConfig, Threads
 
 
 @dataclass(frozen=True)
@@ -36,10 +36,10 @@ def main(words: list[str]) -> int:
         return 0
     from vitprune_fast.cli.display import print_assumptions
     from vitprune_fast.models.open import open_model
-    from vitprune_fast.recipes import stages
-    from vitprune_fast.recipes.assumptions import about_test_images
-    from vitprune_fast.recipes.opened import open_both
-    from vitprune_fast.recipes.profile import applied
+    from vitprune_fast.run import stages
+    from vitprune_fast.run.assumptions import about_test_images
+    from vitprune_fast.run.hardware import applied
+    from vitprune_fast.run.inputs import open_both
 
     opened = open_both(
         options.model, options.data, 0, options.device, options.threads, options.dtype

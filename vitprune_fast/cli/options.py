@@ -12,10 +12,10 @@ from typing import Annotated, Any, TypeVar
 import tyro
 from tyro.conf import arg
 
+from vitprune_fast.config.run import DataConfig
+from vitprune_fast.config.yamlfile import from_yaml, to_yaml
 from vitprune_fast.models.config import ModelConfig
-from vitprune_fast.recipes.config import DataConfig
-from vitprune_fast.recipes.outputs import refuse_overwriting
-from vitprune_fast.recipes.yamlfile import from_yaml, to_yaml
+from vitprune_fast.run.outputs import refuse_overwriting
 
 T = TypeVar("T")
 
@@ -71,7 +71,7 @@ def parse(
         verb: for the usage line.
         words: the command line after the verb.
         default: gives the default options; it sees the words that choose them (`config`,
-            `preset`, `data`, `model`; None where not given).
+            `preset`, `recipe`, `data`, `model`; None where not given).
         flags: which of the choosing words this verb takes.
         outputs: option -> what the verb will write.
 
@@ -79,7 +79,7 @@ def parse(
         InvalidInput: an option is out of range, or an output would destroy an input.
     """
     early = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    for name in ("config", "preset", "data", "model"):
+    for name in ("config", "preset", "recipe", "data", "model"):
         early.add_argument(f"--{name}", nargs="?")
     chosen, _ = early.parse_known_args(list(words))
     options = default(chosen)

@@ -10,8 +10,8 @@ import tyro
 from tyro.conf import arg
 
 from vitprune_fast.cli.options import parse, required_model
+from vitprune_fast.config.run import PlanConfig, Threads
 from vitprune_fast.models.config import ModelConfig
-from vitprune_fast.recipes.config import PlanConfig, Threads
 
 
 @dataclass(frozen=True)
@@ -36,9 +36,9 @@ def main(words: list[str]) -> int:
     from vitprune_fast.cli.display import print_assumptions
     from vitprune_fast.models.open import skeleton
     from vitprune_fast.planning.cost import predict_cost
-    from vitprune_fast.recipes import stages
-    from vitprune_fast.recipes.assumptions import about_budget, about_scores
-    from vitprune_fast.recipes.profile import applied, choose_profile
+    from vitprune_fast.run import stages
+    from vitprune_fast.run.assumptions import about_budget, about_scores
+    from vitprune_fast.run.hardware import applied, choose_profile
 
     scores = vp.Scores.load(options.scores)
     with applied(choose_profile("cpu", options.threads)):

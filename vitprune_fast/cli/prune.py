@@ -11,10 +11,10 @@ import tyro
 from tyro.conf import arg
 
 from vitprune_fast.cli.options import optional_data, parse, partial_of, required_model
+from vitprune_fast.config.run import DataConfig, SweepConfig, Threads
 from vitprune_fast.errors import InvalidInput
 from vitprune_fast.models.config import ModelConfig
 from vitprune_fast.precision import Precision
-from vitprune_fast.recipes.config import DataConfig, SweepConfig, Threads
 
 
 @dataclass(frozen=True)
@@ -50,10 +50,10 @@ def main(words: list[str]) -> int:
     import vitprune_fast as vp
     from vitprune_fast.checkpoint import check_folder, check_savable
     from vitprune_fast.cli.display import print_assumptions
-    from vitprune_fast.recipes import checks
-    from vitprune_fast.recipes.assumptions import about_weights
-    from vitprune_fast.recipes.opened import open_both, open_weights, remember_normalisation
-    from vitprune_fast.recipes.profile import applied, choose_profile
+    from vitprune_fast.run import checks
+    from vitprune_fast.run.assumptions import about_weights
+    from vitprune_fast.run.hardware import applied, choose_profile
+    from vitprune_fast.run.inputs import open_both, open_weights, remember_normalisation
 
     _check_data(options)
     check_folder(options.out)
@@ -121,9 +121,9 @@ def _check_data(options: Prune) -> None:
 
 def _about_images(options: Prune, opened: Any) -> dict[str, str]:
     """What is assumed of the images to refit on; those of a run's test are refused."""
-    from vitprune_fast.recipes import stages
-    from vitprune_fast.recipes.assumptions import about_calibration
-    from vitprune_fast.recipes.refit import refuse_test_images
+    from vitprune_fast.run import stages
+    from vitprune_fast.run.assumptions import about_calibration
+    from vitprune_fast.run.refit import refuse_test_images
 
     if not options.sweep.compensate:
         return {}
@@ -141,8 +141,8 @@ def _refitted(options: Prune, opened: Any, plan: Any) -> Any:
     """The refitted model, with a bar on the way and what was gained at the end."""
     from vitprune_fast.cli.display import Display
     from vitprune_fast.cli.signals import stoppable
-    from vitprune_fast.recipes import checks, stages
-    from vitprune_fast.recipes.refit import left_out_lines, refit_text
+    from vitprune_fast.run import checks, stages
+    from vitprune_fast.run.refit import left_out_lines, refit_text
     from vitprune_fast.surgery import SweepStopped
 
     stage = {"event": "stage", "stage": "sweep"}

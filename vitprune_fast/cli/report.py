@@ -10,8 +10,8 @@ import tyro
 from tyro.conf import Positional, arg
 
 from vitprune_fast.cli.options import parse
+from vitprune_fast.config.run import Threads
 from vitprune_fast.errors import InvalidInput
-from vitprune_fast.recipes.config import Threads
 
 COMPARISON = Path("comparison.html")
 
@@ -32,8 +32,8 @@ def main(words: list[str]) -> int:
     options = parse("report", words, lambda chosen: Report(), outputs=_outputs)
     if options is None:
         return 0
-    from vitprune_fast.recipes.profile import applied, choose_profile
-    from vitprune_fast.report import write_comparison, write_report
+    from vitprune_fast.run.hardware import applied, choose_profile
+    from vitprune_fast.run.report import write_comparison, write_report
 
     with applied(choose_profile("cpu", options.threads)):
         if len(options.folders) == 1:

@@ -4,18 +4,28 @@ from __future__ import annotations
 
 from argparse import Namespace
 from dataclasses import replace
+from pathlib import Path
 
 from vitprune_fast.cli.options import PresetFlags, parse
+from vitprune_fast.config.run import RunConfig
+from vitprune_fast.config.yamlfile import read_yaml
 from vitprune_fast.models.config import ModelConfig
-from vitprune_fast.recipes.config import RunConfig
 from vitprune_fast.recipes.presets import preset
 
 
 def _default(chosen: Namespace) -> RunConfig:
     digits = chosen.data in (None, "digits")
-    options = preset(chosen.preset or ("digits" if digits else "images"))
+    options = preset(chosen.preset or ("digits" if digits else "images"), _recipe(chosen))
     # the arguments of a preset belong to its own model, not to one that was asked for by name
     return replace(options, model=ModelConfig()) if chosen.model else options
+
+
+def _recipe(chosen: Namespace) -> str | None:
+    """The recipe whose settings come before those of the file and the flags; None: no settings."""
+    if chosen.recipe is not None or chosen.config is None:
+        return chosen.recipe
+    named = read_yaml(Path(chosen.config)).get("recipe")
+    return named if isinstance(named, str) and named != RunConfig().recipe else None
 
 
 def main(words: list[str]) -> int:
@@ -25,7 +35,7 @@ def main(words: list[str]) -> int:
         return 0
     from vitprune_fast.cli.display import Display
     from vitprune_fast.cli.signals import stoppable
-    from vitprune_fast.recipes.chain import RunStopped, run
+    from vitprune_fast.recipes.start import RunStopped, run
 
     with (
         Display(quiet=options.quiet) as display,

@@ -10,8 +10,8 @@ from typing import Annotated, Any
 from tyro.conf import arg
 
 from vitprune_fast.cli.options import parse, partial_of, required_data, required_model
+from vitprune_fast.config.run import Computed, DataConfig, ScoreConfig, Threads
 from vitprune_fast.models.config import ModelConfig
-from vitprune_fast.recipes.config import Computed, DataConfig, ScoreConfig, Threads
 
 
 @dataclass(frozen=True)
@@ -43,9 +43,9 @@ def main(words: list[str]) -> int:
     from vitprune_fast.cli.display import Display, print_assumptions, print_table, rate_text
     from vitprune_fast.cli.signals import stoppable
     from vitprune_fast.errors import InvalidInput
-    from vitprune_fast.recipes import stages
-    from vitprune_fast.recipes.opened import open_both
-    from vitprune_fast.recipes.profile import applied
+    from vitprune_fast.run import stages
+    from vitprune_fast.run.hardware import applied
+    from vitprune_fast.run.inputs import open_both
     from vitprune_fast.scoring import ScoringStopped
     from vitprune_fast.scoring.agreement import agreement_text
     from vitprune_fast.stated import caveats

@@ -1,14 +1,20 @@
-"""Named recipes: complete configurations that a flag or a YAML file then changes."""
+"""Complete configurations for a kind of images, which a recipe, a YAML file and flags change."""
 
 from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
+from vitprune_fast.config.run import DataConfig, RunConfig, ScoreConfig
+from vitprune_fast.config.yamlfile import from_plain
 from vitprune_fast.distill.config import DistillConfig
 from vitprune_fast.errors import InvalidInput
 from vitprune_fast.models.config import ModelConfig
-from vitprune_fast.recipes.config import DataConfig, RunConfig, ScoreConfig
+from vitprune_fast.recipes.by_name import named
+
+if TYPE_CHECKING:
+    from vitprune_fast.run.step import Recipe
 
 DIGITS = RunConfig(
     out=Path("runs/digits"),
@@ -51,12 +57,15 @@ IMAGES = RunConfig(
 PRESETS = {"digits": DIGITS, "images": IMAGES}
 
 
-def preset(name: str) -> RunConfig:
-    """The configuration of this name, a fresh value.
+def preset(name: str, recipe: Recipe | str | None = None) -> RunConfig:
+    """The configuration of this name, with the settings of a recipe; None is that of the preset.
 
     Raises:
-        InvalidInput: there is no such preset.
+        InvalidInput: there is no such preset or recipe.
     """
     if name not in PRESETS:
         raise InvalidInput(f"run: preset must be one of {', '.join(PRESETS)}, got {name!r}")
-    return replace(PRESETS[name])
+    if recipe is None:
+        return replace(PRESETS[name])
+    found = named(recipe) if isinstance(recipe, str) else recipe
+    return from_plain({**found.settings, "recipe": found.name}, PRESETS[name])

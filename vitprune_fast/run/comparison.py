@@ -9,8 +9,15 @@ Row = tuple[str, str, str, str]
 Step = tuple[str, str, str, str, str]
 """Which step, top-1, correct images, 95 % interval, agreement with the dense model."""
 
-STEPS = {"before": "dense", "cut": "cut", "swept": "swept", "after": "distilled"}
-"""Row of a summary -> what that model is."""
+
+def heading(summary: dict[str, Any], row: str) -> str:
+    """What the model of a row is: `dense`, `cut`, `swept`, `taught in round 1`, `distilled`."""
+    if row == "before":
+        return "dense"
+    if row == "after":
+        return "distilled" if summary["teachers"] else "handed back"
+    name, _, number = row.partition("-")
+    return f"{name} in round {number}" if number else name
 
 
 def comparison(before: dict[str, Any], after: dict[str, Any]) -> list[Row]:
@@ -34,50 +41,49 @@ def comparison(before: dict[str, Any], after: dict[str, Any]) -> list[Row]:
 
 
 def steps(summary: dict[str, Any]) -> list[Step]:
-    """What each step of a run did to the accuracy; one that was left out has no row."""
+    """What each step of a run did to the accuracy, a row for each model."""
     found = []
-    for name, heading in STEPS.items():
+    for name in summary["models"]:
         row = summary[name]
-        if row is not None:
-            low, high = row["top1_interval"]
-            found.append(
-                (
-                    heading,
-                    f"{row['top1']:.2%}",
-                    f"{row['top1_count']:,} of {row['samples']:,}",
-                    f"{low:.1%} to {high:.1%}",
-                    f"{row['agreement']:.2%}" if "agreement" in row else "",
-                )
+        low, high = row["top1_interval"]
+        found.append(
+            (
+                heading(summary, name),
+                f"{row['top1']:.2%}",
+                f"{row['top1_count']:,} of {row['samples']:,}",
+                f"{low:.1%} to {high:.1%}",
+                f"{row['agreement']:.2%}" if "agreement" in row else "",
             )
+        )
     return found
 
 
 def between(summary: dict[str, Any]) -> list[Row]:
     """The accuracy on the way, as rows of the table of before and after."""
     rows = []
-    for name, heading in (("cut", "top-1 right after the cut"), ("swept", "top-1 after the sweep")):
+    for name, title in (("cut", "top-1 right after the cut"), ("swept", "top-1 after the sweep")):
         row = summary[name]
-        empty = (heading, "", "", "")
+        empty = (title, "", "", "")
         rows.append(
-            empty if row is None else _points(heading, summary["before"]["top1"], row["top1"])
+            empty if row is None else _points(title, summary["before"]["top1"], row["top1"])
         )
     return rows
 
 
 def arrow(summary: dict[str, Any]) -> str:
     """The accuracy from step to step in one line."""
-    return " -> ".join(f"{heading} {top1}" for heading, top1, *_ in steps(summary))
+    return " -> ".join(f"{model} {top1}" for model, top1, *_ in steps(summary))
 
 
-def _smaller(heading: str, before: float, after: float, style: str) -> Row:
-    return heading, f"{before:{style}}", f"{after:{style}}", f"{after / before:.1%}"
+def _smaller(title: str, before: float, after: float, style: str) -> Row:
+    return title, f"{before:{style}}", f"{after:{style}}", f"{after / before:.1%}"
 
 
-def _points(heading: str, before: float, after: float) -> Row:
-    return heading, f"{before:.2%}", f"{after:.2%}", f"{(after - before) * 100:+.2f} points"
+def _points(title: str, before: float, after: float) -> Row:
+    return title, f"{before:.2%}", f"{after:.2%}", f"{(after - before) * 100:+.2f} points"
 
 
-def _faster(heading: str, before: dict[str, Any], after: dict[str, Any], key: str) -> Row:
+def _faster(title: str, before: dict[str, Any], after: dict[str, Any], key: str) -> Row:
     ratio = before[key] / after[key]
     change = f"{ratio:.2f}x faster" if ratio >= 1 else f"{1 / ratio:.2f}x slower"
-    return heading, f"{before[key]:.2f}", f"{after[key]:.2f}", change
+    return title, f"{before[key]:.2f}", f"{after[key]:.2f}", change

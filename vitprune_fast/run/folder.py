@@ -20,14 +20,14 @@ import os
 import shutil
 import socket
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from vitprune_fast import files
 from vitprune_fast.errors import DamagedFile, RunFolderError
 
-SCHEMA = 4
+SCHEMA = 5
 
 PATIENCE_S = 1.0
 """Seconds a start waits for the lock of a process that was just killed and is not quite gone."""
@@ -207,10 +207,25 @@ class RunFolder:
             raise DamagedFile(f"run: {path} must be the record of a stage")
         return record
 
-    def damage_of(self, stage: str) -> str | None:
-        """What is wrong with the outputs of a finished stage, or None when all is as recorded."""
+    def remove(self, stage: str, outputs: Collection[str]) -> None:
+        """Removes what a stage left that is none of the run any more."""
+        self.forget([stage])
+        left = [files.inside(self.path, name) for name in outputs]
+        for path in (*left, self / "checkpoints" / stage):
+            shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+
+    def damage_of(self, stage: str, wiring: str | None = None) -> str | None:
+        """What is wrong with the outputs of a finished stage, or None when all is as recorded.
+
+        Args:
+            stage: its name.
+            wiring: what it makes of what; None is as recorded.
+        """
         try:
-            for name, digest in (self.record_of(stage) or {"outputs": {}})["outputs"].items():
+            record = self.record_of(stage) or {"outputs": {}}
+            if wiring is not None and record.get("wiring") != wiring:
+                return f"{stage} was {record.get('wiring')} and is {wiring}"
+            for name, digest in record["outputs"].items():
                 path = files.inside(self.path, name)
                 if not path.is_file():
                     return f"{name} is missing"
@@ -225,7 +240,9 @@ class RunFolder:
         for stage in reversed(stages):
             (self / "stages" / f"{stage}.json").unlink(missing_ok=True)
 
-    def finish(self, stage: str, outputs: Sequence[str], facts: dict[str, Any]) -> None:
+    def finish(
+        self, stage: str, wiring: str, outputs: Sequence[str], facts: dict[str, Any]
+    ) -> None:
         """Writes the record of a stage whose outputs (files or folders) are on disk."""
         (self / "stages").mkdir(exist_ok=True)
         hashes = {
@@ -233,7 +250,8 @@ class RunFolder:
             for name in outputs
             for path in _files_under(self / name)
         }
-        files.write_json(self / "stages" / f"{stage}.json", {"outputs": hashes, "facts": facts})
+        record = {"wiring": wiring, "outputs": hashes, "facts": facts}
+        files.write_json(self / "stages" / f"{stage}.json", record)
 
     @contextlib.contextmanager
     def replacing(self, name: str) -> Iterator[Path]:

@@ -1,0 +1,208 @@
+"""Every way to a smaller model, small: what it leaves, and that it resumes to the same bits."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import vitprune_fast as vp
+from tests.run.conftest import TINY, Recorder, undrawn
+from tests.run.same import assert_same_files, summary_without_times
+from vitprune_fast import recipes
+from vitprune_fast.config.run import (
+    GateConfig,
+    MaskConfig,
+    PlanConfig,
+    RoundConfig,
+    RunConfig,
+    TeacherConfig,
+)
+from vitprune_fast.errors import InvalidInput
+from vitprune_fast.recipes.start import run
+from vitprune_fast.run.report import figures
+
+# the steps between the dense model and the evaluation
+SMALLER = {
+    "one-shot": "score plan prune sweep",
+    "gates": "gates prune sweep distill",
+    "fixed gates": "gates prune sweep distill",
+    "masks": "distill prune",
+    "rounds": "score-1 plan-1 prune-1 sweep-1 distill-1 score plan prune sweep distill",
+    "teachers": "teacher-1 score plan prune sweep distill",
+}
+
+
+def way(name: str, out: Path) -> RunConfig:
+    """The tiny job, made smaller in that way."""
+    changes: dict[str, Any] = {
+        "one-shot": {"recipe": "one-shot"},
+        "gates": {"gates": GateConfig("ste", macs=0.6, epochs=1)},
+        "fixed gates": {"gates": GateConfig("fixed", macs=0.6, epochs=1)},
+        "masks": {"masks": MaskConfig(0.6, every=1)},
+        "rounds": {"rounds": RoundConfig(2, 1), "plan": PlanConfig(macs=0.49)},
+        "teachers": {
+            "teachers": TeacherConfig(("self", "resnet18"), pretrained=False, epochs=1, size=32)
+        },
+    }[name]
+    return replace(TINY, out=out, **changes)
+
+
+@pytest.fixture(scope="module", params=SMALLER)
+def finished(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[str, Path, dict]:
+    """A way, a folder where it was gone undisturbed, and the summary."""
+    out = tmp_path_factory.mktemp("way") / "run"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(figures, "drawn", undrawn)
+        return request.param, out, run(way(request.param, out))
+
+
+@pytest.fixture(autouse=True)
+def _no_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(figures, "drawn", undrawn)
+
+
+def test_its_steps_make_the_model_smaller(finished: tuple[str, Path, dict]) -> None:
+    name, out, summary = finished
+    steps = ["data", "dense", *SMALLER[name].split(), "evaluate", "report"]
+    assert summary["steps"] == steps and summary["recipe"] == way(name, out).recipe
+    share = summary["after"]["macs"] / summary["before"]["macs"]
+    assert share <= {"one-shot": 0.5, "teachers": 0.5, "rounds": 0.49}.get(name, 0.6)
+    # the model that is handed back is the last one made
+    last = {"one-shot": "swept"}.get(name, "model")
+    cost = vp.cost(vp.load(out / last))
+    assert cost.macs == summary["after"]["macs"]
+    assert vp.Plan.load(out / "plan.json")
+    if name == "teachers":
+        kinds = [{"name": "self", "kind": "self"}, {"name": "resnet18", "kind": "cnn"}]
+        assert summary["teachers"] == kinds
+    if name == "fixed gates":
+        check_that_what_stays_was_trained(out)
+
+
+def test_killed_at_any_step_it_ends_with_the_same_bits(
+    finished: tuple[str, Path, dict], tmp_path: Path
+) -> None:
+    name, out, summary = finished
+    config = way(name, tmp_path / "run")
+
+    class Killed(BaseException):
+        pass
+
+    def killer(step: str) -> Recorder:
+        def at(event: dict[str, Any]) -> None:
+            if event["event"] == "stage" and event["stage"] == step and event["state"] == "start":
+                raise Killed
+
+        return Recorder(at)
+
+    for step in summary["steps"]:
+        with pytest.raises(Killed):
+            run(config, on_event=killer(step))
+    run(config)
+    assert_same_files(out, config.out)
+    assert summary_without_times(out) == summary_without_times(config.out)
+
+
+def test_rounds_cut_by_one_factor(tmp_path: Path) -> None:
+    config = replace(way("rounds", tmp_path / "run"), rounds=RoundConfig(2, 0))
+    summary = run(config)
+    dense = summary["before"]["macs"]
+    # .7 after the first round, .49 after the second, of the dense model both
+    assert 0.5 * dense < summary["cut-1"]["macs"] <= 0.7 * dense
+    assert summary["cut"]["macs"] <= 0.49 * dense
+    assert summary["models"] == ["before", "cut-1", "swept-1", "cut", "swept", "after"]
+    assert "distill-1" not in summary["steps"]
+
+
+def check_that_what_stays_was_trained(out: Path) -> None:
+    dense, gated = (vp.load(out / name).state_dict() for name in ("dense", "gated"))
+    kept = vp.Plan.load(out / "plan.json")["blocks.0.mlp.neurons"]
+    gone = sorted({*range(96)} - {*kept})
+    assert gone and kept
+    weight = "blocks.0.mlp.fc1.weight"
+    assert not torch.equal(dense[weight][kept], gated[weight][kept])
+    # the gate is folded into what reads the unit
+    assert not gated["blocks.0.mlp.fc2.weight"][:, gone].any()
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"recipe": "two-shot"}, r"recipe must be one of one-shot, standard, got 'two-shot'"),
+        (
+            {"gates": GateConfig("l1"), "masks": MaskConfig(0.5)},
+            "mask-macs must not be given with gates",
+        ),
+        (
+            {"gates": GateConfig("l1"), "plan": PlanConfig(params=0.5)},
+            "params must not be given with gates, got both; gate-macs says",
+        ),
+        (
+            {"masks": MaskConfig(0.5), "rounds": RoundConfig(2)},
+            "rounds must not be given with mask-macs",
+        ),
+    ],
+)
+def test_what_does_not_go_together_is_refused(changes: dict, sentence: str, tmp_path: Path) -> None:
+    with pytest.raises(InvalidInput, match=sentence):
+        run(replace(TINY, out=tmp_path / "run", **changes))
+    assert not (tmp_path / "run").exists()
+
+
+# a recipe of one's own
+
+
+def only_data(job: Any, *, summary_file: str) -> dict[str, Any]:
+    row = {"top1": 0.0, "top1_count": 0, "samples": 1, "top1_interval": [0, 1], "params": 1}
+    row |= {"macs": 1, "top5": 0.0, "agreement": 1.0, "images_per_s": 1.0, "latency_waited": None}
+    row |= dict.fromkeys(("latency_ms", "latency_p90_ms", "latency_ms_batch64"), 1.0)
+    job.write(summary_file, {"models": ["before", "after"], "before": row, "after": row})
+    return {"text": str(job.config.score.samples)}
+
+
+def test_a_recipe_of_ones_own_needs_no_file_of_ours(tmp_path: Path) -> None:
+    settings = {"score": {"samples": 7}}
+    step = vp.Step("look", only_data, outputs={"summary_file": "summary.json"}, settings=settings)
+    recipe = vp.Recipe("mine", lambda config: [step])
+    recorder = Recorder()
+    run(replace(TINY, out=tmp_path / "run"), recipe=recipe, on_event=recorder)
+    record = json.loads((tmp_path / "run" / "run.json").read_text())
+    assert record["identity"]["steps"] == {"look": "summary.json = only_data()"}
+    assert record["identity"]["config"]["recipe"] == "mine"
+    assert [e["text"] for e in recorder.events if e.get("state") == "done"] == ["7"]
+
+
+@pytest.mark.parametrize(
+    ("steps", "sentence"),
+    [
+        ([], "must have a step that makes summary.json"),
+        ([vp.Step("Look", only_data)], "'Look' of recipe mine must be named in lower case"),
+        ([vp.Step("a", only_data), vp.Step("a", only_data)], "must have a name of its own"),
+        ([vp.Step("a", only_data, {"model": "dense"})], "must read what a step before it makes"),
+        (
+            [vp.Step("a", only_data, outputs={"x": "../out"})],
+            r"must make files or folders of its own, got \.\./out",
+        ),
+        (
+            [vp.Step(n, only_data, outputs={"x": "one"}) for n in "ab"],
+            "'b' of recipe mine must make files or folders of its own, got one",
+        ),
+    ],
+)
+def test_a_list_that_cannot_be_done_is_refused(
+    steps: list[vp.Step], sentence: str, tmp_path: Path
+) -> None:
+    with pytest.raises(InvalidInput, match=sentence):
+        run(replace(TINY, out=tmp_path / "run"), recipe=vp.Recipe("mine", lambda config: steps))
+
+
+def test_every_recipe_has_its_name() -> None:
+    assert recipes.names() == ["one-shot", "standard"]
+    assert [recipes.named(name).name for name in recipes.names()] == recipes.names()

@@ -1,0 +1,77 @@
+"""Stages as functions: which images the sweep gets, and in which dtype trainings compute."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+
+from vitprune_fast.config.run import SweepConfig
+from vitprune_fast.data import ImageData, open_data
+from vitprune_fast.distill.config import DistillConfig
+from vitprune_fast.distill.teachers import Teacher
+from vitprune_fast.run import stages
+from vitprune_fast.run.stages import Setting, calibration
+from vitprune_fast.testing import random_vit
+
+SETTING = Setting(seed=3, device="cpu", workers=0, augment=True, batch_size=7)
+
+
+@pytest.fixture(scope="module")
+def data() -> ImageData:
+    return open_data("digits", image_size=(8, 8), channels=1)
+
+
+def chosen(data: ImageData, images: int, setting: Setting = SETTING) -> list[int]:
+    loader = calibration(data, SweepConfig(images=images), setting)
+    return torch.cat([ids for _, _, ids in loader]).tolist()
+
+
+def test_the_sweep_gets_training_images_in_an_order_of_its_own(data: ImageData) -> None:
+    twenty = chosen(data, 20)
+    assert len(set(twenty)) == 20 and set(twenty) <= set(data.split_ids["train"])
+    assert twenty != sorted(twenty)
+    # fewer are the first of more, whatever the batch
+    assert chosen(data, 9, replace(SETTING, batch_size=64)) == twenty[:9]
+    assert chosen(data, 20, replace(SETTING, seed=4)) != twenty
+    everything = chosen(data, 5000)
+    assert sorted(everything) == data.split_ids["train"] and everything[:20] == twenty
+
+
+def test_the_images_are_not_changed_at_random(data: ImageData) -> None:
+    loader = calibration(data, SweepConfig(images=7), SETTING)
+    images, _, ids = next(iter(loader))
+    rows = torch.tensor([data.split_ids["train"].index(sample) for sample in ids.tolist()])
+    assert torch.equal(images, data.split("train").batch(rows)[0])
+    # every pass gives the same
+    assert torch.equal(images, next(iter(loader))[0])
+
+
+@pytest.mark.parametrize(
+    ("own", "of_the_run", "computed"),
+    [
+        ("auto", "bfloat16", "bfloat16"),
+        ("auto", "float32", "float32"),
+        ("float32", "bfloat16", "float32"),
+        ("float16", "float32", "float16"),
+    ],
+)
+def test_a_training_has_the_dtype_of_the_run_unless_it_has_its_own(
+    own: Any, of_the_run: Any, computed: str, data: ImageData, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[Any] = []
+    monkeypatch.setattr(stages, "distill", lambda *args, **more: seen.append(args))
+    student, dense = random_vit(dtype=torch.float32), random_vit(dtype=torch.float32)
+    given = Teacher(dense)
+    setting = replace(SETTING, dtype=of_the_run)
+    stages.train(
+        student, [dense, given], data, DistillConfig(dtype=own), setting, purpose="distill"
+    )
+    ((_, (plain, one_of_its_own), _, _, config),) = seen
+    assert config.dtype == computed
+    # a teacher of the run answers in 16 bits too, and a teacher with a dtype of its own in that
+    assert next(plain.parameters()).dtype == getattr(torch, computed)
+    assert one_of_its_own is given and next(given.parameters()).dtype == torch.float32
+    assert next(dense.parameters()).dtype == torch.float32

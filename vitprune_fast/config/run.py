@@ -1,0 +1,388 @@
+"""The recipe as plain values: the one source of flags, YAML files and the Python API.
+
+A field's docstring is its `--help` text. Nothing here imports torch, so `--help` stays quick.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+from tyro.conf import arg
+
+from vitprune_fast.distill.config import DistillConfig
+from vitprune_fast.errors import InvalidInput
+from vitprune_fast.models.config import ModelConfig, Pairs
+from vitprune_fast.precision import Precision
+
+if TYPE_CHECKING:
+    from vitprune_fast.distill.masks import MaskSchedule
+
+Amount = Annotated[float | None, arg(metavar="SHARE|NUMBER")]
+Count = Annotated[int | None, arg(metavar="N")]
+Threads = Annotated[
+    int | None,
+    arg(
+        metavar="N",
+        help="Torch threads on the CPU; unset: OMP_NUM_THREADS, or one per available core.",
+    ),
+]
+
+
+Computed = Annotated[
+    Precision,
+    arg(help="What models compute in; auto: bfloat16 on a GPU that has it, float32 elsewhere."),
+]
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Which images, and how they are read."""
+
+    source: Annotated[
+        str,
+        arg(name="data", metavar="digits|folder:PATH|tar:PATH|wds:PATH|hfds:NAME"),
+    ] = "digits"
+    """`digits` (1,797 real 8x8 images, embedded), `folder:PATH` (a folder per class), `tar:PATH`
+    (such folders in a tar), `wds:PATH` (webdataset shards) or `hfds:NAME` (a data set of the
+    Hugging Face hub, or the path of a saved one)."""
+    batch_size: Annotated[int, arg(metavar="N")] = 64
+    """Images per training step."""
+    augment: bool = True
+    """Vary training images at random (digits: small affine maps; photographs: crops, flips)."""
+    policy: str = ""
+    """Further changes of photographs in timm's words, e.g. rand-m9-mstd0.5-inc1 (RandAugment)."""
+    repeats: Annotated[int, arg(metavar="N")] = 1
+    """Augmented copies of an image in a row; epochs stay as long (DeiT has 3)."""
+    mean: Annotated[tuple[float, ...] | None, arg(metavar="NUMBER ...")] = None
+    """Per channel, subtracted from pixels in 0..1; unset: what the weights were trained with."""
+    std: Annotated[tuple[float, ...] | None, arg(metavar="NUMBER ...")] = None
+    """Per channel, divides; unset: what the weights were trained with."""
+    crop_share: Amount = None
+    """Share of the shorter side that testing looks at; unset: the weights' own, or all."""
+    interpolation: Literal["nearest", "bilinear", "bicubic", "lanczos"] | None = None
+    """How photographs are resized; unset: the weights' own, or bicubic."""
+    max_bad: Annotated[float, arg(metavar="SHARE")] = 0.01
+    """Largest share of unreadable images that may be set aside; above it the run stops."""
+    workers: Count = None
+    """Processes that read images; unset: chosen. Any number gives the same stream."""
+
+
+@dataclass(frozen=True)
+class ScoreConfig:
+    """How the importance of units is measured."""
+
+    criterion: Literal["taylor", "fisher", "loss", "kl", "activation", "magnitude"] = "taylor"
+    """`taylor`: activation x gradient on training images; `fisher`: its square with labels drawn
+    from the model; `loss` and `kl`: exact, every unit left out in turn (slow); `activation`: what a
+    unit puts out; `magnitude`: weight norms, no data."""
+    reduction: Literal["abs", "square", "signed", "token_abs", "l1", "l2", "group"] | None = None
+    """How per-sample scores (or weights) become one number per unit; unset: the criterion's own."""
+    units: tuple[str, ...] = ("head", "neuron")
+    """Unit kinds to score: head, qk_dim, v_dim, neuron, embed, attn_branch, mlp_branch, block; or
+    `all`. Budgets cut heads and neurons."""
+    samples: Annotated[int, arg(metavar="N", name="score-samples")] = 1024
+    """Training images to score on (all of them when there are fewer)."""
+    batch_size: Annotated[int, arg(metavar="N", name="score-batch-size")] = 64
+    """Images per scoring step; halved where memory does not hold so many."""
+    draws: Annotated[int, arg(metavar="N")] = 1
+    """Labels drawn per image, for `fisher`."""
+    candidates: Annotated[int, arg(metavar="N")] = 32
+    """Units left out at once, for `loss` and `kl`."""
+    loss_scale: Annotated[float | None, arg(metavar="FACTOR")] = None
+    """Keeps gradients in float16 from underflow; unset: 1024 there, 1 in all others."""
+    cuda_graph: Literal["auto", "never", "always"] = "auto"
+    """Replay a scoring step as a CUDA graph; auto: never, until committed results show a win."""
+
+    def __post_init__(self) -> None:
+        for name in ("samples", "batch_size", "draws", "candidates"):
+            if getattr(self, name) < 1:
+                raise InvalidInput(f"score: {name} must be at least 1, got {getattr(self, name)}")
+
+
+@dataclass(frozen=True)
+class PlanConfig:
+    """What the smaller model may cost; half of the MACs when no budget is given."""
+
+    macs: Amount = None
+    """Budget in multiply-accumulates: a share of the dense model up to 1, or a number above 1;
+    unset: 0.5 if no other budget is given."""
+    params: Amount = None
+    """Budget in parameters: a share up to 1, or a number above 1."""
+    keep: Pairs = field(default_factory=dict)
+    """Share of units to keep per kind instead of a cost budget, e.g. head=0.5 neuron=0.7."""
+    allocation: Literal["global", "uniform"] = "global"
+    """`global`: the least important units anywhere; `uniform`: the same share in every block."""
+    normalization: Annotated[str | None, arg(metavar="NAME")] = None
+    """How scores of different blocks are made comparable; unset: the planner's default."""
+    min_units: Annotated[int, arg(metavar="N")] = 1
+    """Units every layer keeps at least; 0 allows emptied layers."""
+    round_to: Annotated[int, arg(metavar="N")] = 1
+    """Keep a multiple of this many neurons (e.g. 8 for tensor cores)."""
+
+    @property
+    def is_default(self) -> bool:
+        """Whether no budget was given."""
+        return (self.macs, self.params, self.keep) == (None, None, {})
+
+    def budget(self) -> dict[str, Any]:
+        """The one budget asked for, as the keyword `vp.Budget` takes.
+
+        Raises:
+            InvalidInput: more than one budget is given.
+        """
+        given = {
+            name: value
+            for name, value in (("macs", self.macs), ("params", self.params), ("keep", self.keep))
+            if value not in (None, {})
+        }
+        if len(given) > 1:
+            raise InvalidInput(
+                f"plan: give one budget, got {' and '.join(given)}; drop all but one of them"
+            )
+        return given or {"macs": 0.5}
+
+
+LEAST_CALIBRATION = 512
+"""Fewer images than these are said to be few, where there are more."""
+
+
+@dataclass(frozen=True)
+class SweepConfig:
+    """After the cut: refit what stays to what the dense model computed, without labels."""
+
+    compensate: bool = True
+    """Refit what stays; without it the cut is all."""
+    images: Annotated[int, arg(metavar="N", name="calibration-images")] = 1024
+    """Training images to refit on (all of them when there are fewer); take 512 at least."""
+
+    def __post_init__(self) -> None:
+        if self.images < 2:
+            raise InvalidInput(
+                f"sweep: calibration-images must be at least 2, got {self.images}; "
+                "--no-compensate refits nothing"
+            )
+
+
+@dataclass(frozen=True)
+class TeacherConfig:
+    """Who teaches, and how its answers are computed."""
+
+    names: Annotated[tuple[str, ...], arg(name="teacher", metavar="DIR|NAME ...")] = ()
+    """The dense model or any other, or several: saved folders, models of timm, or `self`, the model
+    as it is now. One of timm that has other classes than the data, such as a CNN, is trained on the
+    data first."""
+    weights: Annotated[tuple[float, ...], arg(name="teacher-weights")] = ()
+    """Weights of several teachers; unset: 1 each."""
+    pretrained: Annotated[bool, arg(name="teacher-pretrained")] = True
+    """A teacher of timm starts from its own weights, downloaded."""
+    epochs: Annotated[int, arg(metavar="N", name="teacher-epochs")] = 30
+    """For a teacher that is trained first."""
+    lr: Annotated[float, arg(name="teacher-lr")] = 1e-3
+    """Likewise."""
+    size: Annotated[int | None, arg(metavar="PIXELS", name="teacher-size")] = None
+    """Images are resized to this height and width for teachers; unset: to the one a teacher takes,
+    and not for one that takes any."""
+    dtype: Annotated[Precision | None, arg(name="teacher-dtype")] = None
+    """What teachers answer in; unset: that of their weights."""
+    channels_last: Annotated[bool, arg(name="teacher-channels-last")] = False
+    """Memory format of teachers' images, faster for a CNN on tensor cores."""
+    compile: Annotated[bool, arg(name="teacher-compile")] = False
+    """Run teachers through torch.compile."""
+
+    def __post_init__(self) -> None:
+        if self.weights and len(self.weights) != len(self.names):
+            raise InvalidInput(
+                f"distill: teacher-weights must be one number per teacher ({len(self.names)}), "
+                f"got {list(self.weights)}"
+            )
+        for name in ("epochs", "size"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise InvalidInput(f"distill: teacher-{name} must be at least 1, got {value}")
+
+    @staticmethod
+    def is_of_timm(name: str) -> bool:
+        """Whether a teacher is a model of timm, and not `self` or a saved folder."""
+        return name != "self" and not Path(name).is_dir()
+
+    @property
+    def short_names(self) -> tuple[str, ...]:
+        """What losses call the teachers: a folder by its last part."""
+        return tuple(Path(name).name for name in self.names)
+
+    def check_losses(self, losses: tuple[str, ...]) -> None:
+        """Refuses, before a teacher is trained, losses of teachers that are not there."""
+        names = self.short_names
+        if len(set(names)) < len(names):
+            raise InvalidInput(
+                f"distill: teachers must have a name of their own each, got {', '.join(names)}"
+            )
+        for word in losses:
+            name = word.rpartition(":")[0]
+            if name and name not in names:
+                raise InvalidInput(
+                    f"distill: loss must name one of the teachers ({', '.join(names)}), got "
+                    f"{word!r}"
+                )
+
+
+@dataclass(frozen=True)
+class GateConfig:
+    """Learn with gates which units go, cut the model accordingly, and then teach what is left."""
+
+    kind: Annotated[Literal["none", "l1", "ste", "hard_concrete", "fixed"], arg(name="gates")] = (
+        "none"
+    )
+    """`l1`: a factor per unit, held down by its size; `ste`: 0 or 1 with straight-through
+    gradients; `hard_concrete`: at random in [0, 1]; `fixed`: 0 or 1 by scores at the start, while
+    the weights alone learn."""
+    units: Annotated[tuple[str, ...], arg(name="gate-units")] = ("head", "neuron")
+    """Unit kinds that get gates."""
+    macs: Annotated[float, arg(metavar="SHARE", name="gate-macs")] = 0.5
+    """Multiply-accumulates left after the cut, as a share of the model's."""
+    epochs: Annotated[int, arg(metavar="N", name="gate-epochs")] = 10
+    """Epochs in which gates and weights learn together, before the cut."""
+    penalty: Annotated[float, arg(name="gate-penalty")] = 1e-4
+    """Weight of the size of the gates in the loss."""
+    budget: Annotated[bool, arg(name="gate-budget")] = False
+    """Also drive the gates towards gate-macs while they learn, by a penalty that rises until they
+    are there."""
+
+    def __post_init__(self) -> None:
+        rules = {
+            "units": (
+                bool(self.units) and {*self.units} <= {"head", "neuron"},
+                "be head, neuron or both",
+            ),
+            "macs": (0 < self.macs <= 1, "be in (0, 1]"),
+            "epochs": (self.epochs >= 1, "be at least 1"),
+            "penalty": (self.penalty >= 0, "be at least 0"),
+        }
+        for name, (holds, rule) in rules.items():
+            if not holds:
+                raise InvalidInput(f"distill: gate-{name} must {rule}, got {getattr(self, name)}")
+
+
+@dataclass(frozen=True)
+class MaskConfig:
+    """Prune while training: 0/1 masks that grow, steps that run on what is live, then the cut."""
+
+    macs: Annotated[float | None, arg(metavar="SHARE", name="mask-macs")] = None
+    """Multiply-accumulates left in the end, as a share of the model's; unset: no masks."""
+    shape: Annotated[Literal["one_shot", "linear", "cubic"], arg(name="mask-shape")] = "cubic"
+    """How the share falls."""
+    start: Annotated[float, arg(metavar="SHARE", name="mask-start")] = 0.0
+    """Share of the run before the first units go."""
+    end: Annotated[float, arg(metavar="SHARE", name="mask-end")] = 0.5
+    """Share of the run after which the masks stay."""
+    every: Annotated[int, arg(metavar="STEPS", name="mask-every")] = 50
+    """Steps between two changes."""
+    samples: Annotated[int, arg(metavar="N", name="mask-samples")] = 256
+    """Training images to score on at each change."""
+
+    def schedule(self) -> MaskSchedule | None:
+        """When the masks change; None without masks."""
+        from vitprune_fast.distill.masks import MaskSchedule
+
+        if self.macs is None:
+            return None
+        return MaskSchedule(
+            self.macs, self.shape, self.start, self.end, self.every, samples=self.samples
+        )
+
+
+@dataclass(frozen=True)
+class RoundConfig:
+    """Cut in several rounds, each from scores of what the one before left."""
+
+    count: Annotated[int, arg(metavar="N", name="rounds")] = 1
+    """Rounds of scoring, planning, cutting and refitting; their budgets fall by one factor."""
+    epochs: Annotated[int, arg(metavar="N", name="round-epochs")] = 0
+    """Epochs of teaching at the end of every round but the last, which all of the teaching
+    follows."""
+
+    def __post_init__(self) -> None:
+        if self.count < 1:
+            raise InvalidInput(f"run: rounds must be at least 1, got {self.count}")
+        if self.epochs < 0:
+            raise InvalidInput(f"run: round-epochs must be at least 0, got {self.epochs}")
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """Prune a Vision Transformer and distil what is left: the whole chain in one folder.
+
+    The recipe says which steps that takes. `standard`: data, dense, score, plan, prune, sweep,
+    distill, evaluate, report, or other steps in between with --gates, --mask-macs or --rounds. The
+    same command on the same folder resumes after the last finished step, inside training at the
+    last checkpoint.
+    """
+
+    recipe: Annotated[str, arg(metavar="NAME")] = "standard"
+    """List of steps: `standard`, or `one-shot`, which trains nothing after the cut."""
+    out: Annotated[Path, arg(metavar="DIR")] = Path("runs/digits")
+    """Run folder: everything the run makes, and what it needs to resume."""
+    model: Annotated[ModelConfig, arg(name="")] = field(default_factory=ModelConfig)
+    data: Annotated[DataConfig, arg(name="")] = field(default_factory=DataConfig)
+    score: Annotated[ScoreConfig, arg(name="")] = field(default_factory=ScoreConfig)
+    plan: Annotated[PlanConfig, arg(name="")] = field(default_factory=PlanConfig)
+    sweep: Annotated[SweepConfig, arg(name="")] = field(default_factory=SweepConfig)
+    rounds: Annotated[RoundConfig, arg(name="")] = field(default_factory=RoundConfig)
+    gates: Annotated[GateConfig, arg(name="")] = field(default_factory=GateConfig)
+    masks: Annotated[MaskConfig, arg(name="")] = field(default_factory=MaskConfig)
+    teachers: Annotated[TeacherConfig, arg(name="")] = field(default_factory=TeacherConfig)
+    train_dense: bool = False
+    """Train the dense model here first, unless its weights are given."""
+    dense: DistillConfig = field(default_factory=lambda: DistillConfig(lr=1e-3))
+    """How the dense model is trained, if it is (its teacher settings mean nothing)."""
+    distill: DistillConfig = field(default_factory=DistillConfig)
+    """How the pruned model is taught, after what stays was refitted."""
+    seed: Annotated[int, arg(metavar="N")] = 0
+    """All randomness of the run is derived from this number."""
+    device: Annotated[str, arg(metavar="auto|cpu|cuda")] = "auto"
+    """Where to compute."""
+    dtype: Precision = "auto"
+    """What every stage computes in; auto: bfloat16 on a GPU that has it, float32 elsewhere. A
+    training whose own dtype is auto has this one."""
+    threads: Threads = None
+    latency_seconds: Annotated[float, arg(metavar="SECONDS")] = 1.0
+    """How long each latency is measured; two models at batch 1 and 64 make four of them."""
+    tensorboard: bool = False
+    """Also write the curves for TensorBoard, into the run folder's `tensorboard/`."""
+    quiet: bool = False
+    """Print only the result and errors."""
+    allow_config_change: bool = False
+    """Resume although the configuration differs; the change is recorded, finished stages stay."""
+
+    @property
+    def has_weights(self) -> bool:
+        """Whether the dense model comes trained."""
+        return self.model.origin != "random"
+
+    def budget(self) -> dict[str, Any]:
+        """What the smaller model may cost, as the keyword `vp.Budget` takes, whoever chooses it.
+
+        Raises:
+            InvalidInput: options that do not go together.
+        """
+        chosen = {
+            "gates": self.gates.macs if self.gates.kind != "none" else None,
+            "mask-macs": self.masks.macs,
+        }
+        chosen = {name: macs for name, macs in chosen.items() if macs is not None}
+        if not chosen:
+            return self.plan.budget()
+        (name, macs), *others = chosen.items()
+        clash = others[0][0] if others else None
+        if not self.plan.is_default:
+            clash = next(iter(self.plan.budget()))
+        elif self.rounds.count > 1:
+            clash = "rounds"
+        if clash is not None:
+            say = "gate-macs" if name == "gates" else name
+            raise InvalidInput(
+                f"run: {clash} must not be given with {name}, got both; {say} says how much stays"
+            )
+        return {"macs": macs}

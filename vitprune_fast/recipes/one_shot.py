@@ -1,0 +1,19 @@
+"""A smaller model without training it: score, plan, cut, refit what stays."""
+
+from __future__ import annotations
+
+from vitprune_fast.config.run import RunConfig
+from vitprune_fast.recipes.standard import chosen, judged, opened
+from vitprune_fast.run.step import Recipe, Step
+
+
+def steps(config: RunConfig) -> list[Step]:
+    """The standard steps without what teaches."""
+    made, teachers = opened(config)
+    smaller, models = chosen(config, teachers)
+    *way, last = models.items()
+    rows = {**dict(way), "after": last[1]}
+    return [*made, *smaller, *judged({"before": "dense", **rows})]
+
+
+RECIPE = Recipe("one-shot", steps)

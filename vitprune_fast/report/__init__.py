@@ -1,6 +1,0 @@
-"""The report of a run, and of several: one self-contained page for a person who did not run it."""
-
-from vitprune_fast.report.compare import write_comparison
-from vitprune_fast.report.page import write_report
-
-__all__ = ["write_comparison", "write_report"]

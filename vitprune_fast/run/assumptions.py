@@ -1,0 +1,159 @@
+"""What a command takes for granted, said in one line each: nothing is assumed in silence."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from vitprune_fast.config.run import (
+    LEAST_CALIBRATION,
+    GateConfig,
+    MaskConfig,
+    PlanConfig,
+    RunConfig,
+    SweepConfig,
+)
+from vitprune_fast.data import INTERPOLATIONS, ImageData
+from vitprune_fast.models.config import ModelConfig
+from vitprune_fast.stated import caveats, stated_config
+
+SPLITS = ("train", "validation", "test")
+
+
+def about_weights(config: ModelConfig, seed: int, model: Any) -> dict[str, str]:
+    """Says so where the weights of a model are random, or were when it was saved."""
+    if caveats(model).get("weights") != "random":
+        return {}
+    if config.origin == "saved":
+        return {"weights": f"{config.name} has random weights, as it was saved"}
+    return {
+        "weights": f"{config.name} has random weights (seed {seed}), whose results say nothing "
+        "about a trained model; give --checkpoint FILE or --pretrained"
+    }
+
+
+def about_scores(scores: Any) -> dict[str, str]:
+    """Says so where scores are those of random weights."""
+    if scores.provenance.get("weights") != "random":
+        return {}
+    return {"scores": "those of random weights, so they say nothing of a trained model"}
+
+
+def about_data(data: ImageData) -> dict[str, str]:
+    """Which folder or share became which split, and how pixels become the model's input."""
+    splits = (f"{name}: {data.origins[name]} ({len(data.split_ids[name]):,})" for name in SPLITS)
+    by_origin: dict[str, list[str]] = {}
+    for name, value in pixel_statistics(data).items():
+        by_origin.setdefault(data.origins[name], []).append(f"{name} {_text(value)}")
+    pixels = (f"{', '.join(named)} ({origin})" for origin, named in by_origin.items())
+    return {"splits": "; ".join(splits), "pixels": "; ".join(pixels)}
+
+
+def not_followed(model: Any, weights: ModelConfig, data: ImageData) -> dict[str, str]:
+    """Says so where a trained model wants its images prepared in a way that is not ours."""
+    if weights.origin == "random" or data.name == "digits":
+        return {}
+    stated = stated_config(model)
+    ours = {
+        "crop_mode": ("center", {"center"}),
+        "interpolation": (data.interpolation, INTERPOLATIONS),
+    }
+    odd = [
+        f"{name} {stated[name]} (ours is {used})"
+        for name, (used, possible) in ours.items()
+        if stated.get(name) is not None and stated[name] not in possible
+    ]
+    return {"caution": f"the model asks for {' and '.join(odd)}"} if odd else {}
+
+
+def about_test_images(config: ModelConfig, data: ImageData) -> dict[str, str]:
+    """What cannot be known here: whether a trained model has seen the images that judge it."""
+    if config.origin == "random":
+        return {}
+    return {
+        "unknown": f"whether {config.checkpoint or config.name} was trained on images of the test "
+        f"split ({data.origins['test']}); if it was, its accuracy is overestimated"
+    }
+
+
+def about_budget(config: PlanConfig) -> dict[str, str]:
+    """Says so where no budget was given."""
+    if not config.is_default:
+        return {}
+    return {"budget": "half of the MACs, the default, since none was given (--macs 0.5)"}
+
+
+def about_calibration(config: SweepConfig, data: ImageData) -> dict[str, str]:
+    """Says so where nothing is refitted, or on few images although there are more."""
+    there = len(data.split_ids["train"])
+    if not config.compensate:
+        return {"sweep": "left out (--no-compensate): what stays is as it was cut"}
+    if config.images >= min(LEAST_CALIBRATION, there):
+        return {}
+    return {
+        "sweep": f"refits on {config.images:,} of {there:,} training images, fewer than the "
+        f"{LEAST_CALIBRATION} that a good fit takes (--calibration-images)"
+    }
+
+
+def of_run(config: RunConfig, data: ImageData, model: Any) -> dict[str, str]:
+    """Topic -> what a run takes for granted about its data and its dense model."""
+    return {
+        # weights that come from nowhere are trained by the run before anything else
+        **(about_weights(config.model, config.seed, model) if config.has_weights else {}),
+        **about_data(data),
+        **not_followed(model, config.model, data),
+        **about_test_images(config.model, data),
+        **(about_gates(config.gates) or about_masks(config.masks) or about_budget(config.plan)),
+        **about_calibration(config.sweep, data),
+    }
+
+
+def about_gates(config: GateConfig) -> dict[str, str]:
+    """Says what learned gates cut to, where there are some."""
+    if config.kind == "none":
+        return {}
+    return {"budget": f"{config.macs:.0%} of the MACs (gate-macs)"}
+
+
+def about_masks(config: MaskConfig) -> dict[str, str]:
+    """Says what masks cut to, where there are some."""
+    if config.macs is None:
+        return {}
+    return {"budget": f"{config.macs:.0%} of the MACs (mask-macs)"}
+
+
+def data_facts(data: ImageData) -> dict[str, Any]:
+    """The same about the data as plain values, for `summary.json`."""
+    return {
+        "name": data.name,
+        "splits": {
+            name: {"images": len(data.split_ids[name]), "origin": data.origins[name]}
+            for name in SPLITS
+        },
+        "pixels": {
+            name: {"value": value, "origin": data.origins[name]}
+            for name, value in pixel_statistics(data).items()
+        },
+    }
+
+
+def pixel_statistics(data: ImageData) -> dict[str, Any]:
+    """How pixels become the model's input, as plain values."""
+    return {
+        "mean": list(data.mean),
+        "std": list(data.std),
+        "crop_share": data.crop_share,
+        "interpolation": data.interpolation,
+    }
+
+
+def line(topic: str, text: str) -> str:
+    """How an assumption is printed: one line, whatever a path holds."""
+    return f"{topic:<9} {' '.join(text.split())}"
+
+
+def _text(value: str | float | Sequence[float]) -> str:
+    if isinstance(value, Sequence) and not isinstance(value, str):
+        return " ".join(f"{number:.4g}" for number in value)
+    return value if isinstance(value, str) else f"{value:g}"

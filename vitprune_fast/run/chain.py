@@ -1,0 +1,254 @@
+"""Does the steps of a recipe in order, in a folder that can be resumed."""
+
+from __future__ import annotations
+
+import contextlib
+import platform
+import shutil
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+from torch import nn
+
+from vitprune_fast import files
+from vitprune_fast.checkpoint import check_savable
+from vitprune_fast.config.run import RunConfig
+from vitprune_fast.config.yamlfile import from_plain, to_plain, to_yaml
+from vitprune_fast.data import ImageData
+from vitprune_fast.errors import InvalidInput
+from vitprune_fast.models.open import skeleton
+from vitprune_fast.run import assumptions, stages
+from vitprune_fast.run.folder import Metrics, RunFolder, read_metrics
+from vitprune_fast.run.hardware import Profile, applied, choose_profile, versions
+from vitprune_fast.run.inputs import check_fit, open_model_data
+from vitprune_fast.run.job import Job, RunStopped
+from vitprune_fast.run.outputs import refuse_overwriting
+from vitprune_fast.run.stages import OnEvent
+from vitprune_fast.run.step import REPORT, SUMMARY, Recipe, Step, check_steps, made_by
+from vitprune_fast.run.tensorboard import Board
+from vitprune_fast.run.together import Together, own_device, together
+
+# fields that say where and how to run, not what to compute
+_NOT_IDENTITY = ("out", "quiet", "tensorboard", "allow_config_change", "latency_seconds")
+
+
+def execute(
+    config: RunConfig,
+    recipe: Recipe,
+    *,
+    data: ImageData | None = None,
+    on_event: OnEvent | None = None,
+    stop: Callable[[], bool] | None = None,
+    command: list[str] | None = None,
+) -> dict[str, Any]:
+    """Does the steps of a recipe: see `vp.run`, which finds both by name."""
+    started = time.perf_counter()
+    with together() as processes:
+        first = processes.ranks.is_first
+        # the first process speaks for all
+        tell = on_event if on_event is not None and first else lambda event: None
+        folder = RunFolder(config.out)
+        board = Board(folder / "tensorboard") if config.tensorboard and first else None
+        # a run that goes on computes with the threads it began with, whatever is the default now
+        threads = folder.recorded_threads() if config.threads is None else config.threads
+        device = own_device(config.device)
+        profile = choose_profile(device, threads, config.data.workers, config.dtype)
+        tell({"event": "profile", "profile": str(profile)})
+        steps = tuple(recipe.steps(config))
+        check_steps(recipe.name, steps)
+        dense = check_inputs(config, data)
+        owned = folder.claim() if first else contextlib.nullcontext()
+        with _claimed(owned, processes), applied(profile):
+            data = data or open_model_data(config.data, dense, config.model)
+            if config.has_weights:
+                check_fit(dense, data)
+            check_splits(data)
+            if config.distill.needs_teacher and config.teachers.names:
+                config.teachers.check_losses(config.distill.loss)
+            resumed = processes.by_first(
+                lambda: _begin(
+                    folder,
+                    identity_of(config, steps, data, profile, processes.ranks.world),
+                    {
+                        "profile": profile.to_dict(),
+                        "command": command or sys.argv,
+                        "platform": platform.platform(),
+                        "classes": list(data.classes),
+                    },
+                    allow_change=config.allow_config_change,
+                )
+            )
+            for topic, text in assumptions.of_run(config, data, dense).items():
+                tell({"event": "assumption", "topic": topic, "text": text})
+            if first:
+                files.write_text(folder / "config.yaml", to_yaml(config))
+            metrics = Metrics(folder / "metrics.jsonl")
+            with contextlib.closing(board) if board else contextlib.nullcontext():
+                job = Job(
+                    config,
+                    recipe.name,
+                    steps,
+                    dense,
+                    folder,
+                    data,
+                    profile,
+                    metrics,
+                    tell,
+                    stop or (lambda: False),
+                    processes.ranks,
+                    board,
+                )
+                do_steps(job, processes, resumed=resumed)
+        result = processes.by_first(lambda: files.read_json(folder / SUMMARY))
+    seconds = time.perf_counter() - started
+    page = str(folder / REPORT)
+    tell({"event": "end", "seconds": seconds, "summary": result, "report": page})
+    return result
+
+
+@contextlib.contextmanager
+def _claimed(owned: Any, processes: Together) -> Any:
+    """Inside, the first process owns the folder; the others know that it does."""
+    with contextlib.ExitStack() as stack:
+        processes.by_first(lambda: stack.enter_context(owned))
+        yield
+
+
+def check_inputs(config: RunConfig, data: ImageData | None = None) -> nn.Module:
+    """Refuses, before any work, what cannot succeed; returns the model without its weights."""
+    config.budget()
+    # images that were opened by the caller lie somewhere too
+    root = getattr(data and data.source, "root", None)
+    refuse_overwriting("run", config, {"out": config.out}, more={"data": root}, resumes=True)
+    model = skeleton(replace(config.model, pretrained=False))
+    check_savable(model)
+    if config.model.checkpoint and not config.model.checkpoint.is_file():
+        raise InvalidInput(
+            f"run: checkpoint must be a file, got {config.model.checkpoint} (no such file)"
+        )
+    if not config.has_weights and not config.train_dense:
+        raise InvalidInput(
+            f"run: {config.model.name} has no trained weights; give --checkpoint FILE or "
+            "--pretrained, or --train-dense to train it here first"
+        )
+    return model
+
+
+def check_splits(data: ImageData) -> None:
+    """Refuses images of the test split among those that are learnt from or chosen by."""
+    tested = set(data.split_ids["test"])
+    for name in ("train", "validation"):
+        shared = len(tested.intersection(data.split_ids[name]))
+        if shared:
+            raise InvalidInput(
+                f"run: the {name} split of {data.name} must not hold images of its test split, "
+                f"got {shared:,} of them; test on others"
+            )
+
+
+def identity_of(
+    config: RunConfig, steps: tuple[Step, ...], data: ImageData, profile: Profile, world: int
+) -> dict[str, Any]:
+    """Everything that decides the results of a run: the same identity gives the same bits."""
+    plain = to_plain(config)
+    for name in _NOT_IDENTITY:
+        plain.pop(name)
+    # any number of loader processes gives the same stream; the others are in the profile
+    for name in ("device", "dtype", "threads"):
+        plain.pop(name)
+    plain["data"].pop("workers")
+    if config.model.checkpoint:
+        plain["model"]["checkpoint"] = f"sha256:{files.sha256(config.model.checkpoint)}"
+    return {
+        "config": plain,
+        "steps": {step.name: step.wiring for step in steps},
+        "data": {
+            "name": data.name,
+            "split_hashes": dict(data.split_hashes),
+            "pixels": assumptions.pixel_statistics(data),
+        },
+        "versions": versions(),
+        "device": profile.device,
+        "dtype": profile.dtype,
+        "threads": profile.threads,
+        **({"processes": world} if world > 1 else {}),
+    }
+
+
+def do_steps(job: Job, processes: Together, *, resumed: bool) -> None:
+    """Does every step that is not finished; a damaged output redoes its step and all after."""
+    whole = job.config
+    for position, step in enumerate(job.steps):
+        job.step, job.config = step, from_plain(dict(step.settings), whole)
+        todo = processes.by_first(lambda at=position, r=resumed: r and _is_kept(job, at))
+        if todo:
+            continue
+        resumed = False
+        if processes.by_first(job.stop):
+            raise RunStopped
+        if job.ranks.is_first:
+            later = [each.name for each in job.steps[position:]]
+            job.folder.forget(later)
+            job.metrics.cut(later[1:])
+        _do(job, processes)
+
+
+def _do(job: Job, processes: Together) -> None:
+    """Does the step at work, and writes its record."""
+    step, event = job.step, {"event": "stage", "stage": job.step.name}
+    job.on_event({**event, "state": "start"})
+    started = time.perf_counter()
+
+    def work() -> dict[str, Any]:
+        return step.function(job, **step.inputs, **step.outputs)
+
+    facts = work() if step.shared else processes.by_first(work)
+    stages.synchronise(job.profile.device)
+    seconds = time.perf_counter() - started
+    record = {**facts, "seconds": seconds}
+    processes.by_first(
+        lambda: job.folder.finish(step.name, step.wiring, [*step.outputs.values()], record)
+    )
+    text = facts.get("text", "")
+    job.on_event({**event, "state": "done", "seconds": seconds, "text": text})
+
+
+def _is_kept(job: Job, position: int) -> bool:
+    """Whether a step was finished earlier and still stands; says so, or why not."""
+    step, folder = job.step, job.folder
+    if not folder.is_recorded(step.name):
+        return False
+    # a change that was allowed belongs into the summary, also when all else stays as it is
+    changes = SUMMARY in step.outputs.values()
+    damage = folder.damage_of(step.name, step.wiring)
+    if damage is None:
+        if changes and files.read_json(folder / SUMMARY).get("changes") != folder.changes():
+            return False
+        text = job.facts(step.name).get("text", "")
+        job.on_event({"event": "stage", "stage": step.name, "state": "kept", "text": text})
+        lines = read_metrics(job.metrics.path) if job.board is not None else []
+        if job.board is not None and any(line.get("stage") == step.name for line in lines):
+            job.board.restart(step.name, lines)
+        return True
+    job.note(f"{damage}: stage {step.name} is done again")
+    for later in job.steps[position + 1 :]:
+        shutil.rmtree(folder / "checkpoints" / later.name, ignore_errors=True)
+    return False
+
+
+def _begin(
+    folder: RunFolder, identity: dict[str, Any], facts: dict[str, Any], *, allow_change: bool
+) -> bool:
+    """Whether the folder holds this run already; what steps of another list left in it goes."""
+    before: dict[str, str] = {}
+    if allow_change and (folder / "run.json").is_file():
+        before = folder.record()["identity"].get("steps", {})
+    resumed = folder.begin(identity, facts, allow_change=allow_change)
+    steps: dict[str, str] = identity["steps"]
+    made = {name for wiring in steps.values() for name in made_by(wiring)}
+    for name in before.keys() - steps.keys():
+        folder.remove(name, {*made_by(before[name])} - made)
+    return resumed

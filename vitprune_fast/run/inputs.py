@@ -1,0 +1,166 @@
+"""Data that fits a model, and all that a stage needs when it runs alone."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+from torch import nn
+
+from vitprune_fast.batches import classes_of
+from vitprune_fast.config.run import DataConfig
+from vitprune_fast.data import INTERPOLATIONS, ImageData, open_data
+from vitprune_fast.models.config import ModelConfig
+from vitprune_fast.models.open import open_model
+from vitprune_fast.precision import Precision
+from vitprune_fast.randomness import seeded
+from vitprune_fast.run.assumptions import about_data, about_weights, not_followed
+from vitprune_fast.run.hardware import Profile, choose_profile
+from vitprune_fast.run.stages import Setting
+from vitprune_fast.stated import caveats, patch_size, stated_config
+from vitprune_fast.structure import describe
+
+
+@dataclass(frozen=True)
+class Opened:
+    """What a verb works with.
+
+    Attributes:
+        model: with its weights, in evaluation mode.
+        data: read at the model's input size.
+        setting: what a stage needs besides its inputs.
+        profile: where to compute.
+        assumptions: topic -> what was taken for granted.
+    """
+
+    model: Any
+    data: ImageData
+    setting: Setting
+    profile: Profile
+    assumptions: dict[str, str]
+
+
+_STATISTICS = {
+    "mean": "mean",
+    "std": "std",
+    "crop_share": "crop_pct",
+    "interpolation": "interpolation",
+}
+"""How pixels become a model's input: our names and timm's."""
+
+
+def open_model_data(config: DataConfig, model: Any, weights: ModelConfig) -> ImageData:
+    """The data set as the model wants to see it.
+
+    Args:
+        config: which data; pixel statistics given there win.
+        model: decides size and channels, and where it is trained also the pixel statistics.
+        weights: where the model comes from.
+    """
+    channels, height, width = describe(model).input_size
+    own = {} if weights.origin == "random" else _own_statistics(model, channels)
+    given = {name: getattr(config, name) for name in _STATISTICS}
+    known = {name: value for name, value in own.items() if given[name] is None}
+    # the digits are shown whole and as they are
+    if config.source == "digits":
+        known = {name: known[name] for name in ("mean", "std") if name in known}
+    data = open_data(
+        config.source, image_size=(height, width), channels=channels, **{**given, **known}
+    )
+    stated_by = "of the saved model" if weights.origin == "saved" else f"timm's for {weights.name}"
+    origin = caveats(model).get("pixels", stated_by)
+    return replace(data, origins={**data.origins, **dict.fromkeys(known, origin)})
+
+
+def _own_statistics(model: Any, channels: int) -> dict[str, Any]:
+    """What a trained model says of its own input, as far as it can be followed."""
+    stated = stated_config(model)
+    own = {name: stated[key] for name, key in _STATISTICS.items() if stated.get(key) is not None}
+    for name in ("mean", "std"):
+        if name in own:
+            own[name] = tuple(own[name])
+    # a configuration made for colour says nothing about grey images
+    if {len(own.get("mean", ())), len(own.get("std", ()))} != {channels}:
+        own = {name: value for name, value in own.items() if name not in ("mean", "std")}
+    if own.get("interpolation") not in INTERPOLATIONS:
+        own.pop("interpolation", None)
+    return own
+
+
+def remember_normalisation(model: Any, data: ImageData, *, trained: bool) -> None:
+    """Writes down in the model, the way timm does, how its images must be prepared.
+
+    Nothing is random or a guess any more about a model that was trained on such images, and what
+    was given is no guess.
+    """
+    stated = stated_config(model)
+    stated.pop("interpolation", None)
+    model.pretrained_cfg = {
+        **stated,
+        "input_size": (data.channels, *data.image_size),
+        "mean": data.mean,
+        "std": data.std,
+        "crop_pct": data.crop_share,
+        "crop_mode": "center",
+        "num_classes": len(data.classes),
+        **({"interpolation": data.interpolation} if data.interpolation in INTERPOLATIONS else {}),
+    }
+    kept = caveats(model)
+    if trained:
+        kept = {}
+    elif data.origins["mean"] == "given":
+        kept.pop("pixels", None)
+    model.caveats = kept
+
+
+def check_fit(model: Any, data: ImageData) -> None:
+    """Refuses a head or a patch size that does not fit the data (InvalidInput)."""
+    # models of other libraries take images of one size, of which they say no patch
+    data.check_model(num_classes=classes_of(model), patch_size=patch_size(model) or 1)
+
+
+def open_weights(config: ModelConfig, seed: int, classes: int | None = None) -> nn.Module:
+    """The model of `open_model`; weights that come from nowhere are drawn by the seed."""
+    with seeded(seed, "init"):
+        return open_model(config, classes)
+
+
+def open_both(
+    model_config: ModelConfig,
+    data_config: DataConfig,
+    seed: int,
+    device: str,
+    threads: int | None = None,
+    dtype: Precision = "auto",
+) -> Opened:
+    """The model with its weights, the data read at its input size, and where to compute.
+
+    Raises:
+        InvalidInput: the head and the data disagree on the number of classes, or either cannot be
+            opened.
+    """
+    profile = choose_profile(device, threads, data_config.workers, dtype)
+    model = open_weights(model_config, seed)
+    data = open_model_data(data_config, model, model_config)
+    check_fit(model, data)
+    setting = setting_of(data_config, profile, seed)
+    assumptions = {
+        **about_weights(model_config, seed, model),
+        **about_data(data),
+        **not_followed(model, model_config, data),
+    }
+    return Opened(model, data, setting, profile, assumptions)
+
+
+def setting_of(data_config: DataConfig, profile: Profile, seed: int) -> Setting:
+    """What every stage needs besides its inputs."""
+    return Setting(
+        seed,
+        profile.device,
+        profile.workers,
+        data_config.augment,
+        data_config.batch_size,
+        data_config.policy,
+        data_config.repeats,
+        profile.dtype,
+    )

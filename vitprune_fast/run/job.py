@@ -1,0 +1,246 @@
+"""A run at work, as its steps see it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from vitprune_fast import files
+from vitprune_fast.checkpoint import load, save
+from vitprune_fast.config.run import RunConfig
+from vitprune_fast.data import BadImage, ImageData
+from vitprune_fast.distill.config import DistillConfig
+from vitprune_fast.distill.loop import DistillResult
+from vitprune_fast.ranks import Ranks
+from vitprune_fast.run import checks, stages, training
+from vitprune_fast.run.folder import Metrics, RunFolder, read_metrics
+from vitprune_fast.run.hardware import Profile
+from vitprune_fast.run.inputs import setting_of
+from vitprune_fast.run.stages import OnEvent, Setting
+from vitprune_fast.run.step import Step
+from vitprune_fast.run.tensorboard import Board
+from vitprune_fast.scoring import ScoringStopped
+from vitprune_fast.sealed import CheckpointRefused
+from vitprune_fast.surgery import SweepStopped
+
+SET_ASIDE = "set_aside.json"
+"""The file that names the unreadable images."""
+
+
+class RunStopped(Exception):
+    """The run was asked to stop and did, with a checkpoint; the same call goes on from there."""
+
+
+@dataclass
+class Job:
+    """One run at work: its configuration, its folder, and what earlier steps left there.
+
+    Attributes:
+        config: the configuration as the step that is at work sees it.
+        recipe: name of the list of steps.
+        steps: all of them, in order.
+        skeleton: the dense model without its weights.
+        folder: of the run; steps read and write by name in it.
+        source: the images, with those that cannot be read.
+        profile: where to compute.
+        metrics: the curves.
+        on_event: told about everything.
+        stop: asked after every step of a training, and between steps of the run.
+        ranks: the processes that do the run together.
+        board: gets the curves too, or None.
+        step: the one at work.
+    """
+
+    config: RunConfig
+    recipe: str
+    steps: tuple[Step, ...]
+    skeleton: nn.Module
+    folder: RunFolder
+    source: ImageData
+    profile: Profile
+    metrics: Metrics
+    on_event: OnEvent
+    stop: Callable[[], bool]
+    ranks: Ranks
+    board: Board | None = None
+    step: Step = field(init=False)
+    cut_back: set[str] = field(default_factory=set)
+
+    @property
+    def setting(self) -> Setting:
+        """Seed, device, loader processes and the like."""
+        return setting_of(self.config.data, self.profile, self.config.seed)
+
+    @cached_property
+    def data(self) -> ImageData:
+        """The images without the unreadable ones that were set aside."""
+        listed = files.read_json(self.folder / SET_ASIDE)["images"]
+        bad = [BadImage(**image) for image in listed]
+        return self.source.without(bad, max_bad=self.config.data.max_bad)
+
+    @cached_property
+    def images(self) -> Any:
+        """A few training images on which models are checked, on the device."""
+        return stages.probe_images(self.data).to(self.profile.device)
+
+    @property
+    def checkpoints(self) -> Path:
+        """Where the step at work keeps what is unfinished."""
+        return self.folder / "checkpoints" / self.step.name
+
+    def load(self, name: str) -> nn.Module:
+        """A model of the run folder, on the device, in evaluation mode."""
+        return load(self.folder / name).to(self.profile.device).eval()
+
+    def keep(
+        self, model: nn.Module, name: str, proofs: Sequence[checks.Check] | None = None
+    ) -> list[dict[str, Any]]:
+        """Saves a finished model by that name, and checks that it reloads bit-equal.
+
+        Args:
+            model: goes to the device, in evaluation mode.
+            name: of its folder.
+            proofs: what was checked about it before; None checks that its logits are finite.
+
+        Returns:
+            All checks as plain values.
+
+        Raises:
+            StageFailed: one of them does not hold.
+        """
+        model = model.to(self.profile.device).eval()
+        if not self.ranks.is_first:
+            return []
+        proofs = [checks.finite(model, self.images)] if proofs is None else [*proofs]
+        with self.folder.replacing(name) as fresh:
+            save(model, fresh)
+        proofs.append(checks.reloads(model, self.folder / name, self.images))
+        return checks.require(self.step.name, proofs)
+
+    def write(self, name: str, value: Any) -> None:
+        """Writes what can `save` itself, tensors by name, or plain values as JSON."""
+        path = self.folder / name
+        if not self.ranks.is_first:
+            return
+        if hasattr(value, "save"):
+            value.save(path)
+        elif path.suffix == ".safetensors":
+            files.write_tensors(path, value)
+        else:
+            files.write_json(path, value)
+
+    def teachers(self, student: nn.Module, dense: str, trained: Mapping[str, str]) -> Any:
+        """Who teaches a student: those that are named, or the dense model.
+
+        Args:
+            student: as it will be trained.
+            dense: folder of the dense model, which is `self` among the names.
+            trained: `teacher_0` and so on -> weights that a step `teacher` left.
+        """
+        config, whole = self.config, self.load(dense)
+        if not config.teachers.names:
+            return whole
+        return [
+            training.open_teacher(
+                number,
+                config.teachers,
+                config.distill,
+                student,
+                self.data,
+                self.profile.device,
+                dense=whole,
+                weights=self.folder / trained[f"teacher_{number}"]
+                if training.is_trained_here(name, config.teachers, self.data)
+                else None,
+            )
+            for number, name in enumerate(config.teachers.names)
+        ]
+
+    def training_facts(self, result: DistillResult, *, teachers: bool = False) -> dict[str, Any]:
+        """What a record says of a training, and of its teachers."""
+        epochs = len(result.history)
+        return {
+            "epochs": epochs,
+            "skipped_steps": result.skipped_steps,
+            "start": result.start,
+            **({"teachers": training.described(self.config.teachers)} if teachers else {}),
+            "text": f"{epochs} epoch{'s' * (epochs != 1)}",
+        }
+
+    def facts(self, step: str) -> dict[str, Any]:
+        """What a finished step told of itself; nothing of one that is not finished."""
+        record = self.folder.record_of(step)
+        return record["facts"] if record else {}
+
+    def note(self, text: str) -> None:
+        """Says something worth knowing."""
+        self.on_event({"event": "note", "text": text})
+
+    def train(
+        self, student: nn.Module, teacher: Any, schedule: DistillConfig, **more: Any
+    ) -> DistillResult:
+        """What came of a training that resumes, with its curves.
+
+        Args:
+            student: trained in place.
+            teacher: one, several, or None.
+            schedule: losses and epochs.
+            more: of `stages.train`.
+
+        Raises:
+            RunStopped: it was asked to stop, and wrote a checkpoint.
+        """
+        result = stages.train(
+            student,
+            teacher,
+            self.data,
+            schedule,
+            self.setting,
+            purpose=self.step.name,
+            checkpoint_dir=self.checkpoints,
+            on_event=lambda event: self._tell(event, schedule.epochs),
+            stop=self.stop,
+            **more,
+        )
+        if not result.finished:
+            raise RunStopped
+        return result
+
+    def _tell(self, event: dict[str, Any], epochs: int) -> None:
+        """Passes on an event of the training loop, and keeps the ones that make a curve."""
+        kind, name = event["event"], self.step.name
+        event = {**event, "stage": name}
+        if name not in self.cut_back and kind != "damaged_checkpoint":
+            # lines of an attempt that was killed, beyond the checkpoint the loop goes on from
+            if self.ranks.is_first:
+                self.metrics.cut([name], event["step"] if kind == "resume" else 0)
+            self.cut_back.add(name)
+            if self.board is not None:
+                self.board.restart(name, read_metrics(self.metrics.path))
+        if kind in ("start", "epoch", "skipped_step") and self.ranks.is_first:
+            self.metrics.add(event)
+            if self.board is not None:
+                self.board.add(event)
+        self.on_event({**event, "epochs": epochs})
+
+    def resumable(self, what: str, checkpoint: Path, work: Callable[[], Any]) -> Any:
+        """What `work` returns; a checkpoint that it refuses goes, and it starts anew.
+
+        Raises:
+            RunStopped: it was asked to stop.
+        """
+        files.make_folder(checkpoint.parent)
+        try:
+            try:
+                return work()
+            except CheckpointRefused as error:
+                self.note(f"{what} starts anew: {error}")
+                checkpoint.unlink()
+                return work()
+        except (ScoringStopped, SweepStopped):
+            raise RunStopped from None

@@ -1,0 +1,292 @@
+"""Pictures of a run as SVG text to put into a page: no script, no font file, nothing to fetch."""
+
+from __future__ import annotations
+
+import io
+import re
+from collections.abc import Sequence
+from itertools import cycle
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("svg")
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, MaxNLocator
+
+BEFORE, AFTER, MUTED, INK = "#9aa5b1", "#1f6f8b", "#e4e7eb", "#323f4b"
+LINES = ("#1f6f8b", "#c8553d", "#6b7f2a", "#8e5ea2", "#d69e2e", "#4a5568")
+"""Colours of the runs in a comparison, in turn."""
+KINDS = dict(zip(("head", "neuron", "qk_dim", "v_dim", "embed"), LINES, strict=False))
+"""Colours of the unit kinds."""
+_STYLE: Any = {
+    "svg.fonttype": "none",
+    "font.family": "sans-serif",
+    "font.size": 9,
+    "axes.edgecolor": MUTED,
+    "axes.labelcolor": INK,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.axisbelow": True,
+    "xtick.color": INK,
+    "ytick.color": INK,
+    "text.color": INK,
+    "legend.frameon": False,
+}
+# small panels side by side: on a phone they stack and stay readable
+WIDTH = 4.4
+MOST_POINTS = 300
+"""Points of one colour in one block of a score picture; more would only blacken it."""
+
+
+def _figure(height: float) -> tuple[Figure, Axes]:
+    figure = Figure(figsize=(WIDTH, height), layout="constrained")
+    return figure, figure.add_subplot()
+
+
+def svg_of(figure: Figure, title: str) -> str:
+    """The figure as an `<svg>` element that scales with the page, the same text every time."""
+    buffer = io.StringIO()
+    with matplotlib.rc_context({"svg.hashsalt": title}):
+        figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
+    text = buffer.getvalue()
+    text = text[text.index("<svg") :]
+    text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.S)
+    text = re.sub(r'\s(xmlns(:\w+)?)="[^"]*"', "", text)
+    text = text.replace("xlink:href", "href")
+    text = re.sub(
+        r'<svg([^>]*?) (?:width|height)="[^"]*"([^>]*?) (?:width|height)="[^"]*"', _fluid, text
+    )
+    return text.replace("<svg", f'<svg role="img" aria-label="{title}"', 1)
+
+
+def _fluid(match: re.Match[str]) -> str:
+    return f"<svg{match[1]}{match[2]}"
+
+
+def drawn(title: str, height: float, draw: Any) -> str:
+    """One panel: `draw` gets the axes of a styled figure."""
+    with matplotlib.rc_context(_STYLE):
+        figure, axes = _figure(height)
+        draw(axes)
+        return svg_of(figure, title)
+
+
+def kept_units(axes_facts: Sequence[dict[str, Any]], title: str) -> str:
+    """Per block the kept share of one unit kind: a cell per unit when few, a bar when many."""
+    count, largest = len(axes_facts), max(axis["size"] for axis in axes_facts)
+
+    def cells(axes: Axes) -> None:
+        for row, axis in enumerate(axes_facts):
+            alive = set(axis["units"])
+            for unit in range(axis["size"]):
+                colour = KINDS[axis["kind"]] if unit in alive else MUTED
+                axes.barh(row, 0.86, left=unit - 0.43, height=0.8, color=colour, linewidth=0)
+        axes.set_xlim(-0.6, largest - 0.4)
+        axes.set_xlabel(f"{axes_facts[0]['kind']} number")
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+
+    def bars(axes: Axes) -> None:
+        rows = range(count)
+        axes.barh(rows, [a["size"] for a in axes_facts], height=0.8, color=MUTED)
+        kept = [len(a["units"]) for a in axes_facts]
+        axes.barh(rows, kept, height=0.8, color=KINDS[axes_facts[0]["kind"]])
+        for row, value in zip(rows, kept, strict=True):
+            inside = value > 0.2 * largest
+            axes.text(
+                value - 0.01 * largest if inside else value + 0.01 * largest,
+                row,
+                f"{value:,}",
+                ha="right" if inside else "left",
+                va="center",
+                color="white" if inside else INK,
+                fontsize=8,
+            )
+        axes.set_xlabel(f"{axes_facts[0]['kind']}s kept, of {largest:,}")
+
+    def draw(axes: Axes) -> None:
+        (cells if largest <= 32 else bars)(axes)
+        axes.set_yticks(range(count), [str(axis["block"]) for axis in axes_facts])
+        axes.set_ylabel("block")
+        axes.set_ylim(count - 0.4, -0.6)
+        axes.tick_params(length=0)
+        axes.spines[["left", "bottom"]].set_visible(False)
+
+    return drawn(title, 0.9 + 0.24 * count, draw)
+
+
+def score_spread(axes_facts: Sequence[dict[str, Any]], title: str) -> str:
+    """Per block the scores of one unit kind, kept ones in colour, removed ones grey."""
+
+    def draw(axes: Axes) -> None:
+        size = 36 if max(axis["size"] for axis in axes_facts) <= 32 else 7
+        positive = [s for axis in axes_facts for s in axis["scores"] if s > 0]
+        for row, axis in enumerate(axes_facts):
+            alive = set(axis["units"])
+            for keeps in (False, True):
+                chosen = _thinned(
+                    [s for u, s in enumerate(axis["scores"]) if (u in alive) == keeps]
+                )
+                colour = KINDS[axis["kind"]] if keeps else BEFORE
+                # a fixed zigzag instead of random jitter: the same picture every time
+                shift = [row + ((u * 7) % 11 - 5) / 16 for u in range(len(chosen))]
+                label = ("kept" if keeps else "removed") if row == 0 else None
+                axes.scatter(
+                    chosen,
+                    shift,
+                    s=size,
+                    color=colour,
+                    alpha=0.65,
+                    linewidth=0,
+                    label=label,
+                )
+        if positive and max(positive) > 20 * min(positive):
+            axes.set_xscale("symlog", linthresh=min(positive))
+            axes.set_xlim(left=0.5 * min(positive))
+        axes.xaxis.set_major_locator(_few_ticks(axes))
+        axes.set_yticks(range(len(axes_facts)), [str(axis["block"]) for axis in axes_facts])
+        axes.set_ylim(len(axes_facts) - 0.4, -0.6)
+        axes.set_ylabel("block")
+        axes.set_xlabel(f"score of a {axes_facts[0]['kind']} (larger matters more)")
+        axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=2, markerscale=1.2)
+        axes.tick_params(length=0, which="both")
+        axes.grid(axis="x", color=MUTED, linewidth=0.6)
+        axes.spines[["left", "bottom"]].set_visible(False)
+
+    return drawn(title, 1.2 + 0.24 * len(axes_facts), draw)
+
+
+def _thinned(values: list[float]) -> list[float]:
+    if len(values) <= MOST_POINTS:
+        return values
+    ordered = sorted(values)
+    step = (len(ordered) - 1) / (MOST_POINTS - 1)
+    return [ordered[round(k * step)] for k in range(MOST_POINTS)]
+
+
+def _few_ticks(axes: Axes) -> Any:
+    from matplotlib.ticker import LogLocator
+
+    return LogLocator(numticks=6) if axes.get_xscale() != "linear" else MaxNLocator(5)
+
+
+def curves(
+    lines: Sequence[tuple[str, str, list[float], list[float]]], label: str, title: str
+) -> str:
+    """Lines over epochs: (name, colour, epochs, values)."""
+
+    def draw(axes: Axes) -> None:
+        # equal curves lie on each other: a broken line shows the one below it
+        for (name, colour, epochs, values), style in zip(lines, cycle(("-", "--", ":", "-."))):
+            axes.plot(epochs, values, style, color=colour, linewidth=1.6, label=name)
+        axes.set_xlabel("epoch")
+        axes.set_ylabel(label)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        if label.endswith("%"):
+            axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+        axes.grid(color=MUTED, linewidth=0.6)
+        axes.tick_params(length=0)
+        axes.spines[["left", "bottom"]].set_visible(False)
+        if len(lines) > 1:
+            axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=min(len(lines), 3))
+
+    return drawn(title, 2.7, draw)
+
+
+def intervals(rows: Sequence[tuple[str, float, float, float]], label: str, title: str) -> str:
+    """A dot and its interval per row: (name, value, low, high)."""
+
+    def draw(axes: Axes) -> None:
+        for row, (_, value, low, high) in enumerate(rows):
+            colour = AFTER if row else BEFORE
+            axes.plot([low, high], [row, row], color=colour, linewidth=2.2, alpha=0.55)
+            axes.plot([value], [row], "o", color=colour, markersize=6)
+            axes.annotate(
+                f"{value:.2f}", (value, row), (0, 6), textcoords="offset points", ha="center"
+            )
+        axes.set_yticks(range(len(rows)), [name for name, *_ in rows])
+        axes.set_ylim(len(rows) - 0.6, -0.7)
+        axes.set_xlabel(label)
+        axes.margins(x=0.08)
+        axes.xaxis.set_major_locator(MaxNLocator(5))
+        axes.tick_params(length=0)
+        axes.grid(axis="x", color=MUTED, linewidth=0.6)
+        axes.spines[["left", "bottom"]].set_visible(False)
+
+    return drawn(title, 0.8 + 0.45 * len(rows), draw)
+
+
+def errors(fits: Sequence[dict[str, Any]], title: str) -> str:
+    """Error of each fit in order, before and after it; hollow where it was not applied."""
+
+    def draw(axes: Axes) -> None:
+        places = range(len(fits))
+        for key, style, colour, label in (
+            ("before", "o-", BEFORE, "before"),
+            ("held_out", ":", AFTER, "after, held-out images"),
+            ("after", "-", AFTER, "after"),
+        ):
+            axes.plot(
+                *(places, [100 * fit[key] for fit in fits], style),
+                color=colour,
+                markersize=3.5,
+                linewidth=1.4,
+                label=label,
+            )
+        for applied, fill in ((True, AFTER), (False, "white")):
+            chosen = [k for k in places if (not fits[k]["left_out"]) == applied]
+            axes.plot(
+                *(chosen, [100 * fits[k]["after"] for k in chosen], "o"),
+                color=AFTER,
+                mfc=fill,
+                markersize=4.5,
+                clip_on=False,
+                label=None if applied or not chosen else "not applied",
+            )
+        axes.set_ylim(bottom=0)
+        axes.set_ylabel("error, % of the signal")
+        axes.set_xlabel("block")
+        axes.set_xticks(*_block_ticks([fit["place"] for fit in fits]))
+        axes.yaxis.set_major_locator(MaxNLocator(5))
+        axes.tick_params(length=0)
+        axes.grid(axis="y", color=MUTED, linewidth=0.6)
+        axes.spines[["left", "bottom"]].set_visible(False)
+        axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=2)
+
+    return drawn(title, 2.9, draw)
+
+
+def _block_ticks(places: Sequence[str]) -> tuple[list[int], list[str]]:
+    """Positions and names of at most 13 ticks: the first place of a block, and what is in none."""
+    names = [found[0] if (found := re.search(r"\d+", place)) else place for place in places]
+    firsts = [k for k, name in enumerate(names) if k == 0 or names[k - 1] != name]
+    firsts = firsts[:: -(-len(firsts) // 13)]
+    return firsts, [names[k] for k in firsts]
+
+
+def bars(rows: Sequence[tuple[str, float, float, str]], title: str) -> str:
+    """Before and after, each row relative to before: (name, before, after, text of the change)."""
+
+    def draw(axes: Axes) -> None:
+        for row, (_, before, after, text) in enumerate(rows):
+            axes.barh(
+                row - 0.2, 1.0, height=0.34, color=BEFORE, label="before" if not row else None
+            )
+            share = after / before if before else 0.0
+            axes.barh(
+                row + 0.2, share, height=0.34, color=AFTER, label="after" if not row else None
+            )
+            axes.text(share + 0.015, row + 0.2, text, va="center", fontsize=8.5)
+        longest = max([1.0, *(after / before for _, before, after, _ in rows if before)])
+        axes.set_xlim(0, longest * 1.28)
+        axes.set_yticks(range(len(rows)), [row[0] for row in rows])
+        axes.set_ylim(len(rows) - 0.5, -0.6)
+        axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.0%}"))
+        axes.xaxis.set_major_locator(MaxNLocator(5))
+        axes.tick_params(length=0)
+        axes.grid(axis="x", color=MUTED, linewidth=0.6)
+        axes.spines[["left", "bottom"]].set_visible(False)
+        axes.legend(loc="lower center", bbox_to_anchor=(0.4, 1.0), ncols=2)
+
+    return drawn(title, 0.9 + 0.52 * len(rows), draw)

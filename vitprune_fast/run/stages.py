@@ -1,0 +1,329 @@
+"""The stages as functions of plain values: the command line's verbs and `run` both call these.
+
+Which split a stage may read is fixed here: training, scoring and the sweep read `train`, the choice
+of a checkpoint reads `validation`, and the evaluations alone read `test`.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from vitprune_fast import evaluation, planning, scoring, surgery
+from vitprune_fast.config.run import PlanConfig, ScoreConfig, SweepConfig
+from vitprune_fast.data import Augment, ImageData, Images, Loader, RandomCrop
+from vitprune_fast.distill.config import DistillConfig
+from vitprune_fast.distill.loop import distill
+from vitprune_fast.distill.teachers import Teacher
+from vitprune_fast.errors import InvalidInput
+from vitprune_fast.planning.latency import latencies
+from vitprune_fast.precision import Precision, is_half, resolve
+from vitprune_fast.randomness import derive_seed, generator
+
+OnEvent = Callable[[dict[str, Any]], None]
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What every stage needs besides its inputs."""
+
+    seed: int
+    device: str
+    workers: int
+    augment: bool
+    batch_size: int
+    policy: str = ""
+    repeats: int = 1
+    dtype: Precision = "auto"
+
+
+def train(
+    student: nn.Module,
+    teacher: nn.Module | Sequence[nn.Module] | None,
+    data: ImageData,
+    config: DistillConfig,
+    setting: Setting,
+    *,
+    purpose: str,
+    gates: Any = None,
+    gate_budget: Any = None,
+    masks: Any = None,
+    checkpoint_dir: Any = None,
+    on_event: OnEvent | None = None,
+    stop: Callable[[], bool] | None = None,
+) -> Any:
+    """Trains `student` on the training split, with the help of `teacher` if there is one.
+
+    Args:
+        student: trained in place, on the setting's device.
+        teacher: one, or several; None trains on the labels alone. A plain module answers in the
+            dtype of the training where that has 16 bits.
+        data: `train` is learnt from; `validation` is only measured, or chooses the checkpoint.
+        config: schedule and losses; where its dtype is auto, it is the setting's.
+        setting: seed, device, dtype, loader processes, batch size, augmentation.
+        purpose: keeps the randomness of two trainings with one seed apart.
+        gates: attached to the student; they learn too.
+        gate_budget: holds the gates' multiply-accumulates down.
+        masks: when units go and come back while training.
+        checkpoint_dir: where to checkpoint, and to resume from; None keeps nothing.
+        on_event: told about steps and epochs.
+        stop: asked after every step; True ends the training with a checkpoint.
+
+    Returns:
+        The `DistillResult` of the training loop.
+    """
+    seed = derive_seed(setting.seed, purpose)
+    train_loader = Loader(
+        data.split("train"),
+        setting.batch_size,
+        shuffle=True,
+        augment=_augmentation(data, setting),
+        seed=seed,
+        workers=setting.workers,
+        repeats=setting.repeats,
+    )
+    validation = Loader(data.split("validation"), setting.batch_size, workers=setting.workers)
+    dtype = own_dtype(config, setting)
+    half = resolve("distill", dtype, setting.device)
+    several = [teacher] if isinstance(teacher, nn.Module) else teacher
+    return distill(
+        student.to(setting.device),
+        several and [_answering(each.to(setting.device).eval(), half) for each in several],
+        train_loader,
+        validation,
+        replace(config, seed=seed, dtype=dtype),
+        gates=gates,
+        gate_budget=gate_budget,
+        masks=masks,
+        checkpoint_dir=checkpoint_dir,
+        on_event=on_event,
+        stop=stop,
+    )
+
+
+def _answering(teacher: nn.Module, dtype: torch.dtype | None) -> nn.Module:
+    """A teacher that answers in 16 bits where the student computes so, unless it has its own."""
+    if isinstance(teacher, Teacher) or not is_half(dtype):
+        return teacher
+    return Teacher(teacher, dtype=dtype)
+
+
+def own_dtype(config: DistillConfig, setting: Setting) -> Precision:
+    """What a training computes in."""
+    return setting.dtype if config.dtype == "auto" else config.dtype
+
+
+def _augmentation(data: ImageData, setting: Setting) -> Augment | None:
+    """How training changes images of this data."""
+    if not setting.augment:
+        return None
+    if not setting.policy:
+        return data.augmentation
+    if not isinstance(data.augmentation, RandomCrop):
+        raise InvalidInput(
+            f"distill: policy must be empty for {data.name}, which are no photographs, got "
+            f"{setting.policy!r}"
+        )
+    return replace(data.augmentation, policy=setting.policy)
+
+
+def score(
+    model: nn.Module,
+    data: ImageData,
+    config: ScoreConfig,
+    setting: Setting,
+    *,
+    checkpoint: Path | None = None,
+    on_event: OnEvent | None = None,
+    stop: Callable[[], bool] | None = None,
+) -> Any:
+    """`Scores` of the model on the first `config.samples` of a seeded order of the train split.
+
+    Args:
+        model: is moved to the setting's device.
+        data: its `train` split is read.
+        config: criterion, units, how many images.
+        setting: seed, device, dtype, loader processes.
+        checkpoint: where the sums are kept; a stopped scoring goes on from there.
+        on_event: told how many images are done.
+        stop: asked after every step; True ends the scoring with a checkpoint.
+
+    Raises:
+        ScoringStopped: `stop` said so.
+    """
+    total = min(config.samples, len(data.split("train")))
+    loader = Loader(
+        data.split("train"),
+        config.batch_size,
+        shuffle=True,
+        seed=derive_seed(setting.seed, "score"),
+        workers=setting.workers,
+    )
+    return scoring.score(
+        model.to(setting.device),
+        first_samples(loader.epoch(0), config.samples),
+        criterion=config.criterion,
+        units="all" if config.units == ("all",) else config.units,
+        reduction=config.reduction,
+        seed=derive_seed(setting.seed, "score labels"),
+        draws=config.draws,
+        candidates=config.candidates,
+        loss_scale=config.loss_scale,
+        cuda_graph="auto" if config.cuda_graph == "auto" else config.cuda_graph == "always",
+        dtype=setting.dtype,
+        checkpoint=checkpoint,
+        on_event=on_event and (lambda event: on_event({**event, "steps": total})),
+        stop=stop,
+    )
+
+
+def first_samples(batches: Iterator[tuple[Tensor, ...]], count: int) -> Iterator[tuple]:
+    """The batches up to exactly `count` samples, the last one cut short if need be."""
+    left = count
+    for batch in batches:
+        if left < len(batch[0]):
+            batch = tuple(part[:left] for part in batch)
+        left -= len(batch[0])
+        yield batch
+        if left == 0:
+            return
+
+
+def plan(
+    model: nn.Module, scores: Any, config: PlanConfig, *, dense: planning.Cost | None = None
+) -> Any:
+    """The `Plan` that meets the configured budget; shares of a cost are those of `dense`."""
+    options: dict[str, Any] = {}
+    if config.normalization is not None:
+        options["normalization"] = config.normalization
+    budget = planning.Budget(**config.budget())
+    if dense is not None and budget.measure != "keep":
+        limit: Any = {budget.measure: budget.limit(dense)}
+        budget = planning.Budget(**limit)
+    return planning.plan(
+        model,
+        scores,
+        budget=budget,
+        allocation=config.allocation,
+        min_units=config.min_units,
+        round_to={"neuron": config.round_to},
+        **options,
+    )
+
+
+def calibration(data: ImageData, config: SweepConfig, setting: Setting) -> Loader:
+    """The training images that the sweep refits on, in a seeded order of its own, unchanged.
+
+    Raises:
+        InvalidInput: there are not two of them.
+    """
+    train = data.split("train")
+    if len(train) < 2:
+        raise InvalidInput(
+            f"sweep: {data.name} must have at least 2 training images, got {len(train)}; add "
+            "images, or refit nothing (--no-compensate)"
+        )
+    order = torch.randperm(len(train), generator=generator(setting.seed, "calibration"))
+    chosen = train.ids[order[: config.images]].tolist()
+    images = Images(data.source, train.name, chosen, data.mean, data.std)
+    return Loader(images, setting.batch_size, workers=setting.workers)
+
+
+def sweep(
+    dense: nn.Module,
+    plan: Any,
+    data: ImageData,
+    config: SweepConfig,
+    setting: Setting,
+    *,
+    checkpoint: Path | None = None,
+    on_event: OnEvent | None = None,
+    stop: Callable[[], bool] | None = None,
+) -> tuple[nn.Module, Any]:
+    """The cut model with what stays refitted on training images, and the `SweepReport`.
+
+    Args:
+        dense: goes to the setting's device, and is left as it is otherwise.
+        plan: made for it.
+        data: `train` is read, no label.
+        config: how many images.
+        setting: seed (which images), device, dtype, loader processes, batch size.
+        checkpoint: where to keep what is done, and to resume from; None keeps nothing.
+        on_event: told about every place that was fitted.
+        stop: asked after each of them; True ends the sweep with a checkpoint.
+
+    Raises:
+        InvalidInput: too few images, or what `vp.prune` refuses.
+        SweepStopped: as said.
+    """
+    with warnings.catch_warnings():
+        # they stand in the report as well, and are printed from there
+        warnings.filterwarnings("ignore", "prune: ")
+        model, report = surgery.prune(
+            dense.to(setting.device),
+            plan,
+            calibration=calibration(data, config, setting),
+            report=True,
+            checkpoint=checkpoint,
+            dtype=setting.dtype,
+            on_event=on_event,
+            stop=stop,
+        )
+    return model, report
+
+
+def probe_images(data: ImageData, count: int = 8) -> Tensor:
+    """A few training images (count, C, H, W) on which a stage checks its own result."""
+    batches = iter(Loader(data.split("train"), count))
+    return next(batches)[0]
+
+
+def evaluate(
+    model: nn.Module,
+    data: ImageData,
+    setting: Setting,
+    *,
+    split: str = "test",
+    teacher: nn.Module | None = None,
+) -> Any:
+    """`Evaluation` (integer counts) of the model on a split."""
+    loader = Loader(data.split(split), setting.batch_size, workers=setting.workers)
+    return evaluation.evaluate(
+        model.to(setting.device),
+        loader,
+        teacher=teacher and teacher.to(setting.device),
+        dtype=setting.dtype,
+    )
+
+
+def evaluate_all(models: Sequence[nn.Module], data: ImageData, setting: Setting) -> list[Any]:
+    """`Evaluation` of each model on the test images, read once; the first one teaches the rest."""
+    dense, *others = (model.to(setting.device) for model in models)
+    loader = Loader(data.split("test"), setting.batch_size, workers=setting.workers)
+    return evaluation.evaluate_beside(dense, others, loader, dtype=setting.dtype)
+
+
+def measure(
+    models: Sequence[nn.Module],
+    device: str,
+    batch_sizes: tuple[int, ...] = (1, 64),
+    *,
+    seconds: float = 1.0,
+    dtype: Precision = "auto",
+) -> list[list[Any]]:
+    """`Latency` of each model at each batch size, the models in turns, on `device` in `dtype`."""
+    options: Any = {"device": device, "seconds": seconds, "dtype": dtype}
+    by_size = [latencies(models, batch_size=size, **options) for size in batch_sizes]
+    return [list(of_model) for of_model in zip(*by_size, strict=True)]
+
+
+def synchronise(device: str) -> None:
+    """Waits for the device, so that an error of a stage is raised inside that stage."""
+    if torch.device(device).type == "cuda":
+        torch.cuda.synchronize(device)

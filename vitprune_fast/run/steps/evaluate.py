@@ -1,0 +1,83 @@
+"""Looks at the test images, once, and writes down what became of the model."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from vitprune_fast.run import assumptions, checks, stages, summary
+from vitprune_fast.run.comparison import arrow
+from vitprune_fast.run.hardware import versions
+from vitprune_fast.run.job import Job
+from vitprune_fast.run.step import Facts
+
+
+def evaluate(job: Job, *, summary_file: str, before: str, after: str, **between: str) -> Facts:
+    """Writes the summary: a row for each model, by role, and the facts of the steps so far.
+
+    Args:
+        job: the run.
+        summary_file: what is written.
+        before: the dense model, with which the others are compared.
+        after: what the run hands back.
+        between: models on the way, in order.
+    """
+    names = {"before": before, **between, "after": after}
+    loaded = {row: job.load(name) for row, name in names.items()}
+    counted = stages.evaluate_all([*loaded.values()], job.data, job.setting)
+    found = dict(zip(names, counted, strict=True))
+    proofs = summary.seen_whole(found, len(job.data.split("test")))
+    proved = checks.require(job.step.name, proofs)
+    timed = summary.to_time(loaded)
+    times = stages.measure(
+        [loaded[row] for row in timed],
+        job.profile.device,
+        summary.BATCH_SIZES,
+        seconds=job.config.latency_seconds,
+        dtype=job.profile.dtype,
+    )
+    done = job.steps[: job.steps.index(job.step)]
+    facts = {step.name: job.facts(step.name) for step in done}
+    whole = {
+        **summary.rows(loaded, found, dict(zip(timed, times, strict=True))),
+        "recipe": job.recipe,
+        "steps": [step.name for step in job.steps],
+        "models": [*names],
+        "teachers": _first(facts, "teachers", []),
+        "seed": job.config.seed,
+        "data": assumptions.data_facts(job.data),
+        "weights": {
+            "origin": job.config.model.origin if job.config.has_weights else "trained here",
+            "source": _first(facts, "source", job.config.model.name),
+        },
+        "assumptions": assumptions.of_run(job.config, job.data, job.skeleton),
+        "split_hashes": dict(job.data.split_hashes),
+        "versions": versions(),
+        "profile": job.profile.to_dict(),
+        "rank_agreement": _first(facts, "rank_agreement", None),
+        "set_aside": {
+            **{
+                f"training steps ({name})": each["skipped_steps"]
+                for name, each in facts.items()
+                if "skipped_steps" in each
+            },
+            **{
+                f"scored images ({name})": each["skipped"]
+                for name, each in facts.items()
+                if "skipped" in each
+            },
+            "unreadable images": len(job.data.set_aside),
+        },
+        "changes": job.folder.changes(),
+        "checks": [
+            {"stage": name, **check}
+            for name, each in {**facts, job.step.name: {"checks": proved}}.items()
+            for check in each.get("checks", [])
+        ],
+    }
+    job.write(summary_file, whole)
+    return {"checks": proved, "text": f"top-1 {arrow(whole)}"}
+
+
+def _first(facts: dict[str, Facts], name: str, default: Any) -> Any:
+    """A fact of the first step that has it."""
+    return next((each[name] for each in facts.values() if name in each), default)

@@ -1,0 +1,24 @@
+"""Removes what does not stay."""
+
+from __future__ import annotations
+
+from vitprune_fast import planning
+from vitprune_fast.run import checks
+from vitprune_fast.run.job import Job
+from vitprune_fast.run.step import Facts
+
+
+def prune(job: Job, *, model: str, plan: str, pruned: str, dense: str | None = None) -> Facts:
+    """Cuts a plan out of a model; shares of the budget are those of ``dense`` where it is given."""
+    loaded = job.load(model)
+    result, proofs = checks.prune_and_prove(
+        loaded, planning.Plan.load(job.folder / plan), job.images
+    )
+    counted = planning.cost(result)
+    whole = planning.cost(loaded if dense is None else job.load(dense))
+    proofs += checks.within_budget(counted, whole, job.config.budget())
+    return {
+        "cost": {"params": counted.params, "macs": counted.macs},
+        "checks": job.keep(result, pruned, proofs),
+        "text": f"{counted.macs:,} MACs, {counted.params:,} params",
+    }

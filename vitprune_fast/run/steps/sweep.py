@@ -1,0 +1,51 @@
+"""Refits what stays to what the model computed before the cut."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from vitprune_fast import planning
+from vitprune_fast.run import checks, stages
+from vitprune_fast.run.job import Job
+from vitprune_fast.run.refit import left_out_lines, refit_text
+from vitprune_fast.run.step import Facts
+from vitprune_fast.structure import describe
+
+
+def sweep(job: Job, *, model: str, plan: str, swept: str, fits: str) -> Facts:
+    """Cuts a plan out of a model and refits what stays on training images."""
+    loaded, chosen = job.load(model), planning.Plan.load(job.folder / plan)
+    predicted = planning.predict_cost(describe(loaded), chosen)
+    checkpoint = job.checkpoints / "sweep.safetensors"
+
+    def work() -> Any:
+        return stages.sweep(
+            loaded,
+            chosen,
+            job.data,
+            job.config.sweep,
+            job.setting,
+            checkpoint=checkpoint,
+            on_event=lambda event: job.on_event({**event, "stage": job.step.name}),
+            stop=job.stop,
+        )
+
+    result, report = job.resumable("the sweep", checkpoint, work)
+    job.write(fits, report.to_dict())
+    for text in (*report.warnings, *left_out_lines(report)):
+        job.note(text)
+    cost = planning.cost(result)
+    proofs = [
+        checks.finite(result.eval(), job.images),
+        checks.Check(
+            "refitting changes no cost",
+            (cost.params, cost.macs) == (predicted.params, predicted.macs),
+            f"{cost.macs:,} MACs and {cost.params:,} params",
+        ),
+    ]
+    return {
+        "images": report.images,
+        "fits": fits,
+        "checks": job.keep(result, swept, proofs),
+        "text": refit_text(report),
+    }

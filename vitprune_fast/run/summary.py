@@ -1,0 +1,106 @@
+"""The rows of `summary.json`: one model each."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import nn
+
+from vitprune_fast import planning
+from vitprune_fast.evaluation import wilson
+from vitprune_fast.run.checks import Check
+
+BATCH_SIZES = (1, 64)
+"""Batch sizes at which latency is measured; the second one gives the throughput."""
+
+ALWAYS = ("before", "cut", "swept", "after")
+"""Rows that every summary has; None where a run has no such model."""
+
+
+def to_time(models: Mapping[str, nn.Module]) -> list[str]:
+    """The rows whose latency is measured: the first, the last, and one for each other size."""
+    first, *_, last = models
+    sizes = {_size(models[last]): last}
+    for name, model in models.items():
+        sizes.setdefault(_size(model), name)
+    return [name for name in models if name in {first, last, *sizes.values()}]
+
+
+def rows(
+    models: Mapping[str, nn.Module],
+    found: Mapping[str, Any],
+    timed: Mapping[str, list[Any]],
+) -> dict[str, dict[str, Any] | None]:
+    """What the summary says of each model.
+
+    Args:
+        models: row -> model.
+        found: row -> its `Evaluation`.
+        timed: row -> latencies at `BATCH_SIZES`, of `to_time`. Another row has the times of the one
+            of its size, the last of them, and says so in `latency_of`.
+    """
+    of_size = {_size(models[name]): name for name in timed}
+    made = {}
+    for name, model in models.items():
+        measured = name if name in timed else of_size[_size(model)]
+        made[name] = {
+            **_costs(model),
+            **_counts(found[name]),
+            **_times(timed[measured]),
+            **({} if measured == name else {"latency_of": measured}),
+        }
+    return {**dict.fromkeys(ALWAYS), **made}
+
+
+def _size(model: nn.Module) -> tuple[int, int]:
+    return planning.cost(model).params, planning.cost(model).macs
+
+
+def seen_whole(found: Mapping[str, Any], wanted: int) -> list[Check]:
+    """Every model saw every one of so many images once, with finite logits."""
+    return [
+        check
+        for name, result in found.items()
+        for check in (
+            Check(
+                f"{name}: every test image was seen once",
+                result.samples == wanted,
+                f"{result.samples} of {wanted}",
+            ),
+            Check(
+                f"{name}: logits on the test images are finite",
+                result.nonfinite_count == 0,
+                f"{result.nonfinite_count} images without",
+            ),
+        )
+    ]
+
+
+def _costs(model: nn.Module) -> dict[str, int]:
+    params, macs = _size(model)
+    return {"params": params, "macs": macs}
+
+
+def _counts(result: Any) -> dict[str, Any]:
+    return {
+        "top1": result.top1,
+        "top5": result.top5,
+        "top1_count": result.top1_count,
+        "top1_interval": list(wilson(result.top1_count, result.samples)),
+        "samples": result.samples,
+        **({} if result.agreement is None else {"agreement": result.agreement}),
+    }
+
+
+def _times(latency: list[Any]) -> dict[str, Any]:
+    single, batch = latency
+    return {
+        "latency_ms": single.median_s * 1e3,
+        "latency_p90_ms": single.p90_s * 1e3,
+        "latency_ms_batch64": batch.median_s * 1e3,
+        "images_per_s": batch.images_per_s,
+        "latency_waited": max(
+            (w for w in (single.waited, batch.waited) if w is not None), default=None
+        ),
+    }
