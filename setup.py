@@ -94,6 +94,14 @@ packages += [KERNELS, *(f"{KERNELS}.{name}" for name in find_packages("kernels")
 setup(
     packages=packages,
     package_dir={KERNELS: "kernels"},
-    package_data={"vitprune_fast": ["py.typed", "_host.pyi", "splits/*.json", "run/report/*.j2"]},
+    package_data={
+        "vitprune_fast": [
+            "py.typed",
+            "_host.pyi",
+            "splits/*.json",
+            "distill/*.json",
+            "run/report/*.j2",
+        ]
+    },
     **extensions(),
 )

@@ -13,7 +13,7 @@ import vitprune_fast as vp
 from bench.conftest import commit
 from vitprune_fast.data import ImageData
 from vitprune_fast.doctor import doctor
-from vitprune_fast.run.hardware import versions
+from vitprune_fast.run.profile import versions
 
 RESULTS = Path(__file__).parent / "results"
 

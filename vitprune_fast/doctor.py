@@ -10,13 +10,13 @@ import re
 import shutil
 import subprocess
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
 
 import torch
 
 from vitprune_fast._extension import extension_status
 from vitprune_fast._toolkit import cuda_home
 from vitprune_fast._version import __version__
+from vitprune_fast.hardware import processor
 from vitprune_fast.ops import Choice, backends
 
 _PACKAGES = ("torch", "torchvision", "timm", "triton", "numpy", "safetensors")
@@ -110,11 +110,7 @@ def _versions() -> dict[str, str]:
 
 
 def _devices() -> dict[str, str]:
-    name = platform.processor() or platform.machine()
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.is_file():
-        model = re.search(r"model name\s*:\s*(.*)", cpuinfo.read_text())
-        name = model[1] if model else name
+    name = processor()
     capability = torch.backends.cpu.get_cpu_capability()
     found = {
         "cpu": f"{name}, {os.cpu_count()} cores, {capability}, {torch.get_num_threads()} threads"

@@ -106,9 +106,11 @@ def test_a_training_after_another_counts_anew() -> None:
     pace = Pace()
     for step, now in ((1, 0.0), (5, 4.0)):
         event = {"event": "step", "stage": "gates", "step": step, "steps": 10, "loss": 1.0}
-        pace.update({**event, "ce": 0.5, "soft": 2.0, "alive": {"head": [3, 6]}}, now)
+        live = {"alive": {"head": [3, 6]}, "attention": "gated"}
+        pace.update({**event, "ce": 0.5, "soft": 2.0, **live}, now)
     assert pace.text() == (
-        "epoch 1  step 5/10  loss 1.0000 (ce 0.5000 soft 2.0000)  heads 3/6  0:00:05 left"
+        "epoch 1  step 5/10  loss 1.0000 (ce 0.5000 soft 2.0000)  heads 3/6, gated attention  "
+        "0:00:05 left"
     )
     pace.update({"event": "step", "stage": "distill", "step": 1, "steps": 20, "loss": 3.0}, 9.0)
     assert pace.text() == "epoch 1  step 1/20  loss 3.0000"
@@ -121,22 +123,25 @@ def test_a_line_after_a_change_of_masks_says_what_is_live_now(
     stream = io.StringIO()
     shows = Display(console=Console(file=stream, width=100))
     event = {"stage": "distill", "epoch": 0, "step": 1}
-    shows({**event, "event": "step", "steps": 2, "loss": 1.0, "alive": {"head": (6, 6)}})
-    shows({**event, "event": "masks", "share": 0.5, "alive": {"head": (3, 6)}})
+    whole = {"alive": {"head": (6, 6)}, "attention": "compact"}
+    shows({**event, "event": "step", "steps": 2, "loss": 1.0, **whole})
+    live = {"alive": {"head": (3, 6)}, "attention": "masked"}
+    shows({**event, "event": "masks", "share": 0.5, **live})
     shows({**event, "event": "epoch", "step": 2, "loss": 0.5})
     _, change, last = stream.getvalue().splitlines()
-    assert change == "distill   step 1: 50% of the MACs left, heads 3/6"
-    assert "step 2/2  loss 0.5000  heads 3/6" in last
+    assert change == "distill   step 1: 50% of the MACs left, heads 3/6, masked attention"
+    assert "step 2/2  loss 0.5000  heads 3/6, masked attention" in last
 
 
 def test_time_left_is_of_the_training_that_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(display, "time", Clock())
     stream = io.StringIO()
     shows = Display(console=Console(file=stream, width=100))
-    for stage, alive in (("gates", {"head": (1, 2)}), ("distill", None)):
+    gated = {"alive": {"head": (1, 2)}, "attention": "gated"}
+    for stage, live in (("gates", gated), ("distill", {})):
         for step in (1, 2):
             event = {"event": "step", "stage": stage, "step": step, "steps": 4, "epoch": 0}
-            shows({**event, "alive": alive} if alive else event)
+            shows({**event, **live})
     last = stream.getvalue().splitlines()[-1]
     # three looks at the clock between two steps
     assert "0:01:00 left" in last and "heads" not in last

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -139,3 +140,76 @@ def test_what_cannot_be_is_one_sentence(
     error = capsys.readouterr().err
     assert sentence in error and error.count("\n") == 1, error
     assert not (tmp_path / "out").exists()
+
+
+@pytest.fixture
+def heads(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
+    """Of every launch of our attention: how many heads it computes, and of how many."""
+    from vitprune_fast import ops
+
+    seen: list[tuple[int, int]] = []
+    attend = ops.gated_attention
+
+    def counted(qkv: Any, *rest: Any, live_heads: Any = None, **options: Any) -> Any:
+        seen.append((qkv.shape[3] if live_heads is None else len(live_heads), qkv.shape[3]))
+        return attend(qkv, *rest, live_heads=live_heads, **options)
+
+    monkeypatch.setattr(ops, "gated_attention", counted)
+    return seen
+
+
+MASKS = (
+    *("--mask-macs", "0.2", "--mask-shape", "one_shot"),
+    *("--mask-every", "4", "--mask-samples", "64"),
+)
+
+
+@pytest.mark.parametrize("attention", ["masked", "compact", "auto"])
+def test_dead_heads_are_skipped_where_masked_attention_runs(
+    attention: str,
+    dense: Path,
+    tmp_path: Path,
+    heads: list,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    words = ("--alpha", "0", *MASKS, "--attention", attention)
+    distilled(dense, tmp_path / "out", *words)
+    said = capsys.readouterr().out
+    if attention == "masked":
+        assert any(live < whole for live, whole in heads) and "masked attention" in said
+    elif attention == "compact":
+        assert not heads and "compact attention" in said
+
+
+def test_a_run_under_masks_skips_dead_heads(
+    dense: Path, tmp_path: Path, heads: list, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ["run", "--model", str(dense), *MASKS, "--attention", "masked"]
+    more = ["--distill.epochs", "2", "--distill.warmup-epochs", "0", "--threads", "1"]
+    assert main([*command, *more, "--data", "digits", "--out", str(tmp_path / "run")]) == 0
+    assert any(live < whole for live, whole in heads)
+    assert "masked attention" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("verb", ["distill", "run"])
+def test_fixed_gates_skip_dead_heads(
+    verb: str, dense: Path, tmp_path: Path, heads: list, capsys: pytest.CaptureFixture[str]
+) -> None:
+    gates = [
+        "--gates",
+        "fixed",
+        "--gate-epochs",
+        "1",
+        "--gate-macs",
+        "0.85",
+        "--gate-units",
+        "head",
+    ]
+    epochs = ["--epochs", "1", "--warmup-epochs", "0", "--alpha", "0", "--log-steps", "1"]
+    if verb == "run":
+        epochs = [w.replace("--", "--distill.", 1) for w in epochs] + ["--threads", "1"]
+    command = [verb, "--model", str(dense), "--data", "digits", *gates, *epochs]
+    status = main([*command, "--out", str(tmp_path / "out")])
+    said = capsys.readouterr()
+    assert status == 0, said.err
+    assert any(live < whole for live, whole in heads)

@@ -14,9 +14,10 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import vitprune_fast as vp
-from vitprune_fast.distill import DistillConfig, MaskSchedule, distill
+from vitprune_fast.distill import DistillConfig, MaskSchedule, attention, distill
 from vitprune_fast.distill.masks import MaskedStudent
 from vitprune_fast.errors import InvalidInput
+from vitprune_fast.hardware import device_name
 from vitprune_fast.planning import Plan, predict_cost
 from vitprune_fast.structure import describe
 from vitprune_fast.testing import random_images, random_vit
@@ -212,6 +213,99 @@ def test_products_of_a_masked_step_have_the_live_sizes() -> None:
     assert len(attention) == 6, products.shapes
     for sizes in attention:
         assert all(shape == (2, heads, 5, dim) for shape in sizes if len(shape) == 4)
+
+
+class _Heads(TorchDispatchMode):
+    """Notes how many heads our attention was told to compute, of how many."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.live: list[tuple[int, int]] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func.overloadpacket.__name__
+        if name == "gated_attention":
+            qkv, live = args[0], args[3]
+            self.live.append((len(live), qkv.shape[3]))
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_masked_attention_computes_what_compact_attention_does(dtype: torch.dtype) -> None:
+    """Where it skips the dead heads, forward and backward."""
+    plan, results, live = half(describe(random_vit(dtype=dtype))), {}, []
+    forms: tuple[Any, ...] = ("compact", "masked")
+    for form in forms:
+        model = random_vit(dtype=dtype)
+        schedule = MaskSchedule(0.3, planner=fixed(plan), attention=form)
+        masked = MaskedStudent(model, schedule)
+        masked.update(1, 2, list)
+        assert masked.attention == form
+        images = random_images(model, 3)
+        with _Heads() as heads:
+            masked.soft.refresh()(images).square().sum().backward()
+            masked.soft.scatter()
+        live.append(heads.live)
+        results[form] = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+    # three heads in every block, of which two live
+    assert live == [[], [(2, 3)] * 3]
+    assert results["masked"].keys() == results["compact"].keys()
+    # both sum the same products in other orders; the longest sum is over 3 * 5 rows
+    largest = max(float(g.abs().max()) for g in results["compact"].values())
+    limit = 200 * torch.finfo(dtype).eps * largest
+    for name, got in results["masked"].items():
+        want = results["compact"][name]
+        torch.testing.assert_close(got, want, rtol=0, atol=limit, msg=name)
+
+
+def test_heads_that_come_back_attend_again() -> None:
+    model = random_vit(dtype=torch.float64)
+    first, everything = half(describe(model)), Plan.of(describe(model))
+    schedule = MaskSchedule(0.3, every=1, planner=fixed(first, everything), attention="masked")
+    masked, images = MaskedStudent(model, schedule), random_images(model, 2)
+    with torch.no_grad():
+        whole = model(images)
+        masked.update(1, 100, list)
+        assert not torch.allclose(masked.soft.refresh()(images), whole)
+        masked.update(2, 100, list)
+        # with nothing dead it is the model's own again
+        assert masked.attention == "compact"
+        torch.testing.assert_close(masked.soft.refresh()(images), whole, rtol=0, atol=1e-12)
+
+
+def test_masked_attention_needs_an_attention_we_know() -> None:
+    model = random_vit(attn_drop_rate=0.1)
+    with pytest.raises(InvalidInput, match="attention must be auto or compact for this student"):
+        MaskedStudent(model, MaskSchedule(attention="masked"))
+    assert MaskedStudent(model, MaskSchedule()).attention == "compact"
+
+
+@pytest.mark.parametrize(
+    ("changes", "wanted"),
+    [
+        ({}, "masked"),
+        ({"masked_us": 3.0}, "compact"),
+        ({"device": "another processor"}, "compact"),
+        ({"dtype": "bfloat16"}, "compact"),
+        ({"tokens": 50}, "compact"),
+        ({"dead": 0.75}, "compact"),
+    ],
+)
+def test_auto_takes_what_was_quicker_on_such_a_device(
+    changes: dict, wanted: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = random_vit(dtype=torch.float32)
+    row = {"device": device_name("cpu"), "dtype": "float32", "tokens": 5, "dead": 0.33}
+    rows = [{**row, "masked_us": 1.0, "compact_us": 2.0, **changes}]
+    monkeypatch.setattr(attention, "measured", lambda: rows)
+    masked = MaskedStudent(model, MaskSchedule(0.3, planner=fixed(half(describe(model)))))
+    masked.update(1, 2, list)
+    assert masked.attention == wanted
+
+
+def test_the_committed_table_is_whole() -> None:
+    names = {"device", "dtype", "tokens", "dead", "masked_us", "compact_us"}
+    assert all(row.keys() == names and 0 < row["dead"] < 1 for row in attention.measured())
 
 
 def test_scores_of_the_whole_model_choose_the_units() -> None:

@@ -10,7 +10,7 @@ import torch
 
 from vitprune_fast.errors import InvalidInput
 from vitprune_fast.run.cores import available_cores, default_threads
-from vitprune_fast.run.hardware import applied, choose_profile
+from vitprune_fast.run.profile import applied, choose_profile
 
 V2 = "31 23 0:28 / /sys/fs/cgroup rw,nosuid - cgroup2 cgroup2 rw,nsdelegate"
 V1 = "32 31 0:29 / /sys/fs/cgroup/cpu,cpuacct rw,nosuid - cgroup cgroup rw,cpu,cpuacct"

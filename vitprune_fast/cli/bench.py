@@ -46,7 +46,7 @@ def main(words: list[str]) -> int:
     from vitprune_fast.models.open import open_model
     from vitprune_fast.planning.waiting import load_warning
     from vitprune_fast.run import stages
-    from vitprune_fast.run.hardware import applied, choose_profile
+    from vitprune_fast.run.profile import applied, choose_profile
 
     profile = choose_profile(options.device, options.threads, dtype=options.dtype)
     print(f"profile {profile}")

@@ -46,7 +46,7 @@ def main(words: list[str]) -> int:
     from vitprune_fast.errors import InvalidInput, NotEnoughMemory
     from vitprune_fast.models.open import open_model
     from vitprune_fast.randomness import generator
-    from vitprune_fast.run.hardware import choose_profile
+    from vitprune_fast.run.profile import choose_profile
     from vitprune_fast.scoring.stream import is_out_of_memory
     from vitprune_fast.structure import describe
 

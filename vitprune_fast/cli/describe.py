@@ -28,7 +28,7 @@ def main(words: list[str]) -> int:
     import vitprune_fast as vp
     from vitprune_fast.cli.display import print_table
     from vitprune_fast.models.open import skeleton
-    from vitprune_fast.run.hardware import applied, choose_profile
+    from vitprune_fast.run.profile import applied, choose_profile
 
     with applied(choose_profile("cpu", options.threads)):
         model = skeleton(options.model)

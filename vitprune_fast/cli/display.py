@@ -110,7 +110,7 @@ class Display:
         self._pace.update(event, time.monotonic())
         self._say(
             f"{event['stage']:<9} step {event['step']:,}: {event['share']:.0%} of the MACs left, "
-            f"{alive_text(event['alive'])}"
+            f"{alive_text(event)}"
         )
 
     def _on_epoch(self, event: dict[str, Any]) -> None:
@@ -204,7 +204,7 @@ class Pace:
             )
             words.append(f"loss {event['loss']:.4f}" + (f" ({parts})" if parts else ""))
         if event.get("alive"):
-            words.append(alive_text(event["alive"]))
+            words.append(alive_text(event))
         if event.get("val_top1") is not None:
             words.append(f"validation top-1 {event['val_top1']:.2%}")
         return "  ".join([*words, *self._rates()])
@@ -224,9 +224,10 @@ class Pace:
         return words
 
 
-def alive_text(alive: dict[str, Sequence[int]]) -> str:
-    """Live units of each kind: `heads 9/12, neurons 300/768`."""
-    return ", ".join(f"{kind}s {on:,}/{total:,}" for kind, (on, total) in alive.items())
+def alive_text(event: dict[str, Any]) -> str:
+    """Live units of each kind, and how what is live attends: `heads 9/12, masked attention`."""
+    alive = [f"{kind}s {on:,}/{total:,}" for kind, (on, total) in event["alive"].items()]
+    return ", ".join([*alive, f"{event['attention']} attention"])
 
 
 def start_text(event: dict[str, Any]) -> str:

@@ -50,8 +50,8 @@ def main(words: list[str]) -> int:
     from vitprune_fast.cli.signals import stoppable
     from vitprune_fast.files import probe_folder
     from vitprune_fast.run.assumptions import about_gates
-    from vitprune_fast.run.hardware import applied
     from vitprune_fast.run.inputs import open_both, remember_normalisation
+    from vitprune_fast.run.profile import applied
     from vitprune_fast.run.tensorboard import Board
     from vitprune_fast.run.training import Trainings, TrainingStopped, teach
 

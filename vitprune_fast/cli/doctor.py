@@ -21,7 +21,7 @@ def main(words: list[str]) -> int:
     if options is None:
         return 0
     import vitprune_fast as vp
-    from vitprune_fast.run.hardware import applied, choose_profile
+    from vitprune_fast.run.profile import applied, choose_profile
 
     with applied(choose_profile("cpu", options.threads)):
         print(vp.doctor())

@@ -38,8 +38,8 @@ def main(words: list[str]) -> int:
     from vitprune_fast.models.open import open_model
     from vitprune_fast.run import stages
     from vitprune_fast.run.assumptions import about_test_images
-    from vitprune_fast.run.hardware import applied
     from vitprune_fast.run.inputs import open_both
+    from vitprune_fast.run.profile import applied
 
     opened = open_both(
         options.model, options.data, 0, options.device, options.threads, options.dtype

@@ -38,7 +38,7 @@ def main(words: list[str]) -> int:
     from vitprune_fast.planning.cost import predict_cost
     from vitprune_fast.run import stages
     from vitprune_fast.run.assumptions import about_budget, about_scores
-    from vitprune_fast.run.hardware import applied, choose_profile
+    from vitprune_fast.run.profile import applied, choose_profile
 
     scores = vp.Scores.load(options.scores)
     with applied(choose_profile("cpu", options.threads)):

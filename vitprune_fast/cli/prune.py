@@ -52,8 +52,8 @@ def main(words: list[str]) -> int:
     from vitprune_fast.cli.display import print_assumptions
     from vitprune_fast.run import checks
     from vitprune_fast.run.assumptions import about_weights
-    from vitprune_fast.run.hardware import applied, choose_profile
     from vitprune_fast.run.inputs import open_both, open_weights, remember_normalisation
+    from vitprune_fast.run.profile import applied, choose_profile
 
     _check_data(options)
     check_folder(options.out)

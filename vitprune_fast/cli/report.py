@@ -32,7 +32,7 @@ def main(words: list[str]) -> int:
     options = parse("report", words, lambda chosen: Report(), outputs=_outputs)
     if options is None:
         return 0
-    from vitprune_fast.run.hardware import applied, choose_profile
+    from vitprune_fast.run.profile import applied, choose_profile
     from vitprune_fast.run.report import write_comparison, write_report
 
     with applied(choose_profile("cpu", options.threads)):

@@ -44,8 +44,8 @@ def main(words: list[str]) -> int:
     from vitprune_fast.cli.signals import stoppable
     from vitprune_fast.errors import InvalidInput
     from vitprune_fast.run import stages
-    from vitprune_fast.run.hardware import applied
     from vitprune_fast.run.inputs import open_both
+    from vitprune_fast.run.profile import applied
     from vitprune_fast.scoring import ScoringStopped
     from vitprune_fast.scoring.agreement import agreement_text
     from vitprune_fast.stated import caveats

@@ -281,6 +281,9 @@ class MaskConfig:
     """Steps between two changes."""
     samples: Annotated[int, arg(metavar="N", name="mask-samples")] = 256
     """Training images to score on at each change."""
+    attention: Literal["auto", "masked", "compact"] = "auto"
+    """How steps attend while heads are dead: `compact`, the live heads alone; `masked`, all of them
+    by an op that skips dead ones; `auto`, the quicker by what was measured on such a device."""
 
     def schedule(self) -> MaskSchedule | None:
         """When the masks change; None without masks."""
@@ -289,7 +292,13 @@ class MaskConfig:
         if self.macs is None:
             return None
         return MaskSchedule(
-            self.macs, self.shape, self.start, self.end, self.every, samples=self.samples
+            self.macs,
+            self.shape,
+            self.start,
+            self.end,
+            self.every,
+            samples=self.samples,
+            attention=self.attention,
         )
 
 

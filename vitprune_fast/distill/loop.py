@@ -287,7 +287,13 @@ class _Run(TrainingState):
             self.progress.forget_best()
             self.best = {}
             self._run_on_what_is_live()
-            self.tell("masks", epoch, share=masked.share, alive=masked.alive())
+            self.tell(
+                "masks",
+                epoch,
+                share=masked.share,
+                alive=masked.alive(),
+                attention=masked.attention,
+            )
 
     def _step(self, batches: Sequence[MicroBatch]) -> None:
         """Take one optimizer step, or leave it out where it is not finite.
@@ -448,6 +454,7 @@ class _Run(TrainingState):
         counted = self.masked or self.gates
         if counted is not None:
             values["alive"] = counted.alive()
+            values["attention"] = counted.attention
         self.tell("step", epoch, **values)
 
     def _result(self, *, finished: bool) -> DistillResult:

@@ -10,13 +10,16 @@ from typing import Any, Literal, get_args
 import torch
 from torch import nn
 
+from vitprune_fast.distill.attention import is_maskable, quicker, tokens_of
 from vitprune_fast.errors import InvalidInput
+from vitprune_fast.gates import attach
 from vitprune_fast.planning import Budget, Plan, plan
 from vitprune_fast.scoring import score
 from vitprune_fast.structure import Structure, describe
 from vitprune_fast.surgery.soft import SoftCompaction
 
 Shape = Literal["one_shot", "linear", "cubic"]
+Attention = Literal["auto", "masked", "compact"]
 Planner = Callable[[nn.Module, float, Sequence[Any]], Plan]
 
 
@@ -40,6 +43,10 @@ class MaskSchedule:
         every: steps between two changes.
         units: kinds to cut, see ``plan``.
         samples: training images to score on at each change.
+        attention: how the copy attends: with the live heads alone (``compact``), or with all heads
+            by our op, which skips dead ones (``masked``: the same shapes whatever is live, and
+            larger products beside it). ``auto`` is the quicker by what was measured on such a
+            device, else compact; see ``attention.quicker``.
         criterion: see ``score``.
         planner: (model, share, batches) -> Plan, in place of ``score`` and ``plan``; its plans
             remove no whole branches.
@@ -55,6 +62,7 @@ class MaskSchedule:
     every: int = 50
     units: tuple[str, ...] = ("head", "neuron")
     samples: int = 256
+    attention: Attention = "auto"
     criterion: Literal["taylor", "fisher", "activation", "magnitude"] = "taylor"
     planner: Planner | None = None
 
@@ -66,6 +74,10 @@ class MaskSchedule:
             "end": (self.start <= self.end <= 1, "be between start and 1"),
             "every": (self.every >= 1, "be at least 1"),
             "samples": (self.samples >= 1, "be at least 1"),
+            "attention": (
+                self.attention in get_args(Attention),
+                f"be one of {', '.join(get_args(Attention))}",
+            ),
         }
         for name, (holds, rule) in rules.items():
             if not holds:
@@ -108,6 +120,10 @@ class MaskedStudent:
         student: the masters.
         schedule: when the part changes.
         dtype: of the copy; None is that of the masters.
+
+    Raises:
+        InvalidInput: the schedule wants masked attention, and an attention is not one that our op
+            stands in for.
     """
 
     def __init__(
@@ -117,6 +133,12 @@ class MaskedStudent:
         self._structure = describe(student)
         self._share = 1.0
         self._soft: SoftCompaction | None = None
+        self._maskable = is_maskable(student, self._structure)
+        if schedule.attention == "masked" and not self._maskable:
+            raise InvalidInput(
+                "distill: attention must be auto or compact for this student, got masked; our op "
+                "stands in for timm's attention without an inner norm, gate or dropout"
+            )
         #: which units are live
         self.plan: Plan = Plan.of(self._structure)
 
@@ -124,8 +146,31 @@ class MaskedStudent:
     def soft(self) -> SoftCompaction:
         """The live part."""
         if self._soft is None:
-            self._soft = SoftCompaction(self._student, self.plan, self._dtype)
+            masked = self.attention == "masked"
+            heads = {a.name: range(a.size) for a in self._structure.units("head") if masked}
+            plan = Plan.of(self._structure, {**self.plan, **heads})
+            self._soft = SoftCompaction(self._student, plan, self._dtype)
+            if masked:
+                copy = self._soft.model
+                live = Plan.of(describe(copy), {name: self.plan[name] for name in heads})
+                attach(copy, ("head",), "fixed", init=live)
         return self._soft
+
+    @property
+    def attention(self) -> Literal["masked", "compact"]:
+        """How the live part attends."""
+        axes = self._structure.units("head")
+        live = sum(len(self.plan[axis.name]) for axis in axes)
+        dead = 1 - live / max(sum(axis.size for axis in axes), 1)
+        wanted = self._schedule.attention
+        if not dead or not self._maskable:
+            return "compact"
+        if wanted == "auto":
+            weight = next(self._student.parameters())
+            return quicker(
+                weight.device, self._dtype or weight.dtype, tokens_of(self._structure), dead
+            )
+        return wanted
 
     def update(self, step: int, steps: int, batches: Callable[[], Sequence[Any]]) -> bool:
         """Change the masks if the schedule says so before this step; says whether it did.

@@ -62,6 +62,23 @@ def gated_by(gates: Source) -> list[nn.Module]:
     return [model for model, (source, _) in _attached.items() if source is gates]
 
 
+def attention_of(gates: Source) -> str:
+    """How the gated models attend: ``masked``, ``gated``, ``multiplied`` or ``plain``.
+
+    ``masked`` is our op over the live heads alone, for ``fixed`` gates, ``gated`` the same over all
+    of them; ``multiplied`` is the models' own attention with the gates behind it, and ``plain``
+    that without gates.
+    """
+    heads = [axis for axis in gates.axes.values() if axis.kind == "head"]
+    if not heads:
+        return "plain"
+    owners = [gates.structure.taps[axis.name].module.rpartition(".")[0] for axis in heads]
+    attentions: list[Any] = [get(model, path) for model in gated_by(gates) for path in owners]
+    if not all("forward" in vars(attention) for attention in attentions):
+        return "multiplied"
+    return "masked" if gates.kind == "fixed" else "gated"
+
+
 def install(model: nn.Module, gates: Source) -> None:
     """Put every gate in its place.
 

@@ -144,6 +144,11 @@ class Gates(nn.Module):
             count[self.axes[name].kind][1] += len(gate)
         return {unit: (on, total) for unit, (on, total) in count.items()}
 
+    @property
+    def attention(self) -> str:
+        """How the models attend that these gates are attached to, see ``hooks.attention_of``."""
+        return hooks.attention_of(self)
+
     def set_keep(self, keep: PerKind) -> None:
         """Change the share of units that stay, for ``ste`` with global thresholds.
 

@@ -75,7 +75,7 @@ def latency(
 
     With more than one thread they grow out of proportion where OpenMP's threads spin while they
     wait for each other. The command line has them sleep; for a program that imports this package
-    see ``vitprune_fast.run.hardware.applied``.
+    see ``vitprune_fast.run.profile.applied``.
 
     Args:
         model: maps images to anything.

@@ -22,10 +22,10 @@ from vitprune_fast.errors import InvalidInput
 from vitprune_fast.models.open import skeleton
 from vitprune_fast.run import assumptions, stages
 from vitprune_fast.run.folder import Metrics, RunFolder, read_metrics
-from vitprune_fast.run.hardware import Profile, applied, choose_profile, versions
 from vitprune_fast.run.inputs import check_fit, open_model_data
 from vitprune_fast.run.job import Job, RunStopped
 from vitprune_fast.run.outputs import refuse_overwriting
+from vitprune_fast.run.profile import Profile, applied, choose_profile, versions
 from vitprune_fast.run.stages import OnEvent
 from vitprune_fast.run.step import REPORT, SUMMARY, Recipe, Step, check_steps, made_by
 from vitprune_fast.run.tensorboard import Board

@@ -19,8 +19,8 @@ from vitprune_fast.distill.loop import DistillResult
 from vitprune_fast.ranks import Ranks
 from vitprune_fast.run import checks, stages, training
 from vitprune_fast.run.folder import Metrics, RunFolder, read_metrics
-from vitprune_fast.run.hardware import Profile
 from vitprune_fast.run.inputs import setting_of
+from vitprune_fast.run.profile import Profile
 from vitprune_fast.run.stages import OnEvent, Setting
 from vitprune_fast.run.step import Step
 from vitprune_fast.run.tensorboard import Board

@@ -6,8 +6,8 @@ from typing import Any
 
 from vitprune_fast.run import assumptions, checks, stages, summary
 from vitprune_fast.run.comparison import arrow
-from vitprune_fast.run.hardware import versions
 from vitprune_fast.run.job import Job
+from vitprune_fast.run.profile import versions
 from vitprune_fast.run.step import Facts
 
 

@@ -56,6 +56,8 @@ def choose_profile(
     """
     import torch
 
+    from vitprune_fast.hardware import device_name
+
     threads = default_threads() if threads is None else threads
     if not 1 <= threads <= MAX_THREADS:
         raise InvalidInput(f"vitprune-fast: threads must be 1 to {MAX_THREADS}, got {threads}")
@@ -69,29 +71,19 @@ def choose_profile(
             raise BackendUnavailable(
                 "run: device cuda was asked for, but torch sees no GPU; use --device cpu"
             )
-        hardware = torch.cuda.get_device_name(device)
         default_workers = max(1, min(8, available_cores() - 1))
     elif kind == "cpu":
-        hardware = _cpu_name()
         default_workers = 0
     else:
         raise InvalidInput(f"run: device must be auto, cpu or cuda, got {device!r}")
     return Profile(
         name="gpu" if kind == "cuda" else "cpu",
         device=device,
-        hardware=hardware,
+        hardware=device_name(device),
         dtype=resolved_name("vitprune-fast", dtype, device),
         threads=threads,
         workers=default_workers if workers is None else workers,
     )
-
-
-def _cpu_name() -> str:
-    with contextlib.suppress(OSError), open("/proc/cpuinfo", encoding="utf-8") as lines:
-        for line in lines:
-            if line.startswith("model name"):
-                return " ".join(line.partition(":")[2].split())
-    return platform.processor() or platform.machine()
 
 
 @contextlib.contextmanager
