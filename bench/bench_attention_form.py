@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import json
 import os
-import random
 import subprocess
 import sys
 from collections.abc import Callable
@@ -22,8 +21,9 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from bench import study
-from bench.timing import check_same, keep_freed_memory, measure
+from bench.timing import check_same, keep_freed_memory
 from vitprune_fast import ops
+from vitprune_fast.timing import in_turns, measure
 
 ROUNDS = 10
 WIDTH, BATCH = 384, 8
@@ -66,14 +66,9 @@ def raced(dtype: torch.dtype, tokens: int, head_dim: int) -> dict[str, float]:
     ours = calls["vitprune"]()
     for name, other in calls.items():
         check_same(f"attention: form {name!r} in {dtype}", ours, other())
-    times: dict[str, float] = {}
-    order = list(calls)
-    for _ in range(ROUNDS):
-        random.shuffle(order)
-        for name in order:
-            seconds = measure(calls[name], "cpu", 1)
-            times[name] = min(seconds, times.get(name, seconds))
-    return {name: round(seconds * 1e3, 2) for name, seconds in times.items()}
+    turns = {name: lambda call=call: measure(call, "cpu") for name, call in calls.items()}
+    times = in_turns(turns, ROUNDS)
+    return {name: round(min(taken) * 1e3, 2) for name, taken in times.items()}
 
 
 def main() -> None:
@@ -88,6 +83,7 @@ def main() -> None:
                 print(json.dumps(row), flush=True)
 
 
+@pytest.mark.usefixtures("only_timed")
 @pytest.mark.timeout(3600)
 def bench_attention_form() -> None:
     load_average = round(os.getloadavg()[0], 1)

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
-from dataclasses import asdict
 from typing import Any
 
 import pytest
@@ -13,13 +11,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bench.bench_masked_step import entries_of, half, in_turns, multiply
-from bench.conftest import note_race
-from vitprune_fast.cli.scoring_race import Entry
+from bench.bench_masked_step import half, multiply
 from vitprune_fast.distill import DistillConfig, MaskSchedule, distill
 from vitprune_fast.distill.teachers import Teacher
 from vitprune_fast.planning import Plan, predict_cost
 from vitprune_fast.structure import describe
+from vitprune_fast.timing import Entry, Stopwatch, entries_of, in_turns
 
 OURS, SOFT = "vitprune_fast: dense", "vitprune_fast: soft-compacted"
 EAGER, MASKED, COMPILED = "eager loop", "eager loop, multiplicative masks", "compiled loop"
@@ -103,22 +100,14 @@ class Ours:
 
 def seconds_per_step(loop: Loop, batches: Batches, device: str, warm: int) -> float:
     """Of the steps after the first ``warm``, as they follow one another."""
-    marks: list[Any] = []
+    watch, marks = Stopwatch(device), []
 
     def mark() -> bool:
-        if device == "cuda":
-            marks.append(torch.cuda.Event(enable_timing=True))
-            marks[-1].record()
-        else:
-            marks.append(time.thread_time())
+        marks.append(watch.mark())
         return False
 
     loop(batches, mark)
-    start, end = marks[warm - 1], marks[-1]
-    if device == "cuda":
-        torch.cuda.synchronize()
-        return start.elapsed_time(end) / 1e3 / (len(marks) - warm)
-    return (end - start) / (len(marks) - warm)
+    return watch.seconds(marks[warm - 1], marks[-1]) / (len(marks) - warm)
 
 
 def distill_step(
@@ -137,7 +126,7 @@ def distill_step(
         name: of the model of timm.
         batch: images per step.
         device: ``"cuda"`` or ``"cpu"``, where it is the time of one thread.
-        rounds: how often each loop trains; its best time counts.
+        rounds: how often each loop trains; its best time counts. At 0 they are only checked.
         compiled: race a compiled loop too.
         warm: steps before the timed ones; so many lie between two events of ``distill`` too.
         steps: timed ones.
@@ -173,6 +162,8 @@ def distill_step(
     for ours, other in ((SOFT, MASKED), (OURS, EAGER)):
         # both in bf16, a dozen blocks deep
         assert abs(losses[ours] - losses[other]) <= 3e-2 * losses[other], losses
+    if not rounds:
+        return []
     times = in_turns(
         {
             name: lambda loop=loop: seconds_per_step(loop, data * (warm + steps), device, warm)
@@ -181,17 +172,24 @@ def distill_step(
         rounds,
     )
     share = predict_cost(structure, plan).macs / predict_cost(structure).macs
-    return entries_of(times, batch, SOFT, f"{share:.0%} of the multiply-accumulates")
+    return entries_of(times, batch, SOFT, {SOFT: f"{share:.0%} of the multiply-accumulates"})
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("name", ["deit_tiny_patch16_224", "vit_base_patch16_224"])
 @pytest.mark.timeout(900)
-def bench_distill_step_gpu(request, gpu, name):
+def bench_distill_step_gpu(note_race, entries, gpu, name):
     # whole trainings, so that a few steps of each make up the time there is
     batch, warm, steps, rounds = gpu.batch(256), *((1, 2, 1) if gpu.tiny else (3, 6, 2))
-    entries = distill_step(
-        gpu.model(name), batch, gpu.device, rounds, compiled=gpu.compiled, warm=warm, steps=steps
+    found = distill_step(
+        gpu.model(name),
+        batch,
+        gpu.device,
+        rounds if entries.timed else 0,
+        compiled=gpu.compiled,
+        warm=warm,
+        steps=steps,
     )
-    case = f"{name} with itself as teacher, batch {batch}, bf16"
-    note_race(request.config, case, gpu.device, [asdict(e) for e in entries], kind="training")
+    if found:
+        case = f"{name} with itself as teacher, batch {batch}, bf16"
+        note_race(case, gpu.device, found, kind="training")

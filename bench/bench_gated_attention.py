@@ -23,10 +23,9 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
-from bench.bench_masked_step import in_turns
 from bench.place import CPU, Place
 from bench.shapes import VIT_BASE, VIT_BASE_384
-from bench.timing import check_same, measure
+from bench.timing import check_same
 from vitprune_fast import ops
 from vitprune_fast.distill import MaskSchedule, attention
 from vitprune_fast.distill.masks import MaskedStudent
@@ -34,6 +33,7 @@ from vitprune_fast.hardware import device_name
 from vitprune_fast.kernels._attention_tiles import CANDIDATES, forced
 from vitprune_fast.planning import Plan
 from vitprune_fast.structure import describe
+from vitprune_fast.timing import in_turns, measure
 
 MODELS = {"ViT-B": VIT_BASE, "ViT-B/384": VIT_BASE_384}
 PATH = Path(attention.__file__).with_name(attention.TABLE)
@@ -189,10 +189,12 @@ def masked_steps(image: int, dead: float, dtype: torch.dtype, device: str) -> di
 def time_masked_steps(
     image: int, dead: float, dtype: torch.dtype, device: str, rounds: int
 ) -> None:
-    """Add a row to the table that ``auto`` reads."""
+    """Add a row to the table that ``auto`` reads; with no rounds the forms are only checked."""
     torch.set_num_threads(1)
     calls = masked_steps(image, dead, dtype, device)
     check_same("masked attention: form 'compact'", calls["masked"](), calls["compact"](), dtype)
+    if not rounds:
+        return
     times = in_turns(
         {name: lambda call=call: measure(call, device, 1) for name, call in calls.items()}, rounds
     )
@@ -215,15 +217,16 @@ def time_masked_steps(
 @pytest.mark.parametrize("dead", [0.25, 0.5, 0.75])
 @pytest.mark.parametrize("image", [112, 224, 384])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def bench_attention_of_masked_steps_cpu(image, dead, dtype):
-    time_masked_steps(image, dead, dtype, "cpu", rounds=10)
+def bench_attention_of_masked_steps_cpu(entries, image, dead, dtype):
+    time_masked_steps(image, dead, dtype, "cpu", rounds=10 if entries.timed else 0)
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("dead", [0.25, 0.5, 0.75])
 @pytest.mark.parametrize("image", [224, 384])
-def bench_attention_of_masked_steps_gpu(gpu, image, dead):
+def bench_attention_of_masked_steps_gpu(entries, gpu, image, dead):
     if gpu.tiny:
         masked_steps(32, dead, torch.float32, gpu.device)["masked"]()
     else:
-        time_masked_steps(image, dead, torch.bfloat16, gpu.device, rounds=10)
+        rounds = 10 if entries.timed else 0
+        time_masked_steps(image, dead, torch.bfloat16, gpu.device, rounds)

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import random
-import statistics
-from collections.abc import Callable
-from dataclasses import asdict
 from typing import Any
 
 import pytest
@@ -13,13 +10,11 @@ import timm
 import torch
 from torch.nn.functional import cross_entropy
 
-from bench.conftest import note_race
-from bench.timing import measure
 from vitprune_fast import SoftCompaction
-from vitprune_fast.cli.scoring_race import Entry
 from vitprune_fast.planning import Plan, predict_cost
 from vitprune_fast.structure import describe
 from vitprune_fast.structure.paths import get
+from vitprune_fast.timing import Entry, entries_of, in_turns, measure
 
 OURS = "vitprune_fast: soft-compacted"
 PEER = "multiplicative masks"
@@ -115,35 +110,6 @@ def check(forms: dict[str, Loop], images: torch.Tensor, labels: torch.Tensor) ->
         loop.optimizer.zero_grad(set_to_none=True)
 
 
-def in_turns(forms: dict[str, Callable[[], float]], rounds: int) -> dict[str, list[float]]:
-    """The seconds that each form says, in every round in another order; first once unheard."""
-    times: dict[str, list[float]] = {name: [] for name in forms}
-    order = list(forms)
-    for form in forms.values():
-        form()
-    for number in range(rounds):
-        random.Random(number).shuffle(order)
-        for name in order:
-            times[name].append(forms[name]())
-    return times
-
-
-def entries_of(times: dict[str, list[float]], batch: int, ours: str, note: str) -> list[Entry]:
-    """The least time of each form, beside that of ``ours``, which has the note."""
-    best = {name: min(taken) for name, taken in times.items()}
-    return [
-        Entry(
-            name,
-            best[name],
-            statistics.median(taken) / best[name] - 1,
-            batch / best[name],
-            best[name] / best[ours],
-            note=note if name == ours else "",
-        )
-        for name, taken in times.items()
-    ]
-
-
 def masked_step(
     name: str, batch: int, device: str, rounds: int, amp: torch.dtype | None = None
 ) -> list[Entry]:
@@ -153,7 +119,7 @@ def masked_step(
         name: of the model of timm.
         batch: images per step.
         device: ``"cuda"`` or ``"cpu"``, where it is the time of one thread.
-        rounds: how often each form is timed; its best time counts.
+        rounds: how often each form is timed; its best time counts. At 0 they are only checked.
         amp: of autocast, and of the copy; None computes in fp32.
 
     Raises:
@@ -165,30 +131,35 @@ def masked_step(
     images, labels = torch.randn(batch, *size), torch.randint(classes, (batch,))
     images, labels = images.to(device), labels.to(device)
     check(forms, images, labels)
+    if not rounds:
+        return []
     calls = {
         n: lambda loop=loop: measure(lambda: loop.step(images, labels), device, 1)
         for n, loop in forms.items()
     }
-    note = f"{share:.0%} of the multiply-accumulates"
-    return entries_of(in_turns(calls, rounds), batch, OURS, note)
+    notes = {OURS: f"{share:.0%} of the multiply-accumulates"}
+    return entries_of(in_turns(calls, rounds), batch, OURS, notes)
 
 
-def record(request: Any, name: str, batch: int, device: str, entries: list[Entry]) -> None:
-    """Keep the entries among the results."""
-    precision = "fp32" if device == "cpu" else "bf16"
-    case = f"{name}, batch {batch}, {precision}, half of the heads and neurons masked"
-    note_race(request.config, case, device, [asdict(e) for e in entries], kind="training")
+def run(
+    note_race, timed: bool, name: str, batch: int, device: str, rounds: int, amp: torch.dtype | None
+) -> None:
+    """One race, kept among the results."""
+    found = masked_step(name, batch, device, rounds if timed else 0, amp)
+    if found:
+        precision = "fp32" if device == "cpu" else "bf16"
+        case = f"{name}, batch {batch}, {precision}, half of the heads and neurons masked"
+        note_race(case, device, found, kind="training")
 
 
 @pytest.mark.timeout(1200)
-def bench_masked_step_cpu(request):
-    size = "deit_tiny_patch16_224", 16, "cpu"
-    record(request, *size, masked_step(*size, rounds=10))
+def bench_masked_step_cpu(note_race, entries):
+    run(note_race, entries.timed, "deit_tiny_patch16_224", 16, "cpu", 10, None)
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("name", ["deit_tiny_patch16_224", "vit_base_patch16_224"])
-def bench_masked_step_gpu(request, gpu, name):
+def bench_masked_step_gpu(note_race, entries, gpu, name):
     size = gpu.model(name), gpu.batch(256), gpu.device
     amp = torch.bfloat16 if gpu.device == "cuda" else None
-    record(request, *size, masked_step(*size, rounds=2 if gpu.tiny else 10, amp=amp))
+    run(note_race, entries.timed, *size, 2 if gpu.tiny else 10, amp)

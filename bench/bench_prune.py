@@ -12,8 +12,8 @@ import torch
 from torch.nn.functional import cross_entropy
 
 import vitprune_fast as vp
-from bench.conftest import note_stages
 from bench.place import Place
+from vitprune_fast.timing import measure
 
 ROUNDS = 3
 # images: for the scores, and for what stays to make up for what goes
@@ -22,16 +22,16 @@ SCORED, SWEPT = 1024, 512
 
 def seconds(call: Callable[[], Any], device: str, rounds: int = ROUNDS) -> float:
     """The least wall time of some calls, to the end of what they start on the device."""
-    best = float("inf")
-    for _ in range(rounds):
-        if device == "cuda":
-            torch.cuda.synchronize()
-        start = time.perf_counter()
+
+    def whole() -> None:
         call()
         if device == "cuda":
             torch.cuda.synchronize()
-        best = min(best, time.perf_counter() - start)
-    return round(best, 4)
+
+    if device == "cuda":
+        torch.cuda.synchronize()
+    taken = [measure(whole, "cpu", clock=time.perf_counter) for _ in range(rounds)]
+    return round(min(taken), 4)
 
 
 def trained(name: str, place: Place) -> tuple[Any, torch.optim.Optimizer]:
@@ -47,7 +47,8 @@ def trained(name: str, place: Place) -> tuple[Any, torch.optim.Optimizer]:
 
 
 @pytest.mark.gpu
-def bench_from_dense_to_pruned_gpu(request, gpu):
+@pytest.mark.usefixtures("only_timed")
+def bench_from_dense_to_pruned_gpu(note_stages, gpu):
     torch.manual_seed(0)
     name, batch = "vit_base_patch16_224", gpu.batch(256)
     model: Any = timm.create_model(name, **gpu.smaller).to(gpu.device).eval()
@@ -64,7 +65,7 @@ def bench_from_dense_to_pruned_gpu(request, gpu):
 
     def stage(title: str, call: Callable[[], Any]) -> None:
         found[title] = seconds(lambda: made.__setitem__(title, call()), gpu.device, rounds=1)
-        note_stages(request.config, case, gpu.device, found)
+        note_stages(case, gpu.device, found)
 
     # kernels are compiled and libraries started before
     vp.score(model, scored[:1], dtype="auto")
@@ -78,12 +79,13 @@ def bench_from_dense_to_pruned_gpu(request, gpu):
     for title, each in (("dense", model), ("pruned", made["prune"])):
         result = vp.latency(each, batch, dtype="auto", seconds=0.05 if gpu.tiny else 1.0)
         found[f"a batch, {title}"] = round(result.median_s, 5)
-    note_stages(request.config, case, gpu.device, found)
+    note_stages(case, gpu.device, found)
 
 
 @pytest.mark.gpu
+@pytest.mark.usefixtures("only_timed")
 @pytest.mark.parametrize("name", ["vit_base_patch16_224", "vit_large_patch16_224"])
-def bench_prune_gpu(request, gpu, name):
+def bench_prune_gpu(note_stages, gpu, name):
     model, optimizer = trained(name, gpu)
     scores, budget = vp.score(model, None, criterion="magnitude"), vp.Budget(macs=0.5)
     plans: list[vp.Plan] = []
@@ -97,4 +99,4 @@ def bench_prune_gpu(request, gpu, name):
             lambda: vp.prune(model, plan, optimizer=optimizer), gpu.device
         ),
     }
-    note_stages(request.config, f"{name}, half of the MACs, fp32", gpu.device, found)
+    note_stages(f"{name}, half of the MACs, fp32", gpu.device, found)

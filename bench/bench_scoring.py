@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
+from collections.abc import Collection
 from typing import Any
 
 import pytest
 import timm
 import torch
 
-from bench.conftest import note_memory, note_race
+from bench.conftest import note_memory
 from bench.peak_memory import peak, peak_of
 from vitprune_fast import describe, score
 from vitprune_fast.cli.scoring_race import (
@@ -23,6 +23,8 @@ from vitprune_fast.cli.scoring_race import (
     GRAPHED,
     HESSIAN,
     HOOKS,
+    JUDGED,
+    check_agreement,
     full,
     race,
 )
@@ -50,26 +52,34 @@ def problem(name: str, batch: int, device: str, dtype: torch.dtype, **sizes: Any
     return model, images, torch.randint(model.num_classes, (batch,)).to(device)
 
 
+def run(note_race, timed: bool, case: str, rounds: int, forms: Collection[str], *given) -> None:
+    """One race, kept among the results; or only the check that all forms agree."""
+    model, images, labels = given
+    if timed:
+        found = race(model, images, labels, rounds=rounds, forms=forms)
+        note_race(case, images.device.type, found)
+    else:
+        check_agreement(model, images[:JUDGED], labels[:JUDGED])
+
+
 @pytest.mark.parametrize("case", CPU_CASES)
 @pytest.mark.timeout(1200)
-def bench_scoring_cpu(request, case):
+def bench_scoring_cpu(note_race, entries, case):
     batch, forms = CPU_CASES[case]
-    model = case.partition(",")[0]
-    entries = race(*problem(model, batch, "cpu", torch.float32), rounds=10, forms=forms)
-    note_race(request.config, f"{case}, fp32", "cpu", [asdict(entry) for entry in entries])
+    given = problem(case.partition(",")[0], batch, "cpu", torch.float32)
+    run(note_race, entries.timed, f"{case}, fp32", 10, forms, *given)
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("name", GPU_CASES)
-def bench_scoring_gpu(request, gpu, name):
+def bench_scoring_gpu(request, note_race, entries, gpu, name):
     batch, forms = GPU_CASES[name]
     batch, dtype = gpu.batch(batch), gpu.dtype(torch.bfloat16)
     model, images, labels = problem(name, batch, gpu.device, dtype, **gpu.smaller)
-    rounds = 1 if gpu.tiny else 6
     forms = (COMPILED,) if gpu.compiled else forms
-    entries = race(model, images, labels, rounds=rounds, forms=forms)
     case = f"{name}, batch {batch}, {str(dtype).removeprefix('torch.')}"
-    note_race(request.config, case, gpu.device, [asdict(entry) for entry in entries])
+    rounds = 1 if gpu.tiny else 6
+    run(note_race, entries.timed, case, rounds, forms, model, images, labels)
     batches = [(images, labels)] * 2
     found = {
         "score": peak_of(lambda: score(model, batches), gpu.device),

@@ -74,6 +74,7 @@ def busy(loops: int) -> Iterator[None]:
             process.wait()
 
 
+@pytest.mark.usefixtures("only_timed")
 @pytest.mark.timeout(7200)
 def bench_threads(tmp_path: Path) -> None:
     cores = available_cores()

@@ -9,14 +9,13 @@ that moves as many bytes, raced beside the forms in the same process.
 from __future__ import annotations
 
 import datetime
-import json
 import os
 import platform
-import random
 import shlex
 import statistics
 import subprocess
 from collections.abc import Callable
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,26 +23,24 @@ import pytest
 import torch
 
 from bench import lines, report_lines
+from bench.entries import Entries, WithBenchmark, WithoutBenchmark
 from bench.place import Place, on_gpu
-from bench.timing import (
-    Within,
-    calls_in_a_graph,
-    check_same,
-    host_seconds,
-    keep_freed_memory,
-    measure,
-    tensors,
-)
+from bench.timing import Within, check_same, keep_freed_memory, tensors
 from vitprune_fast._version import __version__
 from vitprune_fast.doctor import doctor
-from vitprune_fast.scoring.graphs import captured
+from vitprune_fast.timing import Entry, host_seconds, in_a_graph, in_turns, measure, spread
 
 ROUNDS = {"cpu": 30, "cuda": 12}
 # one measurement repeats the call until it takes about this long
 MEASUREMENT_S = 4e-3
+# what measures, by device, as entries of pytest-benchmark name their timer
+CLOCKS = {"cpu": "thread_time", "cuda": "cuda_events"}
+# the limit, which is raced as the forms are
+COPY = "a plain copy of as many bytes"
 HERE = Path(__file__).parent
 # what was found so far, by the names of lists in a results file
 FOUND = pytest.StashKey[dict[str, list]]()
+Record = Callable[..., None]
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -55,6 +52,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     keep_freed_memory()
+    has_benchmark = config.pluginmanager.hasplugin("benchmark")
+    config.pluginmanager.register(WithBenchmark() if has_benchmark else WithoutBenchmark())
     if path := config.getoption("--lines"):
         config.pluginmanager.register(report_lines.Lines(path, note=compiled_note(config)))
     config.stash[FOUND] = {name: [] for name in lines.LISTS.values()}
@@ -114,11 +113,13 @@ def note(config: pytest.Config, kind: str, finding: dict) -> None:
     if path := config.getoption("--lines"):
         lines.append(path, kind, finding)
         return
+    path = config.getoption("--json")
+    if not path and (config.getoption("--tiny") or config.getoption("benchmark_disable", False)):
+        # says nothing about speed: the committed results stay
+        return
     found = facts(finding["device"])
     month = found["date"][:7].replace("-", "")
-    path = config.getoption("--json") or (
-        HERE / "results" / f"{month}_{device_name(finding['device'])}.json"
-    )
+    path = path or HERE / "results" / f"{month}_{device_name(finding['device'])}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     command = "python -m pytest " + shlex.join(config.invocation_params.args)
     lines.replace(path, {"command": command, **found, **config.stash[FOUND]})
@@ -129,14 +130,21 @@ def compiled_note(config: pytest.Config) -> str:
     return ", against compiled forms" if config.getoption("--compiled") else ""
 
 
-def note_race(
-    config: pytest.Config, case: str, device: str, entries: list[dict], kind: str = "scoring"
-) -> None:
-    """Record the race of whole ``scoring`` or ``training`` steps."""
-    case += compiled_note(config)
-    note(config, kind, {"case": case, "device": device, "entries": entries})
-    for entry in entries:
-        print(f"{case} {entry['name']}: {entry['seconds'] * 1e3:.1f} ms")
+@pytest.fixture
+def note_race(request: pytest.FixtureRequest, entries: Entries) -> Record:
+    """Function that records the race of whole ``scoring`` or ``training`` steps."""
+
+    def record(case: str, device: str, found: list[Entry], kind: str = "scoring") -> None:
+        case += compiled_note(request.config)
+        forms = [asdict(entry) for entry in found]
+        for form in forms:
+            facts = {name: form[name] for name in ("times_ours", "images_per_s", "spread")}
+            facts |= {"of_limit": form["of_limit"], "note": form["note"], "device": device}
+            taken = form.pop("taken")
+            entries.add(form["name"], f"{kind}, {case}", taken, facts, CLOCKS[device])
+        note(request.config, kind, {"case": case, "device": device, "entries": forms})
+
+    return record
 
 
 def note_memory(config: pytest.Config, case: str, device: str, found: dict[str, int]) -> None:
@@ -145,34 +153,65 @@ def note_memory(config: pytest.Config, case: str, device: str, found: dict[str, 
     print(case, found)
 
 
-def note_stages(config: pytest.Config, case: str, device: str, seconds: dict[str, float]) -> None:
-    """Record wall seconds of stages, by their names."""
-    note(config, "stages", {"case": case, "device": device, "seconds": seconds})
-    print(case, json.dumps(seconds))
+@pytest.fixture
+def note_stages(request: pytest.FixtureRequest, entries: Entries) -> Record:
+    """Function that records wall seconds of stages, by their names, as they become more."""
+    entered: set[str] = set()
 
+    def record(case: str, device: str, seconds: dict[str, float]) -> None:
+        note(request.config, "stages", {"case": case, "device": device, "seconds": seconds})
+        for name in [name for name in seconds if name not in entered]:
+            entries.add(name, case, [seconds[name]], {"device": device}, "perf_counter")
+            entered.add(name)
 
-def timed(call: Callable, device: str) -> tuple[Callable, int, dict]:
-    """What to time for a call, how many calls that is, and what to say about it."""
-    if device != "cuda":
-        return call, 1, {}
-    facts = {"host_us": round(host_seconds(call) * 1e6, 1)}
-    number = calls_in_a_graph(measure(call, device, 3))
-    try:
-        return captured(call, number)[0], number, {**facts, "timed": "replays of a graph"}
-    except RuntimeError as error:
-        torch.cuda.synchronize()
-        print(f"cannot be captured: {str(error).splitlines()[0]}")
-        return call, 1, {**facts, "timed": "calls of the host"}
+    return record
 
 
 @pytest.fixture
-def race(request: pytest.FixtureRequest):
+def only_timed(entries: Entries) -> None:
+    """For what does nothing but measure time."""
+    if not entries.timed:
+        pytest.skip("nothing is timed (--benchmark-disable), and here is nothing to check")
+
+
+@dataclass(frozen=True)
+class Timed:
+    """What is timed for a form.
+
+    Args:
+        call: runs the form ``calls`` times.
+        calls: above 1 for graphs.
+        clock: what measures it.
+        facts: what a record says of it.
+    """
+
+    call: Callable[[], object]
+    calls: int
+    clock: str
+    facts: dict[str, Any]
+
+
+def timed(call: Callable[[], object], device: str) -> Timed:
+    """The call itself, or on a GPU a graph of calls where they can be captured."""
+    if device != "cuda":
+        return Timed(call, 1, CLOCKS[device], {})
+    facts: dict[str, Any] = {"host_us": round(host_seconds(call) * 1e6, 1)}
+    try:
+        replay, calls = in_a_graph(call)
+        return Timed(replay, calls, "graph_replays", {**facts, "timed": "replays of a graph"})
+    except RuntimeError as error:
+        torch.cuda.synchronize()
+        print(f"cannot be captured: {str(error).splitlines()[0]}")
+        return Timed(call, 1, CLOCKS[device], {**facts, "timed": "calls of the host"})
+
+
+@pytest.fixture
+def race(request: pytest.FixtureRequest, entries: Entries):
     """Function that checks, times and records the forms of one op; the first is ours.
 
     With ``exact`` the results must be equal, else within the rounding of their dtype, or of the one
-    that they are ``computed`` in. A form that
-    has another result is recorded as one that disagrees, and not timed; when no other form is like
-    ours, nothing is timed and the race fails.
+    that they are ``computed`` in. A form that has another result is recorded as one that disagrees,
+    and not timed; when no other form is like ours, nothing is timed and the race fails.
     """
     tiny = request.config.getoption("--tiny")
 
@@ -209,44 +248,45 @@ def race(request: pytest.FixtureRequest):
         torch.set_num_threads(1)
         case += compiled_note(request.config)
         forms = agreeing(op, case, forms, device, 0.0 if exact else computed)
+        if not entries.timed:
+            return
         # read and written once each, like the bytes that the op has to move
         source = torch.zeros(bytes_moved // 2, dtype=torch.uint8, device=device)
         target = torch.zeros_like(source)
-        copy = {None: lambda: target.copy_(source)}
-        calls = {name: timed(call, device) for name, call in {**forms, **copy}.items()}
-        repeats = {}
-        for name, (call, _, _) in calls.items():
-            seconds = max(measure(call, device, 1 if tiny else 3), 1e-7)
-            repeats[name] = 1 if tiny else max(1, int(MEASUREMENT_S / seconds))
-        times: dict[str | None, list[float]] = {name: [] for name in calls}
-        order, shuffle = list(calls), random.Random(0).shuffle
-        rounds = 2 if tiny else rounds or ROUNDS[device]
-        for _ in range(rounds):
-            # whoever comes after a form that left the caches full of something else pays for it
-            shuffle(order)
-            for name in order:
-                call, number, _ = calls[name]
-                times[name].append(measure(call, device, repeats[name]) / number)
-        limit = min(times.pop(None))
+        raced = {name: timed(call, device) for name, call in forms.items()}
+        raced[COPY] = timed(lambda: target.copy_(source), device)
+
+        def turn(form: Timed) -> Callable[[], float]:
+            seconds = max(measure(form.call, device, 1 if tiny else 3), 1e-7)
+            repeats = 1 if tiny else max(1, int(MEASUREMENT_S / seconds))
+            return lambda: measure(form.call, device, repeats) / form.calls
+
+        turns = {name: turn(form) for name, form in raced.items()}
+        times = in_turns(turns, 2 if tiny else rounds or ROUNDS[device])
+        limit = min(times.pop(COPY))
         best_of_ours = min(times[next(iter(forms))])
         for name, taken in times.items():
-            best, median = min(taken), statistics.median(taken)
+            best, form = min(taken), raced[name]
+            facts = {
+                "spread": round(spread(taken), 3),
+                "gb_per_s": round(bytes_moved / best / 1e9, 1),
+                "of_copy": round(limit / best, 3),
+                "times_ours": round(best / best_of_ours, 2),
+                **form.facts,
+            }
             record = {
                 "op": op,
                 "case": case,
                 "form": name,
                 "device": device,
                 "min_us": round(best * 1e6, 2),
-                "median_us": round(median * 1e6, 2),
-                "spread": round(median / best - 1, 3),
-                "rounds": rounds,
-                "gb_per_s": round(bytes_moved / best / 1e9, 1),
-                "of_copy": round(limit / best, 3),
-                "times_ours": round(best / best_of_ours, 2),
-                **calls[name][2],
+                "median_us": round(statistics.median(taken) * 1e6, 2),
+                "rounds": len(taken),
+                **facts,
             }
             note(request.config, "record", record)
-            print(f"{op} {case} {name}: {record['min_us']} us, {record['times_ours']} x ours")
+            facts["device"] = device
+            entries.add(name, f"{op}, {case}", taken, facts, form.clock, forms[name])
 
     threads = torch.get_num_threads()
     yield run

@@ -1,16 +1,11 @@
-"""Time of a call: of one thread on the processor, or on a GPU between events of its stream."""
+"""What forms need before they are timed: memory that stays, and equal results."""
 
 from __future__ import annotations
 
 import ctypes
-import time
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 
 import torch
-
-# a graph holds as many calls as take about this long, so that the start of a replay does not count
-GRAPH_S = 1e-3
-MOST_IN_A_GRAPH = 50
 
 
 def keep_freed_memory(up_to: int = 2**30) -> None:
@@ -24,42 +19,6 @@ def keep_freed_memory(up_to: int = 2**30) -> None:
         trim_threshold, mmap_threshold = -1, -3
         libc.mallopt(trim_threshold, 2**31 - 1)
         libc.mallopt(mmap_threshold, up_to)
-
-
-def measure(call: Callable, device: str, repeats: int) -> float:
-    """Seconds of one call, from `repeats` of them."""
-    if device == "cuda":
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        for _ in range(repeats):
-            call()
-        end.record()
-        torch.cuda.synchronize()
-        return start.elapsed_time(end) / 1e3 / repeats
-    start = time.thread_time()
-    for _ in range(repeats):
-        call()
-    return (time.thread_time() - start) / repeats
-
-
-def calls_in_a_graph(seconds: float) -> int:
-    """How many calls of so many seconds to capture together."""
-    return max(1, min(MOST_IN_A_GRAPH, round(GRAPH_S / max(seconds, 1e-9))))
-
-
-def host_seconds(call: Callable, rounds: int = 20) -> float:
-    """What the host needs for one call on a GPU: the least, while the device has nothing to do.
-
-    One call at a time: a queue of more than about a thousand launches makes the host wait.
-    """
-    best = float("inf")
-    for _ in range(rounds):
-        torch.cuda.synchronize()
-        start = time.perf_counter()
-        call()
-        best = min(best, time.perf_counter() - start)
-    torch.cuda.synchronize()
-    return best
 
 
 # how far forms may differ, as a share of the largest number: rounding of the shortest dtype among

@@ -42,7 +42,7 @@ def test_statistics_of_known_times(monkeypatch: pytest.MonkeyPatch) -> None:
         model(images)
         return float(next(times))
 
-    monkeypatch.setattr(module, "_time_on_cpu", clock)
+    monkeypatch.setattr(module, "_time", clock)
     model = _Sleeper([0.0]).train()
     found = latency(model, 4, (1, 5, 6), seconds=0.0, min_runs=11, warmup_runs=2)
     # two warm-up passes took 1 and 2; the measured ones 3 to 13
@@ -60,7 +60,7 @@ def test_models_are_measured_in_turns(monkeypatch: pytest.MonkeyPatch) -> None:
         # the machine is ten times slower in every other turn
         return (1 + models.index(model)) * (10 if len(order) // 10 % 2 else 1)
 
-    monkeypatch.setattr(module, "_time_on_cpu", clock)
+    monkeypatch.setattr(module, "_time", clock)
     models: list[nn.Module] = [_Sleeper([0.0]).train(), _Sleeper([0.0])]
     one, other = latencies(models, 2, 3, seconds=0.0, min_runs=20, warmup_runs=0)
     assert order == 4 * ([models[0]] * 5 + [models[1]] * 5)

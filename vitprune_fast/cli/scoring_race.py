@@ -11,11 +11,10 @@ from __future__ import annotations
 
 import copy
 import math
-import statistics
-import time
 from collections.abc import Callable, Collection
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from importlib.util import find_spec
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -26,6 +25,7 @@ from vitprune_fast.errors import InvalidInput, StageFailed
 from vitprune_fast.scoring import Criterion, score
 from vitprune_fast.scoring.taylor import LOSS_SCALE, scoring_mode
 from vitprune_fast.structure import Structure, describe
+from vitprune_fast.timing import Entry, Stopwatch, entries_of, in_turns, measure
 
 OURS = "vitprune_fast: heads, neurons"
 BARE = "bare forward + input gradients"
@@ -48,39 +48,14 @@ JUDGED = 32
 TIMED_BACKWARDS = 2
 
 
-@dataclass(frozen=True)
-class Entry:
-    """One form in the race.
-
-    Args:
-        name: of the form.
-        seconds: the least time for one batch.
-        spread: how far the median lies above it, as a share.
-        images_per_s: at that time.
-        times_ours: its time over that of :data:`OURS`.
-        of_limit: share of the arithmetic limit: the matrix products of forward and input gradients
-            at the rate of the best product measured here, over the time. None for other forms.
-        note: how it was measured, where that is special.
-    """
-
-    name: str
-    seconds: float
-    spread: float
-    images_per_s: float
-    times_ours: float
-    of_limit: float | None = None
-    note: str = ""
-
-
 @dataclass
 class _Form:
     name: str
-    # may return the seconds itself
-    run: Callable[[], Any]
+    # of one batch
+    seconds: Callable[[], float]
     note: str = ""
+    # whether the arithmetic limit is one of it
     arithmetic: bool = False
-    # batches of one run
-    batches: int = 1
 
 
 def race(
@@ -102,6 +77,8 @@ def race(
 
     Returns:
         One entry per form, ours first. Forms of packages that are not installed are left out.
+        ``of_limit``, of ours and of :data:`BARE`: the matrix products of forward and input
+        gradients at the rate of the best product measured here, over the time.
 
     Raises:
         StageFailed: two forms disagree; nothing was timed.
@@ -118,27 +95,14 @@ def race(
         with scoring_mode(model):
             found = _forms(model, images, labels, {OURS, *forms})
             check_agreement(model, images[:JUDGED], labels[:JUDGED])
-            times = _timed(found, images.device, rounds)
+            times = in_turns({form.name: form.seconds for form in found}, rounds)
             limit = _arithmetic(model, images)
     finally:
         torch.set_num_threads(threads)
         model.zero_grad(set_to_none=True)
-    entries = []
-    for form in found:
-        seconds = times[form.name]
-        best = min(seconds)
-        entries.append(
-            Entry(
-                form.name,
-                best,
-                statistics.median(seconds) / best - 1,
-                len(images) / best,
-                1.0,
-                limit / best if form.arithmetic else None,
-                form.note,
-            )
-        )
-    return [replace(entry, times_ours=entry.seconds / entries[0].seconds) for entry in entries]
+    notes = {form.name: form.note for form in found}
+    limits = {form.name: limit for form in found if form.arithmetic}
+    return entries_of(times, len(images), OURS, notes, limits)
 
 
 def bare(model: nn.Module, images: Tensor, labels: Tensor) -> Tensor:
@@ -216,19 +180,17 @@ def hessian_loop(model: nn.Module, images: Tensor, labels: Tensor, backwards: in
     importance: Any = torch_pruning.importance.GroupHessianImportance()
     model.eval().requires_grad_(True)
     importance.zero_grad()
-    clock = _Clock(images.device)
-    seconds = []
+    watch = Stopwatch(images.device)
     with torch.enable_grad():
-        clock.start()
+        marks = [watch.mark()]
         losses = F.cross_entropy(model(images).float(), labels, reduction="none")
-        seconds.append(clock.stop())
+        marks.append(watch.mark())
         for loss in losses[:backwards]:
-            clock.start()
             model.zero_grad()
             loss.backward(retain_graph=True)
             importance.accumulate_grad(model)
-            seconds.append(clock.stop())
-    return seconds
+            marks.append(watch.mark())
+    return [watch.seconds(start, end) for start, end in pairwise(marks)]
 
 
 def ours(
@@ -293,23 +255,32 @@ def _agree(
 def _forms(model: nn.Module, images: Tensor, labels: Tensor, names: Collection[str]) -> list[_Form]:
     batch, two, structure = len(images), ("head", "neuron"), describe(model)
 
+    def form(name: str, call: Callable[[], object], arithmetic: bool = False) -> _Form:
+        return _Form(name, lambda: measure(call, images.device), arithmetic=arithmetic)
+
     def scored(name: str, units: Any, criterion: Any = "taylor") -> _Form:
-        stream = [(images, labels)] * STREAM
-        scale = _scale(images)
-        return _Form(
-            name, lambda: score(model, stream, criterion, units, loss_scale=scale), "", True, STREAM
-        )
+        options: Any = {"criterion": criterion, "units": units}
+        return _Form(name, lambda: streamed(STREAM, **options) / STREAM, arithmetic=True)
+
+    def streamed(batches: int, **options: Any) -> float:
+        stream, scale = [(images, labels)] * batches, _scale(images)
+        return measure(lambda: score(model, stream, loss_scale=scale, **options), images.device)
+
+    def replayed() -> float:
+        # the capture of the graph is the same in both, and does not count
+        few, many = (streamed(batches, cuda_graph=True) for batches in (FEW, MANY))
+        return (many - few) / (MANY - FEW)
 
     forms = [
         scored(OURS, two),
         scored(ALL_KINDS, "all"),
         scored(FISHER, two, "fisher"),
-        _Form(BARE, lambda: bare(model, images, labels), arithmetic=True),
-        _Form(HOOKS, lambda: hooks(model, images, labels, structure)),
-        _Form(FULL, lambda: full(model, images, labels)),
+        form(BARE, lambda: bare(model, images, labels), arithmetic=True),
+        form(HOOKS, lambda: hooks(model, images, labels, structure)),
+        form(FULL, lambda: full(model, images, labels)),
     ]
     if GATES in names:
-        forms.insert(-1, _Form(GATES, plain_gates(model, images, labels)))
+        forms.insert(-1, form(GATES, plain_gates(model, images, labels)))
     if HESSIAN in names and find_spec("torch_pruning"):
         timed = min(batch, TIMED_BACKWARDS)
 
@@ -318,23 +289,12 @@ def _forms(model: nn.Module, images: Tensor, labels: Tensor, names: Collection[s
             return forward + batch * sum(backwards) / timed
 
         note = f"{timed} of {batch} backwards timed" if timed < batch else ""
-        forms.append(_Form(HESSIAN, loop, note=note))
+        forms.append(_Form(HESSIAN, loop, note))
     if images.is_cuda:
-        forms.append(_Form(GRAPHED, lambda: replayed(model, images, labels), arithmetic=True))
+        forms.append(_Form(GRAPHED, replayed, arithmetic=True))
         if COMPILED in names:
-            forms.append(_Form(COMPILED, plain_gates(model, images, labels, torch.compile)))
+            forms.append(form(COMPILED, plain_gates(model, images, labels, torch.compile)))
     return [form for form in forms if form.name in names]
-
-
-def replayed(model: nn.Module, images: Tensor, labels: Tensor) -> float:
-    """Seconds of one batch in a long stream, where the capture of the graph does not count."""
-    clock, seconds = _Clock(images.device), []
-    for batches in (FEW, MANY):
-        clock.start()
-        stream = [(images, labels)] * batches
-        score(model, stream, cuda_graph=True, loss_scale=_scale(images))
-        seconds.append(clock.stop())
-    return (seconds[1] - seconds[0]) / (MANY - FEW)
 
 
 def plain_gates(
@@ -384,44 +344,6 @@ def plain_gates(
     return run
 
 
-def _timed(forms: list[_Form], device: torch.device, rounds: int) -> dict[str, list[float]]:
-    clock = _Clock(device)
-    times: dict[str, list[float]] = {form.name: [] for form in forms}
-    for number in range(rounds + 1):
-        for form in forms:
-            clock.start()
-            result = form.run()
-            seconds = clock.stop()
-            # the first round warms up
-            if number:
-                seconds = result if isinstance(result, float) else seconds / form.batches
-                times[form.name].append(seconds)
-    return times
-
-
-class _Clock:
-    """Processor time of this thread, or time on the stream of a GPU."""
-
-    def __init__(self, device: torch.device):
-        self._cuda = device.type == "cuda"
-        self._start: Any = None
-
-    def start(self) -> None:
-        if self._cuda:
-            self._start = torch.cuda.Event(enable_timing=True)
-            self._start.record()
-        else:
-            self._start = time.thread_time()
-
-    def stop(self) -> float:
-        if not self._cuda:
-            return time.thread_time() - self._start
-        end = torch.cuda.Event(enable_timing=True)
-        end.record()
-        torch.cuda.synchronize()
-        return self._start.elapsed_time(end) / 1e3
-
-
 def _arithmetic(model: nn.Module, images: Tensor) -> float:
     """Seconds for the matrix products of forward and input gradients, at the best rate here."""
     structure, flop, largest = describe(model), 0, (0, 0, "")
@@ -440,11 +362,7 @@ def _gemm_rate(weight: Tensor, rows: int) -> float:
     """FLOP per second of ``rows`` inputs times the transposed weight, the best of several."""
     weight = weight.detach().flatten(1)
     x = torch.randn(rows, weight.shape[1], device=weight.device).to(weight.dtype)
-    clock, best = _Clock(weight.device), float("inf")
-    for _ in range(10):
-        clock.start()
-        F.linear(x, weight)
-        best = min(best, clock.stop())
+    best = min(measure(lambda: F.linear(x, weight), weight.device) for _ in range(10))
     return 2 * rows * weight.numel() / best
 
 

@@ -18,6 +18,7 @@ from vitprune_fast.planning.waiting import TOLERATED, Waits, load_warning
 from vitprune_fast.precision import Precision, computing_in, device_of, dtype_of, resolve
 from vitprune_fast.stated import stated_config
 from vitprune_fast.structure import families
+from vitprune_fast.timing import measure
 
 _TURN = 5
 """Passes of one model before it is the next one's turn."""
@@ -152,8 +153,7 @@ def latencies(
         shape = (batch_size, *_image_shape(model, input_size))
         images = torch.rand(shape, generator=torch.Generator().manual_seed(0)) * 2 - 1
         inputs.append(images.to(target, computed or dtype_of(model)))
-    clocks = [_time_on_cuda if each.type == "cuda" else _time_on_cpu for each in targets]
-    contestants = list(zip(clocks, models, inputs, strict=True))
+    contestants = list(zip(models, inputs, strict=True))
     times: list[list[float]] = [[] for _ in models]
     passes = _TURN if len(models) > 1 else 1
     with ExitStack() as undo:
@@ -163,14 +163,14 @@ def latencies(
             undo.enter_context(computing_in(computed, model))
         undo.enter_context(evaluating(*models))
         undo.enter_context(torch.inference_mode())
-        for clock, model, images in contestants:
+        for model, images in contestants:
             for _ in range(warmup_runs):
-                clock(model, images)
+                _time(model, images)
         before = Waits.now()
         start = time.perf_counter()
         while len(times[0]) < min_runs or time.perf_counter() - start < seconds * len(models):
-            for own, (clock, model, images) in zip(times, contestants, strict=True):
-                own += [clock(model, images) for _ in range(passes)]
+            for own, (model, images) in zip(times, contestants, strict=True):
+                own += [_time(model, images) for _ in range(passes)]
         after = Waits.now()
     # the models were measured in turns, so what ran beside them met them all
     waited = after.share_since(before) if before and after else None
@@ -182,22 +182,8 @@ def _summary(batch_size: int, times: list[float], waited: float | None) -> Laten
     return Latency(batch_size, median, p90, batch_size / median, len(times), waited)
 
 
-def _time_on_cpu(model: Callable[[torch.Tensor], object], images: torch.Tensor) -> float:
-    start = time.perf_counter()
-    model(images)
-    return time.perf_counter() - start
-
-
-def _time_on_cuda(model: Callable[[torch.Tensor], object], images: torch.Tensor) -> float:
-    start = torch.cuda.Event(enable_timing=True)
-    end = torch.cuda.Event(enable_timing=True)
-    # events belong to the device of the images, which need not be the current one
-    with torch.cuda.device(images.device):
-        start.record()
-        model(images)
-        end.record()
-        end.synchronize()
-    return start.elapsed_time(end) / 1000
+def _time(model: Callable[[torch.Tensor], object], images: torch.Tensor) -> float:
+    return measure(lambda: model(images), images.device, clock=time.perf_counter)
 
 
 def _image_shape(
