@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -11,12 +12,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bench.bench_masked_step import half, multiply
+from bench.bench_masked_step import half, multiply, with_note
 from vitprune_fast.distill import DistillConfig, MaskSchedule, distill
 from vitprune_fast.distill.teachers import Teacher
 from vitprune_fast.planning import Plan, predict_cost
 from vitprune_fast.structure import describe
-from vitprune_fast.timing import Entry, Stopwatch, entries_of, in_turns
+from vitprune_fast.timing import Entry, entries_of, in_turns
 
 OURS, SOFT = "vitprune_fast: dense", "vitprune_fast: soft-compacted"
 EAGER, MASKED, COMPILED = "eager loop", "eager loop, multiplicative masks", "compiled loop"
@@ -100,14 +101,22 @@ class Ours:
 
 def seconds_per_step(loop: Loop, batches: Batches, device: str, warm: int) -> float:
     """Of the steps after the first ``warm``, as they follow one another."""
-    watch, marks = Stopwatch(device), []
+    marks: list[Any] = []
 
     def mark() -> bool:
-        marks.append(watch.mark())
+        if device == "cuda":
+            marks.append(torch.cuda.Event(enable_timing=True))
+            marks[-1].record()
+        else:
+            marks.append(time.thread_time())
         return False
 
     loop(batches, mark)
-    return watch.seconds(marks[warm - 1], marks[-1]) / (len(marks) - warm)
+    start, end = marks[warm - 1], marks[-1]
+    if device == "cuda":
+        torch.cuda.synchronize()
+        return start.elapsed_time(end) / 1e3 / (len(marks) - warm)
+    return (end - start) / (len(marks) - warm)
 
 
 def distill_step(
@@ -172,7 +181,7 @@ def distill_step(
         rounds,
     )
     share = predict_cost(structure, plan).macs / predict_cost(structure).macs
-    return entries_of(times, batch, SOFT, {SOFT: f"{share:.0%} of the multiply-accumulates"})
+    return with_note(entries_of(times, batch, SOFT), share)
 
 
 @pytest.mark.gpu

@@ -3,7 +3,8 @@
 On a CPU: time of one thread on the processor, so that a busy machine does not count. On a GPU: time
 on the stream of calls that are replayed from a graph, and by itself what the host needs for one
 call. What is stated is the minimum; median and spread show the noise. The limit is a plain copy
-that moves as many bytes, raced beside the forms in the same process.
+that moves as many bytes, raced beside the forms in the same process. Where pytest-benchmark is
+installed, each form is one of its entries (``bench/entries.py``).
 """
 
 from __future__ import annotations
@@ -25,10 +26,17 @@ import torch
 from bench import lines, report_lines
 from bench.entries import Entries, WithBenchmark, WithoutBenchmark
 from bench.place import Place, on_gpu
-from bench.timing import Within, check_same, keep_freed_memory, tensors
+from bench.timing import (
+    Within,
+    check_same,
+    host_seconds,
+    in_a_graph,
+    keep_freed_memory,
+    tensors,
+)
 from vitprune_fast._version import __version__
 from vitprune_fast.doctor import doctor
-from vitprune_fast.timing import Entry, host_seconds, in_a_graph, in_turns, measure, spread
+from vitprune_fast.timing import Entry, in_turns, measure, spread
 
 ROUNDS = {"cpu": 30, "cuda": 12}
 # one measurement repeats the call until it takes about this long
@@ -262,7 +270,8 @@ def race(request: pytest.FixtureRequest, entries: Entries):
             return lambda: measure(form.call, device, repeats) / form.calls
 
         turns = {name: turn(form) for name, form in raced.items()}
-        times = in_turns(turns, 2 if tiny else rounds or ROUNDS[device])
+        # the first measurements of each were those that told how often to repeat it
+        times = in_turns(turns, 2 if tiny else rounds or ROUNDS[device], warm_up=False)
         limit = min(times.pop(COPY))
         best_of_ours = min(times[next(iter(forms))])
         for name, taken in times.items():

@@ -1,11 +1,19 @@
-"""What forms need before they are timed: memory that stays, and equal results."""
+"""What benches need beside the core of all timing: memory that stays, graphs, equal results."""
 
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Iterable
+import time
+from collections.abc import Callable, Iterable
 
 import torch
+
+from vitprune_fast.scoring.graphs import captured
+from vitprune_fast.timing import measure
+
+# a graph holds as many calls as take about this long, so that the start of a replay does not count
+GRAPH_S = 1e-3
+MOST_IN_A_GRAPH = 50
 
 
 def keep_freed_memory(up_to: int = 2**30) -> None:
@@ -19,6 +27,34 @@ def keep_freed_memory(up_to: int = 2**30) -> None:
         trim_threshold, mmap_threshold = -1, -3
         libc.mallopt(trim_threshold, 2**31 - 1)
         libc.mallopt(mmap_threshold, up_to)
+
+
+def host_seconds(call: Callable[[], object], rounds: int = 20) -> float:
+    """What the host needs for one call on a GPU: the least, while the device has nothing to do.
+
+    One call at a time: a queue of more than about a thousand launches makes the host wait.
+    """
+    best = float("inf")
+    for _ in range(rounds):
+        torch.cuda.synchronize()
+        best = min(best, measure(call, "cpu", clock=time.perf_counter))
+    torch.cuda.synchronize()
+    return best
+
+
+def calls_in_a_graph(seconds: float) -> int:
+    """How many calls of so many seconds to capture together."""
+    return max(1, min(MOST_IN_A_GRAPH, round(GRAPH_S / max(seconds, 1e-9))))
+
+
+def in_a_graph(call: Callable[[], object]) -> tuple[Callable[[], None], int]:
+    """What replays calls on a GPU as one graph, and how many they are.
+
+    Raises:
+        RuntimeError: the call does what a graph cannot hold.
+    """
+    number = calls_in_a_graph(measure(call, "cuda", 3))
+    return captured(call, number)[0], number
 
 
 # how far forms may differ, as a share of the largest number: rounding of the shortest dtype among

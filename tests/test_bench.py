@@ -18,7 +18,7 @@ from bench import conftest as bench_conftest
 from bench import lines
 from bench.place import CPU, on_gpu
 from bench.shapes import VIT_BASE
-from bench.timing import check_same
+from bench.timing import calls_in_a_graph, check_same
 
 ROOT = Path(__file__).parent.parent
 # a form takes as many seconds as it says, and every reading of the clock a tick
@@ -43,7 +43,7 @@ def taking(result, units):
 
     def form():
         calls.append(1)
-        # the first of two rounds is the fourth call
+        # the first of two rounds is the third call
         clock.now += UNIT * units * len(calls)
         return result
 
@@ -64,7 +64,7 @@ def bench_one(race, size):
 
 def bench_steps(note_race, note_stages, entries):
     if entries.timed:
-        note_race("a model", "cpu", entries_of({"a": [4.0, 2.0], "b": [3.0, 6.0]}, 8, "a", {}))
+        note_race("a model", "cpu", entries_of({"a": [4.0, 2.0], "b": [3.0, 6.0]}, 8, "a"))
         note_stages("a model, cut", "cpu", {"plan": 1.0})
         note_stages("a model, cut", "cpu", {"plan": 1.0, "prune": 2.0})
 
@@ -112,19 +112,19 @@ def test_every_form_of_a_race_is_an_entry_of_pytest_benchmark(done):
     folder, _, said = done
     found = entries(folder / "found.json")
     ours, like = found["bench_one[1000-vitprune]"], found["bench_one[1000-like]"]
-    assert ours["stats"]["data"] == [4 * UNIT + TICK, 5 * UNIT + TICK]
-    assert like["stats"]["data"] == [8 * UNIT + TICK, 10 * UNIT + TICK]
-    assert like["stats"]["min"] == 8 * UNIT + TICK and like["stats"]["rounds"] == 2
+    assert ours["stats"]["data"] == [3 * UNIT + TICK, 4 * UNIT + TICK]
+    assert like["stats"]["data"] == [6 * UNIT + TICK, 8 * UNIT + TICK]
+    assert like["stats"]["min"] == 6 * UNIT + TICK and like["stats"]["rounds"] == 2
     assert like["group"] == ours["group"] == "add, ones"
     assert like["params"] == {"size": "1000", "form": "like"}
     assert like["fullname"].endswith("bench_one.py::bench_one[1000-like]")
     assert like["options"]["timer"] == "thread_time"
-    best = 8 * UNIT + TICK
+    best = 6 * UNIT + TICK
     assert like["extra_info"] == {
         "spread": round(UNIT / best, 3),
         "gb_per_s": round(8000 / best / 1e9, 1),
         "of_copy": round(TICK / best, 3),
-        "times_ours": round(best / (4 * UNIT + TICK), 2),
+        "times_ours": round(best / (3 * UNIT + TICK), 2),
         "device": "cpu",
     }
     assert (
@@ -161,7 +161,7 @@ def test_without_pytest_benchmark_there_are_our_lines_alone(tmp_path):
     status, records, said = run(tmp_path, "-p", "no:benchmark")
     assert status == 0 and "benchmark 'add" not in said
     times = {record["form"]: record.get("min_us") for record in records}
-    us = {"vitprune": 4 * UNIT + TICK, "like": 8 * UNIT + TICK}
+    us = {"vitprune": 3 * UNIT + TICK, "like": 6 * UNIT + TICK}
     assert times == {"unlike": None, **{form: round(1e6 * s, 2) for form, s in us.items()}}
 
 
@@ -206,6 +206,10 @@ def test_results_of_no_elements_are_the_same():
     check_same("a form", [torch.zeros(0)], [torch.zeros(0)])
     with pytest.raises(AssertionError, match="of shape"):
         check_same("a form", [torch.zeros(0)], [torch.zeros(1)])
+
+
+def test_a_graph_holds_about_a_millisecond():
+    assert [calls_in_a_graph(seconds) for seconds in (1.0, 1e-3, 1e-4, 0.0)] == [1, 1, 10, 50]
 
 
 def test_tiny_sizes_are_for_a_cpu_too():

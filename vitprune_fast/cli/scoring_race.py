@@ -12,9 +12,9 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable, Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from importlib.util import find_spec
-from itertools import pairwise
 from typing import Any
 
 import torch
@@ -25,7 +25,7 @@ from vitprune_fast.errors import InvalidInput, StageFailed
 from vitprune_fast.scoring import Criterion, score
 from vitprune_fast.scoring.taylor import LOSS_SCALE, scoring_mode
 from vitprune_fast.structure import Structure, describe
-from vitprune_fast.timing import Entry, Stopwatch, entries_of, in_turns, measure
+from vitprune_fast.timing import Entry, entries_of, in_turns, measure
 
 OURS = "vitprune_fast: heads, neurons"
 BARE = "bare forward + input gradients"
@@ -100,9 +100,11 @@ def race(
     finally:
         torch.set_num_threads(threads)
         model.zero_grad(set_to_none=True)
-    notes = {form.name: form.note for form in found}
-    limits = {form.name: limit for form in found if form.arithmetic}
-    return entries_of(times, len(images), OURS, notes, limits)
+    entries = zip(entries_of(times, len(images), OURS), found, strict=True)
+    return [
+        replace(e, note=form.note, of_limit=limit / e.seconds if form.arithmetic else None)
+        for e, form in entries
+    ]
 
 
 def bare(model: nn.Module, images: Tensor, labels: Tensor) -> Tensor:
@@ -180,17 +182,21 @@ def hessian_loop(model: nn.Module, images: Tensor, labels: Tensor, backwards: in
     importance: Any = torch_pruning.importance.GroupHessianImportance()
     model.eval().requires_grad_(True)
     importance.zero_grad()
-    watch = Stopwatch(images.device)
+    losses: list[Tensor] = []
+
+    def forward() -> None:
+        losses.append(F.cross_entropy(model(images).float(), labels, reduction="none"))
+
+    def backward(loss: Tensor) -> None:
+        model.zero_grad()
+        loss.backward(retain_graph=True)
+        importance.accumulate_grad(model)
+
     with torch.enable_grad():
-        marks = [watch.mark()]
-        losses = F.cross_entropy(model(images).float(), labels, reduction="none")
-        marks.append(watch.mark())
-        for loss in losses[:backwards]:
-            model.zero_grad()
-            loss.backward(retain_graph=True)
-            importance.accumulate_grad(model)
-            marks.append(watch.mark())
-    return [watch.seconds(start, end) for start, end in pairwise(marks)]
+        seconds = [measure(forward, images.device)]
+        for loss in losses[0][:backwards]:
+            seconds.append(measure(partial(backward, loss), images.device))
+    return seconds
 
 
 def ours(
@@ -294,7 +300,7 @@ def _forms(model: nn.Module, images: Tensor, labels: Tensor, names: Collection[s
         forms.append(_Form(GRAPHED, replayed, arithmetic=True))
         if COMPILED in names:
             forms.append(form(COMPILED, plain_gates(model, images, labels, torch.compile)))
-    return [form for form in forms if form.name in names]
+    return [each for each in forms if each.name in names]
 
 
 def plain_gates(

@@ -17,10 +17,10 @@ from torch.nn import functional as F
 
 from ..batches import as_input, check_labels, check_logits, logits_of
 from ..errors import InvalidInput
-from ..graphs import Replayed
 from ..modules.modes import evaluating, uncompiled
 from ..structure import Axis, Structure
 from .fused import exchanged
+from .graphs import Replayed
 from .labels import draw_labels, label_numbers
 from .probes import Probes
 from .scores import Rows

@@ -1,5 +1,5 @@
-"""Work of a GPU captured as CUDA graphs and replayed: kernels that are shorter than their launches
-(a scoring step of ViT-Ti and ViT-S, small batches), and calls that are timed alone."""
+"""Replay of a whole scoring step as one CUDA graph, for models whose kernels are shorter than their
+launches (ViT-Ti and ViT-S, small batches)."""
 
 from __future__ import annotations
 
