@@ -16,7 +16,7 @@ PAGE = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
 # what every room may import
 GROUND = (
     *("errors", "_version", "_toolkit", "_host", "_extension", "_checks", "randomness", "stated"),
-    *("hardware", "files", "sealed", "transfer", "batches", "precision", "ranks"),
+    *("registry", "hardware", "files", "sealed", "transfer", "batches", "precision", "ranks"),
 )
 # the flow: a room imports rooms that stand before it, and none that stands after it
 ORDER = (

@@ -15,6 +15,7 @@ from vitprune_fast.distill.config import DistillConfig
 from vitprune_fast.errors import InvalidInput
 from vitprune_fast.models.config import ModelConfig, Pairs
 from vitprune_fast.precision import Precision
+from vitprune_fast.registry import names
 
 if TYPE_CHECKING:
     from vitprune_fast.distill.masks import MaskSchedule
@@ -73,7 +74,7 @@ class DataConfig:
 class ScoreConfig:
     """How the importance of units is measured."""
 
-    criterion: Literal["taylor", "fisher", "loss", "kl", "activation", "magnitude"] = "taylor"
+    criterion: Annotated[str, arg(metavar="|".join(names("scoring/criteria")))] = "taylor"
     """`taylor`: activation x gradient on training images; `fisher`: its square with labels drawn
     from the model; `loss` and `kl`: exact, every unit left out in turn (slow); `activation`: what a
     unit puts out; `magnitude`: weight norms, no data."""
@@ -96,6 +97,9 @@ class ScoreConfig:
     """Replay a scoring step as a CUDA graph; auto: never, until committed results show a win."""
 
     def __post_init__(self) -> None:
+        if self.criterion not in names("scoring/criteria"):
+            known = ", ".join(names("scoring/criteria"))
+            raise InvalidInput(f"score: criterion must be one of {known}, got {self.criterion!r}")
         for name in ("samples", "batch_size", "draws", "candidates"):
             if getattr(self, name) < 1:
                 raise InvalidInput(f"score: {name} must be at least 1, got {getattr(self, name)}")
@@ -112,7 +116,7 @@ class PlanConfig:
     """Budget in parameters: a share up to 1, or a number above 1."""
     keep: Pairs = field(default_factory=dict)
     """Share of units to keep per kind instead of a cost budget, e.g. head=0.5 neuron=0.7."""
-    allocation: Literal["global", "uniform"] = "global"
+    allocation: Annotated[str, arg(metavar="|".join(names("planning/allocations")))] = "global"
     """`global`: the least important units anywhere; `uniform`: the same share in every block."""
     normalization: Annotated[str | None, arg(metavar="NAME")] = None
     """How scores of different blocks are made comparable; unset: the planner's default."""

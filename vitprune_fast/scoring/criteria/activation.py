@@ -9,15 +9,16 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..batches import as_input
-from ..errors import InvalidInput
-from ..modules.modes import evaluating
-from ..modules.swap import Altered
-from ..structure import Axis, Structure
-from ..structure.paths import get
-from ..structure.places import Place
-from ..structure.table import Write
-from .scores import MeasureBatch, Rows
+from ...batches import as_input
+from ...errors import InvalidInput
+from ...modules.modes import evaluating
+from ...modules.swap import Altered
+from ...structure import Axis, Structure
+from ...structure.paths import get
+from ...structure.places import Place
+from ...structure.table import Write
+from ..criterion import Criterion, by_forwards
+from ..scores import MeasureBatch, Rows
 
 # takes (samples, units) of one place or branch
 Record = Callable[[Tensor], None]
@@ -174,3 +175,8 @@ def _turn(before: Tensor, after: Tensor) -> Tensor:
 
 def _wide(x: Tensor) -> Tensor:
     return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+CRITERION = Criterion(
+    by_forwards(lambda asked: activation(asked.model, asked.structure, asked.axes)), classes=False
+)

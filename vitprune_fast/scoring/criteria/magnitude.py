@@ -7,10 +7,11 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from ..errors import InvalidInput
-from ..structure import Structure
-from ..structure.axes import Axis
-from ..structure.paths import get
+from ...errors import InvalidInput
+from ...structure import Structure
+from ...structure.axes import Axis
+from ...structure.paths import get
+from ..criterion import Criterion
 
 # the power that is summed; the first is what `score` takes unless told otherwise
 NORMS = {"group": 2, "l1": 1, "l2": 2}
@@ -72,3 +73,10 @@ def magnitude(
                     line = powers.sum(dim=[d for d in range(powers.ndim) if d != at])
                     sums[axis.name].index_add_(0, owner[owner >= 0], line[owner >= 0])
     return {name: (total ** (1 / p)).float() for name, total in sums.items()}
+
+
+CRITERION = Criterion(
+    of_weights=lambda asked: magnitude(asked.model, asked.structure, asked.axes, asked.reduction),
+    reductions=tuple(NORMS),
+    classes=False,
+)
