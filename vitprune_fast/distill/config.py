@@ -5,17 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
+from typing_extensions import Doc
+
+from vitprune_fast.distill import losses
 from vitprune_fast.errors import InvalidInput
 from vitprune_fast.precision import NAMES, Precision
-
-# compare logits; a student with a distillation token learns them with its second head
-LOGIT_LOSSES = ("soft", "soft_deit", "soft_sum", "hard")
-# compare what happens inside
-FEATURE_LOSSES = ("hidden", "features", "manifold", "manifold_full", "relation")
-# a manifold term carries the published weights of its three parts in itself
-DEFAULT_WEIGHTS = {"features": 20.0}
 
 
 @dataclass(frozen=True)
@@ -75,14 +71,15 @@ class DistillConfig:
     """Share of batches that are mixed."""
     erase: float = 0.0
     """Share of images of which a random rectangle becomes noise."""
-    loss: tuple[str, ...] = ("soft",)
-    """What is learnt from the teacher. Logits: `soft` (T^2 KL, mean over images), `soft_deit` (mean
-    over images and classes), `soft_sum` (sum over images), `hard` (the teacher's class). Insides:
-    `hidden` (block outputs), `features` (pooled), `manifold` (intra-image, inter-image, random),
-    `manifold_full` (all tokens of the batch), `relation` (q, k, v). With several teachers
-    TEACHER:LOSS is learnt from that one, LOSS from each."""
+    loss: Annotated[
+        tuple[str, ...],
+        Doc(
+            "What is learnt from the teacher. With several TEACHER:LOSS is learnt from that one, LOSS "
+            f"from each. Losses: {losses.described()}"
+        ),
+    ] = ("soft",)
     loss_weights: tuple[float, ...] = ()
-    """Weights of the losses, in their order; unset: 1, and 20 for `features`."""
+    """Weights of the losses, in their order; unset: each its own, which is 1 if it says nothing."""
     loss_weights_end: tuple[float, ...] = ()
     """Weights at the end of the run, reached in a straight line; unset: they stay."""
     alpha: float = 0.5
@@ -156,10 +153,10 @@ class DistillConfig:
                 raise InvalidInput(f"DistillConfig: {name} must be finite, got inf")
             if not holds:
                 raise InvalidInput(f"DistillConfig: {name} must {rule}, got {getattr(self, name)}")
-        known = (*LOGIT_LOSSES, *FEATURE_LOSSES)
-        if unknown := [word for word in self.loss if _kind(word) not in known]:
+        if unknown := [word for word in self.loss if _kind(word) not in losses.NAMES]:
             raise InvalidInput(
-                f"DistillConfig: loss must hold names among {', '.join(known)}, got {unknown[0]!r}"
+                f"DistillConfig: loss must hold names among {', '.join(losses.NAMES)}, got "
+                f"{unknown[0]!r}"
             )
         if len(set(self.loss)) < len(self.loss):
             raise InvalidInput(
@@ -177,30 +174,29 @@ class DistillConfig:
     @property
     def learns_logits(self) -> bool:
         """Whether a logit loss takes part."""
-        return self.alpha > 0 and any(_kind(word) in LOGIT_LOSSES for word in self.loss)
+        return self.alpha > 0 and any(self._loss(word).on_logits for word in self.loss)
 
     @property
     def looks_inside(self) -> bool:
         """Whether a loss compares more than logits."""
-        return any(_kind(word) in FEATURE_LOSSES for word in self.loss)
+        return any(not self._loss(word).on_logits for word in self.loss)
 
     @property
     def needs_teacher(self) -> bool:
         """Whether any loss looks at a teacher."""
         return self.learns_logits or self.looks_inside
 
-    def weight(self, loss: str, done: float) -> float:
+    def weight(self, word: str, done: float) -> float:
         """Weight of a loss when the share ``done`` of the run is over, in [0, 1]."""
-        start = self._weights_at_start()[loss]
-        if not self.loss_weights_end:
-            return start
-        end = self.loss_weights_end[self.loss.index(loss)]
+        place = self.loss.index(word)
+        start = self.loss_weights[place] if self.loss_weights else self._loss(word).weight
+        end = self.loss_weights_end[place] if self.loss_weights_end else start
         return start + (end - start) * min(max(done, 0.0), 1.0)
 
-    def _weights_at_start(self) -> dict[str, float]:
-        if self.loss_weights:
-            return dict(zip(self.loss, self.loss_weights, strict=True))
-        return {word: DEFAULT_WEIGHTS.get(_kind(word), 1.0) for word in self.loss}
+    @staticmethod
+    def _loss(word: str) -> Any:
+        """The class of a loss, see ``losses._base.Loss``."""
+        return losses.named(_kind(word))
 
     def differences(self, other: Mapping[str, Any]) -> str:
         """List the settings in which a stored config differs, ``name: stored -> own``."""
