@@ -74,7 +74,7 @@ class DistillConfig:
     loss: Annotated[
         tuple[str, ...],
         Doc(
-            "What is learnt from the teacher. With several TEACHER:LOSS is learnt from that one, LOSS "
+            "What is learnt from the teacher. Of several, TEACHER:LOSS is learnt from that one, LOSS "
             f"from each. Losses: {losses.described()}"
         ),
     ] = ("soft",)
