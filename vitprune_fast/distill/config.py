@@ -74,8 +74,8 @@ class DistillConfig:
     loss: Annotated[
         tuple[str, ...],
         Doc(
-            "What is learnt from the teacher. Of several, TEACHER:LOSS is learnt from that one, LOSS "
-            f"from each. Losses: {losses.described()}"
+            "What is learnt from the teacher. Of several, TEACHER:LOSS is learnt from that one, "
+            f"LOSS from each. Losses: {losses.described()}"
         ),
     ] = ("soft",)
     loss_weights: tuple[float, ...] = ()

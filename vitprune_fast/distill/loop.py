@@ -13,7 +13,6 @@ import torch
 from torch import Tensor, nn
 
 from vitprune_fast.batches import check_single_label
-from vitprune_fast.distill import resume
 from vitprune_fast.distill.config import DistillConfig
 from vitprune_fast.distill.masks import MaskSchedule
 from vitprune_fast.distill.optim import as_trained, is_fused, learning_rate
@@ -186,7 +185,7 @@ class _Run(TrainingState):
     stop: Callable[[], bool]
 
     def go(self) -> DistillResult:
-        self.progress = resume.read(self)
+        self.restore()
         self._run_on_what_is_live()
         if self.progress.step == 0:
             self._start()
@@ -263,7 +262,7 @@ class _Run(TrainingState):
             stopping = looks and self._any(asked) if shared else asked
             if stopping or due:
                 self._look()
-                resume.write(self, epoch)
+                self.save(epoch)
             if stopping:
                 return False
         return True
