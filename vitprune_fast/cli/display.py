@@ -16,7 +16,7 @@ from vitprune_fast.planning.waiting import load_warning
 from vitprune_fast.recipes.assumptions import line
 from vitprune_fast.run.comparison import arrow, comparison, steps
 
-_PARTS = ("ce", *NAMES)
+_PARTS = ("ce", "bce", *NAMES)
 LINE_EVERY_S = 10.0
 """Seconds between two lines of one stage where there is no terminal."""
 

@@ -340,7 +340,7 @@ class _Run(TrainingState):
             optimizer.found_inf = bad
         if fused or not bad.item():
             optimizer.step()
-            if self.average is not None:
+            if self.average is not None and self.config.ema_every == "step":
                 self.average.take(self.student, self.progress.step, bad if fused else None)
         if self.scaler.is_enabled():
             before = self.scaler.scale(torch.ones((), device=self.task.device))
@@ -410,6 +410,8 @@ class _Run(TrainingState):
     def _end_epoch(self, epoch: int, lr: float) -> None:
         """Average the epoch, look at the validation images, remember the best."""
         progress = self.progress
+        if self.average is not None and self.config.ema_every == "epoch":
+            self.average.take(self.student, epoch + 1)
         entry = progress.end_epoch(epoch, lr)
         if self.val is not None:
             entry |= self._validated(epoch)

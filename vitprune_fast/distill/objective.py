@@ -19,7 +19,7 @@ from vitprune_fast.batches import as_input, logits_of
 from vitprune_fast.distill import losses
 from vitprune_fast.distill.config import DistillConfig
 from vitprune_fast.distill.features import HiddenStates
-from vitprune_fast.distill.labels import cross_entropy
+from vitprune_fast.distill.labels import binary_cross_entropy, cross_entropy
 from vitprune_fast.distill.losses._base import Comparison, Loss, Reads, Seen
 from vitprune_fast.distill.losses.soft import Soft
 from vitprune_fast.distill.teachers import TeacherOutput, TeacherSet
@@ -135,8 +135,8 @@ class Objective(nn.Module):
             generator: of the CPU, for losses that look at a sample.
 
         Returns:
-            A scalar; and ``ce``, every loss by its name and, with a logit loss, ``kd``, their
-            weighted sum.
+            A scalar; and ``ce`` (or ``bce``), every loss by its name and, with a logit loss,
+            ``kd``, their weighted sum.
         """
         config, one = self.config, self._one_soft(student)
         seen = self._seen(answers)
@@ -155,8 +155,8 @@ class Objective(nn.Module):
             loss = found.loss
             parts = {"ce": found.ce, one.name: found.kd, "kd": weight * found.kd}
         else:
-            loss = cross_entropy(student.class_BC, labels, config.label_smoothing)
-            parts = {"ce": loss}
+            loss = self._of_labels(student.class_BC, labels)
+            parts = {config.label_loss: loss}
             on_logits = [term for term in self.terms if term.loss.on_logits]
             kd = loss.new_zeros(())
             for term in on_logits:
@@ -180,6 +180,12 @@ class Objective(nn.Module):
         project = dict(self.projectors).get(_key(term))
         return term.loss(Comparison(student.seen, seen[term.teacher], generator, project))
 
+    def _of_labels(self, class_BC: Tensor, labels: Tensor) -> Tensor:
+        config = self.config
+        if config.label_loss == "ce":
+            return cross_entropy(class_BC, labels, config.label_smoothing)
+        return binary_cross_entropy(class_BC, labels, config.label_smoothing, config.bce_threshold)
+
     def _seen(self, answers: Mapping[str, TeacherOutput]) -> dict[str, Seen]:
         return {
             name: Seen.of(answer.logits_BC, self._teacher_reads[name], answer)
@@ -195,6 +201,7 @@ class Objective(nn.Module):
         """The logit loss that one launch computes with the labels' and the gradient of both."""
         several = [term for term in self.terms if term.loss.on_logits]
         both = student.class_BC is student.seen.logits_BC and student.class_BC.is_cuda
+        both = both and self.config.label_loss == "ce"
         one = both and len(several) == 1 and isinstance(several[0].loss, Soft)
         return several[0] if one else None
 

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vitprune_fast.distill.average import Average
+from vitprune_fast.distill.average import Average, EpochAverage
 from vitprune_fast.distill.checkpoints import Checkpoint, read_newest, tidy, write_checkpoint
 from vitprune_fast.distill.config import DistillConfig
 from vitprune_fast.distill.masks import MaskedStudent, MaskSchedule
@@ -84,7 +84,8 @@ class TrainingState:
         objective = Objective(config, student, teachers, pictures)
         self.task = DistillTask(student, objective, config, gates, gate_budget)
         self.optimizer = make_optimizer(student, self.named, self._other_groups(), config)
-        self.average = Average(student, config.ema, use_warmup=True) if config.ema else None
+        kind = Average if config.ema_every == "step" else EpochAverage
+        self.average = kind(student, config.ema, use_warmup=True) if config.ema else None
         self.tally = Tally()
         scales = config.dtype == "float16"
         self.scaler = torch.amp.GradScaler(self.task.device.type, enabled=scales)
@@ -100,7 +101,10 @@ class TrainingState:
     @property
     def peak(self) -> float:
         """The peak learning rate: given, or found before the first step."""
-        return self.config.lr or self.progress.start.get("peak_lr", LARGEST)
+        if self.config.lr is None:
+            return self.progress.start.get("peak_lr", LARGEST)
+        grown = self.stream.images_per_step / self.config.lr_batch if self.config.lr_batch else 1.0
+        return self.config.lr * grown
 
     def _other_groups(self) -> list[dict[str, Any]]:
         """What learns beside the student, with its own learning rate."""

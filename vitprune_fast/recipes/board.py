@@ -13,7 +13,7 @@ from typing import Any
 from vitprune_fast.distill.losses import NAMES
 from vitprune_fast.errors import BackendUnavailable
 
-CURVES = ("loss", "ce", "kd", "lr", "val_loss", "val_top1", "val_agreement", *NAMES)
+CURVES = ("loss", "ce", "bce", "kd", "lr", "val_loss", "val_top1", "val_agreement", *NAMES)
 
 
 class Board:
