@@ -49,9 +49,19 @@ class DataConfig:
     augment: bool = True
     """Vary training images at random (digits: small affine maps; photographs: crops, flips)."""
     policy: str = ""
-    """Further changes of photographs in timm's words, e.g. rand-m9-mstd0.5-inc1 (RandAugment)."""
+    """Further changes of photographs in timm's words, e.g. rand-m9-mstd0.5-inc1 (RandAugment of
+    DeiT) or 3a (3-Augment of DeiT III: grey, solarised or blurred)."""
+    crop: Literal["resized", "simple"] = "resized"
+    """Training windows of photographs: `resized`, of any size from crop-scale on; `simple`, as
+    large as the photograph allows (DeiT III)."""
+    crop_scale: Annotated[float, arg(metavar="SHARE")] = 0.35
+    """Smallest share of a photograph's area that a resized window has (DeiT and UP-ViT: 0.08)."""
+    color_jitter: float = 0.0
+    """Largest change of the brightness, contrast and saturation of photographs, as a share (DeiT
+    III: 0.3; DeiT's 0.4 is off beside its RandAugment)."""
     repeats: Annotated[int, arg(metavar="N")] = 1
-    """Augmented copies of an image in a row; epochs stay as long (DeiT has 3)."""
+    """Augmented copies of an image in a row, each for another process where there are several;
+    epochs stay as long (DeiT has 3)."""
     mean: Annotated[tuple[float, ...] | None, arg(metavar="NUMBER ...")] = None
     """Per channel, subtracted from pixels in 0..1; unset: what the weights were trained with."""
     std: Annotated[tuple[float, ...] | None, arg(metavar="NUMBER ...")] = None
@@ -64,6 +74,15 @@ class DataConfig:
     """Largest share of unreadable images that may be set aside; above it the run stops."""
     workers: Count = None
     """Processes that read images; unset: chosen. Any number gives the same stream."""
+
+    def __post_init__(self) -> None:
+        rules = {
+            "crop_scale": (0 < self.crop_scale <= 1, "be in (0, 1]"),
+            "color_jitter": (0 <= self.color_jitter <= 1, "be in [0, 1]"),
+        }
+        for name, (holds, rule) in rules.items():
+            if not holds:
+                raise InvalidInput(f"data: {name} must {rule}, got {getattr(self, name)}")
 
 
 @dataclass(frozen=True)
