@@ -6,9 +6,9 @@ import itertools
 import math
 import os
 import random
-from typing import Any
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -377,7 +377,6 @@ def test_mirrored_view_is_the_mirror_image(photos: Path) -> None:
 
 def test_a_policy_changes_images_by_their_own_numbers_alone(photos: Path) -> None:
     import random
-from typing import Any
 
     images = _photo_data(photos).split("train")
     plain, policy = RandomCrop(), RandomCrop(policy="rand-m9-mstd0.5-inc1")
