@@ -200,6 +200,25 @@ def test_a_distillation_token_learns_and_both_heads_answer() -> None:
         assert same == ([still] if still else [])
 
 
+def test_a_distillation_token_of_transformers_learns_too() -> None:
+    transformers = pytest.importorskip("transformers")
+    sizes = {"hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 3}
+    config = transformers.DeiTConfig(
+        image_size=16, patch_size=8, intermediate_size=48, num_labels=5, **sizes
+    )
+    torch.manual_seed(0)
+    start = transformers.DeiTForImageClassificationWithTeacher(config).double()
+    for alpha, still in ((1.0, "cls_classifier"), (0.5, ""), (0.0, "")):
+        student = copy.deepcopy(start)
+        settings = DistillConfig(epochs=1, **{**BARE, "alpha": alpha}, loss=("hard",))
+        distill(student, random_vit(seed=1), batches(), None, settings)
+        for name in ("cls_classifier", "distillation_classifier"):
+            same = torch.equal(
+                student.get_parameter(f"{name}.weight"), start.get_parameter(f"{name}.weight")
+            )
+            assert same == (name == still)
+
+
 @pytest.mark.parametrize(
     ("options", "sentence"),
     [

@@ -110,7 +110,7 @@ class Objective(nn.Module):
             if reads:
                 hidden = HiddenStates(model, reads.states, reads.features, reads.qkv)
                 stack.enter_context(hidden)
-            yield _Watch(hidden, reads)
+            yield _Watch(hidden, reads, any(term.loss.on_logits for term in self.terms))
 
     def ask(self, images: Tensor) -> dict[str, TeacherOutput]:
         """The answers of all teachers, by name."""
@@ -254,12 +254,16 @@ class _Watch:
 
     hidden: HiddenStates | None
     reads: Reads
+    # whether the head of a distillation token has a teacher; transformers' models say both always
+    two_heads: bool
 
     def output(self, outputs: Any) -> StudentOutput:
         """Put what the model returned beside what was recorded, and forget that."""
         class_BC = taught_BC = logits_of(outputs)
         if isinstance(outputs, (tuple, list)) and len(outputs) == 2:
             class_BC, taught_BC = outputs
+        elif self.two_heads and hasattr(outputs, "distillation_logits"):
+            class_BC, taught_BC = outputs.cls_logits, outputs.distillation_logits
         if self.hidden is None:
             return StudentOutput(class_BC, Seen(taught_BC))
         seen = Seen.of(taught_BC, self.reads, self.hidden)

@@ -7,11 +7,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import timm
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vitprune_fast.checkpoint import load
 from vitprune_fast.data import ImageData
 from vitprune_fast.distill.config import DistillConfig
 from vitprune_fast.distill.loop import DistillResult
@@ -19,8 +16,6 @@ from vitprune_fast.distill.masks import MaskSchedule
 from vitprune_fast.distill.teachers import Teacher, resolve_teacher
 from vitprune_fast.errors import InvalidInput, VitpruneError
 from vitprune_fast.gates import BudgetLoss, attach, fold, to_plan
-from vitprune_fast.models.config import ModelConfig
-from vitprune_fast.models.open import open_model
 from vitprune_fast.planning import Budget
 from vitprune_fast.precision import resolve
 from vitprune_fast.randomness import derive_seed, seeded
@@ -29,7 +24,6 @@ from vitprune_fast.recipes.board import Board
 from vitprune_fast.recipes.config import GateConfig, MaskConfig, ScoreConfig, TeacherConfig
 from vitprune_fast.recipes.stages import OnEvent, Setting
 from vitprune_fast.scoring.scores import Scores
-from vitprune_fast.stated import fixed_size
 from vitprune_fast.surgery import prune
 
 
@@ -164,64 +158,28 @@ def _teacher(
     student: Any, teachers: TeacherConfig, number: int, config: DistillConfig, trainings: Trainings
 ) -> Teacher:
     """A teacher by name, trained on the data where it knows other classes."""
-    name, data, seed = teachers.names[number], trainings.data, trainings.setting.seed
-    options: dict[str, Any] = {
-        "student_mean": data.mean,
-        "student_std": data.std,
-        "dtype": resolve("distill", teachers.dtype, trainings.setting.device),
-        "channels_last": teachers.channels_last,
-        "compile": teachers.compile,
-        "weight": teachers.weights[number] if teachers.weights else 1.0,
-        "name": Path(name).name,
-        "logits": config.learns_logits,
-    }
-    if name == "self" or Path(name).is_dir():
-        options |= _sized(student if name == "self" else load(name), teachers)
-        return resolve_teacher(name, student, **options)
-    stated = timm.models.get_pretrained_cfg(name)
-    if teachers.pretrained and stated is not None and stated.num_classes == len(data.classes):
-        options |= {} if teachers.size is None else {"image_size": teachers.size}
-        return resolve_teacher(name, student, **options)
-    args = {"in_chans": data.channels, "num_classes": len(data.classes)}
-    with seeded(seed, "teacher", number):
-        model = open_model(ModelConfig(name=name, pretrained=teachers.pretrained, args=args))
-    # it learns from images as the student gets them
-    options |= {"mean": data.mean, "std": data.std, **_sized(model, teachers)}
-    resized = Resized(model, fixed_size(model) or options.get("image_size"))
+    name, data, setting = teachers.names[number], trainings.data, trainings.setting
     own = DistillConfig(epochs=teachers.epochs, lr=teachers.lr, alpha=0, dtype=config.dtype)
-    trainings(f"teacher-{number}", resized, own)
-    return resolve_teacher(model, student, **options)
-
-
-def _sized(model: nn.Module, teachers: TeacherConfig) -> dict[str, tuple[int, int]]:
-    """The size asked for, for a teacher that takes any."""
-    if teachers.size is None or fixed_size(model) is not None:
-        return {}
-    return {"image_size": (teachers.size, teachers.size)}
+    with seeded(setting.seed, "teacher", number):
+        return resolve_teacher(
+            name,
+            student,
+            pretrained=teachers.pretrained,
+            logits=config.learns_logits,
+            size=teachers.size,
+            train=lambda model: trainings(f"teacher-{number}", model, own),
+            student_mean=data.mean,
+            student_std=data.std,
+            dtype=resolve("distill", teachers.dtype, setting.device),
+            channels_last=teachers.channels_last,
+            compile=teachers.compile,
+            weight=teachers.weights[number] if teachers.weights else 1.0,
+        )
 
 
 def _levelled(scores: Scores) -> dict[str, Tensor]:
     """Scores whose mean is 1 in every axis, so that one learning rate serves them all."""
     return {name: value / value.mean().clamp(min=1e-30) for name, value in scores.items()}
-
-
-class Resized(nn.Module):
-    """A model behind the resizing that ``Teacher`` does.
-
-    Args:
-        model: sees the resized images.
-        size: (height, width) in pixels; None resizes nothing.
-    """
-
-    def __init__(self, model: nn.Module, size: tuple[int, int] | None) -> None:
-        super().__init__()
-        self.model, self.size = model, size
-
-    def forward(self, images: Tensor) -> Tensor:
-        """Logits ``(B, C)`` of images ``(B, C, H, W)``."""
-        if self.size not in (None, tuple(images.shape[2:])):
-            images = F.interpolate(images, self.size, mode="bicubic", antialias=True)
-        return self.model(images)
 
 
 def _cut_by_gates(
