@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import re
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,6 +13,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import vitprune_fast as vp
+from vitprune_fast.cli.distill import Distill
+from vitprune_fast.cli.options import parse
 from vitprune_fast.distill import DistillConfig, distill
 from vitprune_fast.distill.average import EpochAverage
 from vitprune_fast.distill.optim import make_optimizer
@@ -217,6 +221,19 @@ def test_a_distillation_token_of_transformers_learns_too() -> None:
                 student.get_parameter(f"{name}.weight"), start.get_parameter(f"{name}.weight")
             )
             assert same == (name == still)
+
+
+def test_the_recipes_of_the_page_can_be_set() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "teach-what-is-left.md").read_text("utf-8")
+    rows = re.findall(r"^\| [^|]* \| `(--[^`]*)` \|$", page, re.MULTILINE)
+    understood = [
+        parse("distill", ["--model", "m", "--data", "d", *row.split()], lambda _: Distill())
+        for row in rows
+    ]
+    assert len(rows) == 7
+    deit, up = (each for each in understood if each and each.data.crop_scale == 0.08)
+    assert deit.schedule.lr_batch == 512 and deit.data.repeats == 3
+    assert up.schedule.ema_every == "epoch" and up.schedule.cutmix_larger
 
 
 @pytest.mark.parametrize(

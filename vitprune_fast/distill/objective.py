@@ -259,11 +259,12 @@ class _Watch:
 
     def output(self, outputs: Any) -> StudentOutput:
         """Put what the model returned beside what was recorded, and forget that."""
+        said: Any = outputs
         class_BC = taught_BC = logits_of(outputs)
         if isinstance(outputs, (tuple, list)) and len(outputs) == 2:
             class_BC, taught_BC = outputs
-        elif self.two_heads and hasattr(outputs, "distillation_logits"):
-            class_BC, taught_BC = outputs.cls_logits, outputs.distillation_logits
+        elif self.two_heads and hasattr(said, "distillation_logits"):
+            class_BC, taught_BC = said.cls_logits, said.distillation_logits
         if self.hidden is None:
             return StudentOutput(class_BC, Seen(taught_BC))
         seen = Seen.of(taught_BC, self.reads, self.hidden)
