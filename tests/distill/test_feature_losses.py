@@ -29,11 +29,11 @@ def _seen(states: list[Tensor], prefix: int = 0, features: Tensor | None = None)
 
 
 def _compared(loss: Loss, student: Seen, teacher: Seen) -> tuple[Tensor, Any]:
-    """The loss, with the projector it wants."""
+    """The loss, with the projectors it wants."""
     both = Comparison(student, teacher, torch.Generator())
-    project: Any = loss.make_projector(both)
-    project = None if project is None else project.double()
-    return loss(replace(both, projector=project)), project
+    maps: Any = loss.make_projectors(both)
+    maps = None if maps is None else maps.double()
+    return loss(replace(both, projectors=maps)), maps
 
 
 def _hidden(pairs: int) -> Hidden:
@@ -44,8 +44,8 @@ def _hidden(pairs: int) -> Hidden:
 def test_hidden_is_the_mean_over_pairs_of_means() -> None:
     students, teachers = _states(2, 3, 5, 4), _states(2, 3, 5, 4, seed=1)
     wanted = sum((s - t).square().mean() for s, t in zip(students, teachers, strict=True)) / 2
-    got, project = _compared(_hidden(2), _seen(students), _seen(teachers))
-    assert torch.allclose(got, torch.as_tensor(wanted)) and project is None
+    got, maps = _compared(_hidden(2), _seen(students), _seen(teachers))
+    assert torch.allclose(got, torch.as_tensor(wanted)) and maps is None
 
 
 def test_projectors_meet_other_widths_and_learn() -> None:
@@ -66,8 +66,8 @@ def test_features_are_a_mean_and_take_a_projector() -> None:
     (student,), (teacher,) = _states(1, 3, 4), _states(1, 3, 6, seed=1)
     loss = Features(DistillConfig(), random_vit(), random_vit())
     assert loss.reads() == (Reads(features=True), Reads(features=True))
-    got, project = _compared(loss, _seen([], 0, student), _seen([], 0, teacher))
-    assert torch.allclose(got, (project(student) - teacher).square().sum() / 18)
+    got, maps = _compared(loss, _seen([], 0, student), _seen([], 0, teacher))
+    assert torch.allclose(got, (maps[0](student) - teacher).square().sum() / 18)
 
 
 def test_equal_states_are_at_a_loss_and_gradient_of_exactly_0() -> None:

@@ -177,8 +177,8 @@ class Objective(nn.Module):
         seen: Mapping[str, Seen],
         generator: torch.Generator,
     ) -> Tensor:
-        project = dict(self.projectors).get(_key(term))
-        return term.loss(Comparison(student.seen, seen[term.teacher], generator, project))
+        maps: Any = dict(self.projectors).get(_key(term))
+        return term.loss(Comparison(student.seen, seen[term.teacher], generator, maps))
 
     def _of_labels(self, class_BC: Tensor, labels: Tensor) -> Tensor:
         config = self.config
@@ -218,10 +218,10 @@ class Objective(nn.Module):
             # not from the global generator: a run must be one whatever was done before it
             with seeded(self.config.seed, "projectors", term.name):
                 both = Comparison(output.seen, seen[term.teacher], generator)
-                project = term.loss.make_projector(both)
-            if project is not None:
+                maps = term.loss.make_projectors(both)
+            if maps is not None:
                 dtype = torch.promote_types(weight.dtype, torch.float32)
-                self.projectors[_key(term)] = project.to(weight.device, dtype)
+                self.projectors[_key(term)] = maps.to(weight.device, dtype)
         labels = torch.zeros(len(images), dtype=torch.int64, device=output.class_BC.device)
         self(output, labels, answers, 0.0, generator)
 

@@ -98,13 +98,13 @@ class Comparison:
         student: gradients flow here only.
         teacher: what the student is compared with.
         generator: of the CPU, draws what is looked at.
-        projector: of ``Loss.make_projector``.
+        projectors: of ``Loss.make_projectors``; what they map is handed out mapped.
     """
 
     student: Seen
     teacher: Seen
     generator: torch.Generator
-    projector: nn.Module | None = None
+    projectors: nn.ModuleList | None = None
 
     def logits(self) -> tuple[Tensor, Tensor]:
         """Logits ``(B, C)`` of the student and of the teacher."""
@@ -113,15 +113,21 @@ class Comparison:
     def features(self) -> tuple[Tensor, Tensor]:
         """Pooled features ``(B, D)`` and ``(B, E)``, which were read."""
         assert self.student.features is not None and self.teacher.features is not None
-        return self.student.features, self.teacher.features
+        return self._projected([(self.student.features, self.teacher.features)])[0]
 
     def states(self, pairs: Pairs) -> list[tuple[Tensor, Tensor]]:
         """States ``(B, N, D)`` and ``(B, N, E)`` of each pair of blocks, their tokens aligned."""
-        return _aligned(self.student.states, self.teacher.states, pairs)
+        return self._projected(_aligned(self.student.states, self.teacher.states, pairs))
 
     def qkv(self, pairs: Pairs) -> list[tuple[Tensor, Tensor]]:
         """Packed q, k, v ``(B, N, 3, D)`` and ``(B, N, 3, E)``, likewise."""
         return _aligned(self.student.qkv, self.teacher.qkv, pairs)
+
+    def _projected(self, pairs: list[tuple[Tensor, Tensor]]) -> list[tuple[Tensor, Tensor]]:
+        if self.projectors is None:
+            return pairs
+        each = zip(self.projectors, pairs, strict=True)
+        return [(project(ours), theirs) for project, (ours, theirs) in each]
 
 
 class Loss(ABC):
@@ -148,13 +154,26 @@ class Loss(ABC):
         """What it reads inside the student, and inside the teacher."""
         return Reads(), Reads()
 
-    def make_projector(self, both: Comparison) -> nn.Module | None:
-        """A new map from the student's widths to the teacher's; None where none is needed."""
+    def make_projectors(self, both: Comparison) -> nn.ModuleList | None:
+        """New maps from the student's widths to the teacher's; None where none is needed.
+
+        See ``linear_maps``. They are trained beside the student, and nothing of them is exported.
+        """
         return None
 
     @abstractmethod
     def __call__(self, both: Comparison) -> Tensor:
         """The loss, a scalar in fp32 (fp64 for fp64 inputs), with a gradient for the student."""
+
+
+class OfFeatures(Loss):
+    """A loss on pooled features, by a linear map where their widths differ."""
+
+    def reads(self) -> tuple[Reads, Reads]:
+        return Reads(features=True), Reads(features=True)
+
+    def make_projectors(self, both: Comparison) -> nn.ModuleList | None:
+        return linear_maps([both.features()])
 
 
 class OfBlocks(Loss):
@@ -186,13 +205,12 @@ def wide(x: Tensor) -> Tensor:
     return x if x.dtype == torch.float64 else x.float()
 
 
-def mean_square(student: Tensor, teacher: Tensor, project: nn.Module | None = None) -> Tensor:
+def mean_square(student: Tensor, teacher: Tensor) -> Tensor:
     """Mean squared difference, number by number.
 
     Args:
         student: ``(..., D)``; gradients flow here only.
-        teacher: ``(..., E)``.
-        project: map from D to E; without it D = E.
+        teacher: of the same shape.
 
     Returns:
         A scalar >= 0, fp32 (fp64 for fp64 tensors).
@@ -200,7 +218,6 @@ def mean_square(student: Tensor, teacher: Tensor, project: nn.Module | None = No
     Raises:
         InvalidInput: shapes disagree.
     """
-    student = student if project is None else project(student)
     rule = f"have shape {tuple(teacher.shape)} like the teacher's, which a projector can make"
     same = student.shape == teacher.shape
     require(same, "mean_square", "student", rule, tuple(student.shape))
@@ -208,10 +225,7 @@ def mean_square(student: Tensor, teacher: Tensor, project: nn.Module | None = No
 
 
 def linear_maps(pairs: Sequence[tuple[Tensor, Tensor]]) -> nn.ModuleList | None:
-    """A linear map from D to E for each pair ``(..., D)``, ``(..., E)``; None where D = E always.
-
-    They are trained beside the student and no part of it: nothing of them is exported.
-    """
+    """A linear map for each pair ``(..., D)``, ``(..., E)``; None where D = E in all of them."""
     widths = [(ours.shape[-1], theirs.shape[-1]) for ours, theirs in pairs]
     if all(ours == theirs for ours, theirs in widths):
         return None

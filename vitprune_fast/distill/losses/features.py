@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from torch import Tensor, nn
+from torch import Tensor
 
-from vitprune_fast.distill.losses._base import Comparison, Loss, Reads, linear_maps, mean_square
+from vitprune_fast.distill.losses._base import Comparison, OfFeatures, mean_square
 
 
-class Features(Loss):
+class Features(OfFeatures):
     """Mean squared difference of pooled features.
 
     Source: Yu and Wu, "A Unified Pruning Framework for Vision Transformers", 2021
@@ -16,12 +16,5 @@ class Features(Loss):
 
     weight = 20.0
 
-    def reads(self) -> tuple[Reads, Reads]:
-        return Reads(features=True), Reads(features=True)
-
-    def make_projector(self, both: Comparison) -> nn.Module | None:
-        made = linear_maps([both.features()])
-        return None if made is None else made[0]
-
     def __call__(self, both: Comparison) -> Tensor:
-        return mean_square(*both.features(), both.projector)
+        return mean_square(*both.features())

@@ -16,11 +16,8 @@ class Hidden(OfBlocks):
     the hidden states' term.
     """
 
-    def make_projector(self, both: Comparison) -> nn.Module | None:
+    def make_projectors(self, both: Comparison) -> nn.ModuleList | None:
         return linear_maps(both.states(self.pairs))
 
     def __call__(self, both: Comparison) -> Tensor:
-        pairs = both.states(self.pairs)
-        maps = both.projector if isinstance(both.projector, nn.ModuleList) else [None] * len(pairs)
-        each = [mean_square(*pair, project) for pair, project in zip(pairs, maps, strict=True)]
-        return torch.stack(each).mean()
+        return torch.stack([mean_square(*pair) for pair in both.states(self.pairs)]).mean()
