@@ -125,14 +125,14 @@ def _augmentation(data: ImageData, setting: Setting) -> Augment | None:
     """How training changes images of this data."""
     if not setting.augment:
         return None
-    if isinstance(data.augmentation, RandomCrop):
-        return setting.photographs
-    if setting.photographs != RandomCrop():
+    if setting.photographs == RandomCrop():
+        return data.augmentation
+    if not isinstance(data.augmentation, RandomCrop):
         raise InvalidInput(
             "distill: policy, crop, crop_scale and color_jitter must be unset for "
             f"{data.name}, which are no photographs, got {setting.photographs}"
         )
-    return data.augmentation
+    return setting.photographs
 
 
 def score(
