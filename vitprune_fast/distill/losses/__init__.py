@@ -26,7 +26,8 @@ def described() -> str:
     lines = []
     for name in NAMES:
         loader: Any = getattr(find_spec(f"{__name__}.{name}"), "loader", None)
-        docstring = ast.get_docstring(ast.parse(loader.get_source(f"{__name__}.{name}"))) or ""
+        source = loader.get_source(f"{__name__}.{name}") or ""
+        docstring = ast.get_docstring(ast.parse(source)) or ""
         first = docstring.partition("\n")[0].rstrip(".")
         lines.append(f"`{name}` ({first[:1].lower()}{first[1:]})")
     return f"{', '.join(lines)}."
