@@ -1,4 +1,4 @@
-"""Losses on logits against their formulas, written out in fp64."""
+"""Losses of labels and on logits against their formulas, written out in fp64."""
 
 from __future__ import annotations
 
@@ -8,9 +8,11 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from timm.loss import BinaryCrossEntropy
 
-from vitprune_fast.distill.losses import cross_entropy, distillation_token, hard_kd, soft_kd
-from vitprune_fast.distill.losses.logits import Reduction
+from vitprune_fast.distill.labels import binary_cross_entropy, cross_entropy
+from vitprune_fast.distill.losses.hard import hard_kd
+from vitprune_fast.distill.losses.soft import Reduction, soft_kd
 from vitprune_fast.errors import InvalidInput
 
 _SHAPES = st.tuples(st.integers(1, 5), st.integers(1, 7), st.integers(0, 1000))
@@ -90,16 +92,13 @@ def test_half_precision_logits_are_widened(dtype: torch.dtype) -> None:
 def test_forms_of_soft_kd_differ_by_what_they_divide_by() -> None:
     student, teacher = _logits((4, 7, 0), 0), _logits((4, 7, 0), 1)
     plain = soft_kd(student, teacher, 3.0)
-    forms: dict[tuple[Reduction, bool], torch.Tensor] = {
-        ("batchmean", False): plain / 9,
-        ("numel", True): plain / 7,
-        # NViT: a mean over elements without T^2
-        ("numel", False): plain / 7 / 9,
+    forms: dict[Reduction, torch.Tensor] = {
+        "numel": plain / 7,
         # UP-ViT: a sum over the batch
-        ("sum", True): plain * 4,
+        "sum": plain * 4,
     }
-    for (reduction, squared), wanted in forms.items():
-        got = soft_kd(student, teacher, 3.0, reduction=reduction, times_squared_temperature=squared)
+    for reduction, wanted in forms.items():
+        got = soft_kd(student, teacher, 3.0, reduction=reduction)
         assert got.item() == pytest.approx(wanted.item(), rel=1e-12)
 
 
@@ -123,15 +122,35 @@ def test_shares_of_one_class_are_its_number() -> None:
     assert torch.allclose(cross_entropy(logits, mixed.double()), wanted, rtol=1e-6)
 
 
-def test_the_teachers_hard_label_stays_a_class_where_labels_are_mixed() -> None:
-    one, other, teacher = (_logits((5, 7, 3), purpose) for purpose in range(3))
-    labels = torch.full((5, 7), 1 / 7, dtype=torch.float64)
-    wanted = 0.5 * cross_entropy(one, labels) + 0.5 * cross_entropy(other, teacher.argmax(1))
-    assert torch.equal(hard_kd(other, teacher), cross_entropy(other, teacher.argmax(1)))
-    assert torch.allclose(distillation_token(one, other, teacher, labels), wanted)
-    soft = distillation_token(one, other, teacher, labels, alpha=0.9, temperature=2.0)
-    wanted = 0.1 * cross_entropy(one, labels) + 0.9 * soft_kd(other, teacher, 2.0)
-    assert torch.allclose(soft, wanted)
+def test_the_teachers_hard_label_is_its_likeliest_class() -> None:
+    student, teacher = _logits((5, 7, 3), 0), _logits((5, 7, 3), 1)
+    assert torch.equal(hard_kd(student, teacher), cross_entropy(student, teacher.argmax(1)))
+
+
+@given(_SHAPES, st.floats(0, 0.9))
+def test_binary_cross_entropy_is_the_formula(shape: tuple[int, int, int], smoothing: float) -> None:
+    logits, labels = _logits(shape, 0), torch.arange(shape[0]) % shape[1]
+    wanted = 0.0
+    for row, label in zip(logits.tolist(), labels.tolist(), strict=True):
+        for number, logit in enumerate(row):
+            share = (1 - smoothing) * (number == label) + smoothing / len(row)
+            p = 1 / (1 + math.exp(-logit))
+            wanted -= share * math.log(p) + (1 - share) * math.log(1 - p)
+    got = binary_cross_entropy(logits, labels, smoothing).item()
+    assert got == pytest.approx(wanted / logits.numel(), rel=1e-9)
+
+
+def test_binary_cross_entropy_is_timm_s_with_and_without_a_threshold() -> None:
+    logits, labels = _logits((4, 7, 3), 0).float(), torch.tensor([0, 6, 3, 3])
+    shares = torch.nn.functional.one_hot(labels, 7).float()
+    mixed = 0.15 * shares + 0.85 * shares.flip(0)
+    for threshold in (None, 0.0, 0.2):
+        peer = BinaryCrossEntropy(smoothing=0.0, target_threshold=threshold)
+        for target in (labels, mixed):
+            got = binary_cross_entropy(logits, target, 0.0, threshold)
+            torch.testing.assert_close(got, peer(logits, target))
+    # a share of 0.15 counts whole above 0, and not at all above 0.2
+    assert binary_cross_entropy(logits, mixed, 0, 0.2) != binary_cross_entropy(logits, mixed, 0, 0)
 
 
 def test_wrong_arguments_are_refused() -> None:
@@ -140,17 +159,13 @@ def test_wrong_arguments_are_refused() -> None:
         InvalidInput, match=r"soft_kd: teacher_BC must have shape \(2, 3\) .* classes"
     ):
         soft_kd(x, torch.ones(2, 4))
-    with pytest.raises(InvalidInput, match="temperature must be positive and finite, got 0"):
-        soft_kd(x, x, 0)
-    with pytest.raises(InvalidInput, match=r"reduction must be one of batchmean, .*, got 'mean'"):
-        soft_kd(x, x, reduction="mean")  # pyright: ignore[reportArgumentType]
     with pytest.raises(InvalidInput, match="hard_kd: teacher_BC must have shape"):
         hard_kd(x, torch.ones(2, 1))
     with pytest.raises(InvalidInput, match=r"labels must be \(2,\) int64 or .*, got \(3,\) int64"):
         cross_entropy(x, torch.zeros(3).long())
     with pytest.raises(InvalidInput, match=r"labels must be .*, got \(2,\) float32"):
         cross_entropy(x, torch.zeros(2))
-    with pytest.raises(InvalidInput, match=r"distillation_BC must have shape \(2, 3\)"):
-        distillation_token(x, x[:, :2], x, torch.zeros(2).long())
-    with pytest.raises(InvalidInput, match=r"alpha must be from 0 to 1, got 1\.5"):
-        distillation_token(x, x, x, torch.zeros(2).long(), alpha=1.5)
+    with pytest.raises(
+        InvalidInput, match=r"binary_cross_entropy: labels must be .*, got \(2, 2\)"
+    ):
+        binary_cross_entropy(x, x[:, :2])

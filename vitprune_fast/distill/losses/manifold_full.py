@@ -1,6 +1,7 @@
-"""The undecoupled manifold loss, over every pair of tokens of the batch, by Gram matrices.
+"""Similarities of all tokens of the batch.
 
-B images, N tokens, n = B * N rows, D width of the student, E width of the teacher.
+The manifold loss before it is decoupled, by Gram matrices. B images, N tokens, n = B * N rows, D
+width of the student, E width of the teacher.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from vitprune_fast.distill.losses.tokens import align_tokens
+from vitprune_fast.distill.losses._base import Comparison, OfBlocks
 from vitprune_fast.ops._custom_op import custom_op
 from vitprune_fast.ops._probes import refuse_second_derivative, score_dtype
 from vitprune_fast.reference.manifold_loss import inverse_norms
@@ -22,13 +23,14 @@ _CHUNK_ROWS = 1024
 _BLOCK = 96
 
 
-def manifold_full(
-    student_BND: Tensor,
-    teacher_BNE: Tensor,
-    *,
-    student_prefix: int | None = None,
-    teacher_prefix: int | None = None,
-) -> Tensor:
+class ManifoldFull(OfBlocks):
+    """``manifold_full``, averaged over the compared pairs of blocks."""
+
+    def __call__(self, both: Comparison) -> Tensor:
+        return torch.stack([manifold_full(*pair) for pair in both.states(self.pairs)]).mean()
+
+
+def manifold_full(student_BND: Tensor, teacher_BNE: Tensor) -> Tensor:
     """Mean squared difference of the similarities among all tokens of all images.
 
     With S and T all n = B * N rows of length 1, ``mean((S S^T - T T^T)^2)`` over n x n pairs, of
@@ -54,22 +56,10 @@ def manifold_full(
     Args:
         student_BND: states ``(B, N, D)``; gradients flow here only.
         teacher_BNE: states ``(B, N, E)``.
-        student_prefix: see ``align_tokens``.
-        teacher_prefix: see ``align_tokens``.
 
     Returns:
         A scalar >= 0, fp32 (fp64 for fp64 states). The same bits every time.
-
-    Raises:
-        InvalidInput: tokens that cannot be brought together.
     """
-    student_BND, teacher_BNE = align_tokens(
-        student_BND,
-        teacher_BNE,
-        student_prefix=student_prefix,
-        teacher_prefix=teacher_prefix,
-        op="manifold_full",
-    )
     return _full(student_BND, teacher_BNE.detach())[0]
 
 
