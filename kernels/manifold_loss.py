@@ -25,7 +25,7 @@ from torch import Tensor
 
 from vitprune_fast.kernels._attention_tiles import has_large_tiles
 from vitprune_fast.kernels._launch import cdiv, next_power_of_2, on_device_of
-from vitprune_fast.reference.manifold_loss import MIN_NORM
+from vitprune_fast.reference.manifold_loss import MIN_NORM, new_gradient
 
 # a matrix product has at least this many rows and columns
 SMALLEST_TILE = 16
@@ -296,12 +296,13 @@ def tiles(num_rows: int, operand_bytes: int, stored_bytes: int, large: bool) -> 
 
 
 def manifold_loss_fwd_bwd(
-    student_SRD: Tensor, teacher_SRE: Tensor, grad_SRD: Tensor, operand: torch.dtype | None
-) -> Tensor:
-    """Launch both kernels, which fill ``grad_SRD`` unless it is empty; gives the loss.
+    student_SRD: Tensor, teacher_SRE: Tensor, with_gradient: bool, operand: torch.dtype | None
+) -> tuple[Tensor, Tensor]:
+    """Launch both kernels; gives the loss and the gradient, which is empty unless asked for.
 
     See ``vitprune_fast.ops.manifold_loss``.
     """
+    grad_SRD = new_gradient(student_SRD, with_gradient)
     student_SRD, teacher_SRE = _near_columns(student_SRD), _near_columns(teacher_SRE)
     sets, rows, width = student_SRD.shape
     teacher_width = teacher_SRE.shape[2]
@@ -359,7 +360,8 @@ def manifold_loss_fwd_bwd(
             num_stages=chosen.num_stages,
             enable_fp_fusion=True,
         )
-    return squares_SR.sum(dtype=torch.float64).mul_(1 / (sets * rows**2)).float()
+    loss = squares_SR.sum(dtype=torch.float64).mul_(1 / (sets * rows**2)).float()
+    return loss, grad_SRD
 
 
 _ELEMENTS = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}

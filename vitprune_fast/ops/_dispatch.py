@@ -16,21 +16,8 @@ from vitprune_fast.errors import BackendUnavailable, InvalidInput
 Backend = Literal["auto", "triton", "cuda", "cpu", "eager"]
 _NAMES = get_args(Backend)
 
-# the forms each op has
-IMPLEMENTED = {
-    "activation_score": ("triton", "cpu", "eager"),
-    "attention_score": ("triton", "cpu", "eager"),
-    "gated_activation": ("triton", "cpu", "eager"),
-    "gated_glu": ("triton", "cpu", "eager"),
-    "gated_attention": ("triton", "cpu", "eager"),
-    "gather": ("cpu", "eager"),
-    "gather_all": ("cuda", "cpu", "eager"),
-    "glu_score": ("triton", "cpu", "eager"),
-    "kd_cross_entropy": ("triton", "eager"),
-    "manifold_loss": ("triton", "eager"),
-    "norm_score": ("triton", "cpu", "eager"),
-    "taylor_score": ("triton", "cpu", "eager"),
-}
+# the forms of each op, fastest first: `Forms` puts them here
+IMPLEMENTED: dict[str, tuple[Backend, ...]] = {}
 
 # read once: looking for a package is slow, and a traced graph cannot do it
 _HAS_TRITON = importlib.util.find_spec("triton") is not None
@@ -124,7 +111,7 @@ def choose(
 
 def backends() -> list[Choice]:
     """For each op and kind of device: the implementation that ``backend="auto"`` takes, and why."""
-    return [_explain(op, device) for op in IMPLEMENTED for device in _ORDER]
+    return [_explain(op, device) for op in sorted(IMPLEMENTED) for device in _ORDER]
 
 
 def _explain(op: str, device: str) -> Choice:

@@ -9,11 +9,11 @@ from collections.abc import Collection
 from typing import NamedTuple
 
 import torch
-from torch import Tensor, library
+from torch import Tensor
 
 from vitprune_fast import _checks
-from vitprune_fast.ops._custom_op import custom_op
 from vitprune_fast.ops._dispatch import Backend, choose
+from vitprune_fast.ops._forms import Forms, custom_op
 from vitprune_fast.ops._probes import check_probe, refuse_second_derivative, score_dtype
 from vitprune_fast.ops._qkv import (
     check_qkv,
@@ -51,20 +51,6 @@ class AttentionScore(NamedTuple):
     v_dim: Tensor | None
 
 
-_library = library.Library("vitprune_fast", "FRAGMENT")
-_library.define(
-    "attention(Tensor qkv_BN3HK, float scale) -> (Tensor, Tensor)",
-    tags=(torch.Tag.pt2_compliant_tag,),
-)
-_library.define(
-    "attention_score(Tensor grad_out_BNHK, Tensor qkv_BN3HK, Tensor out_BNHK, Tensor lse_BHN, "
-    "float scale, bool per_token, bool qkv, bool head, bool qk_dim, bool v_dim) "
-    "-> (Tensor, Tensor, Tensor, Tensor)",
-    tags=(torch.Tag.pt2_compliant_tag,),
-)
-
-
-@library.register_fake("vitprune_fast::attention", lib=_library)
 def _fake(qkv_BN3HK: Tensor, scale: float) -> tuple[Tensor, Tensor]:
     batch, num_tokens, _, num_heads, head_dim = qkv_BN3HK.shape
     out_BNHK = qkv_BN3HK.new_empty(batch, num_tokens, num_heads, head_dim)
@@ -72,7 +58,6 @@ def _fake(qkv_BN3HK: Tensor, scale: float) -> tuple[Tensor, Tensor]:
     return out_BNHK, lse_BHN
 
 
-@library.register_fake("vitprune_fast::attention_score", lib=_library)
 def _fake_score(
     grad_out_BNHK: Tensor,
     qkv_BN3HK: Tensor,
@@ -93,38 +78,6 @@ def _fake_score(
         qkv_BN3HK.new_empty((batch, num_heads, head_dim) if qk_dim else (0,), dtype=wide),
         qkv_BN3HK.new_empty((batch, num_heads, head_dim) if v_dim else (0,), dtype=wide),
     )
-
-
-# C++ and Triton cannot both hold the CUDA key of one op, so the twins have their own names
-@custom_op("vitprune_fast::attention_triton")
-def _triton(qkv_BN3HK: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-    from vitprune_fast.kernels.attention_score import attention_fwd
-
-    return attention_fwd(qkv_BN3HK, scale)
-
-
-@custom_op("vitprune_fast::attention_score_triton")
-def _triton_score(
-    grad_out_BNHK: Tensor,
-    qkv_BN3HK: Tensor,
-    out_BNHK: Tensor,
-    lse_BHN: Tensor,
-    scale: float,
-    per_token: bool,
-    qkv: bool,
-    head: bool,
-    qk_dim: bool,
-    v_dim: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    from vitprune_fast.kernels.attention_score import attention_bwd
-
-    return attention_bwd(
-        grad_out_BNHK, qkv_BN3HK, out_BNHK, lse_BHN, scale, per_token, qkv, head, qk_dim, v_dim
-    )
-
-
-_triton.register_fake(_fake)
-_triton_score.register_fake(_fake_score)
 
 
 def _eager(qkv_BN3HK: Tensor, scale: float) -> tuple[Tensor, Tensor]:
@@ -183,12 +136,14 @@ def _eager_score(
     lse_BHN: Tensor,
     scale: float,
     per_token: bool,
-    wanted: Wanted,
+    qkv: bool,
+    head: bool,
+    qk_dim: bool,
+    v_dim: bool,
 ) -> Gradients:
     wide = score_dtype(qkv_BN3HK)
     dqkv_BN3HK = qkv_BN3HK.new_empty(0)
     head_BH = qk_dim_BHK = v_dim_BHK = qkv_BN3HK.new_empty(0, dtype=wide)
-    qkv, head, qk_dim, v_dim = wanted
 
     def over_tokens(terms: Tensor) -> Tensor:
         return (terms.abs() if per_token else terms).sum(1)
@@ -205,6 +160,12 @@ def _eager_score(
     return dqkv_BN3HK, head_BH, qk_dim_BHK, v_dim_BHK
 
 
+_forms = Forms("attention", _fake, _eager, triton="attention_score:attention_fwd", cpu=True, op=_OP)
+_score_forms = Forms(
+    _OP, _fake_score, _eager_score, triton="attention_score:attention_bwd", cpu=True
+)
+
+
 def _choose(qkv_BN3HK: Tensor, backend: str) -> str:
     obstacle = triton_obstacle(qkv_BN3HK)
     unable = {} if obstacle is None else {"triton": obstacle}
@@ -214,12 +175,7 @@ def _choose(qkv_BN3HK: Tensor, backend: str) -> str:
 def _run(qkv_BN3HK: Tensor, scale: float, chosen: str) -> tuple[Tensor, Tensor]:
     if qkv_BN3HK.numel() == 0:
         return _fake(qkv_BN3HK, scale)
-    qkv_BN3HK = with_adjacent_dims(qkv_BN3HK)
-    if chosen == "cpu":
-        return torch.ops.vitprune_fast.attention(qkv_BN3HK, scale)
-    if chosen == "triton":
-        return _triton(qkv_BN3HK, scale)
-    return _eager(qkv_BN3HK, scale)
+    return _forms[chosen](with_adjacent_dims(qkv_BN3HK), scale)
 
 
 def _run_score(
@@ -239,11 +195,7 @@ def _run_score(
     if qkv_BN3HK.numel() == 0:
         dqkv, head, qk_dim, v_dim = _fake_score(*arguments, *wanted)
         return dqkv, head.zero_(), qk_dim.zero_(), v_dim.zero_()
-    if chosen == "cpu":
-        return torch.ops.vitprune_fast.attention_score(*arguments, *wanted)
-    if chosen == "triton":
-        return _triton_score(*arguments, *wanted)
-    return _eager_score(*arguments, wanted)
+    return _score_forms[chosen](*arguments, *wanted)
 
 
 # opaque to autograd and to compilers; the normalisers come out because backward needs them

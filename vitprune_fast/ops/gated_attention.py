@@ -10,11 +10,11 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, library
+from torch import Tensor
 
 from vitprune_fast import _checks
-from vitprune_fast.ops._custom_op import custom_op
 from vitprune_fast.ops._dispatch import Backend, choose
+from vitprune_fast.ops._forms import Forms, custom_op
 from vitprune_fast.ops._probes import refuse_second_derivative, score_dtype
 from vitprune_fast.ops._qkv import (
     check_qkv,
@@ -30,21 +30,7 @@ _OP = "gated_attention"
 # and that of torch's kernels 5. An estimate (no GPU has timed it yet).
 _SDPA_TOKENS = 400
 
-_library = library.Library("vitprune_fast", "FRAGMENT")
-_library.define(
-    "gated_attention(Tensor qkv_BN3HK, Tensor? gate_H, Tensor? mask_BN, int[] live, float scale, "
-    "bool compact, bool raw) -> (Tensor, Tensor, Tensor)",
-    tags=(torch.Tag.pt2_compliant_tag,),
-)
-_library.define(
-    "gated_attention_backward(Tensor grad_out_BNHK, Tensor qkv_BN3HK, Tensor? gate_H, "
-    "Tensor? mask_BN, Tensor out_BNHK, Tensor lse_BLN, int[] live, float scale, bool compact, "
-    "bool raw, bool qkv) -> (Tensor, Tensor)",
-    tags=(torch.Tag.pt2_compliant_tag,),
-)
 
-
-@library.register_fake("vitprune_fast::gated_attention", lib=_library)
 def _fake(
     qkv_BN3HK: Tensor,
     gate_H: Tensor | None,
@@ -64,7 +50,6 @@ def _fake(
     )
 
 
-@library.register_fake("vitprune_fast::gated_attention_backward", lib=_library)
 def _fake_backward(
     grad_out_BNHK: Tensor,
     qkv_BN3HK: Tensor,
@@ -83,9 +68,21 @@ def _fake_backward(
     return dqkv_BN3HK, qkv_BN3HK.new_empty(gates, dtype=score_dtype(qkv_BN3HK))
 
 
-# C++ and Triton cannot both hold the CUDA key of one op, so the twins have their own names
-@custom_op("vitprune_fast::gated_attention_triton")
-def _triton(
+# plain torch differentiates by itself
+_forward_forms = Forms(
+    "gated_attention_fwd", _fake, None, triton="gated_attention:gated_attention_fwd", cpu=True
+)
+_backward_forms = Forms(
+    "gated_attention_bwd",
+    _fake_backward,
+    None,
+    triton="gated_attention:gated_attention_bwd",
+    cpu=True,
+)
+
+
+@custom_op("vitprune_fast::gated_attention")
+def _gated_attention(
     qkv_BN3HK: Tensor,
     gate_H: Tensor | None,
     mask_BN: Tensor | None,
@@ -93,42 +90,19 @@ def _triton(
     scale: float,
     compact: bool,
     raw: bool,
+    backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    from vitprune_fast.kernels.gated_attention import gated_attention_fwd
-
-    return gated_attention_fwd(
-        with_adjacent_dims(qkv_BN3HK), gate_H, mask_BN, live, scale, compact, raw
-    )
+    qkv_BN3HK = with_adjacent_dims(qkv_BN3HK)
+    return _forward_forms[backend](qkv_BN3HK, gate_H, mask_BN, live, scale, compact, raw)
 
 
-@custom_op("vitprune_fast::gated_attention_backward_triton")
-def _triton_backward(
-    grad_out_BNHK: Tensor,
-    qkv_BN3HK: Tensor,
-    gate_H: Tensor | None,
-    mask_BN: Tensor | None,
-    out_BNHK: Tensor,
-    lse_BLN: Tensor,
-    live: list[int],
-    scale: float,
-    compact: bool,
-    raw: bool,
-    qkv: bool,
-) -> tuple[Tensor, Tensor]:
-    from vitprune_fast.kernels.gated_attention import gated_attention_bwd
-
-    grad_out_BNHK, qkv_BN3HK = with_adjacent_dims(grad_out_BNHK), with_adjacent_dims(qkv_BN3HK)
-    return gated_attention_bwd(
-        grad_out_BNHK, qkv_BN3HK, gate_H, mask_BN, out_BNHK, lse_BLN, live, scale, compact, raw, qkv
-    )
-
-
-_triton.register_fake(_fake)
-_triton_backward.register_fake(_fake_backward)
+@_gated_attention.register_fake
+def _(qkv_BN3HK, gate_H, mask_BN, live, scale, compact, raw, backend):
+    return _fake(qkv_BN3HK, gate_H, mask_BN, live, scale, compact, raw)
 
 
 def _setup_context(ctx, inputs, output):
-    qkv_BN3HK, gate_H, mask_BN, ctx.live, ctx.scale, ctx.compact, ctx.raw = inputs
+    qkv_BN3HK, gate_H, mask_BN, *ctx.options, ctx.raw, ctx.backend = inputs
     out_BNHK, raw_BNLK, lse_BLN = output
     if ctx.needs_input_grad[1] and not ctx.raw:
         # to divide the output by the gate would fail where a gate is 0
@@ -139,39 +113,26 @@ def _setup_context(ctx, inputs, output):
     ctx.save_for_backward(qkv_BN3HK, gate_H, mask_BN, kept, lse_BLN)
 
 
-def _differentiate(backward, ctx, grad_out_BNHK: Tensor):
+def _backward(ctx, grad_out_BNHK: Tensor, _grad_raw, _grad_lse):
     refuse_second_derivative(_OP)
     qkv_BN3HK, gate_H, mask_BN, kept, lse_BLN = ctx.saved_tensors
     needs_qkv, needs_gate = ctx.needs_input_grad[:2]
-    dqkv_BN3HK, dgate_H = backward(
-        grad_out_BNHK,
-        qkv_BN3HK,
+    dqkv_BN3HK, dgate_H = _backward_forms[ctx.backend](
+        with_adjacent_dims(grad_out_BNHK),
+        with_adjacent_dims(qkv_BN3HK),
         gate_H,
         mask_BN,
         kept,
         lse_BLN,
-        ctx.live,
-        ctx.scale,
-        ctx.compact,
+        *ctx.options,
         ctx.raw,
         needs_qkv,
     )
     given = dqkv_BN3HK if needs_qkv else None, dgate_H if needs_gate else None
-    return *given, None, None, None, None, None
+    return *given, None, None, None, None, None, None
 
 
-def _backward_triton(ctx, grad_out_BNHK: Tensor, _grad_raw, _grad_lse):
-    return _differentiate(_triton_backward, ctx, grad_out_BNHK)
-
-
-def _backward_cpu(ctx, grad_out_BNHK: Tensor, _grad_raw, _grad_lse):
-    return _differentiate(torch.ops.vitprune_fast.gated_attention_backward, ctx, grad_out_BNHK)
-
-
-_triton.register_autograd(_backward_triton, setup_context=_setup_context)
-library.register_autograd(
-    "vitprune_fast::gated_attention", _backward_cpu, setup_context=_setup_context, lib=_library
-)
+_gated_attention.register_autograd(_backward, setup_context=_setup_context)
 
 
 def _eager(
@@ -258,12 +219,9 @@ def _check_mask(mask_BN: Tensor, qkv_BN3HK: Tensor) -> None:
     _checks.require_near(_OP, "key_mask_BN", mask_BN, "qkv_BN3HK", qkv_BN3HK)
 
 
-def gated_attention_ops() -> list[Any]:
-    """The registered forwards, ``(qkv, gate, mask, live, ...)``, for those who count FLOPs."""
-    return [
-        torch.ops.vitprune_fast.gated_attention,
-        torch.ops.vitprune_fast.gated_attention_triton,
-    ]
+def registered_op() -> Any:
+    """The registered op, ``(qkv, gate, mask, live, ...)``, for those who count FLOPs."""
+    return torch.ops.vitprune_fast.gated_attention
 
 
 def gated_attention(
@@ -330,11 +288,11 @@ def gated_attention(
     factor = factor_of_logits(scale, qkv_BN3HK)
     chosen = _choose(qkv_BN3HK, gate_H, backend)
     arguments = (qkv_BN3HK, gate_H, key_mask_BN, live, factor, compact)
-    if chosen == "triton":
-        return _triton(*arguments, _needs_gradient(gate_H))[0]
+    if chosen == "eager":
+        return _eager(*arguments)
+    raw = _needs_gradient(gate_H)
     if chosen == "cpu":
         # its backward reads no other output than the one before the gate, of live heads alone
         needed = gate_H is not None or len(live) < qkv_BN3HK.shape[3]
         raw = needed and torch.is_grad_enabled()
-        return torch.ops.vitprune_fast.gated_attention(*arguments, raw)[0]
-    return _eager(*arguments)
+    return _gated_attention(*arguments, raw, chosen)[0]

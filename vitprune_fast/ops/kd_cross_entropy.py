@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from vitprune_fast import _checks
-from vitprune_fast.ops._custom_op import custom_op
 from vitprune_fast.ops._dispatch import Backend, choose
+from vitprune_fast.ops._forms import Forms
 from vitprune_fast.ops._probes import DTYPES, refuse_second_derivative, score_dtype
 from vitprune_fast.reference.kd_cross_entropy import kd_cross_entropy as _eager
 
@@ -32,35 +32,7 @@ class KdCrossEntropy(NamedTuple):
     kd: Tensor
 
 
-@custom_op("vitprune_fast::kd_cross_entropy_triton")
-def _triton(
-    student_BC: Tensor,
-    teacher_BC: Tensor,
-    labels: Tensor,
-    ce_weight: float,
-    kd_weight: float,
-    factor: float,
-    temperature: float,
-    label_smoothing: float,
-    with_gradient: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    from vitprune_fast.kernels.kd_cross_entropy import kd_cross_entropy_fwd_bwd
-
-    return kd_cross_entropy_fwd_bwd(
-        student_BC,
-        teacher_BC,
-        labels,
-        ce_weight,
-        kd_weight,
-        factor,
-        temperature,
-        label_smoothing,
-        with_gradient,
-    )
-
-
-@_triton.register_fake
-def _(
+def _fake(
     student_BC: Tensor,
     teacher_BC: Tensor,
     labels: Tensor,
@@ -75,6 +47,10 @@ def _(
     loss, ce, kd = (student_BC.new_empty((), dtype=dtype) for _ in range(3))
     shape = student_BC.shape if with_gradient else (0,)
     return loss, ce, kd, student_BC.new_empty(shape, dtype=dtype)
+
+
+# plain torch differentiates by itself
+_triton = Forms(_OP, _fake, None, triton="kd_cross_entropy:kd_cross_entropy_fwd_bwd")["triton"]
 
 
 def _save(ctx, inputs, output) -> None:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from vitprune_fast.distill.losses.tokens import align_tokens
-from vitprune_fast.ops._custom_op import custom_op
+from vitprune_fast.ops._forms import custom_op
 from vitprune_fast.ops._probes import refuse_second_derivative, score_dtype
 from vitprune_fast.reference.manifold_loss import inverse_norms
 

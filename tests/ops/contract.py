@@ -1,0 +1,317 @@
+"""What every op promises, as cases: `test_contract.py` holds each of them to the same tests.
+
+To add an op, add a case: how it is called, on which inputs, what its reference gives, and what it
+refuses. Tests of an op's own file are about what no other op has.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from error_budget import Rounded
+from torch import Tensor
+
+from vitprune_fast import ops
+from vitprune_fast._extension import OBSTACLE
+from vitprune_fast.errors import InvalidInput
+from vitprune_fast.ops._dispatch import IMPLEMENTED
+from vitprune_fast.reference.gated_unit import ACTIVATIONS, gated_unit_backward, halves
+from vitprune_fast.reference.gated_unit import gated_unit as _gated_unit
+
+FP32, FP64, FP16, BF16 = torch.float32, torch.float64, torch.float16, torch.bfloat16
+ON_GPU = torch.cuda.is_available()
+# what is given to an op, in the order of its arguments
+Inputs = tuple["Tensor | None", ...]
+# a call that is refused: what makes it, the error and a part of its sentence
+Refusal = tuple[Callable[[], object], type[Exception], str]
+
+
+@dataclass(frozen=True)
+class Case:
+    """One way to call an op.
+
+    Args:
+        op: by which ``ops.backends()`` knows it.
+        call: ``(*inputs, backend=, **options)`` to a tensor or several.
+        inputs: makes the inputs of a shape, in fp64 on the CPU.
+        expected: ``(*inputs, grad, **options)`` to what the reference gives: the outputs, and the
+            gradients of the leaves; ``grad`` is that of the first output, None without leaves.
+        sums: the same with the error that rounding may give each, or None where nothing is summed.
+        shapes: by name; all of them are compared with the reference.
+        options: all of them are compared with the reference at one shape.
+        leaves: which inputs get a gradient; none for an op that is not differentiable.
+        wide: which inputs are fp32 beside 16-bit ones.
+        exact: ``expected`` in higher precision than fp64; else fp64 stands for the exact numbers,
+            and results in fp64 are left to the op's own test.
+        small: sizes of three samples, none of which a tile divides, for all other tests.
+        medium: sizes for the options, and for the instruction sets.
+        threaded: few samples of many columns.
+        nothing: shapes without a result, which launch nothing.
+        per_sample: whether row b of a result with rows depends on row b of the inputs alone.
+        torch_forward: the first output is computed by torch, whose bits depend on more.
+        once: plain torch refuses a second derivative too.
+        recomputes: a gradient that is wanted alone may take another way, and other bits.
+        close: tolerances of plain torch, which adds up in any order, where the usual ones are less.
+        takes: whether a backend computes in fp64.
+        refused: calls with wrong arguments.
+        unsafe: arguments that C++ refuses, as (registered op, arguments).
+    """
+
+    op: str
+    call: Callable[..., Any]
+    inputs: Callable[..., Inputs]
+    expected: Callable[..., Sequence[Tensor]]
+    sums: Callable[..., Sequence[Rounded | None]]
+    shapes: dict[str, tuple[int, ...]]
+    options: tuple[dict[str, Any], ...] = ({},)
+    leaves: tuple[int, ...] = ()
+    wide: tuple[int, ...] = ()
+    exact: Callable[..., Sequence[Tensor]] | None = None
+    small: tuple[int, ...] = (3, 20, 13)
+    medium: tuple[int, ...] = (2, 71, 147)
+    threaded: tuple[int, ...] = (2, 40, 3072)
+    nothing: tuple[tuple[int, ...], ...] = ((0, 5, 8), (2, 5, 0))
+    per_sample: bool = True
+    torch_forward: bool = False
+    once: bool = True
+    recomputes: bool = False
+    close: dict[str, Any] = field(default_factory=dict)
+    takes: Callable[[str, torch.dtype], bool] = lambda backend, dtype: True
+    refused: Callable[[], Sequence[Refusal]] = field(default=lambda: ())
+    unsafe: Callable[[], Sequence[tuple[str, tuple[Any, ...]]]] = field(default=lambda: ())
+
+    def backends(self) -> list[str]:
+        """Every backend that can run here; a missing one is seen by the tests declared for it."""
+        return [b for b in IMPLEMENTED[self.op] if b != "cuda" and (b != "cpu" or not OBSTACLE)]
+
+    def given(self, shape: Sequence[int], dtype: torch.dtype, backend: str = "cpu") -> Inputs:
+        """The inputs of a shape, where a backend wants them."""
+        device = "cuda" if backend == "triton" and ON_GPU else "cpu"
+        made = self.cast(self.inputs(*shape), dtype)
+        return tuple(x if x is None else x.to(device) for x in made)
+
+    def cast(self, inputs: Sequence[Tensor | None], dtype: torch.dtype) -> Inputs:
+        """The same numbers in the dtypes that the op wants them in."""
+        wide = FP64 if dtype == FP64 else FP32
+        return tuple(
+            x if x is None or not x.is_floating_point() else x.to(wide if i in self.wide else dtype)
+            for i, x in enumerate(inputs)
+        )
+
+    def outputs(self, inputs: Inputs, backend: str, **options: Any) -> list[Tensor]:
+        """What the op gives, as a list without None."""
+        found = self.call(*inputs, backend=backend, **options)
+        found = [found] if isinstance(found, Tensor) else list(found)
+        return [each for each in found if each is not None]
+
+    def as_leaves(self, inputs: Inputs) -> Inputs:
+        """The inputs, of which those that are differentiated require a gradient."""
+        return tuple(
+            x.detach().requires_grad_() if i in self.leaves and x is not None else x
+            for i, x in enumerate(inputs)
+        )
+
+    def run(
+        self, inputs: Inputs, grad: Tensor | None, backend: str, **options: Any
+    ) -> list[Tensor]:
+        """Outputs, then the gradients of the leaves that are there."""
+        inputs = self.as_leaves(inputs)
+        out = self.outputs(inputs, backend, **options)
+        leaves = [x for x in inputs if x is not None and x.requires_grad]
+        gradients = torch.autograd.grad(out[0], leaves, grad) if leaves else ()
+        return [*(each.detach() for each in out), *gradients]
+
+    def own(
+        self, inputs: Inputs, grad: Tensor | None, backend: str, **options: Any
+    ) -> list[Tensor]:
+        """What of ``run`` is ours, and has our bits."""
+        found = self.run(inputs, grad, backend, **options)
+        return found[1:] if self.torch_forward else found
+
+    def grad(self, inputs: Inputs, **options: Any) -> Tensor | None:
+        """Some gradient of the first output."""
+        if not self.leaves:
+            return None
+        out = self.outputs(inputs, "eager", **options)[0]
+        return torch.randn(out.shape, dtype=FP64).to(out.dtype).to(out.device)
+
+
+# gated_unit: B batch, N tokens, F columns
+
+
+_UNIT_SHAPES = {
+    "B2-N197-F384": (2, 197, 384),
+    "B2-N197-F147-odd": (2, 197, 147),
+    "B1-N131-F37-primes": (1, 131, 37),
+    "B3-N257-F24": (3, 257, 24),
+    "B2-N5-wide": (2, 5, 4500),
+    "ones": (1, 1, 1),
+    "no-samples": (0, 5, 8),
+    "no-tokens": (2, 0, 8),
+    "no-columns": (2, 5, 0),
+}
+_UNIT_OPTIONS = tuple({"activation": name} for name in ACTIVATIONS)
+
+
+def _unit_inputs(batch: int, tokens: int, columns: int, *, of: str) -> Inputs:
+    """x, value, gate or probe; wide enough to reach into the tails, some gates 0."""
+    glu, packed = "value" in of, "packed" in of
+    x = 2 * torch.randn(batch, tokens, columns * (1 + packed), dtype=FP64)
+    value = torch.randn(batch, tokens, columns, dtype=FP64) if glu else None
+    if "gate" in of:
+        unit = torch.randn(columns, dtype=FP64)
+        unit[1::3] = 0
+    else:
+        # never read
+        unit = torch.full((batch, columns), torch.nan, dtype=FP64)
+    return x, value, unit
+
+
+def _unit_case(of: str, packed: Any = None) -> Case:
+    gated, glu = "gate" in of, "value" in of or packed is not None
+
+    def call(x, value, unit, **options):
+        name = "gate_F" if gated else "probe_BF"
+        return ops.gated_unit(x, value_BNF=value, packed=packed, **{name: unit}, **options)
+
+    def parts(x, value):
+        return (x, value) if packed is None else halves(x, packed)
+
+    def expected(x, value, unit, grad, activation="gelu", per_token=False):
+        x, value = parts(x, value)
+        gate = unit if gated else None
+        grad_x, grad_value, score = gated_unit_backward(x, value, gate, grad, activation, per_token)
+        out = _gated_unit(
+            x, value, score.new_ones(score.shape[1]) if gate is None else gate, activation
+        )
+        if packed is not None:
+            both: Any = (grad_x, grad_value) if packed == "x_first" else (grad_value, grad_x)
+            grad_x, grad_value = torch.cat(both, 2), None
+        gradients = [grad_x] if grad_value is None else [grad_x, grad_value]
+        return [out, *gradients, score.sum(0) if gated else score]
+
+    def sums(x, value, unit, grad, activation="gelu", per_token=False):
+        dtype, (x, value) = x.dtype, parts(x, value)
+        share = Rounded.of(ACTIVATIONS[activation](x.double()), dtype) * Rounded.of(grad, dtype)
+        if value is not None:
+            share = share * Rounded.of(value, dtype)
+        nothing = [None] * (3 if glu and packed is None else 2)
+        return [*nothing, share.sum((0, 1) if gated else 1)]
+
+    return Case(
+        op="gated_unit",
+        call=call,
+        inputs=lambda *shape: _unit_inputs(*shape, of=of + ("packed" if packed else "")),
+        expected=expected,
+        sums=sums,
+        shapes=_UNIT_SHAPES,
+        options=_UNIT_OPTIONS + (() if gated else ({"activation": "silu", "per_token": True},)),
+        leaves=(0, 1, 2) if "value" in of else (0, 2),
+        torch_forward=not gated,
+        wide=(2,),
+        refused=_refused_by_unit if of == "gate" else lambda: (),
+        unsafe=_unsafe_for_unit if of == "gate" else lambda: (),
+    )
+
+
+def _refused_by_unit() -> Sequence[Refusal]:
+    x, gate, probe, unit = torch.ones(2, 3, 4), torch.ones(4), torch.ones(2, 4), ops.gated_unit
+    anything: Any = [1.0]
+    return [
+        (lambda: unit(anything), TypeError, "gated_unit: x_BNF must be a tensor, got list"),
+        (lambda: unit(x, anything), TypeError, "gate_F must be a tensor, got list"),
+        (lambda: unit(x[0]), InvalidInput, r"x_BNF must have 3 dimensions, got \(3, 4\)"),
+        (lambda: unit(x.long()), InvalidInput, r"must be float32 or .*, got torch\.int64"),
+        (lambda: unit(x, gate[:3]), InvalidInput, r"gate_F must have shape \(4,\), .*, got \(3,\)"),
+        (lambda: unit(x.half(), gate.half()), InvalidInput, r"dtype torch\.float32, .*\.float16"),
+        (lambda: unit(x, gate.to("meta")), InvalidInput, "must be on cpu like x_BNF, got meta"),
+        (lambda: unit(x, activation="tanh"), InvalidInput, "activation must be .*, got 'tanh'"),
+        (lambda: unit(x, value_BNF=x[:, :2]), InvalidInput, r"value_BNF must have shape .* x_BNF"),
+        (lambda: unit(x, value_BNF=x.double()), InvalidInput, "value_BNF must have dtype"),
+        (lambda: unit(x, value_BNF=anything), TypeError, "value_BNF must be a tensor"),
+        (lambda: unit(x, gate, probe_BF=probe), InvalidInput, "probe_BF must be None beside gate"),
+        (lambda: unit(x, gate, per_token=True), InvalidInput, "per_token must be False beside"),
+        (lambda: unit(x, probe_BF=anything), TypeError, "probe_BF must be a tensor, got list"),
+        (lambda: unit(x, probe_BF=gate), InvalidInput, r"probe_BF must have shape \(2, 4\), .*"),
+        (lambda: unit(x, probe_BF=probe.double()), InvalidInput, r"torch\.float32, .*\.float64"),
+        (lambda: unit(x, probe_BF=probe.to("meta")), InvalidInput, "be on cpu like x_BNF, got"),
+        (
+            lambda: unit(x, packed="gate_first"),  # pyright: ignore[reportArgumentType]
+            InvalidInput,
+            "packed must be 'x_first', 'x_last' or None, got 'gate_first'",
+        ),
+        (lambda: unit(x[..., :3], packed="x_last"), InvalidInput, "even number of columns .* 3"),
+        (lambda: unit(x, value_BNF=x, packed="x_last"), InvalidInput, "value_BNF must be None"),
+        (lambda: unit(x, gate, packed="x_last"), InvalidInput, r"gate_F must have shape \(2,\)"),
+        (
+            lambda: ops.gated_unit_score(x, x[:, :2]),
+            InvalidInput,
+            r"gated_unit_score: grad_BNF must have shape \(2, 3, 4\) like the result, got",
+        ),
+        (lambda: ops.gated_unit_score(x, x.double()), InvalidInput, "grad_BNF must be float32"),
+        (lambda: ops.gated_unit_score(x, anything), TypeError, "grad_BNF must be a tensor"),
+    ]
+
+
+def _unsafe_for_unit() -> Sequence[tuple[str, tuple[Any, ...]]]:
+    x, gate = torch.ones(2, 3, 4), torch.ones(4)
+    forward, backward = "gated_unit_fwd", "gated_unit_bwd"
+    rest = ("gelu", None, False)
+    return [
+        (forward, (x[0], None, gate, "gelu", None)),
+        (forward, (x, None, gate[:3], "gelu", None)),
+        (forward, (x, None, gate.double(), "gelu", None)),
+        (forward, (x, x[:, :2], gate, "gelu", None)),
+        (forward, (x, x.double(), gate, "gelu", None)),
+        (forward, (x, x, gate[:2], "gelu", "x_first")),
+        (forward, (x[..., :3], None, gate[:1], "gelu", "x_first")),
+        (forward, (x, None, gate[:2], "gelu", "no")),
+        (forward, (x.long(), None, gate, "gelu", None)),
+        (forward, (x, None, gate, "tanh", None)),
+        (backward, (x, None, gate, x[:, :2], *rest)),
+        (backward, (x, None, None, x.double(), *rest)),
+        (backward, (x, None, None, x, "gelu", "x_last", False)),
+        (backward, (x, None, gate, x, "gelu", None, True)),
+    ]
+
+
+def _score_case(of: str, packed: Any = None) -> Case:
+    """The backward alone, whose gradient is an input."""
+    scored = _unit_case(of, packed)
+
+    def inputs(*shape):
+        x, value, _ = scored.inputs(*shape)
+        grad = 2 * torch.randn(shape, dtype=FP64)
+        return x, value, grad
+
+    def call(x, value, grad, **options):
+        return ops.gated_unit_score(x, grad, value_BNF=value, packed=packed, **options)
+
+    return Case(
+        op="gated_unit",
+        call=call,
+        inputs=inputs,
+        expected=lambda x, value, grad, _, **options: scored.expected(
+            x, value, None, grad, **options
+        )[1:],
+        sums=lambda x, value, grad, _, **options: scored.sums(x, value, None, grad, **options)[1:],
+        shapes=_UNIT_SHAPES,
+        options=scored.options,
+    )
+
+
+# by a name for the test; one op may have several ways to be called
+CASES: dict[str, Case] = {
+    "gated_unit-gate": _unit_case("gate"),
+    "gated_unit-gate-value": _unit_case("gate value"),
+    "gated_unit-gate-packed": _unit_case("gate", "x_last"),
+    "gated_unit-probe": _unit_case("probe"),
+    "gated_unit-probe-value": _unit_case("probe value"),
+    "gated_unit-probe-packed": _unit_case("probe", "x_first"),
+    "gated_unit_score": _score_case(""),
+    "gated_unit_score-value": _score_case("value"),
+    "gated_unit_score-packed": _score_case("", "x_last"),
+}
