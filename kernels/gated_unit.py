@@ -17,7 +17,7 @@ from vitprune_fast.kernels._activations import (
     num_warps,
     value_and_slope,
 )
-from vitprune_fast.kernels._launch import cdiv, on_device_of
+from vitprune_fast.kernels._launch import cdiv, launch
 from vitprune_fast.reference.gated_unit import halves
 
 # of one program of the forward: each begins anew, and an image of 224 pixels is one part
@@ -171,29 +171,24 @@ def gated_unit_fwd(
     if packed is not None:
         x_BNF, value_BNF = halves(x_BNF, packed)
     batch, num_tokens, columns = x_BNF.shape
-    out_BNF = x_BNF.new_empty(x_BNF.shape)
-    if out_BNF.numel() == 0:
-        return out_BNF
-    blocks = cdiv(num_tokens, PART_TOKENS) * cdiv(columns, TILE_COLUMNS)
-    with on_device_of(x_BNF):
-        # one dimension for all blocks: only the first may exceed 65,535
-        _gated_unit_fwd_kernel[(batch * blocks,)](
-            x_BNF,
-            value_BNF,
-            gate_F,
-            out_BNF,
-            columns,
-            *x_BNF.stride(),
-            *(x_BNF if value_BNF is None else value_BNF).stride(),
-            NUM_TOKENS=num_tokens,
-            ACTIVATION=activation,
-            PART_TOKENS=PART_TOKENS,
-            BLOCK_N=TILE_TOKENS,
-            BLOCK_F=TILE_COLUMNS,
-            num_warps=num_warps(x_BNF.dtype.itemsize),
-            # named, because its default is not the same in every Triton
-            enable_fp_fusion=True,
-        )
+    out_BNF = x_BNF.new_empty((batch, num_tokens, columns))
+    launch(
+        _gated_unit_fwd_kernel,
+        batch * cdiv(num_tokens, PART_TOKENS) * cdiv(columns, TILE_COLUMNS),
+        x_BNF,
+        value_BNF,
+        gate_F,
+        out_BNF,
+        columns,
+        *x_BNF.stride(),
+        *(x_BNF if value_BNF is None else value_BNF).stride(),
+        NUM_TOKENS=num_tokens,
+        ACTIVATION=activation,
+        PART_TOKENS=PART_TOKENS,
+        BLOCK_N=TILE_TOKENS,
+        BLOCK_F=TILE_COLUMNS,
+        num_warps=num_warps(x_BNF.dtype.itemsize),
+    )
     return out_BNF
 
 
@@ -207,39 +202,38 @@ def gated_unit_bwd(
     per_token: bool,
 ) -> tuple[Tensor, Tensor]:
     """Launch the backward; see ``vitprune_fast.ops.gated_unit``."""
-    shape = x_BNF.shape if value_BNF is None else (2, *x_BNF.shape)
-    gradients = grad_x_BNF = x_BNF.new_empty(shape)
+    batch, num_tokens, columns = x_BNF.shape
+    shape = (batch, num_tokens, columns)
+    gradients = grad_x_BNF = x_BNF.new_empty(shape if value_BNF is None else (2, *shape))
     grad_value_BNF = None
     if packed is not None:
+        columns //= 2
         x_BNF, value_BNF = halves(x_BNF, packed)
         grad_x_BNF, grad_value_BNF = halves(gradients, packed)
     elif value_BNF is not None:
         grad_x_BNF, grad_value_BNF = gradients.unbind()
-    batch, num_tokens, columns = x_BNF.shape
     dtype = torch.float64 if x_BNF.dtype == torch.float64 else torch.float32
     score_BF = x_BNF.new_empty((batch, columns), dtype=dtype)
-    if score_BF.numel() == 0:
-        return gradients, score_BF
-    with on_device_of(x_BNF):
-        _gated_unit_bwd_kernel[(batch * cdiv(columns, TILE_COLUMNS),)](
-            x_BNF,
-            value_BNF,
-            gate_F,
-            grad_BNF,
-            grad_x_BNF,
-            grad_value_BNF,
-            score_BF,
-            columns,
-            *x_BNF.stride(),
-            *(x_BNF if value_BNF is None else value_BNF).stride(),
-            *grad_BNF.stride(),
-            grad_x_BNF.stride(1),
-            NUM_TOKENS=num_tokens,
-            ACTIVATION=activation,
-            PER_TOKEN=per_token,
-            BLOCK_N=TILE_TOKENS,
-            BLOCK_F=TILE_COLUMNS,
-            num_warps=num_warps(x_BNF.dtype.itemsize, 3 if value_BNF is None else 5),
-            enable_fp_fusion=True,
-        )
+    launch(
+        _gated_unit_bwd_kernel,
+        batch * cdiv(columns, TILE_COLUMNS),
+        x_BNF,
+        value_BNF,
+        gate_F,
+        grad_BNF,
+        grad_x_BNF,
+        grad_value_BNF,
+        score_BF,
+        columns,
+        *x_BNF.stride(),
+        *(x_BNF if value_BNF is None else value_BNF).stride(),
+        *grad_BNF.stride(),
+        grad_x_BNF.stride(1),
+        NUM_TOKENS=num_tokens,
+        ACTIVATION=activation,
+        PER_TOKEN=per_token,
+        BLOCK_N=TILE_TOKENS,
+        BLOCK_F=TILE_COLUMNS,
+        num_warps=num_warps(x_BNF.dtype.itemsize, 3 if value_BNF is None else 5),
+    )
     return gradients, score_BF

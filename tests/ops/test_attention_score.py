@@ -14,7 +14,7 @@ from vitprune_fast import ops
 from vitprune_fast._extension import OBSTACLE
 from vitprune_fast.errors import BackendUnavailable, InvalidInput
 from vitprune_fast.kernels import _attention_tiles as sizes
-from vitprune_fast.kernels._attention_tiles import CANDIDATES, forced
+from vitprune_fast.kernels._attention_tiles import CANDIDATES, Tiles, forced
 from vitprune_fast.kernels.attention import Attention
 from vitprune_fast.ops._dispatch import IMPLEMENTED
 from vitprune_fast.reference import attention_score as reference
@@ -202,9 +202,11 @@ def test_attention_score_handles_any_sign_of_the_scale(scale, dtype, backend):
 def test_forced_tiles_are_launched_and_match_reference(launch, name, monkeypatch):
     seen, launched = [], Attention._launch
 
-    def noted(self, kernel, tiles, *given, **flags):
-        seen.append((tiles, flags.get("WHOLE_ROWS", False)))
-        launched(self, kernel, tiles, *given, **flags)
+    def noted(self, kernel, how, *given, **flags):
+        names = ("BLOCK_M", "BLOCK_N", "num_warps", "num_stages")
+        tiles = Tiles(*(how.flags[name] for name in names))
+        seen.append((tiles, how.flags.get("WHOLE_ROWS", False)))
+        launched(self, kernel, how, *given, **flags)
 
     monkeypatch.setattr(Attention, "_launch", noted)
     # a GPU of small tiles takes no candidate
@@ -562,7 +564,7 @@ def test_attention_score_rejects_wrong_arguments():
         ops.attention_score(out, x, out.double(), lse)
     with pytest.raises(InvalidInput, match=r"lse_BHN must have shape \(2, 2, 4\), got \(2, 4, 2\)"):
         ops.attention_score(out, x, out, lse.mT)
-    with pytest.raises(InvalidInput, match=r"lse_BHN must be float32, got torch.float64"):
+    with pytest.raises(InvalidInput, match=r"lse_BHN must have dtype torch.float32, .*64"):
         ops.attention_score(out, x, out, lse.double())
     with pytest.raises(InvalidInput, match=r"needs must hold only qkv, .*, got \['neuron'\]"):
         ops.attention_score(out, x, out, lse, needs=("head", "neuron"))

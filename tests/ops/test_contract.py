@@ -19,6 +19,7 @@ from tests.registration import opcheck
 from vitprune_fast import ops
 from vitprune_fast._extension import OBSTACLE
 from vitprune_fast.errors import BackendUnavailable, InvalidInput
+from vitprune_fast.ops import _dispatch
 from vitprune_fast.ops._dispatch import IMPLEMENTED
 from vitprune_fast.ops._forms import CustomOp, Forms
 
@@ -359,7 +360,7 @@ def test_a_named_backend_never_falls_back(name, monkeypatch):
     assert {choice.backend for choice in ops.backends()} == {"eager"}
     assert same(case.outputs(inputs, "auto"), case.outputs(inputs, "eager"))
     if "triton" in IMPLEMENTED[case.op]:
-        monkeypatch.setenv("TRITON_INTERPRET", "0")
+        monkeypatch.setattr(_dispatch, "_interpreting", lambda: False)
         with pytest.raises(BackendUnavailable, match="CUDA tensors only"):
             case.outputs(inputs, "triton")
 

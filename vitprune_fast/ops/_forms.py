@@ -21,15 +21,16 @@ from vitprune_fast.ops._dispatch import IMPLEMENTED, Backend
 
 Result = TypeVar("Result")
 _library = library.Library("vitprune_fast", "FRAGMENT")
-# others may do as they like with a call
+# tensors of other types may do as they like with a call
 _PLAIN = frozenset({Tensor, Parameter})
+_NO_TENSORS = frozenset({type(None), bool, int, float, str, list})
 
 
 def _is_watched() -> bool:
     """Whether more than autograd and autocast takes part in every call of this thread."""
     # compiling comes first: it is what torch.compile knows the answer of, and reads no further
     return (
-        torch.compiler.is_compiling()
+        torch.compiler.is_dynamo_compiling()
         or torch._C._len_torch_dispatch_stack() > 0
         or torch._C._len_torch_function_stack() > 0
         or torch._C._are_functorch_transforms_active()
@@ -64,7 +65,10 @@ class CustomOp(Generic[Result]):
             return self.registered(*arguments)
         needs_gradient = False
         for each in arguments:
-            if type(each) in _PLAIN:
+            kind = type(each)
+            if kind in _NO_TENSORS:
+                continue
+            if kind in _PLAIN:
                 # the dispatcher negates such a view before a kernel reads it; without data, the
                 # fake form stands in
                 if each.is_neg() or each.is_meta:
@@ -88,7 +92,9 @@ class CustomOp(Generic[Result]):
 
         Args:
             backward: ``(ctx, *gradients)`` to a gradient or None for each argument.
-            setup_context: ``(ctx, inputs, output)``, keeps what the backward reads.
+            setup_context: ``(ctx, inputs, output)``, keeps what the backward reads. Of an op with
+                several outputs it should ``ctx.set_materialize_grads(False)``: torch fills a tensor
+                with zeros for each that has no gradient, also for those that cannot have one.
         """
         self.registered.register_autograd(backward, setup_context=setup_context)
         form = self.form
@@ -112,10 +118,11 @@ def custom_op(name: str) -> Callable[[Callable[..., Result]], CustomOp[Result]]:
     return lambda form: CustomOp(name, form)
 
 
-class Forms:
+class Forms(dict[str, Any]):
     """What computes an op without a derivative of its own, by backend: ``forms["cpu"](x, ...)``.
 
-    All arguments are given by position. C++ implements the op under its own name. C++ and Triton
+    Inside the form of another op, where nobody watches, ``forms.plain["cpu"]`` is the same. All
+    arguments are given by position. C++ implements the op under its own name. C++ and Triton
     cannot both hold the CUDA key of one op, so Triton has a twin, ``<name>_triton``.
 
     Args:
@@ -149,29 +156,25 @@ class Forms:
         }
         op = op or name.removesuffix("_fwd").removesuffix("_bwd")
         IMPLEMENTED[op] = tuple(backend for backend in there if there[backend])
-        self._of: dict[str, Any] = {"eager": eager}
+        super().__init__(eager=eager)
         if cpu or cuda:
             _library.define(f"{name}{schema}", tags=(torch.Tag.pt2_compliant_tag,))
             library.register_fake(f"vitprune_fast::{name}", fake, lib=_library)
             native = getattr(torch.ops.vitprune_fast, name).default
-            self._of.update(cpu=native, cuda=native)
+            self.update(cpu=native, cuda=native)
+        self.plain = dict(self)
         if triton is not None:
-            twin = CustomOp(f"vitprune_fast::{name}_triton", _launcher(triton), schema)
+            self.plain["triton"] = first = self._importing(triton)
+            self["triton"] = twin = CustomOp(f"vitprune_fast::{name}_triton", first, schema)
             twin.register_fake(fake)
-            self._of["triton"] = twin
 
-    def __getitem__(self, backend: str) -> Any:
-        return self._of[backend]
+    def _importing(self, where: str) -> Callable[..., Any]:
+        """A launcher that is imported when it is first called, as Triton is slow to import."""
+        module, _, function = where.partition(":")
 
+        def launch(*arguments: Any) -> Any:
+            found = getattr(import_module(f"vitprune_fast.kernels.{module}"), function)
+            self.plain["triton"] = self["triton"].form = found
+            return found(*arguments)
 
-def _launcher(where: str) -> Callable[..., Any]:
-    """The function of that name, imported when it is first called: Triton is slow to import."""
-    module, _, function = where.partition(":")
-    found: list[Callable[..., Any]] = []
-
-    def launch(*arguments: Any) -> Any:
-        if not found:
-            found.append(getattr(import_module(f"vitprune_fast.kernels.{module}"), function))
-        return found[0](*arguments)
-
-    return launch
+        return launch

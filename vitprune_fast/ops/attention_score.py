@@ -5,8 +5,8 @@ B batch, N tokens, H heads, K head dim; packed ``qkv`` is (B, N, 3, H, K).
 
 from __future__ import annotations
 
-from collections.abc import Collection
-from typing import NamedTuple
+from collections.abc import Callable, Collection
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,7 +14,7 @@ from torch import Tensor
 from vitprune_fast import _checks
 from vitprune_fast.ops._dispatch import Backend, choose
 from vitprune_fast.ops._forms import Forms, custom_op
-from vitprune_fast.ops._probes import check_probe, refuse_second_derivative, score_dtype
+from vitprune_fast.ops._probes import check_wide, refuse_second_derivative, score_dtype
 from vitprune_fast.ops._qkv import (
     check_qkv,
     factor_of_logits,
@@ -169,13 +169,13 @@ _score_forms = Forms(
 def _choose(qkv_BN3HK: Tensor, backend: str) -> str:
     obstacle = triton_obstacle(qkv_BN3HK)
     unable = {} if obstacle is None else {"triton": obstacle}
-    return choose(_OP, qkv_BN3HK.device, backend, unable)
+    return choose(_OP, qkv_BN3HK, backend, unable)
 
 
-def _run(qkv_BN3HK: Tensor, scale: float, chosen: str) -> tuple[Tensor, Tensor]:
+def _run(qkv_BN3HK: Tensor, scale: float, form: Callable[..., Any]) -> tuple[Tensor, Tensor]:
     if qkv_BN3HK.numel() == 0:
         return _fake(qkv_BN3HK, scale)
-    return _forms[chosen](with_adjacent_dims(qkv_BN3HK), scale)
+    return form(with_adjacent_dims(qkv_BN3HK), scale)
 
 
 def _run_score(
@@ -209,7 +209,7 @@ def _scored(
     per_token: bool,
     backend: str,
 ) -> tuple[Tensor, Tensor]:
-    return _run(qkv_BN3HK, scale, backend)
+    return _run(qkv_BN3HK, scale, _forms.plain[backend])
 
 
 @_scored.register_fake
@@ -221,11 +221,14 @@ def _setup_context(ctx, inputs, output):
     qkv_BN3HK, _, _, _, ctx.scale, ctx.per_token, ctx.backend = inputs
     out_BNHK, lse_BHN = output
     ctx.mark_non_differentiable(lse_BHN)
+    ctx.set_materialize_grads(False)
     ctx.save_for_backward(qkv_BN3HK, out_BNHK, lse_BHN)
 
 
-def _backward(ctx, grad_out_BNHK: Tensor, _grad_lse: Tensor | None):
+def _backward(ctx, grad_out_BNHK: Tensor | None, _grad_lse: Tensor | None):
     refuse_second_derivative("scored_attention")
+    if grad_out_BNHK is None:
+        return (None,) * 7
     wanted = tuple(ctx.needs_input_grad[:4])
     qkv_BN3HK, out_BNHK, lse_BHN = ctx.saved_tensors
     gradients = _run_score(
@@ -265,8 +268,8 @@ def attention(
         BackendUnavailable: ``backend`` was named and cannot run here; the message says why.
     """
     check_qkv("attention", qkv_BN3HK)
-    chosen = _choose(qkv_BN3HK, backend)
-    return _run(qkv_BN3HK.detach(), factor_of_logits(scale, qkv_BN3HK), chosen)
+    form = _forms[_choose(qkv_BN3HK, backend)]
+    return _run(qkv_BN3HK.detach(), factor_of_logits(scale, qkv_BN3HK), form)
 
 
 def attention_score(
@@ -317,12 +320,9 @@ def attention_score(
     batch, num_tokens, _, num_heads, _ = qkv_BN3HK.shape
     like_out = qkv_BN3HK[:, :, 0]
     for name, value in (("grad_out_BNHK", grad_out_BNHK), ("out_BNHK", out_BNHK)):
-        _checks.require_tensor(_OP, name, value)
         _checks.require_like(_OP, name, value, "q in qkv_BN3HK", like_out)
-    _checks.require_tensor(_OP, "lse_BHN", lse_BHN)
-    _checks.require_shape(_OP, "lse_BHN", lse_BHN, (batch, num_heads, num_tokens))
-    _checks.require_dtype(_OP, "lse_BHN", lse_BHN, (score_dtype(qkv_BN3HK),))
-    _checks.require_near(_OP, "lse_BHN", lse_BHN, "qkv_BN3HK", qkv_BN3HK)
+    shape = (batch, num_heads, num_tokens)
+    check_wide(_OP, "lse_BHN", lse_BHN, shape, "", "qkv_BN3HK", qkv_BN3HK)
     unknown = sorted(set(needs) - set(NEEDS))
     _checks.require(not unknown, _OP, "needs", f"hold only {', '.join(NEEDS)}", unknown)
     qkv, head, qk_dim, v_dim = (name in needs for name in NEEDS)
@@ -386,7 +386,8 @@ def scored_attention(
     )
     for name, probe, shape in probes:
         if probe is not None:
-            check_probe(op, name, probe, shape, "qkv_BN3HK", qkv_BN3HK)
+            why = ", one number per sample and unit of qkv_BN3HK"
+            check_wide(op, name, probe, shape, why, "qkv_BN3HK", qkv_BN3HK)
     factor = factor_of_logits(scale, qkv_BN3HK)
     # settled here for the backward too
     chosen = _choose(qkv_BN3HK, backend)

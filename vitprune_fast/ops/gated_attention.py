@@ -15,7 +15,7 @@ from torch import Tensor
 from vitprune_fast import _checks
 from vitprune_fast.ops._dispatch import Backend, choose
 from vitprune_fast.ops._forms import Forms, custom_op
-from vitprune_fast.ops._probes import refuse_second_derivative, score_dtype
+from vitprune_fast.ops._probes import check_wide, refuse_second_derivative, score_dtype
 from vitprune_fast.ops._qkv import (
     check_qkv,
     factor_of_logits,
@@ -93,7 +93,8 @@ def _gated_attention(
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     qkv_BN3HK = with_adjacent_dims(qkv_BN3HK)
-    return _forward_forms[backend](qkv_BN3HK, gate_H, mask_BN, live, scale, compact, raw)
+    form = _forward_forms.plain[backend]
+    return form(qkv_BN3HK, gate_H, mask_BN, live, scale, compact, raw)
 
 
 @_gated_attention.register_fake
@@ -108,13 +109,16 @@ def _setup_context(ctx, inputs, output):
         # to divide the output by the gate would fail where a gate is 0
         raise RuntimeError(f"{_OP}: raw must be True where the gate needs a gradient, got False")
     ctx.mark_non_differentiable(raw_BNLK, lse_BLN)
+    ctx.set_materialize_grads(False)
     # behind the gate the output is kept anyway, by whoever reads it
     kept = raw_BNLK if ctx.raw else out_BNHK
     ctx.save_for_backward(qkv_BN3HK, gate_H, mask_BN, kept, lse_BLN)
 
 
-def _backward(ctx, grad_out_BNHK: Tensor, _grad_raw, _grad_lse):
+def _backward(ctx, grad_out_BNHK: Tensor | None, _grad_raw, _grad_lse):
     refuse_second_derivative(_OP)
+    if grad_out_BNHK is None:
+        return (None,) * 8
     qkv_BN3HK, gate_H, mask_BN, kept, lse_BLN = ctx.saved_tensors
     needs_qkv, needs_gate = ctx.needs_input_grad[:2]
     dqkv_BN3HK, dgate_H = _backward_forms[ctx.backend](
@@ -178,9 +182,7 @@ def _eager(
 
 def _choose(qkv_BN3HK: Tensor, gate_H: Tensor | None, backend: str) -> str:
     obstacle = triton_obstacle(qkv_BN3HK)
-    chosen = choose(
-        _OP, qkv_BN3HK.device, backend, {} if obstacle is None else {"triton": obstacle}
-    )
+    chosen = choose(_OP, qkv_BN3HK, backend, {} if obstacle is None else {"triton": obstacle})
     named = backend != "auto" or bool(os.environ.get("VITPRUNE_BACKEND"))
     is_long = chosen == "triton" and qkv_BN3HK.shape[1] > _SDPA_TOKENS
     return "eager" if is_long and not named and not _needs_gradient(gate_H) else chosen
@@ -202,14 +204,6 @@ def _checked_heads(live_heads: Sequence[int] | Tensor | None, num_heads: int) ->
     in_range = all(isinstance(h, int) and 0 <= h < num_heads for h in live)
     _checks.require(in_range and live == sorted({*live}), _OP, "live_heads", rule, live)
     return live
-
-
-def _check_gate(gate_H: Tensor, qkv_BN3HK: Tensor) -> None:
-    _checks.require_tensor(_OP, "gate_H", gate_H)
-    shape = (qkv_BN3HK.shape[3],)
-    _checks.require_shape(_OP, "gate_H", gate_H, shape, ", one gate per head")
-    _checks.require_dtype(_OP, "gate_H", gate_H, (score_dtype(qkv_BN3HK),))
-    _checks.require_near(_OP, "gate_H", gate_H, "qkv_BN3HK", qkv_BN3HK)
 
 
 def _check_mask(mask_BN: Tensor, qkv_BN3HK: Tensor) -> None:
@@ -281,7 +275,8 @@ def gated_attention(
     """
     check_qkv(_OP, qkv_BN3HK)
     if gate_H is not None:
-        _check_gate(gate_H, qkv_BN3HK)
+        shape, why = (qkv_BN3HK.shape[3],), ", one gate per head"
+        check_wide(_OP, "gate_H", gate_H, shape, why, "qkv_BN3HK", qkv_BN3HK)
     if key_mask_BN is not None:
         _check_mask(key_mask_BN, qkv_BN3HK)
     live = _checked_heads(live_heads, qkv_BN3HK.shape[3])

@@ -15,7 +15,7 @@ from vitprune_fast.ops._dispatch import Backend, choose
 from vitprune_fast.ops._forms import Forms, custom_op
 from vitprune_fast.ops._probes import (
     DTYPES,
-    check_probe,
+    check_wide,
     refuse_second_derivative,
     score_dtype,
 )
@@ -127,7 +127,7 @@ def _gated_unit(
     backend: str,
 ) -> Tensor:
     if gate_F is not None:
-        return _forward_forms[backend](x_BNF, value_BNF, gate_F, activation, packed)
+        return _forward_forms.plain[backend](x_BNF, value_BNF, gate_F, activation, packed)
     # torch's own is at the speed of memory; the backward is what has no equal there
     if packed is not None:
         x_BNF, value_BNF = halves(x_BNF, packed)
@@ -152,8 +152,9 @@ def _(
 
 
 def _setup_context(ctx, inputs, output) -> None:
-    x_BNF, value_BNF, gate_F, _, *ctx.options, ctx.backend = inputs
-    ctx.save_for_backward(x_BNF, value_BNF, gate_F)
+    ctx.options = inputs[4:7]
+    ctx.backend = inputs[7]
+    ctx.save_for_backward(*inputs[:3])
 
 
 def _backward(ctx, grad_BNF: Tensor):
@@ -175,14 +176,11 @@ def _checked_columns(
     op: str, x_BNF: Tensor, value_BNF: Tensor | None, activation: str, packed: str | None
 ) -> int:
     """The number of hidden units, where the inputs of a forward are as they must be."""
-    _checks.require_tensor(op, "x_BNF", x_BNF)
-    _checks.require_dims(op, "x_BNF", x_BNF, 3)
-    _checks.require_dtype(op, "x_BNF", x_BNF, DTYPES)
+    _checks.require_input(op, "x_BNF", x_BNF, 3, DTYPES)
     if activation not in ACTIVATIONS:
         rule = f"be one of {', '.join(ACTIVATIONS)}"
         _checks.require(False, op, "activation", rule, repr(activation))
     if value_BNF is not None:
-        _checks.require_tensor(op, "value_BNF", value_BNF)
         _checks.require_like(op, "value_BNF", value_BNF, "x_BNF", x_BNF)
     columns = x_BNF.shape[2]
     if packed is None:
@@ -258,27 +256,17 @@ def gated_unit(
     """
     columns = _checked_columns(_OP, x_BNF, value_BNF, activation, packed)
     if gate_F is not None:
-        _check_gate(gate_F, columns, x_BNF)
+        why = ", one number per column of the result"
+        check_wide(_OP, "gate_F", gate_F, (columns,), why, "x_BNF", x_BNF)
         gate_F = gate_F.contiguous()
         _checks.require(probe_BF is None, _OP, "probe_BF", "be None beside gate_F", "a tensor")
         _checks.require(not per_token, _OP, "per_token", "be False beside gate_F", per_token)
     elif probe_BF is not None:
-        check_probe(_OP, "probe_BF", probe_BF, (x_BNF.shape[0], columns), "x_BNF", x_BNF)
+        why = ", one number per sample and column of the result"
+        check_wide(_OP, "probe_BF", probe_BF, (x_BNF.shape[0], columns), why, "x_BNF", x_BNF)
     # settled here, so that a backend that cannot run is refused before the backward
-    chosen = choose(_OP, x_BNF.device, backend)
+    chosen = choose(_OP, x_BNF, backend)
     return _gated_unit(x_BNF, value_BNF, gate_F, probe_BF, activation, packed, per_token, chosen)
-
-
-def _check_gate(gate_F: Tensor, columns: int, x_BNF: Tensor) -> None:
-    """Raise unless there is a number per column, in the dtype that all is computed in."""
-    _checks.require_tensor(_OP, "gate_F", gate_F)
-    why = ", one number per column of the result"
-    _checks.require_shape(_OP, "gate_F", gate_F, (columns,), why)
-    wanted = score_dtype(x_BNF)
-    if gate_F.dtype != wanted:
-        rule = f"have dtype {wanted}, in which x_BNF is computed"
-        _checks.require(False, _OP, "gate_F", rule, gate_F.dtype)
-    _checks.require_near(_OP, "gate_F", gate_F, "x_BNF", x_BNF)
 
 
 def gated_unit_score(
@@ -332,7 +320,7 @@ def gated_unit_score(
     _checks.require_shape(op, "grad_BNF", grad_BNF, shape, " like the result")
     _checks.require_dtype(op, "grad_BNF", grad_BNF, (x_BNF.dtype,))
     _checks.require_near(op, "grad_BNF", grad_BNF, "x_BNF", x_BNF)
-    gradients, score_BF = _backward_forms[choose(_OP, x_BNF.device, backend)](
+    gradients, score_BF = _backward_forms[choose(_OP, x_BNF, backend)](
         x_BNF.detach(),
         None if value_BNF is None else value_BNF.detach(),
         None,

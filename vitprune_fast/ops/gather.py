@@ -82,7 +82,7 @@ def gather(
         if index is not None:
             _checks.require_index("gather", name, index, device)
     source_RC = source_RC.detach()
-    if choose("gather", device, backend) == "cpu":
+    if choose("gather", source_RC, backend) == "cpu":
         try:
             return _forms["cpu"](source_RC, rows, columns)
         except RuntimeError:
@@ -265,7 +265,7 @@ def gather_all(
             _checks.require(False, "gather_all", "dtypes", rule, got)
     if not sources:
         return results
-    chosen = choose("gather_all", matrices[0].device, backend, _unable())
+    chosen = choose("gather_all", matrices[0], backend, _unable())
     if chosen in ("cpu", "cuda"):
         words = table.words_on(matrices[0].device)
         _all_forms[chosen](matrices, results, list(entries), table.words, words)

@@ -57,14 +57,15 @@ def _save(ctx, inputs, output) -> None:
     student_BC, *_, ctx.with_gradient = inputs
     ctx.dtype = student_BC.dtype
     ctx.mark_non_differentiable(*output[1:])
+    ctx.set_materialize_grads(False)
     ctx.save_for_backward(output[3])
 
 
-def _backward(ctx, grad_loss: Tensor, *_grads: Tensor | None):
+def _backward(ctx, grad_loss: Tensor | None, *_grads: Tensor | None):
     refuse_second_derivative(_OP)
     (grad_BC,) = ctx.saved_tensors
     none = [None] * 8
-    if not ctx.with_gradient:
+    if grad_loss is None or not ctx.with_gradient:
         return None, *none
     # rounded as it is written, in one launch
     out = torch.empty_like(grad_BC, dtype=ctx.dtype)
@@ -150,7 +151,7 @@ def kd_cross_entropy(
         float(label_smoothing),
     )
     teacher_BC, labels = teacher_BC.detach(), labels.detach()
-    if choose(_OP, student_BC.device, backend, unable) == "eager":
+    if choose(_OP, student_BC, backend, unable) == "eager":
         # torch's own backward costs no more there
         loss, ce, kd = _eager(student_BC, teacher_BC, labels, *weights)
         return KdCrossEntropy(loss, ce.detach(), kd.detach())

@@ -45,7 +45,7 @@ def _manifold_loss(
     operand: torch.dtype | None,
     backend: str,
 ) -> tuple[Tensor, Tensor]:
-    return _forms[backend](student_SRD, teacher_SRE, with_gradient, operand)
+    return _forms.plain[backend](student_SRD, teacher_SRE, with_gradient, operand)
 
 
 @_manifold_loss.register_fake
@@ -60,13 +60,14 @@ def _save(ctx, inputs, output) -> None:
     ctx.with_gradient, ctx.dtype = with_gradient, student_SRD.dtype
     ctx.scale = 4 / (sets * rows**2)
     ctx.mark_non_differentiable(grad_SRD)
+    ctx.set_materialize_grads(False)
     ctx.save_for_backward(grad_SRD)
 
 
-def _backward(ctx, grad_loss: Tensor, _grad: Tensor | None):
+def _backward(ctx, grad_loss: Tensor | None, _grad: Tensor | None):
     refuse_second_derivative(_OP)
     (grad_SRD,) = ctx.saved_tensors
-    if not ctx.with_gradient:
+    if grad_loss is None or not ctx.with_gradient:
         return None, None, None, None, None
     # only now, with the loss scale in it. The factor has a dimension, so that the product is in
     # its dtype, and is rounded as it is written
@@ -123,9 +124,7 @@ def manifold_loss(
         BackendUnavailable: ``backend`` was named and cannot run here; the message says why.
     """
     for name, x in (("student_SRD", student_SRD), ("teacher_SRE", teacher_SRE)):
-        _checks.require_tensor(_OP, name, x)
-        _checks.require_dims(_OP, name, x, 3)
-        _checks.require_dtype(_OP, name, x, DTYPES)
+        _checks.require_input(_OP, name, x, 3, DTYPES)
         _checks.require(x.numel() > 0, _OP, name, "not be empty", tuple(x.shape))
     sets, rows, _ = student_SRD.shape
     rule = f"have {sets} sets of {rows} rows like student_SRD"
@@ -138,7 +137,7 @@ def manifold_loss(
     unable = {}
     if torch.float64 in (student_SRD.dtype, teacher_SRE.dtype):
         unable["triton"] = "its products are those of tensor cores, which end at float32"
-    chosen = choose(_OP, student_SRD.device, backend, unable)
+    chosen = choose(_OP, student_SRD, backend, unable)
     with_gradient = torch.is_grad_enabled() and student_SRD.requires_grad
     return _manifold_loss(student_SRD, teacher_SRE.detach(), with_gradient, operand_dtype, chosen)[
         0

@@ -14,7 +14,7 @@ from vitprune_fast.ops._dispatch import Backend, choose
 from vitprune_fast.ops._forms import Forms, custom_op
 from vitprune_fast.ops._probes import (
     DTYPES,
-    check_probe,
+    check_wide,
     refuse_second_derivative,
     score_dtype,
 )
@@ -40,9 +40,7 @@ _forms = Forms("norm_score", _fake, _eager, triton="norm_score:norm_score_bwd", 
 def _check(
     op: str, x_BNC: Tensor, weight_C: Tensor | None, bias_C: Tensor | None, eps: float
 ) -> None:
-    _checks.require_tensor(op, "x_BNC", x_BNC)
-    _checks.require_dims(op, "x_BNC", x_BNC, 3)
-    _checks.require_dtype(op, "x_BNC", x_BNC, DTYPES)
+    _checks.require_input(op, "x_BNC", x_BNC, 3, DTYPES)
     _checks.require(eps >= 0, op, "eps", "be at least 0", eps)
     shape, why = (x_BNC.shape[2],), ", one number per channel of x_BNC"
     for name, value in (("weight_C", weight_C), ("bias_C", bias_C)):
@@ -111,12 +109,11 @@ def norm_score(
     """
     op = "norm_score"
     _check(op, x_BNC, weight_C, bias_C, eps)
-    _checks.require_tensor(op, "grad_y_BNC", grad_y_BNC)
     _checks.require_like(op, "grad_y_BNC", grad_y_BNC, "x_BNC", x_BNC)
     x_BNC, grad_y_BNC = x_BNC.detach(), grad_y_BNC.detach()
     weight_C = None if weight_C is None else weight_C.detach()
     bias_C = None if bias_C is None else bias_C.detach()
-    form = _forms[choose(op, x_BNC.device, backend)]
+    form = _forms[choose(op, x_BNC, backend)]
     return form(x_BNC, grad_y_BNC, weight_C, bias_C, eps, rms, output)
 
 
@@ -207,11 +204,12 @@ def scored_norm(
     op = "scored_norm"
     _check(op, x_BNC, weight_C, bias_C, eps)
     batch, _, channels = x_BNC.shape
-    check_probe(op, "probe_BC", probe_BC, (batch, channels), "x_BNC", x_BNC)
+    why = ", one number per sample and channel of x_BNC"
+    check_wide(op, "probe_BC", probe_BC, (batch, channels), why, "x_BNC", x_BNC)
     if torch.is_grad_enabled():
         for name, value in (("weight_C", weight_C), ("bias_C", bias_C)):
             trained = value is not None and value.requires_grad
             rule = "be frozen by requires_grad_(False)"
             _checks.require(not trained, op, name, rule, "one that wants a gradient")
-    chosen = choose("norm_score", x_BNC.device, backend)
+    chosen = choose("norm_score", x_BNC, backend)
     return _scored(x_BNC, probe_BC, weight_C, bias_C, eps, rms, output, chosen)

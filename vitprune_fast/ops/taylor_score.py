@@ -62,14 +62,11 @@ def taylor_score(
         BackendUnavailable: ``backend`` was named and cannot run here; the message says why.
     """
     op = "taylor_score"
-    _checks.require_tensor(op, "activation_BNF", activation_BNF)
-    _checks.require_tensor(op, "gradient_BNF", gradient_BNF)
-    _checks.require_dims(op, "activation_BNF", activation_BNF, 3)
-    _checks.require_dtype(op, "activation_BNF", activation_BNF, DTYPES)
+    _checks.require_input(op, "activation_BNF", activation_BNF, 3, DTYPES)
     _checks.require_like(op, "gradient_BNF", gradient_BNF, "activation_BNF", activation_BNF)
     columns = activation_BNF.shape[2]
     if group_size < 1 or columns % group_size:
         rule = f"be at least 1 and divide the {columns} columns of activation_BNF"
         _checks.require(False, op, "group_size", rule, group_size)
-    form = _forms[choose(op, activation_BNF.device, backend)]
+    form = _forms[choose(op, activation_BNF, backend)]
     return form(activation_BNF.detach(), gradient_BNF.detach(), group_size, per_token)
