@@ -89,7 +89,8 @@ def assert_matches(case: Case, inputs: Inputs, backend: str, **options: Any) -> 
 )
 def test_matches_reference(name, backend, shape, dtype):
     case = CASES[name]
-    assert_matches(case, case.given(case.shapes[shape], DTYPES[dtype], backend), backend)
+    inputs = case.given(case.shapes[shape], DTYPES[dtype], backend)
+    assert_matches(case, inputs, backend, **case.shape_options.get(shape, {}))
 
 
 @pytest.mark.parametrize(
@@ -98,7 +99,7 @@ def test_matches_reference(name, backend, shape, dtype):
         pytest.param(name, backend, options, dtype, id=f"{name}-{backend}-{k}-{dtype}")
         for name, case in CASES.items()
         for backend in case.backends()
-        for k, options in enumerate(case.options)
+        for k, options in enumerate(case.options if case.shapes else ())
         for dtype in ("fp32", "fp16", "bf16")
         if takes(case, backend, dtype)
     ],
