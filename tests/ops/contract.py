@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, cast
 
 import numpy as np
@@ -575,11 +575,117 @@ SCORED_NORM = Case(
 )
 
 
+# attention: B batch, N tokens, H heads, K head dim; its own tests compare it with the reference
+
+
+def _attention_inputs(batch: int, tokens: int, heads: int, dims: int) -> Inputs:
+    """Packed qkv and the gradient of the output."""
+    qkv = torch.randn(batch, tokens, 3, heads, dims, dtype=FP64)
+    return qkv, torch.randn(batch, tokens, heads, dims, dtype=FP64)
+
+
+def _attention_and_score(qkv, grad, backend, **options):
+    out, lse = ops.attention(qkv, backend=backend)
+    return out, *ops.attention_score(grad, qkv, out, lse, backend=backend, **options)
+
+
+def _refused_by_attention() -> Sequence[Refusal]:
+    x, anything, scored = torch.ones(2, 4, 3, 2, 8), cast(Any, [1.0]), ops.scored_attention
+    out, lse = ops.attention(x)
+
+    def score(grad=out, out=out, lse=lse, **options):
+        return lambda: ops.attention_score(grad, x, out, lse, **options)
+
+    return [
+        (lambda: ops.attention(anything), TypeError, "attention: qkv_BN3HK must be a tensor, got"),
+        (lambda: ops.attention(x[0]), InvalidInput, r"5 dimensions, got \(4, 3, 2, 8\)"),
+        (lambda: scored(x.long()), InvalidInput, r"must be float32 or .*, got torch\.int64"),
+        (lambda: ops.attention(x[:, :, :2]), InvalidInput, "must have 3 parts .* at least 1, got"),
+        (lambda: ops.attention(x[..., :0]), InvalidInput, "must have 3 parts .* at least 1, got"),
+        (
+            score(grad=out[:, :3]),
+            InvalidInput,
+            r"grad_out_BNHK must have shape \(2, 4, 2, 8\)",
+        ),
+        (score(out=out.double()), InvalidInput, "out_BNHK must have dtype torch.float32 like q"),
+        (score(lse=lse.mT), InvalidInput, r"lse_BHN must have shape \(2, 2, 4\), got \(2, 4, 2\)"),
+        (score(lse=lse.double()), InvalidInput, "lse_BHN must have dtype torch.float32, .*64"),
+        (score(needs=("neuron",)), InvalidInput, r"needs must hold only qkv, .* \['neuron'\]"),
+        (
+            lambda: scored(x, torch.ones(2, 8)),
+            InvalidInput,
+            r"head_BH must have shape \(2, 2\), .*",
+        ),
+        (
+            lambda: scored(x, v_dim_BHK=torch.ones(2, 2, 8, dtype=FP64)),
+            InvalidInput,
+            r"v_dim_BHK must have dtype torch\.float32, .*, got torch\.float64",
+        ),
+        (lambda: scored(x, qk_dim_BHK=anything), TypeError, "qk_dim_BHK must be a tensor, got"),
+    ]
+
+
+def _unsafe_for_attention() -> Sequence[tuple[str, tuple[Any, ...]]]:
+    qkv, out, lse = torch.ones(2, 4, 3, 2, 8), torch.ones(2, 4, 2, 8), torch.ones(2, 2, 4)
+    forward = (qkv[0], qkv[:, :, :2], qkv[..., :0], qkv.long())
+    backward = [
+        (out, qkv[0], out, lse),
+        (out[:1], qkv, out, lse),
+        (out[..., :7], qkv, out, lse),
+        (out.double(), qkv, out, lse),
+        (out, qkv, out[:, :3], lse),
+        (out, qkv, out[0], lse),
+        (out, qkv, out, lse[:, :1]),
+        (out, qkv, out, lse.mT),
+        (out, qkv, out, lse.double()),
+    ]
+    rest = (1.0, False, True, True, True, True)
+    return [
+        *(("attention", (x, 1.0)) for x in forward),
+        *(("attention_score", (*each, *rest)) for each in backward),
+    ]
+
+
+ATTENTION = Case(
+    op="attention_score",
+    call=_attention_and_score,
+    inputs=_attention_inputs,
+    options=({}, {"per_token": True}),
+    small=(3, 37, 2, 24),
+    medium=(2, 67, 2, 37),
+    threaded=(3, 61, 5, 20),
+    nothing=((0, 5, 2, 8), (2, 0, 2, 8), (2, 5, 0, 8)),
+    close={"rtol": 2e-3, "atol": 2e-3},
+    refused=_refused_by_attention,
+    unsafe=_unsafe_for_attention,
+)
+
+
+def _scored_attention_inputs(batch: int, tokens: int, heads: int, dims: int) -> Inputs:
+    """Packed qkv, and probes of every kind."""
+    qkv, _ = _attention_inputs(batch, tokens, heads, dims)
+    per_dim = torch.full((batch, heads, dims), torch.nan, dtype=FP64)
+    return qkv, per_dim[..., 0].clone(), per_dim, per_dim.clone()
+
+
+SCORED_ATTENTION = replace(
+    ATTENTION,
+    call=ops.scored_attention,
+    inputs=_scored_attention_inputs,
+    leaves=(0, 1, 2, 3),
+    wide=(1, 2, 3),
+    refused=lambda: (),
+    unsafe=lambda: (),
+)
+
+
 # by a name for the test; one op may have several ways to be called
 CASES: dict[str, Case] = {
     "taylor_score": TAYLOR,
     "norm_score": NORM,
     "scored_norm": SCORED_NORM,
+    "attention_score": ATTENTION,
+    "scored_attention": SCORED_ATTENTION,
     "gated_unit-gate": _unit_case("gate"),
     "gated_unit-gate-value": _unit_case("gate value"),
     "gated_unit-gate-packed": _unit_case("gate", "x_last"),
