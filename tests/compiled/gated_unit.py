@@ -15,14 +15,20 @@ GATE = "a gate takes a product and a choice beside the activation"
 # by whether there is a value, registers
 FORWARD = {False: 48, True: 56}
 # by whether there is a value and whether there is a gate
-BACKWARD = {(False, False): 66, (False, True): 86, (True, False): 72, (True, True): 72}
+BACKWARD: dict[tuple[bool, bool], int | dict[int, int]] = {
+    (False, False): 66,
+    # as many programs at once as with 86
+    (False, True): {80: 86, 90: 86, 100: 89},
+    (True, False): 72,
+    (True, True): 72,
+}
 
 
 def case(
     direction: str,
     element: str,
     activation: str,
-    registers: int,
+    registers: int | dict[int, int],
     *,
     value: bool = False,
     gate: bool = True,
