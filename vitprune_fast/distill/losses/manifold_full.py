@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from vitprune_fast.distill.losses._base import Comparison, OfBlocks
-from vitprune_fast.ops._custom_op import custom_op
+from vitprune_fast.ops._forms import custom_op
 from vitprune_fast.ops._probes import refuse_second_derivative, score_dtype
 from vitprune_fast.reference.manifold_loss import inverse_norms
 

@@ -12,15 +12,13 @@ import torch
 from torch import Tensor
 from torch._subclasses import FakeTensorMode
 from torch.overrides import TorchFunctionMode
-from torch.utils.checkpoint import checkpoint
 
 from bench import host_time
-from bench.calls import CALLS, SMALL, Call, Size
+from bench.calls import CALLS, SMALL, Size
 from bench.op_names import OpNames
 from vitprune_fast import ops
-from vitprune_fast._extension import OBSTACLE
-from vitprune_fast.ops._custom_op import custom_op
 from vitprune_fast.ops._dispatch import IMPLEMENTED
+from vitprune_fast.ops._forms import custom_op
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 # what the form and the backward of `twice` were given
@@ -167,98 +165,20 @@ def test_compiled_graphs_hold_the_op():
     assert "vitprune_fast.test_twice.default" in held
 
 
-def scored(size: Size) -> dict[str, tuple[str, Call]]:
-    """The differentiable ops that bench.calls has only the kernels of, by what they are choices of.
-
-    A call of one is also its checks: a checkpoint, ``no_grad`` and ``inference_mode`` change
-    nothing, and a second derivative is refused.
-    """
-    width, hidden = size.shape.width, size.shape.hidden
-    (x, grad), (both, _), (wide, grad_wide) = (size.tokens(n) for n in (width, 2 * hidden, hidden))
-    value = size.tokens(hidden)[1]
-    heads, head_dim = size.shape.heads, size.shape.head_dim
-    qkv = size.random(size.batch, size.shape.tokens, 3, heads, head_dim)
-    grad_out = size.random(size.batch, size.shape.tokens, heads, head_dim, seed=2)
-    weight, bias = size.random(width, seed=3), size.random(width, seed=4)
-    shapes = {"hidden": (size.batch, hidden), "width": (size.batch, width)}
-    shapes["heads"] = (size.batch, heads)
-
-    def call(op, inputs: tuple[Tensor, ...], probe: str, grad: Tensor, *rest, **more) -> Call:
-        def run(backend):
-            leaves = *inputs, torch.zeros(shapes[probe], device=size.device)
-            leaves = tuple(leaf.detach().requires_grad_() for leaf in leaves)
-
-            def forward(*leaves: Tensor) -> Tensor:
-                return op(*leaves, *rest, backend=backend, **more)
-
-            out = forward(*leaves)
-            found = out.detach(), *torch.autograd.grad(out, leaves, grad)
-            kept = checkpoint(forward, *leaves, use_reentrant=False)
-            for one, other in zip(torch.autograd.grad(kept, leaves, grad), found[1:], strict=True):
-                assert torch.equal(one, other)
-            with torch.no_grad():
-                unrecorded = forward(*leaves)
-                assert torch.equal(unrecorded, found[0]) and not unrecorded.requires_grad
-            with torch.inference_mode():
-                assert forward(*leaves).is_inference()
-            with pytest.raises(RuntimeError, match="create_graph must be False"):
-                torch.autograd.grad(forward(*leaves), leaves, grad, create_graph=True)
-            return found
-
-        return run
-
-    packed = call(ops.scored_glu_packed, (both,), "hidden", grad_wide, gate_last=False)
-    norm = call(ops.scored_norm, (x,), "width", grad, weight, bias, 1e-6)
-    activation = call(ops.scored_activation, (wide,), "hidden", grad_wide)
-    glu = call(ops.scored_glu, (wide, value), "hidden", grad_wide)
-    return {
-        "scored_activation": ("activation_score", activation),
-        "scored_glu": ("glu_score", glu),
-        "scored_glu_packed": ("glu_score", packed),
-        "scored_norm": ("norm_score", norm),
-        "scored_attention": (
-            "attention_score",
-            call(ops.scored_attention, (qkv,), "heads", grad_out),
-        ),
-    }
+# what is C++ has no other way; only the gather is C++ and CUDA alone
+TRITON = [op for op in CALLS if "triton" in IMPLEMENTED[op]]
 
 
-SIZE = Size(SMALL[1], 2, torch.float32, DEVICE)
-SCORED = scored(SIZE)
-# only the gather is C++ and CUDA alone
-BOTH = {op: (op, make(SIZE)) for op, make in CALLS.items() if op != "gather_all"} | SCORED
-ROWS = [
-    pytest.param(op, backend, id=f"{op}-{backend}")
-    for op, (kind, _) in BOTH.items()
-    for backend in IMPLEMENTED[kind]
-    if not (backend == "cpu" and (OBSTACLE or DEVICE == "cuda"))
-]
-
-
-@pytest.mark.parametrize(("op", "backend"), ROWS)
-def test_both_ways_give_the_same_bits_and_gradients(op, backend):
-    call = BOTH[op][1]
+@pytest.mark.parametrize("op", TRITON)
+def test_plain_calls_do_not_dispatch_and_both_ways_give_the_same_bits(op):
+    call = CALLS[op](Size(SMALL[1], 2, torch.float32, DEVICE))
     with OpNames() as watch:
-        watched = call(backend)
-    if backend == "triton" or op in SCORED:
-        assert any(name.startswith("vitprune_fast::") for name in watch.names)
+        watched = call("triton")
+    assert any(name.startswith("vitprune_fast::") for name in watch.names)
     plain: list[tuple[Tensor, ...]] = []
-    names = dispatched(lambda: plain.append(call(backend)))
-    # what is C++ has no other way
-    assert backend == "cpu" or not names
+    assert not dispatched(lambda: plain.append(call("triton")))
     for one, other in zip(*plain, watched, strict=True):
         assert torch.equal(one, other) and one.stride() == other.stride()
-
-
-@pytest.mark.parametrize("op", SCORED)
-def test_autocast_is_the_same_in_both_ways(op):
-    call = SCORED[op][1]
-    with torch.autocast(DEVICE, torch.bfloat16):
-        plain = call("eager")
-        with OpNames():
-            watched = call("eager")
-    for one, other in zip(plain, watched, strict=True):
-        assert one.dtype == other.dtype and torch.equal(one, other)
 
 
 def test_host_time_is_measured_in_both_ways_and_launches_nothing(capsys):
@@ -271,9 +191,7 @@ def test_host_time_is_measured_in_both_ways_and_launches_nothing(capsys):
         for op, (ours, _) in host_time.calls().items():
             assert not dispatched(ours)
             with host_time.registered():
-                # the twin of gated_attention has the derivative
-                twin = "_triton" if op == "gated_attention" else ""
-                assert f"vitprune_fast::{op}{twin}" in dispatched(ours)
+                assert f"vitprune_fast::{op}" in dispatched(ours)
     assert out.isnan().all()
     assert not ops.attention(torch.zeros(1, 2, 3, 1, 16), backend="triton")[0].isnan().any()
 
@@ -285,7 +203,7 @@ with host_time.without_launches():
     pass
 from vitprune_fast import ops
 x, unit = torch.randn(2, 3, 8), torch.ones(2, 8, requires_grad=True)
-ops.scored_activation(x, unit, backend="triton").sum().backward()
+ops.gated_unit(x, probe_BF=unit, backend="triton").sum().backward()
 assert unit.grad.isfinite().all()
 """
 
