@@ -15,7 +15,7 @@ from bench.peak_memory import peak_of, peak_of_manifold
 from bench.place import CPU, Place
 from bench.shapes import VIT_BASE
 from bench.timing import keep_freed_memory
-from vitprune_fast.distill.losses import manifold_full
+from vitprune_fast.distill.losses.manifold_full import manifold_full
 from vitprune_fast.ops import manifold_loss
 
 # DeiT-Ti of ViT-S or CaiT-S24 at 224 pixels

@@ -58,12 +58,6 @@ SMALL = (Shape(37, 72, 150, 3, 24), Shape(33, 64, 128, 2, 32))
 Call = Callable[[Backend], "tuple[Tensor, ...]"]
 
 
-def activation_score(size: Size) -> Call:
-    """The activation of an MLP."""
-    x, grad = size.tokens(size.shape.hidden)
-    return lambda backend: ops.activation_score(x, grad, backend=backend)
-
-
 def attention_score(size: Size) -> Call:
     """Forward and backward of attention, with all of its scores."""
     heads, head_dim = size.shape.heads, size.shape.head_dim
@@ -78,29 +72,21 @@ def attention_score(size: Size) -> Call:
     return call
 
 
-def gated_activation(size: Size) -> Call:
-    """The activation of an MLP with a gate on each neuron, forward and backward."""
-    x, grad = size.tokens(size.shape.hidden)
-    gate = size.gates(size.shape.hidden)
+def gated_unit(size: Size) -> Call:
+    """The hidden units of an MLP, plain and as packed halves, with gates and with scores."""
+    columns, gate = size.shape.hidden, size.gates(size.shape.hidden)
+    (x, grad), (both, _) = size.tokens(columns), size.tokens(2 * columns)
 
     def call(backend: Backend) -> tuple[Tensor, ...]:
-        leaves = x.detach().requires_grad_(), gate.detach().requires_grad_()
-        out = ops.gated_activation(*leaves, backend=backend)
-        return out.detach(), *torch.autograd.grad(out, leaves, grad)
-
-    return call
-
-
-def gated_glu(size: Size) -> Call:
-    """The same of a gated MLP whose gate and value are the halves of one tensor."""
-    columns = size.shape.hidden
-    x, grad = size.tokens(2 * columns)[0], size.tokens(columns)[1]
-    gate = size.gates(columns)
-
-    def call(backend: Backend) -> tuple[Tensor, ...]:
-        leaves = x.detach().requires_grad_(), gate.detach().requires_grad_()
-        out = ops.gated_glu_packed(*leaves, gate_last=False, backend=backend)
-        return out.detach(), *torch.autograd.grad(out, leaves, grad)
+        found: list[Tensor] = []
+        ways: list[tuple[Tensor, ops.Packed | None]] = [(x, None), (both, "x_first")]
+        for inputs, packed in ways:
+            leaves = inputs.detach().requires_grad_(), gate.detach().requires_grad_()
+            out = ops.gated_unit(*leaves, packed=packed, backend=backend)
+            found += [out.detach(), *torch.autograd.grad(out, leaves, grad)]
+            scored = ops.gated_unit_score(inputs, grad, packed=packed, backend=backend)
+            found += [scored.x, scored.score]
+        return tuple(found)
 
     return call
 
@@ -118,14 +104,6 @@ def gated_attention(size: Size) -> Call:
         return out.detach(), *torch.autograd.grad(out, (qkv, gate), grad_out)
 
     return call
-
-
-def glu_score(size: Size) -> Call:
-    """A gated MLP whose gate and value are the halves of one tensor."""
-    columns = size.shape.hidden
-    gate, value = size.tokens(2 * columns)[0].tensor_split(2, -1)
-    grad = size.tokens(columns)[1]
-    return lambda backend: ops.glu_score(gate, value, grad, packed="gate_first", backend=backend)
 
 
 def kd_cross_entropy(size: Size) -> Call:
@@ -207,13 +185,10 @@ def gather_all(size: Size) -> Call:
 
 # by the name that ops._dispatch.IMPLEMENTED has
 CALLS: dict[str, Callable[[Size], Call]] = {
-    "activation_score": activation_score,
     "attention_score": attention_score,
-    "gated_activation": gated_activation,
-    "gated_glu": gated_glu,
     "gated_attention": gated_attention,
+    "gated_unit": gated_unit,
     "gather_all": gather_all,
-    "glu_score": glu_score,
     "kd_cross_entropy": kd_cross_entropy,
     "manifold_loss": manifold_loss,
     "norm_score": norm_score,
@@ -233,9 +208,9 @@ def own_kernels(call: Call, backend: Backend, device: str) -> set[str]:
         call(backend)
 
     def is_own(name: str) -> bool:
-        # what Triton runs has a name of its own, see vitprune_fast.ops
-        if name.endswith("_triton"):
-            return device == "cuda"
+        # what Triton runs has a name of its own, see OpNames
+        if name.endswith(("_triton", "_eager")):
+            return device == "cuda" and name.endswith("_triton")
         return torch._C._dispatch_has_kernel_for_dispatch_key(name, device.upper())
 
     return {name for name in ran.names if name.startswith("vitprune_fast::") and is_own(name)}

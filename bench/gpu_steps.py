@@ -58,7 +58,7 @@ PROFILE = (
     *("ncu", "--clock-control", "none", "--csv", "--kernel-name", "regex:_kernel$|gather"),
     *("--metrics", ",".join(COUNTERS)),
 )
-PROFILED = ("attention_score", "gated_activation", "activation_score", "norm_score", "gather_all")
+PROFILED = ("attention_score", "gated_unit", "norm_score", "gather_all")
 # those that do not need packages which such a machine may lack
 GPU_FILES = (
     "tests/scoring/test_gpu.py",
@@ -69,10 +69,10 @@ GPU_FILES = (
 # what Triton runs in every dtype, against fp64; not what only a compiler or a CPU runs
 SMALL = "triton and not tiles_of_the_gpu and not fullgraph"
 # benches of ops: the first three tell most and run in part 1, the others by what is in doubt
-FIRST = ("gated_attention", "activation_score", "gather")
+FIRST = ("gated_attention", "gated_unit", "gather")
 OTHERS = (
-    *("norm_score", "taylor_score", "attention_score", "gated_activation"),
-    *("manifold_loss", "kd_cross_entropy", "glu_score", "gated_glu"),
+    *("norm_score", "taylor_score", "attention_score"),
+    *("manifold_loss", "kd_cross_entropy"),
 )
 # of whole steps
 STEPS = ("scoring", "distill_step")
@@ -134,7 +134,7 @@ def _most_telling(tiny: bool) -> list[Step]:
     size = ("--tiny",) if tiny else ()
     return [
         bench("gated_attention", 45, *size, "-k", "not 384 and not 0.25"),
-        bench("activation_score", 30, *size),
+        bench("gated_unit", 60, *size),
         bench("gather", 30, *size),
     ]
 
@@ -144,7 +144,7 @@ def _rest(tiny: bool) -> list[Step]:
     size, ops = ("--tiny",) if tiny else (), bench_files(*OTHERS)
     candidates = (*PYTHON, str(PACKAGE / "candidates" / "variants.py"), "--out", "{out}")
     smoke = ("--smoke", "--smoke-dtype", "fp32", "--only", "d") if tiny else ()
-    compiled = bench_files("gated_attention", "activation_score", *OTHERS)
+    compiled = bench_files("gated_attention", "gated_unit", *OTHERS)
     tests = "tests/ops"
     if tiny:
         # a compiler takes its time at any size
@@ -154,7 +154,7 @@ def _rest(tiny: bool) -> list[Step]:
         bench("distill_step", 60, *size),
         bench("masked_step", 25, *size),
         bench("prune", 60, *size),
-        Step("other benches", (*BENCH, *size, *ops), 90, alone=True),
+        Step("other benches", (*BENCH, *size, *ops), 60, alone=True),
         Step("candidates", (*candidates, "--limit", "80", *smoke), 85, alone=True),
         bench("gated_attention", 20, *size, "-k", "384", title="bench longer attention"),
         Step(

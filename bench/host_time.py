@@ -25,7 +25,7 @@ from torch.nn import functional as F
 
 from bench import study
 from vitprune_fast import ops
-from vitprune_fast.ops._custom_op import CustomOp
+from vitprune_fast.ops._forms import CustomOp
 
 BATCH, TOKENS, HEADS, HEAD_DIM, WIDTH = 2, 8, 3, 16, 64
 CALLS = 300
@@ -66,23 +66,26 @@ def calls() -> dict[str, tuple[Call, Call]]:
             ),
             both(lambda: F.layer_norm(x, (WIDTH,), weight, bias), (x,), grad),
         ),
-        "scored_activation": (
-            both(lambda: ops.scored_activation(x, unit, backend="triton"), (x, unit), grad),
+        "gated_unit": (
+            both(lambda: ops.gated_unit(x, probe_BF=unit, backend="triton"), (x, unit), grad),
             both(lambda: F.gelu(x), (x,), grad),
         ),
     }
 
 
-class _Nothing:
-    """A kernel of which a launch does nothing."""
+class _Instead:
+    """A kernel of which a launch is a call of something else."""
+
+    def __init__(self, call: Callable[..., None]) -> None:
+        self.call = call
 
     def __getitem__(self, grid: object) -> Callable[..., None]:
-        return lambda *_given, **_flags: None
+        return self.call
 
 
 @contextmanager
-def without_launches() -> Iterator[None]:
-    """Inside, no kernel of ours runs."""
+def without_launches(instead: Callable[..., None] = lambda *_, **__: None) -> Iterator[None]:
+    """Inside, no kernel of ours runs; what is given is called in its place."""
     # without a GPU the interpreter stands in for it, which is settled at the import of a kernel
     os.environ.setdefault("TRITON_INTERPRET", "1")
     from triton.runtime.jit import KernelInterface
@@ -96,7 +99,7 @@ def without_launches() -> Iterator[None]:
         for module in modules:
             for name, value in vars(module).copy().items():
                 if isinstance(value, KernelInterface):
-                    stack.enter_context(patch.object(module, name, _Nothing()))
+                    stack.enter_context(patch.object(module, name, _Instead(instead)))
         yield
 
 

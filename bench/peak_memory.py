@@ -108,7 +108,8 @@ def manifold(how: str, kind: str, batch: int) -> int:
     import torch
     from torch.nn import functional as F
 
-    from vitprune_fast.distill.losses import manifold_full, manifold_intra
+    from vitprune_fast.distill.losses.manifold import manifold_intra
+    from vitprune_fast.distill.losses.manifold_full import manifold_full
 
     torch.set_num_threads(1)
 

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import NamedTuple
+from functools import lru_cache
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from vitprune_fast.kernels._launch import next_power_of_2
+from vitprune_fast.kernels._launch import INTERPRETED, cdiv, next_power_of_2
 
 # the operands of a matrix product have at least this many rows and columns
 SMALLEST_TILE = 16
@@ -49,11 +49,13 @@ def forced(**names: str) -> Iterator[None]:
             raise ValueError(f"forced: {launch} must be one of {known}, got {name!r}")
     before = dict(_forced)
     _forced.update(names)
+    launches.cache_clear()
     try:
         yield
     finally:
         _forced.clear()
         _forced.update(before)
+        launches.cache_clear()
 
 
 def _candidate(
@@ -136,13 +138,67 @@ def precision(dtype: torch.dtype) -> str:
     return "ieee" if dtype == torch.float32 else "tf32"
 
 
-def interpreting() -> bool:
-    return os.environ.get("TRITON_INTERPRET") == "1"
+@lru_cache
+def _major(device: torch.device) -> int:
+    """Compute capability."""
+    return torch.cuda.get_device_capability(device)[0]
 
 
 def large_tiles_of(x: Tensor) -> bool:
     # the interpreter runs what the newer GPUs would
-    return not x.is_cuda or has_large_tiles(torch.cuda.get_device_capability(x.device)[0])
+    return not x.is_cuda or has_large_tiles(_major(x.device))
+
+
+class Launch(NamedTuple):
+    """How one kernel is started: its flags, and the programs that share the tokens of a head."""
+
+    flags: dict[str, Any]
+    blocks: int
+
+
+# a model has a few of these, and the host has other work to do than to make them out again
+@lru_cache(maxsize=1024)
+def launches(
+    num_tokens: int,
+    head_dim: int,
+    dtype: torch.dtype,
+    *,
+    large: bool,
+    gated: bool,
+    listed: bool,
+    compact: bool,
+    masked: bool,
+) -> tuple[Launch, Launch, Launch]:
+    """Of the forward, and of the backward's first and second kernel."""
+    k0, k1 = pieces(head_dim)
+    constants = {
+        "NUM_TOKENS": num_tokens,
+        "HEAD_DIM": head_dim,
+        "K0": k0,
+        "K1": k1,
+        "GATED": gated,
+        "LISTED": listed,
+        "COMPACT": compact,
+        "KEY_MASK": masked,
+        "PRECISION": precision(dtype),
+        "UPCAST": INTERPRETED,
+    }
+
+    def launch(tiles: Tiles, own: int, walked: int, **flags: bool) -> Launch:
+        how = {"num_warps": tiles.num_warps, "num_stages": tiles.num_stages}
+        blocks = {"BLOCK_M": tiles.block_m, "BLOCK_N": tiles.block_n}
+        rest = {"TAIL": tail(num_tokens, walked), **flags}
+        return Launch({**constants, **blocks, **rest, **how}, cdiv(num_tokens, own))
+
+    forward = forward_tiles(head_dim, dtype, large, masked)
+    queries = query_tiles(head_dim, dtype, large, masked)
+    keys = key_tiles(head_dim, dtype, large, masked)
+    rows = takes_row(num_tokens, head_dim, dtype, large) and not masked
+    return (
+        launch(forward, forward.block_m, forward.block_n, WHOLE_ROWS=rows),
+        launch(queries, queries.block_m, queries.block_n),
+        launch(keys, keys.block_n, keys.block_m),
+    )
 
 
 def with_near_tokens(x: Tensor) -> Tensor:

@@ -5,15 +5,30 @@ Triton's own ``cdiv`` and ``next_power_of_2`` are made for kernels: the host cal
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
+import os
+from typing import Any
 
 import torch
 from torch import Tensor
 
+# settled when Triton is imported
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
-def on_device_of(x: Tensor) -> AbstractContextManager:
-    """Context that makes the device of ``x`` current; nothing to do for the CPU interpreter."""
-    return torch.cuda.device(x.device) if x.is_cuda else nullcontext()
+
+def launch(kernel: Any, programs: int, x: Tensor, *given: Any, **flags: Any) -> None:
+    """Start the programs of a kernel on the device of ``x``, its first argument.
+
+    Their grid has one dimension: only the first may exceed 65,535. No program is no launch.
+    """
+    if programs == 0:
+        return
+    # named, because its default is not the same in every Triton
+    flags["enable_fp_fusion"] = True
+    if x.is_cuda and x.get_device() != torch.cuda.current_device():
+        with torch.cuda.device(x.device):
+            kernel[(programs,)](x, *given, **flags)
+    else:
+        kernel[(programs,)](x, *given, **flags)
 
 
 def cdiv(number: int, size: int) -> int:

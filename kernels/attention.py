@@ -32,19 +32,12 @@ from vitprune_fast.kernels._attention_kernels import (
     attention_fwd_kernel,
 )
 from vitprune_fast.kernels._attention_tiles import (
-    Tiles,
-    forward_tiles,
-    interpreting,
-    key_tiles,
+    Launch,
     large_tiles_of,
-    pieces,
-    precision,
-    query_tiles,
-    tail,
-    takes_row,
+    launches,
     with_near_tokens,
 )
-from vitprune_fast.kernels._launch import cdiv, on_device_of
+from vitprune_fast.kernels._launch import launch
 
 
 @lru_cache(maxsize=1024)
@@ -79,37 +72,28 @@ class Attention:
         self.batch, self.num_tokens, _, self.num_heads, self.head_dim = qkv.shape
         self.num_live = self.num_heads if live is None else len(live)
         self.scale, self.compact = scale, compact
-        self.large, self.masked = large_tiles_of(qkv), mask_BN is not None
         is_listed = self.num_live < self.num_heads
         # any tensor stands for what is not there
         gate = qkv if gate_H is None else gate_H.contiguous()
         heads = _heads_tensor(tuple(live or ()), self.num_heads, qkv.device) if is_listed else qkv
         mask = qkv if mask_BN is None else mask_BN.contiguous().view(torch.uint8)
         self._read = gate, heads, mask
-        k0, k1 = pieces(self.head_dim)
-        self._constants: dict[str, Any] = {
-            "NUM_TOKENS": self.num_tokens,
-            "HEAD_DIM": self.head_dim,
-            "K0": k0,
-            "K1": k1,
-            "GATED": gate_H is not None,
-            "LISTED": is_listed,
-            "COMPACT": compact,
-            "KEY_MASK": self.masked,
-            "PRECISION": precision(qkv.dtype),
-            "UPCAST": interpreting(),
-            # named, because its default is not the same in every Triton
-            "enable_fp_fusion": True,
-        }
+        self._strides = qkv.stride()[:4]
+        self._forward, self._queries, self._keys = launches(
+            self.num_tokens,
+            self.head_dim,
+            qkv.dtype,
+            large=large_tiles_of(qkv),
+            gated=gate_H is not None,
+            listed=is_listed,
+            compact=compact,
+            masked=mask_BN is not None,
+        )
 
     @property
     def num_query_blocks(self) -> int:
         """Programs that share the queries of one head in the backward."""
-        return cdiv(self.num_tokens, self._query_tiles.block_m)
-
-    @property
-    def _query_tiles(self) -> Tiles:
-        return query_tiles(self.head_dim, self.qkv_BN3HK.dtype, self.large, self.masked)
+        return self._queries.blocks
 
     def forward(self, raw: bool = False) -> tuple[Tensor, Tensor, Tensor]:
         """Launch the forward.
@@ -124,12 +108,10 @@ class Attention:
         shape = (self.batch, self.num_tokens, num_live, self.head_dim) if raw else (0,)
         raw_BNLK = qkv.new_empty(shape)
         lse_BLN = qkv.new_empty(self.batch, num_live, self.num_tokens, dtype=torch.float32)
-        tiles = forward_tiles(self.head_dim, qkv.dtype, self.large, self.masked)
-        takes = takes_row(self.num_tokens, self.head_dim, qkv.dtype, self.large)
         self._launch(
             attention_fwd_kernel,
-            tiles,
-            cdiv(self.num_tokens, tiles.block_m) * num_out,
+            self._forward,
+            num_out,
             qkv,
             *self._read,
             out_BNHK,
@@ -138,9 +120,7 @@ class Attention:
             num_out,
             num_live,
             self.scale,
-            *qkv.stride()[:4],
-            TAIL=tail(self.num_tokens, tiles.block_n),
-            WHOLE_ROWS=takes and not self.masked,
+            *self._strides,
             RAW=raw,
         )
         return out_BNHK, raw_BNLK, lse_BLN
@@ -175,11 +155,10 @@ class Attention:
             per_token: add up magnitudes of tokens' terms.
         """
         grad_out_BNHK, out_BNHK = with_near_tokens(grad_out_BNHK), with_near_tokens(out_BNHK)
-        tiles = self._query_tiles
         self._launch(
             attention_bwd_dq_kernel,
-            tiles,
-            self.num_query_blocks * self.num_live,
+            self._queries,
+            self.num_live,
             grad_out_BNHK,
             self.qkv_BN3HK,
             *self._read,
@@ -195,9 +174,8 @@ class Attention:
             self.num_live,
             self.scale,
             *grad_out_BNHK.stride()[:3],
-            *self.qkv_BN3HK.stride()[:4],
+            *self._strides,
             *out_BNHK.stride()[:3],
-            TAIL=tail(self.num_tokens, tiles.block_n),
             QKV=dqkv_BN3HK.numel() > 0,
             HEAD=head_PBH.numel() > 0,
             QK_DIM=qk_dim_PBHK.numel() > 0,
@@ -218,11 +196,10 @@ class Attention:
             dqkv_BN3HK: gets the gradients.
         """
         grad_out_BNHK = with_near_tokens(grad_out_BNHK)
-        tiles = key_tiles(self.head_dim, self.qkv_BN3HK.dtype, self.large, self.masked)
         self._launch(
             attention_bwd_dkdv_kernel,
-            tiles,
-            cdiv(self.num_tokens, tiles.block_n) * self.num_heads,
+            self._keys,
+            self.num_heads,
             grad_out_BNHK,
             self.qkv_BN3HK,
             *self._read,
@@ -233,22 +210,8 @@ class Attention:
             self.num_live,
             self.scale,
             *grad_out_BNHK.stride()[:3],
-            *self.qkv_BN3HK.stride()[:4],
-            TAIL=tail(self.num_tokens, tiles.block_m),
+            *self._strides,
         )
 
-    def _launch(
-        self, kernel: Any, tiles: Tiles, per_sample: int, *given: Any, **flags: Any
-    ) -> None:
-        if per_sample * self.batch == 0:
-            return
-        with on_device_of(self.qkv_BN3HK):
-            kernel[(per_sample * self.batch,)](
-                *given,
-                **self._constants,
-                **flags,
-                BLOCK_M=tiles.block_m,
-                BLOCK_N=tiles.block_n,
-                num_warps=tiles.num_warps,
-                num_stages=tiles.num_stages,
-            )
+    def _launch(self, kernel: Any, how: Launch, heads: int, *given: Any, **flags: bool) -> None:
+        launch(kernel, how.blocks * heads * self.batch, *given, **how.flags, **flags)

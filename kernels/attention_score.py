@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from vitprune_fast.kernels._launch import cdiv, on_device_of
+from vitprune_fast.kernels._launch import cdiv, launch
 from vitprune_fast.kernels.attention import Attention
 
 # scores that one program of the second stage sums
@@ -53,8 +53,15 @@ def _sum_parts(part_PU: Tensor) -> Tensor:
         return part_PU[0]
     score_U = torch.empty_like(part_PU[0])
     block = PARTS_BLOCK
-    _sum_parts_kernel[(cdiv(score_U.numel(), block),)](
-        part_PU, score_U, score_U.numel(), NUM_PARTS=part_PU.shape[0], BLOCK_U=block
+    units = score_U.numel()
+    launch(
+        _sum_parts_kernel,
+        cdiv(units, block),
+        part_PU,
+        score_U,
+        units,
+        NUM_PARTS=part_PU.shape[0],
+        BLOCK_U=block,
     )
     return score_U
 
@@ -100,10 +107,9 @@ def attention_bwd(
         )
     if qkv:
         attention.backward_keys(grad_out_BNHK, lse_BHN, delta_BHN, dqkv_BN3HK)
-    with on_device_of(qkv_BN3HK):
-        return (
-            dqkv_BN3HK,
-            _sum_parts(head_PBH),
-            _sum_parts(qk_dim_PBHK),
-            _sum_parts(v_dim_PBHK),
-        )
+    return (
+        dqkv_BN3HK,
+        _sum_parts(head_PBH),
+        _sum_parts(qk_dim_PBHK),
+        _sum_parts(v_dim_PBHK),
+    )

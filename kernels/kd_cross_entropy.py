@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from vitprune_fast.kernels._launch import next_power_of_2, on_device_of
+from vitprune_fast.kernels._launch import launch, next_power_of_2
 
 # classes that a program holds at one time; more of them are walked in order, twice
 BLOCK_CLASSES = 2048
@@ -151,42 +151,42 @@ def kd_cross_entropy_fwd_bwd(
     part_2B = student_BC.new_empty(2, batch, dtype=dtype)
     grad_BC = student_BC.new_empty((batch, classes) if with_gradient else (0,), dtype=dtype)
     block = min(next_power_of_2(classes), BLOCK_CLASSES)
-    with on_device_of(student_BC):
-        _kd_cross_entropy_kernel[(batch,)](
-            student_BC,
-            teacher_BC,
-            labels,
-            part_2B,
-            grad_BC,
-            batch,
-            ce_weight / batch,
-            kd_weight * factor / temperature / batch,
-            1 / temperature,
-            label_smoothing,
-            STRIDE_STUDENT=student_BC.stride(0),
-            STRIDE_TEACHER=teacher_BC.stride(0),
-            STRIDE_LABEL=labels.stride(0),
-            NUM_CLASSES=classes,
-            HAS_SHARES=has_shares,
-            HAS_GRADIENT=with_gradient,
-            BLOCK_C=block,
-            num_warps=num_warps(block),
-            # named, because its default is not the same in every Triton
-            enable_fp_fusion=True,
-        )
-        _mean_of_rows_kernel[(1,)](
-            part_2B,
-            loss,
-            ce,
-            kd,
-            ce_weight,
-            kd_weight,
-            factor,
-            NUM_ROWS=batch,
-            BLOCK_B=min(next_power_of_2(batch), BLOCK_ROWS),
-            num_warps=4,
-            enable_fp_fusion=True,
-        )
+    launch(
+        _kd_cross_entropy_kernel,
+        batch,
+        student_BC,
+        teacher_BC,
+        labels,
+        part_2B,
+        grad_BC,
+        batch,
+        ce_weight / batch,
+        kd_weight * factor / temperature / batch,
+        1 / temperature,
+        label_smoothing,
+        STRIDE_STUDENT=student_BC.stride(0),
+        STRIDE_TEACHER=teacher_BC.stride(0),
+        STRIDE_LABEL=labels.stride(0),
+        NUM_CLASSES=classes,
+        HAS_SHARES=has_shares,
+        HAS_GRADIENT=with_gradient,
+        BLOCK_C=block,
+        num_warps=num_warps(block),
+    )
+    launch(
+        _mean_of_rows_kernel,
+        1,
+        part_2B,
+        loss,
+        ce,
+        kd,
+        ce_weight,
+        kd_weight,
+        factor,
+        NUM_ROWS=batch,
+        BLOCK_B=min(next_power_of_2(batch), BLOCK_ROWS),
+        num_warps=4,
+    )
     return loss, ce, kd, grad_BC
 
 

@@ -15,7 +15,6 @@ fit in registers while it walks the rows, and finds the same differences as its 
 
 from __future__ import annotations
 
-import os
 from typing import NamedTuple
 
 import torch
@@ -23,9 +22,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from vitprune_fast.kernels._attention_tiles import has_large_tiles
-from vitprune_fast.kernels._launch import cdiv, next_power_of_2, on_device_of
-from vitprune_fast.reference.manifold_loss import MIN_NORM
+from vitprune_fast.kernels._attention_tiles import large_tiles_of, precision
+from vitprune_fast.kernels._launch import INTERPRETED, cdiv, launch, next_power_of_2
+from vitprune_fast.reference.manifold_loss import MIN_NORM, new_gradient
 
 # a matrix product has at least this many rows and columns
 SMALLEST_TILE = 16
@@ -296,12 +295,13 @@ def tiles(num_rows: int, operand_bytes: int, stored_bytes: int, large: bool) -> 
 
 
 def manifold_loss_fwd_bwd(
-    student_SRD: Tensor, teacher_SRE: Tensor, grad_SRD: Tensor, operand: torch.dtype | None
-) -> Tensor:
-    """Launch both kernels, which fill ``grad_SRD`` unless it is empty; gives the loss.
+    student_SRD: Tensor, teacher_SRE: Tensor, with_gradient: bool, operand: torch.dtype | None
+) -> tuple[Tensor, Tensor]:
+    """Launch both kernels; gives the loss and the gradient, which is empty unless asked for.
 
     See ``vitprune_fast.ops.manifold_loss``.
     """
+    grad_SRD = new_gradient(student_SRD, with_gradient)
     student_SRD, teacher_SRE = _near_columns(student_SRD), _near_columns(teacher_SRE)
     sets, rows, width = student_SRD.shape
     teacher_width = teacher_SRE.shape[2]
@@ -311,9 +311,7 @@ def manifold_loss_fwd_bwd(
         rows,
         max(element.itemsize for element in elements),
         max(student_SRD.itemsize, teacher_SRE.itemsize),
-        # the interpreter runs what the newer GPUs would
-        not student_SRD.is_cuda
-        or has_large_tiles(torch.cuda.get_device_capability(student_SRD.device)[0]),
+        large_tiles_of(student_SRD),
     )
     num_blocks = cdiv(rows, chosen.block_m)
     splits = cdiv(width, chosen.block_d) if has_gradient and rows > chosen.block_n else 1
@@ -322,52 +320,48 @@ def manifold_loss_fwd_bwd(
     grad_strides = grad_SRD.stride()[:2] if has_gradient else (0, 0)
     inputs = (*student_SRD.stride()[:2], *teacher_SRE.stride()[:2])
     sizes = {"NUM_ROWS": rows, "STUDENT_WIDTH": width, "TEACHER_WIDTH": teacher_width}
-    with on_device_of(student_SRD):
-        _inverse_norms_kernel[(sets * cdiv(rows, NORM_ROWS),)](
-            student_SRD,
-            teacher_SRE,
-            inverse_S2R,
-            *inputs,
-            **sizes,
-            MIN=MIN_NORM,
-            BLOCK_R=NORM_ROWS,
-            BLOCK_K=NORM_COLUMNS,
-            num_warps=4,
-            # named, because its default is not the same in every Triton
-            enable_fp_fusion=True,
-        )
-        _manifold_loss_kernel[(sets * num_blocks * splits,)](
-            student_SRD,
-            teacher_SRE,
-            inverse_S2R,
-            squares_SR,
-            grad_SRD,
-            *inputs,
-            *grad_strides,
-            **sizes,
-            HAS_GRADIENT=has_gradient,
-            STUDENT_ELEMENT=_ELEMENTS[elements[0]],
-            TEACHER_ELEMENT=_ELEMENTS[elements[1]],
-            BLOCK_M=chosen.block_m,
-            BLOCK_N=chosen.block_n,
-            BLOCK_K=chosen.block_k,
-            BLOCK_D=chosen.block_d,
-            STUDENT_PRECISION=_precision(elements[0]),
-            TEACHER_PRECISION=_precision(elements[1]),
-            UPCAST=os.environ.get("TRITON_INTERPRET") == "1",
-            num_warps=chosen.num_warps,
-            num_stages=chosen.num_stages,
-            enable_fp_fusion=True,
-        )
-    return squares_SR.sum(dtype=torch.float64).mul_(1 / (sets * rows**2)).float()
+    launch(
+        _inverse_norms_kernel,
+        sets * cdiv(rows, NORM_ROWS),
+        student_SRD,
+        teacher_SRE,
+        inverse_S2R,
+        *inputs,
+        **sizes,
+        MIN=MIN_NORM,
+        BLOCK_R=NORM_ROWS,
+        BLOCK_K=NORM_COLUMNS,
+        num_warps=4,
+    )
+    launch(
+        _manifold_loss_kernel,
+        sets * num_blocks * splits,
+        student_SRD,
+        teacher_SRE,
+        inverse_S2R,
+        squares_SR,
+        grad_SRD,
+        *inputs,
+        *grad_strides,
+        **sizes,
+        HAS_GRADIENT=has_gradient,
+        STUDENT_ELEMENT=_ELEMENTS[elements[0]],
+        TEACHER_ELEMENT=_ELEMENTS[elements[1]],
+        BLOCK_M=chosen.block_m,
+        BLOCK_N=chosen.block_n,
+        BLOCK_K=chosen.block_k,
+        BLOCK_D=chosen.block_d,
+        STUDENT_PRECISION=precision(elements[0]),
+        TEACHER_PRECISION=precision(elements[1]),
+        UPCAST=INTERPRETED,
+        num_warps=chosen.num_warps,
+        num_stages=chosen.num_stages,
+    )
+    loss = squares_SR.sum(dtype=torch.float64).mul_(1 / (sets * rows**2)).float()
+    return loss, grad_SRD
 
 
 _ELEMENTS = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
-
-
-def _precision(element: torch.dtype) -> str:
-    # tf32 would leave 10 bits of fp32 numbers; 16-bit numbers have no choice
-    return "ieee" if element == torch.float32 else "tf32"
 
 
 def _near_columns(x: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from vitprune_fast.kernels._attention_tiles import pieces
-from vitprune_fast.kernels._launch import cdiv, next_power_of_2, on_device_of
+from vitprune_fast.kernels._launch import cdiv, launch, next_power_of_2
 
 # tokens of one program: enough programs for a GPU from few samples, and short sums
 PART_TOKENS = 16
@@ -196,44 +196,44 @@ def norm_score_bwd(
     num_parts = cdiv(num_tokens, PART_TOKENS)
     part_BPC = x_BNC.new_empty(batch, num_parts, channels, dtype=dtype)
     block_n, first, second, num_warps = tile(channels, dtype.itemsize)
-    with on_device_of(x_BNC):
-        _norm_score_bwd_kernel[(batch * num_parts,)](
-            x_BNC,
-            grad_y_BNC,
-            x_BNC if weight_C is None else weight_C,
-            x_BNC if bias_C is None else bias_C,
-            grad_x_BNC,
-            part_BPC,
-            *x_BNC.stride(),
-            *grad_y_BNC.stride(),
-            1 if weight_C is None else weight_C.stride(0),
-            1 if bias_C is None else bias_C.stride(0),
-            NUM_TOKENS=num_tokens,
-            NUM_CHANNELS=channels,
-            NUM_PARTS=num_parts,
-            PART_TOKENS=PART_TOKENS,
-            BLOCK_N=block_n,
-            C0=first,
-            C1=second,
-            EPS=eps,
-            HAS_WEIGHT=weight_C is not None,
-            HAS_BIAS=bias_C is not None,
-            IS_RMS=rms,
-            COUNTS_OUTPUT=output,
-            num_warps=num_warps,
-            # named, because its default is not the same in every Triton
-            enable_fp_fusion=True,
-        )
-        if num_parts == 1:
-            return grad_x_BNC, part_BPC[:, 0]
-        score_BC = x_BNC.new_empty(batch, channels, dtype=dtype)
-        _add_parts_kernel[(batch * cdiv(channels, PARTS_BLOCK_C),)](
-            part_BPC,
-            score_BC,
-            NUM_CHANNELS=channels,
-            NUM_PARTS=num_parts,
-            BLOCK_C=PARTS_BLOCK_C,
-            num_warps=PARTS_WARPS,
-            enable_fp_fusion=True,
-        )
+    launch(
+        _norm_score_bwd_kernel,
+        batch * num_parts,
+        x_BNC,
+        grad_y_BNC,
+        x_BNC if weight_C is None else weight_C,
+        x_BNC if bias_C is None else bias_C,
+        grad_x_BNC,
+        part_BPC,
+        *x_BNC.stride(),
+        *grad_y_BNC.stride(),
+        1 if weight_C is None else weight_C.stride(0),
+        1 if bias_C is None else bias_C.stride(0),
+        NUM_TOKENS=num_tokens,
+        NUM_CHANNELS=channels,
+        NUM_PARTS=num_parts,
+        PART_TOKENS=PART_TOKENS,
+        BLOCK_N=block_n,
+        C0=first,
+        C1=second,
+        EPS=eps,
+        HAS_WEIGHT=weight_C is not None,
+        HAS_BIAS=bias_C is not None,
+        IS_RMS=rms,
+        COUNTS_OUTPUT=output,
+        num_warps=num_warps,
+    )
+    if num_parts == 1:
+        return grad_x_BNC, part_BPC[:, 0]
+    score_BC = x_BNC.new_empty(batch, channels, dtype=dtype)
+    launch(
+        _add_parts_kernel,
+        batch * cdiv(channels, PARTS_BLOCK_C),
+        part_BPC,
+        score_BC,
+        NUM_CHANNELS=channels,
+        NUM_PARTS=num_parts,
+        BLOCK_C=PARTS_BLOCK_C,
+        num_warps=PARTS_WARPS,
+    )
     return grad_x_BNC, score_BC

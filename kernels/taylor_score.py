@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from vitprune_fast.kernels._launch import cdiv, next_power_of_2, on_device_of
+from vitprune_fast.kernels._launch import cdiv, launch, next_power_of_2
 
 # columns of one tile: 128 of them are 256 bytes of a bf16 row, one full request of a warp
 TILE_COLUMNS = 128
@@ -114,27 +114,22 @@ def taylor_score_fwd(
     num_units = columns // group_size
     dtype = torch.float64 if activation_BNF.dtype == torch.float64 else torch.float32
     score_BU = activation_BNF.new_empty(batch, num_units, dtype=dtype)
-    if score_BU.numel() == 0:
-        return score_BU
     block_u, block_k = tile(group_size)
-    # one dimension for samples and blocks: only the first may exceed 65,535
-    grid = (batch * cdiv(num_units, block_u),)
-    with on_device_of(activation_BNF):
-        _taylor_score_fwd_kernel[grid](
-            activation_BNF,
-            gradient_BNF,
-            score_BU,
-            num_units,
-            *activation_BNF.stride(),
-            *gradient_BNF.stride(),
-            NUM_TOKENS=num_tokens,
-            GROUP_SIZE=group_size,
-            BLOCK_N=TILE_TOKENS,
-            BLOCK_U=block_u,
-            BLOCK_K=block_k,
-            PER_TOKEN=per_token,
-            num_warps=4,
-            # named, because its default is not the same in every Triton
-            enable_fp_fusion=True,
-        )
+    launch(
+        _taylor_score_fwd_kernel,
+        batch * cdiv(num_units, block_u),
+        activation_BNF,
+        gradient_BNF,
+        score_BU,
+        num_units,
+        *activation_BNF.stride(),
+        *gradient_BNF.stride(),
+        NUM_TOKENS=num_tokens,
+        GROUP_SIZE=group_size,
+        BLOCK_N=TILE_TOKENS,
+        BLOCK_U=block_u,
+        BLOCK_K=block_k,
+        PER_TOKEN=per_token,
+        num_warps=4,
+    )
     return score_BU

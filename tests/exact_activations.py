@@ -1,4 +1,4 @@
-"""What the tests of activation_score and glu_score share: values of high precision."""
+"""What the test of gated_unit needs: values of high precision."""
 
 from __future__ import annotations
 

@@ -8,6 +8,7 @@ import os
 import random
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -390,6 +391,97 @@ def test_a_policy_changes_images_by_their_own_numbers_alone(photos: Path) -> Non
     assert not torch.equal(first, images.batch(rows, 1, augment=policy, seed=5)[0])
     with pytest.raises(InvalidInput, match=r"policy must be words of timm's auto_augment"):
         RandomCrop(policy="rand-m9-nonsense3")
+
+
+def test_windows_are_as_small_as_said() -> None:
+    draws = np.random.default_rng(0).random((2000, 5))
+    for scale in (0.08, 0.9):
+        windows = [RandomCrop(scale=scale).window(draw, 300, 300)[0] for draw in draws]
+        areas = np.array([(r - x) * (b - y) / 90000 for x, y, r, b in windows])
+        # the border cuts off up to the square root of the stretch from a wide window of 0.9
+        assert scale * 0.86 < areas.min() < scale + 0.01
+
+
+def _views(image: np.ndarray, count: int, size: int = 16, **options: Any) -> list[np.ndarray]:
+    crop = RandomCrop(**options)
+    draws = np.random.default_rng(0).random((count, 6))
+    photograph = Image.fromarray(image)
+    return [
+        np.asarray(crop.view(photograph, (size, size), Image.Resampling.BICUBIC, draw))
+        for draw in draws
+    ]
+
+
+def test_a_simple_crop_shows_the_resized_photograph_and_its_mirrored_border() -> None:
+    # 16 x 24 pixels of different colours: nothing is resized
+    image = np.arange(16 * 24 * 3, dtype=np.uint8).reshape(16, 24, 3)
+    padded = np.pad(image, ((4, 4), (4, 4), (0, 0)), mode="reflect")
+    windows = {
+        padded[top : top + 16, left : left + 16].tobytes(): (top, left)
+        for top in range(9)
+        for left in range(17)
+    }
+    views = _views(image, 400, simple=True, flip=0.0)
+    tops, lefts = zip(*(windows[view.tobytes()] for view in views), strict=True)
+    assert {*tops} == {*range(9)} and {*lefts} == {*range(17)}
+    small, grey = _views(image[::2, ::2], 1, simple=True), _views(image[:, :, 0], 1, simple=True)
+    assert small[0].shape == (16, 16, 3) and grey[0].shape == (16, 16)
+
+
+def test_three_augment_makes_a_third_each_grey_solarised_or_blurred() -> None:
+    image = np.random.default_rng(1).integers(0, 128, (16, 16, 3), np.uint8)
+    plain = _views(image, 300, policy="", scale=1.0, ratio=1.0, flip=0.0)[0]
+    views = _views(image, 300, policy="3a", scale=1.0, ratio=1.0, flip=0.0)
+    grey = [(view == view[:, :, :1]).all() for view in views]
+    # nothing here is light enough to be solarised
+    same = [(view == plain).all() for view in views]
+    blurred = [not a and not b for a, b in zip(grey, same, strict=True)]
+    for kind in (grey, same, blurred):
+        # five standard deviations of 300 draws
+        assert abs(np.mean(kind) - 1 / 3) < 5 * (2 / 9 / 300) ** 0.5
+
+
+def test_jitter_changes_colours_by_the_sample_s_own_numbers() -> None:
+    image = np.full((16, 16, 3), (90, 100, 110), np.uint8)
+    views = _views(image, 50, jitter=0.3)
+    again = _views(image, 50, jitter=0.3)
+    assert all(map(np.array_equal, views, again))
+    means = np.array([view.mean() for view in views])
+    # contrast and saturation leave the mean of one colour as it is, but for three roundings
+    assert 67 <= means.min() < 85 and 115 < means.max() <= 133
+    assert len({view.tobytes() for view in views}) > 25
+    less = np.array([view.mean() for view in _views(image, 50, jitter=0.1)])
+    assert less.min() >= 87 and less.max() <= 113
+
+
+def test_every_process_sees_another_copy(digit_data: ImageData) -> None:
+    images, options = digit_data.split("train"), {"shuffle": True, "seed": 1, "repeats": 3}
+    augment = digit_data.augmentation
+    alone = Loader(images, 10, augment=augment, **options)
+    loader = Loader(images, 10, augment=augment, **options, processes=3)
+    assert len(loader) == len(alone)
+    ids, ours = (list(each.epoch(2)) for each in (alone, loader))
+    # three batches in a row, one for each process, hold the same images; those of the last, that
+    # are not full, stay in order
+    whole = len(images) // 30 * 3
+    for number in range(0, whole, 3):
+        group = ours[number : number + 3]
+        assert all(torch.equal(batch[2], group[0][2]) for batch in group)
+        assert len({*group[0][2].tolist()}) == 10
+        assert not any(torch.equal(batch[0], group[0][0]) for batch in group[1:])
+    # as DeiT's sampler deals them out, and all together those of one process
+    order = torch.cat([batch[2] for batch in ids])
+    for rank in range(3):
+        dealt = torch.cat([batch[2] for batch in ours[rank:whole:3]])
+        assert torch.equal(dealt, order[: 10 * whole][rank::3])
+    for together in (ids, ours):
+        assert sorted(torch.cat([b[2] for b in together]).tolist()) == sorted(order.tolist())
+    # without copies nothing changes, nor does a batch depend on where reading starts
+    plain = [Loader(images, 10, shuffle=True, processes=n).epoch(0) for n in (1, 3)]
+    assert all(torch.equal(a[2], b[2]) for a, b in zip(*plain, strict=True))
+    assert torch.equal(next(loader.epoch(2, 7))[0], ours[7][0])
+    with pytest.raises(InvalidInput, match="processes must be at least 1, got 0"):
+        Loader(images, 10, processes=0)
 
 
 def test_copies_stand_together_and_differ(digit_data: ImageData) -> None:

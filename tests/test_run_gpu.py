@@ -179,7 +179,7 @@ def test_what_did_not_end_well_is_run_again_first(tmp_path):
     assert [each.name for each in part[1:5]] == [
         "memory of the kernels",
         "small sizes",
-        "bench activation score",
+        "bench gated unit",
         "bench gather",
     ]
     assert part[1].beside and part[2].words[-2:] == ("--again", str(found))
@@ -304,7 +304,7 @@ def test_both_parts_run_on_a_cpu_without_git_and_other_packages(tmp_path, bare):
     for name in ("records", "scoring", "training", "memory", "stages"):
         assert content[name], name
     ops = {record["op"] for record in content["records"]}
-    assert {"gated_attention", "activation_score", "norm_score", "gather_all"} <= ops
+    assert {"gated_attention", "gated_unit", "norm_score", "gather_all"} <= ops
     assert all("disagrees" not in record for record in content["records"])
     assert content["installed"]["tyro"] is False and content["commit"]
     # what such a file becomes
@@ -320,7 +320,7 @@ def test_a_run_that_is_cut_at_any_moment_keeps_what_had_ended(tmp_path, bare):
     for number in range(3):
         out = tmp_path / str(number)
         process = subprocess.Popen(
-            command(out, "--only", "facts", "bench activation score", "bench gather"),
+            command(out, "--only", "facts", "bench gated unit", "bench gather"),
             env=bare,
             stdout=subprocess.PIPE,
             text=True,
@@ -339,7 +339,7 @@ def test_a_run_that_is_cut_at_any_moment_keeps_what_had_ended(tmp_path, bare):
         for path in out.glob("*.json"):
             json.loads(path.read_text())
         records = [line for line in found if line["kind"] == "record"]
-        if "bench activation score" in kept:
+        if "bench gated unit" in kept:
             assert len(records) >= 6
         kinds = {(line["op"], line["case"], line["form"]) for line in records}
         assert len(lines.combined(out)["records"]) == len(kinds)

@@ -25,6 +25,17 @@ def require_tensor(op: str, argument: str, value: object) -> None:
         raise TypeError(f"{op}: {argument} must be a tensor, got {type(value).__name__}")
 
 
+def require_input(
+    op: str, argument: str, value: object, dims: int, dtypes: Collection[torch.dtype]
+) -> None:
+    """Raise unless ``value`` is a tensor of ``dims`` dimensions and one of ``dtypes``."""
+    if not isinstance(value, Tensor) or value.dim() != dims or value.dtype not in dtypes:
+        require_tensor(op, argument, value)
+        assert isinstance(value, Tensor)
+        require_dims(op, argument, value, dims)
+        require_dtype(op, argument, value, dtypes)
+
+
 def require_dims(op: str, argument: str, value: Tensor, dims: int) -> None:
     """Raise unless ``value`` has ``dims`` dimensions."""
     if value.dim() != dims:
@@ -52,8 +63,9 @@ def require_near(op: str, argument: str, value: Tensor, other_name: str, other: 
         require(False, op, argument, f"be on {other.device} like {other_name}", value.device)
 
 
-def require_like(op: str, argument: str, value: Tensor, other_name: str, other: Tensor) -> None:
-    """Raise unless ``value`` has the shape, dtype and device of ``other``."""
+def require_like(op: str, argument: str, value: object, other_name: str, other: Tensor) -> None:
+    """Raise unless ``value`` is a tensor of the shape, dtype and device of ``other``."""
+    require_tensor(op, argument, value)
     for what in ("shape", "dtype", "device"):
         got, wanted = getattr(value, what), getattr(other, what)
         if got != wanted:

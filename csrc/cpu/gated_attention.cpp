@@ -63,10 +63,10 @@ void fill_with_zeros(Tensor& x) {
   std::memset(x.data_ptr(), 0, x.numel() * x.element_size());
 }
 
-std::tuple<Tensor, Tensor, Tensor> gated_attention(Tensor qkv, std::optional<Tensor> gate,
-                                                   std::optional<Tensor> mask,
-                                                   std::vector<int64_t> live, double scale,
-                                                   bool compact, bool needs_raw) {
+std::tuple<Tensor, Tensor, Tensor> gated_attention_fwd(Tensor qkv, std::optional<Tensor> gate,
+                                                       std::optional<Tensor> mask,
+                                                       std::vector<int64_t> live, double scale,
+                                                       bool compact, bool needs_raw) {
   check_qkv(kOp, qkv);
   qkv = with_adjacent_columns(qkv);
   const Selected selected = selection_of(qkv, gate, mask, std::move(live), compact);
@@ -83,9 +83,10 @@ std::tuple<Tensor, Tensor, Tensor> gated_attention(Tensor qkv, std::optional<Ten
 }
 
 // out is the output before the gate, (B, N, L, K), or, without a gate, what forward returned
-std::tuple<Tensor, Tensor> gated_attention_backward(
-    Tensor grad, Tensor qkv, std::optional<Tensor> gate, std::optional<Tensor> mask, Tensor out,
-    Tensor lse, std::vector<int64_t> live, double scale, bool compact, bool raw, bool needs_qkv) {
+std::tuple<Tensor, Tensor> gated_attention_bwd(Tensor grad, Tensor qkv, std::optional<Tensor> gate,
+                                               std::optional<Tensor> mask, Tensor out, Tensor lse,
+                                               std::vector<int64_t> live, double scale,
+                                               bool compact, bool raw, bool needs_qkv) {
   check_qkv(kOp, qkv);
   const Selected selected = selection_of(qkv, gate, mask, std::move(live), compact);
   const int64_t batch = qkv.size(0), tokens = qkv.size(1), dims = qkv.size(4);
@@ -143,6 +144,6 @@ std::tuple<Tensor, Tensor> gated_attention_backward(
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(vitprune_fast, CPU, m) {
-  m.impl("gated_attention", TORCH_BOX(&gated_attention));
-  m.impl("gated_attention_backward", TORCH_BOX(&gated_attention_backward));
+  m.impl("gated_attention_fwd", TORCH_BOX(&gated_attention_fwd));
+  m.impl("gated_attention_bwd", TORCH_BOX(&gated_attention_bwd));
 }

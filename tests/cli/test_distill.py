@@ -118,8 +118,11 @@ def test_masks_grow_while_training(
     [
         ((), "teacher must be given, got none"),
         (("--teacher", "self", "--gates", "l1", "--mask-macs", "0.5"), "gates must be none with"),
-        (("--teacher", "self", "--loss", "warmth"), "loss must hold names among soft"),
-        (("--teacher", "self", "--policy", "rand-m9-mstd0.5-inc1"), "policy must be empty for dig"),
+        (("--teacher", "self", "--loss", "warmth"), "loss must hold names among features"),
+        (
+            ("--teacher", "self", "--policy", "rand-m9-mstd0.5-inc1"),
+            "crop_scale and color_jitter must be unset for digits",
+        ),
         (("--teacher", "self", "--teacher-weights", "1", "2"), "one number per teacher"),
         (("--teacher", "no_such_model"), "no_such_model"),
         (

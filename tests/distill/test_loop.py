@@ -420,6 +420,23 @@ def test_stop_writes_a_checkpoint_and_the_next_call_goes_on(
     assert result.history == whole.history
 
 
+def test_an_average_in_bfloat16_is_rounded_as_if_nobody_had_stopped(
+    data: ImageData, tmp_path: Path
+) -> None:
+    config = DistillConfig(epochs=1, lr=1e-2, warmup_epochs=0, alpha=0.0, ema=0.9)
+    taken: list[None] = []
+
+    def stop() -> bool:
+        taken.append(None)
+        return len(taken) == 4
+
+    models = [_vit().bfloat16() for _ in range(2)]
+    distill(models[0], None, _train(data), None, config)
+    for _ in range(2):
+        distill(models[1], None, _train(data), None, config, checkpoint_dir=tmp_path, stop=stop)
+    assert _same(*map(_weights, models))
+
+
 def test_a_damaged_newest_checkpoint_is_passed_over_and_said_so(
     data: ImageData, tmp_path: Path
 ) -> None:

@@ -12,14 +12,17 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.registration import opcheck
-from vitprune_fast.distill.losses import (
-    manifold,
-    manifold_full,
+from vitprune_fast.distill import DistillConfig
+from vitprune_fast.distill.losses._base import Comparison, Seen
+from vitprune_fast.distill.losses.manifold import (
+    Manifold,
     manifold_inter,
     manifold_intra,
     manifold_random,
 )
+from vitprune_fast.distill.losses.manifold_full import manifold_full
 from vitprune_fast.errors import InvalidInput
+from vitprune_fast.testing import random_vit
 
 Loss = Callable[[Tensor, Tensor], Tensor]
 
@@ -143,21 +146,20 @@ def test_halves_are_computed_in_fp32(loss, dtype) -> None:
     assert_within_budget(got[1], wanted[1].to(dtype), wanted[1].double())
 
 
-def test_tokens_of_either_side_are_left_out() -> None:
-    student, teacher = _states(3, 17, 6, 10)
-    cut = manifold_intra(student[:, 1:], teacher[:, 1:])
-    assert torch.equal(manifold_intra(student, teacher[:, 1:]), cut)
-    assert torch.equal(manifold_intra(student[:, 1:], teacher), cut)
-    merged = teacher[:, 1:].reshape(3, 2, 2, 2, 2, 10).transpose(2, 3).reshape(3, 4, 40)
-    got = manifold_full(student[:, :5], teacher)
-    assert torch.equal(got, manifold_full(student[:, 1:5], merged))
+def _manifold(students: list[Tensor], teachers: list[Tensor], generator: torch.Generator) -> Tensor:
+    config = DistillConfig(manifold_rows=7, layers=tuple((k, k) for k in range(len(students))))
+    student, teacher = (
+        Seen(torch.empty(0), {k: (x, 0) for k, x in enumerate(states)})
+        for states in (students, teachers)
+    )
+    return Manifold(config, random_vit(), random_vit())(Comparison(student, teacher, generator))
 
 
 def test_published_sum_over_pairs() -> None:
     students = [_states(3, 5, 6, 10)[0], _states(3, 5, 6, 10)[0] + 1]
     teachers = [_states(3, 5, 6, 10)[1], _states(3, 5, 6, 8)[1]]
     ours, theirs = _generator(), _generator()
-    got = manifold(students, teachers, ours, num_rows=7)
+    got = _manifold(students, teachers, ours)
     wanted = torch.zeros((), dtype=torch.float64)
     for s, t in zip(students, teachers, strict=True):
         # a new draw for each pair
@@ -165,20 +167,16 @@ def test_published_sum_over_pairs() -> None:
         wanted += 4 * _direct(s, t) + 0.1 * _direct(s.transpose(0, 1), t.transpose(0, 1))
         wanted += 0.2 * _direct(s.flatten(0, 1)[rows], t.flatten(0, 1)[rows])
     assert torch.allclose(got, wanted / 2, rtol=1e-12)
-    full = manifold(students[:1], teachers[:1], ours, intra=0, inter=0, random=0, full=2)
-    assert torch.equal(full, 2 * manifold_full(students[0], teachers[0]))
-    assert not torch.equal(manifold(students, teachers, ours, num_rows=7), got)
+    assert not torch.equal(_manifold(students, teachers, ours), got)
 
 
 def test_a_batch_of_one_image_has_no_inter_image_term() -> None:
     student, teacher = _states(1, 5, 6, 10)
     with pytest.raises(InvalidInput, match=r"have at least 2 images, as one is .*, got 1"):
         manifold_inter(student, teacher)
-    got = manifold([student], [teacher], _generator(), random=0)
-    assert torch.equal(got, 4 * manifold_intra(student, teacher))
-    alone = manifold([student], [teacher], _generator(), intra=0, random=0)
-    alone.backward()
-    assert alone == 0 and student.grad is not None and not student.grad.any()
+    # of 5 rows no more than 5 are drawn, which are all of the image's
+    wanted = 4.2 * manifold_intra(student, teacher)
+    assert torch.allclose(_manifold([student], [teacher], _generator()), wanted, rtol=1e-12)
 
 
 class _Largest(TorchDispatchMode):
@@ -196,7 +194,7 @@ class _Largest(TorchDispatchMode):
 
 def test_no_matrix_of_all_similarities_is_made() -> None:
     """Seen from inside, with the plain functions that the registered ops run."""
-    from vitprune_fast.distill.losses import gram
+    from vitprune_fast.distill.losses import manifold_full as gram
     from vitprune_fast.reference.manifold_loss import set_by_set
 
     student, teacher = (x.detach() for x in _states(24, 200, 6, 10))
@@ -228,17 +226,3 @@ def test_full_is_an_honest_op() -> None:
         assert torch.equal(one, other)
     with pytest.raises(RuntimeError, match="manifold_full: create_graph must be False"):
         torch.autograd.grad(manifold_full(student, teacher), student, create_graph=True)
-
-
-def test_wrong_arguments_are_refused() -> None:
-    student, teacher = _states(3, 5, 6, 10)
-    with pytest.raises(InvalidInput, match="manifold_full: teacher_BNE must have the grid"):
-        manifold_full(student, teacher[:, :3], student_prefix=0, teacher_prefix=0)
-    with pytest.raises(InvalidInput, match="num_rows must be at least 2, got 1"):
-        manifold_random(student, teacher, _generator(), 1)
-    with pytest.raises(InvalidInput, match="manifold: intra must be at least 0, got -1"):
-        manifold([student], [teacher], _generator(), intra=-1)
-    with pytest.raises(InvalidInput, match="intra, inter, random and full must not all be 0"):
-        manifold([student], [teacher], _generator(), intra=0, inter=0, random=0)
-    with pytest.raises(InvalidInput, match="manifold: teachers must hold 1 states"):
-        manifold([student], [], _generator())

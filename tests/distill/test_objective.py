@@ -10,11 +10,12 @@ import timm
 import torch
 from torch import Tensor
 
-from vitprune_fast.distill import DistillConfig, qkv_relation
+from vitprune_fast.distill import DistillConfig
 from vitprune_fast.distill.features import HiddenStates
+from vitprune_fast.distill.losses.manifold import Manifold
+from vitprune_fast.distill.losses.relation import qkv_relation
 from vitprune_fast.distill.objective import Objective, images_like
 from vitprune_fast.distill.teachers import Teacher, TeacherSet
-from vitprune_fast.distill.terms import Manifold
 from vitprune_fast.errors import InvalidInput
 from vitprune_fast.testing import random_images, random_vit
 
@@ -84,7 +85,7 @@ def test_one_launch_gives_the_same_loss_and_gradient(
     config = DistillConfig(loss=(loss, "hidden"), alpha=0.3, temperature=3.0, label_smoothing=0.1)
     found = []
     for fuses in (False, True):
-        one = (lambda self, _: self.logit_terms[0]) if fuses else lambda *_: None
+        one = (lambda self, _: self.terms[0]) if fuses else lambda *_: None
         monkeypatch.setattr(Objective, "_one_soft", one)
         student = random_vit()
         value, parts, _ = evaluated(config, student, teacher)
@@ -130,9 +131,9 @@ def test_a_trunk_without_class_token_and_a_cnn_teach_the_manifold() -> None:
         "cait_xxs24_224", img_size=32, patch_size=8, num_classes=5, depth=6, pretrained=False
     )
     _, parts, objective = evaluated(DistillConfig(loss=("manifold",)), student, Teacher(cait))
-    assert objective.inside_terms[0].loss == Manifold(
-        [(0, 0), (1, 1), (2, 4), (3, 5)], num_rows=192
-    )
+    loss = objective.terms[0].loss
+    assert isinstance(loss, Manifold) and loss.num_rows == 192
+    assert loss.pairs == [(0, 0), (1, 1), (2, 4), (3, 5)]
     parts["manifold"].backward()
     assert float(student.blocks[0].mlp.fc1.weight.grad.abs().max()) > 0
     # 4 x 4 patches and a feature map of 4 x 4
@@ -158,7 +159,9 @@ def test_relations_know_which_tokens_are_patches() -> None:
             assert hidden.qkv_prefix_tokens == [each.num_prefix_tokens]
     ours, theirs = packed
     kept = model.num_prefix_tokens - 1
-    assert torch.equal(parts["relation"], qkv_relation(ours, theirs[:, kept:]))
+    assert torch.equal(
+        parts["relation"], qkv_relation(ours.flatten(3), theirs[:, kept:].flatten(3))
+    )
 
 
 def test_who_does_not_fit_is_refused_at_once() -> None:
@@ -171,7 +174,7 @@ def test_who_does_not_fit_is_refused_at_once() -> None:
         (
             random_vit(img_size=24, patch_size=8),
             DistillConfig(loss=("manifold",)),
-            "must have the grid of student_BND",
+            "tokens must have the grid of the student",
         ),
     ):
         with pytest.raises(InvalidInput, match=sentence):
@@ -187,7 +190,7 @@ def test_features_of_other_classes_may_still_teach() -> None:
 @pytest.mark.parametrize(
     ("options", "sentence"),
     [
-        ({"loss": ("warm",)}, r"loss must hold names among soft, .*, got 'warm'"),
+        ({"loss": ("warm",)}, r"loss must hold names among features, .*, got 'warm'"),
         ({"loss": ("soft", "soft")}, r"loss must name each loss once"),
         (
             {"loss_weights": (1.0, 2.0)},

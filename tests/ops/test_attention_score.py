@@ -8,12 +8,11 @@ from attention_sums import attention_sums
 from error_budget import Rounded, assert_within_budget
 from torch import Tensor
 
-from tests.registration import opcheck
 from vitprune_fast import ops
 from vitprune_fast._extension import OBSTACLE
-from vitprune_fast.errors import BackendUnavailable, InvalidInput
+from vitprune_fast.errors import BackendUnavailable
 from vitprune_fast.kernels import _attention_tiles as sizes
-from vitprune_fast.kernels._attention_tiles import CANDIDATES, forced
+from vitprune_fast.kernels._attention_tiles import CANDIDATES, Tiles, forced
 from vitprune_fast.kernels.attention import Attention
 from vitprune_fast.ops._dispatch import IMPLEMENTED
 from vitprune_fast.reference import attention_score as reference
@@ -201,9 +200,11 @@ def test_attention_score_handles_any_sign_of_the_scale(scale, dtype, backend):
 def test_forced_tiles_are_launched_and_match_reference(launch, name, monkeypatch):
     seen, launched = [], Attention._launch
 
-    def noted(self, kernel, tiles, *given, **flags):
-        seen.append((tiles, flags.get("WHOLE_ROWS", False)))
-        launched(self, kernel, tiles, *given, **flags)
+    def noted(self, kernel, how, *given, **flags):
+        names = ("BLOCK_M", "BLOCK_N", "num_warps", "num_stages")
+        tiles = Tiles(*(how.flags[name] for name in names))
+        seen.append((tiles, how.flags.get("WHOLE_ROWS", False)))
+        launched(self, kernel, how, *given, **flags)
 
     monkeypatch.setattr(Attention, "_launch", noted)
     # a GPU of small tiles takes no candidate
@@ -362,29 +363,6 @@ def test_scored_attention_gives_only_what_requires_a_gradient(backend):
     assert not ops.scored_attention(qkv, backend=backend).requires_grad
 
 
-def test_scored_attention_can_be_differentiated_once():
-    qkv, _ = inputs((1, 9, 2, 8), FP32)
-    out = ops.scored_attention(qkv.requires_grad_())
-    with pytest.raises(RuntimeError, match="scored_attention: create_graph must be False"):
-        torch.autograd.grad(out.sum(), qkv, create_graph=True)
-
-
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("dtype", ["fp32", "fp16"])
-def test_attention_score_same_bits_alone_repeated_and_in_a_batch(dtype, backend):
-    qkv, grad = inputs((3, 35, 2, 24), DTYPES[dtype], backend)
-    whole = ours(qkv, grad, backend=backend)
-    assert all(map(torch.equal, whole, ours(qkv, grad, backend=backend)))
-    for b in range(3):
-        alone = ours(qkv[b : b + 1], grad[b : b + 1], backend=backend)
-        for one, other in zip(whole, alone, strict=True):
-            if backend != "eager":
-                assert torch.equal(one[b : b + 1], other)
-            else:
-                # plain torch chooses its own order of summation
-                torch.testing.assert_close(one[b : b + 1], other)
-
-
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize(
     ("shape", "dtype"),
@@ -487,94 +465,6 @@ def test_attention_where_one_key_has_all_the_weight(dtype, backend):
         assert (value.double() - want).norm() <= 64 * rounding * want.norm()
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_attention_score_is_cut_off_from_the_graph(backend):
-    qkv, grad = inputs((1, 5, 2, 8), FP32, backend)
-    results = ours(qkv.requires_grad_(), grad, backend=backend)
-    assert not any(x.requires_grad for x in results)
-
-
-def test_attention_score_opcheck():
-    qkv, _ = inputs((2, 13, 2, 12), FP32)
-    head, qk_dim, v_dim = torch.ones(2, 2), torch.ones(2, 2, 12), torch.ones(2, 2, 12)
-    leaves = [x.requires_grad_() for x in (qkv, head, qk_dim, v_dim)]
-    scored = torch.ops.vitprune_fast.scored_attention.default
-    for arguments in (leaves, [qkv.detach(), head, None, None], [qkv, None, None, v_dim]):
-        opcheck(scored, (*arguments, 0.3, False, "eager" if OBSTACLE else "cpu"))
-    for twin in ("", "_triton"):
-        if OBSTACLE and not twin:
-            continue
-        device = device_of("triton") if twin else "cpu"
-        forward, backward = (
-            getattr(torch.ops.vitprune_fast, name + twin).default
-            for name in ("attention", "attention_score")
-        )
-        qkv, grad = (x.to(device) for x in inputs((2, 13, 2, 12), FP32))
-        odd = qkv.transpose(0, 1).contiguous().transpose(0, 1)
-        for x in (qkv, odd):
-            opcheck(forward, (x, 0.3))
-            out, lse = forward(x, 0.3)
-            for wanted in ((True, True, True, True), (False, True, False, False)):
-                opcheck(backward, (grad, x, out, lse, 0.3, True, *wanted))
-
-
-@pytest.mark.parametrize("backend", ["auto", *BACKENDS])
-def test_scored_attention_compiles_fullgraph(backend):
-    def layer(qkv, head, v_dim):
-        return ops.scored_attention(qkv * 2, head, None, v_dim, backend=backend) + 1
-
-    qkv, grad = inputs((2, 13, 2, 16), FP32, backend)
-    probes = [torch.zeros(shape, device=qkv.device) for shape in ((2, 2), (2, 2, 16))]
-    leaves = [x.requires_grad_() for x in (qkv, *probes)]
-    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
-    results = []
-    for form in (compiled, layer):
-        out = form(*leaves)
-        results.append((out, *torch.autograd.grad(out, leaves, grad)))
-    assert all(map(torch.equal, *results))
-
-
-@pytest.mark.parametrize("backend", ["auto", *BACKENDS])
-def test_attention_score_compiles_fullgraph(backend):
-    qkv, grad = inputs((2, 13, 2, 16), FP32, backend)
-    compiled = torch.compile(ours, fullgraph=True, backend="aot_eager")
-    assert all(
-        map(torch.equal, compiled(qkv, grad, backend=backend), ours(qkv, grad, backend=backend))
-    )
-
-
-def test_attention_score_rejects_wrong_arguments():
-    x = torch.ones(2, 4, 3, 2, 8)
-    out, lse = ops.attention(x)
-    with pytest.raises(TypeError, match="attention: qkv_BN3HK must be a tensor, got list"):
-        ops.attention([1.0])  # pyright: ignore[reportArgumentType]
-    with pytest.raises(InvalidInput, match=r"must have 5 dimensions, got \(4, 3, 2, 8\)"):
-        ops.attention(x[0])
-    with pytest.raises(InvalidInput, match=r"must be float32 or .*, got torch\.int64"):
-        ops.scored_attention(x.long())
-    for wrong in (x[:, :, :2], x[..., :0]):
-        with pytest.raises(InvalidInput, match=r"must have 3 parts .* at least 1, got"):
-            ops.attention(wrong)
-    with pytest.raises(InvalidInput, match=r"grad_out_BNHK must have shape \(2, 4, 2, 8\) like q"):
-        ops.attention_score(out[:, :3], x, out, lse)
-    with pytest.raises(InvalidInput, match=r"out_BNHK must have dtype torch.float32 like q"):
-        ops.attention_score(out, x, out.double(), lse)
-    with pytest.raises(InvalidInput, match=r"lse_BHN must have shape \(2, 2, 4\), got \(2, 4, 2\)"):
-        ops.attention_score(out, x, out, lse.mT)
-    with pytest.raises(InvalidInput, match=r"lse_BHN must be float32, got torch.float64"):
-        ops.attention_score(out, x, out, lse.double())
-    with pytest.raises(InvalidInput, match=r"needs must hold only qkv, .*, got \['neuron'\]"):
-        ops.attention_score(out, x, out, lse, needs=("head", "neuron"))
-    with pytest.raises(InvalidInput, match=r"head_BH must have shape \(2, 2\), .*, got \(2, 8\)"):
-        ops.scored_attention(x, torch.ones(2, 8))
-    with pytest.raises(
-        InvalidInput, match=r"v_dim_BHK must have dtype torch.float32, .*, got torch.float64"
-    ):
-        ops.scored_attention(x, v_dim_BHK=torch.ones(2, 2, 8, dtype=FP64))
-    with pytest.raises(TypeError, match="qk_dim_BHK must be a tensor, got float"):
-        ops.scored_attention(x, qk_dim_BHK=1.0)  # pyright: ignore[reportArgumentType]
-
-
 def test_attention_score_triton_refuses_what_it_cannot_do(monkeypatch):
     doubles, wide_heads = torch.ones(1, 3, 3, 1, 8, dtype=FP64), torch.ones(1, 3, 3, 1, 129)
     for qkv, reason in ((doubles, "which end at float32"), (wide_heads, "head of 129 dims")):
@@ -588,66 +478,6 @@ def test_attention_score_triton_refuses_what_it_cannot_do(monkeypatch):
         assert ops.attention(qkv)[0].allclose(torch.ones((), dtype=qkv.dtype))
 
 
-@pytest.mark.parametrize("backend", [name for name in BACKENDS if name == "cpu"] or ["eager"])
-def test_attention_score_same_bits_for_any_number_of_threads(backend):
-    qkv, grad = inputs((3, 61, 5, 20), FP32)
-    results = []
-    try:
-        for threads in (1, 2, 3, 7):
-            torch.set_num_threads(threads)
-            results.append(ours(qkv, grad, backend=backend))
-    finally:
-        torch.set_num_threads(1)
-    for other in results[1:]:
-        assert all(map(torch.equal, results[0], other))
-
-
-@native
-def test_attention_score_bits_are_the_same_for_every_instruction_set(processors):
-    script = """
-import torch
-from vitprune_fast import ops
-qkv, grad = inputs
-found = []
-for dtype in (torch.float32, torch.float64, torch.bfloat16, torch.float16):
-    for dims in (37, 16):
-        x, g = (y[..., :dims].to(dtype) for y in (qkv, grad))
-        out, lse = ops.attention(x, backend="cpu")
-        for per_token in (False, True):
-            scores = ops.attention_score(g, x, out, lse, per_token=per_token, backend="cpu")
-            found += [out, lse, *scores]
-"""
-    processors.assert_same_bits(script, inputs((2, 67, 2, 37), FP32))
-
-
-@native
-def test_attention_score_native_checks_memory_safety():
-    forward, backward = (
-        getattr(torch.ops.vitprune_fast, name) for name in ("attention", "attention_score")
-    )
-    qkv = torch.ones(2, 4, 3, 2, 8)
-    for wrong in (qkv[0], qkv[:, :, :2], qkv[..., :0]):
-        with pytest.raises(RuntimeError, match=r"attention: qkv_BN3HK must .*, got"):
-            forward(wrong, 1.0)
-    with pytest.raises(RuntimeError, match="qkv_BN3HK must be float32"):
-        forward(qkv.long(), 1.0)
-    out, lse = forward(qkv, 1.0)
-    needs = (1.0, False, True, True, True, True)
-    for arguments in (
-        (out, qkv[0], out, lse),
-        (out[:1], qkv, out, lse),
-        (out[..., :7], qkv, out, lse),
-        (out.double(), qkv, out, lse),
-        (out, qkv, out[:, :3], lse),
-        (out, qkv, out[0], lse),
-        (out, qkv, out, lse[:, :1]),
-        (out, qkv, out, lse.mT),
-        (out, qkv, out, lse.double()),
-    ):
-        with pytest.raises(RuntimeError, match=r"attention_score: .* must .*, got"):
-            backward(*arguments, *needs)
-
-
 @native
 @pytest.mark.parametrize("shape", [(0, 5, 2, 8), (2, 0, 2, 8), (2, 5, 0, 8)])
 def test_attention_score_native_handles_empty(shape):
@@ -656,24 +486,6 @@ def test_attention_score_native_handles_empty(shape):
     needs = (1.0, False, True, True, True, True)
     results = torch.ops.vitprune_fast.attention_score(grad, qkv, out, lse, *needs)
     assert all(x.count_nonzero() == 0 for x in results)
-
-
-def test_attention_score_launches_nothing_for_an_empty_result(monkeypatch):
-    """A grid of zero programs is an error on a GPU, and silently fine in the interpreter."""
-    from vitprune_fast.kernels import attention_score as kernels
-
-    def refuse(*_):
-        raise AssertionError("launched")
-
-    monkeypatch.setattr(kernels, "attention_fwd", refuse)
-    monkeypatch.setattr(kernels, "attention_bwd", refuse)
-    for shape in ((0, 5, 3, 2, 8), (2, 0, 3, 2, 8), (2, 5, 3, 0, 8)):
-        qkv = torch.ones(shape, requires_grad=True)
-        head = torch.ones(shape[0], shape[3], requires_grad=True)
-        ops.scored_attention(qkv, head, backend="triton").sum().backward()
-        assert grad_of(head).count_nonzero() == 0 and grad_of(qkv).shape == shape
-    with pytest.raises(AssertionError, match="launched"):
-        ops.attention(torch.ones(1, 1, 3, 1, 1), backend="triton")
 
 
 @pytest.mark.parametrize("num_tokens", [1, 16, 63, 64, 65, 197, 208, 577])
@@ -707,18 +519,3 @@ def test_attention_score_head_dims_are_cut_in_pieces(head_dim, cut):
     from vitprune_fast.kernels._attention_tiles import pieces
 
     assert pieces(head_dim) == cut
-
-
-def test_attention_score_named_backend_never_falls_back(monkeypatch):
-    x = torch.ones(2, 4, 3, 2, 8)
-    empty = x[:0]
-    for qkv in (x, empty):
-        with pytest.raises(BackendUnavailable, match="there is no CUDA C"):
-            ops.attention(qkv, backend="cuda")
-        with pytest.raises(BackendUnavailable, match="there is no CUDA C"):
-            ops.scored_attention(qkv, backend="cuda")
-        with pytest.raises(InvalidInput, match=r"must be one of auto, .*, got 'x'"):
-            ops.attention(qkv, backend="x")  # pyright: ignore[reportArgumentType]
-    monkeypatch.setenv("VITPRUNE_BACKEND", "cuda")
-    with pytest.raises(BackendUnavailable, match="VITPRUNE_BACKEND 'cuda' cannot run here"):
-        ops.attention(x)

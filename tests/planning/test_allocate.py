@@ -12,11 +12,15 @@ from hypothesis import strategies as st
 
 from vitprune_fast.errors import InfeasibleBudget, InvalidInput
 from vitprune_fast.planning import Budget, Plan, cost, plan, predict_cost
-from vitprune_fast.planning.allocate import ALLOCATIONS, NORMALIZATIONS, macs_per_unit
+from vitprune_fast.planning.allocate import FOLDER
+from vitprune_fast.planning.normalization import NORMALIZATIONS, macs_per_unit
+from vitprune_fast.registry import names
 from vitprune_fast.scoring import Scores
 from vitprune_fast.structure import Group, Structure, describe
 from vitprune_fast.surgery import prune
 from vitprune_fast.testing import random_vit
+
+ALLOCATIONS = names(FOLDER)
 
 MODEL = random_vit(dtype=torch.float32)
 STRUCTURE = describe(MODEL)
@@ -70,9 +74,9 @@ def test_budgets_are_met_to_one_step(
         if allocation == "global"
         else [[n for n in scores if n.endswith(kind)] for kind in ("heads", "neurons")]
     )
-    for names in kinds:
-        more = {n: _one_more(made, n, step if n.endswith("neurons") else 1) for n in names}
-        if all(more[n] == made[n] for n in names):
+    for kind in kinds:
+        more = {n: _one_more(made, n, step if n.endswith("neurons") else 1) for n in kind}
+        if all(more[n] == made[n] for n in kind):
             continue
         kept = {n: made[n] for n in scores} | more
         # a head of this model weighs more than a step of neurons, so it may stay out
@@ -170,7 +174,7 @@ def test_per_mac_divides_by_what_a_unit_saves() -> None:
 
 
 def test_lamp_scores_as_published() -> None:
-    from vitprune_fast.planning.allocate import _lamp
+    from vitprune_fast.planning.normalization import _lamp
 
     got = _lamp(np.array([3.0, 1.0, 2.0]))
     assert got == pytest.approx([9 / 9, 1 / 14, 4 / 13])

@@ -8,11 +8,14 @@ from typing import Any
 import pytest
 import torch
 
-from vitprune_fast.config.run import SweepConfig
-from vitprune_fast.data import ImageData, open_data
+from vitprune_fast.config.run import DataConfig, SweepConfig
+from vitprune_fast.data import ImageData, RandomCrop, open_data
 from vitprune_fast.distill.config import DistillConfig
 from vitprune_fast.distill.teachers import Teacher
+from vitprune_fast.errors import InvalidInput
 from vitprune_fast.run import stages
+from vitprune_fast.run.inputs import setting_of
+from vitprune_fast.run.profile import Profile
 from vitprune_fast.run.stages import Setting, calibration
 from vitprune_fast.testing import random_vit
 
@@ -47,6 +50,32 @@ def test_the_images_are_not_changed_at_random(data: ImageData) -> None:
     assert torch.equal(images, data.split("train").batch(rows)[0])
     # every pass gives the same
     assert torch.equal(images, next(iter(loader))[0])
+
+
+def test_settings_of_photographs_reach_the_loader_and_digits_refuse_them(
+    data: ImageData, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loaders: list[Any] = []
+    monkeypatch.setattr(stages, "distill", lambda *given, **_: loaders.append(given[2]))
+    profile = Profile("cpu", "cpu", "a processor", "float32", threads=1, workers=0)
+    words: dict[str, Any] = {"policy": "3a", "crop_scale": 0.08, "color_jitter": 0.3}
+    config = DataConfig(crop="simple", repeats=3, **words)
+    setting = setting_of(config, profile, 0)
+    wanted = RandomCrop(scale=0.08, policy="3a", jitter=0.3, simple=True)
+    photographs = replace(data, augmentation=RandomCrop())
+    for each in (photographs, data):
+        model = random_vit(in_chans=1, img_size=8, patch_size=4)
+        options = (None, each, DistillConfig(), setting)
+        if each is data:
+            with pytest.raises(InvalidInput, match="crop_scale and color_jitter must be unset for"):
+                stages.train(model, *options, purpose="distill")
+            continue
+        stages.train(model, *options, purpose="distill")
+    assert [(loader.augment, loader.repeats) for loader in loaders] == [(wanted, 3)]
+    with pytest.raises(InvalidInput, match=r"data: crop_scale must be in \(0, 1\], got 0"):
+        DataConfig(crop_scale=0)
+    with pytest.raises(InvalidInput, match=r"data: color_jitter must be in \[0, 1\], got 1.5"):
+        DataConfig(color_jitter=1.5)
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from vitprune_fast.planning import Plan
-from vitprune_fast.scoring.activation import activation
+from vitprune_fast.scoring.criteria.activation import activation
 from vitprune_fast.structure import describe
 from vitprune_fast.surgery import prune
 from vitprune_fast.testing import VITS, random_images, random_vit

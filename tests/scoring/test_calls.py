@@ -46,9 +46,9 @@ def recorded(model: Any, **options: Any) -> Record:
 
 
 MLPS = {
-    "plain": ({}, "activation_score"),
-    "swiglu": ({"mlp_layer": SwiGLU}, "glu_score"),
-    "swiglu_packed": ({"mlp_layer": SwiGLUPacked}, "glu_score"),
+    "plain": ({}, "gated_unit_bwd"),
+    "swiglu": ({"mlp_layer": SwiGLU}, "gated_unit_bwd"),
+    "swiglu_packed": ({"mlp_layer": SwiGLUPacked}, "gated_unit_bwd"),
 }
 
 

@@ -39,7 +39,7 @@ def test_our_kernels_are_taken() -> None:
         score(model, [batch], units="all")
     count = record.count()
     assert "gelu_backward" not in " ".join(count)
-    for op, times in (("activation_score", depth), ("norm_score", 2 * depth + 1)):
+    for op, times in (("gated_unit_bwd", depth), ("norm_score", 2 * depth + 1)):
         found = sum(n for name, n in count.items() if name.startswith(f"vitprune_fast.{op}"))
         assert found == times, (op, count)
 

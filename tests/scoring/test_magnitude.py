@@ -10,7 +10,7 @@ from torch import Tensor
 
 from vitprune_fast.errors import InvalidInput
 from vitprune_fast.scoring import score
-from vitprune_fast.scoring.magnitude import magnitude
+from vitprune_fast.scoring.criteria.magnitude import magnitude
 from vitprune_fast.structure import describe
 from vitprune_fast.testing import VITS, random_vit
 

@@ -82,7 +82,7 @@ def test_sums_of_another_split_in_fp64() -> None:
     """Before they are rounded to fp32, sums over another split agree to fp64 rounding."""
     model = random_vit(dtype=torch.float64)
     structure = describe(model)
-    axes = scored_axes(structure, "all", "taylor")
+    axes = scored_axes(structure, "all")
     images, labels = batch_of(model, 7)
     sums = []
     for micro_batch in (7, 2):

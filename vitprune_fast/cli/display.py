@@ -11,12 +11,12 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn
 from rich.table import Table
 
-from vitprune_fast.distill.config import FEATURE_LOSSES, LOGIT_LOSSES
+from vitprune_fast.distill.losses import NAMES
 from vitprune_fast.planning.waiting import load_warning
 from vitprune_fast.run.assumptions import line
 from vitprune_fast.run.comparison import arrow, comparison, steps
 
-_PARTS = ("ce", *LOGIT_LOSSES, *FEATURE_LOSSES)
+_PARTS = ("ce", "bce", *NAMES)
 LINE_EVERY_S = 10.0
 """Seconds between two lines of one stage where there is no terminal."""
 

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from vitprune_fast.errors import InvalidInput, StageFailed
-from vitprune_fast.scoring import Criterion, score
+from vitprune_fast.scoring import score
 from vitprune_fast.scoring.taylor import LOSS_SCALE, scoring_mode
 from vitprune_fast.structure import Structure, describe
 from vitprune_fast.timing import Entry, entries_of, in_turns, measure
@@ -200,7 +200,7 @@ def hessian_loop(model: nn.Module, images: Tensor, labels: Tensor, backwards: in
 
 
 def ours(
-    model: nn.Module, images: Tensor, labels: Tensor, units: Any, criterion: Criterion = "taylor"
+    model: nn.Module, images: Tensor, labels: Tensor, units: Any, criterion: str = "taylor"
 ) -> dict[str, Tensor]:
     """Our scores of one batch, per sample."""
     found = score(

@@ -5,6 +5,7 @@ A field's docstring is its `--help` text. Nothing here imports torch, so `--help
 
 from __future__ import annotations
 
+import reprlib
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -15,6 +16,7 @@ from vitprune_fast.distill.config import DistillConfig
 from vitprune_fast.errors import InvalidInput
 from vitprune_fast.models.config import ModelConfig, Pairs
 from vitprune_fast.precision import Precision
+from vitprune_fast.registry import names
 
 if TYPE_CHECKING:
     from vitprune_fast.distill.masks import MaskSchedule
@@ -52,9 +54,19 @@ class DataConfig:
     augment: bool = True
     """Vary training images at random (digits: small affine maps; photographs: crops, flips)."""
     policy: str = ""
-    """Further changes of photographs in timm's words, e.g. rand-m9-mstd0.5-inc1 (RandAugment)."""
+    """Further changes of photographs in timm's words, e.g. rand-m9-mstd0.5-inc1 (RandAugment of
+    DeiT) or 3a (3-Augment of DeiT III: grey, solarised or blurred)."""
+    crop: Literal["resized", "simple"] = "resized"
+    """Training windows of photographs: `resized`, of any size from crop-scale on; `simple`, as
+    large as the photograph allows (DeiT III)."""
+    crop_scale: Annotated[float, arg(metavar="SHARE")] = 0.35
+    """Smallest share of a photograph's area that a resized window has (DeiT and UP-ViT: 0.08)."""
+    color_jitter: float = 0.0
+    """Largest change of the brightness, contrast and saturation of photographs, as a share (DeiT
+    III: 0.3; DeiT's 0.4 is off beside its RandAugment)."""
     repeats: Annotated[int, arg(metavar="N")] = 1
-    """Augmented copies of an image in a row; epochs stay as long (DeiT has 3)."""
+    """Augmented copies of an image in a row, each for another process where there are several;
+    epochs stay as long (DeiT has 3)."""
     mean: Annotated[tuple[float, ...] | None, arg(metavar="NUMBER ...")] = None
     """Per channel, subtracted from pixels in 0..1; unset: what the weights were trained with."""
     std: Annotated[tuple[float, ...] | None, arg(metavar="NUMBER ...")] = None
@@ -68,12 +80,21 @@ class DataConfig:
     workers: Count = None
     """Processes that read images; unset: chosen. Any number gives the same stream."""
 
+    def __post_init__(self) -> None:
+        rules = {
+            "crop_scale": (0 < self.crop_scale <= 1, "be in (0, 1]"),
+            "color_jitter": (0 <= self.color_jitter <= 1, "be in [0, 1]"),
+        }
+        for name, (holds, rule) in rules.items():
+            if not holds:
+                raise InvalidInput(f"data: {name} must {rule}, got {getattr(self, name)}")
+
 
 @dataclass(frozen=True)
 class ScoreConfig:
     """How the importance of units is measured."""
 
-    criterion: Literal["taylor", "fisher", "loss", "kl", "activation", "magnitude"] = "taylor"
+    criterion: Annotated[str, arg(metavar="|".join(names("scoring/criteria")))] = "taylor"
     """`taylor`: activation x gradient on training images; `fisher`: its square with labels drawn
     from the model; `loss` and `kl`: exact, every unit left out in turn (slow); `activation`: what a
     unit puts out; `magnitude`: weight norms, no data."""
@@ -96,6 +117,12 @@ class ScoreConfig:
     """Replay a scoring step as a CUDA graph; auto: never, until committed results show a win."""
 
     def __post_init__(self) -> None:
+        known = names("scoring/criteria")
+        if self.criterion not in known:
+            raise InvalidInput(
+                f"score: criterion must be one of {', '.join(known)}, got "
+                f"{reprlib.repr(self.criterion)}"
+            )
         for name in ("samples", "batch_size", "draws", "candidates"):
             if getattr(self, name) < 1:
                 raise InvalidInput(f"score: {name} must be at least 1, got {getattr(self, name)}")
@@ -112,7 +139,7 @@ class PlanConfig:
     """Budget in parameters: a share up to 1, or a number above 1."""
     keep: Pairs = field(default_factory=dict)
     """Share of units to keep per kind instead of a cost budget, e.g. head=0.5 neuron=0.7."""
-    allocation: Literal["global", "uniform"] = "global"
+    allocation: Annotated[str, arg(metavar="|".join(names("planning/allocations")))] = "global"
     """`global`: the least important units anywhere; `uniform`: the same share in every block."""
     normalization: Annotated[str | None, arg(metavar="NAME")] = None
     """How scores of different blocks are made comparable; unset: the planner's default."""
@@ -120,6 +147,14 @@ class PlanConfig:
     """Units every layer keeps at least; 0 allows emptied layers."""
     round_to: Annotated[int, arg(metavar="N")] = 1
     """Keep a multiple of this many neurons (e.g. 8 for tensor cores)."""
+
+    def __post_init__(self) -> None:
+        known = names("planning/allocations")
+        if self.allocation not in known:
+            raise InvalidInput(
+                f"plan: allocation must be one of {', '.join(known)}, got "
+                f"{reprlib.repr(self.allocation)}"
+            )
 
     @property
     def is_default(self) -> bool:

@@ -16,6 +16,9 @@ from timm.data import auto_augment
 from vitprune_fast.errors import InvalidInput
 from vitprune_fast.randomness import seeded
 
+# of the simple random crop, as published
+_BORDER = 4
+
 
 @dataclass(frozen=True)
 class Affine:
@@ -62,13 +65,21 @@ class RandomCrop:
             width.
         flip: probability of mirroring left and right.
         policy: further changes in the words of timm's ``auto_augment``, such as
-            ``rand-m9-mstd0.5-inc1`` (RandAugment of DeiT) or ``augmix-m3``; empty for none.
+            ``rand-m9-mstd0.5-inc1`` (RandAugment of DeiT), ``augmix-m3`` or ``3a`` (3-Augment of
+            DeiT III: grey, solarised or blurred); empty for none.
+        jitter: brightness, contrast and saturation change by factors from ``1 - jitter`` to
+            ``1 + jitter``, after the policy.
+        simple: the window is as large as the photograph allows, as the simple random crop of
+            Touvron et al., "DeiT III: Revenge of the ViT", ECCV 2022 (arXiv:2204.07118), section 3:
+            the shorter side is resized to the input, and the border mirrored by four pixels.
     """
 
     scale: float = 0.35
     ratio: float = 4 / 3
     flip: float = 0.5
     policy: str = ""
+    jitter: float = 0.0
+    simple: bool = False
 
     def __post_init__(self) -> None:
         if self.policy:
@@ -77,7 +88,31 @@ class RandomCrop:
     @property
     def draws(self) -> int:
         """Uniform numbers one sample needs."""
-        return 6 if self.policy else 5
+        return 6 if self.policy or self.jitter else 5
+
+    def view(
+        self,
+        image: Image.Image,
+        size: tuple[int, int],
+        resampling: Image.Resampling,
+        uniforms: np.ndarray,
+    ) -> Image.Image:
+        """A window of a photograph in the model's size, changed and mirrored.
+
+        Args:
+            image: the photograph.
+            size: (height, width) in pixels.
+            resampling: how it is resized.
+            uniforms: ``(draws,)`` numbers in ``[0, 1)``, on which alone the view depends.
+        """
+        height, width = size
+        window, mirrored = self.window(uniforms, *image.size)
+        if self.simple:
+            view = _simple_crop(image, size, resampling, *uniforms[2:4].tolist())
+        else:
+            view = image.resize((width, height), resampling, box=window)
+        view = self.changed(view, uniforms)
+        return view.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if mirrored else view
 
     def window(
         self, uniforms: np.ndarray, width: int, height: int
@@ -92,12 +127,33 @@ class RandomCrop:
         return (left, top, left + wide, top + high), flip < self.flip
 
     def changed(self, image: Image.Image, uniforms: np.ndarray) -> Image.Image:
-        """Apply the policy to a window, by the last of its sample's numbers."""
-        if not self.policy:
+        """Apply policy and jitter to a window, by the last of its sample's numbers."""
+        if not (self.policy or self.jitter):
             return image
-        # timm draws from Python's and numpy's global generators
+        # they draw from the global generators of Python, numpy and torch
         with seeded(int(uniforms[5] * 2**53), "policy"):
-            return _policy(self.policy)(image.convert("RGB")).convert(image.mode)
+            changed = image.convert("RGB")
+            if self.policy:
+                changed = _policy(self.policy)(changed)
+            if self.jitter:
+                from torchvision.transforms import ColorJitter
+
+                changed = ColorJitter(self.jitter, self.jitter, self.jitter)(changed)
+            return changed.convert(image.mode)
+
+
+def _simple_crop(
+    image: Image.Image, size: tuple[int, int], resampling: Image.Resampling, x: float, y: float
+) -> Image.Image:
+    height, width = size
+    share = max(width / image.width, height / image.height)
+    wide, high = (max(round(image.width * share), width), max(round(image.height * share), height))
+    pixels = np.asarray(image.resize((wide, high), resampling))
+    pads = [(_BORDER, _BORDER)] * 2 + [(0, 0)] * (pixels.ndim - 2)
+    pixels = np.pad(pixels, pads, mode="reflect")
+    left = int(x * (wide + 2 * _BORDER - width + 1))
+    top = int(y * (high + 2 * _BORDER - height + 1))
+    return Image.fromarray(pixels[top : top + height, left : left + width])
 
 
 @cache

@@ -30,11 +30,13 @@ class Loader:
         repeats: how often an image comes, each time augmented anew, next to its copies; an epoch
             stays as long, with so many times fewer images, others in each (Hoffer et al., "Augment
             your batch", CVPR 2020, arXiv:1901.09335; DeiT has 3).
+        processes: how many take turns in the batches. Copies of an image then go to as many of
+            them, as in DeiT, whose epochs are rounded down to 256 images besides.
 
     Raises:
-        InvalidInput: ``batch_size`` or ``repeats`` is below 1, ``workers`` below 0, ``repeats``
-            above 1 in a fixed order, of which every epoch would see the same few images, or no
-            batch is left.
+        InvalidInput: ``batch_size``, ``repeats`` or ``processes`` is below 1, ``workers`` below 0,
+            ``repeats`` above 1 in a fixed order, of which every epoch would see the same few
+            images, or no batch is left.
     """
 
     def __init__(
@@ -48,13 +50,14 @@ class Loader:
         workers: int = 0,
         drop_last: bool = False,
         repeats: int = 1,
+        processes: int = 1,
     ) -> None:
-        if batch_size < 1:
-            raise InvalidInput(f"Loader: batch_size must be at least 1, got {batch_size}")
+        counts = {"batch_size": batch_size, "repeats": repeats, "processes": processes}
+        for name, count in counts.items():
+            if count < 1:
+                raise InvalidInput(f"Loader: {name} must be at least 1, got {count}")
         if workers < 0:
             raise InvalidInput(f"Loader: workers must be at least 0, got {workers}")
-        if repeats < 1:
-            raise InvalidInput(f"Loader: repeats must be at least 1, got {repeats}")
         if repeats > 1 and not shuffle:
             raise InvalidInput(
                 f"Loader: repeats must be 1 without shuffle, which brings the other images, got "
@@ -62,6 +65,7 @@ class Loader:
             )
         self.images = images
         self.repeats = repeats
+        self.processes = processes
         self.batch_size = batch_size
         self.shuffle = shuffle
         self.augment = augment
@@ -124,10 +128,18 @@ class _EpochBatches(Dataset):
     def __len__(self) -> int:
         return len(self.loader)
 
+    def _part(self, index: int) -> slice:
+        """Places of a batch in the order of the epoch."""
+        size, turns = self.loader.batch_size, self.loader.processes
+        first = index // turns * turns * size
+        if self.copies is None or first + turns * size > len(self.order):
+            return slice(index * size, (index + 1) * size)
+        # neighbours go to batches of different processes
+        return slice(first + index % turns, first + turns * size, turns)
+
     def __getitem__(self, index: int) -> Batch | VitpruneError:
-        size = self.loader.batch_size
-        part = slice(index * size, (index + 1) * size)
         loader = self.loader
+        part = self._part(index)
         try:
             return loader.images.batch(
                 self.order[part],

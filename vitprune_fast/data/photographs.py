@@ -118,20 +118,15 @@ class Photographs(ABC):
 
     def _view(self, image: Image.Image, augment: Augment | None, draw: np.ndarray) -> np.ndarray:
         """Cut a window and resize it to the model's input: random, or the centre to evaluate."""
+        if isinstance(augment, RandomCrop):
+            return np.asarray(augment.view(image, self.image_size, self.resampling, draw))
         height, width = self.image_size
-        flip = False
-        if isinstance(augment, RandomCrop):
-            window, flip = augment.window(draw, *image.size)
-        else:
-            # the largest window of the input's shape, shrunk by crop_share
-            share = min(image.width / width, image.height / height) * self.crop_share
-            wide, high = width * share, height * share
-            left, top = (image.width - wide) / 2, (image.height - high) / 2
-            window = (left, top, left + wide, top + high)
-        view = image.resize((width, height), self.resampling, box=window)
-        if isinstance(augment, RandomCrop):
-            view = augment.changed(view, draw)
-        return np.asarray(view)[:, ::-1] if flip else np.asarray(view)
+        # the largest window of the input's shape, shrunk by crop_share
+        share = min(image.width / width, image.height / height) * self.crop_share
+        wide, high = width * share, height * share
+        left, top = (image.width - wide) / 2, (image.height - high) / 2
+        window = (left, top, left + wide, top + high)
+        return np.asarray(image.resize((width, height), self.resampling, box=window))
 
     def _cut(self, parts: Mapping[str, Part]) -> dict[str, list[int]]:
         if "train" not in parts:

@@ -8,23 +8,6 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from vitprune_fast.distill.config import DistillConfig
     from vitprune_fast.distill.loop import DistillResult, distill
-    from vitprune_fast.distill.losses import (
-        Projectors,
-        align_tokens,
-        cross_entropy,
-        distillation_token,
-        feature_mse,
-        hard_kd,
-        hidden_mse,
-        manifold,
-        manifold_full,
-        manifold_inter,
-        manifold_intra,
-        manifold_random,
-        map_blocks,
-        qkv_relation,
-        soft_kd,
-    )
     from vitprune_fast.distill.masks import MaskSchedule
     from vitprune_fast.distill.teachers import Teacher, TeacherSet, resolve_teacher
 
@@ -32,29 +15,13 @@ __all__ = [
     "DistillConfig",
     "DistillResult",
     "MaskSchedule",
-    "Projectors",
     "Teacher",
     "TeacherSet",
-    "align_tokens",
-    "cross_entropy",
     "distill",
-    "distillation_token",
-    "feature_mse",
-    "hard_kd",
-    "hidden_mse",
-    "manifold",
-    "manifold_full",
-    "manifold_inter",
-    "manifold_intra",
-    "manifold_random",
-    "map_blocks",
-    "qkv_relation",
     "resolve_teacher",
-    "soft_kd",
 ]
 
 _HOMES = {
-    **dict.fromkeys(__all__, "losses"),
     "DistillConfig": "config",
     "DistillResult": "loop",
     "MaskSchedule": "masks",

@@ -46,3 +46,15 @@ class Average(ModelEmaV3):
                     [theirs[name] for name in names],
                     [share] * len(names),
                 )
+
+
+class EpochAverage(Average):
+    """The average that UP-ViT moves once an epoch, quickly at first.
+
+    Source: Yu and Wu, 2021 (arXiv:2111.15127), whose code has this decay.
+    """
+
+    def get_decay(self, step: int | None = None) -> float:
+        """``(1 + n) / (10 + n)`` for the n-th move, n = 1, 2, ..., at most ``decay``."""
+        number = step or 0
+        return min(self.decay, (1 + number) / (10 + number))

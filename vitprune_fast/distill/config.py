@@ -5,17 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
+from typing_extensions import Doc
+
+from vitprune_fast.distill import losses
 from vitprune_fast.errors import InvalidInput
 from vitprune_fast.precision import NAMES, Precision
-
-# compare logits; a student with a distillation token learns them with its second head
-LOGIT_LOSSES = ("soft", "soft_deit", "soft_sum", "hard")
-# compare what happens inside
-FEATURE_LOSSES = ("hidden", "features", "manifold", "manifold_full", "relation")
-# a manifold term carries the published weights of its three parts in itself
-DEFAULT_WEIGHTS = {"features": 20.0}
 
 
 @dataclass(frozen=True)
@@ -32,6 +28,9 @@ class DistillConfig:
     """Peak learning rate; unset: the one that suits the state in which the student comes, small for
     one that is nearly right, 1e-3 for one that has everything to learn; with `sgd`, gates or masks
     always 1e-3."""
+    lr_batch: int | None = None
+    """Images per step that lr is meant for, of all micro-batches and processes together; with more
+    or fewer the peak rises or falls in proportion (DeiT: 512, timm: 256); unset: lr as it is."""
     min_lr: float | None = None
     """Learning rate at the end of the cosine; unset: a hundredth of lr, at most 1e-5."""
     warmup_epochs: float = 5.0
@@ -44,17 +43,25 @@ class DistillConfig:
     """`sgd` has Nesterov-free momentum."""
     momentum: float = 0.9
     """Of `sgd`."""
+    betas: tuple[float, float] = (0.9, 0.999)
+    """Of `adamw`: how slowly the averages of gradients and of their squares change."""
+    eps: float = 1e-8
+    """Of `adamw`: added to the root of the average of squares."""
     weight_decay: float = 0.05
     """Of parameters with two dimensions or more."""
     layer_decay: float = 1.0
-    """Learning rate of a block as a share of that of the block above, in (0, 1]."""
+    """Learning rate of a block as a share of that of the block above, in (0, 1]; heads and the
+    final norm have the full one (BEiT)."""
     clip_norm: float = 1.0
     """Gradients are scaled down to this L2 norm; 0 leaves them."""
     accumulate: int = 1
     """Batches whose gradients are averaged for one step."""
     ema: float = 0.0
     """Decay of an average of the weights, which is then what is validated and comes back; 0 for
-    none. The first steps weigh more (timm's warm-up of the decay)."""
+    none. The first steps weigh more (timm's warm-up of the decay). DeiT: 0.99996."""
+    ema_every: Literal["step", "epoch"] = "step"
+    """`epoch`: move the average at the end of each, with a decay of (1 + n) / (10 + n) after n of
+    them, at most ema (UP-ViT, with 0.999)."""
     dtype: Precision = "auto"
     """What the student computes in, with weights as they are; auto: bfloat16 on a GPU that has it,
     float32 elsewhere. float16 scales the loss, and a step that overflows is skipped."""
@@ -65,28 +72,41 @@ class DistillConfig:
     drop_path: float | None = None
     """Probability that the last block's branches are left out of a sample, falling to 0 at the
     first; unset: as the model has it."""
+    label_loss: Literal["ce", "bce"] = "ce"
+    """What labels are learnt by: `ce`, cross-entropy; `bce`, binary cross-entropy of every class by
+    itself, mean over images and classes (ResNet strikes back, DeiT III)."""
+    bce_threshold: float | None = None
+    """Of `bce`: classes with a larger share of a mixed label count whole, others not at all (DeiT
+    III: 0, ResNet strikes back: 0.2); unset: shares as they are."""
     label_smoothing: float = 0.0
     """Share of a label spread over all classes, [0, 1)."""
     mixup: float = 0.0
-    """Alpha of the Beta distribution of mixup; 0 for none."""
+    """Alpha of the Beta distribution of mixup; 0 for none (DeiT: 0.8)."""
     cutmix: float = 0.0
-    """Alpha of the Beta distribution of CutMix; 0 for none. With both, half of the batches each."""
+    """Alpha of the Beta distribution of CutMix; 0 for none (DeiT: 1, UP-ViT: 0.5)."""
+    cutmix_larger: bool = False
+    """An image keeps its larger part in CutMix, max(l, 1 - l) for l (UP-ViT)."""
+    switch_prob: float = 0.5
+    """Share of mixed batches that CutMix takes where both are on (DeiT: 0.5)."""
     mix_prob: float = 1.0
     """Share of batches that are mixed."""
     erase: float = 0.0
-    """Share of images of which a random rectangle becomes noise."""
-    loss: tuple[str, ...] = ("soft",)
-    """What is learnt from the teacher. Logits: `soft` (T^2 KL, mean over images), `soft_deit` (mean
-    over images and classes), `soft_sum` (sum over images), `hard` (the teacher's class). Insides:
-    `hidden` (block outputs), `features` (pooled), `manifold` (intra-image, inter-image, random),
-    `manifold_full` (all tokens of the batch), `relation` (q, k, v). With several teachers
-    TEACHER:LOSS is learnt from that one, LOSS from each."""
+    """Share of images of which a random rectangle becomes noise, before they are mixed (DeiT:
+    0.25)."""
+    loss: Annotated[
+        tuple[str, ...],
+        Doc(
+            "What is learnt from the teacher. Of several, TEACHER:LOSS is learnt from that one, "
+            f"LOSS from each. Losses: {losses.described()}"
+        ),
+    ] = ("soft",)
     loss_weights: tuple[float, ...] = ()
-    """Weights of the losses, in their order; unset: 1, and 20 for `features`."""
+    """Weights of the losses, in their order; unset: each its own, which is 1 if it says nothing."""
     loss_weights_end: tuple[float, ...] = ()
     """Weights at the end of the run, reached in a straight line; unset: they stay."""
     alpha: float = 0.5
-    """Weight of the logit losses against the labels, in [0, 1]."""
+    """Weight of the logit losses against the labels, in [0, 1]. A student with a distillation token
+    learns them with the head of that token, and answers by the mean of both heads (DeiT: 0.5)."""
     temperature: float = 2.0
     """Softens both sides of soft losses."""
     layers: tuple[tuple[int, int], ...] = ()
@@ -114,9 +134,14 @@ class DistillConfig:
 
     def __post_init__(self) -> None:
         largest = math.inf if self.lr is None else self.lr
+        smooths = self.label_smoothing > 0
         rules = {
             "epochs": (self.epochs >= 1, "be at least 1"),
             "lr": (self.lr is None or self.lr > 0, "be unset or above 0"),
+            "lr_batch": (
+                self.lr_batch is None or (self.lr_batch >= 1 and self.lr is not None),
+                "be unset, or at least 1 with a given lr",
+            ),
             "min_lr": (0 <= (self.min_lr or 0) <= largest, "be between 0 and lr"),
             "warmup_epochs": (self.warmup_epochs >= 0, "be at least 0"),
             "warmup_lr": (0 <= self.warmup_lr <= largest, "be between 0 and lr"),
@@ -126,19 +151,33 @@ class DistillConfig:
             ),
             "optimizer": (self.optimizer in ("adamw", "sgd"), "be `adamw` or `sgd`"),
             "momentum": (0 <= self.momentum < 1, "be in [0, 1)"),
+            "betas": (
+                len(self.betas) == 2 and all(0 <= beta < 1 for beta in self.betas),
+                "be two numbers in [0, 1)",
+            ),
+            "eps": (self.eps > 0, "be above 0"),
             "weight_decay": (self.weight_decay >= 0, "be at least 0"),
             "layer_decay": (0 < self.layer_decay <= 1, "be in (0, 1]"),
             "clip_norm": (self.clip_norm >= 0, "be at least 0"),
             "accumulate": (self.accumulate >= 1, "be at least 1"),
             "ema": (0 <= self.ema < 1, "be in [0, 1)"),
+            "ema_every": (self.ema_every in ("step", "epoch"), "be `step` or `epoch`"),
             "dtype": (self.dtype in NAMES, f"be one of {', '.join(NAMES)}"),
             "drop_path": (
                 self.drop_path is None or 0 <= self.drop_path < 1,
                 "be unset or in [0, 1)",
             ),
+            "label_loss": (self.label_loss in ("ce", "bce"), "be `ce` or `bce`"),
+            "bce_threshold": (
+                self.bce_threshold is None
+                or (self.label_loss == "bce" and 0 <= self.bce_threshold < 1 and not smooths),
+                "be unset, or in [0, 1) with label_loss `bce` and without label_smoothing",
+            ),
             "label_smoothing": (0 <= self.label_smoothing < 1, "be in [0, 1)"),
             "mixup": (self.mixup >= 0, "be at least 0"),
             "cutmix": (self.cutmix >= 0, "be at least 0"),
+            "cutmix_larger": (self.cutmix > 0 or not self.cutmix_larger, "be off without cutmix"),
+            "switch_prob": (0 <= self.switch_prob <= 1, "be in [0, 1]"),
             "mix_prob": (0 <= self.mix_prob <= 1, "be in [0, 1]"),
             "erase": (0 <= self.erase <= 1, "be in [0, 1]"),
             "alpha": (0 <= self.alpha <= 1, "be in [0, 1]"),
@@ -156,10 +195,10 @@ class DistillConfig:
                 raise InvalidInput(f"DistillConfig: {name} must be finite, got inf")
             if not holds:
                 raise InvalidInput(f"DistillConfig: {name} must {rule}, got {getattr(self, name)}")
-        known = (*LOGIT_LOSSES, *FEATURE_LOSSES)
-        if unknown := [word for word in self.loss if _kind(word) not in known]:
+        if unknown := [word for word in self.loss if _kind(word) not in losses.NAMES]:
             raise InvalidInput(
-                f"DistillConfig: loss must hold names among {', '.join(known)}, got {unknown[0]!r}"
+                f"DistillConfig: loss must hold names among {', '.join(losses.NAMES)}, got "
+                f"{unknown[0]!r}"
             )
         if len(set(self.loss)) < len(self.loss):
             raise InvalidInput(
@@ -175,32 +214,36 @@ class DistillConfig:
                 )
 
     @property
+    def mixes(self) -> bool:
+        """Whether batches are mixed, which makes shares of labels."""
+        return self.mixup > 0 or self.cutmix > 0
+
+    @property
     def learns_logits(self) -> bool:
         """Whether a logit loss takes part."""
-        return self.alpha > 0 and any(_kind(word) in LOGIT_LOSSES for word in self.loss)
+        return self.alpha > 0 and any(self._loss(word).on_logits for word in self.loss)
 
     @property
     def looks_inside(self) -> bool:
         """Whether a loss compares more than logits."""
-        return any(_kind(word) in FEATURE_LOSSES for word in self.loss)
+        return any(not self._loss(word).on_logits for word in self.loss)
 
     @property
     def needs_teacher(self) -> bool:
         """Whether any loss looks at a teacher."""
         return self.learns_logits or self.looks_inside
 
-    def weight(self, loss: str, done: float) -> float:
+    def weight(self, word: str, done: float) -> float:
         """Weight of a loss when the share ``done`` of the run is over, in [0, 1]."""
-        start = self._weights_at_start()[loss]
-        if not self.loss_weights_end:
-            return start
-        end = self.loss_weights_end[self.loss.index(loss)]
+        place = self.loss.index(word)
+        start = self.loss_weights[place] if self.loss_weights else self._loss(word).weight
+        end = self.loss_weights_end[place] if self.loss_weights_end else start
         return start + (end - start) * min(max(done, 0.0), 1.0)
 
-    def _weights_at_start(self) -> dict[str, float]:
-        if self.loss_weights:
-            return dict(zip(self.loss, self.loss_weights, strict=True))
-        return {word: DEFAULT_WEIGHTS.get(_kind(word), 1.0) for word in self.loss}
+    @staticmethod
+    def _loss(word: str) -> Any:
+        """The class of a loss, see ``losses._base.Loss``."""
+        return losses.named(_kind(word))
 
     def differences(self, other: Mapping[str, Any]) -> str:
         """List the settings in which a stored config differs, ``name: stored -> own``."""

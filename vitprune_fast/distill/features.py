@@ -29,7 +29,7 @@ class HiddenStates:
         with HiddenStates(student, (0, 1, -1)) as hidden:
             for images, labels in batches:
                 logits = student(images)
-                loss = hidden_mse(hidden.states, ...) + ...
+                loss = (hidden.states[0] - ...).square().mean() + ...
                 loss.backward()
 
     A block is an entry of ``block_names``: a transformer block of a ViT, DeiT, BEiT, EVA or CaiT

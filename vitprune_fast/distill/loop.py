@@ -13,7 +13,6 @@ import torch
 from torch import Tensor, nn
 
 from vitprune_fast.batches import check_single_label
-from vitprune_fast.distill import resume
 from vitprune_fast.distill.config import DistillConfig
 from vitprune_fast.distill.masks import MaskSchedule
 from vitprune_fast.distill.optim import as_trained, is_fused, learning_rate
@@ -186,7 +185,7 @@ class _Run(TrainingState):
     stop: Callable[[], bool]
 
     def go(self) -> DistillResult:
-        self.progress = resume.read(self)
+        self.restore()
         self._run_on_what_is_live()
         if self.progress.step == 0:
             self._start()
@@ -263,7 +262,7 @@ class _Run(TrainingState):
             stopping = looks and self._any(asked) if shared else asked
             if stopping or due:
                 self._look()
-                resume.write(self, epoch)
+                self.save(epoch)
             if stopping:
                 return False
         return True
@@ -347,7 +346,7 @@ class _Run(TrainingState):
             optimizer.found_inf = bad
         if fused or not bad.item():
             optimizer.step()
-            if self.average is not None:
+            if self.average is not None and self.config.ema_every == "step":
                 self.average.take(self.student, self.progress.step, bad if fused else None)
         if self.scaler.is_enabled():
             before = self.scaler.scale(torch.ones((), device=self.task.device))
@@ -417,6 +416,8 @@ class _Run(TrainingState):
     def _end_epoch(self, epoch: int, lr: float) -> None:
         """Average the epoch, look at the validation images, remember the best."""
         progress = self.progress
+        if self.average is not None and self.config.ema_every == "epoch":
+            self.average.take(self.student, epoch + 1)
         entry = progress.end_epoch(epoch, lr)
         if self.val is not None:
             entry |= self._validated(epoch)

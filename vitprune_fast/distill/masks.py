@@ -63,7 +63,7 @@ class MaskSchedule:
     units: tuple[str, ...] = ("head", "neuron")
     samples: int = 256
     attention: Attention = "auto"
-    criterion: Literal["taylor", "fisher", "activation", "magnitude"] = "taylor"
+    criterion: str = "taylor"
     planner: Planner | None = None
 
     def __post_init__(self) -> None:

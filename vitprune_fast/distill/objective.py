@@ -19,17 +19,10 @@ from vitprune_fast.batches import as_input, logits_of
 from vitprune_fast.distill import losses
 from vitprune_fast.distill.config import DistillConfig
 from vitprune_fast.distill.features import HiddenStates
+from vitprune_fast.distill.labels import binary_cross_entropy, cross_entropy
+from vitprune_fast.distill.losses._base import Comparison, Loss, Reads, Seen
+from vitprune_fast.distill.losses.soft import Soft
 from vitprune_fast.distill.teachers import TeacherOutput, TeacherSet
-from vitprune_fast.distill.terms import (
-    Comparison,
-    InsideLoss,
-    Insides,
-    LogitLoss,
-    Reads,
-    Soft,
-    Term,
-    make_terms,
-)
 from vitprune_fast.errors import InvalidInput
 from vitprune_fast.modules.modes import evaluating
 from vitprune_fast.randomness import seeded
@@ -43,13 +36,29 @@ class StudentOutput:
 
     Attributes:
         class_BC: logits that learn the labels.
-        taught_BC: logits that learn from teachers: those of a distillation token, or the same.
-        insides: what else losses read of it.
+        seen: what losses compare, with the logits that learn from teachers: those of a
+            distillation token, or the same.
     """
 
     class_BC: Tensor
-    taught_BC: Tensor
-    insides: Insides
+    seen: Seen
+
+
+@dataclass(frozen=True)
+class Term:
+    """One loss with one teacher.
+
+    Attributes:
+        name: of its part: ``LOSS``, or ``TEACHER:LOSS`` where there are several teachers.
+        word: as the config says it.
+        teacher: by name.
+        loss: what is computed.
+    """
+
+    name: str
+    word: str
+    teacher: str
+    loss: Loss
 
 
 class Objective(nn.Module):
@@ -73,24 +82,23 @@ class Objective(nn.Module):
         super().__init__()
         self.config = config
         self._teachers = (teachers,)  # in a tuple: its parameters are not this module's
-        self.logit_terms: list[Term[LogitLoss]] = []
-        self.inside_terms: list[Term[InsideLoss]] = []
+        self.terms: list[Term] = []
         self._reads = Reads()
         self.projectors = nn.ModuleDict()
         if teachers is None:
             return
-        self.logit_terms, self.inside_terms = make_terms(config, student, teachers)
+        self.terms = _terms(config, student, teachers)
         teachers.check_student(student, logits=config.learns_logits)
-        self._reads = Reads.all_of([term.loss.reads()[0] for term in self.inside_terms])
+        self._reads = Reads.all_of([term.loss.reads()[0] for term in self.terms])
         self._teacher_reads = {
             name: Reads.all_of(
-                [term.loss.reads()[1] for term in self.inside_terms if term.teacher == name]
+                [term.loss.reads()[1] for term in self.terms if term.teacher == name]
             )
             for name in teachers.names
         }
         for name, reads in self._teacher_reads.items():
             teachers[name].record(reads.states, reads.features, reads.qkv)
-        if self.inside_terms:
+        if self._reads:
             self._look(student, images)
 
     @contextmanager
@@ -102,13 +110,12 @@ class Objective(nn.Module):
             if reads:
                 hidden = HiddenStates(model, reads.states, reads.features, reads.qkv)
                 stack.enter_context(hidden)
-            yield _Watch(hidden, reads)
+            yield _Watch(hidden, reads, any(term.loss.on_logits for term in self.terms))
 
     def ask(self, images: Tensor) -> dict[str, TeacherOutput]:
         """The answers of all teachers, by name."""
         teachers = self._teachers[0]
-        learns = self.logit_terms or self.inside_terms
-        return teachers(images) if teachers is not None and learns else {}
+        return teachers(images) if teachers is not None and self.terms else {}
 
     def forward(
         self,
@@ -128,45 +135,11 @@ class Objective(nn.Module):
             generator: of the CPU, for losses that look at a sample.
 
         Returns:
-            A scalar; and ``ce``, every loss by its name and, with a logit loss, ``kd``, their
-            weighted sum.
+            A scalar; and ``ce`` (or ``bce``), every loss by its name and, with a logit loss,
+            ``kd``, their weighted sum.
         """
-        loss, parts = self._on_logits(student, labels, answers, done)
-        insides = self._insides_of(answers)
-        for term in self.inside_terms:
-            project = dict(self.projectors).get(_key(term))
-            value = term.loss(
-                Comparison(student.insides, insides[term.teacher], generator, project)
-            )
-            parts[term.name] = value
-            loss = loss + self._weight(term, done) * value
-        return loss, parts
-
-    def _insides_of(self, answers: Mapping[str, TeacherOutput]) -> dict[str, Insides]:
-        return {
-            name: Insides.of(self._teacher_reads[name], answer) for name, answer in answers.items()
-        }
-
-    def _weight(self, term: Term[Any], done: float) -> float:
-        teachers = self._teachers[0]
-        assert teachers is not None
-        return self.config.weight(term.word, done) * teachers[term.teacher].weight
-
-    def _one_soft(self, student: StudentOutput) -> Term[Soft] | None:
-        """The logit loss that one launch computes with the labels' and the gradient of both."""
-        term: Any = self.logit_terms[0] if len(self.logit_terms) == 1 else None
-        both = student.class_BC is student.taught_BC and student.class_BC.is_cuda
-        return term if both and term is not None and isinstance(term.loss, Soft) else None
-
-    def _on_logits(
-        self,
-        student: StudentOutput,
-        labels: Tensor,
-        answers: Mapping[str, TeacherOutput],
-        done: float,
-    ) -> tuple[Tensor, dict[str, Tensor]]:
-        """The labels' loss and those on logits."""
         config, one = self.config, self._one_soft(student)
+        seen = self._seen(answers)
         if one is not None:
             weight = self._weight(one, done)
             found = ops.kd_cross_entropy(
@@ -179,16 +152,58 @@ class Objective(nn.Module):
                 ce_weight=1 - config.alpha,
                 reduction=one.loss.reduction,
             )
-            return found.loss, {"ce": found.ce, one.name: found.kd, "kd": weight * found.kd}
-        ce = losses.cross_entropy(student.class_BC, labels, config.label_smoothing)
-        parts, kd = {"ce": ce}, ce.new_zeros(())
-        for term in self.logit_terms:
-            value = term.loss(student.taught_BC, answers[term.teacher].logits_BC)
-            parts[term.name] = value
-            kd = kd + self._weight(term, done) * value
-        if not self.logit_terms:
-            return ce, parts
-        return (1 - config.alpha) * ce + config.alpha * kd, {**parts, "kd": kd}
+            loss = found.loss
+            parts = {"ce": found.ce, one.name: found.kd, "kd": weight * found.kd}
+        else:
+            loss = self._of_labels(student.class_BC, labels)
+            parts = {config.label_loss: loss}
+            on_logits = [term for term in self.terms if term.loss.on_logits]
+            kd = loss.new_zeros(())
+            for term in on_logits:
+                parts[term.name] = self._value(term, student, seen, generator)
+                kd = kd + self._weight(term, done) * parts[term.name]
+            if on_logits:
+                loss, parts["kd"] = (1 - config.alpha) * loss + config.alpha * kd, kd
+        for term in self.terms:
+            if not term.loss.on_logits:
+                parts[term.name] = self._value(term, student, seen, generator)
+                loss = loss + self._weight(term, done) * parts[term.name]
+        return loss, parts
+
+    def _value(
+        self,
+        term: Term,
+        student: StudentOutput,
+        seen: Mapping[str, Seen],
+        generator: torch.Generator,
+    ) -> Tensor:
+        maps: Any = dict(self.projectors).get(_key(term))
+        return term.loss(Comparison(student.seen, seen[term.teacher], generator, maps))
+
+    def _of_labels(self, class_BC: Tensor, labels: Tensor) -> Tensor:
+        config = self.config
+        if config.label_loss == "ce":
+            return cross_entropy(class_BC, labels, config.label_smoothing)
+        return binary_cross_entropy(class_BC, labels, config.label_smoothing, config.bce_threshold)
+
+    def _seen(self, answers: Mapping[str, TeacherOutput]) -> dict[str, Seen]:
+        return {
+            name: Seen.of(answer.logits_BC, self._teacher_reads[name], answer)
+            for name, answer in answers.items()
+        }
+
+    def _weight(self, term: Term, done: float) -> float:
+        teachers = self._teachers[0]
+        assert teachers is not None
+        return self.config.weight(term.word, done) * teachers[term.teacher].weight
+
+    def _one_soft(self, student: StudentOutput) -> Any:
+        """The logit loss that one launch computes with the labels' and the gradient of both."""
+        several = [term for term in self.terms if term.loss.on_logits]
+        both = student.class_BC is student.seen.logits_BC and student.class_BC.is_cuda
+        both = both and self.config.label_loss == "ce"
+        one = both and len(several) == 1 and isinstance(several[0].loss, Soft)
+        return several[0] if one else None
 
     @torch.no_grad()
     def _look(self, student: nn.Module, images: Tensor) -> None:
@@ -196,20 +211,41 @@ class Objective(nn.Module):
         with evaluating(student), self.watching(student) as watch:
             output = watch.output(student(as_input(student, images)))
         answers = self.ask(images)
-        insides = self._insides_of(answers)
+        seen = self._seen(answers)
         generator = torch.Generator().manual_seed(0)
         weight = next(student.parameters())
-        for term in self.inside_terms:
+        for term in self.terms:
             # not from the global generator: a run must be one whatever was done before it
             with seeded(self.config.seed, "projectors", term.name):
-                project = term.loss.make_projector(
-                    Comparison(output.insides, insides[term.teacher], generator)
-                )
-            if project is not None:
+                both = Comparison(output.seen, seen[term.teacher], generator)
+                maps = term.loss.make_projectors(both)
+            if maps is not None:
                 dtype = torch.promote_types(weight.dtype, torch.float32)
-                self.projectors[_key(term)] = project.to(weight.device, dtype)
+                self.projectors[_key(term)] = maps.to(weight.device, dtype)
         labels = torch.zeros(len(images), dtype=torch.int64, device=output.class_BC.device)
         self(output, labels, answers, 0.0, generator)
+
+
+def _terms(config: DistillConfig, student: nn.Module, teachers: TeacherSet) -> list[Term]:
+    """Every loss with every teacher it is learnt from.
+
+    Raises:
+        InvalidInput: a loss names a teacher or blocks that are not there.
+    """
+    terms = []
+    for word in config.loss:
+        name, _, kind = word.rpartition(":")
+        if name and name not in teachers.names:
+            raise InvalidInput(
+                f"distill: loss must name one of the teachers ({', '.join(teachers.names)}), got "
+                f"{word!r}"
+            )
+        for teacher in [name] if name else teachers.names:
+            whole = word if name or len(teachers) == 1 else f"{teacher}:{kind}"
+            loss = losses.named(kind)(config, student, teachers[teacher].model)
+            if config.alpha > 0 or not loss.on_logits:
+                terms.append(Term(whole, word, teacher, loss))
+    return terms
 
 
 @dataclass(frozen=True)
@@ -218,20 +254,25 @@ class _Watch:
 
     hidden: HiddenStates | None
     reads: Reads
+    # whether the head of a distillation token has a teacher; transformers' models say both always
+    two_heads: bool
 
     def output(self, outputs: Any) -> StudentOutput:
         """Put what the model returned beside what was recorded, and forget that."""
+        said: Any = outputs
         class_BC = taught_BC = logits_of(outputs)
         if isinstance(outputs, (tuple, list)) and len(outputs) == 2:
             class_BC, taught_BC = outputs
+        elif self.two_heads and hasattr(said, "distillation_logits"):
+            class_BC, taught_BC = said.cls_logits, said.distillation_logits
         if self.hidden is None:
-            return StudentOutput(class_BC, taught_BC, Insides())
-        insides = Insides.of(self.reads, self.hidden)
+            return StudentOutput(class_BC, Seen(taught_BC))
+        seen = Seen.of(taught_BC, self.reads, self.hidden)
         self.hidden.clear()
-        return StudentOutput(class_BC, taught_BC, insides)
+        return StudentOutput(class_BC, seen)
 
 
-def _key(term: Term[Any]) -> str:
+def _key(term: Term) -> str:
     # a module's name has no dots
     return term.name.replace(".", "/")
 

@@ -9,12 +9,13 @@ from typing import Any
 
 import torch
 from timm.layers import DropPath
-from timm.optim import param_groups_layer_decay
 from timm.utils import unwrap_model
 from torch import nn
 
 from vitprune_fast.distill.config import DistillConfig
+from vitprune_fast.distill.features import block_names
 from vitprune_fast.errors import InvalidInput
+from vitprune_fast.structure import families
 
 
 def make_optimizer(
@@ -37,19 +38,24 @@ def make_optimizer(
     Raises:
         InvalidInput: ``layer_decay`` with a model that does not say how deep its parameters lie.
     """
-    if config.layer_decay < 1:
-        groups = _by_depth(student, config)
-    else:
-        groups = [
-            {"params": [p for p in named.values() if p.ndim >= 2], "lr_scale": 1.0},
-            {"params": [p for p in named.values() if p.ndim < 2], "lr_scale": 1.0},
-        ]
-        groups[0]["weight_decay"], groups[1]["weight_decay"] = config.weight_decay, 0.0
+    below = _blocks_above(student) if config.layer_decay < 1 else {}
+    own: dict[tuple[int, bool], list[nn.Parameter]] = {}
+    for parameter in named.values():
+        key = below.get(id(parameter), 0), parameter.ndim >= 2
+        own.setdefault(key, []).append(parameter)
+    groups = [
+        {
+            "params": parameters,
+            "lr_scale": config.layer_decay**above,
+            "weight_decay": config.weight_decay if decays else 0.0,
+        }
+        for (above, decays), parameters in own.items()
+    ]
     groups = [group for group in (*groups, *others) if group["params"]]
     # every step sets the rate
     fused = can_fuse({p.device.type for group in groups for p in group["params"]})
     if config.optimizer == "adamw":
-        return torch.optim.AdamW(groups, lr=0.0, fused=fused)
+        return torch.optim.AdamW(groups, lr=0.0, betas=config.betas, eps=config.eps, fused=fused)
     optimizer = torch.optim.SGD(groups, lr=0.0, momentum=config.momentum, fused=fused)
     if fused and config.momentum:
         # a first step that is left out would leave torch's own as memory that nobody wrote
@@ -73,16 +79,39 @@ def is_fused(optimizer: torch.optim.Optimizer) -> bool:
     return bool(optimizer.defaults["fused"])
 
 
-def _by_depth(student: nn.Module, config: DistillConfig) -> list[dict[str, Any]]:
-    if not hasattr(student, "group_matcher"):
-        raise InvalidInput(
-            "distill: layer_decay must be 1 for a student without timm's group_matcher, got "
-            f"{config.layer_decay} for {type(student).__name__}"
+def _blocks_above(student: nn.Module) -> dict[int, int]:
+    """Id of each parameter -> how many layers lie above its own.
+
+    As in BEiT: what comes before the blocks is the lowest layer, each block is one, and what comes
+    after them (final norm, heads) the highest.
+    """
+    # a compiled module has other names
+    model = unwrap_model(student)
+    family = families.find(model)
+    try:
+        blocks = (
+            block_names(model)
+            if family is None
+            else [
+                f"{path}.{name}"
+                for path in family.blocks(model)
+                for name, _ in model.get_submodule(path).named_children()
+            ]
         )
-    # a compiled module has other names, which no matcher knows
-    return param_groups_layer_decay(
-        unwrap_model(student), weight_decay=config.weight_decay, layer_decay=config.layer_decay
-    )
+    except InvalidInput:
+        raise InvalidInput(
+            "distill: layer_decay must be 1 for a student without blocks that follow one another, "
+            f"got one below for {type(model).__name__}"
+        ) from None
+    above, place = {}, len(blocks) + 1
+    for name, parameter in model.named_parameters():
+        number = next((n for n, block in enumerate(blocks) if name.startswith(f"{block}.")), None)
+        if number is not None:
+            place = len(blocks) - number
+        elif place <= len(blocks):
+            place = 0
+        above[id(parameter)] = place
+    return above
 
 
 def learning_rate(step: int, steps_per_epoch: int, config: DistillConfig, peak: float) -> float:

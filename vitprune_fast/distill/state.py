@@ -1,8 +1,9 @@
-"""What a training works on and a checkpoint keeps: the loop moves it, ``resume`` stores it."""
+"""What a training works on: all that its steps change, and all that a checkpoint keeps of it."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -10,19 +11,21 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vitprune_fast.distill.average import Average
+from vitprune_fast.distill.average import Average, EpochAverage
+from vitprune_fast.distill.checkpoints import Checkpoint, read_newest, tidy, write_checkpoint
 from vitprune_fast.distill.config import DistillConfig
 from vitprune_fast.distill.masks import MaskedStudent, MaskSchedule
 from vitprune_fast.distill.objective import Objective, images_like
-from vitprune_fast.distill.optim import make_optimizer
+from vitprune_fast.distill.optim import is_fused, make_optimizer
 from vitprune_fast.distill.progress import Event, Progress
 from vitprune_fast.distill.rate import LARGEST
 from vitprune_fast.distill.stream import Stream
 from vitprune_fast.distill.tally import Tally
 from vitprune_fast.distill.task import DistillTask
 from vitprune_fast.distill.teachers import TeacherSet
-from vitprune_fast.errors import DamagedFile, InvalidInput
+from vitprune_fast.errors import InvalidInput, RunFolderError
 from vitprune_fast.gates import BudgetLoss, Gates
+from vitprune_fast.planning import Plan
 from vitprune_fast.ranks import Ranks
 
 Batches = Iterable[Sequence[Any]]
@@ -46,6 +49,9 @@ class TrainingState:
         on_event: told where the training is.
         named: the student's parameters that learn.
         best: weights of the best epoch so far; empty where none is kept.
+        progress: its counters.
+
+    Randomness needs no place here: every step sets its generators from the seed and its number.
 
     Raises:
         InvalidInput: as :func:`vitprune_fast.distill.distill` says of these arguments.
@@ -78,7 +84,8 @@ class TrainingState:
         objective = Objective(config, student, teachers, pictures)
         self.task = DistillTask(student, objective, config, gates, gate_budget)
         self.optimizer = make_optimizer(student, self.named, self._other_groups(), config)
-        self.average = Average(student, config.ema, use_warmup=True) if config.ema else None
+        kind = Average if config.ema_every == "step" else EpochAverage
+        self.average = kind(student, config.ema, use_warmup=True) if config.ema else None
         self.tally = Tally()
         scales = config.dtype == "float16"
         self.scaler = torch.amp.GradScaler(self.task.device.type, enabled=scales)
@@ -94,7 +101,10 @@ class TrainingState:
     @property
     def peak(self) -> float:
         """The peak learning rate: given, or found before the first step."""
-        return self.config.lr or self.progress.start.get("peak_lr", LARGEST)
+        if self.config.lr is None:
+            return self.progress.start.get("peak_lr", LARGEST)
+        grown = self.stream.images_per_step / self.config.lr_batch if self.config.lr_batch else 1.0
+        return self.config.lr * grown
 
     def _other_groups(self) -> list[dict[str, Any]]:
         """What learns beside the student, with its own learning rate."""
@@ -117,9 +127,132 @@ class TrainingState:
             place = {"epoch": epoch, "step": self.progress.step}
             self.on_event({"stage": "distill", "event": event, **place, **values})
 
-    def tell_damage(self, error: DamagedFile) -> None:
-        """Say that a checkpoint was passed over."""
-        self.tell("damaged_checkpoint", 0, reason=str(error))
+    def save(self, epoch: int) -> None:
+        """Write a checkpoint, where the training has a folder; one process does."""
+        if self.folder is None or not self.ranks.is_first:
+            return
+        tensors = {f"best.{name}": tensor for name, tensor in self.best.items()}
+        for part, module in self._modules().items():
+            tensors |= {f"{part}.{name}": tensor for name, tensor in module.state_dict().items()}
+        for name, parameter in self._learning().items():
+            for key, value in self.optimizer.state[parameter].items():
+                if isinstance(value, Tensor):
+                    tensors[f"optimizer.{key}.{name}"] = value
+        for generator in self._generators():
+            tensors["generator.average"] = generator.get_state()
+        state: dict[str, Any] = {
+            "config": asdict(self.config),
+            "progress": asdict(self.progress),
+            "told": self._told(),
+        }
+        if self.scaler.is_enabled():
+            state["scaler"] = self.scaler.state_dict()
+        if self.masked is not None:
+            state["masks"] = {"plan": self.masked.plan.to_json(), "share": self.masked.share}
+        # tied parameters and views share memory, which the file format takes once only
+        write_checkpoint(self.folder, Checkpoint(self.progress.step, state, _unshared(tensors)))
+        self.tell("checkpoint", epoch)
+
+    def restore(self) -> None:
+        """Load the newest whole checkpoint, if there is one.
+
+        Raises:
+            RunFolderError: it is of another config, of other data or of another model.
+        """
+        if self.folder is None:
+            return
+        stored = read_newest(
+            self.folder, lambda error: self.tell("damaged_checkpoint", 0, reason=str(error))
+        )
+        if stored is None:
+            return
+        self._check_same(stored.state)
+        parts: dict[str, dict[str, Tensor]] = {}
+        for name, tensor in stored.tensors.items():
+            part, _, rest = name.partition(".")
+            parts.setdefault(part, {})[rest] = tensor
+        try:
+            for part, module in self._modules().items():
+                module.load_state_dict(parts.get(part, {}))
+        except RuntimeError as error:
+            raise RunFolderError(
+                f"distill: student must have the shapes of the checkpoint in {self.folder}, "
+                f"got others: {str(error).splitlines()[-1].strip()}"
+            ) from None
+        self.best = parts.get("best", {})
+        self._load_optimizer(parts.get("optimizer", {}))
+        for generator in self._generators():
+            generator.set_state(parts["generator"]["average"])
+        if self.scaler.is_enabled():
+            self.scaler.load_state_dict(stored.state["scaler"])
+        if self.masked is not None:
+            masks = stored.state["masks"]
+            self.masked.set(Plan.from_json(masks["plan"]), masks["share"])
+        self.progress = Progress(**stored.state["progress"])
+        # a kill may have come between the newest checkpoint and the end of the oldest
+        if self.ranks.is_first:
+            tidy(self.folder, self.progress.step)
+        self.tell("resume", self.progress.step // self.stream.steps_per_epoch)
+
+    def _modules(self) -> dict[str, nn.Module]:
+        """All that has weights or buffers, by the names of the parts of a checkpoint."""
+        average = {} if self.average is None else {"average": self.average.module}
+        return {"model": self.student, "extras": self.task.extras, **average}
+
+    def _learning(self) -> dict[str, nn.Parameter]:
+        """All that the optimizer moves, by the names it has in a checkpoint."""
+        return {**self.named, **{f"extras.{name}": p for name, p in self.task.named_extras()}}
+
+    def _generators(self) -> list[torch.Generator]:
+        """What timm rounds an average in bfloat16 with, which is drawn from step after step."""
+        generator = getattr(self.average, "_sr_generator", None)
+        return [] if generator is None else [generator]
+
+    def _load_optimizer(self, stored: dict[str, Tensor]) -> None:
+        for name, parameter in self._learning().items():
+            state = self.optimizer.state[parameter]
+            for key in ("step", "exp_avg", "exp_avg_sq", "momentum_buffer"):
+                value = stored.get(f"{key}.{name}")
+                if value is not None:
+                    # AdamW that is not fused counts on the CPU
+                    counts = key == "step" and not is_fused(self.optimizer)
+                    state[key] = value if counts else value.to(parameter.device)
+
+    def _check_same(self, state: dict[str, Any]) -> None:
+        changed = self.config.differences(state["config"])
+        told, stored = self._told(), state.get("told", {})
+        for name in told:
+            if not changed and told[name] != stored.get(name):
+                changed = f"{name}: {stored.get(name)} -> {told[name]}"
+        if changed:
+            raise RunFolderError(
+                f"distill: config and data must be those of the checkpoint in {self.folder}, "
+                f"got others ({changed}); take another checkpoint_dir"
+            )
+
+    def _told(self) -> dict[str, Any]:
+        """What a training is told beside its config, as far as that is data."""
+        told: dict[str, Any] = {
+            "processes": self.ranks.world,
+            "steps per epoch": self.stream.steps_per_epoch,
+            "masks": self.masked is not None,
+            "gates": self.gates is not None,
+        }
+        told |= {f"teacher {name}": weights for name, weights in self.teacher_weights.items()}
+        told["teachers"] = list(self.teacher_weights)
+        for name in ("batch_size", "seed", "shuffle", "repeats", "augment"):
+            if hasattr(self.stream.train, name):
+                told[f"train.{name}"] = repr(getattr(self.stream.train, name))
+        if self.masked is not None:
+            schedule = vars(self.masked.schedule)
+            told |= {f"masks.{name}": schedule[name] for name in schedule if name != "planner"}
+            told["masks.units"] = list(self.masked.schedule.units)
+        if self.gates is not None:
+            for name in ("kind", "keep", "round_to", "penalties", "seed"):
+                told[f"gates.{name}"] = getattr(self.gates, name)
+        budget: Any = dict(self.task.extras).get("gate_budget")
+        told["gate_budget"] = None if budget is None else budget.limit
+        return told
 
 
 def _check_parameters(named: dict[str, nn.Parameter], *, alone: bool) -> None:
@@ -135,3 +268,13 @@ def _check_parameters(named: dict[str, nn.Parameter], *, alone: bool) -> None:
             "float16, in which AdamW divides by squared gradients that have become 0; "
             "train student.float() with dtype='float16', or call .half() afterwards"
         )
+
+
+def _unshared(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    seen: set[int] = set()
+    result = {}
+    for name, tensor in tensors.items():
+        key = tensor.untyped_storage().data_ptr()
+        result[name] = tensor.clone() if key in seen and key else tensor
+        seen.add(key)
+    return result

@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from functools import cached_property
 from itertools import islice
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 from vitprune_fast.batches import classes_of, unpack
 from vitprune_fast.distill.config import DistillConfig
-from vitprune_fast.distill.mixing import Mixing, erase
+from vitprune_fast.distill.mixing import Mixing
 from vitprune_fast.errors import InvalidInput
-from vitprune_fast.randomness import derive_seed, seeded
+from vitprune_fast.randomness import seeded
 from vitprune_fast.ranks import Ranks
 from vitprune_fast.transfer import sent
 
@@ -61,6 +61,15 @@ class Stream:
         self.steps = self.steps_per_epoch * config.epochs
         self._mixing = _mixing(student, config)
 
+    @cached_property
+    def images_per_step(self) -> int:
+        """Images of a whole step, of all processes; a plain iterable is read for its first."""
+        size = getattr(self.train, "batch_size", None)
+        if size is None:
+            _, first = next(_numbered(self.train, self._config.seed, 0, 0))
+            size = len(unpack("distill", first, self._student)[0])
+        return size * self._config.accumulate * self._ranks.world
+
     def epoch(self, epoch: int, first_step: int) -> Iterator[list[MicroBatch]]:
         """The micro-batches of each step of an epoch, from a step on.
 
@@ -96,15 +105,10 @@ class Stream:
         Labels without a class are mixed as the nearest one: who trains on them has to refuse them.
         """
         number, images, labels = batch
-        seed, share = self._config.seed, self._config.erase
         images = sent(images, device)
-        if self._mixing is not None:
-            draw = np.random.default_rng(derive_seed(seed, "mix", number))
-            labels = labels.clamp(0, self._mixing.num_classes - 1)
-            images, labels = self._mixing(images, labels, draw)
-        if share:
-            images = erase(images, share, np.random.default_rng(derive_seed(seed, "erase", number)))
-        return images, labels
+        if self._mixing is None:
+            return images, labels
+        return self._mixing.varied(number, images, labels)
 
     def _own(self, epoch: int, first: int) -> Iterator[MicroBatch]:
         """This process' micro-batches of an epoch, from its own number ``first`` on."""
@@ -142,19 +146,12 @@ def _numbered(train: Any, seed: int, epoch: int, start: int) -> Iterator[tuple[i
 
 
 def _mixing(student: nn.Module, config: DistillConfig) -> Mixing | None:
-    if not config.mixup and not config.cutmix:
+    if not config.mixes and not config.erase:
         return None
     classes = classes_of(student)
-    if classes is None:
+    if classes is None and config.mixes:
         raise InvalidInput(
             "distill: mixup and cutmix must be 0 for a student without num_classes, got "
             f"{config.mixup} and {config.cutmix}"
         )
-    return Mixing(
-        classes,
-        mixup=config.mixup,
-        cutmix=config.cutmix,
-        prob=config.mix_prob,
-        # the loss smooths
-        label_smoothing=0.0,
-    )
+    return Mixing(config, classes)

@@ -7,13 +7,15 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import timm
 import torch
+import torch.nn.functional as F
 from timm.utils import unwrap_model
 from torch import Tensor, nn
 
@@ -24,7 +26,7 @@ from vitprune_fast.errors import InvalidInput
 from vitprune_fast.modules.behaviour import check_behaviour
 from vitprune_fast.modules.modes import compiled, evaluating
 from vitprune_fast.sealed import fingerprint
-from vitprune_fast.stated import image_channels, stated_config
+from vitprune_fast.stated import fixed_size, image_channels, stated_config
 
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
@@ -287,6 +289,8 @@ def resolve_teacher(
     pretrained: bool = True,
     checkpoint: str | Path | None = None,
     logits: bool = True,
+    size: int | None = None,
+    train: Callable[[nn.Module], Any] | None = None,
     **options: Any,
 ) -> Teacher:
     """A teacher from whatever names one, checked against its student.
@@ -302,6 +306,10 @@ def resolve_teacher(
         checkpoint: weights for a model of timm, trained on the student's data: safetensors, or a
             torch file without code; then ``pretrained`` means nothing.
         logits: whether a loss compares logits, so that the classes must agree.
+        size: height and width for a named teacher that takes any.
+        train: trains what it is given on images as the student gets them. It is asked for a model
+            of timm whose weights know other classes than the student, which then has the student's
+            classes, channels and normalisation. None takes such a model as it is.
         **options: of ``Teacher``; None is the default of each.
 
     Raises:
@@ -327,7 +335,7 @@ def resolve_teacher(
         teacher = Teacher(source, **options)
     else:
         inner = unwrap_model(student)
-        teacher = _named(str(source), inner, pretrained, checkpoint, options)
+        teacher = _named(str(source), inner, pretrained, checkpoint, size, train, options)
     teacher.check_student(student, logits=logits)
     return teacher
 
@@ -337,6 +345,8 @@ def _named(
     student: Any,
     pretrained: bool,
     checkpoint: str | Path | None,
+    size: int | None,
+    train: Callable[[nn.Module], Any] | None,
     options: dict[str, Any],
 ) -> Teacher:
     # a training whose teachers are given as modules needs none of the packages behind flags
@@ -345,19 +355,62 @@ def _named(
 
     options = {"name": Path(name).name, **options}
     same = {"mean": options.get("student_mean"), "std": options.get("student_std")}
+    classes, learns = classes_of(student), False
     if name == "self":
         check_behaviour(student, "resolve_teacher")
-        return Teacher(copy.deepcopy(student), **{**same, **options})
-    if Path(name).is_dir():
-        return Teacher(open_model(ModelConfig(name=name)), **options)
-    if checkpoint is not None or not pretrained:
-        args = {"in_chans": image_channels(student) or 3, "num_classes": student.num_classes}
+        model, options = copy.deepcopy(student), {**same, **options}
+    elif Path(name).is_dir():
+        model = open_model(ModelConfig(name=name))
+    elif (
+        pretrained
+        and checkpoint is None
+        and (train is None or not must_learn(name, classes, pretrained=True))
+    ):
+        model = open_model(ModelConfig(name=name, pretrained=True))
+        stated = stated_config(model).get("input_size")
+        options = {"image_size": stated and tuple(stated[1:]), **options}
+    else:
+        args = {"in_chans": image_channels(student) or 3, "num_classes": classes}
+        learns = checkpoint is None
         weights = None if checkpoint is None else Path(checkpoint)
-        model = open_model(ModelConfig(name=name, args=args, checkpoint=weights))
-        return Teacher(model, **{**same, **options})
-    model = open_model(ModelConfig(name=name, pretrained=True))
-    size = stated_config(model).get("input_size")
-    return Teacher(model, **{"image_size": size and tuple(size[1:]), **options})
+        config = ModelConfig(name, args, weights, pretrained=pretrained and learns)
+        model, options = open_model(config), {**same, **options}
+    if size is not None and fixed_size(model) is None:
+        options["image_size"] = (size, size)
+    if learns and train is not None:
+        train(Resized(model, fixed_size(model) or options.get("image_size")))
+    return Teacher(model, **options)
+
+
+def must_learn(name: str, classes: int | None, *, pretrained: bool) -> bool:
+    """Whether a model of timm has to learn so many classes before it can teach them.
+
+    Args:
+        name: of timm.
+        classes: of the student.
+        pretrained: whether it comes with the weights of its name.
+    """
+    stated = timm.models.get_pretrained_cfg(name)
+    return not pretrained or stated is None or stated.num_classes != classes
+
+
+class Resized(nn.Module):
+    """A model behind the resizing that ``Teacher`` does, to be trained.
+
+    Args:
+        model: sees the resized images.
+        size: (height, width) in pixels; None resizes nothing.
+    """
+
+    def __init__(self, model: nn.Module, size: tuple[int, int] | None) -> None:
+        super().__init__()
+        self.model, self.size = model, size
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Logits ``(B, C)`` of images ``(B, C, H, W)``."""
+        if self.size not in (None, tuple(images.shape[2:])):
+            images = F.interpolate(images, self.size, mode="bicubic", antialias=True)
+        return self.model(images)
 
 
 def _converted(model: nn.Module, dtype: torch.dtype | None, channels_last: bool) -> nn.Module:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .. import ops
-from ..ops._custom_op import CustomOp
+from ..ops._forms import CustomOp
 from ..ops._probes import refuse_second_derivative
 from ..scoring.probes import as_tokens
 

@@ -274,10 +274,4 @@ def _gated_mlp(mlp: Any, gate: _Gate, x: Tensor) -> Tensor:
     """timm's Mlp, GluMlp and SwiGLU without an inner norm; gates and dropout may change places."""
     gate_F, name = gate.value(mlp.training), activation_of(mlp.act)
     assert name is not None
-    return run_mlp(
-        mlp,
-        x,
-        one=lambda h: ops.gated_activation(h, gate_F, name),
-        two=lambda glu, value: ops.gated_glu(glu, value, gate_F, name),
-        packed=lambda h, gate_last: ops.gated_glu_packed(h, gate_F, name, gate_last=gate_last),
-    )
+    return run_mlp(mlp, x, partial(ops.gated_unit, gate_F=gate_F, activation=name))

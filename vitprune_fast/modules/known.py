@@ -62,29 +62,21 @@ def is_plain_mlp(module: Any) -> bool:
     )
 
 
-def run_mlp(
-    mlp: Any,
-    x: Tensor,
-    *,
-    one: Callable[..., Tensor],
-    two: Callable[..., Tensor],
-    packed: Callable[..., Tensor],
-) -> Tensor:
+def run_mlp(mlp: Any, x: Tensor, units: Callable[..., Tensor]) -> Tensor:
     """The forward of a plain MLP, with an op in place of what lies between its layers.
 
     Args:
         mlp: one that `is_plain_mlp` knows.
         x: ``(..., C)``.
-        one: gets what the first layer puts out.
-        two: gets the gate and the value of a SwiGLU.
-        packed: gets both side by side, and ``gate_last=``.
+        units: gets what the first layer puts out; of a SwiGLU with ``value_BNF=``, and with
+            ``packed=`` where both are side by side, see ``ops.gated_unit``.
     """
     if isinstance(mlp, SwiGLU):
-        h = two(mlp.fc1_g(x), mlp.fc1_x(x))
+        h = units(mlp.fc1_g(x), value_BNF=mlp.fc1_x(x))
     elif isinstance(mlp, GluMlp):
-        h = packed(mlp.fc1(x), gate_last=mlp.gate_last)
+        h = units(mlp.fc1(x), packed="x_last" if mlp.gate_last else "x_first")
     else:
-        h = one(mlp.fc1(x))
+        h = units(mlp.fc1(x))
     return mlp.drop2(mlp.fc2(mlp.drop1(h)))
 
 

@@ -8,18 +8,21 @@ the unit, which is its per-sample first-order score.
 from __future__ import annotations
 
 from vitprune_fast.ops._dispatch import Backend, Choice, backends
-from vitprune_fast.ops.activation_score import ACTIVATIONS, activation_score, scored_activation
 from vitprune_fast.ops.attention_score import (
     AttentionScore,
     attention,
     attention_score,
     scored_attention,
 )
-from vitprune_fast.ops.gated_activation import gated_activation
 from vitprune_fast.ops.gated_attention import gated_attention
-from vitprune_fast.ops.gated_glu import gated_glu, gated_glu_packed
+from vitprune_fast.ops.gated_unit import (
+    ACTIVATIONS,
+    GatedUnitScore,
+    Packed,
+    gated_unit,
+    gated_unit_score,
+)
 from vitprune_fast.ops.gather import CASTS, GatherTable, Selection, gather, gather_all
-from vitprune_fast.ops.glu_score import glu_score, scored_glu, scored_glu_packed
 from vitprune_fast.ops.kd_cross_entropy import kd_cross_entropy
 from vitprune_fast.ops.manifold_loss import manifold_loss
 from vitprune_fast.ops.norm_score import norm_score, scored_norm
@@ -31,26 +34,22 @@ __all__ = [
     "AttentionScore",
     "Backend",
     "Choice",
+    "GatedUnitScore",
     "GatherTable",
+    "Packed",
     "Selection",
-    "activation_score",
     "attention",
     "attention_score",
     "backends",
-    "gated_activation",
     "gated_attention",
-    "gated_glu",
-    "gated_glu_packed",
+    "gated_unit",
+    "gated_unit_score",
     "gather",
     "gather_all",
-    "glu_score",
     "kd_cross_entropy",
     "manifold_loss",
     "norm_score",
-    "scored_activation",
     "scored_attention",
-    "scored_glu",
-    "scored_glu_packed",
     "scored_norm",
     "taylor_score",
 ]

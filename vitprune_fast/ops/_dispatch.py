@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import os
 from collections.abc import Mapping
@@ -9,6 +10,7 @@ from dataclasses import dataclass
 from typing import Literal, get_args
 
 import torch
+from torch import Tensor
 
 from vitprune_fast import _extension
 from vitprune_fast.errors import BackendUnavailable, InvalidInput
@@ -16,21 +18,8 @@ from vitprune_fast.errors import BackendUnavailable, InvalidInput
 Backend = Literal["auto", "triton", "cuda", "cpu", "eager"]
 _NAMES = get_args(Backend)
 
-# the forms each op has
-IMPLEMENTED = {
-    "activation_score": ("triton", "cpu", "eager"),
-    "attention_score": ("triton", "cpu", "eager"),
-    "gated_activation": ("triton", "cpu", "eager"),
-    "gated_glu": ("triton", "cpu", "eager"),
-    "gated_attention": ("triton", "cpu", "eager"),
-    "gather": ("cpu", "eager"),
-    "gather_all": ("cuda", "cpu", "eager"),
-    "glu_score": ("triton", "cpu", "eager"),
-    "kd_cross_entropy": ("triton", "eager"),
-    "manifold_loss": ("triton", "eager"),
-    "norm_score": ("triton", "cpu", "eager"),
-    "taylor_score": ("triton", "cpu", "eager"),
-}
+# the forms of each op, fastest first: `Forms` puts them here
+IMPLEMENTED: dict[str, tuple[Backend, ...]] = {}
 
 # read once: looking for a package is slow, and a traced graph cannot do it
 _HAS_TRITON = importlib.util.find_spec("triton") is not None
@@ -63,7 +52,9 @@ _MEANING = {
 _ORDER = {"cpu": ("cpu", "eager"), "cuda": ("cuda", "triton", "eager")}
 
 
+@functools.cache
 def _interpreting() -> bool:
+    # Triton looks once too, and the environment takes longer to read than a call to be checked
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 
@@ -85,14 +76,12 @@ def _obstacle(op: str, backend: str, device: str) -> str | None:
     return None
 
 
-def choose(
-    op: str, device: torch.device, backend: str, unable: Mapping[str, str] | None = None
-) -> str:
+def choose(op: str, x: Tensor, backend: str, unable: Mapping[str, str] | None = None) -> str:
     """Name the implementation to run.
 
     Args:
         op: name of the op.
-        device: where the tensors are.
+        x: one of its tensors, all of which are on one device.
         backend: what the caller asked for; ``"auto"`` follows VITPRUNE_BACKEND, else takes the
             fastest that can run.
         unable: implementations that cannot take these arguments, and why.
@@ -101,6 +90,12 @@ def choose(
         InvalidInput: no backend has that name.
         BackendUnavailable: a backend was named, here or by VITPRUNE_BACKEND, and cannot run.
     """
+    # the type of a device is a new string each time, which takes longer than all the rest
+    device = "cuda" if x.is_cuda else "cpu" if x.is_cpu else x.device.type
+    return _choose(op, device, backend, unable)
+
+
+def _choose(op: str, device: str, backend: str, unable: Mapping[str, str] | None) -> str:
     asked_by = "backend"
     if backend == "auto":
         backend = os.environ.get("VITPRUNE_BACKEND") or "auto"
@@ -110,26 +105,26 @@ def choose(
         raise InvalidInput(f"{op}: {asked_by} must be one of {names}, got {backend!r}")
     unable = unable or {}
     if backend != "auto":
-        obstacle = _obstacle(op, backend, device.type) or unable.get(backend)
+        obstacle = _obstacle(op, backend, device) or unable.get(backend)
         if obstacle is not None:
             raise BackendUnavailable(f"{op}: {asked_by} {backend!r} cannot run here: {obstacle}")
         return backend
-    if device.type == "cpu" and not torch.compiler.is_compiling():
+    if device == "cpu" and not torch.compiler.is_compiling():
         _extension.warn_when_missing()
-    for candidate in _ORDER.get(device.type, ("eager",)):
-        if candidate not in unable and _obstacle(op, candidate, device.type) is None:
+    for candidate in _ORDER.get(device, ("eager",)):
+        if candidate not in unable and _obstacle(op, candidate, device) is None:
             return candidate
     return "eager"
 
 
 def backends() -> list[Choice]:
     """For each op and kind of device: the implementation that ``backend="auto"`` takes, and why."""
-    return [_explain(op, device) for op in IMPLEMENTED for device in _ORDER]
+    return [_explain(op, device) for op in sorted(IMPLEMENTED) for device in _ORDER]
 
 
 def _explain(op: str, device: str) -> Choice:
     try:
-        chosen = choose(op, torch.device(device), "auto")
+        chosen = _choose(op, device, "auto", None)
     except BackendUnavailable as error:
         return Choice(op, device, "none", str(error))
     forced = os.environ.get("VITPRUNE_BACKEND", "auto")

@@ -15,27 +15,33 @@ def score_dtype(x: Tensor) -> torch.dtype:
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
-def check_probe(
-    op: str, name: str, probe: Tensor, shape: tuple[int, ...], x_name: str, x: Tensor
+def check_wide(
+    op: str, name: str, value: Tensor, shape: tuple[int, ...], why: str, x_name: str, x: Tensor
 ) -> None:
-    """Raise unless the probe ``name`` has that shape, the dtype of the score, and a place by ``x``.
+    """Raise unless ``value`` has that shape, the dtype that ``x`` is computed in, and its device.
 
     Args:
         op: name of the op, for the error sentence.
-        name: of the argument.
-        probe: what was given for it.
-        shape: one number per sample and unit.
-        x_name: of the argument that is scored.
+        name: of the argument, a probe or a gate.
+        value: what was given for it.
+        shape: a number for each unit.
+        why: what the numbers are for, ``", one number per ..."``.
+        x_name: of the argument that has the units.
         x: what was given for it.
     """
-    _checks.require_tensor(op, name, probe)
-    why = ", one number per sample and unit of "
-    _checks.require_shape(op, name, probe, shape, why + x_name)
     wanted = score_dtype(x)
-    if probe.dtype != wanted:
-        rule = f"have dtype {wanted}, that of the score"
-        _checks.require(False, op, name, rule, probe.dtype)
-    _checks.require_near(op, name, probe, x_name, x)
+    if (
+        isinstance(value, Tensor)
+        and value.shape == shape
+        and value.dtype == wanted
+        and value.device == x.device
+    ):
+        return
+    _checks.require_tensor(op, name, value)
+    _checks.require_shape(op, name, value, shape, why)
+    rule = f"have dtype {wanted}, in which {x_name} is computed"
+    _checks.require(value.dtype == wanted, op, name, rule, value.dtype)
+    _checks.require_near(op, name, value, x_name, x)
 
 
 def refuse_second_derivative(op: str) -> None:

@@ -14,12 +14,11 @@ _LARGEST_HEAD_DIM = 128
 
 def check_qkv(op: str, qkv_BN3HK: Tensor) -> None:
     """Raise unless it is packed qkv of a dtype that attention takes."""
-    _checks.require_tensor(op, "qkv_BN3HK", qkv_BN3HK)
-    _checks.require_dims(op, "qkv_BN3HK", qkv_BN3HK, 5)
-    _checks.require_dtype(op, "qkv_BN3HK", qkv_BN3HK, DTYPES)
-    shape = tuple(qkv_BN3HK.shape)
-    rule = "have 3 parts (q, k, v) in dimension 2 and a head dim of at least 1"
-    _checks.require(shape[2] == 3 and shape[4] >= 1, op, "qkv_BN3HK", rule, shape)
+    _checks.require_input(op, "qkv_BN3HK", qkv_BN3HK, 5, DTYPES)
+    shape = qkv_BN3HK.shape
+    if shape[2] != 3 or shape[4] < 1:
+        rule = "have 3 parts (q, k, v) in dimension 2 and a head dim of at least 1"
+        _checks.require(False, op, "qkv_BN3HK", rule, tuple(shape))
 
 
 def triton_obstacle(qkv_BN3HK: Tensor) -> str | None:

@@ -5,16 +5,16 @@ B batch, N tokens, H heads, K head dim; packed ``qkv`` is (B, N, 3, H, K).
 
 from __future__ import annotations
 
-from collections.abc import Collection
-from typing import NamedTuple
+from collections.abc import Callable, Collection
+from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, library
+from torch import Tensor
 
 from vitprune_fast import _checks
-from vitprune_fast.ops._custom_op import custom_op
 from vitprune_fast.ops._dispatch import Backend, choose
-from vitprune_fast.ops._probes import check_probe, refuse_second_derivative, score_dtype
+from vitprune_fast.ops._forms import Forms, custom_op
+from vitprune_fast.ops._probes import check_wide, refuse_second_derivative, score_dtype
 from vitprune_fast.ops._qkv import (
     check_qkv,
     factor_of_logits,
@@ -51,20 +51,6 @@ class AttentionScore(NamedTuple):
     v_dim: Tensor | None
 
 
-_library = library.Library("vitprune_fast", "FRAGMENT")
-_library.define(
-    "attention(Tensor qkv_BN3HK, float scale) -> (Tensor, Tensor)",
-    tags=(torch.Tag.pt2_compliant_tag,),
-)
-_library.define(
-    "attention_score(Tensor grad_out_BNHK, Tensor qkv_BN3HK, Tensor out_BNHK, Tensor lse_BHN, "
-    "float scale, bool per_token, bool qkv, bool head, bool qk_dim, bool v_dim) "
-    "-> (Tensor, Tensor, Tensor, Tensor)",
-    tags=(torch.Tag.pt2_compliant_tag,),
-)
-
-
-@library.register_fake("vitprune_fast::attention", lib=_library)
 def _fake(qkv_BN3HK: Tensor, scale: float) -> tuple[Tensor, Tensor]:
     batch, num_tokens, _, num_heads, head_dim = qkv_BN3HK.shape
     out_BNHK = qkv_BN3HK.new_empty(batch, num_tokens, num_heads, head_dim)
@@ -72,7 +58,6 @@ def _fake(qkv_BN3HK: Tensor, scale: float) -> tuple[Tensor, Tensor]:
     return out_BNHK, lse_BHN
 
 
-@library.register_fake("vitprune_fast::attention_score", lib=_library)
 def _fake_score(
     grad_out_BNHK: Tensor,
     qkv_BN3HK: Tensor,
@@ -93,38 +78,6 @@ def _fake_score(
         qkv_BN3HK.new_empty((batch, num_heads, head_dim) if qk_dim else (0,), dtype=wide),
         qkv_BN3HK.new_empty((batch, num_heads, head_dim) if v_dim else (0,), dtype=wide),
     )
-
-
-# C++ and Triton cannot both hold the CUDA key of one op, so the twins have their own names
-@custom_op("vitprune_fast::attention_triton")
-def _triton(qkv_BN3HK: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-    from vitprune_fast.kernels.attention_score import attention_fwd
-
-    return attention_fwd(qkv_BN3HK, scale)
-
-
-@custom_op("vitprune_fast::attention_score_triton")
-def _triton_score(
-    grad_out_BNHK: Tensor,
-    qkv_BN3HK: Tensor,
-    out_BNHK: Tensor,
-    lse_BHN: Tensor,
-    scale: float,
-    per_token: bool,
-    qkv: bool,
-    head: bool,
-    qk_dim: bool,
-    v_dim: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    from vitprune_fast.kernels.attention_score import attention_bwd
-
-    return attention_bwd(
-        grad_out_BNHK, qkv_BN3HK, out_BNHK, lse_BHN, scale, per_token, qkv, head, qk_dim, v_dim
-    )
-
-
-_triton.register_fake(_fake)
-_triton_score.register_fake(_fake_score)
 
 
 def _eager(qkv_BN3HK: Tensor, scale: float) -> tuple[Tensor, Tensor]:
@@ -183,12 +136,14 @@ def _eager_score(
     lse_BHN: Tensor,
     scale: float,
     per_token: bool,
-    wanted: Wanted,
+    qkv: bool,
+    head: bool,
+    qk_dim: bool,
+    v_dim: bool,
 ) -> Gradients:
     wide = score_dtype(qkv_BN3HK)
     dqkv_BN3HK = qkv_BN3HK.new_empty(0)
     head_BH = qk_dim_BHK = v_dim_BHK = qkv_BN3HK.new_empty(0, dtype=wide)
-    qkv, head, qk_dim, v_dim = wanted
 
     def over_tokens(terms: Tensor) -> Tensor:
         return (terms.abs() if per_token else terms).sum(1)
@@ -205,21 +160,22 @@ def _eager_score(
     return dqkv_BN3HK, head_BH, qk_dim_BHK, v_dim_BHK
 
 
+_forms = Forms("attention", _fake, _eager, triton="attention_score:attention_fwd", cpu=True, op=_OP)
+_score_forms = Forms(
+    _OP, _fake_score, _eager_score, triton="attention_score:attention_bwd", cpu=True
+)
+
+
 def _choose(qkv_BN3HK: Tensor, backend: str) -> str:
     obstacle = triton_obstacle(qkv_BN3HK)
     unable = {} if obstacle is None else {"triton": obstacle}
-    return choose(_OP, qkv_BN3HK.device, backend, unable)
+    return choose(_OP, qkv_BN3HK, backend, unable)
 
 
-def _run(qkv_BN3HK: Tensor, scale: float, chosen: str) -> tuple[Tensor, Tensor]:
+def _run(qkv_BN3HK: Tensor, scale: float, form: Callable[..., Any]) -> tuple[Tensor, Tensor]:
     if qkv_BN3HK.numel() == 0:
         return _fake(qkv_BN3HK, scale)
-    qkv_BN3HK = with_adjacent_dims(qkv_BN3HK)
-    if chosen == "cpu":
-        return torch.ops.vitprune_fast.attention(qkv_BN3HK, scale)
-    if chosen == "triton":
-        return _triton(qkv_BN3HK, scale)
-    return _eager(qkv_BN3HK, scale)
+    return form(with_adjacent_dims(qkv_BN3HK), scale)
 
 
 def _run_score(
@@ -239,11 +195,7 @@ def _run_score(
     if qkv_BN3HK.numel() == 0:
         dqkv, head, qk_dim, v_dim = _fake_score(*arguments, *wanted)
         return dqkv, head.zero_(), qk_dim.zero_(), v_dim.zero_()
-    if chosen == "cpu":
-        return torch.ops.vitprune_fast.attention_score(*arguments, *wanted)
-    if chosen == "triton":
-        return _triton_score(*arguments, *wanted)
-    return _eager_score(*arguments, wanted)
+    return _score_forms[chosen](*arguments, *wanted)
 
 
 # opaque to autograd and to compilers; the normalisers come out because backward needs them
@@ -257,7 +209,7 @@ def _scored(
     per_token: bool,
     backend: str,
 ) -> tuple[Tensor, Tensor]:
-    return _run(qkv_BN3HK, scale, backend)
+    return _run(qkv_BN3HK, scale, _forms.plain[backend])
 
 
 @_scored.register_fake
@@ -269,11 +221,14 @@ def _setup_context(ctx, inputs, output):
     qkv_BN3HK, _, _, _, ctx.scale, ctx.per_token, ctx.backend = inputs
     out_BNHK, lse_BHN = output
     ctx.mark_non_differentiable(lse_BHN)
+    ctx.set_materialize_grads(False)
     ctx.save_for_backward(qkv_BN3HK, out_BNHK, lse_BHN)
 
 
-def _backward(ctx, grad_out_BNHK: Tensor, _grad_lse: Tensor | None):
+def _backward(ctx, grad_out_BNHK: Tensor | None, _grad_lse: Tensor | None):
     refuse_second_derivative("scored_attention")
+    if grad_out_BNHK is None:
+        return (None,) * 7
     wanted = tuple(ctx.needs_input_grad[:4])
     qkv_BN3HK, out_BNHK, lse_BHN = ctx.saved_tensors
     gradients = _run_score(
@@ -313,8 +268,8 @@ def attention(
         BackendUnavailable: ``backend`` was named and cannot run here; the message says why.
     """
     check_qkv("attention", qkv_BN3HK)
-    chosen = _choose(qkv_BN3HK, backend)
-    return _run(qkv_BN3HK.detach(), factor_of_logits(scale, qkv_BN3HK), chosen)
+    form = _forms[_choose(qkv_BN3HK, backend)]
+    return _run(qkv_BN3HK.detach(), factor_of_logits(scale, qkv_BN3HK), form)
 
 
 def attention_score(
@@ -365,12 +320,9 @@ def attention_score(
     batch, num_tokens, _, num_heads, _ = qkv_BN3HK.shape
     like_out = qkv_BN3HK[:, :, 0]
     for name, value in (("grad_out_BNHK", grad_out_BNHK), ("out_BNHK", out_BNHK)):
-        _checks.require_tensor(_OP, name, value)
         _checks.require_like(_OP, name, value, "q in qkv_BN3HK", like_out)
-    _checks.require_tensor(_OP, "lse_BHN", lse_BHN)
-    _checks.require_shape(_OP, "lse_BHN", lse_BHN, (batch, num_heads, num_tokens))
-    _checks.require_dtype(_OP, "lse_BHN", lse_BHN, (score_dtype(qkv_BN3HK),))
-    _checks.require_near(_OP, "lse_BHN", lse_BHN, "qkv_BN3HK", qkv_BN3HK)
+    shape = (batch, num_heads, num_tokens)
+    check_wide(_OP, "lse_BHN", lse_BHN, shape, "", "qkv_BN3HK", qkv_BN3HK)
     unknown = sorted(set(needs) - set(NEEDS))
     _checks.require(not unknown, _OP, "needs", f"hold only {', '.join(NEEDS)}", unknown)
     qkv, head, qk_dim, v_dim = (name in needs for name in NEEDS)
@@ -434,7 +386,8 @@ def scored_attention(
     )
     for name, probe, shape in probes:
         if probe is not None:
-            check_probe(op, name, probe, shape, "qkv_BN3HK", qkv_BN3HK)
+            why = ", one number per sample and unit of qkv_BN3HK"
+            check_wide(op, name, probe, shape, why, "qkv_BN3HK", qkv_BN3HK)
     factor = factor_of_logits(scale, qkv_BN3HK)
     # settled here for the backward too
     chosen = _choose(qkv_BN3HK, backend)

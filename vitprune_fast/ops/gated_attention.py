@@ -10,12 +10,12 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, library
+from torch import Tensor
 
 from vitprune_fast import _checks
-from vitprune_fast.ops._custom_op import custom_op
 from vitprune_fast.ops._dispatch import Backend, choose
-from vitprune_fast.ops._probes import refuse_second_derivative, score_dtype
+from vitprune_fast.ops._forms import Forms, custom_op
+from vitprune_fast.ops._probes import check_wide, refuse_second_derivative, score_dtype
 from vitprune_fast.ops._qkv import (
     check_qkv,
     factor_of_logits,
@@ -30,21 +30,7 @@ _OP = "gated_attention"
 # and that of torch's kernels 5. An estimate (no GPU has timed it yet).
 _SDPA_TOKENS = 400
 
-_library = library.Library("vitprune_fast", "FRAGMENT")
-_library.define(
-    "gated_attention(Tensor qkv_BN3HK, Tensor? gate_H, Tensor? mask_BN, int[] live, float scale, "
-    "bool compact, bool raw) -> (Tensor, Tensor, Tensor)",
-    tags=(torch.Tag.pt2_compliant_tag,),
-)
-_library.define(
-    "gated_attention_backward(Tensor grad_out_BNHK, Tensor qkv_BN3HK, Tensor? gate_H, "
-    "Tensor? mask_BN, Tensor out_BNHK, Tensor lse_BLN, int[] live, float scale, bool compact, "
-    "bool raw, bool qkv) -> (Tensor, Tensor)",
-    tags=(torch.Tag.pt2_compliant_tag,),
-)
 
-
-@library.register_fake("vitprune_fast::gated_attention", lib=_library)
 def _fake(
     qkv_BN3HK: Tensor,
     gate_H: Tensor | None,
@@ -64,7 +50,6 @@ def _fake(
     )
 
 
-@library.register_fake("vitprune_fast::gated_attention_backward", lib=_library)
 def _fake_backward(
     grad_out_BNHK: Tensor,
     qkv_BN3HK: Tensor,
@@ -83,9 +68,21 @@ def _fake_backward(
     return dqkv_BN3HK, qkv_BN3HK.new_empty(gates, dtype=score_dtype(qkv_BN3HK))
 
 
-# C++ and Triton cannot both hold the CUDA key of one op, so the twins have their own names
-@custom_op("vitprune_fast::gated_attention_triton")
-def _triton(
+# plain torch differentiates by itself
+_forward_forms = Forms(
+    "gated_attention_fwd", _fake, None, triton="gated_attention:gated_attention_fwd", cpu=True
+)
+_backward_forms = Forms(
+    "gated_attention_bwd",
+    _fake_backward,
+    None,
+    triton="gated_attention:gated_attention_bwd",
+    cpu=True,
+)
+
+
+@custom_op("vitprune_fast::gated_attention")
+def _gated_attention(
     qkv_BN3HK: Tensor,
     gate_H: Tensor | None,
     mask_BN: Tensor | None,
@@ -93,85 +90,53 @@ def _triton(
     scale: float,
     compact: bool,
     raw: bool,
+    backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    from vitprune_fast.kernels.gated_attention import gated_attention_fwd
-
-    return gated_attention_fwd(
-        with_adjacent_dims(qkv_BN3HK), gate_H, mask_BN, live, scale, compact, raw
-    )
+    qkv_BN3HK = with_adjacent_dims(qkv_BN3HK)
+    form = _forward_forms.plain[backend]
+    return form(qkv_BN3HK, gate_H, mask_BN, live, scale, compact, raw)
 
 
-@custom_op("vitprune_fast::gated_attention_backward_triton")
-def _triton_backward(
-    grad_out_BNHK: Tensor,
-    qkv_BN3HK: Tensor,
-    gate_H: Tensor | None,
-    mask_BN: Tensor | None,
-    out_BNHK: Tensor,
-    lse_BLN: Tensor,
-    live: list[int],
-    scale: float,
-    compact: bool,
-    raw: bool,
-    qkv: bool,
-) -> tuple[Tensor, Tensor]:
-    from vitprune_fast.kernels.gated_attention import gated_attention_bwd
-
-    grad_out_BNHK, qkv_BN3HK = with_adjacent_dims(grad_out_BNHK), with_adjacent_dims(qkv_BN3HK)
-    return gated_attention_bwd(
-        grad_out_BNHK, qkv_BN3HK, gate_H, mask_BN, out_BNHK, lse_BLN, live, scale, compact, raw, qkv
-    )
-
-
-_triton.register_fake(_fake)
-_triton_backward.register_fake(_fake_backward)
+@_gated_attention.register_fake
+def _(qkv_BN3HK, gate_H, mask_BN, live, scale, compact, raw, backend):
+    return _fake(qkv_BN3HK, gate_H, mask_BN, live, scale, compact, raw)
 
 
 def _setup_context(ctx, inputs, output):
-    qkv_BN3HK, gate_H, mask_BN, ctx.live, ctx.scale, ctx.compact, ctx.raw = inputs
+    qkv_BN3HK, gate_H, mask_BN, *ctx.options, ctx.raw, ctx.backend = inputs
     out_BNHK, raw_BNLK, lse_BLN = output
     if ctx.needs_input_grad[1] and not ctx.raw:
         # to divide the output by the gate would fail where a gate is 0
         raise RuntimeError(f"{_OP}: raw must be True where the gate needs a gradient, got False")
     ctx.mark_non_differentiable(raw_BNLK, lse_BLN)
+    ctx.set_materialize_grads(False)
     # behind the gate the output is kept anyway, by whoever reads it
     kept = raw_BNLK if ctx.raw else out_BNHK
     ctx.save_for_backward(qkv_BN3HK, gate_H, mask_BN, kept, lse_BLN)
 
 
-def _differentiate(backward, ctx, grad_out_BNHK: Tensor):
+def _backward(ctx, grad_out_BNHK: Tensor | None, _grad_raw, _grad_lse):
     refuse_second_derivative(_OP)
+    if grad_out_BNHK is None:
+        return (None,) * 8
     qkv_BN3HK, gate_H, mask_BN, kept, lse_BLN = ctx.saved_tensors
     needs_qkv, needs_gate = ctx.needs_input_grad[:2]
-    dqkv_BN3HK, dgate_H = backward(
-        grad_out_BNHK,
-        qkv_BN3HK,
+    dqkv_BN3HK, dgate_H = _backward_forms[ctx.backend](
+        with_adjacent_dims(grad_out_BNHK),
+        with_adjacent_dims(qkv_BN3HK),
         gate_H,
         mask_BN,
         kept,
         lse_BLN,
-        ctx.live,
-        ctx.scale,
-        ctx.compact,
+        *ctx.options,
         ctx.raw,
         needs_qkv,
     )
     given = dqkv_BN3HK if needs_qkv else None, dgate_H if needs_gate else None
-    return *given, None, None, None, None, None
+    return *given, None, None, None, None, None, None
 
 
-def _backward_triton(ctx, grad_out_BNHK: Tensor, _grad_raw, _grad_lse):
-    return _differentiate(_triton_backward, ctx, grad_out_BNHK)
-
-
-def _backward_cpu(ctx, grad_out_BNHK: Tensor, _grad_raw, _grad_lse):
-    return _differentiate(torch.ops.vitprune_fast.gated_attention_backward, ctx, grad_out_BNHK)
-
-
-_triton.register_autograd(_backward_triton, setup_context=_setup_context)
-library.register_autograd(
-    "vitprune_fast::gated_attention", _backward_cpu, setup_context=_setup_context, lib=_library
-)
+_gated_attention.register_autograd(_backward, setup_context=_setup_context)
 
 
 def _eager(
@@ -217,9 +182,7 @@ def _eager(
 
 def _choose(qkv_BN3HK: Tensor, gate_H: Tensor | None, backend: str) -> str:
     obstacle = triton_obstacle(qkv_BN3HK)
-    chosen = choose(
-        _OP, qkv_BN3HK.device, backend, {} if obstacle is None else {"triton": obstacle}
-    )
+    chosen = choose(_OP, qkv_BN3HK, backend, {} if obstacle is None else {"triton": obstacle})
     named = backend != "auto" or bool(os.environ.get("VITPRUNE_BACKEND"))
     is_long = chosen == "triton" and qkv_BN3HK.shape[1] > _SDPA_TOKENS
     return "eager" if is_long and not named and not _needs_gradient(gate_H) else chosen
@@ -243,14 +206,6 @@ def _checked_heads(live_heads: Sequence[int] | Tensor | None, num_heads: int) ->
     return live
 
 
-def _check_gate(gate_H: Tensor, qkv_BN3HK: Tensor) -> None:
-    _checks.require_tensor(_OP, "gate_H", gate_H)
-    shape = (qkv_BN3HK.shape[3],)
-    _checks.require_shape(_OP, "gate_H", gate_H, shape, ", one gate per head")
-    _checks.require_dtype(_OP, "gate_H", gate_H, (score_dtype(qkv_BN3HK),))
-    _checks.require_near(_OP, "gate_H", gate_H, "qkv_BN3HK", qkv_BN3HK)
-
-
 def _check_mask(mask_BN: Tensor, qkv_BN3HK: Tensor) -> None:
     _checks.require_tensor(_OP, "key_mask_BN", mask_BN)
     _checks.require_shape(_OP, "key_mask_BN", mask_BN, tuple(qkv_BN3HK.shape[:2]))
@@ -258,12 +213,9 @@ def _check_mask(mask_BN: Tensor, qkv_BN3HK: Tensor) -> None:
     _checks.require_near(_OP, "key_mask_BN", mask_BN, "qkv_BN3HK", qkv_BN3HK)
 
 
-def gated_attention_ops() -> list[Any]:
-    """The registered forwards, ``(qkv, gate, mask, live, ...)``, for those who count FLOPs."""
-    return [
-        torch.ops.vitprune_fast.gated_attention,
-        torch.ops.vitprune_fast.gated_attention_triton,
-    ]
+def registered_op() -> Any:
+    """The registered op, ``(qkv, gate, mask, live, ...)``, for those who count FLOPs."""
+    return torch.ops.vitprune_fast.gated_attention
 
 
 def gated_attention(
@@ -323,18 +275,19 @@ def gated_attention(
     """
     check_qkv(_OP, qkv_BN3HK)
     if gate_H is not None:
-        _check_gate(gate_H, qkv_BN3HK)
+        shape, why = (qkv_BN3HK.shape[3],), ", one gate per head"
+        check_wide(_OP, "gate_H", gate_H, shape, why, "qkv_BN3HK", qkv_BN3HK)
     if key_mask_BN is not None:
         _check_mask(key_mask_BN, qkv_BN3HK)
     live = _checked_heads(live_heads, qkv_BN3HK.shape[3])
     factor = factor_of_logits(scale, qkv_BN3HK)
     chosen = _choose(qkv_BN3HK, gate_H, backend)
     arguments = (qkv_BN3HK, gate_H, key_mask_BN, live, factor, compact)
-    if chosen == "triton":
-        return _triton(*arguments, _needs_gradient(gate_H))[0]
+    if chosen == "eager":
+        return _eager(*arguments)
+    raw = _needs_gradient(gate_H)
     if chosen == "cpu":
         # its backward reads no other output than the one before the gate, of live heads alone
         needed = gate_H is not None or len(live) < qkv_BN3HK.shape[3]
         raw = needed and torch.is_grad_enabled()
-        return torch.ops.vitprune_fast.gated_attention(*arguments, raw)[0]
-    return _eager(*arguments)
+    return _gated_attention(*arguments, raw, chosen)[0]

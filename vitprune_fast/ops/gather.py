@@ -15,34 +15,35 @@ from operator import mul
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor, library
+from torch import Tensor
 
 from vitprune_fast import _checks
 from vitprune_fast.errors import InvalidInput
 from vitprune_fast.ops._dispatch import Backend, choose
+from vitprune_fast.ops._forms import Forms
 from vitprune_fast.reference.gather import gather as _eager
 from vitprune_fast.reference.gather import gather_all as _eager_all
 
 # read once: looking for a module is slow
 _HAS_HOST = importlib.util.find_spec("vitprune_fast._host") is not None
-_library = library.Library("vitprune_fast", "FRAGMENT")
-_library.define(
-    "gather(Tensor source_RC, Tensor? rows, Tensor? columns) -> Tensor",
-    tags=(torch.Tag.pt2_compliant_tag,),
-)
-# one entry of the table per source; targets are written whole
-_library.define(
-    "gather_all(Tensor[] sources, Tensor(a!)[] targets, int[] entries, Tensor table,"
-    " Tensor table_on_device) -> ()",
-    tags=(torch.Tag.pt2_compliant_tag,),
-)
 
 
-@library.register_fake("vitprune_fast::gather", lib=_library)
 def _fake(source_RC: Tensor, rows: Tensor | None, columns: Tensor | None) -> Tensor:
     num_rows = source_RC.shape[0] if rows is None else rows.shape[0]
     num_columns = source_RC.shape[1] if columns is None else columns.shape[0]
     return source_RC.new_empty(num_rows, num_columns)
+
+
+_forms = Forms("gather", _fake, _eager, cpu=True)
+# one entry of the table per source; targets are written whole
+_all_forms = Forms(
+    "gather_all(Tensor[] sources, Tensor(a!)[] targets, int[] entries, Tensor table,"
+    " Tensor table_on_device) -> ()",
+    lambda *_: None,
+    _eager_all,
+    cpu=True,
+    cuda=True,
+)
 
 
 def gather(
@@ -81,9 +82,9 @@ def gather(
         if index is not None:
             _checks.require_index("gather", name, index, device)
     source_RC = source_RC.detach()
-    if choose("gather", device, backend) == "cpu":
+    if choose("gather", source_RC, backend) == "cpu":
         try:
-            return torch.ops.vitprune_fast.gather(source_RC, rows, columns)
+            return _forms["cpu"](source_RC, rows, columns)
         except RuntimeError:
             # the kernel looks at every number; what is wrong with one is said here
             _check_values(source_RC, rows, columns)
@@ -264,10 +265,10 @@ def gather_all(
             _checks.require(False, "gather_all", "dtypes", rule, got)
     if not sources:
         return results
-    chosen = choose("gather_all", matrices[0].device, backend, _unable())
+    chosen = choose("gather_all", matrices[0], backend, _unable())
     if chosen in ("cpu", "cuda"):
         words = table.words_on(matrices[0].device)
-        torch.ops.vitprune_fast.gather_all(matrices, results, list(entries), table.words, words)
+        _all_forms[chosen](matrices, results, list(entries), table.words, words)
     else:
         kept = (table.selections[entry] for entry in entries)
         _eager_all(matrices, results, [(each.rows, each.columns) for each in kept])

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from vitprune_fast import _checks
-from vitprune_fast.ops._custom_op import custom_op
 from vitprune_fast.ops._dispatch import Backend, choose
+from vitprune_fast.ops._forms import Forms
 from vitprune_fast.ops._probes import DTYPES, refuse_second_derivative, score_dtype
 from vitprune_fast.reference.kd_cross_entropy import kd_cross_entropy as _eager
 
@@ -32,35 +32,7 @@ class KdCrossEntropy(NamedTuple):
     kd: Tensor
 
 
-@custom_op("vitprune_fast::kd_cross_entropy_triton")
-def _triton(
-    student_BC: Tensor,
-    teacher_BC: Tensor,
-    labels: Tensor,
-    ce_weight: float,
-    kd_weight: float,
-    factor: float,
-    temperature: float,
-    label_smoothing: float,
-    with_gradient: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    from vitprune_fast.kernels.kd_cross_entropy import kd_cross_entropy_fwd_bwd
-
-    return kd_cross_entropy_fwd_bwd(
-        student_BC,
-        teacher_BC,
-        labels,
-        ce_weight,
-        kd_weight,
-        factor,
-        temperature,
-        label_smoothing,
-        with_gradient,
-    )
-
-
-@_triton.register_fake
-def _(
+def _fake(
     student_BC: Tensor,
     teacher_BC: Tensor,
     labels: Tensor,
@@ -77,18 +49,23 @@ def _(
     return loss, ce, kd, student_BC.new_empty(shape, dtype=dtype)
 
 
+# plain torch differentiates by itself
+_triton = Forms(_OP, _fake, None, triton="kd_cross_entropy:kd_cross_entropy_fwd_bwd")["triton"]
+
+
 def _save(ctx, inputs, output) -> None:
     student_BC, *_, ctx.with_gradient = inputs
     ctx.dtype = student_BC.dtype
     ctx.mark_non_differentiable(*output[1:])
+    ctx.set_materialize_grads(False)
     ctx.save_for_backward(output[3])
 
 
-def _backward(ctx, grad_loss: Tensor, *_grads: Tensor | None):
+def _backward(ctx, grad_loss: Tensor | None, *_grads: Tensor | None):
     refuse_second_derivative(_OP)
     (grad_BC,) = ctx.saved_tensors
     none = [None] * 8
-    if not ctx.with_gradient:
+    if grad_loss is None or not ctx.with_gradient:
         return None, *none
     # rounded as it is written, in one launch
     out = torch.empty_like(grad_BC, dtype=ctx.dtype)
@@ -174,7 +151,7 @@ def kd_cross_entropy(
         float(label_smoothing),
     )
     teacher_BC, labels = teacher_BC.detach(), labels.detach()
-    if choose(_OP, student_BC.device, backend, unable) == "eager":
+    if choose(_OP, student_BC, backend, unable) == "eager":
         # torch's own backward costs no more there
         loss, ce, kd = _eager(student_BC, teacher_BC, labels, *weights)
         return KdCrossEntropy(loss, ce.detach(), kd.detach())

@@ -9,76 +9,74 @@ import torch
 from torch import Tensor
 
 from vitprune_fast import _checks
-from vitprune_fast.ops._custom_op import custom_op
 from vitprune_fast.ops._dispatch import Backend, choose
+from vitprune_fast.ops._forms import Forms, custom_op
 from vitprune_fast.ops._probes import DTYPES, refuse_second_derivative, score_dtype
-from vitprune_fast.reference.manifold_loss import set_by_set
+from vitprune_fast.reference.manifold_loss import new_gradient, set_by_set
 
 _OP = "manifold_loss"
 # what products may be rounded to
 _OPERANDS = (torch.bfloat16, torch.float16)
 
 
-def _new_gradient(student_SRD: Tensor, with_gradient: bool) -> Tensor:
-    """Where it is kept, before it is made as small as the mean makes it, which fp16 cannot hold."""
-    if not with_gradient:
-        return student_SRD.new_empty(0)
-    dtype = torch.float32 if student_SRD.dtype == torch.float16 else student_SRD.dtype
-    return torch.empty_like(student_SRD, dtype=dtype)
-
-
-@custom_op("vitprune_fast::manifold_loss_eager")
-def _eager(
-    student_SRD: Tensor, teacher_SRE: Tensor, with_gradient: bool, operand: torch.dtype | None
-) -> tuple[Tensor, Tensor]:
-    with torch.autocast(student_SRD.device.type, enabled=False):
-        grad_SRD = _new_gradient(student_SRD, with_gradient)
-        return set_by_set(student_SRD, teacher_SRE, grad_SRD), grad_SRD
-
-
-@custom_op("vitprune_fast::manifold_loss_triton")
-def _triton(
-    student_SRD: Tensor, teacher_SRE: Tensor, with_gradient: bool, operand: torch.dtype | None
-) -> tuple[Tensor, Tensor]:
-    from vitprune_fast.kernels.manifold_loss import manifold_loss_fwd_bwd
-
-    grad_SRD = _new_gradient(student_SRD, with_gradient)
-    loss = manifold_loss_fwd_bwd(student_SRD, teacher_SRE, grad_SRD, operand)
-    return loss, grad_SRD
-
-
 def _fake(
     student_SRD: Tensor, teacher_SRE: Tensor, with_gradient: bool, operand: torch.dtype | None
 ) -> tuple[Tensor, Tensor]:
     loss = student_SRD.new_empty((), dtype=score_dtype(student_SRD))
-    return loss, _new_gradient(student_SRD, with_gradient)
+    return loss, new_gradient(student_SRD, with_gradient)
+
+
+def _eager(
+    student_SRD: Tensor, teacher_SRE: Tensor, with_gradient: bool, operand: torch.dtype | None
+) -> tuple[Tensor, Tensor]:
+    with torch.autocast(student_SRD.device.type, enabled=False):
+        grad_SRD = new_gradient(student_SRD, with_gradient)
+        return set_by_set(student_SRD, teacher_SRE, grad_SRD), grad_SRD
+
+
+_forms = Forms("manifold_loss_fwd", _fake, _eager, triton="manifold_loss:manifold_loss_fwd_bwd")
+
+
+@custom_op("vitprune_fast::manifold_loss")
+def _manifold_loss(
+    student_SRD: Tensor,
+    teacher_SRE: Tensor,
+    with_gradient: bool,
+    operand: torch.dtype | None,
+    backend: str,
+) -> tuple[Tensor, Tensor]:
+    return _forms.plain[backend](student_SRD, teacher_SRE, with_gradient, operand)
+
+
+@_manifold_loss.register_fake
+def _(student_SRD, teacher_SRE, with_gradient, operand, backend):
+    return _fake(student_SRD, teacher_SRE, with_gradient, operand)
 
 
 def _save(ctx, inputs, output) -> None:
-    student_SRD, _, with_gradient, _ = inputs
+    student_SRD, _, with_gradient, *_ = inputs
     _, grad_SRD = output
     sets, rows, _ = student_SRD.shape
     ctx.with_gradient, ctx.dtype = with_gradient, student_SRD.dtype
     ctx.scale = 4 / (sets * rows**2)
     ctx.mark_non_differentiable(grad_SRD)
+    ctx.set_materialize_grads(False)
     ctx.save_for_backward(grad_SRD)
 
 
-def _backward(ctx, grad_loss: Tensor, _grad: Tensor | None):
+def _backward(ctx, grad_loss: Tensor | None, _grad: Tensor | None):
     refuse_second_derivative(_OP)
     (grad_SRD,) = ctx.saved_tensors
-    if not ctx.with_gradient:
-        return None, None, None, None
+    if grad_loss is None or not ctx.with_gradient:
+        return None, None, None, None, None
     # only now, with the loss scale in it. The factor has a dimension, so that the product is in
     # its dtype, and is rounded as it is written
     factor = (grad_loss * ctx.scale).view(1)
     out = torch.empty_like(grad_SRD, dtype=ctx.dtype)
-    return torch.mul(grad_SRD, factor, out=out), None, None, None
+    return torch.mul(grad_SRD, factor, out=out), None, None, None, None
 
 
-for _op in (_eager, _triton):
-    _op.register_fake(_fake)
-    _op.register_autograd(_backward, setup_context=_save)
+_manifold_loss.register_autograd(_backward, setup_context=_save)
 
 
 def manifold_loss(
@@ -126,9 +124,7 @@ def manifold_loss(
         BackendUnavailable: ``backend`` was named and cannot run here; the message says why.
     """
     for name, x in (("student_SRD", student_SRD), ("teacher_SRE", teacher_SRE)):
-        _checks.require_tensor(_OP, name, x)
-        _checks.require_dims(_OP, name, x, 3)
-        _checks.require_dtype(_OP, name, x, DTYPES)
+        _checks.require_input(_OP, name, x, 3, DTYPES)
         _checks.require(x.numel() > 0, _OP, name, "not be empty", tuple(x.shape))
     sets, rows, _ = student_SRD.shape
     rule = f"have {sets} sets of {rows} rows like student_SRD"
@@ -141,7 +137,8 @@ def manifold_loss(
     unable = {}
     if torch.float64 in (student_SRD.dtype, teacher_SRE.dtype):
         unable["triton"] = "its products are those of tensor cores, which end at float32"
-    chosen = choose(_OP, student_SRD.device, backend, unable)
+    chosen = choose(_OP, student_SRD, backend, unable)
     with_gradient = torch.is_grad_enabled() and student_SRD.requires_grad
-    run = _triton if chosen == "triton" else _eager
-    return run(student_SRD, teacher_SRE.detach(), with_gradient, operand_dtype)[0]
+    return _manifold_loss(student_SRD, teacher_SRE.detach(), with_gradient, operand_dtype, chosen)[
+        0
+    ]

@@ -6,29 +6,21 @@ B batch, N tokens, C channels.
 from __future__ import annotations
 
 import torch
-from torch import Tensor, library
+from torch import Tensor
 from torch.nn import functional as F
 
 from vitprune_fast import _checks
-from vitprune_fast.ops._custom_op import custom_op
 from vitprune_fast.ops._dispatch import Backend, choose
+from vitprune_fast.ops._forms import Forms, custom_op
 from vitprune_fast.ops._probes import (
     DTYPES,
-    check_probe,
+    check_wide,
     refuse_second_derivative,
     score_dtype,
 )
 from vitprune_fast.reference.norm_score import norm_score as _eager
 
-_library = library.Library("vitprune_fast", "FRAGMENT")
-_library.define(
-    "norm_score(Tensor x_BNC, Tensor grad_y_BNC, Tensor? weight_C, Tensor? bias_C, float eps, "
-    "bool rms, bool output) -> (Tensor, Tensor)",
-    tags=(torch.Tag.pt2_compliant_tag,),
-)
 
-
-@library.register_fake("vitprune_fast::norm_score", lib=_library)
 def _fake(
     x_BNC: Tensor,
     grad_y_BNC: Tensor,
@@ -42,31 +34,13 @@ def _fake(
     return x_BNC.new_empty(x_BNC.shape), x_BNC.new_empty(batch, channels, dtype=score_dtype(x_BNC))
 
 
-# C++ and Triton cannot both hold the CUDA key of one op, so the twin has its own name
-@custom_op("vitprune_fast::norm_score_triton")
-def _triton(
-    x_BNC: Tensor,
-    grad_y_BNC: Tensor,
-    weight_C: Tensor | None,
-    bias_C: Tensor | None,
-    eps: float,
-    rms: bool,
-    output: bool,
-) -> tuple[Tensor, Tensor]:
-    from vitprune_fast.kernels.norm_score import norm_score_bwd
-
-    return norm_score_bwd(x_BNC, grad_y_BNC, weight_C, bias_C, eps, rms, output)
-
-
-_triton.register_fake(_fake)
+_forms = Forms("norm_score", _fake, _eager, triton="norm_score:norm_score_bwd", cpu=True)
 
 
 def _check(
     op: str, x_BNC: Tensor, weight_C: Tensor | None, bias_C: Tensor | None, eps: float
 ) -> None:
-    _checks.require_tensor(op, "x_BNC", x_BNC)
-    _checks.require_dims(op, "x_BNC", x_BNC, 3)
-    _checks.require_dtype(op, "x_BNC", x_BNC, DTYPES)
+    _checks.require_input(op, "x_BNC", x_BNC, 3, DTYPES)
     _checks.require(eps >= 0, op, "eps", "be at least 0", eps)
     shape, why = (x_BNC.shape[2],), ", one number per channel of x_BNC"
     for name, value in (("weight_C", weight_C), ("bias_C", bias_C)):
@@ -78,24 +52,6 @@ def _check(
             wanted, got = getattr(x_BNC, what), getattr(value, what)
             if wanted != got:
                 _checks.require(False, op, name, f"have {what} {wanted} like x_BNC", got)
-
-
-def _run(
-    x_BNC: Tensor,
-    grad_y_BNC: Tensor,
-    weight_C: Tensor | None,
-    bias_C: Tensor | None,
-    eps: float,
-    rms: bool,
-    output: bool,
-    chosen: str,
-) -> tuple[Tensor, Tensor]:
-    arguments = (x_BNC, grad_y_BNC, weight_C, bias_C, eps)
-    if chosen == "cpu":
-        return torch.ops.vitprune_fast.norm_score(*arguments, rms, output)
-    if chosen == "triton":
-        return _triton(*arguments, rms, output)
-    return _eager(*arguments, rms=rms, output=output)
 
 
 def norm_score(
@@ -153,13 +109,12 @@ def norm_score(
     """
     op = "norm_score"
     _check(op, x_BNC, weight_C, bias_C, eps)
-    _checks.require_tensor(op, "grad_y_BNC", grad_y_BNC)
     _checks.require_like(op, "grad_y_BNC", grad_y_BNC, "x_BNC", x_BNC)
     x_BNC, grad_y_BNC = x_BNC.detach(), grad_y_BNC.detach()
     weight_C = None if weight_C is None else weight_C.detach()
     bias_C = None if bias_C is None else bias_C.detach()
-    chosen = choose(op, x_BNC.device, backend)
-    return _run(x_BNC, grad_y_BNC, weight_C, bias_C, eps, rms, output, chosen)
+    form = _forms[choose(op, x_BNC, backend)]
+    return form(x_BNC, grad_y_BNC, weight_C, bias_C, eps, rms, output)
 
 
 # torch's own forward is at the speed of memory; the backward is what has no equal there
@@ -196,14 +151,14 @@ def _(
 
 
 def _save(ctx, inputs, output) -> None:
-    x_BNC, _, weight_C, bias_C, *ctx.choices = inputs
+    x_BNC, _, weight_C, bias_C, *ctx.options, ctx.backend = inputs
     ctx.save_for_backward(x_BNC, weight_C, bias_C)
 
 
 def _backward(ctx, grad_y_BNC: Tensor):
     refuse_second_derivative("scored_norm")
     x_BNC, weight_C, bias_C = ctx.saved_tensors
-    results = _run(x_BNC, grad_y_BNC, weight_C, bias_C, *ctx.choices)
+    results = _forms[ctx.backend](x_BNC, grad_y_BNC, weight_C, bias_C, *ctx.options)
     return *results, None, None, None, None, None, None
 
 
@@ -249,11 +204,12 @@ def scored_norm(
     op = "scored_norm"
     _check(op, x_BNC, weight_C, bias_C, eps)
     batch, _, channels = x_BNC.shape
-    check_probe(op, "probe_BC", probe_BC, (batch, channels), "x_BNC", x_BNC)
+    why = ", one number per sample and channel of x_BNC"
+    check_wide(op, "probe_BC", probe_BC, (batch, channels), why, "x_BNC", x_BNC)
     if torch.is_grad_enabled():
         for name, value in (("weight_C", weight_C), ("bias_C", bias_C)):
             trained = value is not None and value.requires_grad
             rule = "be frozen by requires_grad_(False)"
             _checks.require(not trained, op, name, rule, "one that wants a gradient")
-    chosen = choose("norm_score", x_BNC.device, backend)
+    chosen = choose("norm_score", x_BNC, backend)
     return _scored(x_BNC, probe_BC, weight_C, bias_C, eps, rms, output, chosen)

@@ -5,40 +5,21 @@ B batch, N tokens, F columns, U units of ``group_size`` adjacent columns each.
 
 from __future__ import annotations
 
-import torch
-from torch import Tensor, library
+from torch import Tensor
 
 from vitprune_fast import _checks
-from vitprune_fast.ops._custom_op import custom_op
 from vitprune_fast.ops._dispatch import Backend, choose
+from vitprune_fast.ops._forms import Forms
 from vitprune_fast.ops._probes import DTYPES, score_dtype
 from vitprune_fast.reference.taylor_score import taylor_score as _eager
 
-_library = library.Library("vitprune_fast", "FRAGMENT")
-_library.define(
-    "taylor_score(Tensor activation_BNF, Tensor gradient_BNF, int group_size, bool per_token)"
-    " -> Tensor",
-    tags=(torch.Tag.pt2_compliant_tag,),
-)
 
-
-@library.register_fake("vitprune_fast::taylor_score", lib=_library)
 def _fake(activation_BNF: Tensor, gradient_BNF: Tensor, group_size: int, per_token: bool) -> Tensor:
     batch, _, columns = activation_BNF.shape
     return activation_BNF.new_empty(batch, columns // group_size, dtype=score_dtype(activation_BNF))
 
 
-# C++ and Triton cannot both hold the CUDA key of one op, so the twin has its own name
-@custom_op("vitprune_fast::taylor_score_triton")
-def _triton(
-    activation_BNF: Tensor, gradient_BNF: Tensor, group_size: int, per_token: bool
-) -> Tensor:
-    from vitprune_fast.kernels.taylor_score import taylor_score_fwd
-
-    return taylor_score_fwd(activation_BNF, gradient_BNF, group_size, per_token)
-
-
-_triton.register_fake(_fake)
+_forms = Forms("taylor_score", _fake, _eager, triton="taylor_score:taylor_score_fwd", cpu=True)
 
 
 def taylor_score(
@@ -81,21 +62,11 @@ def taylor_score(
         BackendUnavailable: ``backend`` was named and cannot run here; the message says why.
     """
     op = "taylor_score"
-    _checks.require_tensor(op, "activation_BNF", activation_BNF)
-    _checks.require_tensor(op, "gradient_BNF", gradient_BNF)
-    _checks.require_dims(op, "activation_BNF", activation_BNF, 3)
-    _checks.require_dtype(op, "activation_BNF", activation_BNF, DTYPES)
+    _checks.require_input(op, "activation_BNF", activation_BNF, 3, DTYPES)
     _checks.require_like(op, "gradient_BNF", gradient_BNF, "activation_BNF", activation_BNF)
     columns = activation_BNF.shape[2]
     if group_size < 1 or columns % group_size:
         rule = f"be at least 1 and divide the {columns} columns of activation_BNF"
         _checks.require(False, op, "group_size", rule, group_size)
-    activation_BNF, gradient_BNF = activation_BNF.detach(), gradient_BNF.detach()
-    chosen = choose(op, activation_BNF.device, backend)
-    if chosen == "cpu":
-        return torch.ops.vitprune_fast.taylor_score(
-            activation_BNF, gradient_BNF, group_size, per_token
-        )
-    if chosen == "triton":
-        return _triton(activation_BNF, gradient_BNF, group_size, per_token)
-    return _eager(activation_BNF, gradient_BNF, group_size, per_token=per_token)
+    form = _forms[choose(op, activation_BNF, backend)]
+    return form(activation_BNF.detach(), gradient_BNF.detach(), group_size, per_token)

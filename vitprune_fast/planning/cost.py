@@ -12,7 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode, flop_registry, sdpa_flop_c
 
 from ..errors import InvalidInput
 from ..modules.modes import evaluating
-from ..ops.gated_attention import gated_attention_ops
+from ..ops.gated_attention import registered_op
 from ..structure import Structure, describe
 from ..structure.reading import Reading
 from .plan import Plan
@@ -96,7 +96,7 @@ def _uncounted() -> dict[Any, Any]:
         return 4 * batch * len(live) * tokens**2 * width
 
     packet = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-    own = dict.fromkeys(gated_attention_ops(), of_live)
+    own = {registered_op(): of_live}
     return own if packet in flop_registry else {packet: flops, **own}
 
 

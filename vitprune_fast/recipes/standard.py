@@ -43,7 +43,13 @@ def opened(config: RunConfig) -> tuple[list[Step], dict[str, str]]:
         if config.teachers.is_of_timm(name):
             weights = f"teacher-{number}.safetensors"
             made.append(
-                Step(f"teacher-{number}", do.teacher, outputs={"weights": weights}, shared=True)
+                Step(
+                    f"teacher-{number}",
+                    do.teacher,
+                    {"dense": "dense"},
+                    {"weights": weights},
+                    shared=True,
+                )
             )
             teachers[f"teacher_{number}"] = weights
     return made, teachers

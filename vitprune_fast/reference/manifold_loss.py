@@ -61,3 +61,11 @@ def set_by_set(student_SRD: Tensor, teacher_SRE: Tensor, grad_SRD: Tensor) -> Te
             g -= x * (x * g).sum(-1, keepdim=True)
             grad_SRD[some] = g.mul_(inverse)
     return (total / (sets * rows**2)).to(_wide(student_SRD[:0]).dtype)
+
+
+def new_gradient(student_SRD: Tensor, with_gradient: bool) -> Tensor:
+    """Where it is kept, before it is made as small as the mean makes it, which fp16 cannot hold."""
+    if not with_gradient:
+        return student_SRD.new_empty(0)
+    dtype = torch.float32 if student_SRD.dtype == torch.float16 else student_SRD.dtype
+    return torch.empty_like(student_SRD, dtype=dtype)

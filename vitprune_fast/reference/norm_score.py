@@ -12,7 +12,6 @@ def norm_score(
     weight_C: Tensor | None,
     bias_C: Tensor | None,
     eps: float,
-    *,
     rms: bool = False,
     output: bool = True,
 ) -> tuple[Tensor, Tensor]:

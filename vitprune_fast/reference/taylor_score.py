@@ -7,7 +7,7 @@ from torch import Tensor
 
 
 def taylor_score(
-    activation_BNF: Tensor, gradient_BNF: Tensor, group_size: int = 1, *, per_token: bool = False
+    activation_BNF: Tensor, gradient_BNF: Tensor, group_size: int = 1, per_token: bool = False
 ) -> Tensor:
     """``s[b, u]`` = sum over tokens and the unit's columns of activation x gradient.
 

@@ -9,7 +9,7 @@ from torch import nn
 
 from vitprune_fast.batches import classes_of
 from vitprune_fast.config.run import DataConfig
-from vitprune_fast.data import INTERPOLATIONS, ImageData, open_data
+from vitprune_fast.data import INTERPOLATIONS, ImageData, RandomCrop, open_data
 from vitprune_fast.models.config import ModelConfig
 from vitprune_fast.models.open import open_model
 from vitprune_fast.precision import Precision
@@ -160,7 +160,12 @@ def setting_of(data_config: DataConfig, profile: Profile, seed: int) -> Setting:
         profile.workers,
         data_config.augment,
         data_config.batch_size,
-        data_config.policy,
+        RandomCrop(
+            scale=data_config.crop_scale,
+            policy=data_config.policy,
+            jitter=data_config.color_jitter,
+            simple=data_config.crop == "simple",
+        ),
         data_config.repeats,
         profile.dtype,
     )

@@ -11,11 +11,13 @@ from typing import Any
 from torch import nn
 
 from vitprune_fast import files
+from vitprune_fast.batches import classes_of
 from vitprune_fast.checkpoint import load, save
 from vitprune_fast.config.run import RunConfig
 from vitprune_fast.data import BadImage, ImageData
 from vitprune_fast.distill.config import DistillConfig
 from vitprune_fast.distill.loop import DistillResult
+from vitprune_fast.distill.teachers import must_learn
 from vitprune_fast.ranks import Ranks
 from vitprune_fast.run import checks, stages, training
 from vitprune_fast.run.folder import Metrics, RunFolder, read_metrics
@@ -145,6 +147,7 @@ class Job:
         config, whole = self.config, self.load(dense)
         if not config.teachers.names:
             return whole
+        classes = classes_of(student)
         return [
             training.open_teacher(
                 number,
@@ -152,10 +155,11 @@ class Job:
                 config.distill,
                 student,
                 self.data,
-                self.profile.device,
+                self.setting,
                 dense=whole,
                 weights=self.folder / trained[f"teacher_{number}"]
-                if training.is_trained_here(name, config.teachers, self.data)
+                if config.teachers.is_of_timm(name)
+                and must_learn(name, classes, pretrained=config.teachers.pretrained)
                 else None,
             )
             for number, name in enumerate(config.teachers.names)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,7 @@ from vitprune_fast.errors import InvalidInput
 from vitprune_fast.planning.latency import latencies
 from vitprune_fast.precision import Precision, is_half, resolve
 from vitprune_fast.randomness import derive_seed, generator
+from vitprune_fast.ranks import Ranks
 
 OnEvent = Callable[[dict[str, Any]], None]
 
@@ -38,7 +39,7 @@ class Setting:
     workers: int
     augment: bool
     batch_size: int
-    policy: str = ""
+    photographs: RandomCrop = field(default_factory=RandomCrop)
     repeats: int = 1
     dtype: Precision = "auto"
 
@@ -87,6 +88,7 @@ def train(
         seed=seed,
         workers=setting.workers,
         repeats=setting.repeats,
+        processes=Ranks.current().world,
     )
     validation = Loader(data.split("validation"), setting.batch_size, workers=setting.workers)
     dtype = own_dtype(config, setting)
@@ -123,14 +125,14 @@ def _augmentation(data: ImageData, setting: Setting) -> Augment | None:
     """How training changes images of this data."""
     if not setting.augment:
         return None
-    if not setting.policy:
+    if setting.photographs == RandomCrop():
         return data.augmentation
     if not isinstance(data.augmentation, RandomCrop):
         raise InvalidInput(
-            f"distill: policy must be empty for {data.name}, which are no photographs, got "
-            f"{setting.policy!r}"
+            "distill: policy, crop, crop_scale and color_jitter must be unset for "
+            f"{data.name}, which are no photographs, got {setting.photographs}"
         )
-    return replace(data.augmentation, policy=setting.policy)
+    return setting.photographs
 
 
 def score(

@@ -10,14 +10,10 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from vitprune_fast.distill.config import FEATURE_LOSSES, LOGIT_LOSSES
+from vitprune_fast.distill.losses import NAMES
 from vitprune_fast.errors import BackendUnavailable
 
-CURVES = (
-    *("loss", "ce", "kd", "lr", "val_loss", "val_top1", "val_agreement"),
-    *LOGIT_LOSSES,
-    *FEATURE_LOSSES,
-)
+CURVES = ("loss", "ce", "bce", "kd", "lr", "val_loss", "val_top1", "val_agreement", *NAMES)
 
 
 class Board:

@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import timm
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vitprune_fast.checkpoint import load
 from vitprune_fast.config.run import GateConfig, MaskConfig, ScoreConfig, TeacherConfig
 from vitprune_fast.data import ImageData
 from vitprune_fast.distill.config import DistillConfig
@@ -22,7 +18,7 @@ from vitprune_fast.distill.teachers import Teacher, resolve_teacher
 from vitprune_fast.errors import InvalidInput, UnsupportedArchitecture, VitpruneError
 from vitprune_fast.gates import BudgetLoss, attach, fold, to_plan
 from vitprune_fast.models.config import ModelConfig
-from vitprune_fast.models.open import open_model, skeleton
+from vitprune_fast.models.open import skeleton
 from vitprune_fast.planning import Budget, Plan, plan
 from vitprune_fast.precision import resolve
 from vitprune_fast.randomness import derive_seed, seeded
@@ -30,7 +26,6 @@ from vitprune_fast.run import stages
 from vitprune_fast.run.stages import OnEvent, Setting
 from vitprune_fast.run.tensorboard import Board
 from vitprune_fast.scoring.scores import Scores
-from vitprune_fast.stated import fixed_size
 from vitprune_fast.structure import describe
 from vitprune_fast.surgery import prune
 
@@ -136,9 +131,13 @@ def teach(
     schedule, taught_by = masks.schedule(), None
     if config.needs_teacher:
         teachers.check_losses(config.loss)
+        data, setting = trainings.data, trainings.setting
         taught_by = [
-            _teacher(number, teachers, config, student, trainings)
-            for number in range(len(teachers.names))
+            open_teacher(number, teachers, config, student, data, setting, train=train)
+            for number, train in enumerate(
+                partial(_train_alone, trainings, f"teacher-{number}")
+                for number in range(len(teachers.names))
+            )
         ]
     if gates.kind != "none":
         done = learn_gates(
@@ -155,18 +154,10 @@ def teach(
     return result.model if result.plan is None else prune(result.model, result.plan)
 
 
-def _teacher(
-    number: int,
-    teachers: TeacherConfig,
-    config: DistillConfig,
-    student: nn.Module,
-    trainings: Trainings,
-) -> Teacher:
-    data, setting, model = trainings.data, trainings.setting, None
-    if is_trained_here(teachers.names[number], teachers, data):
-        train = partial(trainings, f"teacher-{number}")
-        model, _ = train_teacher(number, teachers, config, train, data, setting.seed)
-    return open_teacher(number, teachers, config, student, data, setting.device, model=model)
+def _train_alone(
+    trainings: Trainings, purpose: str, model: nn.Module, config: DistillConfig
+) -> DistillResult:
+    return trainings(purpose, model, None, config)
 
 
 @dataclass(frozen=True)
@@ -237,15 +228,6 @@ def _levelled(scores: Scores) -> dict[str, Tensor]:
     return {name: value / value.mean().clamp(min=1e-30) for name, value in scores.items()}
 
 
-def is_trained_here(name: str, teachers: TeacherConfig, data: ImageData) -> bool:
-    """Whether a teacher has to learn the classes of the data first."""
-    if name == "self" or Path(name).is_dir():
-        return False
-    stated = timm.models.get_pretrained_cfg(name)
-    knows = stated is not None and stated.num_classes == len(data.classes)
-    return not (teachers.pretrained and knows)
-
-
 def described(teachers: TeacherConfig) -> list[dict[str, str]]:
     """Name and kind of each teacher: `self` (the dense model), `vit` or `cnn`."""
     return [
@@ -264,112 +246,49 @@ def _kind_of(name: str) -> str:
     return "vit"
 
 
-def train_teacher(
-    number: int,
-    teachers: TeacherConfig,
-    config: DistillConfig,
-    train: Train,
-    data: ImageData,
-    seed: int,
-) -> tuple[nn.Module, DistillResult]:
-    """A model of timm that learned the classes of the data, from images as the student gets them.
-
-    Args:
-        number: which one of the teachers, from 0.
-        teachers: its name, its epochs, its learning rate.
-        config: of the student; the teacher is trained in its dtype.
-        train: runs the training.
-        data: the images.
-        seed: of its first weights.
-    """
-    args = {"in_chans": data.channels, "num_classes": len(data.classes)}
-    with seeded(seed, "teacher", number):
-        model = open_model(
-            ModelConfig(name=teachers.names[number], pretrained=teachers.pretrained, args=args)
-        )
-    resized = Resized(model, fixed_size(model) or _sized(model, teachers).get("image_size"))
-    own = DistillConfig(epochs=teachers.epochs, lr=teachers.lr, alpha=0, dtype=config.dtype)
-    return model, train(resized, None, own)
-
-
 def open_teacher(
     number: int,
     teachers: TeacherConfig,
     config: DistillConfig,
     student: nn.Module,
     data: ImageData,
-    device: str,
+    setting: Setting,
     *,
-    model: nn.Module | None = None,
-    weights: Path | None = None,
     dense: nn.Module | None = None,
+    weights: Path | None = None,
+    train: Callable[[nn.Module, DistillConfig], Any] | None = None,
 ) -> Teacher:
     """A teacher, ready to be asked.
 
     Args:
         number: which one of the teachers, from 0.
         teachers: all about it.
-        config: the losses of the student.
+        config: losses and dtype of the student.
         student: what it teaches.
         data: the images that the student gets.
-        device: where it answers.
-        model: one that was trained here,
-        weights: or what it learned, as its file says.
+        setting: the seed of first weights, and where it answers.
         dense: what `self` is; None is the student.
+        weights: what a model of timm learned here earlier.
+        train: trains a model of timm that does not know the classes, by the config given.
 
     Raises:
         InvalidInput: it cannot teach this student.
     """
     name = teachers.names[number]
-    options: dict[str, Any] = {
-        "student_mean": data.mean,
-        "student_std": data.std,
-        "dtype": resolve("distill", teachers.dtype, device),
-        "channels_last": teachers.channels_last,
-        "compile": teachers.compile,
-        "weight": teachers.weights[number] if teachers.weights else 1.0,
-        "name": teachers.short_names[number],
-        "logits": config.learns_logits,
-    }
-    if weights is not None:
-        args = {"in_chans": data.channels, "num_classes": len(data.classes)}
-        model = open_model(ModelConfig(name=name, args=args, checkpoint=weights))
-    if model is not None:
-        # it learned from images as the student gets them
-        options |= {"mean": data.mean, "std": data.std, **_sized(model, teachers)}
-        return resolve_teacher(model, student, **options)
-    if name == "self":
-        whole = student if dense is None else dense
-        options |= {"mean": data.mean, "std": data.std, **_sized(whole, teachers)}
-        return resolve_teacher(copy.deepcopy(whole), student, **options)
-    if Path(name).is_dir():
-        options |= _sized(load(name), teachers)
-    elif teachers.size is not None:
-        options |= {"image_size": teachers.size}
-    return resolve_teacher(name, student, **options)
-
-
-def _sized(model: nn.Module, teachers: TeacherConfig) -> dict[str, tuple[int, int]]:
-    """The size asked for, for a teacher that takes any."""
-    if teachers.size is None or fixed_size(model) is not None:
-        return {}
-    return {"image_size": (teachers.size, teachers.size)}
-
-
-class Resized(nn.Module):
-    """A model behind the resizing that ``Teacher`` does.
-
-    Args:
-        model: sees the resized images.
-        size: (height, width) in pixels; None resizes nothing.
-    """
-
-    def __init__(self, model: nn.Module, size: tuple[int, int] | None) -> None:
-        super().__init__()
-        self.model, self.size = model, size
-
-    def forward(self, images: Tensor) -> Tensor:
-        """Logits ``(B, C)`` of images ``(B, C, H, W)``."""
-        if self.size not in (None, tuple(images.shape[2:])):
-            images = F.interpolate(images, self.size, mode="bicubic", antialias=True)
-        return self.model(images)
+    own = DistillConfig(epochs=teachers.epochs, lr=teachers.lr, alpha=0, dtype=config.dtype)
+    with seeded(setting.seed, "teacher", number):
+        return resolve_teacher(
+            name,
+            dense if name == "self" and dense is not None else student,
+            pretrained=teachers.pretrained,
+            checkpoint=weights,
+            logits=config.learns_logits,
+            size=teachers.size,
+            train=None if train is None else lambda model: train(model, own),
+            student_mean=data.mean,
+            student_std=data.std,
+            dtype=resolve("distill", teachers.dtype, setting.device),
+            channels_last=teachers.channels_last,
+            compile=teachers.compile,
+            weight=teachers.weights[number] if teachers.weights else 1.0,
+        )

@@ -19,34 +19,22 @@ from ..sealed import fingerprint
 from ..structure import UNIT_KINDS, Axis, Structure, describe, families
 from ..structure.paths import get
 from . import stream
-from .ablation import leave_one_out
-from .activation import activation
 from .agreement import rank_agreement, split_off
-from .magnitude import NORMS, magnitude
+from .criterion import Asked, Criterion, criterion_named, criterion_names
 from .resume import Checkpoint
 from .scores import Accumulator, Scores
 from .stream import OnEvent, ScoringStopped
-from .taylor import LOSS_SCALE, PathChoice, check_per_token, scorer
+from .taylor import LOSS_SCALE, PathChoice
 
-__all__ = ["CRITERIA", "Scores", "ScoringStopped", "score"]
+__all__ = ["Scores", "ScoringStopped", "criterion_names", "score"]
 
-# the reductions a criterion can be put together by, its own first
-CRITERIA = {
-    "taylor": ("square", "abs", "signed", "token_abs"),
-    "fisher": ("square",),
-    "loss": ("mean",),
-    "kl": ("mean",),
-    "activation": ("mean",),
-    "magnitude": tuple(NORMS),
-}
-Criterion = Literal["taylor", "fisher", "loss", "kl", "activation", "magnitude"]
 Reduction = Literal["abs", "square", "signed", "token_abs", "mean", "l1", "l2", "group"]
 
 
 def score(
     model: nn.Module,
     batches: Iterable[Sequence[Any]] | None = None,
-    criterion: Criterion = "taylor",
+    criterion: str = "taylor",
     units: Sequence[str] | Literal["all"] = ("head", "neuron"),
     reduction: Reduction | None = None,
     per_sample: bool = False,
@@ -80,8 +68,8 @@ def score(
     * ``loss``, ``kl``: exact, by leaving out every unit in turn: mean over samples of the rise of
       the cross-entropy, or of KL(model || model without the unit) (Yu & Wu 2021, arXiv:2111.15127).
       Thousands of times dearer; the ground truth for the others.
-    * ``activation``: how much a unit puts out, forward only (``scoring/activation.py``).
-    * ``magnitude``: norms of its weights, no data (``scoring/magnitude.py``).
+    * ``activation``: how much a unit puts out, forward only (``scoring/criteria/activation.py``).
+    * ``magnitude``: norms of its weights, no data (``scoring/criteria/magnitude.py``).
 
     Only ``taylor`` and ``loss`` need labels; for the others, what stands in their place is checked
     for its length alone.
@@ -142,21 +130,22 @@ def score(
         structure = describe(model)
     else:
         _check_structure(model, structure)
-    axes = scored_axes(structure, units, criterion)
-    chosen = _reduction(criterion, reduction)
+    kind, axes = _criterion(criterion), scored_axes(structure, units)
+    chosen = _reduction(criterion, kind, reduction)
     if empty := next((name for name, p in model.named_parameters() if p.is_meta), None):
         raise InvalidInput(f"score: model must hold its weights, got {empty} on the meta device")
     computed = resolve("score", dtype, device_of(model))
     provenance: dict[str, Any] = {"model": structure.family, "torch": torch.__version__}
-    if criterion == "magnitude":
+    if kind.of_weights is not None:
         with families.opened(model, structure) as seen:
-            by_axis = magnitude(model, seen, axes, chosen)
+            by_axis = kind.of_weights(Asked(model, seen, axes, chosen))
         return Scores(by_axis, criterion, chosen, 0, provenance=provenance)
+    assert kind.measure is not None
     if batches is None:
         raise InvalidInput(
             f"score: batches must be given for the criterion {criterion!r}, got None"
         )
-    if criterion != "activation":
+    if kind.classes:
         _check_classes(model, criterion)
     for name, value in (("micro_batch", micro_batch), ("draws", draws), ("candidates", candidates)):
         if not (value is None and name == "micro_batch") and (type(value) is not int or value < 1):
@@ -174,13 +163,16 @@ def score(
         raise InvalidInput(f"score: seed must be a whole number, got {seed!r}")
     if per_sample and draws > 1:
         raise InvalidInput(f"score: draws must be 1 where samples are kept, got {draws}")
-    if chosen == "token_abs":
-        check_per_token(axes)
+    if per_sample and kind.numbers > 1:
+        raise InvalidInput(
+            f"score: per_sample must be False for the criterion {criterion!r}, whose scores exist "
+            "of all samples together only, got True"
+        )
     if criterion == "fisher":
         provenance |= {"seed": seed, "draws": draws}
     if computed is not None:
         provenance["dtype"] = name_of(computed)
-    axis_sizes = {axis.name: axis.size for axis in axes}
+    axis_sizes = {axis.name: kind.numbers * axis.size for axis in axes}
     source, scale = batches, loss_scale
     if scale is None and computed is torch.float16:
         scale = LOSS_SCALE
@@ -189,24 +181,14 @@ def score(
     def measuring(dtype: torch.dtype | None, *, replayed: bool) -> Iterator[stream.ScoreBatch]:
         """The criterion, computed in a dtype."""
         with computing_in(dtype, model), families.opened(model, structure) as seen:
-            if criterion not in ("taylor", "fisher"):
-                yield _forward_only(model, seen, axes, criterion, candidates)
-                return
-            with scorer(
-                model,
-                seen,
-                axes,
-                path=path,
-                per_token=chosen == "token_abs",
-                loss_scale=scale,
-                fisher=(seed, draws) if criterion == "fisher" else None,
-                cuda_graph=replayed,
-            ) as ready:
+            asked = Asked(model, seen, axes, chosen, seed, draws, candidates, scale, path, replayed)
+            assert kind.measure is not None
+            with kind.measure(asked) as ready:
                 yield ready
 
     def refuse_overflow(samples: int) -> None:
         """Refuse float16, which does not hold the scores: the largest ones would be missing."""
-        lower = f" or a loss_scale below {scale:g}" if criterion in ("taylor", "fisher") else ""
+        lower = f" or a loss_scale below {scale:g}" if kind.gradients else ""
         raise InvalidInput(
             "score: dtype must be one that holds all scores, got float16, in which those of "
             f"{samples:,} sample{'s' * (samples > 1)} with finite images are not finite; take "
@@ -217,7 +199,7 @@ def score(
         """How the dtype ranks the units of the first samples beside float32."""
         nonlocal source
         first, source = split_off(checked("score", source, model))
-        found = [Accumulator(axis_sizes, chosen) for _ in range(2)]
+        found = [Accumulator(axis_sizes, chosen, combine=kind.combined) for _ in range(2)]
         for sums, each in zip(found, (torch.float32, computed), strict=True):
             with measuring(each, replayed=False) as score_batch:
                 refuse = refuse_overflow if each is torch.float16 else None
@@ -249,9 +231,9 @@ def score(
             "dtype": provenance.get("dtype"),
         }
         kept = Checkpoint(Path(checkpoint), identity)
-    if is_half(computed) and criterion in ("taylor", "fisher"):
+    if is_half(computed) and kind.gradients:
         provenance |= compared() if kept is None else kept.remembered(compared)
-    accumulator = Accumulator(axis_sizes, chosen, per_sample)
+    accumulator = Accumulator(axis_sizes, chosen, per_sample, combine=kind.combined)
     with measuring(computed, replayed=cuda_graph is True) as score_batch:
         stream.run(
             score_batch,
@@ -291,45 +273,33 @@ def _check_classes(model: nn.Module, criterion: str) -> None:
         )
 
 
-def _forward_only(
-    model: nn.Module,
-    structure: Structure,
-    axes: Sequence[Axis],
-    criterion: Literal["loss", "kl", "activation"],
-    candidates: int,
-) -> stream.ScoreBatch:
-    """The criteria that need no gradient."""
-    if criterion == "activation":
-        measure = activation(model, structure, axes)
-    else:
-        measure = leave_one_out(model, structure, axes, criterion, candidates)
-    # only the loss reads labels
-    labelled = criterion == "loss"
-    return lambda images, labels, first: [measure(images, labels if labelled else None)]
+def _criterion(name: str) -> Criterion:
+    try:
+        return criterion_named(name)
+    except KeyError:
+        raise InvalidInput(
+            f"score: criterion must be one of {', '.join(criterion_names())}, got {name!r}"
+        ) from None
 
 
-def _reduction(criterion: str, reduction: str | None) -> str:
-    allowed = CRITERIA[criterion]
+def _reduction(name: str, criterion: Criterion, reduction: str | None) -> str:
+    allowed = criterion.reductions
     if reduction is None:
         return allowed[0]
     if reduction not in allowed:
         raise InvalidInput(
-            f"score: reduction must be one of {', '.join(allowed)} for the criterion "
-            f"{criterion!r}, got {reduction!r}"
+            f"score: reduction must be one of {', '.join(allowed)} for the criterion {name!r}, got "
+            f"{reduction!r}"
         )
     return reduction
 
 
-def scored_axes(structure: Structure, units: Sequence[str] | str, criterion: str) -> list[Axis]:
+def scored_axes(structure: Structure, units: Sequence[str] | str) -> list[Axis]:
     """The axes of the asked unit kinds, in model order.
 
     Raises:
-        InvalidInput: the criterion is unknown, or the model has none of the units.
+        InvalidInput: the model has none of the units.
     """
-    if not isinstance(criterion, str) or criterion not in CRITERIA:
-        raise InvalidInput(
-            f"score: criterion must be one of {', '.join(CRITERIA)}, got {criterion!r}"
-        )
     if units == "all":
         units = [kind for kind in UNIT_KINDS if structure.units(kind)]
     if isinstance(units, Iterable) and not isinstance(units, str):

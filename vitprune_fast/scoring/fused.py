@@ -166,14 +166,10 @@ def _mlp(mlp: Any, sites: dict[str, Site], probes: Probes, x: Tensor) -> Tensor:
     """timm's Mlp, GluMlp and SwiGLU without an inner norm."""
     site = sites["neuron"]
     probe = probes.leaf(site.key, x, site.size)
-    how: Any = {"activation": activation_of(mlp.act), "per_token": probes.per_token}
-    return run_mlp(
-        mlp,
-        x,
-        one=lambda h: ops.scored_activation(h, probe, **how),
-        two=lambda gate, value: ops.scored_glu(gate, value, probe, **how),
-        packed=lambda h, gate_last: ops.scored_glu_packed(h, probe, gate_last=gate_last, **how),
-    )
+    name = activation_of(mlp.act)
+    assert name is not None
+    units = partial(ops.gated_unit, probe_BF=probe, activation=name, per_token=probes.per_token)
+    return run_mlp(mlp, x, units)
 
 
 @equivalent

@@ -161,15 +161,23 @@ class Accumulator:
         axes: names and sizes of the axes, in the order of the rows.
         reduction: of the samples.
         keep_samples: keep the rows themselves.
+        combine: makes scores of the means of an axis, (size,) fp64; None takes the means.
     """
 
-    def __init__(self, axes: Mapping[str, int], reduction: str, keep_samples: bool = False):
+    def __init__(
+        self,
+        axes: Mapping[str, int],
+        reduction: str,
+        keep_samples: bool = False,
+        combine: Callable[[Tensor], Tensor] | None = None,
+    ):
         if reduction not in REDUCTIONS:
             raise InvalidInput(
                 f"score: reduction must be one of {', '.join(REDUCTIONS)}, got {reduction!r}"
             )
         self.axes = dict(axes)
         self.reduction = reduction
+        self._combine = combine
         self.sums: Tensor | None = None
         self.counts = torch.zeros(2, dtype=torch.int64)
         self.rows: list[Tensor] | None = [] if keep_samples else None
@@ -220,13 +228,15 @@ class Accumulator:
                 "score: batches must hold at least one sample with finite scores, "
                 f"got none ({skipped} set aside)"
             )
-        mean = (self.sums / samples).float().cpu()
+        means = self._split(self.sums / samples)
+        if self._combine is not None:
+            means = {name: self._combine(mean) for name, mean in means.items()}
         per_sample = {}
         if self.rows is not None:
             rows = torch.cat(self.rows)
             per_sample = self._split(rows[~rows.isnan().all(dim=1)])
         return Scores(
-            self._split(mean),
+            {name: mean.float().cpu() for name, mean in means.items()},
             criterion,
             self.reduction,
             samples,

@@ -1,38 +1,33 @@
-"""Losses of training and distillation, computed in fp32 at least; gradients reach students only."""
+"""The losses that a student learns from its teachers: one file each, and its name is the loss's.
+
+A file holds a subclass of ``_base.Loss`` called like it (``soft_deit.py``: ``SoftDeit``). Settings,
+command line, curves and progress know a loss by the name of its file and by the first line of its
+docstring. Nothing here imports torch, so that ``--help`` stays quick.
+"""
 
 from __future__ import annotations
 
-from vitprune_fast.distill.losses.features import Projectors, feature_mse, hidden_mse
-from vitprune_fast.distill.losses.gram import manifold_full
-from vitprune_fast.distill.losses.logits import (
-    cross_entropy,
-    distillation_token,
-    hard_kd,
-    soft_kd,
-)
-from vitprune_fast.distill.losses.manifold import (
-    manifold,
-    manifold_inter,
-    manifold_intra,
-    manifold_random,
-)
-from vitprune_fast.distill.losses.relation import qkv_relation
-from vitprune_fast.distill.losses.tokens import align_tokens, map_blocks
+import ast
+from importlib import import_module
+from importlib.util import find_spec
+from pkgutil import iter_modules
+from typing import Any
 
-__all__ = [
-    "Projectors",
-    "align_tokens",
-    "cross_entropy",
-    "distillation_token",
-    "feature_mse",
-    "hard_kd",
-    "hidden_mse",
-    "manifold",
-    "manifold_full",
-    "manifold_inter",
-    "manifold_intra",
-    "manifold_random",
-    "map_blocks",
-    "qkv_relation",
-    "soft_kd",
-]
+NAMES = tuple(sorted(m.name for m in iter_modules(__path__) if not m.name.startswith("_")))
+
+
+def named(name: str) -> Any:
+    """The class of a loss, see ``_base.Loss``; this imports torch."""
+    return getattr(import_module(f"{__name__}.{name}"), name.title().replace("_", ""))
+
+
+def described() -> str:
+    """What the losses compare, each by its name, in one sentence."""
+    lines = []
+    for name in NAMES:
+        loader: Any = getattr(find_spec(f"{__name__}.{name}"), "loader", None)
+        source = loader.get_source(f"{__name__}.{name}") or ""
+        docstring = ast.get_docstring(ast.parse(source)) or ""
+        first = docstring.partition("\n")[0].rstrip(".")
+        lines.append(f"`{name}` ({first[:1].lower()}{first[1:]})")
+    return f"{', '.join(lines)}."

@@ -1,76 +1,56 @@
-"""Relations among queries, keys and values of attention, student against teacher.
+"""Attention among queries, keys and values.
 
-B images, N tokens, H heads, K head dim; packed ``qkv`` is (B, N, 3, H, K).
+B images, N tokens, D numbers of all heads of the student, E of the teacher.
 """
 
 from __future__ import annotations
 
-from typing import Literal
+from itertools import product
 
 import torch
 from torch import Tensor
 
-from vitprune_fast._checks import require, require_dims
-from vitprune_fast.distill.losses.precision import wide
-from vitprune_fast.distill.losses.tokens import align_tokens
+from vitprune_fast.distill.losses._base import Comparison, OfBlocks, Reads, wide
 
 
-def qkv_relation(
-    student_BN3HK: Tensor,
-    teacher_BN3HK: Tensor,
-    relations: Literal["all", "same"] = "all",
-    *,
-    student_prefix: int | None = None,
-    teacher_prefix: int | None = None,
-) -> Tensor:
+class Relation(OfBlocks):
+    """``qkv_relation``, averaged over the compared pairs of blocks."""
+
+    def reads(self) -> tuple[Reads, Reads]:
+        ours, theirs = self.blocks()
+        return Reads(qkv=ours), Reads(qkv=theirs)
+
+    def __call__(self, both: Comparison) -> Tensor:
+        return torch.stack([qkv_relation(*pair) for pair in both.qkv(self.pairs)]).mean()
+
+
+def qkv_relation(student_BN3D: Tensor, teacher_BN3E: Tensor) -> Tensor:
     """Mean cross-entropy between the teacher's and the student's relations of tokens.
 
     With M_1, M_2, M_3 the queries, keys and values of all heads side by side, W numbers wide, a
     relation is ``R_ab = softmax(M_a M_b^T / sqrt(W))`` and the loss ``mean_ab mean_bn
-    CE(R_ab(teacher), R_ab(student))``. Neither the heads nor their dims need be as many on both
-    sides. Its least value is the entropy of the teacher's relations, not 0; the gradient is 0
-    there.
+    CE(R_ab(teacher), R_ab(student))`` over all nine. Neither the heads nor their dims need be as
+    many on both sides. Its least value is the entropy of the teacher's relations, not 0; the
+    gradient is 0 there.
 
     Source: Zhang et al., "MiniViT: Compressing Vision Transformers with Weight Multiplexing", CVPR
     2022 (arXiv:2204.07154), self-attention distillation.
 
     Args:
-        student_BN3HK: packed q, k, v of one layer, ``(B, N, 3, H, K)``; gradients flow here only.
-        teacher_BN3HK: the same of the teacher, with its own H and K.
-        relations: ``"all"`` nine, or the three of each with the ``"same"``.
-        student_prefix: see ``align_tokens``.
-        teacher_prefix: see ``align_tokens``.
+        student_BN3D: packed q, k, v of one layer, ``(B, N, 3, D)``; gradients flow here only.
+        teacher_BN3E: the same of the teacher, ``(B, N, 3, E)``.
 
     Returns:
         A scalar >= 0 in nats, fp32 (fp64 for fp64 tensors).
-
-    Raises:
-        InvalidInput: other shapes, tokens that cannot be brought together, or no such relations.
     """
-    op = "qkv_relation"
-    for name, x in (("student_BN3HK", student_BN3HK), ("teacher_BN3HK", teacher_BN3HK)):
-        require_dims(op, name, x, 5)
-        require(x.shape[2] == 3, op, name, "have 3 parts, q, k and v", x.shape[2])
-    known = relations in ("all", "same")
-    require(known, op, "relations", "be 'all' or 'same'", repr(relations))
-    pairs = zip(
-        wide(student_BN3HK).flatten(3).unbind(2),
-        teacher_BN3HK.detach().to(wide(student_BN3HK[:0]).dtype).flatten(3).unbind(2),
-        strict=True,
-    )
-    parts = [
-        align_tokens(
-            student, teacher, student_prefix=student_prefix, teacher_prefix=teacher_prefix, op=op
-        )
-        for student, teacher in pairs
-    ]
+    ours = wide(student_BN3D).unbind(2)
+    theirs = teacher_BN3E.detach().to(ours[0].dtype).unbind(2)
     terms = []
-    with torch.autocast(student_BN3HK.device.type, enabled=False):
-        for a in range(3):
-            for b in range(3) if relations == "all" else (a,):
-                student = _logits(parts[a][0], parts[b][0]).log_softmax(-1)
-                teacher = _logits(parts[a][1], parts[b][1]).softmax(-1)
-                terms.append(-(teacher * student).sum(-1).mean())
+    with torch.autocast(student_BN3D.device.type, enabled=False):
+        for a, b in product(range(3), repeat=2):
+            student = _logits(ours[a], ours[b]).log_softmax(-1)
+            teacher = _logits(theirs[a], theirs[b]).softmax(-1)
+            terms.append(-(teacher * student).sum(-1).mean())
     return torch.stack(terms).mean()
 
 

@@ -1,14 +1,16 @@
-"""A teacher that does not know the classes of the data yet."""
+"""A teacher that may have to learn the classes of the data first."""
 
 from __future__ import annotations
+
+from typing import Any
 
 from vitprune_fast.run import training
 from vitprune_fast.run.job import Job
 from vitprune_fast.run.step import Facts
 
 
-def teacher(job: Job, *, weights: str) -> Facts:
-    """Trains the teacher of timm that the step is named after (`teacher-0`), where it must learn.
+def teacher(job: Job, *, dense: str, weights: str) -> Facts:
+    """Trains the teacher of timm that the step is numbered after (`teacher-0`), where it must.
 
     Its weights are left in a file, which is empty for one that teaches as it is.
     """
@@ -16,13 +18,22 @@ def teacher(job: Job, *, weights: str) -> Facts:
     number = int(job.step.name.rpartition("-")[2])
     name = config.teachers.names[number]
     facts: Facts = {"text": f"{name} teaches as it is"}
-    tensors = {}
-    if training.is_trained_here(name, config.teachers, job.data):
-        model, result = training.train_teacher(
-            number, config.teachers, config.distill, job.train, job.data, config.seed
-        )
-        tensors = {key: value.cpu().contiguous() for key, value in model.state_dict().items()}
-        facts = job.training_facts(result)
+    tensors: dict[str, Any] = {}
+
+    def train(resized: Any, own: Any) -> None:
+        result = job.train(resized, None, own)
+        tensors.update({n: t.cpu().contiguous() for n, t in resized.model.state_dict().items()})
+        facts.update(job.training_facts(result))
         facts["text"] = f"{name}, {facts['text']}"
+
+    training.open_teacher(
+        number,
+        config.teachers,
+        config.distill,
+        job.load(dense),
+        job.data,
+        job.setting,
+        train=train,
+    )
     job.write(weights, tensors)
     return facts
