@@ -20,7 +20,7 @@ from vitprune_fast.kernels._activations import (
 from vitprune_fast.kernels._launch import cdiv, launch
 from vitprune_fast.reference.gated_unit import halves
 
-# of one program of the forward: each begins anew, and an image of 224 pixels is one part
+# of one program of the forward: each begins again, and an image of 224 pixels is one part
 PART_TOKENS = 208
 
 

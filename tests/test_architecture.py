@@ -17,14 +17,14 @@ PAGE = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
 GROUND = (
     *("errors", "_version", "_toolkit", "_host", "_extension", "_checks", "randomness", "stated"),
     *("registry", "hardware", "files", "sealed", "transfer", "batches", "precision", "ranks"),
-    "timing",
+    *("timing", "config"),
 )
 # the flow: a room imports rooms that stand before it, and none that stands after it
 ORDER = (
     *GROUND,
     *("modules", "reference", "kernels", "ops", "modeling_pruned", "structure", "checkpoint"),
     *("models", "evaluation", "data", "scoring", "planning", "surgery", "check", "testing"),
-    *("gates", "integrations", "distill", "config", "run", "recipes", "doctor"),
+    *("gates", "integrations", "distill", "run", "recipes", "doctor"),
     *("vitprune_fast", "cli"),
 )
 

@@ -66,7 +66,7 @@ assert vp.ops.taylor_score(x, x).sum() == 24
 def test_public_names_keep_their_meaning_whatever_is_imported_first():
     script = """
 import sys
-import vitprune_fast.distill.config
+import vitprune_fast.config.distill
 import vitprune_fast as vp
 assert "torch" not in sys.modules
 import vitprune_fast.doctor

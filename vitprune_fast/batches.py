@@ -66,7 +66,7 @@ def unlabelled(function: str, argument: str, batches: Any, *models: nn.Module) -
 
     Args:
         function: the caller's name, for the error sentence.
-        argument: likewise, that of ``batches``.
+        argument: as above, that of ``batches``.
         batches: yields images ``(B, C, H, W)`` floating, or sequences that begin with them; or one
             tensor of images.
         models: that will see the images.

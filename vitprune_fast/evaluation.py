@@ -108,7 +108,7 @@ def evaluate_beside(
         dense: the model that the others agree with, or not.
         others: on the same device, with the same classes.
         batches: as :func:`evaluate` takes them.
-        dtype: likewise.
+        dtype: as above.
 
     Returns:
         That of ``dense``, then that of each other model: what ``evaluate`` gives for it with

@@ -14,7 +14,7 @@ from .files import make_folder, read_metadata, read_tensors, write_tensors
 
 
 class CheckpointRefused(InvalidInput):
-    """A checkpoint is damaged, or of another run; without it the work starts anew."""
+    """A checkpoint is damaged, or of another run; without it the work starts over."""
 
 
 class Sealed:
@@ -23,7 +23,7 @@ class Sealed:
     Args:
         path: of the file; gone when the work is done.
         stage: who keeps it, for the error sentences.
-        holds: what it holds, likewise.
+        holds: what it holds, as above.
         identity: what decides the results; a file of another identity is refused.
         parts: what the identity is made of, in words.
     """
@@ -59,7 +59,7 @@ class Sealed:
         if identity != self._identity:
             raise CheckpointRefused(
                 f"{self._stage}: checkpoint {self.path} must be of this work, got one of another "
-                f"{self._parts}; delete it to start anew"
+                f"{self._parts}; delete it to start over"
             )
         return tensors, words
 
@@ -67,7 +67,7 @@ class Sealed:
         """What to raise for a file that does not hold what it should."""
         return CheckpointRefused(
             f"{self._stage}: checkpoint {self.path} must hold {self._holds}, got a file where this "
-            f"is wrong: {error!s:.300}; delete it to start anew"
+            f"is wrong: {error!s:.300}; delete it to start over"
         )
 
     def write(self, tensors: Mapping[str, Tensor], words: Mapping[str, str]) -> None:

@@ -102,7 +102,7 @@ def test_time_left_counts_from_where_a_resumed_training_began() -> None:
     assert pace.text() == "epoch 5/10  step 510/1,000  0:16:20 left"
 
 
-def test_a_training_after_another_counts_anew() -> None:
+def test_a_training_after_another_starts_from_zero() -> None:
     pace = Pace()
     for step, now in ((1, 0.0), (5, 4.0)):
         event = {"event": "step", "stage": "gates", "step": step, "steps": 10, "loss": 1.0}

@@ -13,10 +13,10 @@ import timm
 import vitprune_fast as vp
 from tests.small import NAME, SMALL, photographs
 from vitprune_fast.cli.main import VERBS, main
+from vitprune_fast.config.model import ModelConfig
 from vitprune_fast.config.run import RunConfig
 from vitprune_fast.data import open_data
 from vitprune_fast.errors import InvalidInput
-from vitprune_fast.models.config import ModelConfig
 from vitprune_fast.recipes.start import run
 from vitprune_fast.run.outputs import refuse_overwriting
 

@@ -686,5 +686,5 @@ def test_settings_import_without_torch() -> None:
     import subprocess
     import sys
 
-    code = "import vitprune_fast.distill.config, sys; sys.exit('torch' in sys.modules)"
+    code = "import vitprune_fast.config.distill, sys; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

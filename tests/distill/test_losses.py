@@ -7,23 +7,25 @@ from typing import Any
 
 import pytest
 
-from vitprune_fast.distill import DistillConfig, losses
+from vitprune_fast.config.distill import LOSSES, loss_class
+from vitprune_fast.distill import DistillConfig
 from vitprune_fast.distill.losses._base import Loss, OfBlocks, Reads
 from vitprune_fast.errors import InvalidInput
+from vitprune_fast.registry import described, names
 from vitprune_fast.run.tensorboard import CURVES
 from vitprune_fast.testing import random_vit
 
 
 def made(name: str, **settings: Any) -> Any:
-    return losses.named(name)(DistillConfig(**settings), random_vit(depth=3), random_vit(depth=6))
+    return loss_class(name)(DistillConfig(**settings), random_vit(depth=3), random_vit(depth=6))
 
 
 def test_a_file_is_a_loss_wherever_losses_are_named() -> None:
-    assert {"soft", "soft_deit", "hard", "hidden", "manifold_full"} <= {*losses.NAMES} <= {*CURVES}
-    for name in losses.NAMES:
+    assert {"soft", "soft_deit", "hard", "hidden", "manifold_full"} <= {*names(LOSSES)} <= {*CURVES}
+    for name in names(LOSSES):
         loss = made(name)
         assert isinstance(loss, Loss) and name.replace("_", "") == type(loss).__name__.lower()
-        assert f"`{name}` (" in losses.described()
+        assert f"`{name}` (" in described(LOSSES)
         # what compares logits reads nothing else, and what does not reads something
         assert loss.on_logits == (loss.reads() == (Reads(), Reads()))
         config = DistillConfig(loss=(name,), alpha=1.0)
@@ -75,4 +77,4 @@ def test_the_help_of_a_loss_is_the_first_line_of_its_file() -> None:
     from vitprune_fast.distill.losses import soft
 
     first = (inspect.getdoc(soft) or "").partition("\n")[0].rstrip(".")
-    assert f"`soft` ({first[0].lower()}{first[1:]})" in losses.described()
+    assert f"`soft` ({first[0].lower()}{first[1:]})" in described(LOSSES)

@@ -13,8 +13,8 @@ from safetensors.torch import save_file
 from tests import small
 from tests.small import NAME
 from vitprune_fast import files
+from vitprune_fast.config.model import ModelConfig
 from vitprune_fast.errors import DamagedFile, InvalidInput
-from vitprune_fast.models.config import ModelConfig
 from vitprune_fast.models.open import open_model, skeleton
 
 SMALL = {**small.SMALL, "num_classes": 5}

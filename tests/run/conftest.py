@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 
 from tests.run.attempts import Attempts, Outcome
+from vitprune_fast.config.distill import DistillConfig
+from vitprune_fast.config.model import ModelConfig
 from vitprune_fast.config.run import DataConfig, RunConfig, ScoreConfig, SweepConfig
 from vitprune_fast.config.yamlfile import to_yaml
-from vitprune_fast.distill.config import DistillConfig
-from vitprune_fast.models.config import ModelConfig
 from vitprune_fast.recipes.start import run
 from vitprune_fast.run.report import figures
 

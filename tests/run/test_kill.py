@@ -16,7 +16,7 @@ import pytest
 from tests.run.attempts import Attempts, Fault, Outcome
 from tests.run.conftest import TINY, command
 from tests.run.same import assert_same_run, files_of, is_bitwise
-from vitprune_fast.distill.config import DistillConfig
+from vitprune_fast.config.distill import DistillConfig
 
 LONG = DistillConfig(epochs=16, warmup_epochs=1, log_steps=1, checkpoint_steps=3)
 SMOKE = replace(TINY, data=replace(TINY.data, batch_size=128), dense=LONG, distill=LONG)

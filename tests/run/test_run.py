@@ -458,7 +458,7 @@ def test_damaged_sums_are_left_out_and_the_run_says_so(finished: Path, tiny: Run
     again = Recorder()
     run(tiny, on_event=again)
     notes = [e["text"] for e in again.events if e["event"] == "note"]
-    assert notes[0].startswith("scoring starts anew: score: checkpoint")
+    assert notes[0].startswith("scoring starts over: score: checkpoint")
     assert not any("again" in note or "anew" in note for note in notes[1:])
     assert_same_run_but_checkpoints(finished, tiny.out)
 
@@ -517,7 +517,7 @@ def test_a_damaged_checkpoint_of_the_sweep_is_left_out_and_the_run_says_so(
     again = Recorder()
     run(tiny, on_event=again)
     notes = [e["text"] for e in again.events if e["event"] == "note"]
-    assert notes[0].startswith("the sweep starts anew: ") and str(checkpoint) in notes[0]
+    assert notes[0].startswith("the sweep starts over: ") and str(checkpoint) in notes[0]
     assert steps_of_the_sweep(again)[0] == 1
     assert_same_run(finished, tiny.out)
 

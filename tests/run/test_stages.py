@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 import torch
 
+from vitprune_fast.config.distill import DistillConfig
 from vitprune_fast.config.run import DataConfig, SweepConfig
 from vitprune_fast.data import ImageData, RandomCrop, open_data
-from vitprune_fast.distill.config import DistillConfig
 from vitprune_fast.distill.teachers import Teacher
 from vitprune_fast.errors import InvalidInput
 from vitprune_fast.run import stages

@@ -168,7 +168,7 @@ def test_a_checkpoint_of_another_run_is_refused(
         # the stream ends before the place the run had come to
         score(model, stream(model)[:1], checkpoint=path)
     path.write_bytes(path.read_bytes()[:-9])
-    with pytest.raises(CheckpointRefused, match="delete it to start anew"):
+    with pytest.raises(CheckpointRefused, match="delete it to start over"):
         score(model, stream(model), checkpoint=path)
 
 

@@ -8,8 +8,8 @@ from typing import Annotated, Any
 from tyro.conf import arg
 
 from vitprune_fast.cli.options import parse
+from vitprune_fast.config.model import ModelConfig
 from vitprune_fast.config.run import Computed
-from vitprune_fast.models.config import ModelConfig
 
 
 @dataclass(frozen=True)

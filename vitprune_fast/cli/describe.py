@@ -8,8 +8,8 @@ from typing import Annotated
 from tyro.conf import arg
 
 from vitprune_fast.cli.options import parse, required_model
+from vitprune_fast.config.model import ModelConfig
 from vitprune_fast.config.run import Threads
-from vitprune_fast.models.config import ModelConfig
 
 
 @dataclass(frozen=True)

@@ -11,12 +11,13 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn
 from rich.table import Table
 
-from vitprune_fast.distill.losses import NAMES
+from vitprune_fast.config.distill import LOSSES
 from vitprune_fast.planning.waiting import load_warning
+from vitprune_fast.registry import names
 from vitprune_fast.run.assumptions import line
 from vitprune_fast.run.comparison import arrow, comparison, steps
 
-_PARTS = ("ce", "bce", *NAMES)
+_PARTS = ("ce", "bce", *names(LOSSES))
 LINE_EVERY_S = 10.0
 """Seconds between two lines of one stage where there is no terminal."""
 
@@ -169,7 +170,7 @@ class Pace:
     def update(self, event: dict[str, Any], now: float) -> None:
         """Takes in a `step`, `epoch`, `masks` or `sweep` event.
 
-        What it does not say stays as it was; another stage starts anew.
+        What it does not say stays as it was; another stage starts over.
         """
         if event.get("stage") != self._event.get("stage", event.get("stage")):
             self.steps, self._event, self._first, self._left_s = None, {}, None, None

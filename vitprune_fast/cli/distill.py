@@ -9,10 +9,10 @@ from typing import Annotated
 from tyro.conf import arg
 
 from vitprune_fast.cli.options import parse, required_data, required_model
+from vitprune_fast.config.distill import DistillConfig
+from vitprune_fast.config.model import ModelConfig
 from vitprune_fast.config.run import DataConfig, GateConfig, MaskConfig, TeacherConfig, Threads
-from vitprune_fast.distill.config import DistillConfig
 from vitprune_fast.errors import InvalidInput
-from vitprune_fast.models.config import ModelConfig
 
 
 @dataclass(frozen=True)

@@ -9,8 +9,8 @@ from typing import Annotated, Literal
 from tyro.conf import arg
 
 from vitprune_fast.cli.options import parse, required_data, required_model
+from vitprune_fast.config.model import ModelConfig
 from vitprune_fast.config.run import Computed, DataConfig, Threads
-from vitprune_fast.models.config import ModelConfig
 
 
 @dataclass(frozen=True)

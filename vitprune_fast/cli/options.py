@@ -12,9 +12,9 @@ from typing import Annotated, Any, TypeVar
 import tyro
 from tyro.conf import arg
 
+from vitprune_fast.config.model import ModelConfig
 from vitprune_fast.config.run import DataConfig
 from vitprune_fast.config.yamlfile import from_yaml, to_yaml
-from vitprune_fast.models.config import ModelConfig
 from vitprune_fast.run.outputs import refuse_overwriting
 
 T = TypeVar("T")

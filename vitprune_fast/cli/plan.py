@@ -10,8 +10,8 @@ import tyro
 from tyro.conf import arg
 
 from vitprune_fast.cli.options import parse, required_model
+from vitprune_fast.config.model import ModelConfig
 from vitprune_fast.config.run import PlanConfig, Threads
-from vitprune_fast.models.config import ModelConfig
 
 
 @dataclass(frozen=True)

@@ -11,9 +11,9 @@ import tyro
 from tyro.conf import arg
 
 from vitprune_fast.cli.options import optional_data, parse, partial_of, required_model
+from vitprune_fast.config.model import ModelConfig
 from vitprune_fast.config.run import DataConfig, SweepConfig, Threads
 from vitprune_fast.errors import InvalidInput
-from vitprune_fast.models.config import ModelConfig
 from vitprune_fast.precision import Precision
 
 

@@ -7,9 +7,9 @@ from dataclasses import replace
 from pathlib import Path
 
 from vitprune_fast.cli.options import PresetFlags, parse
+from vitprune_fast.config.model import ModelConfig
 from vitprune_fast.config.run import RunConfig
 from vitprune_fast.config.yamlfile import read_yaml
-from vitprune_fast.models.config import ModelConfig
 from vitprune_fast.recipes.presets import preset
 
 

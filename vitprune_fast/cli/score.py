@@ -10,8 +10,8 @@ from typing import Annotated, Any
 from tyro.conf import arg
 
 from vitprune_fast.cli.options import parse, partial_of, required_data, required_model
+from vitprune_fast.config.model import ModelConfig
 from vitprune_fast.config.run import Computed, DataConfig, ScoreConfig, Threads
-from vitprune_fast.models.config import ModelConfig
 
 
 @dataclass(frozen=True)

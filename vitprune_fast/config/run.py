@@ -8,18 +8,15 @@ from __future__ import annotations
 import reprlib
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import Annotated, Any, Literal
 
 from tyro.conf import arg
 
-from vitprune_fast.distill.config import DistillConfig
+from vitprune_fast.config.distill import DistillConfig
+from vitprune_fast.config.model import ModelConfig, Pairs
 from vitprune_fast.errors import InvalidInput
-from vitprune_fast.models.config import ModelConfig, Pairs
 from vitprune_fast.precision import Precision
-from vitprune_fast.registry import names
-
-if TYPE_CHECKING:
-    from vitprune_fast.distill.masks import MaskSchedule
+from vitprune_fast.registry import described, names
 
 Amount = Annotated[float | None, arg(metavar="SHARE|NUMBER")]
 Count = Annotated[int | None, arg(metavar="N")]
@@ -36,6 +33,11 @@ Computed = Annotated[
     Precision,
     arg(help="What models compute in; auto: bfloat16 on a GPU that has it, float32 elsewhere."),
 ]
+
+
+def _chosen(folder: str, what: str) -> Any:
+    """How a flag shows that it takes one of the names of a folder."""
+    return arg(metavar="|".join(names(folder)), help=f"{what}: {described(folder)}")
 
 
 @dataclass(frozen=True)
@@ -94,10 +96,7 @@ class DataConfig:
 class ScoreConfig:
     """How the importance of units is measured."""
 
-    criterion: Annotated[str, arg(metavar="|".join(names("scoring/criteria")))] = "taylor"
-    """`taylor`: activation x gradient on training images; `fisher`: its square with labels drawn
-    from the model; `loss` and `kl`: exact, every unit left out in turn (slow); `activation`: what a
-    unit puts out; `magnitude`: weight norms, no data."""
+    criterion: Annotated[str, _chosen("scoring/criteria", "What is measured of a unit")] = "taylor"
     reduction: Literal["abs", "square", "signed", "token_abs", "l1", "l2", "group"] | None = None
     """How per-sample scores (or weights) become one number per unit; unset: the criterion's own."""
     units: tuple[str, ...] = ("head", "neuron")
@@ -139,8 +138,9 @@ class PlanConfig:
     """Budget in parameters: a share up to 1, or a number above 1."""
     keep: Pairs = field(default_factory=dict)
     """Share of units to keep per kind instead of a cost budget, e.g. head=0.5 neuron=0.7."""
-    allocation: Annotated[str, arg(metavar="|".join(names("planning/allocations")))] = "global"
-    """`global`: the least important units anywhere; `uniform`: the same share in every block."""
+    allocation: Annotated[
+        str, _chosen("planning/allocations", "How the budget is spread over the layers")
+    ] = "global"
     normalization: Annotated[str | None, arg(metavar="NAME")] = None
     """How scores of different blocks are made comparable; unset: the planner's default."""
     min_units: Annotated[int, arg(metavar="N")] = 1
@@ -215,7 +215,7 @@ class TeacherConfig:
     epochs: Annotated[int, arg(metavar="N", name="teacher-epochs")] = 30
     """For a teacher that is trained first."""
     lr: Annotated[float, arg(name="teacher-lr")] = 1e-3
-    """Likewise."""
+    """For a teacher that is trained first."""
     size: Annotated[int | None, arg(metavar="PIXELS", name="teacher-size")] = None
     """Images are resized to this height and width for teachers; unset: to the one a teacher takes,
     and not for one that takes any."""
@@ -319,22 +319,6 @@ class MaskConfig:
     attention: Literal["auto", "masked", "compact"] = "auto"
     """How steps attend while heads are dead: `compact`, the live heads alone; `masked`, all of them
     by an op that skips dead ones; `auto`, the quicker by what was measured on such a device."""
-
-    def schedule(self) -> MaskSchedule | None:
-        """When the masks change; None without masks."""
-        from vitprune_fast.distill.masks import MaskSchedule
-
-        if self.macs is None:
-            return None
-        return MaskSchedule(
-            self.macs,
-            self.shape,
-            self.start,
-            self.end,
-            self.every,
-            samples=self.samples,
-            attention=self.attention,
-        )
 
 
 @dataclass(frozen=True)

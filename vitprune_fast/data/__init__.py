@@ -175,7 +175,7 @@ def open_data(
         seed: of the splits cut from a folder; those of the digits are committed.
         mean: per channel of pixels in ``[0, 1]``; default: the training part's for the digits,
             ImageNet's for photographs.
-        std: per channel, likewise.
+        std: per channel, as above.
         crop_share: share of the shorter side that evaluation's centre window covers, ``(0, 1]``;
             for photographs only; default: 1.
         interpolation: how photographs are resized: ``nearest``, ``bilinear``, ``bicubic`` (the

@@ -131,7 +131,7 @@ def natural_key(name: str) -> tuple[list[int | str], str]:
 
 
 class Archives(Photographs):
-    """Images at known places in tar files; every read opens the file anew."""
+    """Images at known places in tar files; every read opens the file again."""
 
     _places: tuple[array, array, array]
     _archives: list[Path]

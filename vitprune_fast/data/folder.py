@@ -53,7 +53,7 @@ class Folder(Photographs):
 
 
 def _check_class_folders(folder: Path) -> None:
-    """Refuse a class folder without images: the reader would drop it and number the rest anew."""
+    """Refuse a class folder without images: the reader would drop it and renumber the rest."""
     for each in sorted(folder.iterdir()):
         if each.is_dir() and not each.name.startswith(".") and not _has_images(each):
             raise InvalidInput(

@@ -27,7 +27,7 @@ class Loader:
         seed: the run's seed.
         workers: processes that prepare batches; 0 prepares them in the caller's.
         drop_last: leave out the last batch when it is smaller.
-        repeats: how often an image comes, each time augmented anew, next to its copies; an epoch
+        repeats: how often an image comes, each time augmented again, next to its copies; an epoch
             stays as long, with so many times fewer images, others in each (Hoffer et al., "Augment
             your batch", CVPR 2020, arXiv:1901.09335; DeiT has 3).
         processes: how many take turns in the batches. Copies of an image then go to as many of

@@ -17,7 +17,7 @@ _MAX_LABEL_BYTES = 16
 
 
 class Shards(Archives):
-    """One shard, or a folder of them: ``<anything>-train-0000.tar``, likewise ``val``, ``test``.
+    """One shard, or a folder of them: ``<anything>-train-0000.tar``, as above ``val``, ``test``.
 
     Each sample is one image and one ``.cls`` file, a number from 0; its class is called by that
     number. Shards whose names tell no split are one data set that is cut like a flat folder.

@@ -6,7 +6,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from vitprune_fast.distill.config import DistillConfig
+    from vitprune_fast.config.distill import DistillConfig
     from vitprune_fast.distill.loop import DistillResult, distill
     from vitprune_fast.distill.masks import MaskSchedule
     from vitprune_fast.distill.teachers import Teacher, TeacherSet, resolve_teacher
@@ -22,17 +22,17 @@ __all__ = [
 ]
 
 _HOMES = {
-    "DistillConfig": "config",
-    "DistillResult": "loop",
-    "MaskSchedule": "masks",
-    "Teacher": "teachers",
-    "TeacherSet": "teachers",
-    "distill": "loop",
-    "resolve_teacher": "teachers",
+    "DistillConfig": "vitprune_fast.config.distill",
+    "DistillResult": f"{__name__}.loop",
+    "MaskSchedule": f"{__name__}.masks",
+    "Teacher": f"{__name__}.teachers",
+    "TeacherSet": f"{__name__}.teachers",
+    "distill": f"{__name__}.loop",
+    "resolve_teacher": f"{__name__}.teachers",
 }
 
 
 def __getattr__(name: str) -> Any:
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
+    return getattr(import_module(_HOMES[name]), name)

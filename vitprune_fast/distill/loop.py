@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from vitprune_fast.batches import check_single_label
-from vitprune_fast.distill.config import DistillConfig
+from vitprune_fast.config.distill import DistillConfig
 from vitprune_fast.distill.masks import MaskSchedule
 from vitprune_fast.distill.optim import as_trained, is_fused, learning_rate
 from vitprune_fast.distill.pace import Pace
@@ -109,13 +109,13 @@ def distill(
 
     Args:
         student: maps images to logits ``(B, C)``; its modes come back as they were.
-        teacher: likewise, or a ``Teacher`` with its own normalisation and size, or several of them;
+        teacher: as above, or a ``Teacher`` with its own normalisation and size, or several of them;
             evaluated without gradients and left as it was. A plain module sees the images as the
             student does. None trains on labels alone.
         train: (images ``(B, C, H, W)`` floating, labels: B integers, ...) with a length, read once
             per epoch, and no further than its length; images go to the device and dtype of each
             model. Where ``lr`` is unset, its first images are read once more before.
-        val: likewise, read again after every epoch; it decides only with ``keep="best"``, which
+        val: as above, read again after every epoch; it decides only with ``keep="best"``, which
             reads it before the first step too: what comes back is never worse on it than what was
             given (with ``masks`` that change: than the first epoch that ended with the last ones).
         config: the settings.

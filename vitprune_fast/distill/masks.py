@@ -114,7 +114,7 @@ class MaskSchedule:
 
 
 class MaskedStudent:
-    """A student of which a part is live; the copy that runs is made anew at every change.
+    """A student of which a part is live; the copy that runs is made again at every change.
 
     Args:
         student: the masters.

@@ -12,7 +12,7 @@ from timm.data.mixup import mixup_target
 from timm.data.random_erasing import RandomErasing
 from torch import Tensor
 
-from vitprune_fast.distill.config import DistillConfig
+from vitprune_fast.config.distill import DistillConfig
 from vitprune_fast.randomness import seeded
 from vitprune_fast.transfer import sent
 

@@ -16,8 +16,7 @@ from torch import Tensor, nn
 
 from vitprune_fast import ops
 from vitprune_fast.batches import as_input, logits_of
-from vitprune_fast.distill import losses
-from vitprune_fast.distill.config import DistillConfig
+from vitprune_fast.config.distill import DistillConfig, loss_class
 from vitprune_fast.distill.features import HiddenStates
 from vitprune_fast.distill.labels import binary_cross_entropy, cross_entropy
 from vitprune_fast.distill.losses._base import Comparison, Loss, Reads, Seen
@@ -242,7 +241,7 @@ def _terms(config: DistillConfig, student: nn.Module, teachers: TeacherSet) -> l
             )
         for teacher in [name] if name else teachers.names:
             whole = word if name or len(teachers) == 1 else f"{teacher}:{kind}"
-            loss = losses.named(kind)(config, student, teachers[teacher].model)
+            loss = loss_class(kind)(config, student, teachers[teacher].model)
             if config.alpha > 0 or not loss.on_logits:
                 terms.append(Term(whole, word, teacher, loss))
     return terms

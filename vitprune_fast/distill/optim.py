@@ -12,7 +12,7 @@ from timm.layers import DropPath
 from timm.utils import unwrap_model
 from torch import nn
 
-from vitprune_fast.distill.config import DistillConfig
+from vitprune_fast.config.distill import DistillConfig
 from vitprune_fast.distill.features import block_names
 from vitprune_fast.errors import InvalidInput
 from vitprune_fast.structure import families

@@ -52,7 +52,7 @@ class Progress:
         self.skipped_in_a_row += 1
 
     def end_epoch(self, epoch: int, lr: float) -> Event:
-        """Close an epoch: what the history says of it; the sums begin anew."""
+        """Close an epoch: what the history says of it; the sums begin again."""
         sums, steps = self.epoch_sums, self.epoch_steps
         names = dict.fromkeys(("loss", "ce", "kd", *sums))
         means = {name: sums[name] / steps if steps and name in sums else None for name in names}

@@ -83,7 +83,7 @@ def state_of(
 
     Args:
         student: maps images to logits ``(B, C)``.
-        teacher: likewise; None learns from labels.
+        teacher: as above; None learns from labels.
         batches: images ``(B, C, H, W)`` and labels ``(B,)``; those whose logits are not finite are
             left out.
         seed: of the step's signs. Same inputs, same bits.

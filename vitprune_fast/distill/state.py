@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from vitprune_fast.config.distill import DistillConfig
 from vitprune_fast.distill.average import Average, EpochAverage
 from vitprune_fast.distill.checkpoints import Checkpoint, read_newest, tidy, write_checkpoint
-from vitprune_fast.distill.config import DistillConfig
 from vitprune_fast.distill.masks import MaskedStudent, MaskSchedule
 from vitprune_fast.distill.objective import Objective, images_like
 from vitprune_fast.distill.optim import is_fused, make_optimizer

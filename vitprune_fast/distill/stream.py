@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from vitprune_fast.batches import classes_of, unpack
-from vitprune_fast.distill.config import DistillConfig
+from vitprune_fast.config.distill import DistillConfig
 from vitprune_fast.distill.mixing import Mixing
 from vitprune_fast.errors import InvalidInput
 from vitprune_fast.randomness import seeded

@@ -48,7 +48,7 @@ class Tally:
             parts: scalars fp64 on one device, ``loss`` among them; ``wrong_labels`` is none, but
                 above 0 where labels had no class.
             norm: see ``Outcome``; there too.
-            beside: likewise.
+            beside: as above.
 
         Returns:
             1 where the step must move nothing, else 0: a scalar fp32 on that device.

@@ -12,7 +12,7 @@ from timm.task.task import TrainingTask
 from torch import Tensor, nn
 
 from vitprune_fast.batches import as_input, check_labels, check_logits
-from vitprune_fast.distill.config import DistillConfig
+from vitprune_fast.config.distill import DistillConfig
 from vitprune_fast.distill.objective import Objective
 from vitprune_fast.errors import InvalidInput
 from vitprune_fast.modules.modes import compiled, evaluating
@@ -33,7 +33,7 @@ class DistillTask(TrainingTask):
         objective: the loss; its projectors learn too.
         config: precision and compilation.
         gates: attached to the student; their penalty joins the loss.
-        gate_budget: likewise.
+        gate_budget: as above.
     """
 
     def __init__(

@@ -74,11 +74,11 @@ class Teacher(nn.Module):
     Args:
         model: maps images to logits ``(B, C)``; as it is, compiled, or wrapped by FSDP2.
         student_mean: per channel, what the images were normalised with; None converts nothing.
-        student_std: likewise, above 0.
+        student_std: as above, above 0.
         mean: what the teacher wants; default: that of its ``pretrained_cfg`` if it fits its
             channels, else the student's. Give the student's for weights trained on the same data
             by someone who did not write this down.
-        std: likewise.
+        std: as above.
         image_size: (height, width) or one number for both; default: the one size a model with
             position embeddings takes, and for any other the student's.
         dtype: of the weights; None leaves them.
@@ -132,7 +132,7 @@ class Teacher(nn.Module):
     def record(
         self, blocks: Sequence[int] = (), features: bool = False, qkv: Sequence[int] = ()
     ) -> None:
-        """Say anew what comes back beside the logits, see ``HiddenStates``.
+        """Say again what comes back beside the logits, see ``HiddenStates``.
 
         Raises:
             InvalidInput: the model has no such blocks, or nothing to read features from.
@@ -350,7 +350,7 @@ def _named(
     options: dict[str, Any],
 ) -> Teacher:
     # a training whose teachers are given as modules needs none of the packages behind flags
-    from vitprune_fast.models.config import ModelConfig
+    from vitprune_fast.config.model import ModelConfig
     from vitprune_fast.models.open import open_model
 
     options = {"name": Path(name).name, **options}

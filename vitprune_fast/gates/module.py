@@ -74,7 +74,7 @@ class Gates(nn.Module):
                 self.register_buffer(f"least_{unit}", first.new_tensor(-math.inf))
         elif kind == "hard_concrete":
             for name, score in scores.items():
-                # drawn anew for every forward, from what is saved
+                # drawn again for every forward, from what is saved
                 self.register_buffer(f"noise/{_key(name)}", torch.zeros_like(score), False)
         self.refresh()
 

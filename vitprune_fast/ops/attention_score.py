@@ -361,8 +361,8 @@ def scored_attention(
     Args:
         qkv_BN3HK: as in ``attention``.
         head_BH: probe of the heads, fp64 for fp64 inputs and else fp32; or None.
-        qk_dim_BHK: probe of the q/k dims, likewise.
-        v_dim_BHK: probe of the v dims, likewise.
+        qk_dim_BHK: probe of the q/k dims, as above.
+        v_dim_BHK: probe of the v dims, as above.
         scale: factor of the logits; None for ``K ** -0.5``.
         per_token: whether scores sum the magnitudes of the tokens' terms.
         backend: implementation to run, forward and backward; an explicit choice never falls back.

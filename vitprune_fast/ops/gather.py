@@ -107,7 +107,7 @@ class Selection:
     Args:
         shape: of the matrix, ``(R, C)``.
         rows: kept rows, 1-D int64, -1 for a row of zeros; None for all.
-        columns: kept columns, likewise.
+        columns: kept columns, as above.
     """
 
     shape: tuple[int, int]

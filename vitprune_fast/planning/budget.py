@@ -24,7 +24,7 @@ class Budget:
     Args:
         macs: multiply-accumulates of one image: a share of the unpruned model's if at most 1.0 as a
             float (``0.5``), an absolute number otherwise (``2_000_000_000``).
-        params: number of parameters, likewise.
+        params: number of parameters, as above.
         keep: share of units to keep, by unit kind: ``{"head": 0.5, "neuron": 0.7}``. Kinds not
             named are kept whole.
 

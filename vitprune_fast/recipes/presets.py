@@ -6,11 +6,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from vitprune_fast.config.distill import DistillConfig
+from vitprune_fast.config.model import ModelConfig
 from vitprune_fast.config.run import DataConfig, RunConfig, ScoreConfig
 from vitprune_fast.config.yamlfile import from_plain
-from vitprune_fast.distill.config import DistillConfig
 from vitprune_fast.errors import InvalidInput
-from vitprune_fast.models.config import ModelConfig
 from vitprune_fast.recipes.by_name import named
 
 if TYPE_CHECKING:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from vitprune_fast.config.model import ModelConfig
 from vitprune_fast.config.run import (
     LEAST_CALIBRATION,
     GateConfig,
@@ -14,7 +15,6 @@ from vitprune_fast.config.run import (
     SweepConfig,
 )
 from vitprune_fast.data import INTERPOLATIONS, ImageData
-from vitprune_fast.models.config import ModelConfig
 from vitprune_fast.stated import caveats, stated_config
 
 SPLITS = ("train", "validation", "test")

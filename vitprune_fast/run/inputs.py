@@ -8,9 +8,9 @@ from typing import Any
 from torch import nn
 
 from vitprune_fast.batches import classes_of
+from vitprune_fast.config.model import ModelConfig
 from vitprune_fast.config.run import DataConfig
 from vitprune_fast.data import INTERPOLATIONS, ImageData, RandomCrop, open_data
-from vitprune_fast.models.config import ModelConfig
 from vitprune_fast.models.open import open_model
 from vitprune_fast.precision import Precision
 from vitprune_fast.randomness import seeded

@@ -13,9 +13,9 @@ from torch import nn
 from vitprune_fast import files
 from vitprune_fast.batches import classes_of
 from vitprune_fast.checkpoint import load, save
+from vitprune_fast.config.distill import DistillConfig
 from vitprune_fast.config.run import RunConfig
 from vitprune_fast.data import BadImage, ImageData
-from vitprune_fast.distill.config import DistillConfig
 from vitprune_fast.distill.loop import DistillResult
 from vitprune_fast.distill.teachers import must_learn
 from vitprune_fast.ranks import Ranks
@@ -233,7 +233,7 @@ class Job:
         self.on_event({**event, "epochs": epochs})
 
     def resumable(self, what: str, checkpoint: Path, work: Callable[[], Any]) -> Any:
-        """What `work` returns; a checkpoint that it refuses goes, and it starts anew.
+        """What `work` returns; a checkpoint that it refuses goes, and it starts over.
 
         Raises:
             RunStopped: it was asked to stop.
@@ -243,7 +243,7 @@ class Job:
             try:
                 return work()
             except CheckpointRefused as error:
-                self.note(f"{what} starts anew: {error}")
+                self.note(f"{what} starts over: {error}")
                 checkpoint.unlink()
                 return work()
         except (ScoringStopped, SweepStopped):

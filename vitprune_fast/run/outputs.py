@@ -8,9 +8,9 @@ from collections.abc import Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from vitprune_fast.config.model import ModelConfig
 from vitprune_fast.config.run import DataConfig, TeacherConfig
 from vitprune_fast.errors import InvalidInput
-from vitprune_fast.models.config import ModelConfig
 
 
 def refuse_overwriting(

@@ -16,9 +16,9 @@ import torch
 from torch import Tensor, nn
 
 from vitprune_fast import evaluation, planning, scoring, surgery
+from vitprune_fast.config.distill import DistillConfig
 from vitprune_fast.config.run import PlanConfig, ScoreConfig, SweepConfig
 from vitprune_fast.data import Augment, ImageData, Images, Loader, RandomCrop
-from vitprune_fast.distill.config import DistillConfig
 from vitprune_fast.distill.loop import distill
 from vitprune_fast.distill.teachers import Teacher
 from vitprune_fast.errors import InvalidInput

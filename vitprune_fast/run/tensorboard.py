@@ -1,6 +1,6 @@
 """The curves of `metrics.jsonl` for TensorBoard, each point once however often the run was killed.
 
-A stage's event files are written anew from the metrics file whenever the stage is taken up, after
+A stage's event files are rewritten from the metrics file whenever the stage is taken up, after
 that file was cut back to the checkpoint, and then grow with it.
 """
 
@@ -10,10 +10,11 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from vitprune_fast.distill.losses import NAMES
+from vitprune_fast.config.distill import LOSSES
 from vitprune_fast.errors import BackendUnavailable
+from vitprune_fast.registry import names
 
-CURVES = ("loss", "ce", "bce", "kd", "lr", "val_loss", "val_top1", "val_agreement", *NAMES)
+CURVES = ("loss", "ce", "bce", "kd", "lr", "val_loss", "val_top1", "val_agreement", *names(LOSSES))
 
 
 class Board:
@@ -33,7 +34,7 @@ class Board:
         self._writer: Any = None
 
     def restart(self, stage: str, lines: list[dict[str, Any]]) -> None:
-        """Writes the stage's points anew from the lines of the metrics file."""
+        """Rewrites the stage's points from the lines of the metrics file."""
         self.close()
         shutil.rmtree(self.folder / stage, ignore_errors=True)
         self._writer = self._open(str(self.folder / stage))

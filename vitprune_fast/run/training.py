@@ -10,14 +10,15 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from vitprune_fast.config.distill import DistillConfig
+from vitprune_fast.config.model import ModelConfig
 from vitprune_fast.config.run import GateConfig, MaskConfig, ScoreConfig, TeacherConfig
 from vitprune_fast.data import ImageData
-from vitprune_fast.distill.config import DistillConfig
 from vitprune_fast.distill.loop import DistillResult
+from vitprune_fast.distill.masks import MaskSchedule
 from vitprune_fast.distill.teachers import Teacher, resolve_teacher
 from vitprune_fast.errors import InvalidInput, UnsupportedArchitecture, VitpruneError
 from vitprune_fast.gates import BudgetLoss, attach, fold, to_plan
-from vitprune_fast.models.config import ModelConfig
 from vitprune_fast.models.open import skeleton
 from vitprune_fast.planning import Budget, Plan, plan
 from vitprune_fast.precision import resolve
@@ -128,7 +129,7 @@ def teach(
     """
     if gates.kind != "none" and masks.macs is not None:
         raise InvalidInput("distill: gates must be none with mask-macs, got both; choose one")
-    schedule, taught_by = masks.schedule(), None
+    schedule, taught_by = mask_schedule(masks), None
     if config.needs_teacher:
         teachers.check_losses(config.loss)
         data, setting = trainings.data, trainings.setting
@@ -158,6 +159,25 @@ def _train_alone(
     trainings: Trainings, purpose: str, model: nn.Module, config: DistillConfig
 ) -> DistillResult:
     return trainings(purpose, model, None, config)
+
+
+def mask_schedule(masks: MaskConfig) -> MaskSchedule | None:
+    """When the masks change; None without masks.
+
+    Raises:
+        InvalidInput: a value is out of range.
+    """
+    if masks.macs is None:
+        return None
+    return MaskSchedule(
+        masks.macs,
+        masks.shape,
+        masks.start,
+        masks.end,
+        masks.every,
+        samples=masks.samples,
+        attention=masks.attention,
+    )
 
 
 @dataclass(frozen=True)
@@ -196,7 +216,7 @@ def learn_gates(
         gates: which kind, how long, down to what.
         data: where gates start from scores, its `train` split is scored on.
         setting: of that scoring.
-        score: likewise.
+        score: as above.
     """
     assert gates.kind != "none"
     target, start = Budget(macs=gates.macs), None

@@ -76,7 +76,7 @@ def agree_on_done(ranks: Ranks, done: int) -> None:
     if len(set(found)) > 1:
         raise StageFailed(
             "score: checkpoint must hold as many micro-batches in every process, got "
-            f"{found}; give a file that all of them can read, or delete it to start anew"
+            f"{found}; give a file that all of them can read, or delete it to start over"
         )
 
 

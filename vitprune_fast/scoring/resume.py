@@ -104,7 +104,7 @@ class Checkpoint:
         if self._seen.hexdigest() != self._expected:
             raise CheckpointRefused(
                 f"score: batches must be those that the checkpoint {self._file.path} was made of, "
-                "got others; delete it to start anew"
+                "got others; delete it to start over"
             )
 
     def keep(self, accumulator: Accumulator, pieces: Sequence[Any]) -> None:

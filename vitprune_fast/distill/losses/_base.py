@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from vitprune_fast._checks import require
-from vitprune_fast.distill.config import DistillConfig
+from vitprune_fast.config.distill import DistillConfig
 from vitprune_fast.distill.features import block_names
 from vitprune_fast.distill.losses._tokens import Pairs, align_tokens, block_pairs
 
@@ -68,7 +68,7 @@ class Seen:
     Attributes:
         logits_BC: of the head that is compared, ``(B, C)``.
         states: block -> state ``(B, N, D)`` and how many of its tokens come before the patches.
-        qkv: block -> packed q, k, v ``(B, N, 3, D)``, likewise.
+        qkv: block -> packed q, k, v ``(B, N, 3, D)``, as above.
         features: pooled ``(B, D)``.
     """
 
@@ -120,7 +120,7 @@ class Comparison:
         return self._projected(_aligned(self.student.states, self.teacher.states, pairs))
 
     def qkv(self, pairs: Pairs) -> list[tuple[Tensor, Tensor]]:
-        """Packed q, k, v ``(B, N, 3, D)`` and ``(B, N, 3, E)``, likewise."""
+        """Packed q, k, v ``(B, N, 3, D)`` and ``(B, N, 3, E)``, as above."""
         return _aligned(self.student.qkv, self.teacher.qkv, pairs)
 
     def _projected(self, pairs: list[tuple[Tensor, Tensor]]) -> list[tuple[Tensor, Tensor]]:
@@ -136,7 +136,7 @@ class Loss(ABC):
     Args:
         config: the settings.
         student: its blocks are counted.
-        teacher: likewise.
+        teacher: as above.
 
     Attributes:
         weight: what the loss is multiplied with where the settings say nothing.

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from vitprune_fast._checks import require
-from vitprune_fast.distill.config import DistillConfig
+from vitprune_fast.config.distill import DistillConfig
 from vitprune_fast.distill.losses._base import Comparison, OfBlocks
 from vitprune_fast.ops.manifold_loss import manifold_loss
 from vitprune_fast.transfer import sent

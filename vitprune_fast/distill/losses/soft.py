@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vitprune_fast._checks import require
-from vitprune_fast.distill.config import DistillConfig
+from vitprune_fast.config.distill import DistillConfig
 from vitprune_fast.distill.losses._base import Comparison, Loss, wide
 
 # what the divergences of a batch are divided by: images, logits, or nothing

@@ -5,13 +5,14 @@ from __future__ import annotations
 from vitprune_fast.run.job import Job
 from vitprune_fast.run.step import Facts
 from vitprune_fast.run.steps.plan import plan_facts
+from vitprune_fast.run.training import mask_schedule
 from vitprune_fast.structure import describe
 
 
 def distill_masked(job: Job, *, dense: str, model: str, plan: str, **teachers: str) -> Facts:
     """Trains the dense model while units go; leaves all of its weights, and what is live."""
     config, student = job.config, job.load(dense)
-    schedule = config.masks.schedule()
+    schedule = mask_schedule(config.masks)
     result = job.train(
         student, job.teachers(student, dense, teachers), config.distill, masks=schedule
     )

@@ -1,4 +1,4 @@
-"""Activation size: how much a unit puts out, from forwards alone."""
+"""How much a unit puts out, from forwards alone."""
 
 from __future__ import annotations
 

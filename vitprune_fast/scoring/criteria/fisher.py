@@ -1,4 +1,4 @@
-"""The diagonal of the Fisher information: g^2 with labels drawn from the model's prediction."""
+"""Diagonal of the Fisher information: g^2 with labels drawn from the model's prediction."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""KL(model || model without the unit), measured (Yu and Wu 2021, arXiv:2111.15127)."""
+"""KL divergence to the model without each unit, measured (Yu and Wu 2021, arXiv:2111.15127)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The rise of the cross-entropy without each unit, measured: thousands of times dearer."""
+"""Rise of the cross-entropy without each unit, measured: thousands of times dearer."""
 
 from __future__ import annotations
 

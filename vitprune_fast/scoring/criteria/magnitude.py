@@ -1,4 +1,4 @@
-"""Magnitude: the norm of the weights that make a unit, or of all that go with it. Needs no data."""
+"""Norms of the weights that make a unit, or of all that go with it; no data."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""First-order Taylor: activation x gradient of the cross-entropy with the given labels."""
+"""Activation x gradient of the cross-entropy with the given labels."""
 
 from __future__ import annotations
 

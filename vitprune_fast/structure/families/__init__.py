@@ -109,7 +109,7 @@ def register_family(model_class: type[nn.Module] | str, family: Family) -> None:
 
     Args:
         model_class: the class, or its qualified name (``"package.module.Class"``), which spares
-            importing it; subclasses are others. A class that is known already is known anew.
+            importing it; subclasses are others. A class that is known already is replaced.
         family: what is to be known of it.
 
     Raises:

@@ -34,7 +34,7 @@ class Batch:
 class Streams:
     """The streams of all images, before the first branch.
 
-    Batches are made up anew, so that results depend on the images and their order alone.
+    Batches are put together again, so that results depend on the images and their order alone.
 
     Args:
         calibration: batches of images, whatever else they carry.

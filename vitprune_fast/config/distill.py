@@ -9,9 +9,12 @@ from typing import Annotated, Any, Literal
 
 from typing_extensions import Doc
 
-from vitprune_fast.distill import losses
 from vitprune_fast.errors import InvalidInput
 from vitprune_fast.precision import NAMES, Precision
+from vitprune_fast.registry import described, named, names
+
+LOSSES = "distill/losses"
+"""Where the losses are, for the registry."""
 
 
 @dataclass(frozen=True)
@@ -97,7 +100,7 @@ class DistillConfig:
         tuple[str, ...],
         Doc(
             "What is learnt from the teacher. Of several, TEACHER:LOSS is learnt from that one, "
-            f"LOSS from each. Losses: {losses.described()}"
+            f"LOSS from each. Losses: {described(LOSSES)}"
         ),
     ] = ("soft",)
     loss_weights: tuple[float, ...] = ()
@@ -195,9 +198,9 @@ class DistillConfig:
                 raise InvalidInput(f"DistillConfig: {name} must be finite, got inf")
             if not holds:
                 raise InvalidInput(f"DistillConfig: {name} must {rule}, got {getattr(self, name)}")
-        if unknown := [word for word in self.loss if _kind(word) not in losses.NAMES]:
+        if unknown := [word for word in self.loss if _kind(word) not in names(LOSSES)]:
             raise InvalidInput(
-                f"DistillConfig: loss must hold names among {', '.join(losses.NAMES)}, got "
+                f"DistillConfig: loss must hold names among {', '.join(names(LOSSES))}, got "
                 f"{unknown[0]!r}"
             )
         if len(set(self.loss)) < len(self.loss):
@@ -242,14 +245,18 @@ class DistillConfig:
 
     @staticmethod
     def _loss(word: str) -> Any:
-        """The class of a loss, see ``losses._base.Loss``."""
-        return losses.named(_kind(word))
+        return loss_class(_kind(word))
 
     def differences(self, other: Mapping[str, Any]) -> str:
         """List the settings in which a stored config differs, ``name: stored -> own``."""
         own = {each.name: _plain(getattr(self, each.name)) for each in fields(self)}
         names = [name for name in {**own, **other} if own.get(name) != _plain(other.get(name))]
         return ", ".join(f"{name}: {other.get(name)} -> {own.get(name)}" for name in names)
+
+
+def loss_class(name: str) -> Any:
+    """The class of a loss, see ``losses._base.Loss``; this imports torch."""
+    return named(LOSSES, name, name.title().replace("_", ""))
 
 
 def _kind(word: str) -> str:
