@@ -25,7 +25,8 @@ HALF = {
     "images_per_s": 3200.0,
 }
 SUMMARY = {
-    "models": ["before", "cut", "swept", "after"],
+    "models": {"before": "dense", "cut": "pruned", "swept": "swept", "after": "model"},
+    "made_by": {"before": "dense", "cut": "prune", "swept": "sweep", "after": "distill"},
     "teachers": [{"name": "self", "kind": "self"}],
     "before": HALF,
     "cut": {**HALF, "top1": 0.9, "top1_count": 540, "agreement": 0.91},
@@ -52,7 +53,10 @@ EVENTS = [
     {"event": "epoch", "stage": "distill", "epoch": 0, "epochs": 2, "step": 9, "loss": 1.0},
     {"event": "stage", "stage": "distill", "state": "done", "seconds": 3.0, "text": "2 epochs"},
     {"event": "unheard of"},
-    {"event": "end", "seconds": 4.0, "summary": SUMMARY, "report": "runs/x/report.html"},
+    {
+        **{"event": "end", "seconds": 4.0, "summary": SUMMARY},
+        **{"report": "runs/x/report.html", "model": "runs/x/model"},
+    },
 ]
 
 
@@ -179,7 +183,8 @@ def test_the_last_line_says_what_each_step_did() -> None:
 
 
 def test_a_step_that_was_left_out_has_no_row() -> None:
-    end = {**EVENTS[-1], "summary": {**SUMMARY, "models": ["before", "cut", "after"]}}
+    models = dict.fromkeys(("before", "cut", "after"), "model")
+    end = {**EVENTS[-1], "summary": {**SUMMARY, "models": models}}
     text = shown(terminal=False, events=[end])
     assert text.endswith("dense 98.00% -> cut 90.00% -> distilled 97.50%\n")
     assert "swept" not in text

@@ -22,7 +22,7 @@ from vitprune_fast.config.run import (
     RunConfig,
     TeacherConfig,
 )
-from vitprune_fast.errors import InvalidInput
+from vitprune_fast.errors import InvalidInput, RunFolderError, StageFailed
 from vitprune_fast.recipes.start import run
 from vitprune_fast.run.report import figures
 
@@ -117,7 +117,7 @@ def test_rounds_cut_by_one_factor(tmp_path: Path) -> None:
     # .7 after the first round, .49 after the second, of the dense model both
     assert 0.5 * dense < summary["cut-1"]["macs"] <= 0.7 * dense
     assert summary["cut"]["macs"] <= 0.49 * dense
-    assert summary["models"] == ["before", "cut-1", "swept-1", "cut", "swept", "after"]
+    assert [*summary["models"]] == ["before", "cut-1", "swept-1", "cut", "swept", "after"]
     assert "distill-1" not in summary["steps"]
 
 
@@ -156,6 +156,72 @@ def test_what_does_not_go_together_is_refused(changes: dict, sentence: str, tmp_
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        (
+            {"teachers": TeacherConfig(("nosuchmodel",))},
+            "teacher must be `self`, a saved folder or",
+        ),
+        ({"masks": MaskConfig(1.5)}, r"macs must be a share in .* got 1\.5"),
+        ({"plan": PlanConfig(macs=0.0)}, r"macs must be a share in \(0, 1\]"),
+        ({"recipe": "one-shot", "masks": MaskConfig(0.5)}, "mask-macs must not be given with the"),
+        (
+            {"gates": GateConfig("l1"), "plan": PlanConfig(allocation="uniform")},
+            "allocation must not",
+        ),
+    ],
+)
+def test_what_cannot_be_is_refused_before_any_work(
+    changes: dict, sentence: str, tmp_path: Path
+) -> None:
+    with pytest.raises(InvalidInput, match=sentence):
+        run(replace(TINY, out=tmp_path / "run", **changes))
+    assert not (tmp_path / "run" / "dense").exists()
+
+
+@pytest.mark.parametrize(
+    "budget", [{"params": 6_000}, {"macs": 40_000}, {"keep": {"neuron": 0.25}}]
+)
+def test_rounds_reach_any_budget(budget: dict, tmp_path: Path) -> None:
+    config = replace(TINY, recipe="one-shot", rounds=RoundConfig(2), plan=PlanConfig(**budget))
+    summary = run(replace(config, out=tmp_path / "run"))
+    (name, value), *_ = budget.items()
+    if name == "keep":
+        plan = vp.Plan.load(tmp_path / "run" / "plan.json")
+        kept = sum(len(plan[f"blocks.{n}.mlp.neurons"]) for n in range(2))
+        assert kept == 2 * 96 * 0.25
+        return
+    half = (summary["before"][name] * value) ** 0.5
+    assert summary["after"][name] <= value < summary["cut-1"][name] <= half
+
+
+def test_another_list_of_steps_starts_from_nothing_of_the_old_one(tmp_path: Path) -> None:
+    """What is unfinished of a training of another student is not gone on from."""
+    config = replace(
+        TINY, out=tmp_path / "run", distill=replace(TINY.distill, keep="last", lr=3e-3)
+    )
+    run(config)
+    plain = replace(config, sweep=replace(config.sweep, compensate=False), allow_config_change=True)
+    changed = run(plain)
+    fresh = run(replace(plain, out=tmp_path / "fresh", allow_config_change=False))
+    assert (config.out / "model" / "model.safetensors").read_bytes() == (
+        tmp_path / "fresh" / "model" / "model.safetensors"
+    ).read_bytes()
+    assert changed["after"]["top1"] == fresh["after"]["top1"]
+    masks = replace(plain, masks=MaskConfig(0.5, every=1))
+    assert run(masks)["steps"][2:4] == ["distill", "prune"]
+
+
+def test_one_shot_hands_back_what_was_refitted(tmp_path: Path) -> None:
+    recorder = Recorder()
+    summary = run(way("one-shot", tmp_path / "run"), on_event=recorder)
+    assert recorder.events[-1]["model"] == str(tmp_path / "run" / "swept")
+    assert summary["made_by"]["after"] == "sweep" and summary["teachers"] == []
+    texts = [e["text"] for e in recorder.events if e.get("state") == "done"]
+    assert "-> swept " in texts[-2]
+
+
 # a recipe of one's own
 
 
@@ -163,7 +229,9 @@ def only_data(job: Any, *, summary_file: str) -> dict[str, Any]:
     row = {"top1": 0.0, "top1_count": 0, "samples": 1, "top1_interval": [0, 1], "params": 1}
     row |= {"macs": 1, "top5": 0.0, "agreement": 1.0, "images_per_s": 1.0, "latency_waited": None}
     row |= dict.fromkeys(("latency_ms", "latency_p90_ms", "latency_ms_batch64"), 1.0)
-    job.write(summary_file, {"models": ["before", "after"], "before": row, "after": row})
+    models = {"before": "dense", "after": "dense"}
+    made = {"models": models, "made_by": models, "before": row, "after": row}
+    job.write(summary_file, made)
     return {"text": str(job.config.score.samples)}
 
 
@@ -179,9 +247,27 @@ def test_a_recipe_of_ones_own_needs_no_file_of_ours(tmp_path: Path) -> None:
     assert [e["text"] for e in recorder.events if e.get("state") == "done"] == ["7"]
 
 
+def test_settings_of_a_step_belong_to_the_run(tmp_path: Path) -> None:
+    def mine(samples: int) -> vp.Recipe:
+        settings = {"score": {"samples": samples}}
+        made = {"summary_file": "summary.json"}
+        return vp.Recipe("mine", lambda c: [vp.Step("look", only_data, {}, made, settings)])
+
+    run(replace(TINY, out=tmp_path / "run"), recipe=mine(7))
+    with pytest.raises(RunFolderError, match=r"settings\.look\.score\.samples: 7 -> 8"):
+        run(replace(TINY, out=tmp_path / "run"), recipe=mine(8))
+
+
+def test_a_step_makes_what_it_promises(tmp_path: Path) -> None:
+    steps = [vp.Step("lazy", lambda job, **_: {}, outputs={"summary_file": "summary.json"})]
+    with pytest.raises(StageFailed, match=r"step lazy must make summary\.json, got nothing"):
+        run(replace(TINY, out=tmp_path / "run"), recipe=vp.Recipe("mine", lambda config: steps))
+
+
 @pytest.mark.parametrize(
     ("steps", "sentence"),
     [
+        ([vp.Step("a", only_data, outputs={"x": "run.json"})], "must make files or folders of its"),
         ([], "must have a step that makes summary.json"),
         ([vp.Step("Look", only_data)], "'Look' of recipe mine must be named in lower case"),
         ([vp.Step("a", only_data), vp.Step("a", only_data)], "must have a name of its own"),

@@ -148,7 +148,8 @@ class Display:
         warning = load_warning(summary["before"]["latency_waited"])
         if warning:
             self.console.print(f"\n{line('latency', warning)}", markup=False)
-        self.console.print(f"\nreport: {event['report']}", markup=False)
+        self.console.print(f"\nmodel:  {event['model']}", markup=False)
+        self.console.print(f"report: {event['report']}", markup=False)
         self.console.print(f"top-1:  {arrow(summary)}", markup=False)
 
 

@@ -35,7 +35,7 @@ class PresetFlags(FileFlags):
     """Where the options come from."""
 
     preset: Annotated[str | None, arg(metavar="digits|images")] = None
-    """Recipe to start from; unset: `images` when --data names other images, otherwise `digits`."""
+    """Settings to start from; unset: `images` when --data names other images, else `digits`."""
 
 
 def required_model() -> ModelConfig:

@@ -198,10 +198,10 @@ class DistillConfig:
                 raise InvalidInput(f"DistillConfig: {name} must be finite, got inf")
             if not holds:
                 raise InvalidInput(f"DistillConfig: {name} must {rule}, got {getattr(self, name)}")
-        if unknown := [word for word in self.loss if _kind(word) not in names(LOSSES)]:
+        known = names(LOSSES)
+        if unknown := [w for w in self.loss if w[:1] == ":" or _kind(w) not in known]:
             raise InvalidInput(
-                f"DistillConfig: loss must hold names among {', '.join(names(LOSSES))}, got "
-                f"{unknown[0]!r}"
+                f"DistillConfig: loss must hold names among {', '.join(known)}, got {unknown[0]!r}"
             )
         if len(set(self.loss)) < len(self.loss):
             raise InvalidInput(

@@ -6,11 +6,11 @@ A field's docstring is its `--help` text. Nothing here imports torch, so `--help
 from __future__ import annotations
 
 import reprlib
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from tyro.conf import arg
+from tyro.conf import Suppress, arg
 
 from vitprune_fast.config.distill import DistillConfig
 from vitprune_fast.config.model import ModelConfig, Pairs
@@ -147,6 +147,8 @@ class PlanConfig:
     """Units every layer keeps at least; 0 allows emptied layers."""
     round_to: Annotated[int, arg(metavar="N")] = 1
     """Keep a multiple of this many neurons (e.g. 8 for tensor cores)."""
+    toward: Annotated[float, Suppress] = 1.0
+    """How far toward the budget, as a share of the factor that it is away: rounds stop earlier."""
 
     def __post_init__(self) -> None:
         known = names("planning/allocations")
@@ -155,6 +157,9 @@ class PlanConfig:
                 f"plan: allocation must be one of {', '.join(known)}, got "
                 f"{reprlib.repr(self.allocation)}"
             )
+
+        if not 0 < self.toward <= 1:
+            raise InvalidInput(f"plan: toward must be in (0, 1], got {self.toward}")
 
     @property
     def is_default(self) -> bool:
@@ -249,7 +254,7 @@ class TeacherConfig:
 
     def check_losses(self, losses: tuple[str, ...]) -> None:
         """Refuses, before a teacher is trained, losses of teachers that are not there."""
-        names = self.short_names
+        names = self.short_names or ("self",)
         if len(set(names)) < len(names):
             raise InvalidInput(
                 f"distill: teachers must have a name of their own each, got {', '.join(names)}"
@@ -336,6 +341,11 @@ class RoundConfig:
             raise InvalidInput(f"run: rounds must be at least 1, got {self.count}")
         if self.epochs < 0:
             raise InvalidInput(f"run: round-epochs must be at least 0, got {self.epochs}")
+        if self.epochs and self.count == 1:
+            raise InvalidInput(
+                f"run: round-epochs must come with rounds of at least 2, got {self.epochs} epochs "
+                "and 1 round; --rounds 2 makes two"
+            )
 
 
 @dataclass(frozen=True)
@@ -403,10 +413,16 @@ class RunConfig:
         if not chosen:
             return self.plan.budget()
         (name, macs), *others = chosen.items()
-        clash = others[0][0] if others else None
-        if not self.plan.is_default:
-            clash = next(iter(self.plan.budget()))
-        elif self.rounds.count > 1:
+        # what gates leave is ranked by them, and their plan takes these two
+        taken = ("min_units", "round_to") if name == "gates" else ()
+        unset = PlanConfig()
+        clash = [
+            each.name.replace("_", "-")
+            for each in fields(unset)
+            if each.name not in taken and getattr(self.plan, each.name) != getattr(unset, each.name)
+        ]
+        clash = next(iter([*(each for each, _ in others), *clash]), None)
+        if clash is None and self.rounds.count > 1:
             clash = "rounds"
         if clash is not None:
             say = "gate-macs" if name == "gates" else name

@@ -214,7 +214,7 @@ def gated_unit(
 
     Nothing is divided by a gate, so its gradient is exact at 0 too, and a unit can come back. A
     gate of 0 leaves exactly 0 of its column in the result and in ``grad_x`` and ``grad_value``,
-    also where x is NaN or Inf; its own gradient is then NaN.
+    also where x is NaN or Inf; its own gradient says nothing then.
 
     A probe stands for a gate of 1 on each column of each sample. It is never read, and its gradient
     is the score of ``gated_unit_score``: the derivative of the sample's loss by that gate (when the

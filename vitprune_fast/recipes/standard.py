@@ -8,7 +8,7 @@ data  dense  [teacher]  score  plan  prune  sweep  distill  evaluate  report
 
 from __future__ import annotations
 
-from vitprune_fast.config.run import PlanConfig, RunConfig
+from vitprune_fast.config.run import RunConfig
 from vitprune_fast.run import steps as do
 from vitprune_fast.run.step import REPORT, SUMMARY, Recipe, Step
 
@@ -32,14 +32,20 @@ def steps(config: RunConfig) -> list[Step]:
     return [*made, *judged({"before": "dense", **models, "after": "model"})]
 
 
-def opened(config: RunConfig) -> tuple[list[Step], dict[str, str]]:
-    """The steps up to the dense model and its teachers, and the files of the latter by role."""
+def opened(config: RunConfig, *, taught: bool = True) -> tuple[list[Step], dict[str, str]]:
+    """The steps up to the dense model and its teachers, and the files of the latter by role.
+
+    Args:
+        config: names the teachers.
+        taught: whether any step asks them.
+    """
     made = [
         Step("data", do.data, outputs={"set_aside": "set_aside.json"}),
         Step("dense", do.dense, outputs={"model": "dense"}, shared=True),
     ]
     teachers = {}
-    for number, name in enumerate(config.teachers.names):
+    asked = taught and config.distill.needs_teacher
+    for number, name in enumerate(config.teachers.names if asked else ()):
         if config.teachers.is_of_timm(name):
             weights = f"teacher-{number}.safetensors"
             made.append(
@@ -64,8 +70,7 @@ def chosen(config: RunConfig, teachers: dict[str, str]) -> tuple[list[Step], dic
         return [gates, *made], models
     made, models, model = [], {}, "dense"
     for number in range(1, config.rounds.count):
-        end, share = f"-{number}", number / config.rounds.count
-        settings = {"plan": part_of_the_way(config.plan, share)}
+        end, settings = f"-{number}", toward(config, number)
         cuts, found = _smaller(config, model, end, settings)
         made += [*scored(model, end, settings), *cuts]
         models |= found
@@ -77,11 +82,18 @@ def chosen(config: RunConfig, teachers: dict[str, str]) -> tuple[list[Step], dic
             into = {"model": model}
             made.append(Step(f"distill{end}", do.distill, taught, into, epochs, shared=True))
             models[f"taught{end}"] = model
-    cuts, found = _smaller(config, model)
-    return [*made, *scored(model), *cuts], {**models, **found}
+    settings = toward(config, config.rounds.count)
+    cuts, found = _smaller(config, model, settings=settings)
+    return [*made, *scored(model, settings=settings), *cuts], {**models, **found}
 
 
 Settings = dict[str, dict[str, object]]
+
+
+def toward(config: RunConfig, number: int) -> Settings:
+    """How far a round goes: costs are shares of the dense model, kept shares of the round's own."""
+    share = (1 if config.plan.keep else number) / config.rounds.count
+    return {} if share == 1 else {"plan": {"toward": share}}
 
 
 def scored(model: str, end: str = "", settings: Settings | None = None) -> list[Step]:
@@ -102,14 +114,6 @@ def scored(model: str, end: str = "", settings: Settings | None = None) -> list[
 def beside(model: str) -> dict[str, str]:
     """The dense model, whose costs a budget is a share of, where another one is cut."""
     return {} if model in ("dense", "gated", "masked") else {"dense": "dense"}
-
-
-def part_of_the_way(plan: PlanConfig, share: float) -> dict[str, object]:
-    """A budget of which the real one is as many equal factors away as the rounds that are left."""
-    (name, value), *_ = plan.budget().items()
-    if name == "keep":
-        return {"keep": {kind: kept**share for kind, kept in value.items()}}
-    return {name: value**share}
 
 
 def _smaller(

@@ -15,6 +15,7 @@ from vitprune_fast.config.run import (
     SweepConfig,
 )
 from vitprune_fast.data import INTERPOLATIONS, ImageData
+from vitprune_fast.run.step import Step
 from vitprune_fast.stated import caveats, stated_config
 
 SPLITS = ("train", "validation", "test")
@@ -96,8 +97,9 @@ def about_calibration(config: SweepConfig, data: ImageData) -> dict[str, str]:
     }
 
 
-def of_run(config: RunConfig, data: ImageData, model: Any) -> dict[str, str]:
+def of_run(config: RunConfig, steps: Sequence[Step], data: ImageData, model: Any) -> dict[str, str]:
     """Topic -> what a run takes for granted about its data and its dense model."""
+    sweeps = any(step.function.__name__ == "sweep" for step in steps)
     return {
         # weights that come from nowhere are trained by the run before anything else
         **(about_weights(config.model, config.seed, model) if config.has_weights else {}),
@@ -105,7 +107,7 @@ def of_run(config: RunConfig, data: ImageData, model: Any) -> dict[str, str]:
         **not_followed(model, config.model, data),
         **about_test_images(config.model, data),
         **(about_gates(config.gates) or about_masks(config.masks) or about_budget(config.plan)),
-        **about_calibration(config.sweep, data),
+        **(about_calibration(config.sweep, data) if sweeps or not config.sweep.compensate else {}),
     }
 
 

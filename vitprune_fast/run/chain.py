@@ -11,25 +11,27 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
+import timm
 from torch import nn
 
-from vitprune_fast import files
+from vitprune_fast import files, planning
 from vitprune_fast.checkpoint import check_savable
 from vitprune_fast.config.run import RunConfig
 from vitprune_fast.config.yamlfile import from_plain, to_plain, to_yaml
 from vitprune_fast.data import ImageData
-from vitprune_fast.errors import InvalidInput
+from vitprune_fast.errors import InvalidInput, StageFailed
 from vitprune_fast.models.open import skeleton
 from vitprune_fast.run import assumptions, stages
 from vitprune_fast.run.folder import Metrics, RunFolder, read_metrics
 from vitprune_fast.run.inputs import check_fit, open_model_data
-from vitprune_fast.run.job import Job, RunStopped
+from vitprune_fast.run.job import Job
 from vitprune_fast.run.outputs import refuse_overwriting
 from vitprune_fast.run.profile import Profile, applied, choose_profile, versions
 from vitprune_fast.run.stages import OnEvent
-from vitprune_fast.run.step import REPORT, SUMMARY, Recipe, Step, check_steps, made_by
+from vitprune_fast.run.step import REPORT, SUMMARY, Recipe, RunStopped, Step, check_steps, made_by
 from vitprune_fast.run.tensorboard import Board
 from vitprune_fast.run.together import Together, own_device, together
+from vitprune_fast.run.training import mask_schedule
 
 # fields that say where and how to run, not what to compute
 _NOT_IDENTITY = ("out", "quiet", "tensorboard", "allow_config_change", "latency_seconds")
@@ -66,8 +68,6 @@ def execute(
             if config.has_weights:
                 check_fit(dense, data)
             check_splits(data)
-            if config.distill.needs_teacher and config.teachers.names:
-                config.teachers.check_losses(config.distill.loss)
             resumed = processes.by_first(
                 lambda: _begin(
                     folder,
@@ -81,7 +81,7 @@ def execute(
                     allow_change=config.allow_config_change,
                 )
             )
-            for topic, text in assumptions.of_run(config, data, dense).items():
+            for topic, text in assumptions.of_run(config, steps, data, dense).items():
                 tell({"event": "assumption", "topic": topic, "text": text})
             if first:
                 files.write_text(folder / "config.yaml", to_yaml(config))
@@ -105,7 +105,8 @@ def execute(
         result = processes.by_first(lambda: files.read_json(folder / SUMMARY))
     seconds = time.perf_counter() - started
     page = str(folder / REPORT)
-    tell({"event": "end", "seconds": seconds, "summary": result, "report": page})
+    model = str(folder / result["models"]["after"])
+    tell({"event": "end", "seconds": seconds, "summary": result, "report": page, "model": model})
     return result
 
 
@@ -119,7 +120,14 @@ def _claimed(owned: Any, processes: Together) -> Any:
 
 def check_inputs(config: RunConfig, data: ImageData | None = None) -> nn.Module:
     """Refuses, before any work, what cannot succeed; returns the model without its weights."""
-    config.budget()
+    planning.Budget(**config.budget())
+    mask_schedule(config.masks)
+    config.teachers.check_losses(config.distill.loss)
+    for name in filter(config.teachers.is_of_timm, config.teachers.names):
+        if not timm.is_model(name):
+            raise InvalidInput(
+                f"run: teacher must be `self`, a saved folder or a model of timm, got {name!r}"
+            )
     # images that were opened by the caller lie somewhere too
     root = getattr(data and data.source, "root", None)
     refuse_overwriting("run", config, {"out": config.out}, more={"data": root}, resumes=True)
@@ -165,6 +173,7 @@ def identity_of(
     return {
         "config": plain,
         "steps": {step.name: step.wiring for step in steps},
+        "settings": {step.name: to_plain(step.settings) for step in steps if step.settings},
         "data": {
             "name": data.name,
             "split_hashes": dict(data.split_hashes),
@@ -183,8 +192,7 @@ def do_steps(job: Job, processes: Together, *, resumed: bool) -> None:
     whole = job.config
     for position, step in enumerate(job.steps):
         job.step, job.config = step, from_plain(dict(step.settings), whole)
-        todo = processes.by_first(lambda at=position, r=resumed: r and _is_kept(job, at))
-        if todo:
+        if processes.by_first(lambda at=position, r=resumed: r and _is_kept(job, at)):
             continue
         resumed = False
         if processes.by_first(job.stop):
@@ -203,15 +211,20 @@ def _do(job: Job, processes: Together) -> None:
     started = time.perf_counter()
 
     def work() -> dict[str, Any]:
-        return step.function(job, **step.inputs, **step.outputs)
+        return step.function(job, **step.inputs, **step.outputs) or {}
 
     facts = work() if step.shared else processes.by_first(work)
     stages.synchronise(job.profile.device)
     seconds = time.perf_counter() - started
     record = {**facts, "seconds": seconds}
-    processes.by_first(
-        lambda: job.folder.finish(step.name, step.wiring, [*step.outputs.values()], record)
-    )
+
+    def finish() -> None:
+        for name in step.outputs.values():
+            if not (job.folder / name).exists():
+                raise StageFailed(f"run: step {step.name} must make {name}, got nothing")
+        job.folder.finish(step.name, step.wiring, [*step.outputs.values()], record)
+
+    processes.by_first(finish)
     text = facts.get("text", "")
     job.on_event({**event, "state": "done", "seconds": seconds, "text": text})
 
@@ -242,13 +255,20 @@ def _is_kept(job: Job, position: int) -> bool:
 def _begin(
     folder: RunFolder, identity: dict[str, Any], facts: dict[str, Any], *, allow_change: bool
 ) -> bool:
-    """Whether the folder holds this run already; what steps of another list left in it goes."""
-    before: dict[str, str] = {}
-    if allow_change and (folder / "run.json").is_file():
-        before = folder.record()["identity"].get("steps", {})
-    resumed = folder.begin(identity, facts, allow_change=allow_change)
+    """Whether the folder holds this run already.
+
+    Where another list of steps is allowed, what the old one left goes first, so that a kill leaves
+    either the old run or the new one: outputs of steps that are no more, and from the first step
+    that does something else to something else, whatever is unfinished.
+    """
     steps: dict[str, str] = identity["steps"]
-    made = {name for wiring in steps.values() for name in made_by(wiring)}
-    for name in before.keys() - steps.keys():
-        folder.remove(name, {*made_by(before[name])} - made)
-    return resumed
+    if allow_change and (folder / "run.json").is_file():
+        before: dict[str, str] = folder.record()["identity"].get("steps", {})
+        made = {name for wiring in steps.values() for name in made_by(wiring)}
+        for name in before.keys() - steps.keys():
+            folder.remove(name, {*made_by(before[name])} - made)
+        names = [*steps]
+        changed = [name for name in names if before.get(name) != steps[name]]
+        for name in names[names.index(changed[0]) :] if changed else ():
+            shutil.rmtree(folder / "checkpoints" / name, ignore_errors=True)
+    return folder.begin(identity, facts, allow_change=allow_change)

@@ -15,7 +15,8 @@ def heading(summary: dict[str, Any], row: str) -> str:
     if row == "before":
         return "dense"
     if row == "after":
-        return "distilled" if summary["teachers"] else "handed back"
+        words = {"prune": "cut", "sweep": "swept", "dense": "dense"}
+        return words.get(summary["made_by"][row], "distilled")
     name, _, number = row.partition("-")
     return f"{name} in round {number}" if number else name
 

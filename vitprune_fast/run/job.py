@@ -24,7 +24,7 @@ from vitprune_fast.run.folder import Metrics, RunFolder, read_metrics
 from vitprune_fast.run.inputs import setting_of
 from vitprune_fast.run.profile import Profile
 from vitprune_fast.run.stages import OnEvent, Setting
-from vitprune_fast.run.step import Step
+from vitprune_fast.run.step import RunStopped, Step
 from vitprune_fast.run.tensorboard import Board
 from vitprune_fast.scoring import ScoringStopped
 from vitprune_fast.sealed import CheckpointRefused
@@ -32,10 +32,6 @@ from vitprune_fast.surgery import SweepStopped
 
 SET_ASIDE = "set_aside.json"
 """The file that names the unreadable images."""
-
-
-class RunStopped(Exception):
-    """The run was asked to stop and did, with a checkpoint; the same call goes on from there."""
 
 
 @dataclass
@@ -145,7 +141,7 @@ class Job:
             trained: `teacher_0` and so on -> weights that a step `teacher` left.
         """
         config, whole = self.config, self.load(dense)
-        if not config.teachers.names:
+        if not (config.teachers.names and config.distill.needs_teacher):
             return whole
         classes = classes_of(student)
         return [
@@ -172,7 +168,7 @@ class Job:
             "epochs": epochs,
             "skipped_steps": result.skipped_steps,
             "start": result.start,
-            **({"teachers": training.described(self.config.teachers)} if teachers else {}),
+            **({"teachers": training.described(self.config)} if teachers else {}),
             "text": f"{epochs} epoch{'s' * (epochs != 1)}",
         }
 

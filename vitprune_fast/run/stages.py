@@ -204,19 +204,33 @@ def plan(
     options: dict[str, Any] = {}
     if config.normalization is not None:
         options["normalization"] = config.normalization
-    budget = planning.Budget(**config.budget())
-    if dense is not None and budget.measure != "keep":
-        limit: Any = {budget.measure: budget.limit(dense)}
-        budget = planning.Budget(**limit)
+    goal = config.budget()
+    if dense is not None or config.toward < 1:
+        goal = limited(goal, dense or planning.cost(model), config.toward)
     return planning.plan(
         model,
         scores,
-        budget=budget,
+        budget=planning.Budget(**goal),
         allocation=config.allocation,
         min_units=config.min_units,
         round_to={"neuron": config.round_to},
         **options,
     )
+
+
+def limited(budget: dict[str, Any], dense: planning.Cost, toward: float = 1.0) -> dict[str, Any]:
+    """A budget as an absolute cost, the same share of the way from the dense model in factors.
+
+    Args:
+        budget: as the keyword of `vp.Budget`.
+        dense: what shares are shares of.
+        toward: 1 is the budget itself; .5 of a quarter is a half.
+    """
+    ((name, value),) = budget.items()
+    if name == "keep":
+        return {"keep": {kind: share**toward for kind, share in value.items()}}
+    full = getattr(dense, name)
+    return {name: int(full * (planning.Budget(**budget).limit(dense) / full) ** toward)}
 
 
 def calibration(data: ImageData, config: SweepConfig, setting: Setting) -> Loader:

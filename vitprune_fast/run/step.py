@@ -15,6 +15,12 @@ Facts = dict[str, Any]
 
 SUMMARY = "summary.json"
 REPORT = "report.html"
+# what the folder holds whatever the steps
+_OWN = ("run.json", "config.yaml", "metrics.jsonl", "stages", "checkpoints", "tensorboard")
+
+
+class RunStopped(Exception):
+    """The run was asked to stop and did, with a checkpoint; the same call goes on from there."""
 
 
 @dataclass(frozen=True)
@@ -91,7 +97,8 @@ def check_steps(recipe: str, steps: Sequence[Step]) -> None:
             if name not in made:
                 raise InvalidInput(f"{where} must read what a step before it makes, got {name}")
         for name in step.outputs.values():
-            if name in made or "/" in name or name.startswith("."):
+            free = re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name) and name not in _OWN
+            if name in made or not free:
                 raise InvalidInput(f"{where} must make files or folders of its own, got {name}")
             made.add(name)
     if SUMMARY not in made:

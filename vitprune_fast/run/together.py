@@ -15,6 +15,7 @@ from torch import distributed as dist
 
 from vitprune_fast import errors
 from vitprune_fast.ranks import Ranks
+from vitprune_fast.run.step import RunStopped
 
 # one process may refit or evaluate a large model while the others wait
 _PATIENCE = timedelta(days=7)
@@ -44,7 +45,10 @@ class Together:
             kind, value = json.loads(self._said(None))
             if kind == "value":
                 return value
-            raise getattr(errors, kind, errors.VitpruneError)(value)
+            if kind == RunStopped.__name__:
+                raise RunStopped
+            known = getattr(errors, kind, None)
+            raise errors.VitpruneError(f"{kind}: {value}") if known is None else known(value)
         try:
             value = work()
         except BaseException as error:

@@ -12,7 +12,14 @@ from torch import Tensor, nn
 
 from vitprune_fast.config.distill import DistillConfig
 from vitprune_fast.config.model import ModelConfig
-from vitprune_fast.config.run import GateConfig, MaskConfig, ScoreConfig, TeacherConfig
+from vitprune_fast.config.run import (
+    GateConfig,
+    MaskConfig,
+    PlanConfig,
+    RunConfig,
+    ScoreConfig,
+    TeacherConfig,
+)
 from vitprune_fast.data import ImageData
 from vitprune_fast.distill.loop import DistillResult
 from vitprune_fast.distill.masks import MaskSchedule
@@ -205,6 +212,7 @@ def learn_gates(
     data: ImageData,
     setting: Setting,
     score: ScoreConfig | None = None,
+    cut: PlanConfig | None = None,
 ) -> LearnedPlan:
     """Learns gates beside the weights, and folds them in.
 
@@ -216,15 +224,18 @@ def learn_gates(
         gates: which kind, how long, down to what.
         data: where gates start from scores, its `train` split is scored on.
         setting: of that scoring.
-        score: as above.
+        score: how.
+        cut: least units and multiples that stay.
     """
     assert gates.kind != "none"
-    target, start = Budget(macs=gates.macs), None
+    target, start, cut = Budget(macs=gates.macs), None, cut or PlanConfig()
+    least: Any = {"min_units": cut.min_units, "round_to": {"neuron": cut.round_to}}
     if gates.kind in ("ste", "fixed"):
         # equal scores would leave it open who goes
         scores = stages.score(student, data, score or ScoreConfig(), setting)
-        fixed = gates.kind == "fixed"
-        start = plan(student, scores, target, units=gates.units) if fixed else _levelled(scores)
+        start = _levelled(scores)
+        if gates.kind == "fixed":
+            start = plan(student, scores, target, units=gates.units, **least)
     attached = attach(
         student,
         gates.units,
@@ -237,7 +248,7 @@ def learn_gates(
     own = replace(config, epochs=gates.epochs, keep="last", ema=0.0, cooldown_epochs=0.0)
     budget = BudgetLoss(attached, gates.macs) if gates.budget else None
     result = train(student, teachers, own, gates=attached, gate_budget=budget)
-    chosen = start if isinstance(start, Plan) else to_plan(student, attached, target)
+    chosen = start if isinstance(start, Plan) else to_plan(student, attached, target, **least)
     axes = tuple(attached.axes)
     fold(student, attached)
     return LearnedPlan(chosen, axes, result)
@@ -248,8 +259,11 @@ def _levelled(scores: Scores) -> dict[str, Tensor]:
     return {name: value / value.mean().clamp(min=1e-30) for name, value in scores.items()}
 
 
-def described(teachers: TeacherConfig) -> list[dict[str, str]]:
-    """Name and kind of each teacher: `self` (the dense model), `vit` or `cnn`."""
+def described(config: RunConfig) -> list[dict[str, str]]:
+    """Name and kind of each teacher of a run: `self` (the dense model), `vit` or `cnn`."""
+    if not config.distill.needs_teacher:
+        return []
+    teachers = config.teachers
     return [
         {"name": short, "kind": _kind_of(name)}
         for name, short in zip(teachers.names, teachers.short_names, strict=True)

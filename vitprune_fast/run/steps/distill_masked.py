@@ -20,10 +20,13 @@ def distill_masked(job: Job, *, dense: str, model: str, plan: str, **teachers: s
     job.write(plan, result.plan)
     structure = describe(student)
     cut = [axis.name for kind in schedule.units for axis in structure.units(kind)]
+    trained = job.training_facts(result, teachers=True)
+    left = plan_facts(structure, result.plan, cut)
     return {
-        **job.training_facts(result, teachers=True),
+        **trained,
         "budget": config.budget(),
         "plan": plan,
-        **plan_facts(structure, result.plan, cut),
+        **left,
+        "text": f"{trained['text']}, {left['text']}",
         "checks": job.keep(student, model),
     }

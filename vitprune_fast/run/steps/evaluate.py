@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from vitprune_fast.run import assumptions, checks, stages, summary
 from vitprune_fast.run.comparison import arrow
 from vitprune_fast.run.job import Job
 from vitprune_fast.run.profile import versions
-from vitprune_fast.run.step import Facts
+from vitprune_fast.run.step import Facts, Step
 
 
 def evaluate(job: Job, *, summary_file: str, before: str, after: str, **between: str) -> Facts:
@@ -41,7 +42,8 @@ def evaluate(job: Job, *, summary_file: str, before: str, after: str, **between:
         **summary.rows(loaded, found, dict(zip(timed, times, strict=True))),
         "recipe": job.recipe,
         "steps": [step.name for step in job.steps],
-        "models": [*names],
+        "models": names,
+        "made_by": {row: _maker(done, name) for row, name in names.items()},
         "teachers": _first(facts, "teachers", []),
         "seed": job.config.seed,
         "data": assumptions.data_facts(job.data),
@@ -49,7 +51,7 @@ def evaluate(job: Job, *, summary_file: str, before: str, after: str, **between:
             "origin": job.config.model.origin if job.config.has_weights else "trained here",
             "source": _first(facts, "source", job.config.model.name),
         },
-        "assumptions": assumptions.of_run(job.config, job.data, job.skeleton),
+        "assumptions": assumptions.of_run(job.config, job.steps, job.data, job.skeleton),
         "split_hashes": dict(job.data.split_hashes),
         "versions": versions(),
         "profile": job.profile.to_dict(),
@@ -76,6 +78,17 @@ def evaluate(job: Job, *, summary_file: str, before: str, after: str, **between:
     }
     job.write(summary_file, whole)
     return {"checks": proved, "text": f"top-1 {arrow(whole)}"}
+
+
+def _maker(steps: Sequence[Step], name: str) -> str:
+    """The function that made a model; a cut of one that was taught under masks is that teaching."""
+    maker = next(step for step in steps if name in step.outputs.values())
+    for before in steps:
+        if before.function.__name__ == "distill_masked" and maker.inputs.get("model") in (
+            before.outputs.values()
+        ):
+            maker = before
+    return maker.function.__name__
 
 
 def _first(facts: dict[str, Facts], name: str, default: Any) -> Any:

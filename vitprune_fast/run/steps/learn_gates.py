@@ -21,12 +21,16 @@ def learn_gates(job: Job, *, dense: str, model: str, plan: str, **teachers: str)
         data=job.data,
         setting=job.setting,
         score=config.score,
+        cut=config.plan,
     )
     job.write(plan, done.plan)
+    trained = job.training_facts(done.result, teachers=True)
+    left = plan_facts(describe(student), done.plan, done.axes)
     return {
-        **job.training_facts(done.result, teachers=True),
+        **trained,
         "budget": config.budget(),
         "plan": plan,
-        **plan_facts(describe(student), done.plan, done.axes),
+        **left,
+        "text": f"{trained['text']}, {left['text']}",
         "checks": job.keep(student, model),
     }
