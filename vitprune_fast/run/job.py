@@ -228,19 +228,31 @@ class Job:
                 self.board.add(event)
         self.on_event({**event, "epochs": epochs})
 
-    def resumable(self, what: str, checkpoint: Path, work: Callable[[], Any]) -> Any:
+    def resumable(self, what: str, file: str, work: Callable[..., Any], *arguments: Any) -> Any:
         """What `work` returns; a checkpoint that it refuses goes, and it starts over.
+
+        Args:
+            what: for a note, should that happen.
+            file: its checkpoint, among those of the step.
+            work: takes the arguments, and `checkpoint`, `on_event` and `stop`.
+            arguments: of it.
 
         Raises:
             RunStopped: it was asked to stop.
         """
+        checkpoint, name = self.checkpoints / file, self.step.name
+        options: dict[str, Any] = {
+            "checkpoint": checkpoint,
+            "on_event": lambda event: self.on_event({**event, "stage": name}),
+            "stop": self.stop,
+        }
         files.make_folder(checkpoint.parent)
         try:
             try:
-                return work()
+                return work(*arguments, **options)
             except CheckpointRefused as error:
                 self.note(f"{what} starts over: {error}")
-                checkpoint.unlink()
-                return work()
+                checkpoint.unlink(missing_ok=True)
+                return work(*arguments, **options)
         except (ScoringStopped, SweepStopped):
             raise RunStopped from None

@@ -11,21 +11,15 @@ from vitprune_fast.scoring.agreement import agreement_text
 
 def score(job: Job, *, model: str, scores: str) -> Facts:
     """Scores the units of a model on training images."""
-    sums = job.checkpoints / "sums.safetensors"
-    loaded = job.load(model)
-
-    def work() -> Scores:
-        return stages.score(
-            loaded,
-            job.data,
-            job.config.score,
-            job.setting,
-            checkpoint=sums,
-            on_event=lambda event: job.on_event({**event, "stage": job.step.name}),
-            stop=job.stop,
-        )
-
-    found = job.resumable("scoring", sums, work)
+    found: Scores = job.resumable(
+        "scoring",
+        "sums.safetensors",
+        stages.score,
+        job.load(model),
+        job.data,
+        job.config.score,
+        job.setting,
+    )
     job.write(scores, found)
     units = sum(len(values) for values in found.values())
     compared = agreement_text(found.provenance)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from vitprune_fast import planning
 from vitprune_fast.run import checks, stages
 from vitprune_fast.run.job import Job
@@ -16,21 +14,16 @@ def sweep(job: Job, *, model: str, plan: str, swept: str, fits: str) -> Facts:
     """Cuts a plan out of a model and refits what stays on training images."""
     loaded, chosen = job.load(model), planning.Plan.load(job.folder / plan)
     predicted = planning.predict_cost(describe(loaded), chosen)
-    checkpoint = job.checkpoints / "sweep.safetensors"
-
-    def work() -> Any:
-        return stages.sweep(
-            loaded,
-            chosen,
-            job.data,
-            job.config.sweep,
-            job.setting,
-            checkpoint=checkpoint,
-            on_event=lambda event: job.on_event({**event, "stage": job.step.name}),
-            stop=job.stop,
-        )
-
-    result, report = job.resumable("the sweep", checkpoint, work)
+    result, report = job.resumable(
+        "the sweep",
+        "sweep.safetensors",
+        stages.sweep,
+        loaded,
+        chosen,
+        job.data,
+        job.config.sweep,
+        job.setting,
+    )
     job.write(fits, report.to_dict())
     for text in (*report.warnings, *left_out_lines(report)):
         job.note(text)
