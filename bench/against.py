@@ -1,12 +1,11 @@
-"""CPU time of the stages of this commit beside those of another one, in turns.
+"""CPU time of the steps of this commit and of another one, in turns.
 
     python bench/against.py COMMIT
 
 Ops can be registered once in a process, so each commit has a process of its own; they take turns at
 every single call, with one thread each. Which of two processes starts first can decide by a factor
 of two, so they swap in the next round. A ratio is one of minima over all rounds, and the ratio of
-each round stands beside it. The native code of this tree serves both: build it for a commit that
-has another.
+each round stands next to it. A commit whose native code is another gets its own, built for the CPU.
 """
 
 from __future__ import annotations
@@ -108,6 +107,17 @@ def ask(process: Any, case: str) -> float:
     return float(process.stdout.readline())
 
 
+def give_native_code(tree: Path, commit: str) -> None:
+    """That of this tree where its sources are those of the commit, else it is built."""
+    same = ["git", "-C", str(ROOT), "diff", "--quiet", commit, "--", "csrc", "setup.py"]
+    if subprocess.run(same).returncode:
+        build = [sys.executable, "setup.py", "-q", "build_ext", "--inplace"]
+        subprocess.run(build, cwd=tree, env={**os.environ, "VITPRUNE_WITH_CUDA": "0"}, check=True)
+        return
+    for library in (ROOT / "vitprune_fast").glob("*.so"):
+        (tree / "vitprune_fast" / library.name).symlink_to(library)
+
+
 def compare(tree: Path, rounds: int, repetitions: int) -> None:
     """Print milliseconds and ratios of every case."""
     least: dict[str, list[tuple[float, float]]] = {}
@@ -149,8 +159,7 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as folder:
         subprocess.run([*git, "add", "--detach", "-q", folder, options.commit], check=True)
         try:
-            for library in (ROOT / "vitprune_fast").glob("*.so"):
-                (Path(folder) / "vitprune_fast" / library.name).symlink_to(library)
+            give_native_code(Path(folder), options.commit)
             compare(Path(folder), options.rounds, options.repetitions)
         finally:
             subprocess.run([*git, "remove", "--force", folder], check=True)

@@ -1,4 +1,4 @@
-"""A step of ``distill`` on a ViT towards its dense self, beside the loops one would write."""
+"""A step of ``distill`` on a ViT towards its dense self, against the loops one would write."""
 
 from __future__ import annotations
 

@@ -43,7 +43,7 @@ def states(shapes: list[tuple[int, ...]], dtype: torch.dtype, device: str):
 
 
 # glibc gives allocations above 32 MiB back to the system whatever it is told to keep by default, so
-# that a real training asks for all similarities anew in every step
+# that a real training asks for all similarities in every step
 KEPT = {"as glibc has it": 2**25, "memory kept": 2**30}
 
 

@@ -1,4 +1,4 @@
-"""`vitprune-fast distill` with its default threads and with one, alone and beside busy loops.
+"""`vitprune-fast distill` with its default threads and with one, alone and next to busy loops.
 
 python -m pytest bench/bench_threads.py -p no:xdist -s
 
@@ -94,7 +94,7 @@ def bench_threads(tmp_path: Path) -> None:
                 own = ONE if form == ONE else DEFAULT
                 assert saved.setdefault(own, weights) == weights, (form, load)
                 times.setdefault((load, form), []).append(seconds)
-                print(f"beside {load}, {form}: {seconds:.2f} s", flush=True)
+                print(f"with {load}, {form}: {seconds:.2f} s", flush=True)
     rows = []
     for load, form in itertools.product(loads, FORMS):
         taken = times[load, form]

@@ -3,7 +3,7 @@
 On a CPU: time of one thread on the processor, so that a busy machine does not count. On a GPU: time
 on the stream of calls that are replayed from a graph, and by itself what the host needs for one
 call. What is stated is the minimum; median and spread show the noise. The limit is a plain copy
-that moves as many bytes, raced beside the forms in the same process. Where pytest-benchmark is
+that moves as many bytes, raced against the forms in the same process. Where pytest-benchmark is
 installed, each form is one of its entries (``bench/entries.py``).
 """
 

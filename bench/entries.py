@@ -114,7 +114,7 @@ class WithBenchmark:
         benchmark.pedantic(lambda: None)
 
     def pytest_benchmark_update_machine_info(self, machine_info: dict[str, Any]) -> None:
-        """What decides about our times, beside what pytest-benchmark knows of the machine."""
+        """What decides about our times, besides what pytest-benchmark knows of the machine."""
         found = doctor()
         machine_info.update(devices=found.devices, versions=found.versions, native=found.native)
 

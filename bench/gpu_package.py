@@ -4,9 +4,9 @@ python -m bench.gpu_package [--python PYTHON] [--candidates DIR]
 
 Native code is built here, where nothing is lost by waiting: the op library without its debugging
 symbols, which every torch from 2.11 on loads, and the small host module for the Python that is
-stated. Beside them lies Torch-Pruning, where it is installed. `--candidates` adds kernels that are
-tried beside ours: a folder whose ``variants.py`` takes ``--out`` and ``--limit``, with CUDA sources
-in ``gather/`` that are compiled here.
+stated. Torch-Pruning lies next to them, where it is installed. `--candidates` adds kernels that are
+tried against ours: a folder whose ``variants.py`` takes ``--out`` and ``--limit``, with CUDA
+sources in ``gather/`` that are compiled here.
 """
 
 from __future__ import annotations
@@ -96,7 +96,7 @@ def main() -> int:
     """Fill the folder and list it; 2 when it is more than can be taken along."""
     parser = argparse.ArgumentParser("gpu_package", description=__doc__)
     parser.add_argument("--python", default=sys.executable, help="the interpreter over there")
-    parser.add_argument("--candidates", type=Path, help="kernels to try beside ours")
+    parser.add_argument("--candidates", type=Path, help="kernels to try against ours")
     options = parser.parse_args()
     if options.candidates and PACKAGE in options.candidates.resolve().parents:
         raise SystemExit(f"gpu-package: --candidates must be outside of {PACKAGE}")

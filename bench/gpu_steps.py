@@ -22,15 +22,15 @@ class Step:
         name: what it is called, on the command line too.
         words: its command; ``{out}`` is the folder of the results, ``{found}`` their file of lines.
         limit_s: it is ended after so many seconds.
-        beside: whether the next steps run at the same time; benches never do.
-        alone: whether all that runs beside is ended first, because time is measured.
+        background: whether the next steps run at the same time; benches never do.
+        alone: whether all that runs in the background is ended first, because time is measured.
         environment: variables of its own.
     """
 
     name: str
     words: tuple[str, ...]
     limit_s: float
-    beside: bool = False
+    background: bool = False
     alone: bool = False
     environment: tuple[tuple[str, str], ...] = ()
 
@@ -111,7 +111,7 @@ def steps(
 
 
 def _judged(tiny: bool) -> list[Step]:
-    """Tests, and memory watched beside them."""
+    """Tests, and memory watched meanwhile."""
     cores = os.cpu_count() or 1
     many, few = (("-n", str(min(most, cores))) for most in (14, 4))
     small, tests = SMALL, "tests/ops"
@@ -122,7 +122,7 @@ def _judged(tiny: bool) -> list[Step]:
     # few tests at a time go to a process: they differ in how long they take
     at_once = (*many, "--maxschedchunk", "2", "-m", "not gpu and not slow")
     return [
-        Step("memory of the kernels", watched, 180, beside=True, environment=OWN_MEMORY),
+        Step("memory of the kernels", watched, 180, background=True, environment=OWN_MEMORY),
         Step("small sizes", (*TESTS, *at_once, "-k", small, tests), 95),
         Step("target sizes", (*TESTS, *few, "-m", "gpu", tests), 40),
         Step("other gpu tests", (*TESTS, *few, "-m", "gpu", *GPU_FILES), 40),

@@ -52,9 +52,9 @@ def as_file_name(device: str) -> str:
 
 def replace(path: Path, content: dict[str, Any]) -> None:
     """Write a JSON file whole, or leave the one that is there."""
-    beside = path.with_name(path.name + ".partial")
-    beside.write_text(json.dumps(content, indent=1) + "\n")
-    beside.replace(path)
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(json.dumps(content, indent=1) + "\n")
+    partial.replace(path)
 
 
 def combined(*folders: Path) -> dict[str, Any]:

@@ -35,7 +35,7 @@ def peak_of_manifold(how: str, kind: str, batch: int) -> int:
     Args:
         how: ``"vitprune"``, or ``"materialised"`` for all similarities written out.
         kind: ``"intra"`` or ``"full"``.
-        batch: number of images of 196 tokens, 192 wide beside a teacher's 384.
+        batch: number of images of 196 tokens, 192 wide, the teacher's 384 wide.
     """
     return _run(how, kind, batch, None)[0]
 

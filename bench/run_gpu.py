@@ -59,7 +59,7 @@ class Run:
         out.mkdir(parents=True, exist_ok=True)
         self.out, self.found = out, out / "found.jsonl"
         self.end = time.monotonic() + budget_s
-        self.beside: list[tuple[Step, subprocess.Popen, float]] = []
+        self.background: list[tuple[Step, subprocess.Popen, float]] = []
 
     def left_s(self) -> float:
         """Seconds until all must have ended."""
@@ -87,9 +87,9 @@ class Run:
             stderr=subprocess.STDOUT,
             preexec_fn=in_a_group,
         )
-        if step.beside:
-            self.beside.append((step, process, start))
-            return "running beside"
+        if step.background:
+            self.background.append((step, process, start))
+            return "runs in the background"
         try:
             process.wait(limit_s)
         except subprocess.TimeoutExpired:
@@ -102,15 +102,15 @@ class Run:
         return self.note(step, status, time.monotonic() - start)
 
     def finish_beside(self) -> None:
-        """End what runs beside: it had the time of the steps it ran beside."""
-        for step, process, start in self.beside:
+        """End what runs in the background: it had the time of the steps meanwhile."""
+        for step, process, start in self.background:
             status = process.poll()
             seconds = time.monotonic() - start
             end(process)
             cut = status is None
             told = f"stopped after {seconds:.0f} s" if cut else STATUS.get(status, "failed")
             self.note(step, told, seconds)
-        self.beside.clear()
+        self.background.clear()
 
     def note(self, step: Step, status: str, seconds: float) -> str:
         """Keep how a step ended, and with it all results so far."""
@@ -179,11 +179,11 @@ def end(process: subprocess.Popen) -> None:
 
 @contextlib.contextmanager
 def ending_children(run: Run) -> Iterator[None]:
-    """Leave nothing running beside, whatever happens."""
+    """Leave nothing running, whatever happens."""
     try:
         yield
     finally:
-        for _, process, _ in run.beside:
+        for _, process, _ in run.background:
             end(process)
 
 

@@ -29,11 +29,11 @@ MARKS = {
 }
 INTRODUCTION = """# Measured results
 
-Written by `make bench` and `make gpu` from the JSON files beside it; not edited by hand. Each line
+Written by `make bench` and `make gpu` from the JSON files next to it; not edited by hand. Each line
 is the minimum over interleaved rounds, after the outputs were checked to be equal. CPU numbers are
 the processor time of one thread; GPU numbers are of replayed graphs, with what the host needs for
 one call outside of them as "host us". "times ours" above 1 means that our form is the faster one;
-"of copy" is the speed as a share of that of a plain copy that moves as many bytes, raced beside it;
+"of copy" is the speed as a share of that of a plain copy that moves as many bytes, raced with it;
 "spread" is how far the median lies above the minimum.
 """
 OURS = "vitprune"
@@ -50,7 +50,7 @@ COLUMNS = (
 
 
 def load_note(content: dict) -> str:
-    """A warning where other work ran beside the measurement."""
+    """A warning where other work ran during the measurement."""
     load = content.get("load_average", 0)
     return f", load average {load}: other work shared the caches" if load > 1.5 else ""
 
@@ -103,7 +103,7 @@ def races(content: dict) -> str:
     if not content.get("scoring"):
         return ""
     lines = [*race_lines(content["scoring"]), ""]
-    lines += ["Of limit: the matrix products at the best rate measured beside them."]
+    lines += ["Of limit: the matrix products at the best rate measured in the same run."]
     lines += [
         f"Peak memory, {found['case']}: {found['score'] / 2**20:,.0f} MiB to score, "
         f"{found['full'] / 2**20:,.0f} MiB for a full backward, whose gradients are "
@@ -250,7 +250,7 @@ def training(content: dict) -> str:
 
 
 def criteria(content: dict) -> str:
-    """A table of the README: how every criterion ranks units, beside leaving them out."""
+    """A table of the README: how every criterion ranks units, compared with leaving them out."""
     kinds = list(content["criteria"][0]["loss"])
     lines = [
         f"| criterion | seconds | {' | '.join(kinds)} |",
@@ -346,13 +346,13 @@ def attention(content: dict) -> str:
 
 
 def threads(content: dict) -> str:
-    """Default threads and one thread beside other work, as a section of the page."""
+    """Default threads and one thread while other work runs, as a section of the page."""
     lines = [
-        "## Threads beside other work\n",
+        "## Threads while other work runs\n",
         f"`{content['command']}`, commit {content['commit']}, {content['date']}, "
         f"torch {content['versions']['torch']}, {content['device']}, {content['cores']} cores"
         f"{load_note(content)}.\n",
-        "| beside | form | median s | min s | times `--threads 1` | from | to |",
+        "| other work | form | median s | min s | times `--threads 1` | from | to |",
         "|---|---|--:|--:|--:|--:|--:|",
     ]
     lines += [
@@ -528,7 +528,7 @@ def plan_notes(rows: list[dict]) -> str:
         "means over their seeds. Intervals are 95 %, of the ratio on the same test images. The "
         "mean is over the columns that all were measured on. Bold: "
         f"the best mean after the sweep where the digits lose at most {limits}. A sweep took, of "
-        f"one thread beside another: {times}."
+        f"one thread against another: {times}."
         + (
             f" Photographs are evaluated in bf16; fp32 moves shares by at most "
             f"{max(moved[:half]):.4f} and KL by {max(moved[half:]):.4f} in {half} checks."

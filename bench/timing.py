@@ -1,4 +1,4 @@
-"""What benches need beside the core of all timing: memory that stays, graphs, equal results."""
+"""What benches need besides the core of all timing: memory that stays, graphs, equal results."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ MOST_IN_A_GRAPH = 50
 def keep_freed_memory(up_to: int = 2**30) -> None:
     """Have glibc keep what was freed, as it does in the long run of a training.
 
-    Else results of some megabytes are given back and asked for anew at every call, or not, by
-    chance of what lies beside them, and page faults are what is measured.
+    Else results of some megabytes are given back and asked for again at every call, or not, by
+    chance of what lies next to them, and page faults are what is measured.
     """
     libc = ctypes.CDLL(None)
     if hasattr(libc, "mallopt"):

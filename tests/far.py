@@ -19,7 +19,7 @@ from torch.utils.backend_registration import (
 )
 from torch.utils.weak import WeakIdKeyDictionary
 
-# what reads values, beside copies; on a GPU each of these synchronises
+# what reads values, besides copies; on a GPU each of these synchronises
 READS = {
     "aten::_local_scalar_dense",
     "aten::equal",

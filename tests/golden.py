@@ -1,7 +1,7 @@
 """Twenty cases whose scores, plans, costs and pruned models stay what they were, bit for bit.
 
 What comes out the same on every machine (plans of given scores, predicted costs, the tensors of
-pruned models) is committed beside this file and checked by ``test_golden.py``. Measured scores and
+pruned models) is committed next to this file and checked by ``test_golden.py``. Measured scores and
 logits are sums whose order depends on the processor: a commit is compared with another one on one
 machine by
 

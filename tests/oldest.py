@@ -58,7 +58,7 @@ def interpreters() -> Iterator[Path]:
     if on_path:
         yield Path(on_path)
     pyenv = Path(os.environ.get("PYENV_ROOT") or Path.home() / ".pyenv")
-    # where pyenv made the Python that runs this, the others lie beside it
+    # where pyenv made the Python that runs this, the others lie next to it
     for folder in dict.fromkeys([pyenv / "versions", Path(sys.base_prefix).parent]):
         yield from sorted(folder.glob(f"{version}.*/bin/python{version}"))
 
@@ -101,7 +101,7 @@ def run(*command: object, **environment: str) -> None:
 
 
 def copy_repository() -> None:
-    """Make the copy anew, but for what was compiled in it."""
+    """Make the copy again, but for what was compiled in it."""
     COPY.mkdir(parents=True, exist_ok=True)
     for path in COPY.iterdir():
         if path.is_dir() and path.name != "build":

@@ -185,7 +185,7 @@ def timm_attention_scale() -> None:
 
 
 @fact(
-    "beside x timm's attention takes attn_mask and perhaps is_causal, both off by default",
+    "besides x timm's attention takes attn_mask and perhaps is_causal, both off by default",
     "modules/known.py",
 )
 def timm_attention_masks() -> None:
@@ -289,7 +289,7 @@ def _hugging_face(body: Any, norms: str) -> Any:
         has(layer.mlp, "fc1 fc2")
     else:
         has(layer.intermediate, "dense")
-        # the residual is added beside this Linear, in the module that holds it
+        # the residual is added outside this Linear, in the module that holds it
         written = layer.output.dense(torch.zeros(2, 5, 48))
         same(layer.output(torch.zeros(2, 5, 48), torch.ones(2, 5, 24)), written + 1)
     return layer

@@ -1,4 +1,4 @@
-"""Saved models come back bit for bit, with us, with the file beside them, or with timm alone."""
+"""Saved models come back bit for bit, with us, with the file next to them, or with timm alone."""
 
 from __future__ import annotations
 

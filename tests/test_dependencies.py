@@ -30,11 +30,11 @@ def modules(requirements: Iterable[str]) -> set[str]:
 
 
 def imported(*folders: str) -> dict[str, str]:
-    """Top module -> one file of the folders that imports it, beside the standard library and us."""
+    """Top module -> one file of the folders that imports it, not ours and not of Python."""
     found = {}
     for folder in folders:
-        # a module beside a test is imported by its bare name
-        beside = {path.stem for path in (ROOT / folder).iterdir()}
+        # a module next to a test is imported by its bare name
+        siblings = {path.stem for path in (ROOT / folder).iterdir()}
         for path in sorted((ROOT / folder).rglob("*.py")):
             for node in ast.walk(ast.parse(path.read_text())):
                 if isinstance(node, ast.Import):
@@ -43,7 +43,7 @@ def imported(*folders: str) -> dict[str, str]:
                     names = [node.module]
                 else:
                     continue
-                for top in {name.partition(".")[0] for name in names} - beside - OURS:
+                for top in {name.partition(".")[0] for name in names} - siblings - OURS:
                     if top not in sys.stdlib_module_names:
                         found[top] = str(path.relative_to(ROOT))
     return found

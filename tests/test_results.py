@@ -117,7 +117,7 @@ def test_threads_beside_other_work_are_a_section_of_the_page(
     (tmp_path / "202611_threads.json").write_text(json.dumps(content))
     monkeypatch.setattr(table, "RESULTS", tmp_path)
     lines = table.page().splitlines()
-    assert "## Threads beside other work" in lines
+    assert "## Threads while other work runs" in lines
     assert "| 2 busy loops | default | 8.5 | 8.0 | 1.4 | 1.3 | 1.9 |" in lines
     (tmp_path / "202611_threads.json").unlink()
     assert "Threads" not in table.page()

@@ -69,10 +69,10 @@ def test_nothing_runs_beside_what_is_timed(tmp_path):
     run = Run(tmp_path, 600.0)
     code = "import time; time.sleep(3600)"
     with (tmp_path / "log.txt").open("a") as log:
-        assert run.run(step(code, 60.0, beside=True), log) == "running beside"
-        assert run.run(step("pass", 60.0, beside=True), log) == "running beside"
+        assert run.run(step(code, 60.0, background=True), log) == "runs in the background"
+        assert run.run(step("pass", 60.0, background=True), log) == "runs in the background"
         assert run.run(step("import time; time.sleep(1)", 60.0), log) == "passed"
-        (_, process, _), _ = run.beside
+        (_, process, _), _ = run.background
         assert process.poll() is None
         assert run.run(step("pass", 60.0, alone=True), log) == "passed"
     assert process.poll() == -signal.SIGKILL
@@ -182,7 +182,7 @@ def test_what_did_not_end_well_is_run_again_first(tmp_path):
         "bench gated unit",
         "bench gather",
     ]
-    assert part[1].beside and part[2].words[-2:] == ("--again", str(found))
+    assert part[1].background and part[2].words[-2:] == ("--again", str(found))
     assert "--again" not in part[4].words and "--tiny" in part[4].words
     assert [each.name for each in steps(2)][:2] == ["facts", "bench scoring"]
 
@@ -204,7 +204,7 @@ def test_tests_that_passed_are_not_run_again(tmp_path):
     assert run("-k", "not c") == 1
     faults = [line for line in lines.read(found) if line["failed"]]
     assert len(lines.read(found)) == 2 and "MENDED" in faults[0]["fault"]
-    # a test that was never reached is, beside the one that failed
+    # a test that was never reached is, besides the one that failed
     assert run("--lines", str(again), "--again", str(found), MENDED="1") == 0
     assert [line["test"] for line in lines.read(again)] == [
         "test_one.py::test_b",

@@ -37,7 +37,7 @@ def test_verbs_that_save_ask_first(
 
     monkeypatch.chdir(tmp_path)
     files.write_json(Path("plan.json"), {})
-    # nothing may be named beside the constructor itself
+    # nothing may be named besides the constructor itself
     monkeypatch.setattr(timm_vit, "FAMILY", replace(timm_vit.FAMILY, swaps=()))
     for home, name in ((vp.Plan, "load"), (checks, "prune_and_prove"), (stages, "train")):
         monkeypatch.setattr(home, name, work)

@@ -20,7 +20,7 @@ from .case import Case
 TARGETS = (80, 90, 100)
 HERE = Path(__file__).parent
 PAGE = HERE.parent.parent / "bench" / "results" / "kernels.md"
-# beside the modules that hold cases
+# besides the modules that hold cases
 MACHINERY = ("__init__", "__main__", "case", "known", "machine")
 # an address in comment signs, a predicate perhaps, then the operation with its modifiers
 INSTRUCTION = re.compile(r"^\s*/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)", re.MULTILINE)
@@ -249,7 +249,7 @@ def page(version: str, rows: Sequence[str], excuses: Sequence[str]) -> str:
 
 
 def stems() -> list[str]:
-    """Names of the modules beside this one that hold ``CASES``."""
+    """Names of the modules next to this one that hold ``CASES``."""
     found = sorted(path.stem for path in HERE.glob("*.py"))
     return [stem for stem in found if stem not in MACHINERY]
 

@@ -115,7 +115,7 @@ def test_shares_of_one_class_are_its_number() -> None:
     shares = torch.nn.functional.one_hot(labels, 7)
     for smoothing in (0.0, 0.1):
         wanted = cross_entropy(logits, labels, smoothing)
-        # fp32 shares beside fp64 logits
+        # fp32 shares and fp64 logits
         assert torch.allclose(cross_entropy(logits, shares.float(), smoothing), wanted, rtol=1e-12)
     mixed = 0.3 * shares + 0.7 * shares.flip(0)
     wanted = 0.3 * cross_entropy(logits, labels) + 0.7 * cross_entropy(logits, labels.flip(0))

@@ -52,7 +52,7 @@ RECIPES: dict[str, dict[str, Any]] = {
     "checkpoints": {"checkpoint_steps": 3},
     "poisoned": {"ema": 0.9},
 }
-# steps in which something is read, beside the last one; a checkpoint is written on the way to the
+# steps in which something is read, besides the last one; a checkpoint is written on the way to the
 # next one
 READS = {"masks": {2}, "told": {3}, "checkpoints": {3, 4}}
 
@@ -65,7 +65,7 @@ def half(model: Any, kinds: tuple[str, ...]) -> vp.Plan:
 
 
 def more_of(recipe: str, model: Any) -> dict[str, Any]:
-    """What a recipe gives beside its config."""
+    """What a recipe gives besides its config."""
     attach = vp.gates.attach
     if recipe == "masks":
         # fewer dims that make logits: rows are scaled on their way into the copy

@@ -124,7 +124,7 @@ def test_magnitude_and_activation() -> None:
 @pytest.mark.parametrize("gradients", [True, False])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=["fp64", "fp32"])
 def test_visible_attention_computes_the_same(dtype: torch.dtype, gradients: bool) -> None:
-    """Also beside the fused path that PyTorch takes without gradients."""
+    """Also without gradients, where PyTorch takes its fused path."""
     model = model_of(dtype=dtype)
     images, _ = batch_of(dtype=dtype)
     with torch.set_grad_enabled(gradients):

@@ -1,4 +1,4 @@
-"""Other work beside a measurement: from the counters of Linux, invented and real."""
+"""Other work during a measurement: from the counters of Linux, invented and real."""
 
 from __future__ import annotations
 
@@ -132,7 +132,7 @@ def test_a_latency_warns_of_nothing_it_does_not_know(
 
 @pytest.fixture
 def busy_cores() -> Iterator[None]:
-    """Two processes per core that do nothing but compute, beside the test."""
+    """Two processes per core that do nothing but compute, during the test."""
     spin = "print(flush=True)\nwhile True: pass"
     count = 2 * len(os.sched_getaffinity(0))
     started: list[subprocess.Popen] = []

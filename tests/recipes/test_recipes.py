@@ -26,6 +26,8 @@ from vitprune_fast.errors import InvalidInput, RunFolderError, StageFailed
 from vitprune_fast.recipes.start import run
 from vitprune_fast.run.report import figures
 
+# timm's smallest CNN
+CNN = "test_resnet"
 # the steps between the dense model and the evaluation
 SMALLER = {
     "one-shot": "score plan prune sweep",
@@ -46,7 +48,7 @@ def way(name: str, out: Path) -> RunConfig:
         "masks": {"masks": MaskConfig(0.6, every=1)},
         "rounds": {"rounds": RoundConfig(2, 1), "plan": PlanConfig(macs=0.49)},
         "teachers": {
-            "teachers": TeacherConfig(("self", "resnet18"), pretrained=False, epochs=1, size=32)
+            "teachers": TeacherConfig(("self", CNN), pretrained=False, epochs=1, size=32)
         },
     }[name]
     return replace(TINY, out=out, **changes)
@@ -80,7 +82,7 @@ def test_its_steps_make_the_model_smaller(finished: tuple[str, Path, dict]) -> N
     assert cost.macs == summary["after"]["macs"]
     assert vp.Plan.load(out / "plan.json")
     if name == "teachers":
-        kinds = [{"name": "self", "kind": "self"}, {"name": "resnet18", "kind": "cnn"}]
+        kinds = [{"name": "self", "kind": "self"}, {"name": CNN, "kind": "cnn"}]
         assert summary["teachers"] == kinds
     if name == "fixed gates":
         check_that_what_stays_was_trained(out)

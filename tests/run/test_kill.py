@@ -116,7 +116,7 @@ def of_any_process(found: dict[str, bytes]) -> dict[str, bytes]:
 def copies(
     attempts: Attempts, short: tuple[Path, Outcome], tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Path]:
-    """What a kill can leave of the tiny job, beside the folder it ran in."""
+    """What a kill can leave of the tiny job, besides the folder it ran in."""
     base = tmp_path_factory.mktemp("copies")
     (base / "left").mkdir()
     outcome = attempts.finish(command(TINY, base / "run"), copies=base / "left")

@@ -93,7 +93,7 @@ class Gates:
     def attached(self, model: Any) -> ExitStack:
         """Context in which the model is gated."""
         stack = ExitStack()
-        # before the others: it computes the output anew
+        # before the others: it computes the output again
         for norm, output in self._norms:
             hook = norm.register_forward_hook(
                 lambda n, inputs, y, o=output: weighted_norm(n, inputs[0], self.embed, output=o)

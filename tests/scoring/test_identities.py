@@ -1,7 +1,7 @@
 """The identities that make scores nearly free, in fp64 on a random ViT.
 
 Truth is the gradient of real gates: factors of 1 on heads, dims, neurons, norm outputs, branches
-and everything written into a channel. Each test sets it beside what activations or weights and
+and everything written into a channel. Each test compares it with what activations or weights and
 their gradients give. Losses are summed over samples. Notation: B samples, N tokens, C channels, H
 heads, K head dims; ``d`` before a name is the gradient of the loss; ``W * dW`` is elementwise.
 """
@@ -147,7 +147,7 @@ def run() -> Run:
 
 
 def per_sample(run: Run, *units: str) -> dict[str, Tensor]:
-    """Our scores, by hooks alone; test_units.py has the fused path beside real gates."""
+    """Our scores, by hooks alone; test_units.py compares the fused path with real gates."""
     batch = (run.images, run.labels)
     return dict(score(run.model, [batch], units=units, per_sample=True, path="taps").per_sample)
 

@@ -26,7 +26,7 @@ def activations(batch: int) -> int:
 
 @pytest.mark.slow
 def test_memory_is_that_of_the_activations_of_one_micro_batch() -> None:
-    # beside them: what one block computes with at a time, and what the allocator keeps
+    # besides them: what one block computes with at a time, and what the allocator keeps
     working = 4 * 8 * TOKENS * (4 * HIDDEN + 6 * WIDTH) + 32 * MIB
     assert peak("score", MODEL, 8) <= activations(8) + working
     assert peak("score", MODEL, 8, 4) <= activations(4) + working

@@ -332,6 +332,6 @@ def test_mask_restores_every_bit_also_after_an_error() -> None:
 
 @pytest.mark.slow
 def test_memory_is_that_of_the_result() -> None:
-    """Never a second copy of anything, with the moments of AdamW beside the weights."""
+    """Never a second copy of anything, with the moments of AdamW and the weights."""
     needed, made = peak_of_prune("vit_small_patch16_224")
     assert needed <= 1.2 * made
