@@ -47,9 +47,7 @@ def way(name: str, out: Path) -> RunConfig:
         "fixed gates": {"gates": GateConfig("fixed", macs=0.6, epochs=1)},
         "masks": {"masks": MaskConfig(0.6, every=1)},
         "rounds": {"rounds": RoundConfig(2, 1), "plan": PlanConfig(macs=0.49)},
-        "teachers": {
-            "teachers": TeacherConfig(("self", CNN), pretrained=False, epochs=1, size=32)
-        },
+        "teachers": {"teachers": TeacherConfig(("self", CNN), pretrained=False, epochs=1, size=32)},
     }[name]
     return replace(TINY, out=out, **changes)
 

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from tests.processes import outcomes, together
 from vitprune_fast.errors import NotEnoughMemory, RunFolderError
 from vitprune_fast.files import read_metadata, read_tensors, write_tensors
 from vitprune_fast.scoring import Scores, ScoringStopped, resume, score
@@ -224,40 +222,15 @@ def test_events_tell_how_far_and_how_fast() -> None:
     assert all(event["images_per_s"] > 0 for event in events[1:])
 
 
-WORKER = """
-import os, sys
-import torch
-from torch import distributed as dist
-from scoring.test_stream import stream
-from vitprune_fast.scoring import score
-from vitprune_fast.testing import random_vit
-
-rank, world, folder, fails = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3], sys.argv[4] == "1"
-torch.set_num_threads(1)
-dist.init_process_group("gloo", f"file://{folder}/store{world}", rank=rank, world_size=world)
-model = random_vit(dtype=torch.float32)
-if fails and rank == 1:
-    model.register_forward_pre_hook(lambda *_: (_ for _ in ()).throw(ArithmeticError("here")))
-scores = score(
-    model, stream(model), criterion="fisher", units="all", per_sample=True, micro_batch=4
-)
-scores.save(f"{folder}/scores{rank}.safetensors")
-dist.destroy_process_group()
-"""
-
-
-def start(tmp_path: Path, world: int, fails: bool = False) -> list[subprocess.Popen]:
-    command = [sys.executable, "-c", WORKER]
-    return [
-        subprocess.Popen(
-            [*command, str(rank), str(world), str(tmp_path), str(int(fails))],
-            cwd=Path(__file__).parents[1],
-            stderr=subprocess.PIPE,
-            text=True,
-            env={**os.environ, "PYTHONPATH": f"{Path(__file__).parents[2]}:."},
-        )
-        for rank in range(world)
-    ]
+def shared(rank: int, folder: Path, fails: bool = False) -> None:
+    """Score with the others, and save what this process gets."""
+    model = random_vit(dtype=torch.float32)
+    if fails and rank == 1:
+        model.register_forward_pre_hook(lambda *_: (_ for _ in ()).throw(ArithmeticError("here")))
+    scores = score(
+        model, stream(model), criterion="fisher", units="all", per_sample=True, micro_batch=4
+    )
+    scores.save(folder / f"scores{rank}.safetensors")
 
 
 @pytest.mark.parametrize("world", [2, 3])
@@ -266,17 +239,15 @@ def test_processes_share_the_work_and_all_get_the_same_bits(tmp_path: Path, worl
     alone = score(
         model, stream(model), criterion="fisher", units="all", per_sample=True, micro_batch=4
     )
-    processes = start(tmp_path, world)
-    errors = [process.communicate()[1] for process in processes]
-    assert [process.returncode for process in processes] == [0] * world, errors
+    together(world, shared, tmp_path, store=tmp_path / "store")
     for rank in range(world):
         same_bits(alone, Scores.load(tmp_path / f"scores{rank}.safetensors"))
 
 
 def test_a_failing_process_ends_all_of_them(tmp_path: Path) -> None:
-    processes = start(tmp_path, 2, fails=True)
-    first, second = (process.communicate()[1] for process in processes)
+    found = outcomes(2, shared, tmp_path, True, store=tmp_path / "store")
+    (one, first), (other, second) = found
     # the survivor may also be ended by its backend, once the other one is gone
-    assert all(process.returncode != 0 for process in processes)
+    assert not one and not other
     assert "every process must succeed, got a failure in rank 1" in first
     assert "ArithmeticError: here" in second
