@@ -14,9 +14,9 @@
 #include <string>
 #include <type_traits>
 
-#include "checks.h"
 #include "cpu/isa.h"
 #include "cpu/lanes.h"
+#include "tensors.h"
 
 namespace vitprune {
 
