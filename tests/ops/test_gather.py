@@ -24,7 +24,7 @@ DTYPES = [
 ]
 
 
-def gather(source, rows=None, columns=None, backend="auto"):
+def gather(source, rows=None, columns=None, backend: ops.Backend = "auto"):
     """The op on one matrix."""
     picked = (None if index is None else index.numpy() for index in (rows, columns))
     (result,) = ops.gather_all(

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 from vitprune_fast import _checks
+from vitprune_fast._checks import check_wide, refuse_second_derivative
 from vitprune_fast.ops._dispatch import Backend, choose
 from vitprune_fast.ops._forms import Forms, custom_op
-from vitprune_fast.ops._probes import check_wide, refuse_second_derivative, score_dtype
 from vitprune_fast.ops._qkv import (
     check_qkv,
     factor_of_logits,
@@ -24,6 +24,7 @@ from vitprune_fast.ops._qkv import (
     with_adjacent_dims,
 )
 from vitprune_fast.transfer import sent
+from vitprune_fast.wide import wide_dtype
 
 _OP = "gated_attention"
 # Beyond this many tokens attention is bound by its matrix products, of which our backward has 7
@@ -46,7 +47,7 @@ def _fake(
     return (
         qkv_BN3HK.new_empty(batch, num_tokens, num_out, head_dim),
         qkv_BN3HK.new_empty((batch, num_tokens, num_live, head_dim) if raw else (0,)),
-        qkv_BN3HK.new_empty(batch, num_live, num_tokens, dtype=score_dtype(qkv_BN3HK)),
+        qkv_BN3HK.new_empty(batch, num_live, num_tokens, dtype=wide_dtype(qkv_BN3HK)),
     )
 
 
@@ -65,7 +66,7 @@ def _fake_backward(
 ) -> tuple[Tensor, Tensor]:
     dqkv_BN3HK = qkv_BN3HK.new_empty(qkv_BN3HK.shape if qkv else (0,))
     gates = (qkv_BN3HK.shape[3],) if raw else (0,)
-    return dqkv_BN3HK, qkv_BN3HK.new_empty(gates, dtype=score_dtype(qkv_BN3HK))
+    return dqkv_BN3HK, qkv_BN3HK.new_empty(gates, dtype=wide_dtype(qkv_BN3HK))
 
 
 # plain torch differentiates by itself

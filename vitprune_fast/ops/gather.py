@@ -218,7 +218,7 @@ def gather_all(
 
 
 def _matrix(source: Tensor, entry: int, table: GatherTable, first: Tensor) -> Tensor:
-    """A source as the matrix that its entry tells of."""
+    """A source as the matrix of its entry."""
     _checks.require_tensor("gather_all", "sources", source)
     if not 0 <= entry < len(table):
         rule = f"hold numbers from 0 to {len(table) - 1}"
