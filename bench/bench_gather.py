@@ -31,7 +31,7 @@ def half(size: int, unit: int = 1) -> torch.Tensor:
 def gather(weight: torch.Tensor, rows=None, columns=None) -> Callable[[], torch.Tensor]:
     """Our call for one matrix, by a table that is made once."""
     picked = (None if index is None else index.numpy() for index in (rows, columns))
-    table = ops.GatherTable([ops.Selection(tuple(weight.shape), *picked)])
+    table = ops.GatherTable([ops.Selection((len(weight), weight.shape[1]), *picked)])
     return lambda: ops.gather_all([weight], table, backend="cpu")[0]
 
 

@@ -1,4 +1,4 @@
-"""What a training works on: all that its steps change, and all that a checkpoint keeps of it."""
+"""The state of a training: all that its steps change, and what a checkpoint keeps of it."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ class TrainingState:
 
     Attributes:
         folder: where checkpoints are; None writes none.
-        on_event: told where the training is.
+        on_event: called with every event.
         named: the student's parameters that learn.
         best: weights of the best epoch so far; empty where none is kept.
         progress: its counters.
@@ -95,7 +95,7 @@ class TrainingState:
 
     @cached_property
     def teacher_weights(self) -> dict[str, str]:
-        """Teacher -> what tells its weights from others."""
+        """Teacher -> fingerprint of its weights."""
         return {teacher.name: teacher.fingerprint() for teacher in self.teachers or ()}
 
     @property
@@ -107,7 +107,7 @@ class TrainingState:
         return self.config.lr * grown
 
     def _other_groups(self) -> list[dict[str, Any]]:
-        """What learns beside the student, with its own learning rate."""
+        """Parameters trained besides the student's, with their own learning rates."""
         config, groups = self.config, []
         if self.gates is not None:
             rate = 5 * self.peak if config.gate_lr is None else config.gate_lr
@@ -122,7 +122,7 @@ class TrainingState:
         return [*groups, matrices]
 
     def tell(self, event: str, epoch: int, **values: Any) -> None:
-        """Say what happened, and where the training is."""
+        """Send an event, with the epoch and the step."""
         if self.on_event is not None:
             place = {"epoch": epoch, "step": self.progress.step}
             self.on_event({"stage": "distill", "event": event, **place, **values})
@@ -143,7 +143,7 @@ class TrainingState:
         state: dict[str, Any] = {
             "config": asdict(self.config),
             "progress": asdict(self.progress),
-            "told": self._told(),
+            "told": self._arguments(),
         }
         if self.scaler.is_enabled():
             state["scaler"] = self.scaler.state_dict()
@@ -189,7 +189,7 @@ class TrainingState:
             masks = stored.state["masks"]
             self.masked.set(Plan.from_json(masks["plan"]), masks["share"])
         self.progress = Progress(**stored.state["progress"])
-        # a kill may have come between the newest checkpoint and the end of the oldest
+        # a kill may have come after the newest was written and before the oldest was deleted
         if self.ranks.is_first:
             tidy(self.folder, self.progress.step)
         self.tell("resume", self.progress.step // self.stream.steps_per_epoch)
@@ -204,7 +204,7 @@ class TrainingState:
         return {**self.named, **{f"extras.{name}": p for name, p in self.task.named_extras()}}
 
     def _generators(self) -> list[torch.Generator]:
-        """What timm rounds an average in bfloat16 with, which is drawn from step after step."""
+        """The generator that timm rounds an average in bfloat16 with, which advances every step."""
         generator = getattr(self.average, "_sr_generator", None)
         return [] if generator is None else [generator]
 
@@ -220,7 +220,7 @@ class TrainingState:
 
     def _check_same(self, state: dict[str, Any]) -> None:
         changed = self.config.differences(state["config"])
-        told, stored = self._told(), state.get("told", {})
+        told, stored = self._arguments(), state.get("told", {})
         for name in told:
             if not changed and told[name] != stored.get(name):
                 changed = f"{name}: {stored.get(name)} -> {told[name]}"
@@ -230,8 +230,8 @@ class TrainingState:
                 f"got others ({changed}); take another checkpoint_dir"
             )
 
-    def _told(self) -> dict[str, Any]:
-        """What a training is told beside its config, as far as that is data."""
+    def _arguments(self) -> dict[str, Any]:
+        """Arguments of the training besides its config, as far as they are plain data."""
         told: dict[str, Any] = {
             "processes": self.ranks.world,
             "steps per epoch": self.stream.steps_per_epoch,
@@ -256,7 +256,7 @@ class TrainingState:
 
 
 def _check_parameters(named: dict[str, nn.Parameter], *, alone: bool) -> None:
-    """Refuse a student that cannot learn; with gates beside it all of it may be frozen."""
+    """Refuse a student that cannot learn; with gates all of it may be frozen."""
     if not named and alone:
         raise InvalidInput(
             "distill: student must have a parameter that requires a gradient, got all frozen; "
