@@ -15,17 +15,7 @@ PACKAGE = "vitprune_fast"
 PAGE = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
 # what every room may import
 GROUND = (
-    *(
-        "errors",
-        "_version",
-        "_toolkit",
-        "_host",
-        "_extension",
-        "_checks",
-        "wide",
-        "randomness",
-        "stated",
-    ),
+    *("errors", "_version", "_toolkit", "_host", "_extension", "wide", "_checks", "randomness"),
     *("stated", "registry", "hardware", "files", "sealed", "transfer", "batches", "precision"),
     *("ranks", "timing", "config"),
 )

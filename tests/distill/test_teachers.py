@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 import vitprune_fast as vp
 from vitprune_fast.data import Loader, open_data
-from vitprune_fast.distill.features import HiddenStates
+from vitprune_fast.distill.hidden_states import HiddenStates
 from vitprune_fast.distill.losses._base import Seen
 from vitprune_fast.distill.teachers import Teacher, TeacherSet, resolve_teacher
 from vitprune_fast.errors import InvalidInput

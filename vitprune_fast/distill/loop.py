@@ -16,13 +16,13 @@ from vitprune_fast.batches import check_single_label
 from vitprune_fast.config.distill import DistillConfig
 from vitprune_fast.distill.masks import MaskSchedule
 from vitprune_fast.distill.optim import as_trained, is_fused, learning_rate
-from vitprune_fast.distill.pace import Pace
 from vitprune_fast.distill.progress import Event
 from vitprune_fast.distill.rate import IMAGES, start_rate, state_of
 from vitprune_fast.distill.state import Batches, TrainingState
 from vitprune_fast.distill.stream import MicroBatch
 from vitprune_fast.distill.tally import Outcome
 from vitprune_fast.distill.teachers import Teacher, TeacherSet
+from vitprune_fast.distill.throughput import Throughput
 from vitprune_fast.errors import InvalidInput, StageFailed
 from vitprune_fast.evaluation import evaluate
 from vitprune_fast.gates import BudgetLoss, Gates
@@ -206,7 +206,7 @@ class _Run(TrainingState):
         else:
             self.task.run_on(self.masked.soft.refresh(), whole=False)
         self.task.train()
-        self.pace = Pace(self.task)
+        self.throughput = Throughput(self.task)
 
     def _start(self) -> None:
         """Look at the student as it was given, which is the first that may be the best."""
@@ -238,7 +238,7 @@ class _Run(TrainingState):
     def _epoch(self, epoch: int, start: int) -> bool:
         """Run the rest of an epoch; False when asked to stop in it."""
         progress, config = self.progress, self.config
-        self.pace.restart()
+        self.throughput.restart()
         asked = False
         for batches in self.stream.epoch(epoch, start):
             self._change_masks(epoch)
@@ -247,7 +247,7 @@ class _Run(TrainingState):
                 group["lr"] = lr * group["lr_scale"]
             self._step(batches)
             progress.step += 1
-            self.pace.add(batches, self.ranks.world)
+            self.throughput.add(batches, self.ranks.world)
             done = progress.step % self.stream.steps_per_epoch == 0
             due = done or _is_due(progress.step, config.checkpoint_steps)
             looks = due or _is_due(progress.step, config.log_steps or _LOOK)
@@ -451,7 +451,7 @@ class _Run(TrainingState):
         return None
 
     def _tell_step(self, epoch: int, lr: float, parts: dict[str, float | None]) -> None:
-        values: Event = {"steps": self.stream.steps, "lr": lr, **self.pace.rates(), **parts}
+        values: Event = {"steps": self.stream.steps, "lr": lr, **self.throughput.rates(), **parts}
         counted = self.masked or self.gates
         if counted is not None:
             values["alive"] = counted.alive()

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from vitprune_fast import ops
 from vitprune_fast.batches import as_input, logits_of
 from vitprune_fast.config.distill import DistillConfig, loss_class
-from vitprune_fast.distill.features import HiddenStates
+from vitprune_fast.distill.hidden_states import HiddenStates
 from vitprune_fast.distill.labels import binary_cross_entropy, cross_entropy
 from vitprune_fast.distill.losses._base import Comparison, Loss, Reads, Seen
 from vitprune_fast.distill.losses.soft import Soft

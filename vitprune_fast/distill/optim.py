@@ -13,7 +13,7 @@ from timm.utils import unwrap_model
 from torch import nn
 
 from vitprune_fast.config.distill import DistillConfig
-from vitprune_fast.distill.features import block_names
+from vitprune_fast.distill.hidden_states import block_names
 from vitprune_fast.errors import InvalidInput
 from vitprune_fast.structure import families
 

@@ -13,7 +13,6 @@ from torch import Tensor, nn
 
 from vitprune_fast.config.distill import DistillConfig
 from vitprune_fast.distill.average import Average, EpochAverage
-from vitprune_fast.distill.checkpoints import Checkpoint, read_newest, tidy, write_checkpoint
 from vitprune_fast.distill.masks import MaskedStudent, MaskSchedule
 from vitprune_fast.distill.objective import Objective, images_like
 from vitprune_fast.distill.optim import is_fused, make_optimizer
@@ -23,6 +22,12 @@ from vitprune_fast.distill.stream import Stream
 from vitprune_fast.distill.tally import Tally
 from vitprune_fast.distill.task import DistillTask
 from vitprune_fast.distill.teachers import TeacherSet
+from vitprune_fast.distill.training_checkpoints import (
+    Checkpoint,
+    read_newest,
+    tidy,
+    write_checkpoint,
+)
 from vitprune_fast.errors import InvalidInput, RunFolderError
 from vitprune_fast.gates import BudgetLoss, Gates
 from vitprune_fast.planning import Plan

@@ -19,7 +19,7 @@ from timm.utils import unwrap_model
 from torch import Tensor, nn
 
 from vitprune_fast.batches import as_input, classes_of, logits_of
-from vitprune_fast.distill.conversion import Conversion
+from vitprune_fast.distill.image_conversion import Conversion
 from vitprune_fast.distill.losses._base import Reads, Seen
 from vitprune_fast.errors import InvalidInput
 from vitprune_fast.modules.behaviour import check_behaviour

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from vitprune_fast._checks import require
 from vitprune_fast.config.distill import DistillConfig
-from vitprune_fast.distill.features import HiddenStates, block_names
+from vitprune_fast.distill.hidden_states import HiddenStates, block_names
 from vitprune_fast.distill.losses._tokens import Pairs, align_tokens, block_pairs
 from vitprune_fast.wide import wide
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import set_checkpoint_early_stop
 
 import vitprune_fast as vp
-from vitprune_fast.distill.features import HiddenStates, block_names
+from vitprune_fast.distill.hidden_states import HiddenStates, block_names
 from vitprune_fast.errors import InvalidInput
 from vitprune_fast.modeling_pruned import HalfBlock
 
