@@ -1,4 +1,4 @@
-"""Softmax attention on packed qkv, forward and backward: every kernel of it, and their launches.
+"""Softmax attention on packed qkv: launches of its forward and backward kernels.
 
 B batch, N tokens, H heads, L live heads, K head dim; packed ``qkv`` is (B, N, 3, H, K).
 

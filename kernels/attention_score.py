@@ -2,8 +2,8 @@
 
 B batch, N tokens, H heads, K head dim; packed ``qkv`` is (B, N, 3, H, K).
 
-What the tokens of each block of queries add to a score comes out of the backward's first launch; a
-second stage sums these parts.
+The backward's first launch gives what each block of queries adds to a score; a second stage sums
+these parts.
 """
 
 from __future__ import annotations

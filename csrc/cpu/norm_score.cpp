@@ -35,7 +35,7 @@ constexpr int64_t kSums = 4;
 template <typename Acc>
 struct Norm {
   const Acc* weight;  // (C,), then zeros up to a whole number of vectors
-  const Acc* bias;    // likewise
+  const Acc* bias;    // the same
   int64_t channels;
   Acc eps;
   bool rms;

@@ -37,7 +37,7 @@ Gradients = tuple[Tensor, Tensor, Tensor, Tensor]
 
 
 class AttentionScore(NamedTuple):
-    """What backward gives; None where it was not asked for.
+    """Results of the backward; None where not asked for.
 
     Args:
         qkv: gradient of packed qkv, ``(B, N, 3, H, K)``, contiguous, of the dtype of qkv.
@@ -390,6 +390,6 @@ def scored_attention(
             why = ", one number per sample and unit of qkv_BN3HK"
             check_wide(op, name, probe, shape, why, "qkv_BN3HK", qkv_BN3HK)
     factor = factor_of_logits(scale, qkv_BN3HK)
-    # settled here for the backward too
+    # chosen here for the backward too
     chosen = _choose(qkv_BN3HK, backend)
     return _scored(qkv_BN3HK, head_BH, qk_dim_BHK, v_dim_BHK, factor, per_token, chosen)[0]

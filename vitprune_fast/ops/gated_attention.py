@@ -111,7 +111,7 @@ def _setup_context(ctx, inputs, output):
         raise RuntimeError(f"{_OP}: raw must be True where the gate needs a gradient, got False")
     ctx.mark_non_differentiable(raw_BNLK, lse_BLN)
     ctx.set_materialize_grads(False)
-    # behind the gate the output is kept anyway, by whoever reads it
+    # the gated output is kept in memory anyway, by the next layer
     kept = raw_BNLK if ctx.raw else out_BNHK
     ctx.save_for_backward(qkv_BN3HK, gate_H, mask_BN, kept, lse_BLN)
 
@@ -215,7 +215,7 @@ def _check_mask(mask_BN: Tensor, qkv_BN3HK: Tensor) -> None:
 
 
 def registered_op() -> Any:
-    """The registered op, ``(qkv, gate, mask, live, ...)``, for those who count FLOPs."""
+    """The registered op, ``(qkv, gate, mask, live, ...)``, for FLOP counters."""
     return torch.ops.vitprune_fast.gated_attention
 
 
@@ -288,7 +288,7 @@ def gated_attention(
         return _eager(*arguments)
     raw = _needs_gradient(gate_H)
     if chosen == "cpu":
-        # its backward reads no other output than the one before the gate, of live heads alone
+        # its backward reads only the output before the gate, of the live heads
         needed = gate_H is not None or len(live) < qkv_BN3HK.shape[3]
         raw = needed and torch.is_grad_enabled()
     return _gated_attention(*arguments, raw, chosen)[0]

@@ -24,7 +24,7 @@ Packed = Literal["x_first", "x_last"]
 
 
 class GatedUnitScore(NamedTuple):
-    """What the backward of hidden units gives.
+    """Results of the backward of hidden units.
 
     Args:
         x: gradient w.r.t. ``x_BNF``, of its shape and dtype, contiguous.
@@ -124,7 +124,7 @@ def _gated_unit(
 ) -> Tensor:
     if gate_F is not None:
         return _forward_forms.plain[backend](x_BNF, value_BNF, gate_F, activation, packed)
-    # torch's own is at the speed of memory; the backward is what has no equal there
+    # torch's own forward runs at memory speed; only the backward has no equal in torch
     if packed is not None:
         x_BNF, value_BNF = halves(x_BNF, packed)
     h_BNF = _reference.ACTIVATIONS[activation](x_BNF)
@@ -251,7 +251,7 @@ def gated_unit(
     elif probe_BF is not None:
         why = ", one number per sample and column of the result"
         check_wide(_OP, "probe_BF", probe_BF, (x_BNF.shape[0], columns), why, "x_BNF", x_BNF)
-    # settled here, so that a backend that cannot run is refused before the backward
+    # chosen here, so that a backend that cannot run is refused before the backward
     chosen = choose(_OP, x_BNF, backend)
     return _gated_unit(x_BNF, value_BNF, gate_F, probe_BF, activation, packed, per_token, chosen)
 

@@ -62,7 +62,7 @@ class Selection:
         )
 
     def inverse(self) -> Selection:
-        """What puts the entries back where they were, and zeros where nothing was taken.
+        """The way back: entries where they were, and zeros where nothing was taken.
 
         Raises:
             InvalidInput: a row or column was taken twice, so there is no way back.
@@ -138,7 +138,7 @@ def _check_index(name: str, index: NDArray | None, size: int) -> None:
         )
 
 
-# what a gather may convert on its way
+# conversions that a gather may do
 CASTS = {
     (torch.float32, torch.bfloat16),
     (torch.float32, torch.float16),
@@ -212,7 +212,7 @@ def gather_all(
         _eager(matrices, results, [(each.rows, each.columns) for each in kept])
     if out is None:
         return results
-    # a graph that still needs what was there says so, as with any other change in place
+    # autograd then refuses a graph that still needs the old values, as after any change in place
     torch.autograd.graph.increment_version(results)
     return list(out)
 
@@ -234,7 +234,7 @@ def _matrix(source: Tensor, entry: int, table: GatherTable, first: Tensor) -> Te
 
 
 def _target(out: Tensor, shape: tuple[int, int], like: Tensor) -> Tensor:
-    """What is written into, as the matrix that comes out."""
+    """An ``out`` tensor as the matrix to write into."""
     fits = out.is_contiguous() and out.device == like.device
     if not fits or out.numel() != shape[0] * shape[1]:
         rule = f"be contiguous, on {like.device}, of {shape} elements"
@@ -243,7 +243,7 @@ def _target(out: Tensor, shape: tuple[int, int], like: Tensor) -> Tensor:
 
 
 def _unable() -> dict[str, str]:
-    """The forms that read a table, where nothing is there to lay it out."""
+    """The backends that need the table, where the pybind11 unit that makes it is missing."""
     if _HAS_HOST:
         return {}
     return dict.fromkeys(("cpu", "cuda"), "the pybind11 unit is not built (`make ext` builds it)")

@@ -20,7 +20,7 @@ _REDUCTIONS = ("batchmean", "numel", "sum")
 
 
 class KdCrossEntropy(NamedTuple):
-    """The loss and what it is made of.
+    """The loss and its parts.
 
     Attributes:
         loss: ``ce_weight * ce + alpha * kd``, a scalar; the gradient flows through it alone.

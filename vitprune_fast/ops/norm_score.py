@@ -113,7 +113,7 @@ def norm_score(
     return form(x_BNC, grad_y_BNC, weight_C, bias_C, eps, rms, output)
 
 
-# torch's own forward is at the speed of memory; the backward is what has no equal there
+# torch's own forward runs at memory speed; only the backward has no equal in torch
 @custom_op("vitprune_fast::scored_norm")
 def _scored(
     x_BNC: Tensor,
