@@ -148,6 +148,7 @@ class TrainingState:
         state: dict[str, Any] = {
             "config": asdict(self.config),
             "progress": asdict(self.progress),
+            # a key that older checkpoints have
             "told": self._arguments(),
         }
         if self.scaler.is_enabled():
@@ -225,10 +226,10 @@ class TrainingState:
 
     def _check_same(self, state: dict[str, Any]) -> None:
         changed = self.config.differences(state["config"])
-        told, stored = self._arguments(), state.get("told", {})
-        for name in told:
-            if not changed and told[name] != stored.get(name):
-                changed = f"{name}: {stored.get(name)} -> {told[name]}"
+        given, stored = self._arguments(), state.get("told", {})
+        for name in given:
+            if not changed and given[name] != stored.get(name):
+                changed = f"{name}: {stored.get(name)} -> {given[name]}"
         if changed:
             raise RunFolderError(
                 f"distill: config and data must be those of the checkpoint in {self.folder}, "
@@ -237,27 +238,27 @@ class TrainingState:
 
     def _arguments(self) -> dict[str, Any]:
         """Arguments of the training besides its config, as far as they are plain data."""
-        told: dict[str, Any] = {
+        given: dict[str, Any] = {
             "processes": self.ranks.world,
             "steps per epoch": self.stream.steps_per_epoch,
             "masks": self.masked is not None,
             "gates": self.gates is not None,
         }
-        told |= {f"teacher {name}": weights for name, weights in self.teacher_weights.items()}
-        told["teachers"] = list(self.teacher_weights)
+        given |= {f"teacher {name}": weights for name, weights in self.teacher_weights.items()}
+        given["teachers"] = list(self.teacher_weights)
         for name in ("batch_size", "seed", "shuffle", "repeats", "augment"):
             if hasattr(self.stream.train, name):
-                told[f"train.{name}"] = repr(getattr(self.stream.train, name))
+                given[f"train.{name}"] = repr(getattr(self.stream.train, name))
         if self.masked is not None:
             schedule = vars(self.masked.schedule)
-            told |= {f"masks.{name}": schedule[name] for name in schedule if name != "planner"}
-            told["masks.units"] = list(self.masked.schedule.units)
+            given |= {f"masks.{name}": schedule[name] for name in schedule if name != "planner"}
+            given["masks.units"] = list(self.masked.schedule.units)
         if self.gates is not None:
             for name in ("kind", "keep", "round_to", "penalties", "seed"):
-                told[f"gates.{name}"] = getattr(self.gates, name)
+                given[f"gates.{name}"] = getattr(self.gates, name)
         budget: Any = dict(self.task.extras).get("gate_budget")
-        told["gate_budget"] = None if budget is None else budget.limit
-        return told
+        given["gate_budget"] = None if budget is None else budget.limit
+        return given
 
 
 def _check_parameters(named: dict[str, nn.Parameter], *, alone: bool) -> None:
