@@ -7,29 +7,20 @@
 #include <string>
 #include <vector>
 
-#include "checks.h"
 #include "gather_table.h"
-#include "layout.h"
+#include "tensors.h"
 
 namespace vitprune {
 
-inline void check_element_size(const char* op, const char* name,
-                               const torch::stable::Tensor& source) {
-  const auto size = static_cast<int64_t>(source.element_size());
-  VP_CHECK(size == 1 || size == 2 || size == 4 || size == 8 || size == 16, op, name,
-           "have elements of 1, 2, 4, 8 or 16 bytes", size);
-}
-
-inline void check_table(const torch::stable::Tensor& table) {
-  VP_CHECK(table.dim() == 1 && table.scalar_type() == torch::headeronly::ScalarType::Int &&
-               table.is_contiguous() && table.is_cpu(),
+inline void check_table(const Tensor& table) {
+  VP_CHECK(table.dim() == 1 && table.scalar_type() == ScalarType::Int && table.is_contiguous() &&
+               table.is_cpu(),
            "gather_all", "table", "be a contiguous 1-D int32 tensor on the CPU", "another tensor");
   GatherTableView(static_cast<const int32_t*>(table.data_ptr())).check(table.numel());
 }
 
 // What happens to numbers on the way from one dtype to another.
-inline Cast cast_between(torch::headeronly::ScalarType from, torch::headeronly::ScalarType to) {
-  using torch::headeronly::ScalarType;
+inline Cast cast_between(ScalarType from, ScalarType to) {
   if (from == to) return Cast::kNone;
   if (from == ScalarType::Float && to == ScalarType::BFloat16) return Cast::kFloatToBFloat16;
   if (from == ScalarType::Float && to == ScalarType::Half) return Cast::kFloatToHalf;
@@ -43,10 +34,9 @@ inline Cast cast_between(torch::headeronly::ScalarType from, torch::headeronly::
 
 // Also copies sources whose columns are not adjacent. Everything is on the CPU, or on the GPU of
 // the first source.
-inline void check_matrices(const GatherTableView& table,
-                           std::vector<torch::stable::Tensor>& sources,
-                           const std::vector<torch::stable::Tensor>& targets,
-                           const std::vector<int64_t>& entries, bool on_gpu) {
+inline void check_matrices(const GatherTableView& table, std::vector<Tensor>& sources,
+                           const std::vector<Tensor>& targets, const std::vector<int64_t>& entries,
+                           bool on_gpu) {
   VP_CHECK(targets.size() == sources.size() && entries.size() == sources.size(), "gather_all",
            "targets and entries", "be as many as the sources",
            std::to_string(targets.size()) + " and " + std::to_string(entries.size()));
@@ -54,7 +44,9 @@ inline void check_matrices(const GatherTableView& table,
     VP_CHECK(entries[i] >= 0 && entries[i] < table.num_entries(), "gather_all", "entries",
              "hold numbers from 0 to " + std::to_string(table.num_entries() - 1), entries[i]);
     const GatherEntry& entry = table.entry(entries[i]);
-    check_element_size("gather_all", "sources", sources[i]);
+    const auto size = static_cast<int64_t>(sources[i].element_size());
+    VP_CHECK(size == 1 || size == 2 || size == 4 || size == 8 || size == 16, "gather_all",
+             "sources", "have elements of 1, 2, 4, 8 or 16 bytes", size);
     for (const auto& each : {sources[i], targets[i]}) {
       VP_CHECK((on_gpu ? each.is_cuda() : each.is_cpu()) &&
                    each.get_device_index() == sources[0].get_device_index(),

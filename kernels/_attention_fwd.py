@@ -1,4 +1,4 @@
-"""Softmax attention of some queries of one head, inside kernels: see ``_attention_rows``."""
+"""The forward kernel of softmax attention on packed qkv: see ``attention``."""
 
 from __future__ import annotations
 
@@ -12,6 +12,8 @@ from vitprune_fast.kernels._attention_rows import (
     load_pieces,
     load_rows,
     operand,
+    place,
+    store_pieces,
     zero_pieces,
 )
 
@@ -68,59 +70,6 @@ def _online_tile(
 
 
 @triton.jit
-def attend(
-    q_ptr,  # first query of the program
-    k_ptr,
-    v_ptr,
-    mask_ptr,  # (N,) of the sample; looked at only with KEY_MASK
-    stride_n,
-    num_rows,  # queries of the program that are there
-    scale,
-    # a model has one number of tokens per image size; as constants the bounds of the loop are
-    # static, which older interpreters need, and the last tile has its own width
-    NUM_TOKENS: tl.constexpr,
-    HEAD_DIM: tl.constexpr,
-    K0: tl.constexpr,
-    K1: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    TAIL: tl.constexpr,
-    KEY_MASK: tl.constexpr,
-    ELEMENT: tl.constexpr,
-    PRECISION: tl.constexpr,
-    UPCAST: tl.constexpr,
-):
-    """Output before its normaliser (both pieces), the normaliser, and its natural logarithm."""
-    there = tl.arange(0, BLOCK_M) < num_rows
-    q0, q1 = load_pieces(q_ptr, stride_n, there, BLOCK_M, HEAD_DIM, K0, K1, UPCAST)
-    acc0, acc1 = zero_pieces(BLOCK_M, K0, K1)
-    top = tl.full((BLOCK_M,), -float("inf"), tl.float32)
-    total = tl.zeros((BLOCK_M,), tl.float32)
-    scale_log2 = scale * LOG2_E
-    WHOLE: tl.constexpr = NUM_TOKENS // BLOCK_N * BLOCK_N
-    for _ in range(0, WHOLE, BLOCK_N):
-        top, total, acc0, acc1 = _online_tile(
-            q0, q1, top, total, acc0, acc1, k_ptr, v_ptr, mask_ptr, stride_n, scale_log2,
-            BLOCK_N, BLOCK_N, HEAD_DIM, K0, K1, KEY_MASK, ELEMENT, PRECISION, UPCAST,
-        )  # fmt: skip
-        k_ptr += BLOCK_N * stride_n
-        v_ptr += BLOCK_N * stride_n
-        if KEY_MASK:
-            mask_ptr += BLOCK_N
-    if TAIL > 0:
-        top, total, acc0, acc1 = _online_tile(
-            q0, q1, top, total, acc0, acc1, k_ptr, v_ptr, mask_ptr, stride_n, scale_log2,
-            NUM_TOKENS - WHOLE, TAIL, HEAD_DIM, K0, K1, KEY_MASK, ELEMENT, PRECISION, UPCAST,
-        )  # fmt: skip
-    if KEY_MASK:
-        # without a key the output is 0, and so is every weight that backward computes again
-        top = tl.where(total == 0.0, float("inf"), top)
-        total = tl.where(total == 0.0, 1.0, total)
-    lse = (top + tl.log2(total)) * LN_2
-    return acc0, acc1, total, lse
-
-
-@triton.jit
 def _row_logits(
     q,
     k_ptr,
@@ -161,7 +110,7 @@ def _row_product(
 
 
 @triton.jit
-def attend_row(
+def _attend_row(
     q_ptr,  # first query of the program
     k_ptr,
     v_ptr,
@@ -176,7 +125,10 @@ def attend_row(
     PRECISION: tl.constexpr,
     UPCAST: tl.constexpr,
 ):
-    """As ``attend``, with the whole row of logits in registers: 128 + 64 + 16 keys."""
+    """Attention with the whole row of logits in registers: 128 + 64 + 16 keys.
+
+    Output before its normaliser, the normaliser, and its natural logarithm.
+    """
     there = tl.arange(0, BLOCK_M) < num_rows
     q = load_rows(q_ptr, stride_n, there, BLOCK_M, 0, K0, HEAD_DIM, True, UPCAST)
     scale_log2 = scale * LOG2_E
@@ -206,3 +158,108 @@ def attend_row(
         p_c, acc, v_c, stride_n, LIMIT_C, 16, HEAD_DIM, K0, ELEMENT, PRECISION, UPCAST
     )
     return acc, total, (top + tl.log2(total)) * LN_2
+
+
+@triton.jit
+def attention_fwd_kernel(
+    qkv_ptr,  # (B, N, 3, H, K)
+    gate_ptr,  # (H,), fp32; read only when GATED
+    heads_ptr,  # (H,), int32, the live heads first; read only when LISTED
+    mask_ptr,  # (B, N), bytes; read only with KEY_MASK
+    out_ptr,  # (B, N, L or H, K), contiguous
+    raw_ptr,  # (B, N, L, K), contiguous, before the gate; written only when RAW
+    lse_ptr,  # (B, L, N)
+    num_out,  # heads of the output
+    num_live,
+    scale,
+    stride_b,
+    stride_n,
+    stride_part,
+    stride_h,
+    # a model has one number of tokens per image size; as constants the bounds of the loop are
+    # static, which older interpreters need, and the last tile has its own width
+    NUM_TOKENS: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    K0: tl.constexpr,
+    K1: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    TAIL: tl.constexpr,
+    WHOLE_ROWS: tl.constexpr,
+    GATED: tl.constexpr,
+    LISTED: tl.constexpr,
+    COMPACT: tl.constexpr,
+    KEY_MASK: tl.constexpr,
+    RAW: tl.constexpr,
+    PRECISION: tl.constexpr,
+    UPCAST: tl.constexpr,
+):
+    pid_m, slot, pid_b = place(num_out, (NUM_TOKENS + BLOCK_M - 1) // BLOCK_M)
+    ELEMENT: tl.constexpr = qkv_ptr.dtype.element_ty
+    start = pid_m * BLOCK_M
+    num_rows = NUM_TOKENS - start
+    offs_m = start + tl.arange(0, BLOCK_M)
+    head = slot
+    if LISTED:
+        head = tl.load(heads_ptr + slot).to(tl.int64)
+    stride_out_n = num_out * HEAD_DIM
+    out_ptr += (pid_b * NUM_TOKENS + start) * stride_out_n
+    out_ptr += (slot if COMPACT else head) * HEAD_DIM
+    if LISTED and not COMPACT:
+        is_dead = slot >= num_live
+        if is_dead:
+            zeros0, zeros1 = zero_pieces(BLOCK_M, K0, K1)
+            store_pieces(out_ptr, zeros0, zeros1, stride_out_n, num_rows, BLOCK_M, HEAD_DIM, K0, K1)
+            return
+    q_ptr = qkv_ptr + pid_b * stride_b + head * stride_h
+    k_ptr = q_ptr + stride_part
+    v_ptr = k_ptr + stride_part
+    q_ptr += start.to(tl.int64) * stride_n
+    if WHOLE_ROWS:
+        acc0, total, lse = _attend_row(
+            q_ptr, k_ptr, v_ptr, stride_n, num_rows, scale,
+            NUM_TOKENS, HEAD_DIM, K0, BLOCK_M, ELEMENT, PRECISION, UPCAST,
+        )  # fmt: skip
+        acc1 = acc0
+    else:
+        if KEY_MASK:
+            mask_ptr += pid_b * NUM_TOKENS
+        there = tl.arange(0, BLOCK_M) < num_rows
+        q0, q1 = load_pieces(q_ptr, stride_n, there, BLOCK_M, HEAD_DIM, K0, K1, UPCAST)
+        acc0, acc1 = zero_pieces(BLOCK_M, K0, K1)
+        top = tl.full((BLOCK_M,), -float("inf"), tl.float32)
+        total = tl.zeros((BLOCK_M,), tl.float32)
+        scale_log2 = scale * LOG2_E
+        WHOLE: tl.constexpr = NUM_TOKENS // BLOCK_N * BLOCK_N
+        for _ in range(0, WHOLE, BLOCK_N):
+            top, total, acc0, acc1 = _online_tile(
+                q0, q1, top, total, acc0, acc1, k_ptr, v_ptr, mask_ptr, stride_n, scale_log2,
+                BLOCK_N, BLOCK_N, HEAD_DIM, K0, K1, KEY_MASK, ELEMENT, PRECISION, UPCAST,
+            )  # fmt: skip
+            k_ptr += BLOCK_N * stride_n
+            v_ptr += BLOCK_N * stride_n
+            if KEY_MASK:
+                mask_ptr += BLOCK_N
+        if TAIL > 0:
+            top, total, acc0, acc1 = _online_tile(
+                q0, q1, top, total, acc0, acc1, k_ptr, v_ptr, mask_ptr, stride_n, scale_log2,
+                NUM_TOKENS - WHOLE, TAIL, HEAD_DIM, K0, K1, KEY_MASK, ELEMENT, PRECISION, UPCAST,
+            )  # fmt: skip
+        if KEY_MASK:
+            # without a key the output is 0, and so is every weight that backward computes again
+            top = tl.where(total == 0.0, float("inf"), top)
+            total = tl.where(total == 0.0, 1.0, total)
+        lse = (top + tl.log2(total)) * LN_2
+    acc0 /= total[:, None]
+    acc1 /= total[:, None]
+    if RAW:
+        stride_raw_n = num_live * HEAD_DIM
+        raw_ptr += (pid_b * NUM_TOKENS + start) * stride_raw_n + slot * HEAD_DIM
+        store_pieces(raw_ptr, acc0, acc1, stride_raw_n, num_rows, BLOCK_M, HEAD_DIM, K0, K1)
+    if GATED:
+        gate = tl.load(gate_ptr + head)
+        acc0 *= gate
+        acc1 *= gate
+    store_pieces(out_ptr, acc0, acc1, stride_out_n, num_rows, BLOCK_M, HEAD_DIM, K0, K1)
+    lse_ptr += (pid_b * num_live + slot) * NUM_TOKENS
+    tl.store(lse_ptr + offs_m, lse, mask=offs_m < NUM_TOKENS)

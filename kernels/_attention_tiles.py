@@ -28,7 +28,7 @@ class Tiles(NamedTuple):
     num_stages: int
 
 
-# what a bench races against the choices below on a GPU: for heads of 64 dims in 16 bits, where
+# what a bench compares the choices below with on a GPU: for heads of 64 dims in 16 bits, where
 # tiles are large and there is no key mask; tests/compiled knows that none spills
 CANDIDATES = {
     "forward": {"online": Tiles(64, 64, 4, 2), "tall": Tiles(128, 64, 8, 2)},
@@ -156,7 +156,7 @@ class Launch(NamedTuple):
     blocks: int
 
 
-# a model has a few of these, and the host has other work to do than to make them out again
+# a model has a few of these; computing them again for every call would take host time
 @lru_cache(maxsize=1024)
 def launches(
     num_tokens: int,

@@ -1,4 +1,4 @@
-"""What every launcher needs.
+"""Helpers of the launchers.
 
 Triton's own ``cdiv`` and ``next_power_of_2`` are made for kernels: the host calls them slowly.
 """

@@ -1,4 +1,4 @@
-"""Softmax attention on packed qkv, forward and backward: every kernel of it, and their launches.
+"""Softmax attention on packed qkv: launches of its forward and backward kernels.
 
 B batch, N tokens, H heads, L live heads, K head dim; packed ``qkv`` is (B, N, 3, H, K).
 
@@ -26,11 +26,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vitprune_fast.kernels._attention_kernels import (
+from vitprune_fast.kernels._attention_bwd import (
     attention_bwd_dkdv_kernel,
     attention_bwd_dq_kernel,
-    attention_fwd_kernel,
 )
+from vitprune_fast.kernels._attention_fwd import attention_fwd_kernel
 from vitprune_fast.kernels._attention_tiles import (
     Launch,
     large_tiles_of,
@@ -90,11 +90,6 @@ class Attention:
             masked=mask_BN is not None,
         )
 
-    @property
-    def num_query_blocks(self) -> int:
-        """Programs that share the queries of one head in the backward."""
-        return self._queries.blocks
-
     def forward(self, raw: bool = False) -> tuple[Tensor, Tensor, Tensor]:
         """Launch the forward.
 
@@ -125,93 +120,96 @@ class Attention:
         )
         return out_BNHK, raw_BNLK, lse_BLN
 
-    def backward_queries(
+    def backward(
         self,
         grad_out_BNHK: Tensor,
         out_BNHK: Tensor,
         lse_BLN: Tensor,
-        delta_BLN: Tensor,
-        dqkv_BN3HK: Tensor,
-        head_PBH: Tensor,
-        qk_dim_PBHK: Tensor,
-        v_dim_PBHK: Tensor,
         *,
+        qkv: bool,
+        head: bool,
+        qk_dim: bool = False,
+        v_dim: bool = False,
         raw: bool = False,
         per_token: bool = False,
-    ) -> None:
-        """Launch the backward's first half; a tensor without elements is not written.
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Launch the backward.
 
         Args:
             grad_out_BNHK: gradient of the output.
             out_BNHK: the output, before the gate when ``raw``.
             lse_BLN: of the forward.
-            delta_BLN: gets the row sums of output times gradient, times the gate; written with
-                ``dqkv_BN3HK``.
-            dqkv_BN3HK: gets dQ of the live heads.
-            head_PBH: gets what each block of queries adds to the score of a head, P blocks.
-            qk_dim_PBHK: the same of q/k dims.
-            v_dim_PBHK: the same of v dims.
+            qkv: whether the gradient of packed qkv is wanted.
+            head: whether scores of heads are, which summed up are the gradient of the gate.
+            qk_dim: whether scores of q/k dims are.
+            v_dim: whether scores of v dims are.
             raw: see above.
             per_token: add up magnitudes of tokens' terms.
+
+        Returns:
+            The gradient of packed qkv; and what each of P blocks of queries adds to the scores of
+            heads ``(P, B, H)``, q/k dims and v dims ``(P, B, H, K)``, 0 for dead heads. What is not
+            wanted has no elements.
         """
+        read = self.qkv_BN3HK
+        blocks = (self._queries.blocks, self.batch, self.num_heads)
+        # nothing is written for dead heads
+        new_parts = read.new_zeros if self.num_live < self.num_heads else read.new_empty
+        head_PBH, qk_dim_PBHK, v_dim_PBHK = (
+            new_parts((*blocks, *unit) if wanted else (0,), dtype=torch.float32)
+            for wanted, unit in ((head, ()), (qk_dim, (self.head_dim,)), (v_dim, (self.head_dim,)))
+        )
+        dqkv_BN3HK = read.new_empty(read.shape if qkv else (0,))
+        # row sums of output times gradient, times the gate: the first half writes, the second reads
+        delta_BLN = torch.empty_like(lse_BLN) if qkv else lse_BLN
         grad_out_BNHK, out_BNHK = with_near_tokens(grad_out_BNHK), with_near_tokens(out_BNHK)
-        self._launch(
-            attention_bwd_dq_kernel,
-            self._queries,
-            self.num_live,
-            grad_out_BNHK,
-            self.qkv_BN3HK,
-            *self._read,
-            out_BNHK,
-            lse_BLN,
-            delta_BLN,
-            dqkv_BN3HK,
-            head_PBH,
-            qk_dim_PBHK,
-            v_dim_PBHK,
-            self.batch,
-            self.num_heads,
-            self.num_live,
-            self.scale,
-            *grad_out_BNHK.stride()[:3],
-            *self._strides,
-            *out_BNHK.stride()[:3],
-            QKV=dqkv_BN3HK.numel() > 0,
-            HEAD=head_PBH.numel() > 0,
-            QK_DIM=qk_dim_PBHK.numel() > 0,
-            V_DIM=v_dim_PBHK.numel() > 0,
-            PER_TOKEN=per_token,
-            RAW=raw,
-        )
-
-    def backward_keys(
-        self, grad_out_BNHK: Tensor, lse_BLN: Tensor, delta_BLN: Tensor, dqkv_BN3HK: Tensor
-    ) -> None:
-        """Launch the backward's second half: dK and dV, and zeros for all of dead heads.
-
-        Args:
-            grad_out_BNHK: gradient of the output.
-            lse_BLN: of the forward.
-            delta_BLN: of the first half.
-            dqkv_BN3HK: gets the gradients.
-        """
-        grad_out_BNHK = with_near_tokens(grad_out_BNHK)
-        self._launch(
-            attention_bwd_dkdv_kernel,
-            self._keys,
-            self.num_heads,
-            grad_out_BNHK,
-            self.qkv_BN3HK,
-            *self._read,
-            lse_BLN,
-            delta_BLN,
-            dqkv_BN3HK,
-            self.num_heads,
-            self.num_live,
-            self.scale,
-            *grad_out_BNHK.stride()[:3],
-            *self._strides,
-        )
+        if qkv or head or qk_dim or v_dim:
+            self._launch(
+                attention_bwd_dq_kernel,
+                self._queries,
+                self.num_live,
+                grad_out_BNHK,
+                read,
+                *self._read,
+                out_BNHK,
+                lse_BLN,
+                delta_BLN,
+                dqkv_BN3HK,
+                head_PBH,
+                qk_dim_PBHK,
+                v_dim_PBHK,
+                self.batch,
+                self.num_heads,
+                self.num_live,
+                self.scale,
+                *grad_out_BNHK.stride()[:3],
+                *self._strides,
+                *out_BNHK.stride()[:3],
+                QKV=qkv,
+                HEAD=head,
+                QK_DIM=qk_dim,
+                V_DIM=v_dim,
+                PER_TOKEN=per_token,
+                RAW=raw,
+            )
+        if qkv:
+            self._launch(
+                attention_bwd_dkdv_kernel,
+                self._keys,
+                self.num_heads,
+                grad_out_BNHK,
+                read,
+                *self._read,
+                lse_BLN,
+                delta_BLN,
+                dqkv_BN3HK,
+                self.num_heads,
+                self.num_live,
+                self.scale,
+                *grad_out_BNHK.stride()[:3],
+                *self._strides,
+            )
+        return dqkv_BN3HK, head_PBH, qk_dim_PBHK, v_dim_PBHK
 
     def _launch(self, kernel: Any, how: Launch, heads: int, *given: Any, **flags: bool) -> None:
         launch(kernel, how.blocks * heads * self.batch, *given, **how.flags, **flags)

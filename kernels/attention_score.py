@@ -2,8 +2,8 @@
 
 B batch, N tokens, H heads, K head dim; packed ``qkv`` is (B, N, 3, H, K).
 
-What the tokens of each block of queries add to a score comes out of the backward's first launch; a
-second stage sums these parts.
+The backward's first launch gives what each block of queries adds to a score; a second stage sums
+these parts.
 """
 
 from __future__ import annotations
@@ -82,34 +82,15 @@ def attention_bwd(
 
     What is not asked for is returned as a tensor without elements.
     """
-    attention = Attention(qkv_BN3HK, scale)
-    blocks = (attention.num_query_blocks, attention.batch, attention.num_heads)
-
-    def parts(wanted: bool, *unit: int) -> Tensor:
-        shape = (*blocks, *unit) if wanted else (0,)
-        return qkv_BN3HK.new_empty(shape, dtype=torch.float32)
-
-    head_dim = attention.head_dim
-    head_PBH, qk_dim_PBHK, v_dim_PBHK = parts(head), parts(qk_dim, head_dim), parts(v_dim, head_dim)
-    dqkv_BN3HK = qkv_BN3HK.new_empty(qkv_BN3HK.shape if qkv else (0,))
-    delta_BHN = torch.empty_like(lse_BHN) if qkv else lse_BHN
-    if head or qk_dim or v_dim or qkv:
-        attention.backward_queries(
-            grad_out_BNHK,
-            out_BNHK,
-            lse_BHN,
-            delta_BHN,
-            dqkv_BN3HK,
-            head_PBH,
-            qk_dim_PBHK,
-            v_dim_PBHK,
-            per_token=per_token,
-        )
-    if qkv:
-        attention.backward_keys(grad_out_BNHK, lse_BHN, delta_BHN, dqkv_BN3HK)
-    return (
-        dqkv_BN3HK,
-        _sum_parts(head_PBH),
-        _sum_parts(qk_dim_PBHK),
-        _sum_parts(v_dim_PBHK),
+    dqkv_BN3HK, *parts = Attention(qkv_BN3HK, scale).backward(
+        grad_out_BNHK,
+        out_BNHK,
+        lse_BHN,
+        qkv=qkv,
+        head=head,
+        qk_dim=qk_dim,
+        v_dim=v_dim,
+        per_token=per_token,
     )
+    head_BH, qk_dim_BHK, v_dim_BHK = map(_sum_parts, parts)
+    return dqkv_BN3HK, head_BH, qk_dim_BHK, v_dim_BHK

@@ -5,7 +5,6 @@ B batch, N tokens, H heads, L live heads, K head dim; packed ``qkv`` is (B, N, 3
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from vitprune_fast.kernels.attention import Attention
@@ -49,14 +48,7 @@ def gated_attention_bwd(
         fp32, without elements unless ``raw``.
     """
     attention = Attention(qkv_BN3HK, scale, gate_H, mask_BN, live, compact)
-    blocks = (attention.num_query_blocks, attention.batch, attention.num_heads)
-    # the parts of dead heads stay 0
-    gate_PBH = qkv_BN3HK.new_zeros(blocks if raw else (0,), dtype=torch.float32)
-    dqkv_BN3HK = qkv_BN3HK.new_empty(qkv_BN3HK.shape if qkv else (0,))
-    delta_BLN, none = torch.empty_like(lse_BLN), gate_PBH[:0]
-    attention.backward_queries(
-        grad_out_BNHK, out_BNHK, lse_BLN, delta_BLN, dqkv_BN3HK, gate_PBH, none, none, raw=raw
+    dqkv_BN3HK, gate_PBH, *_ = attention.backward(
+        grad_out_BNHK, out_BNHK, lse_BLN, qkv=qkv, head=raw, raw=raw
     )
-    if qkv:
-        attention.backward_keys(grad_out_BNHK, lse_BLN, delta_BLN, dqkv_BN3HK)
     return dqkv_BN3HK, gate_PBH.sum((0, 1)) if raw else gate_PBH

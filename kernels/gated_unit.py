@@ -6,7 +6,6 @@ a gate or none: what is None is not compiled.
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -19,6 +18,7 @@ from vitprune_fast.kernels._activations import (
 )
 from vitprune_fast.kernels._launch import cdiv, launch
 from vitprune_fast.reference.gated_unit import halves
+from vitprune_fast.wide import wide_dtype
 
 # of one program of the forward: each begins again, and an image of 224 pixels is one part
 PART_TOKENS = 208
@@ -212,7 +212,7 @@ def gated_unit_bwd(
         grad_x_BNF, grad_value_BNF = halves(gradients, packed)
     elif value_BNF is not None:
         grad_x_BNF, grad_value_BNF = gradients.unbind()
-    dtype = torch.float64 if x_BNF.dtype == torch.float64 else torch.float32
+    dtype = wide_dtype(x_BNF)
     score_BF = x_BNF.new_empty((batch, columns), dtype=dtype)
     launch(
         _gated_unit_bwd_kernel,

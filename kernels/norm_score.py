@@ -5,13 +5,13 @@ B batch, N tokens, C channels, P parts of the tokens of one sample.
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from vitprune_fast.kernels._attention_tiles import pieces
 from vitprune_fast.kernels._launch import cdiv, launch, next_power_of_2
+from vitprune_fast.wide import wide_dtype
 
 # tokens of one program: enough programs for a GPU from few samples, and short sums
 PART_TOKENS = 16
@@ -61,7 +61,7 @@ def _norm_score_bwd_kernel(
     NUM_PARTS: tl.constexpr,
     PART_TOKENS: tl.constexpr,
     BLOCK_N: tl.constexpr,
-    # channels of the two pieces of a row, which hold little or nothing beside it; C1 may be 0
+    # channels of the two pieces of a row, with little or no padding; C1 may be 0
     C0: tl.constexpr,
     C1: tl.constexpr,
     # a run-time number would be rounded to fp32
@@ -189,7 +189,7 @@ def norm_score_bwd(
 ) -> tuple[Tensor, Tensor]:
     """Launch the kernels; see ``vitprune_fast.ops.norm_score``."""
     batch, num_tokens, channels = x_BNC.shape
-    dtype = torch.float64 if x_BNC.dtype == torch.float64 else torch.float32
+    dtype = wide_dtype(x_BNC)
     grad_x_BNC = x_BNC.new_empty(x_BNC.shape)
     if grad_x_BNC.numel() == 0:
         return grad_x_BNC, x_BNC.new_zeros(batch, channels, dtype=dtype)

@@ -7,12 +7,12 @@ B batch, N tokens, F columns, K columns per unit, U = F / K units.
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from vitprune_fast.kernels._launch import cdiv, launch, next_power_of_2
+from vitprune_fast.wide import wide_dtype
 
 # columns of one tile: 128 of them are 256 bytes of a bf16 row, one full request of a warp
 TILE_COLUMNS = 128
@@ -112,7 +112,7 @@ def taylor_score_fwd(
     """Launch the kernel; see ``vitprune_fast.ops.taylor_score``."""
     batch, num_tokens, columns = activation_BNF.shape
     num_units = columns // group_size
-    dtype = torch.float64 if activation_BNF.dtype == torch.float64 else torch.float32
+    dtype = wide_dtype(activation_BNF)
     score_BU = activation_BNF.new_empty(batch, num_units, dtype=dtype)
     block_u, block_k = tile(group_size)
     launch(

@@ -15,9 +15,9 @@ PACKAGE = "vitprune_fast"
 PAGE = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
 # what every room may import
 GROUND = (
-    *("errors", "_version", "_toolkit", "_host", "_extension", "_checks", "randomness", "stated"),
-    *("registry", "hardware", "files", "sealed", "transfer", "batches", "precision", "ranks"),
-    *("timing", "config"),
+    *("errors", "_version", "_toolkit", "_host", "_extension", "wide", "_checks", "randomness"),
+    *("stated", "registry", "hardware", "files", "sealed", "transfer", "batches", "precision"),
+    *("ranks", "timing", "config"),
 )
 # the flow: a room imports rooms that stand before it, and none that stands after it
 ORDER = (

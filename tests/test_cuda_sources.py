@@ -25,7 +25,7 @@ needs_nvcc = pytest.mark.skipif(cuda_home() is None, reason="no CUDA toolkit wit
 # what the first lines of every CUDA op look like
 CHECKS_PROBE = """
 #include <torch/csrc/stable/tensor.h>
-#include "checks.h"
+#include "tensors.h"
 
 __global__ void fill(float* x, int n) {
   const int i = blockIdx.x * blockDim.x + threadIdx.x;
@@ -64,7 +64,7 @@ def assert_keeps_to_registers(report: str) -> None:
 
 
 @needs_nvcc
-def test_checks_header_compiles_with_nvcc(tmp_path):
+def test_tensors_header_compiles_with_nvcc(tmp_path):
     source = tmp_path / "probe.cu"
     source.write_text(CHECKS_PROBE)
     compile_with_nvcc(source, tmp_path / "probe.o")

@@ -29,7 +29,7 @@ def test_doctor_says_what_a_forced_backend_does(monkeypatch):
     monkeypatch.setenv("VITPRUNE_BACKEND", "triton")
     report = doctor()
     assert report.settings["VITPRUNE_BACKEND"] == "triton"
-    gather = [choice for choice in report.backends if choice.op == "gather"]
+    gather = [choice for choice in report.backends if choice.op == "gather_all"]
     assert {choice.backend for choice in gather} == {"none"}
     assert all("there is no Triton kernel of this op" in choice.why for choice in gather)
 

@@ -94,18 +94,19 @@ def test_link_to_kernels_is_committed_as_a_link():
 def test_without_native_code_everything_works_and_says_so_once(pure, tmp_path):
     zipfile.ZipFile(pure[1]).extractall(tmp_path)
     script = """
-import logging, torch
+import logging, numpy, torch
 logging.basicConfig(format="%(levelname)s %(message)s")
 from vitprune_fast import ops
 from vitprune_fast.errors import BackendUnavailable
 x = torch.arange(24.0).reshape(2, 3, 4)
+table = ops.GatherTable([ops.Selection((3, 4), numpy.array([2, -1]), numpy.array([1, 3]))])
 for _ in range(3):
     assert torch.equal(ops.taylor_score(x, x, 2), (x * x).sum(1).unflatten(1, (2, 2)).sum(2))
-    picked = ops.gather(x[0], torch.tensor([2, -1]), torch.tensor([1, 3]))
+    (picked,) = ops.gather_all([x[0]], table)
     assert torch.equal(picked, torch.tensor([[9.0, 11.0], [0.0, 0.0]]))
 assert {c.backend for c in ops.backends() if c.device == "cpu"} == {"eager"}
 try:
-    ops.gather(x[0], backend="cpu")
+    ops.gather_all([x[0]], table, backend="cpu")
 except BackendUnavailable as error:
     assert "not built" in str(error)
 else:

@@ -11,6 +11,10 @@ import torch
 from torch import Tensor
 
 from vitprune_fast.errors import InvalidInput
+from vitprune_fast.wide import wide_dtype
+
+DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+"""What the ops take."""
 
 
 def require(condition: bool, op: str, argument: str, rule: str, got: object) -> None:
@@ -74,23 +78,38 @@ def require_like(op: str, argument: str, value: object, other_name: str, other: 
             require(False, op, argument, f"have {what} {wanted} like {other_name}", got)
 
 
-def require_index(op: str, argument: str, index: Tensor, device: torch.device) -> None:
-    """Raise unless ``index`` is 1-D int64 on ``device``."""
-    require_tensor(op, argument, index)
-    require_dims(op, argument, index, 1)
-    require_dtype(op, argument, index, (torch.int64,))
-    if index.device != device:
-        require(False, op, argument, f"be on {device} like the source", index.device)
+def check_wide(
+    op: str, name: str, value: Tensor, shape: tuple[int, ...], why: str, x_name: str, x: Tensor
+) -> None:
+    """Raise unless ``value`` has that shape, the dtype that ``x`` is computed in, and its device.
 
-
-def require_index_values(op: str, argument: str, index: Tensor, size: int) -> None:
-    """Raise unless ``index`` holds numbers from -1 to ``size - 1``.
-
-    They are not read while a graph is traced; the native kernels check them again.
+    Args:
+        op: name of the op, for the error sentence.
+        name: of the argument, a probe or a gate.
+        value: what was given for it.
+        shape: a number for each unit.
+        why: what the numbers are for, ``", one number per ..."``.
+        x_name: of the argument that has the units.
+        x: what was given for it.
     """
-    if torch.compiler.is_compiling() or index.is_meta or index.numel() == 0:
+    wanted = wide_dtype(x)
+    if (
+        isinstance(value, Tensor)
+        and value.shape == shape
+        and value.dtype == wanted
+        and value.device == x.device
+    ):
         return
-    low, high = (int(bound) for bound in index.aminmax())
-    if low < -1 or high >= size:
-        rule = f"hold numbers from -1 to {size - 1}"
-        require(False, op, argument, rule, low if low < -1 else high)
+    require_tensor(op, name, value)
+    require_shape(op, name, value, shape, why)
+    rule = f"have dtype {wanted}, in which {x_name} is computed"
+    require(value.dtype == wanted, op, name, rule, value.dtype)
+    require_near(op, name, value, x_name, x)
+
+
+def refuse_second_derivative(op: str) -> None:
+    """Raise in a backward that is itself recorded, where the result would be cut off silently."""
+    if torch.is_grad_enabled():
+        raise RuntimeError(
+            f"{op}: create_graph must be False, as there is no second derivative, got True"
+        )

@@ -14,9 +14,9 @@
 #include <string>
 #include <type_traits>
 
-#include "checks.h"
 #include "cpu/isa.h"
 #include "cpu/lanes.h"
+#include "tensors.h"
 
 namespace vitprune {
 
@@ -115,8 +115,8 @@ VP_INLINE V polynomial(const double (&c)[kCount], V x, double scale = 1) {
   return polynomial(c, x, scale, constant<V>(scale * c[0]));
 }
 
-// scale 2^(rate x), for results that are normal numbers. NaN gives any number: whoever calls this
-// brings x in once more.
+// scale 2^(rate x), for results that are normal numbers. NaN gives any number: the caller has to
+// bring it in again.
 template <typename V>
 VP_INLINE V exp2_of(V x, double rate, double scale = 1) {
   using N = Numbers<Lane<V>>;

@@ -17,19 +17,28 @@
 #include <tuple>
 #include <vector>
 
-#include "checks.h"
 #include "cpu/activations.h"
-#include "cpu/columns.h"
 #include "cpu/isa.h"
 #include "cpu/lanes.h"
-#include "layout.h"
+#include "tensors.h"
 
 namespace {
 
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
 using namespace vitprune;
 constexpr const char* kOp = "gated_unit";
+// columns whose sums stay in the first-level cache while the tokens stream by
+constexpr int64_t kMostColumns = 4096;
+constexpr int64_t kLeastColumns = 256;
+
+// Columns of one task. Whole rows where the samples keep all threads busy: memory is read fastest
+// without gaps. The bits are the same for every choice, as each column has its own sum.
+int64_t block_columns(int64_t batch, int64_t columns) {
+  const int64_t threads = torch::stable::get_num_threads();
+  const int64_t tasks_per_sample = (threads + batch - 1) / batch;
+  const int64_t share = (columns + tasks_per_sample - 1) / tasks_per_sample;
+  const int64_t whole_lines = (share + 63) / 64 * 64;
+  return std::clamp(whole_lines, kLeastColumns, kMostColumns);
+}
 
 // forward with a gate, backward with a gate, backward without one
 enum class Pass { kForward, kBackward, kScore };
@@ -80,80 +89,49 @@ VP_INLINE void step(const In* x, const In* value, const In* grad, const Acc* gat
   store_lanes(part, load_lanes<V>(part) + (per_token ? absolute(share) : share));
 }
 
-// in vectors of kBytes; `sums` has room for two rows of the width, rounded up to whole vectors
-template <Activation kActivation, bool kGlu, Pass kPass, int kBytes, typename In, typename Acc>
-VP_INLINE void walk(const Slab<In, Acc>& s, Acc* sums) {
-  using V = Vector<Acc, kBytes>;
-  constexpr int64_t lanes = kBytes / sizeof(Acc);
-  const bool per_token = kPass == Pass::kScore && s.per_token;
-  const int64_t whole = s.width / lanes * lanes, rest = s.width - whole;
-  const int64_t padded = whole + (rest ? lanes : 0);
-  Acc* part = sums + padded;
-  Acc last_gates[lanes] = {};
-  if (kPass != Pass::kScore) std::memcpy(last_gates, s.gate + whole, rest * sizeof(Acc));
-  std::fill_n(sums, padded, Acc(0));
-  for (int64_t first = 0; first < s.num_tokens; first += kTokensPerPart) {
-    std::fill_n(part, padded, Acc(0));
-    const int64_t last = std::min(first + kTokensPerPart, s.num_tokens);
-    for (int64_t n = first; n < last; ++n) {
-      const In *x = s.x + n * s.x_stride, *value = s.value + n * s.value_stride;
-      const In* grad = s.grad + n * s.grad_stride;
-      In *out = s.out + n * s.out_stride, *grad_value = s.grad_value + n * s.out_stride;
-      for (int64_t f = 0; f < whole; f += lanes) {
-        step<kActivation, kGlu, kPass, V>(x + f, value + f, grad + f, s.gate + f, out + f,
-                                          grad_value + f, per_token, part + f);
-      }
-      if (rest) {
-        // the same arithmetic for the last columns, on zeros beyond them
-        In buffer[5][lanes] = {};
-        std::memcpy(buffer[0], x + whole, rest * sizeof(In));
-        if (kGlu) std::memcpy(buffer[1], value + whole, rest * sizeof(In));
-        if (kPass != Pass::kForward) std::memcpy(buffer[2], grad + whole, rest * sizeof(In));
-        step<kActivation, kGlu, kPass, V>(buffer[0], buffer[1], buffer[2], last_gates, buffer[3],
-                                          buffer[4], per_token, part + whole);
-        std::memcpy(out + whole, buffer[3], rest * sizeof(In));
-        if (kGlu && kPass != Pass::kForward) {
-          std::memcpy(grad_value + whole, buffer[4], rest * sizeof(In));
+// `sums` has room for two rows of the width, rounded up to whole vectors
+template <Activation kActivation, bool kGlu, Pass kPass, typename In, typename Acc>
+struct Walk {
+  template <int kBytes>
+  static VP_INLINE void run(Slab<In, Acc> s, Acc* sums) {
+    using V = Vector<Acc, kBytes>;
+    constexpr int64_t lanes = kBytes / sizeof(Acc);
+    const bool per_token = kPass == Pass::kScore && s.per_token;
+    const int64_t whole = s.width / lanes * lanes, rest = s.width - whole;
+    const int64_t padded = whole + (rest ? lanes : 0);
+    Acc* part = sums + padded;
+    Acc last_gates[lanes] = {};
+    if (kPass != Pass::kScore) std::memcpy(last_gates, s.gate + whole, rest * sizeof(Acc));
+    std::fill_n(sums, padded, Acc(0));
+    for (int64_t first = 0; first < s.num_tokens; first += kTokensPerPart) {
+      std::fill_n(part, padded, Acc(0));
+      const int64_t last = std::min(first + kTokensPerPart, s.num_tokens);
+      for (int64_t n = first; n < last; ++n) {
+        const In *x = s.x + n * s.x_stride, *value = s.value + n * s.value_stride;
+        const In* grad = s.grad + n * s.grad_stride;
+        In *out = s.out + n * s.out_stride, *grad_value = s.grad_value + n * s.out_stride;
+        for (int64_t f = 0; f < whole; f += lanes) {
+          step<kActivation, kGlu, kPass, V>(x + f, value + f, grad + f, s.gate + f, out + f,
+                                            grad_value + f, per_token, part + f);
+        }
+        if (rest) {
+          // the same arithmetic for the last columns, on zeros beyond them
+          In buffer[5][lanes] = {};
+          std::memcpy(buffer[0], x + whole, rest * sizeof(In));
+          if (kGlu) std::memcpy(buffer[1], value + whole, rest * sizeof(In));
+          if (kPass != Pass::kForward) std::memcpy(buffer[2], grad + whole, rest * sizeof(In));
+          step<kActivation, kGlu, kPass, V>(buffer[0], buffer[1], buffer[2], last_gates, buffer[3],
+                                            buffer[4], per_token, part + whole);
+          std::memcpy(out + whole, buffer[3], rest * sizeof(In));
+          if (kGlu && kPass != Pass::kForward) {
+            std::memcpy(grad_value + whole, buffer[4], rest * sizeof(In));
+          }
         }
       }
+      for (int64_t f = 0; f < padded; ++f) sums[f] += part[f];
     }
-    for (int64_t f = 0; f < padded; ++f) sums[f] += part[f];
   }
-}
-
-template <typename In, typename Acc>
-using Walk = void (*)(const Slab<In, Acc>&, Acc*);
-
-template <Activation kActivation, bool kGlu, Pass kPass, typename In, typename Acc>
-void walk_baseline(const Slab<In, Acc>& slab, Acc* sums) {
-  walk<kActivation, kGlu, kPass, 16>(slab, sums);
-}
-
-#if VP_X86
-template <Activation kActivation, bool kGlu, Pass kPass, typename In, typename Acc>
-VP_TARGET(VP_AVX2)
-void walk_avx2(const Slab<In, Acc>& slab, Acc* sums) {
-  walk<kActivation, kGlu, kPass, 32>(slab, sums);
-}
-
-template <Activation kActivation, bool kGlu, Pass kPass, typename In, typename Acc>
-VP_TARGET(VP_AVX512)
-void walk_avx512(const Slab<In, Acc>& slab, Acc* sums) {
-  walk<kActivation, kGlu, kPass, 64>(slab, sums);
-}
-#endif
-
-template <bool kGlu, Pass kPass, typename In, typename Acc>
-Walk<In, Acc> choose_walk(const std::string& activation) {
-  return with_activation(kOp, activation, [](auto constant) -> Walk<In, Acc> {
-    constexpr Activation kActivation = decltype(constant)::value;
-#if VP_X86
-    if (isa() >= Isa::kAvx512) return walk_avx512<kActivation, kGlu, kPass, In, Acc>;
-    if (isa() >= Isa::kAvx2) return walk_avx2<kActivation, kGlu, kPass, In, Acc>;
-#endif
-    return walk_baseline<kActivation, kGlu, kPass, In, Acc>;
-  });
-}
+};
 
 // the tensors of one call; what its pass does not touch is x once more
 struct Call {
@@ -169,9 +147,8 @@ struct Call {
   int64_t out_batch, out_token;           // in `out` from sample to sample and token to token
 };
 
-template <bool kGlu, Pass kPass, typename In, typename Acc>
-void run(const Call& call) {
-  const auto walk = choose_walk<kGlu, kPass, In, Acc>(call.activation);
+template <Activation kActivation, bool kGlu, Pass kPass, typename In, typename Acc>
+void compute(const Call& call) {
   const int64_t batch = call.batch, columns = call.columns;
   if (batch == 0 || columns == 0) return;
   Slab<In, Acc> all;
@@ -205,7 +182,7 @@ void run(const Call& call) {
       slab.out += b * call.out_batch + first;
       slab.grad_value += b * call.out_batch + first;
       slab.width = std::min(block, columns - first);
-      walk(slab, sums.data());
+      run<Walk<kActivation, kGlu, kPass, In, Acc>>(slab, sums.data());
       if (kPass != Pass::kForward) {
         std::copy_n(sums.data(), slab.width, scores + b * columns + first);
       }
@@ -215,24 +192,11 @@ void run(const Call& call) {
 
 template <bool kGlu, Pass kPass>
 void dispatch(const Call& call) {
-  switch (call.x.scalar_type()) {
-    case ScalarType::Float:
-      return run<kGlu, kPass, float, float>(call);
-    case ScalarType::Double:
-      return run<kGlu, kPass, double, double>(call);
-    case ScalarType::BFloat16:
-      return run<kGlu, kPass, BFloat16, float>(call);
-    case ScalarType::Half:
-      return run<kGlu, kPass, Half, float>(call);
-    default:
-      VP_CHECK(false, kOp, "x_BNF", "be float32, float64, bfloat16 or float16", "another dtype");
-  }
-}
-
-void check_like(const char* name, const Tensor& y, const Tensor& x, int64_t columns) {
-  VP_CHECK(y.dim() == 3 && y.size(0) == x.size(0) && y.size(1) == x.size(1) && y.size(2) == columns,
-           kOp, name, "have the shape of the result", "another");
-  VP_CHECK(y.scalar_type() == x.scalar_type(), kOp, name, "have the dtype of x_BNF", "another");
+  for_dtype(kOp, "x_BNF", call.x, [&](auto in, auto acc) {
+    with_activation(kOp, call.activation, [&](auto activation) {
+      compute<decltype(activation)::value, kGlu, kPass, decltype(in), decltype(acc)>(call);
+    });
+  });
 }
 
 // a call on checked inputs whose results are still to be made
@@ -245,14 +209,10 @@ Call checked(const Tensor& x, const std::optional<Tensor>& value, const std::opt
   VP_CHECK(!packed || (!value && x.size(2) % 2 == 0), kOp, "x_BNF",
            "be two halves of the same width where it is packed", "another");
   const int64_t columns = packed ? x.size(2) / 2 : x.size(2);
-  if (value) check_like("value_BNF", *value, x, columns);
-  if (gate) {
-    VP_CHECK(gate->dim() == 1 && gate->size(0) == columns, kOp, "gate_F",
-             "have a number per column", "another shape");
-    const bool wide = x.scalar_type() == ScalarType::Double;
-    VP_CHECK(gate->scalar_type() == (wide ? ScalarType::Double : ScalarType::Float), kOp, "gate_F",
-             "be float32, or float64 beside float64", "another dtype");
+  if (value) {
+    check_tensor(kOp, "value_BNF", *value, {x.size(0), x.size(1), columns}, x.scalar_type());
   }
+  if (gate) check_tensor(kOp, "gate_F", *gate, {columns}, wide_type(x));
   const Tensor near = with_adjacent_columns(x);
   Call call{near, near, near, near, near, near, activation, per_token};
   if (value) call.value = with_adjacent_columns(*value);
@@ -266,8 +226,7 @@ Call checked(const Tensor& x, const std::optional<Tensor>& value, const std::opt
 Tensor gated_unit_fwd(Tensor x, std::optional<Tensor> value, Tensor gate, std::string activation,
                       std::optional<std::string> packed) {
   Call call = checked(x, value, gate, activation, packed, false);
-  call.out =
-      torch::stable::new_empty(x, {call.batch, call.num_tokens, call.columns}, x.scalar_type());
+  call.out = torch::stable::new_empty(x, {call.batch, call.num_tokens, call.columns});
   value || packed ? dispatch<true, Pass::kForward>(call) : dispatch<false, Pass::kForward>(call);
   return call.out;
 }
@@ -277,19 +236,17 @@ std::tuple<Tensor, Tensor> gated_unit_bwd(Tensor x, std::optional<Tensor> value,
                                           std::string activation, std::optional<std::string> packed,
                                           bool per_token) {
   Call call = checked(x, value, gate, activation, packed, per_token);
-  check_like("grad_BNF", grad, x, call.columns);
-  VP_CHECK(!gate || !per_token, kOp, "per_token", "be false beside a gate", "true");
-  call.grad = with_adjacent_columns(grad);
   const int64_t batch = call.batch, num_tokens = call.num_tokens, columns = call.columns;
-  const ScalarType type = x.scalar_type();
-  const ScalarType wide = type == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
-  call.score = torch::stable::new_empty(x, {batch, columns}, wide);
+  check_tensor(kOp, "grad_BNF", grad, {batch, num_tokens, columns}, x.scalar_type());
+  VP_CHECK(!gate || !per_token, kOp, "per_token", "be false with a gate", "true");
+  call.grad = with_adjacent_columns(grad);
+  call.score = torch::stable::new_empty(x, {batch, columns}, wide_type(x));
   if (value) {
-    call.out = torch::stable::new_empty(x, {2, batch, num_tokens, columns}, type);
+    call.out = torch::stable::new_empty(x, {2, batch, num_tokens, columns});
     call.grad_value_at = batch * num_tokens * columns;
   } else {
     const int64_t both = packed ? 2 * columns : columns;
-    call.out = torch::stable::new_empty(x, {batch, num_tokens, both}, type);
+    call.out = torch::stable::new_empty(x, {batch, num_tokens, both});
     call.out_at = call.x_at, call.grad_value_at = call.value_at;
     call.out_batch = num_tokens * both, call.out_token = both;
   }

@@ -1,7 +1,5 @@
-// gather on the CPU: out[i, j] = source[rows[i], columns[j]], an index of -1 gives zeros.
-//
-// gather      one matrix
-// gather_all  any number of them in one call, by a table that is made once (gather_table.h)
+// gather_all on the CPU: out[i, j] = source[rows[i], columns[j]], an index of -1 gives zeros. Any
+// number of matrices in one call, by a table that is made once (gather_table.h).
 //
 // Elements are moved as bytes of their size, so every dtype has the same code; where the target is
 // of another dtype, a row is converted after it was picked. How rows are copied follows from the
@@ -18,11 +16,8 @@
 #include <algorithm>
 #include <cstdint>
 #include <cstring>
-#include <optional>
-#include <string>
 #include <vector>
 
-#include "checks.h"
 #include "cpu/isa.h"
 #include "cpu/lanes.h"
 #include "gather_checks.h"
@@ -34,14 +29,7 @@
 
 namespace {
 
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
-using vitprune::Cast;
-using vitprune::GatherEntry;
-using vitprune::GatherRun;
-using vitprune::GatherTableBuilder;
-using vitprune::GatherTableView;
-using vitprune::Isa;
+using namespace vitprune;
 
 constexpr int64_t kRunBytes = 128;             // shorter runs are cheaper one element at a time
 constexpr int64_t kBytesPerTask = 128 * 1024;  // below this a second thread costs more than it does
@@ -171,7 +159,7 @@ template <typename T>
 bool can_pack() {
 #if VP_X86
   if constexpr (sizeof(T) <= 8) {
-    return vitprune::isa() >= (sizeof(T) <= 2 ? Isa::kAvx512Vbmi2 : Isa::kAvx512);
+    return isa() >= (sizeof(T) <= 2 ? Isa::kAvx512Vbmi2 : Isa::kAvx512);
   }
 #endif
   return false;
@@ -218,55 +206,28 @@ CopyRow choose_copy(const Columns& columns, int64_t element_size) {
 using Convert = void (*)(const char* source, char* target, int64_t count);
 
 template <typename From, typename To>
-VP_INLINE void convert_lanes(const char* source, char* target, int64_t count) {
-  const From* from = reinterpret_cast<const From*>(source);
-  To* to = reinterpret_cast<To*>(target);
-  constexpr int64_t lanes = vitprune::kLanes<float>;
-  int64_t j = 0;
-  for (; j + lanes <= count; j += lanes) {
-    vitprune::store_lanes(to + j, vitprune::load_lanes<vitprune::F32x16>(from + j));
+struct ConvertRow {
+  template <int kBytes>
+  static VP_INLINE void run(const char* source, char* target, int64_t count) {
+    const From* from = reinterpret_cast<const From*>(source);
+    To* to = reinterpret_cast<To*>(target);
+    constexpr int64_t lanes = kLanes<float>;
+    int64_t j = 0;
+    for (; j + lanes <= count; j += lanes) store_lanes(to + j, load_lanes(from + j));
+    if (j < count) store_first(to + j, load_first(from + j, count - j), count - j);
   }
-  if (j == count) return;
-  From rest[lanes] = {};
-  To converted[lanes];
-  std::memcpy(rest, from + j, (count - j) * sizeof(From));
-  vitprune::store_lanes(converted, vitprune::load_lanes<vitprune::F32x16>(rest));
-  std::memcpy(to + j, converted, (count - j) * sizeof(To));
-}
-
-template <typename From, typename To>
-void convert_row(const char* source, char* target, int64_t count) {
-  convert_lanes<From, To>(source, target, count);
-}
-
-#if VP_X86
-template <typename From, typename To>
-VP_TARGET(VP_AVX512)
-void convert_row_avx512(const char* source, char* target, int64_t count) {
-  convert_lanes<From, To>(source, target, count);
-}
-#endif
-
-template <typename From, typename To>
-Convert fastest_convert() {
-#if VP_X86
-  if (vitprune::isa() >= Isa::kAvx512) return convert_row_avx512<From, To>;
-#endif
-  return convert_row<From, To>;
-}
+};
 
 Convert choose_convert(Cast cast) {
-  using vitprune::BFloat16;
-  using vitprune::Half;
   switch (cast) {
     case Cast::kFloatToBFloat16:
-      return fastest_convert<float, BFloat16>();
+      return run<ConvertRow<float, BFloat16>>;
     case Cast::kFloatToHalf:
-      return fastest_convert<float, Half>();
+      return run<ConvertRow<float, Half>>;
     case Cast::kBFloat16ToFloat:
-      return fastest_convert<BFloat16, float>();
+      return run<ConvertRow<BFloat16, float>>;
     case Cast::kHalfToFloat:
-      return fastest_convert<Half, float>();
+      return run<ConvertRow<Half, float>>;
     default:
       return nullptr;
   }
@@ -305,7 +266,7 @@ Move make_move(const GatherTableView& table, const GatherEntry& entry, const Ten
                   reinterpret_cast<const uint8_t*>(table.at(entry.kept_bits)),
                   reinterpret_cast<const uint8_t*>(table.at(entry.filled_bits))};
   move.copy_row = choose_copy(move.columns, size);
-  move.convert = choose_convert(vitprune::cast_between(source.scalar_type(), target.scalar_type()));
+  move.convert = choose_convert(cast_between(source.scalar_type(), target.scalar_type()));
   move.picked = entry.columns * size;
   move.rows_per_task =
       std::max<int64_t>(1, kBytesPerTask / std::max<int64_t>(1, move.target_stride));
@@ -341,7 +302,7 @@ void move_rows(const Move& move, int64_t begin, int64_t end, std::vector<char>& 
   }
 }
 
-void run(std::vector<Move>& moves) {
+void move_all(std::vector<Move>& moves) {
   int64_t num_tasks = 0;
   for (Move& move : moves) {
     move.first_task = num_tasks;
@@ -359,55 +320,21 @@ void run(std::vector<Move>& moves) {
   });
 }
 
-// a contiguous 1-D int64 index whose values lie in [-1, size)
-GatherTableBuilder::Index checked_index(const Tensor& index, const char* name, int64_t size) {
-  VP_CHECK(index.dim() == 1 && index.scalar_type() == ScalarType::Long && index.is_cpu(), "gather",
-           name, "be a 1-D int64 tensor on the device of source_RC", "another tensor");
-  const Tensor adjacent = torch::stable::contiguous(index);
-  const int64_t* values = static_cast<const int64_t*>(adjacent.data_ptr());
-  const int64_t count = adjacent.numel();
-  for (int64_t i = 0; i < count; ++i) {
-    VP_CHECK(values[i] >= -1 && values[i] < size, "gather", name,
-             "hold numbers from -1 to " + std::to_string(size - 1), values[i]);
-  }
-  return GatherTableBuilder::Index(values, values + count);
-}
-
-Tensor gather(Tensor source, std::optional<Tensor> rows, std::optional<Tensor> columns) {
-  VP_CHECK(source.dim() == 2, "gather", "source_RC", "have 2 dimensions", source.dim());
-  vitprune::check_element_size("gather", "source_RC", source);
-  GatherTableBuilder::Index row_index, column_index;
-  if (rows) row_index = checked_index(*rows, "rows", source.size(0));
-  if (columns) column_index = checked_index(*columns, "columns", source.size(1));
-  GatherTableBuilder builder;
-  builder.add(source.size(0), source.size(1), rows ? &row_index : nullptr,
-              columns ? &column_index : nullptr);
-  const std::vector<int32_t> words = builder.words();
-  const GatherTableView table(words.data());
-  const GatherEntry& entry = table.entry(0);
-  source = vitprune::with_adjacent_columns(source);
-  Tensor out = torch::stable::new_empty(source, {entry.rows, entry.columns});
-  std::vector<Move> moves = {make_move(table, entry, source, out)};
-  run(moves);
-  return out;
-}
-
 void gather_all(std::vector<Tensor> sources, std::vector<Tensor> targets,
                 std::vector<int64_t> entries, Tensor table, Tensor) {
-  vitprune::check_table(table);
+  check_table(table);
   const GatherTableView view(static_cast<const int32_t*>(table.data_ptr()));
-  vitprune::check_matrices(view, sources, targets, entries, false);
+  check_matrices(view, sources, targets, entries, false);
   std::vector<Move> moves;
   moves.reserve(sources.size());
   for (size_t i = 0; i < sources.size(); ++i) {
     moves.push_back(make_move(view, view.entry(entries[i]), sources[i], targets[i]));
   }
-  if (!moves.empty()) run(moves);
+  if (!moves.empty()) move_all(moves);
 }
 
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(vitprune_fast, CPU, m) {
-  m.impl("gather", TORCH_BOX(&gather));
   m.impl("gather_all", TORCH_BOX(&gather_all));
 }

@@ -1,4 +1,5 @@
-// Which vector instructions this process may use, decided once at run time.
+// Which vector instructions this process may use, decided once at run time; and code that is
+// compiled for each of them.
 #pragma once
 #include <cstdlib>
 #include <cstring>
@@ -48,6 +49,35 @@ inline Isa detect_isa() {
 inline Isa isa() {
   static const Isa chosen = detect_isa();
   return chosen;
+}
+
+template <typename Step, typename... Args>
+void run_baseline(Args... args) {
+  Step::template run<16>(args...);
+}
+
+#if VP_X86
+template <typename Step, typename... Args>
+VP_TARGET(VP_AVX2)
+void run_avx2(Args... args) {
+  Step::template run<32>(args...);
+}
+
+template <typename Step, typename... Args>
+VP_TARGET(VP_AVX512)
+void run_avx512(Args... args) {
+  Step::template run<64>(args...);
+}
+#endif
+
+// Step::run<bytes of a vector>(...), compiled for the instructions of this processor
+template <typename Step, typename... Args>
+void run(Args... args) {
+#if VP_X86
+  if (isa() >= Isa::kAvx512) return run_avx512<Step>(args...);
+  if (isa() >= Isa::kAvx2) return run_avx2<Step>(args...);
+#endif
+  run_baseline<Step>(args...);
 }
 
 }  // namespace vitprune

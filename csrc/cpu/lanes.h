@@ -4,19 +4,14 @@
 // compares and selects, that split is poor: there a vector as wide as the registers is taken. What
 // is computed in each lane is the same for every width and instruction set.
 #pragma once
-#include <torch/headeronly/util/BFloat16.h>
-#include <torch/headeronly/util/Half.h>
-
 #include <cstdint>
 #include <cstring>
 #include <type_traits>
 
 #include "cpu/isa.h"
+#include "tensors.h"
 
 namespace vitprune {
-
-using torch::headeronly::BFloat16;
-using torch::headeronly::Half;
 
 typedef float F32x4 __attribute__((vector_size(16)));
 typedef float F32x8 __attribute__((vector_size(32)));
@@ -33,6 +28,9 @@ typedef uint32_t U32x16 __attribute__((vector_size(64)));
 typedef uint64_t U64x2 __attribute__((vector_size(16)));
 typedef uint64_t U64x4 __attribute__((vector_size(32)));
 typedef uint64_t U64x8 __attribute__((vector_size(64)));
+
+// a partial sum over tokens stays short, so the rounding error grows with N / 32 and not with N
+constexpr int64_t kTokensPerPart = 32;
 
 // numbers of one vector of what is accumulated in
 template <typename Acc>
@@ -161,6 +159,26 @@ VP_INLINE void store_lanes(Half* x, V v) {
                       ? special
                       : (magnitude < ((127u - 14u) << 23) ? tiny : normal);
   store_bits<V>(x, value | ((bits >> 16) & 0x8000u));
+}
+
+// the first `count` numbers, then zeros
+template <typename In>
+VP_INLINE auto load_first(const In* x, int64_t count) {
+  constexpr int64_t lanes = sizeof(load_lanes(x)) / sizeof(load_lanes(x)[0]);
+  if (count >= lanes) return load_lanes(x);
+  In padded[lanes];
+  std::memset(padded, 0, sizeof padded);
+  std::memcpy(padded, x, count * sizeof(In));
+  return load_lanes(padded);
+}
+
+template <typename In, typename V>
+VP_INLINE void store_first(In* x, V v, int64_t count) {
+  constexpr int64_t lanes = sizeof(V) / sizeof(v[0]);
+  if (count >= lanes) return store_lanes(x, v);
+  In padded[lanes];
+  store_lanes(padded, v);
+  std::memcpy(x, padded, count * sizeof(In));
 }
 
 template <typename V>

@@ -19,17 +19,14 @@
 #include <tuple>
 #include <vector>
 
-#include "checks.h"
-#include "cpu/columns.h"
 #include "cpu/isa.h"
 #include "cpu/lanes.h"
-#include "layout.h"
+#include "tensors.h"
 
 namespace {
 
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
 using namespace vitprune;
+constexpr const char* kOp = "norm_score";
 
 // vectors summed side by side, so that an addition need not wait for the one before it
 constexpr int64_t kSums = 4;
@@ -38,31 +35,11 @@ constexpr int64_t kSums = 4;
 template <typename Acc>
 struct Norm {
   const Acc* weight;  // (C,), then zeros up to a whole number of vectors
-  const Acc* bias;    // likewise
+  const Acc* bias;    // the same
   int64_t channels;
   Acc eps;
   bool rms;
 };
-
-// the first `count` numbers, then zeros
-template <typename In>
-VP_INLINE auto load_first(const In* x, int64_t count) {
-  constexpr int64_t lanes = sizeof(load_lanes(x)) / sizeof(load_lanes(x)[0]);
-  if (count >= lanes) return load_lanes(x);
-  In padded[lanes];
-  std::memset(padded, 0, sizeof padded);
-  std::memcpy(padded, x, count * sizeof(In));
-  return load_lanes(padded);
-}
-
-template <typename In, typename V>
-VP_INLINE void store_first(In* x, V v, int64_t count) {
-  constexpr int64_t lanes = sizeof(V) / sizeof(v[0]);
-  if (count >= lanes) return store_lanes(x, v);
-  In padded[lanes];
-  store_lanes(padded, v);
-  std::memcpy(x, padded, count * sizeof(In));
-}
 
 // the first `count` lanes of v, then zeros
 template <typename V>
@@ -162,49 +139,17 @@ struct Tokens {
 
 // score[c] = sum over some tokens; `scratch` is two rows more
 template <bool kOutput, typename In, typename Acc>
-VP_INLINE void some_tokens(const In* x, const In* grad_y, In* grad_x, const Tokens& tokens,
-                           const Norm<Acc>& norm, Acc* scratch, int64_t row, Acc* score) {
-  std::fill_n(score, row, Acc(0));
-  for (int64_t n = 0; n < tokens.count; ++n) {
-    one_token<kOutput>(x + n * tokens.x_stride, grad_y + n * tokens.grad_y_stride,
-                       grad_x + n * norm.channels, norm, scratch, scratch + row, score);
+struct SomeTokens {
+  template <int kBytes>
+  static VP_INLINE void run(const In* x, const In* grad_y, In* grad_x, Tokens tokens,
+                            Norm<Acc> norm, Acc* scratch, int64_t row, Acc* score) {
+    std::fill_n(score, row, Acc(0));
+    for (int64_t n = 0; n < tokens.count; ++n) {
+      one_token<kOutput>(x + n * tokens.x_stride, grad_y + n * tokens.grad_y_stride,
+                         grad_x + n * norm.channels, norm, scratch, scratch + row, score);
+    }
   }
-}
-
-template <typename In, typename Acc>
-using SomeTokens = void (*)(const In*, const In*, In*, const Tokens&, const Norm<Acc>&, Acc*,
-                            int64_t, Acc*);
-
-template <bool kOutput, typename In, typename Acc>
-void some_tokens_baseline(const In* x, const In* grad_y, In* grad_x, const Tokens& tokens,
-                          const Norm<Acc>& norm, Acc* scratch, int64_t row, Acc* score) {
-  some_tokens<kOutput>(x, grad_y, grad_x, tokens, norm, scratch, row, score);
-}
-
-#if VP_X86
-template <bool kOutput, typename In, typename Acc>
-VP_TARGET(VP_AVX2)
-void some_tokens_avx2(const In* x, const In* grad_y, In* grad_x, const Tokens& tokens,
-                      const Norm<Acc>& norm, Acc* scratch, int64_t row, Acc* score) {
-  some_tokens<kOutput>(x, grad_y, grad_x, tokens, norm, scratch, row, score);
-}
-
-template <bool kOutput, typename In, typename Acc>
-VP_TARGET(VP_AVX512)
-void some_tokens_avx512(const In* x, const In* grad_y, In* grad_x, const Tokens& tokens,
-                        const Norm<Acc>& norm, Acc* scratch, int64_t row, Acc* score) {
-  some_tokens<kOutput>(x, grad_y, grad_x, tokens, norm, scratch, row, score);
-}
-#endif
-
-template <bool kOutput, typename In, typename Acc>
-SomeTokens<In, Acc> choose_some_tokens() {
-#if VP_X86
-  if (isa() >= Isa::kAvx512) return some_tokens_avx512<kOutput, In, Acc>;
-  if (isa() >= Isa::kAvx2) return some_tokens_avx2<kOutput, In, Acc>;
-#endif
-  return some_tokens_baseline<kOutput, In, Acc>;
-}
+};
 
 // a row of `size` numbers: those of the parameter, or `missing` for all channels; then zeros
 template <typename In, typename Acc>
@@ -221,11 +166,11 @@ std::vector<Acc> widened(const std::optional<Tensor>& parameter, Acc missing, in
   return row;
 }
 
-template <typename In, typename Acc>
+template <bool kOutput, typename In, typename Acc>
 void score(const Tensor& x,       // (B, N, C)
            const Tensor& grad_y,  // (B, N, C)
            const std::optional<Tensor>& weight, const std::optional<Tensor>& bias, double eps,
-           bool rms, bool output,
+           bool rms,
            Tensor& grad_x,  // (B, N, C)
            Tensor& out) {   // (B, C)
   const int64_t batch = x.size(0), num_tokens = x.size(1), channels = x.size(2);
@@ -242,8 +187,6 @@ void score(const Tensor& x,       // (B, N, C)
   const std::vector<Acc> weights = widened<In, Acc>(weight, Acc(1), channels, row);
   const std::vector<Acc> biases = widened<In, Acc>(bias, Acc(0), channels, row);
   const Norm<Acc> norm{weights.data(), biases.data(), channels, static_cast<Acc>(eps), rms};
-  const auto some =
-      output ? choose_some_tokens<true, In, Acc>() : choose_some_tokens<false, In, Acc>();
 
   // one part per task: enough tasks for small batches, and little scratch
   const int64_t parts = (num_tokens + kTokensPerPart - 1) / kTokensPerPart;
@@ -253,10 +196,10 @@ void score(const Tensor& x,       // (B, N, C)
     for (int64_t task = begin; task < end; ++task) {
       const int64_t b = task / parts, n = task % parts * kTokensPerPart;
       const Tokens tokens{std::min(kTokensPerPart, num_tokens - n), x_token, grad_y_token};
-      some(x_first + b * x_sample + n * x_token,
-           grad_y_first + b * grad_y_sample + n * grad_y_token,
-           grad_x_first + (b * num_tokens + n) * channels, tokens, norm, scratch.data(), row,
-           sums.data() + task * row);
+      run<SomeTokens<kOutput, In, Acc>>(x_first + b * x_sample + n * x_token,
+                                        grad_y_first + b * grad_y_sample + n * grad_y_token,
+                                        grad_x_first + (b * num_tokens + n) * channels, tokens,
+                                        norm, scratch.data(), row, sums.data() + task * row);
     }
   });
   torch::stable::parallel_for(0, batch, 1, [&](int64_t begin, int64_t end) {
@@ -271,48 +214,25 @@ void score(const Tensor& x,       // (B, N, C)
   });
 }
 
-void check_parameter(const std::optional<Tensor>& parameter, const char* name, const Tensor& x) {
-  if (!parameter) return;
-  VP_CHECK(parameter->dim() == 1 && parameter->size(0) == x.size(2), "norm_score", name,
-           "have one number per channel of x_BNC", "another shape");
-  VP_CHECK(parameter->scalar_type() == x.scalar_type(), "norm_score", name,
-           "have the dtype of x_BNC", "another");
-}
-
 std::tuple<Tensor, Tensor> norm_score(Tensor x, Tensor grad_y, std::optional<Tensor> weight,
                                       std::optional<Tensor> bias, double eps, bool rms,
                                       bool output) {
-  VP_CHECK(x.dim() == 3, "norm_score", "x_BNC", "have 3 dimensions", x.dim());
-  VP_CHECK(
-      grad_y.dim() == 3 && std::equal(x.sizes().begin(), x.sizes().end(), grad_y.sizes().begin()),
-      "norm_score", "grad_y_BNC", "have the shape of x_BNC", "another");
-  VP_CHECK(grad_y.scalar_type() == x.scalar_type(), "norm_score", "grad_y_BNC",
-           "have the dtype of x_BNC", "another");
-  check_parameter(weight, "weight_C", x);
-  check_parameter(bias, "bias_C", x);
+  VP_CHECK(x.dim() == 3, kOp, "x_BNC", "have 3 dimensions", x.dim());
+  const int64_t batch = x.size(0), num_tokens = x.size(1), channels = x.size(2);
+  const ScalarType type = x.scalar_type();
+  check_tensor(kOp, "grad_y_BNC", grad_y, {batch, num_tokens, channels}, type);
+  if (weight) check_tensor(kOp, "weight_C", *weight, {channels}, type);
+  if (bias) check_tensor(kOp, "bias_C", *bias, {channels}, type);
   x = with_adjacent_columns(x);
   grad_y = with_adjacent_columns(grad_y);
-  const ScalarType type = x.scalar_type();
-  const ScalarType out_type = type == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
-  Tensor grad_x = torch::stable::new_empty(x, {x.size(0), x.size(1), x.size(2)});
-  Tensor out = torch::stable::new_empty(x, {x.size(0), x.size(2)}, out_type);
-  switch (type) {
-    case ScalarType::Float:
-      score<float, float>(x, grad_y, weight, bias, eps, rms, output, grad_x, out);
-      break;
-    case ScalarType::Double:
-      score<double, double>(x, grad_y, weight, bias, eps, rms, output, grad_x, out);
-      break;
-    case ScalarType::BFloat16:
-      score<BFloat16, float>(x, grad_y, weight, bias, eps, rms, output, grad_x, out);
-      break;
-    case ScalarType::Half:
-      score<Half, float>(x, grad_y, weight, bias, eps, rms, output, grad_x, out);
-      break;
-    default:
-      VP_CHECK(false, "norm_score", "x_BNC", "be float32, float64, bfloat16 or float16",
-               "another dtype");
-  }
+  Tensor grad_x = torch::stable::new_empty(x, {batch, num_tokens, channels});
+  Tensor out = torch::stable::new_empty(x, {batch, channels}, wide_type(x));
+  for_dtype(kOp, "x_BNC", x, [&](auto in, auto acc) {
+    using In = decltype(in);
+    using Acc = decltype(acc);
+    const auto run_all = output ? score<true, In, Acc> : score<false, In, Acc>;
+    run_all(x, grad_y, weight, bias, eps, rms, grad_x, out);
+  });
   return {grad_x, out};
 }
 

@@ -17,66 +17,51 @@
 #include <cstring>
 #include <vector>
 
-#include "checks.h"
-#include "cpu/columns.h"
 #include "cpu/isa.h"
 #include "cpu/lanes.h"
-#include "layout.h"
+#include "tensors.h"
 
 namespace {
 
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
 using namespace vitprune;
+constexpr const char* kOp = "taylor_score";
 
 // columns whose sums stay in the first-level cache while the tokens stream by
 constexpr int64_t kBlockColumns = 1024;
-constexpr int64_t kTokensAtOnce = 4;
 
-// what a column adds to its sum: the product, or its magnitude where every token counts by itself
-template <bool kMagnitude, typename In>
-VP_INLINE auto product(const In* a, const In* g) {
-  const auto v = load_lanes(a) * load_lanes(g);
-  if constexpr (kMagnitude) {
-    return absolute(v);
-  } else {
-    return v;
-  }
-}
-
-template <bool kMagnitude, typename Acc, typename In>
-VP_INLINE Acc product1(const In* a, const In* g) {
-  const Acc x = static_cast<Acc>(*a) * static_cast<Acc>(*g);
-  return kMagnitude ? std::fabs(x) : x;
-}
-
-// part[f] += sum over `num_tokens` tokens of a[n, f] * g[n, f] for `width` adjacent columns
+// part[f] += sum over `num_tokens` tokens of a[n, f] * g[n, f] for `width` adjacent columns, or of
+// its magnitude where every token counts by itself
 template <bool kMagnitude, typename In, typename Acc>
 VP_INLINE void add_columns(const In* a, const In* g, int64_t a_stride, int64_t g_stride,
                            int64_t num_tokens, int64_t width, Acc* part) {
-  constexpr bool M = kMagnitude;
   constexpr int64_t lanes = kLanes<Acc>;
-  int64_t n = 0;
-  for (; n + kTokensAtOnce <= num_tokens; n += kTokensAtOnce) {
-    const In *a0 = a + n * a_stride, *a1 = a0 + a_stride, *a2 = a1 + a_stride, *a3 = a2 + a_stride;
-    const In *g0 = g + n * g_stride, *g1 = g0 + g_stride, *g2 = g1 + g_stride, *g3 = g2 + g_stride;
+  const auto product = [&](int64_t n, int64_t f, int64_t count) VP_ALWAYS_INLINE {
+    const auto v =
+        load_first(a + n * a_stride + f, count) * load_first(g + n * g_stride + f, count);
+    if constexpr (kMagnitude) {
+      return absolute(v);
+    } else {
+      return v;
+    }
+  };
+  const auto add = [&](int64_t n, int64_t f, int64_t count, bool four) VP_ALWAYS_INLINE {
+    auto sum = load_first(part + f, count);
+    if (four) {
+      sum += (product(n, f, count) + product(n + 1, f, count)) +
+             (product(n + 2, f, count) + product(n + 3, f, count));
+    } else {
+      sum += product(n, f, count);
+    }
+    store_first(part + f, sum, count);
+  };
+  const auto add_row = [&](int64_t n, bool four) VP_ALWAYS_INLINE {
     int64_t f = 0;
-    for (; f + lanes <= width; f += lanes) {
-      auto sum = load_lanes(part + f);
-      sum += (product<M>(a0 + f, g0 + f) + product<M>(a1 + f, g1 + f)) +
-             (product<M>(a2 + f, g2 + f) + product<M>(a3 + f, g3 + f));
-      store_lanes(part + f, sum);
-    }
-    for (; f < width; ++f) {
-      part[f] += (product1<M, Acc>(a0 + f, g0 + f) + product1<M, Acc>(a1 + f, g1 + f)) +
-                 (product1<M, Acc>(a2 + f, g2 + f) + product1<M, Acc>(a3 + f, g3 + f));
-    }
-  }
-  for (; n < num_tokens; ++n) {
-    for (int64_t f = 0; f < width; ++f) {
-      part[f] += product1<M, Acc>(a + n * a_stride + f, g + n * g_stride + f);
-    }
-  }
+    for (; f + lanes <= width; f += lanes) add(n, f, lanes, four);
+    if (f < width) add(n, f, width - f, four);
+  };
+  int64_t n = 0;
+  for (; n + 4 <= num_tokens; n += 4) add_row(n, true);
+  for (; n < num_tokens; ++n) add_row(n, false);
 }
 
 // part[u] += sum over tokens of |sum over the unit's columns of a * g|
@@ -91,14 +76,14 @@ VP_INLINE void add_unit_magnitudes(const In* a, const In* g, int64_t a_stride, i
       const In *a_unit = a + u * group_size, *g_unit = g + u * group_size;
       Acc sum = 0;
       if (whole > 0) {
-        auto total = product<false>(a_unit, g_unit);
+        auto total = load_lanes(a_unit) * load_lanes(g_unit);
         for (int64_t k = lanes; k < whole; k += lanes) {
-          total += product<false>(a_unit + k, g_unit + k);
+          total += load_lanes(a_unit + k) * load_lanes(g_unit + k);
         }
         sum = sum_lanes(total);
       }
       for (int64_t k = whole; k < group_size; ++k) {
-        sum += product1<false, Acc>(a_unit + k, g_unit + k);
+        sum += static_cast<Acc>(a_unit[k]) * static_cast<Acc>(g_unit[k]);
       }
       part[u] += std::fabs(sum);
     }
@@ -115,56 +100,28 @@ struct Block {
 // sums[i] = sum over all tokens, of every column or of every unit; `sums` has room for a second
 // row that holds the partial sums
 template <Sum kSum, typename In, typename Acc>
-VP_INLINE void sum_tokens(const In* a, const In* g, const Block& block, Acc* sums) {
-  const int64_t columns = block.units * block.group_size;
-  const int64_t width = kSum == Sum::kUnitMagnitudes ? block.units : columns;
-  Acc* part = sums + width;
-  std::fill_n(sums, width, Acc(0));
-  for (int64_t n = 0; n < block.num_tokens; n += kTokensPerPart) {
-    const int64_t tokens = std::min(kTokensPerPart, block.num_tokens - n);
-    const In *a_part = a + n * block.a_stride, *g_part = g + n * block.g_stride;
-    std::fill_n(part, width, Acc(0));
-    if constexpr (kSum == Sum::kUnitMagnitudes) {
-      add_unit_magnitudes(a_part, g_part, block.a_stride, block.g_stride, tokens, block.units,
-                          block.group_size, part);
-    } else {
-      add_columns<kSum == Sum::kColumnMagnitudes>(a_part, g_part, block.a_stride, block.g_stride,
-                                                  tokens, columns, part);
+struct SumTokens {
+  template <int kBytes>
+  static VP_INLINE void run(const In* a, const In* g, Block block, Acc* sums) {
+    const int64_t columns = block.units * block.group_size;
+    const int64_t width = kSum == Sum::kUnitMagnitudes ? block.units : columns;
+    Acc* part = sums + width;
+    std::fill_n(sums, width, Acc(0));
+    for (int64_t n = 0; n < block.num_tokens; n += kTokensPerPart) {
+      const int64_t tokens = std::min(kTokensPerPart, block.num_tokens - n);
+      const In *a_part = a + n * block.a_stride, *g_part = g + n * block.g_stride;
+      std::fill_n(part, width, Acc(0));
+      if constexpr (kSum == Sum::kUnitMagnitudes) {
+        add_unit_magnitudes(a_part, g_part, block.a_stride, block.g_stride, tokens, block.units,
+                            block.group_size, part);
+      } else {
+        add_columns<kSum == Sum::kColumnMagnitudes>(a_part, g_part, block.a_stride, block.g_stride,
+                                                    tokens, columns, part);
+      }
+      for (int64_t f = 0; f < width; ++f) sums[f] += part[f];
     }
-    for (int64_t f = 0; f < width; ++f) sums[f] += part[f];
   }
-}
-
-template <typename In, typename Acc>
-using SumTokens = void (*)(const In*, const In*, const Block&, Acc*);
-
-template <Sum kSum, typename In, typename Acc>
-void sum_tokens_baseline(const In* a, const In* g, const Block& block, Acc* sums) {
-  sum_tokens<kSum>(a, g, block, sums);
-}
-
-#if VP_X86
-template <Sum kSum, typename In, typename Acc>
-VP_TARGET(VP_AVX2)
-void sum_tokens_avx2(const In* a, const In* g, const Block& block, Acc* sums) {
-  sum_tokens<kSum>(a, g, block, sums);
-}
-
-template <Sum kSum, typename In, typename Acc>
-VP_TARGET(VP_AVX512)
-void sum_tokens_avx512(const In* a, const In* g, const Block& block, Acc* sums) {
-  sum_tokens<kSum>(a, g, block, sums);
-}
-#endif
-
-template <Sum kSum, typename In, typename Acc>
-SumTokens<In, Acc> choose_sum_tokens() {
-#if VP_X86
-  if (isa() >= Isa::kAvx512) return sum_tokens_avx512<kSum, In, Acc>;
-  if (isa() >= Isa::kAvx2) return sum_tokens_avx2<kSum, In, Acc>;
-#endif
-  return sum_tokens_baseline<kSum, In, Acc>;
-}
+};
 
 // the same tree for every unit of `count` columns
 template <typename Acc>
@@ -194,7 +151,6 @@ void score(const Tensor& activation,  // (B, N, F)
   const int64_t num_blocks = (num_units + block_units - 1) / block_units;
   // a unit's magnitude is already one number, a unit's columns are still to be added
   const int64_t sums_per_unit = kSum == Sum::kUnitMagnitudes ? 1 : group_size;
-  const auto sum = choose_sum_tokens<kSum, In, Acc>();
 
   torch::stable::parallel_for(0, batch * num_blocks, 1, [&](int64_t begin, int64_t end) {
     std::vector<Acc> sums(2 * block_units * sums_per_unit);
@@ -203,8 +159,9 @@ void score(const Tensor& activation,  // (B, N, F)
       const int64_t first = task % num_blocks * block_units;
       const int64_t units = std::min(block_units, num_units - first);
       const int64_t column = first * group_size;
-      sum(a + b * a_batch + column, g + b * g_batch + column,
-          Block{a_token, g_token, num_tokens, units, group_size}, sums.data());
+      run<SumTokens<kSum, In, Acc>>(a + b * a_batch + column, g + b * g_batch + column,
+                                    Block{a_token, g_token, num_tokens, units, group_size},
+                                    sums.data());
       Acc* to = result + b * num_units + first;
       for (int64_t u = 0; u < units; ++u) {
         to[u] = tree_sum(sums.data() + u * sums_per_unit, sums_per_unit);
@@ -213,51 +170,25 @@ void score(const Tensor& activation,  // (B, N, F)
   });
 }
 
-template <typename In, typename Acc>
-void score(const Tensor& activation, const Tensor& gradient, Tensor& out, int64_t group_size,
-           bool per_token) {
-  if (!per_token) {
-    score<Sum::kColumns, In, Acc>(activation, gradient, out, group_size);
-  } else if (group_size == 1) {
-    score<Sum::kColumnMagnitudes, In, Acc>(activation, gradient, out, group_size);
-  } else {
-    score<Sum::kUnitMagnitudes, In, Acc>(activation, gradient, out, group_size);
-  }
-}
-
 Tensor taylor_score(Tensor activation, Tensor gradient, int64_t group_size, bool per_token) {
-  VP_CHECK(activation.dim() == 3, "taylor_score", "activation_BNF", "have 3 dimensions",
-           activation.dim());
-  VP_CHECK(gradient.dim() == 3 && std::equal(activation.sizes().begin(), activation.sizes().end(),
-                                             gradient.sizes().begin()),
-           "taylor_score", "gradient_BNF", "have the shape of activation_BNF", "another");
-  VP_CHECK(gradient.scalar_type() == activation.scalar_type(), "taylor_score", "gradient_BNF",
-           "have the dtype of activation_BNF", "another");
-  VP_CHECK(group_size >= 1 && activation.size(2) % group_size == 0, "taylor_score", "group_size",
+  VP_CHECK(activation.dim() == 3, kOp, "activation_BNF", "have 3 dimensions", activation.dim());
+  const int64_t batch = activation.size(0), columns = activation.size(2);
+  check_tensor(kOp, "gradient_BNF", gradient, {batch, activation.size(1), columns},
+               activation.scalar_type());
+  VP_CHECK(group_size >= 1 && columns % group_size == 0, kOp, "group_size",
            "be at least 1 and divide the number of columns", group_size);
   activation = with_adjacent_columns(activation);
   gradient = with_adjacent_columns(gradient);
-  const ScalarType type = activation.scalar_type();
-  const ScalarType out_type = type == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
-  Tensor out = torch::stable::new_empty(
-      activation, {activation.size(0), activation.size(2) / group_size}, out_type);
-  switch (type) {
-    case ScalarType::Float:
-      score<float, float>(activation, gradient, out, group_size, per_token);
-      break;
-    case ScalarType::Double:
-      score<double, double>(activation, gradient, out, group_size, per_token);
-      break;
-    case ScalarType::BFloat16:
-      score<BFloat16, float>(activation, gradient, out, group_size, per_token);
-      break;
-    case ScalarType::Half:
-      score<Half, float>(activation, gradient, out, group_size, per_token);
-      break;
-    default:
-      VP_CHECK(false, "taylor_score", "activation_BNF", "be float32, float64, bfloat16 or float16",
-               "another dtype");
-  }
+  Tensor out =
+      torch::stable::new_empty(activation, {batch, columns / group_size}, wide_type(activation));
+  for_dtype(kOp, "activation_BNF", activation, [&](auto in, auto acc) {
+    using In = decltype(in);
+    using Acc = decltype(acc);
+    const auto run_all = !per_token        ? score<Sum::kColumns, In, Acc>
+                         : group_size == 1 ? score<Sum::kColumnMagnitudes, In, Acc>
+                                           : score<Sum::kUnitMagnitudes, In, Acc>;
+    run_all(activation, gradient, out, group_size);
+  });
   return out;
 }
 

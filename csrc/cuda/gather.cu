@@ -16,19 +16,14 @@
 #include <cstdint>
 #include <vector>
 
-#include "checks.h"
 #include "cuda/gather_tile.h"
 #include "gather_checks.h"
 #include "gather_table.h"
+#include "tensors.h"
 
 namespace {
 
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
-using vitprune::GatherEntry;
-using vitprune::GatherMove;
-using vitprune::GatherTableView;
-using vitprune::Lane;
+using namespace vitprune;
 
 constexpr int kThreads = 256;
 constexpr int kBlocksPerProcessor = 4;
@@ -56,7 +51,7 @@ __device__ __forceinline__ void walk(const GatherMove* moves, int32_t count, int
         high = middle - 1;
       }
     }
-    vitprune::gather_tile(lane, moves[low], words, tile, shared, kSharedBytes);
+    gather_tile(lane, moves[low], words, tile, shared, kSharedBytes);
   }
 }
 
@@ -77,9 +72,9 @@ void check_cuda(cudaError_t status) {
 
 void gather_all(std::vector<Tensor> sources, std::vector<Tensor> targets,
                 std::vector<int64_t> entries, Tensor table, Tensor table_on_device) {
-  vitprune::check_table(table);
+  check_table(table);
   const GatherTableView view(static_cast<const int32_t*>(table.data_ptr()));
-  vitprune::check_matrices(view, sources, targets, entries, true);
+  check_matrices(view, sources, targets, entries, true);
   if (sources.empty()) return;
   const int32_t device = sources[0].get_device_index();
   VP_CHECK(table_on_device.is_cuda() && table_on_device.get_device_index() == device &&
@@ -99,8 +94,8 @@ void gather_all(std::vector<Tensor> sources, std::vector<Tensor> targets,
     move.result = static_cast<int8_t>(target.element_size());
     move.source_stride = source.stride(0) * move.element;
     move.entry = view.position(entries[i]);
-    move.cast = vitprune::cast_between(source.scalar_type(), target.scalar_type());
-    const int32_t tiles = vitprune::plan_tiles(move, entry, num_tiles, kSharedBytes);
+    move.cast = cast_between(source.scalar_type(), target.scalar_type());
+    const int32_t tiles = plan_tiles(move, entry, num_tiles, kSharedBytes);
     if (tiles) moves.push_back(move);
     num_tiles += tiles;
   }

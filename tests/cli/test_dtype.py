@@ -13,7 +13,7 @@ import torch
 
 import vitprune_fast as vp
 from vitprune_fast.cli.main import main
-from vitprune_fast.distill.checkpoints import read_newest
+from vitprune_fast.distill.training_checkpoints import read_newest
 from vitprune_fast.run import stages
 from vitprune_fast.run.folder import RunFolder
 

@@ -7,8 +7,9 @@ from collections.abc import Callable, Mapping
 
 import torch
 
-from vitprune_fast.kernels import _attention_kernels as kernels
+from vitprune_fast.kernels import _attention_bwd as backward
 from vitprune_fast.kernels import _attention_tiles as sizes
+from vitprune_fast.kernels._attention_fwd import attention_fwd_kernel
 from vitprune_fast.kernels._attention_tiles import Tiles, pieces, tail
 from vitprune_fast.kernels.attention_score import PARTS_BLOCK, _sum_parts_kernel
 
@@ -89,7 +90,7 @@ def forward(element: str, num_tokens: int, head_dim: int, large: bool, registers
     row = sizes.takes_row(num_tokens, head_dim, dtype, large)
     return case(
         "forward, whole rows" if row else "forward",
-        kernels.attention_fwd_kernel,
+        attention_fwd_kernel,
         tiles,
         element,
         num_tokens,
@@ -116,7 +117,7 @@ def queries(
     tensors = dict.fromkeys(("grad_ptr", "qkv_ptr", "out_ptr", "dqkv_ptr"), element)
     return case(
         "dQ and scores" if attends else "scores alone",
-        kernels.attention_bwd_dq_kernel,
+        backward.attention_bwd_dq_kernel,
         tiles,
         element,
         num_tokens,
@@ -148,7 +149,7 @@ def keys(element: str, num_tokens: int, head_dim: int, large: bool, registers: i
     tensors = dict.fromkeys(("grad_ptr", "qkv_ptr", "dqkv_ptr"), element)
     return case(
         "dK and dV",
-        kernels.attention_bwd_dkdv_kernel,
+        backward.attention_bwd_dkdv_kernel,
         tiles,
         element,
         num_tokens,

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from vitprune_fast.kernels import _attention_kernels as kernels
+from vitprune_fast.kernels import _attention_bwd as backward
 from vitprune_fast.kernels import _attention_tiles as sizes
+from vitprune_fast.kernels._attention_fwd import attention_fwd_kernel
 from vitprune_fast.kernels._attention_tiles import Tiles, tail
 
 from .attention_score import (
@@ -63,7 +64,7 @@ def forward(
     row = not masked and sizes.takes_row(num_tokens, head_dim, dtype, large)
     return case(
         "forward, whole rows" if row else "forward",
-        kernels.attention_fwd_kernel,
+        attention_fwd_kernel,
         tiles,
         element,
         num_tokens,
@@ -85,7 +86,7 @@ def queries(
     tensors = dict.fromkeys(("grad_ptr", "qkv_ptr", "out_ptr", "dqkv_ptr"), element)
     return case(
         "dQ and gate",
-        kernels.attention_bwd_dq_kernel,
+        backward.attention_bwd_dq_kernel,
         tiles,
         element,
         num_tokens,
@@ -111,7 +112,7 @@ def keys(
     tensors = dict.fromkeys(("grad_ptr", "qkv_ptr", "dqkv_ptr"), element)
     return case(
         "dK and dV",
-        kernels.attention_bwd_dkdv_kernel,
+        backward.attention_bwd_dkdv_kernel,
         tiles,
         element,
         num_tokens,

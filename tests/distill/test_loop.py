@@ -19,8 +19,8 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from vitprune_fast.data import ImageData, Loader, open_data
 from vitprune_fast.distill import DistillConfig, DistillResult, MaskSchedule, distill
-from vitprune_fast.distill.checkpoints import read_newest
 from vitprune_fast.distill.loop import learning_rate
+from vitprune_fast.distill.training_checkpoints import read_newest
 from vitprune_fast.errors import InvalidInput, RunFolderError, StageFailed
 from vitprune_fast.evaluation import evaluate
 from vitprune_fast.randomness import seeded

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from vitprune_fast.distill import DistillConfig
-from vitprune_fast.distill.features import HiddenStates
+from vitprune_fast.distill.hidden_states import HiddenStates
 from vitprune_fast.distill.losses.manifold import Manifold
 from vitprune_fast.distill.losses.relation import qkv_relation
 from vitprune_fast.distill.objective import Objective, images_like

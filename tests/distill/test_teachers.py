@@ -18,7 +18,8 @@ from torch import Tensor, nn
 
 import vitprune_fast as vp
 from vitprune_fast.data import Loader, open_data
-from vitprune_fast.distill.features import HiddenStates
+from vitprune_fast.distill.hidden_states import HiddenStates
+from vitprune_fast.distill.losses._base import Seen
 from vitprune_fast.distill.teachers import Teacher, TeacherSet, resolve_teacher
 from vitprune_fast.errors import InvalidInput
 
@@ -57,6 +58,10 @@ class _Counting(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         self.seen.append(x)
         return self.head(x.mean((2, 3)))
+
+
+def _states(output: Seen) -> list[Tensor]:
+    return [state for state, _ in output.states.values()]
 
 
 # what the teacher sees
@@ -183,7 +188,7 @@ def test_the_caller_s_model_is_left_as_it_was() -> None:
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
     assert torch.equal(output.logits_BC, copy.deepcopy(model).eval()(images))
     assert output.features is not None
-    for each in (output.logits_BC, output.features, *output.states):
+    for each in (output.logits_BC, output.features, *_states(output)):
         assert not each.requires_grad and each.grad_fn is None
     assert not any(module._forward_hooks for module in model.modules())
 
@@ -208,10 +213,10 @@ def test_states_teach_a_student_through_autograd() -> None:
     teacher, student = Teacher(_vit(), blocks=(0, -1), features=True), _vit(1)
     images = torch.randn(2, 3, 16, 16)
     output = teacher(images)
-    assert output.prefix_tokens == [1, 1] and output.grids == [(2, 2), (2, 2)]
+    assert [prefix for _, prefix in output.states.values()] == [1, 1]
     with HiddenStates(student, (0, -1)) as hidden:
         student(images)
-        pairs = list(zip(hidden.states, output.states, strict=True))
+        pairs = list(zip(hidden.states, _states(output), strict=True))
         torch.stack([(mine - other).square().mean() for mine, other in pairs]).sum().backward()
     assert student.patch_embed.proj.weight.grad is not None
     assert all(parameter.grad is None for parameter in teacher.parameters())
@@ -225,7 +230,7 @@ def test_a_copy_answers_in_another_dtype() -> None:
     teacher = Teacher(model, dtype=torch.bfloat16, blocks=(1,))
     images = torch.randn(4, 3, 16, 16)
     output = teacher(images)
-    assert output.logits_BC.dtype == torch.float32 and output.states[0].dtype == torch.bfloat16
+    assert output.logits_BC.dtype == torch.float32 and _states(output)[0].dtype == torch.bfloat16
     assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
     exact = copy.deepcopy(model).eval()(images)
     # eight bits of mantissa through a dozen matrix products
@@ -243,7 +248,7 @@ def test_channels_last_changes_the_layout_alone() -> None:
     assert model.layer2[0].conv1.weight.is_contiguous()
     got, wanted = teacher(images), Teacher(model, blocks=(2,))(images)
     torch.testing.assert_close(got.logits_BC, wanted.logits_BC, rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(got.states[0], wanted.states[0], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(_states(got)[0], _states(wanted)[0], rtol=1e-5, atol=1e-5)
 
 
 def test_compiled_teachers_of_one_shape_keep_their_states_apart() -> None:
@@ -257,7 +262,7 @@ def test_compiled_teachers_of_one_shape_keep_their_states_apart() -> None:
         for teacher, model in zip(others, models[1:], strict=True):
             got, wanted = teacher(images), Teacher(model, blocks=(0, 1))(images)
             assert torch.equal(got.logits_BC, wanted.logits_BC)
-            assert all(map(torch.equal, got.states, wanted.states))
+            assert all(map(torch.equal, _states(got), _states(wanted)))
     torch.compiler.reset()
 
 
@@ -280,7 +285,7 @@ def test_a_sharded_teacher_passes_through() -> None:
         assert teacher.fingerprint() == "shards"
         got = teacher(images)
         assert torch.equal(got.logits_BC, wanted.logits_BC)
-        assert all(map(torch.equal, got.states, wanted.states))
+        assert all(map(torch.equal, _states(got), _states(wanted)))
         # its parameters are whole ones after a forward
         assert teacher.fingerprint() == "shards"
         with pytest.raises(InvalidInput, match="left alone for a sharded model"):
@@ -325,7 +330,7 @@ def test_no_forward_waits_for_the_device() -> None:
             output = teacher(here)
         finally:
             torch.cuda.set_sync_debug_mode("default")
-        assert output.logits_BC.isfinite().all() and output.grids == [(12, 12), (2, 2)]
+        assert output.logits_BC.isfinite().all()
 
 
 # several
@@ -517,4 +522,5 @@ def test_a_cnn_teaches_the_digits(size: int) -> None:
     assert output.logits_BC.shape == (len(labels), 10)
     assert output.features is not None and output.features.shape == (16, 512)
     # a stride of 4 in the stem, then 2 per stage
-    assert output.grids == [(max(size // stride, 1),) * 2 for stride in (4, 8, 16, 32)]
+    tokens = [state.shape[1] for state in _states(output)]
+    assert tokens == [max(size // stride, 1) ** 2 for stride in (4, 8, 16, 32)]

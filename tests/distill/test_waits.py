@@ -24,8 +24,8 @@ from torch import Tensor
 import vitprune_fast as vp
 from vitprune_fast import transfer
 from vitprune_fast.distill import DistillConfig, MaskSchedule, distill, optim
-from vitprune_fast.distill.checkpoints import read_newest
 from vitprune_fast.distill.task import DistillTask
+from vitprune_fast.distill.training_checkpoints import read_newest
 from vitprune_fast.errors import InvalidInput, StageFailed
 from vitprune_fast.testing import random_images, random_vit
 

@@ -13,6 +13,7 @@ from typing import Any, cast
 
 import numpy as np
 import torch
+from attention_sums import attention_sums
 from error_budget import Rounded
 from torch import Tensor
 from torch.nn import functional as F
@@ -44,7 +45,8 @@ class Case:
         inputs: makes the inputs of a shape, in fp64 on the CPU.
         expected: ``(*inputs, grad, **options)`` to what the reference gives: the outputs, and the
             gradients of the leaves; ``grad`` is that of the first output, None without leaves.
-        sums: the same with the error that rounding may give each, or None where nothing is summed.
+        sums: the same with the error that rounding may give each, or None where nothing is summed;
+            ``options`` are left out where the case has no shapes.
         shapes: by name; all of them are compared with the reference. None where that is left to
             the op's own test.
         shape_options: of some of these shapes, by name.
@@ -59,10 +61,6 @@ class Case:
         nothing: shapes without a result, which launch nothing.
         per_sample: whether row b of a result with rows depends on row b of the inputs alone.
         torch_forward: the first output is computed by torch, whose bits depend on more.
-        once: plain torch refuses a second derivative too.
-        recomputes: a gradient that is wanted alone may take another way, and other bits.
-        close: tolerances of plain torch, which adds up in any order, where the usual ones are less.
-        takes: whether a backend computes in fp64.
         refused: calls with wrong arguments.
         unsafe: arguments that C++ refuses, as (registered op, arguments).
     """
@@ -84,10 +82,6 @@ class Case:
     nothing: tuple[tuple[int, ...], ...] = ((0, 5, 8), (2, 5, 0))
     per_sample: bool = True
     torch_forward: bool = False
-    once: bool = True
-    recomputes: bool = False
-    close: dict[str, Any] = field(default_factory=dict)
-    takes: Callable[[str, torch.dtype], bool] = lambda backend, dtype: True
     refused: Callable[[], Sequence[Refusal]] = field(default=lambda: ())
     unsafe: Callable[[], Sequence[tuple[str, tuple[Any, ...]]]] = field(default=lambda: ())
 
@@ -246,8 +240,8 @@ def _refused_by_unit() -> Sequence[Refusal]:
         (lambda: unit(x, value_BNF=x[:, :2]), InvalidInput, r"value_BNF must have shape .* x_BNF"),
         (lambda: unit(x, value_BNF=x.double()), InvalidInput, "value_BNF must have dtype"),
         (lambda: unit(x, value_BNF=anything), TypeError, "value_BNF must be a tensor"),
-        (lambda: unit(x, gate, probe_BF=probe), InvalidInput, "probe_BF must be None beside gate"),
-        (lambda: unit(x, gate, per_token=True), InvalidInput, "per_token must be False beside"),
+        (lambda: unit(x, gate, probe_BF=probe), InvalidInput, "probe_BF must be None with a gate"),
+        (lambda: unit(x, gate, per_token=True), InvalidInput, "per_token must be False with"),
         (lambda: unit(x, probe_BF=anything), TypeError, "probe_BF must be a tensor, got list"),
         (lambda: unit(x, probe_BF=gate), InvalidInput, r"probe_BF must have shape \(2, 4\), .*"),
         (lambda: unit(x, probe_BF=probe.double()), InvalidInput, r"torch\.float32, .*\.float64"),
@@ -543,7 +537,6 @@ NORM = Case(
     small=(3, 71, 13),
     threaded=(3, 197, 768),
     nothing=((0, 5, 8), (2, 5, 0), (2, 0, 8)),
-    close={"rtol": 2e-3, "atol": 2e-3},
     refused=_refused_by_norm,
     unsafe=_unsafe_for_norm,
 )
@@ -571,7 +564,6 @@ SCORED_NORM = Case(
     small=NORM.small,
     threaded=NORM.threaded,
     nothing=((0, 5, 8), (2, 0, 8)),
-    close=NORM.close,
 )
 
 
@@ -587,6 +579,13 @@ def _attention_inputs(batch: int, tokens: int, heads: int, dims: int) -> Inputs:
 def _attention_and_score(qkv, grad, backend, **options):
     out, lse = ops.attention(qkv, backend=backend)
     return out, *ops.attention_score(grad, qkv, out, lse, backend=backend, **options)
+
+
+def _attention_sums(qkv, grad) -> list[Rounded]:
+    """Of the output, the gradient of qkv, and the scores of heads, q/k dims and v dims."""
+    sums = attention_sums(qkv, grad, qkv.shape[4] ** -0.5)
+    scores = (each.sum(2) for each in (sums.head, sums.qk_dim, sums.v_dim))
+    return [sums.out, sums.dqkv, *scores]
 
 
 def _refused_by_attention() -> Sequence[Refusal]:
@@ -650,12 +649,12 @@ ATTENTION = Case(
     op="attention_score",
     call=_attention_and_score,
     inputs=_attention_inputs,
+    sums=lambda qkv, grad, _: _attention_sums(qkv, grad),
     options=({}, {"per_token": True}),
     small=(3, 37, 2, 24),
     medium=(2, 67, 2, 37),
     threaded=(3, 61, 5, 20),
     nothing=((0, 5, 2, 8), (2, 0, 2, 8), (2, 5, 0, 8)),
-    close={"rtol": 2e-3, "atol": 2e-3},
     refused=_refused_by_attention,
     unsafe=_unsafe_for_attention,
 )
@@ -672,6 +671,7 @@ SCORED_ATTENTION = replace(
     ATTENTION,
     call=ops.scored_attention,
     inputs=_scored_attention_inputs,
+    sums=lambda qkv, _head, _qk_dim, _v_dim, grad: _attention_sums(qkv, grad),
     leaves=(0, 1, 2, 3),
     wide=(1, 2, 3),
     refused=lambda: (),

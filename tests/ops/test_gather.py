@@ -1,4 +1,4 @@
-"""gather: R, C rows and columns of the source."""
+"""gather_all of one matrix: every way through the kernel, for every kind of index and dtype."""
 
 from __future__ import annotations
 
@@ -7,10 +7,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 
-from tests.registration import opcheck
 from vitprune_fast import ops
 from vitprune_fast._extension import OBSTACLE
-from vitprune_fast.errors import BackendUnavailable, InvalidInput
+from vitprune_fast.ops import GatherTable, Selection
 from vitprune_fast.reference.gather import gather as reference
 
 native = pytest.mark.skipif(OBSTACLE is not None, reason=str(OBSTACLE))
@@ -23,6 +22,15 @@ DTYPES = [
     torch.int64,
     torch.complex128,
 ]
+
+
+def gather(source, rows=None, columns=None, backend: ops.Backend = "auto"):
+    """The op on one matrix."""
+    picked = (None if index is None else index.numpy() for index in (rows, columns))
+    (result,) = ops.gather_all(
+        [source], GatherTable([Selection(tuple(source.shape), *picked)]), backend=backend
+    )
+    return result
 
 
 def by_definition(source, rows, columns):
@@ -78,7 +86,7 @@ def test_gather_matches_reference(dtype, kind):
         source = random_matrix(num_rows, num_columns, dtype)
         for rows in (None, index("ascending-then-zeros", num_rows), index("any-order", num_rows)):
             columns = index(kind, num_columns)
-            got = ops.gather(source, rows, columns)
+            got = gather(source, rows, columns)
             assert got.is_contiguous()
             assert_same_bits(got, reference(source, rows, columns))
             if num_columns == 64:
@@ -101,16 +109,16 @@ def test_gather_matches_its_definition(data):
 
     rows, columns = draw_index(num_rows), draw_index(num_columns)
     want = by_definition(source, rows, columns)
-    assert_same_bits(ops.gather(source, rows, columns), want)
-    assert_same_bits(ops.gather(source, rows, columns, backend="eager"), want)
+    assert_same_bits(gather(source, rows, columns), want)
+    assert_same_bits(gather(source, rows, columns, backend="eager"), want)
 
 
 @pytest.mark.parametrize("shape", [(0, 5), (5, 0), (0, 0)], ids=str)
 def test_gather_handles_empty_sources(shape):
     source = torch.empty(shape)
     zeros = torch.full((3,), -1)
-    assert ops.gather(source).shape == shape
-    assert torch.equal(ops.gather(source, zeros, zeros), torch.zeros(3, 3))
+    assert gather(source).shape == shape
+    assert torch.equal(gather(source, zeros, zeros), torch.zeros(3, 3))
 
 
 def test_gather_handles_any_layout():
@@ -120,23 +128,23 @@ def test_gather_handles_any_layout():
     turned = source[:20, :12].t()
     assert wide.shape == turned.shape == (12, 20)
     assert not wide.is_contiguous() and not turned.is_contiguous()
-    assert_same_bits(ops.gather(wide, rows, columns), wide[rows][:, columns])
-    assert_same_bits(ops.gather(turned, rows, columns), turned[rows][:, columns])
+    assert_same_bits(gather(wide, rows, columns), wide[rows][:, columns])
+    assert_same_bits(gather(turned, rows, columns), turned[rows][:, columns])
     every_other = torch.arange(24)[::2] // 2
-    assert_same_bits(ops.gather(wide, every_other), wide)
+    assert_same_bits(gather(wide, every_other), wide)
 
 
 def test_gather_returns_a_copy():
     source = torch.randn(4, 6)
     for backend in ("auto", "eager"):
-        got = ops.gather(source, backend=backend)
+        got = gather(source, backend=backend)
         assert_same_bits(got, source)
         assert got.data_ptr() != source.data_ptr()
 
 
 def test_gather_keeps_every_bit_of_a_nan():
     payloads = torch.tensor([[0x7FC00001, 0x7F800123, -1, 7]], dtype=torch.int32)
-    got = ops.gather(payloads.view(torch.float32), columns=torch.tensor([0, 1, 3]))
+    got = gather(payloads.view(torch.float32), columns=torch.tensor([0, 1, 3]))
     assert torch.equal(got.view(torch.int32), payloads[:, [0, 1, 3]])
 
 
@@ -147,8 +155,8 @@ def test_gather_same_for_any_number_of_threads():
     try:
         for threads in (1, 2, 3, 7):
             torch.set_num_threads(threads)
-            assert_same_bits(ops.gather(source, rows, columns), want)
-            assert_same_bits(ops.gather(source, rows), reference(source, rows))
+            assert_same_bits(gather(source, rows, columns), want)
+            assert_same_bits(gather(source, rows), reference(source, rows))
     finally:
         torch.set_num_threads(1)
 
@@ -159,9 +167,10 @@ def test_gather_is_the_same_for_every_instruction_set(processors):
 import torch
 from vitprune_fast import ops
 from vitprune_fast.reference.gather import gather as reference
+table = ops.GatherTable([ops.Selection((9, 391), None, inputs[1].numpy())])
 source, columns, found = *inputs, []
 for dtype in (torch.uint8, torch.int16, torch.int32, torch.int64):
-    found.append(ops.gather(source.to(dtype), None, columns, backend="cpu"))
+    found += ops.gather_all([source.to(dtype)], table, backend="cpu")
     assert torch.equal(found[-1], reference(source.to(dtype), None, columns))
 """
     columns = torch.randperm(391)[:200].sort().values
@@ -170,65 +179,13 @@ for dtype in (torch.uint8, torch.int16, torch.int32, torch.int64):
 
 def test_gather_is_cut_off_from_the_graph():
     source = torch.randn(3, 4, requires_grad=True)
-    assert not ops.gather(source, torch.tensor([0])).requires_grad
-    assert not ops.gather(source, torch.tensor([0]), backend="eager").requires_grad
-
-
-@native
-def test_gather_opcheck():
-    source = torch.randn(5, 40)
-    rows, columns = torch.tensor([3, -1, 0]), torch.tensor([1, 2, 39])
-    for arguments in (
-        (source, rows, columns),
-        (source, None, columns),
-        (source, rows, None),
-        (source.t(), None, rows),
-    ):
-        opcheck(torch.ops.vitprune_fast.gather.default, arguments)
-
-
-@pytest.mark.parametrize("backend", ["auto", "eager"])
-def test_gather_compiles_fullgraph(backend):
-    def cut(source, rows, columns):
-        return ops.gather(source * 2, rows, columns, backend=backend) + 1
-
-    arguments = (torch.randn(5, 40), torch.tensor([3, -1, 0]), torch.tensor([1, 2, 39]))
-    compiled = torch.compile(cut, fullgraph=True, backend="aot_eager")
-    assert torch.equal(compiled(*arguments), cut(*arguments))
-
-
-def test_gather_rejects_wrong_arguments():
-    source = torch.ones(3, 4)
-    with pytest.raises(TypeError, match="gather: rows must be a tensor, got list"):
-        ops.gather(source, [0])  # pyright: ignore[reportArgumentType]
-    with pytest.raises(InvalidInput, match=r"source_RC must have 2 dimensions, got \(3,\)"):
-        ops.gather(source[:, 0])
-    with pytest.raises(InvalidInput, match=r"columns must be int64, got torch\.int32"):
-        ops.gather(source, columns=torch.tensor([0], dtype=torch.int32))
-    with pytest.raises(InvalidInput, match=r"rows must have 1 dimensions, got \(1, 1\)"):
-        ops.gather(source, torch.tensor([[0]]))
-    for value in (3, -2):
-        with pytest.raises(InvalidInput, match=f"rows must hold numbers from -1 to 2, got {value}"):
-            ops.gather(source, torch.tensor([0, value]))
-    with pytest.raises(BackendUnavailable, match="there is no Triton kernel of this op"):
-        ops.gather(source, backend="triton")
-
-
-@native
-def test_gather_native_checks_bounds():
-    source, op = torch.ones(3, 4), torch.ops.vitprune_fast.gather
-    for bad in (torch.tensor([3]), torch.tensor([-2]), torch.tensor([2**40])):
-        with pytest.raises(RuntimeError, match="gather: rows must hold numbers from -1 to 2, got"):
-            op(source, bad, None)
-    with pytest.raises(RuntimeError, match="columns must be a 1-D int64 tensor"):
-        op(source, None, torch.tensor([0], dtype=torch.int32))
+    assert not gather(source, torch.tensor([0])).requires_grad
+    assert not gather(source, torch.tensor([0]), backend="eager").requires_grad
 
 
 @pytest.mark.gpu
 def test_gather_on_cuda_matches_the_cpu():
     source = torch.randn(30, 197)
     rows, columns = index("ascending-then-zeros", 30), index("any-order", 197)
-    got = ops.gather(source.cuda(), rows.cuda(), columns.cuda())
+    got = gather(source.cuda(), rows, columns)
     assert_same_bits(got.cpu(), reference(source, rows, columns))
-    with pytest.raises(InvalidInput, match=r"rows must be on cuda:0 like the source, got cpu"):
-        ops.gather(source.cuda(), rows)

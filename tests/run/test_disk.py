@@ -14,7 +14,7 @@ from skip_guard import conditions
 from tests.run.attempts import NEEDS_SPACE, Attempts, Fault, Outcome
 from tests.run.conftest import TINY, command
 from tests.run.same import assert_same_run, files_of, is_bitwise
-from vitprune_fast.distill.checkpoints import read_newest
+from vitprune_fast.distill.training_checkpoints import read_newest
 from vitprune_fast.errors import DamagedFile
 
 

@@ -1,4 +1,4 @@
-"""Which attention a masked training step is quicker with, by what was measured.
+"""Which attention makes a masked training step faster, by committed measurements.
 
 ``attention.json`` is written by ``bench/bench_gated_attention.py``: a row for each device, dtype,
 number of tokens and share of dead heads, with the times of an attention and its gradients in both
@@ -22,7 +22,7 @@ from vitprune_fast.structure import Structure
 from vitprune_fast.structure.paths import get
 
 TABLE = "attention.json"
-# a row speaks of cases this near to it
+# a row applies to cases this close to it
 NEAR_TOKENS, NEAR_DEAD = 0.15, 0.13
 
 
@@ -35,7 +35,7 @@ def measured() -> list[dict[str, Any]]:
 def quicker(
     device: torch.device, dtype: torch.dtype, tokens: int, dead: float
 ) -> Literal["masked", "compact"]:
-    """The quicker form; ``compact`` where nothing like it was measured on such a device.
+    """The faster form; ``compact`` where nothing similar was measured on such a device.
 
     Args:
         device: of the student.
@@ -58,7 +58,7 @@ def quicker(
 
 
 def tokens_of(structure: Structure) -> int:
-    """How many tokens attend to one another: so many rows go through the output projection."""
+    """How many tokens attend to one another, as rows of the output projection."""
     projections = {structure.taps[axis.name].module for axis in structure.units("head")}
     return max((work.positions for work in structure.work if work.module in projections), default=0)
 

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vitprune_fast._checks import require
+from vitprune_fast.wide import wide
 
 
 def cross_entropy(logits_BC: Tensor, labels: Tensor, label_smoothing: float = 0.0) -> Tensor:
@@ -72,4 +73,4 @@ def _checked(op: str, logits_BC: Tensor, labels: Tensor) -> Tensor:
     rule = f"be ({batch},) int64 or ({batch}, {classes}) floating"
     got = f"{tuple(labels.shape)} {str(labels.dtype).removeprefix('torch.')}"
     require(numbers or shares, op, "labels", rule, got)
-    return logits_BC if logits_BC.dtype == torch.float64 else logits_BC.float()
+    return wide(logits_BC)

@@ -1,4 +1,4 @@
-"""Train a model, alone or towards what teachers know; stop anywhere, go on to the same bits."""
+"""Train a model, alone or with teachers; stopped anywhere, it resumes to the same bits."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from vitprune_fast.batches import check_single_label
 from vitprune_fast.config.distill import DistillConfig
 from vitprune_fast.distill.masks import MaskSchedule
 from vitprune_fast.distill.optim import as_trained, is_fused, learning_rate
-from vitprune_fast.distill.pace import Pace
 from vitprune_fast.distill.progress import Event
 from vitprune_fast.distill.rate import IMAGES, start_rate, state_of
 from vitprune_fast.distill.state import Batches, TrainingState
 from vitprune_fast.distill.stream import MicroBatch
 from vitprune_fast.distill.tally import Outcome
 from vitprune_fast.distill.teachers import Teacher, TeacherSet
+from vitprune_fast.distill.throughput import Throughput
 from vitprune_fast.errors import InvalidInput, StageFailed
 from vitprune_fast.evaluation import evaluate
 from vitprune_fast.gates import BudgetLoss, Gates
@@ -35,13 +35,13 @@ from vitprune_fast.surgery import prune
 
 Teachers = nn.Module | Teacher | TeacherSet | Sequence[nn.Module]
 
-# steps between two looks at what came of them, where no events ask for one
+# steps between two reads of their outcomes, where no events ask for one
 _LOOK = 100
 
 
 @dataclass(frozen=True)
 class DistillResult:
-    """What came of a run.
+    """The result of a training.
 
     Attributes:
         model: the student that was given, trained in place; with ``ema`` it holds the average.
@@ -124,12 +124,12 @@ def distill(
         masks: train on the live part of the student, which the schedule makes smaller.
         checkpoint_dir: written after every epoch and ``checkpoint_steps``; the newest whole
             checkpoint in it is where the run goes on. None writes nothing.
-        on_event: told about ``resume``, ``damaged_checkpoint``, ``start`` (where something was
+        on_event: called with ``resume``, ``damaged_checkpoint``, ``start`` (where something was
             found before the first step), ``step``, ``skipped_step``, ``masks``, ``epoch`` and
             ``checkpoint``; each has ``stage``, ``event``, ``epoch``, ``step`` (steps done; of
-            ``skipped_step``, which is told at the next read, those before it). A call that loads a
-            checkpoint says ``resume`` first: what earlier calls told about larger steps is void. A
-            call that says nothing of it starts at step 0.
+            ``skipped_step``, which comes at the next read, those before it). A call that loads a
+            checkpoint starts with ``resume``: events of earlier calls about larger steps are
+            void. A call without it starts at step 0.
         stop: asked after every step; True writes a checkpoint and returns, with several processes
             at the next read.
 
@@ -206,12 +206,12 @@ class _Run(TrainingState):
         else:
             self.task.run_on(self.masked.soft.refresh(), whole=False)
         self.task.train()
-        self.pace = Pace(self.task)
+        self.throughput = Throughput(self.task)
 
     def _start(self) -> None:
         """Look at the student as it was given, which is the first that may be the best."""
         found: Event = {}
-        # the rule knows the steps of Adam, and a student that nobody takes apart on the way
+        # the rule is for the steps of Adam, and for a student that is not pruned on the way
         alone = self.masked is None and self.gates is None
         if self.config.lr is None and self.config.optimizer == "adamw" and alone:
             found |= self._rate()
@@ -238,7 +238,7 @@ class _Run(TrainingState):
     def _epoch(self, epoch: int, start: int) -> bool:
         """Run the rest of an epoch; False when asked to stop in it."""
         progress, config = self.progress, self.config
-        self.pace.restart()
+        self.throughput.restart()
         asked = False
         for batches in self.stream.epoch(epoch, start):
             self._change_masks(epoch)
@@ -247,7 +247,7 @@ class _Run(TrainingState):
                 group["lr"] = lr * group["lr_scale"]
             self._step(batches)
             progress.step += 1
-            self.pace.add(batches, self.ranks.world)
+            self.throughput.add(batches, self.ranks.world)
             done = progress.step % self.stream.steps_per_epoch == 0
             due = done or _is_due(progress.step, config.checkpoint_steps)
             looks = due or _is_due(progress.step, config.log_steps or _LOOK)
@@ -277,7 +277,7 @@ class _Run(TrainingState):
             return
 
         def seen() -> list[Any]:
-            # what came of the steps so far is told before the change
+            # outcomes of the steps so far are reported before the change
             self._look()
             return self.stream.samples(epoch, masked.schedule.samples)
 
@@ -295,9 +295,9 @@ class _Run(TrainingState):
             )
 
     def _step(self, batches: Sequence[MicroBatch]) -> None:
-        """Take one optimizer step, or leave it out where it is not finite.
+        """Take one optimizer step, or skip it where loss or gradient is not finite.
 
-        Which of them it was stays on the device until :meth:`_look`.
+        Whether it was skipped stays on the device until :meth:`_look`.
         """
         progress, config, task = self.progress, self.config, self.task
         task.keep_training()
@@ -316,7 +316,7 @@ class _Run(TrainingState):
             self.masked.soft.scatter()
         if self.scaler.is_enabled():
             self.scaler.unscale_(self.optimizer)
-        norm, beside = (
+        norm, others_norm = (
             self._norm(parameters)
             for parameters in (self.named.values(), (p for _, p in task.named_extras()))
         )
@@ -326,17 +326,17 @@ class _Run(TrainingState):
         means = torch.stack([each.double().to(task.device) for each in sums.values()])
         means = task.average_tensor(means / len(batches))
         parts = dict(zip(sums, means.unbind(), strict=True))
-        self._move(self.tally.add(progress.step, parts, norm.double(), beside.double()))
+        self._move(self.tally.add(progress.step, parts, norm.double(), others_norm.double()))
 
     def _norm(self, parameters: Iterable[nn.Parameter]) -> Tensor:
         """L2 norm of all gradients together, on the device of the student."""
         gradients = [p.grad for p in parameters if p.grad is not None]
-        # of nothing torch would make one on the CPU
+        # without gradients torch would return one on the CPU
         none = torch.zeros((), device=self.task.device)
         return nn.utils.get_total_norm(gradients).to(none.device) if gradients else none
 
     def _move(self, bad: Tensor) -> None:
-        """Let optimizer, average and loss scale take the step; where ``bad`` is 1 it is left out.
+        """Let optimizer, average and loss scale take the step; where ``bad`` is 1 it is skipped.
 
         A fused optimizer reads ``bad`` on the device. For another one it is read here.
         """
@@ -350,7 +350,7 @@ class _Run(TrainingState):
                 self.average.take(self.student, self.progress.step, bad if fused else None)
         if self.scaler.is_enabled():
             before = self.scaler.scale(torch.ones((), device=self.task.device))
-            # it has seen the gradients alone; the rest lowers the scale too
+            # it has seen the gradients alone; any other cause lowers the scale too
             self.scaler.update()
             after = self.scaler.scale(torch.ones((), device=self.task.device))
             self.scaler.update(torch.where(bad > 0, before / 2, after))
@@ -377,10 +377,10 @@ class _Run(TrainingState):
         return others
 
     def _look(self) -> dict[str, float | None]:
-        """Count the steps since the last look, for which the device is waited for.
+        """Count the steps since the last look; this waits for the device.
 
         Returns:
-            The parts of the loss of the last of them, None each where it was left out.
+            The parts of the loss of the last of them, None each where it was skipped.
 
         Raises:
             InvalidInput: labels that were on the device, or of several processes, have no class.
@@ -403,7 +403,7 @@ class _Run(TrainingState):
         progress, config, step = self.progress, self.config, outcome.step
         progress.skip()
         loss = outcome.parts["loss"]
-        norm = outcome.norm if math.isfinite(outcome.beside) else outcome.beside
+        norm = outcome.norm if math.isfinite(outcome.others_norm) else outcome.others_norm
         epoch = step // self.stream.steps_per_epoch
         self.tell("skipped_step", epoch, step=step, loss_text=str(loss), grad_norm_text=str(norm))
         if progress.skipped_in_a_row > config.max_bad_steps:
@@ -425,7 +425,7 @@ class _Run(TrainingState):
         self.tell("epoch", **entry)
 
     def _validated(self, epoch: int | None) -> Event:
-        """What the validation images say after an epoch (None: before the first step)."""
+        """Evaluate on the validation images after an epoch (None: before the first step)."""
         assert self.val is not None
         student, dtype = self._evaluated(), getattr(torch, self.config.dtype)
         # the teacher answers in its own
@@ -451,7 +451,7 @@ class _Run(TrainingState):
         return None
 
     def _tell_step(self, epoch: int, lr: float, parts: dict[str, float | None]) -> None:
-        values: Event = {"steps": self.stream.steps, "lr": lr, **self.pace.rates(), **parts}
+        values: Event = {"steps": self.stream.steps, "lr": lr, **self.throughput.rates(), **parts}
         counted = self.masked or self.gates
         if counted is not None:
             values["alive"] = counted.alive()

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
@@ -11,6 +10,7 @@ import torch
 from torch import nn
 
 from vitprune_fast.distill.attention import is_maskable, quicker, tokens_of
+from vitprune_fast.distill.optim import checkpointing
 from vitprune_fast.errors import InvalidInput
 from vitprune_fast.gates import attach
 from vitprune_fast.planning import Budget, Plan, plan
@@ -25,11 +25,11 @@ Planner = Callable[[nn.Module, float, Sequence[Any]], Plan]
 
 @dataclass(frozen=True)
 class MaskSchedule:
-    """When 0/1 masks change while a model trains, and how far each change goes.
+    """When 0/1 masks change while a model trains, and by how much.
 
     A step computes with the live units alone (see ``SoftCompaction``), so it gets faster as units
     go; weights and optimizer stay whole, and every change is made from scores of the whole model,
-    so that pruned units come back where they are worth it.
+    so that pruned units can come back.
 
     With x the share of the way from ``start`` to ``end`` the budget goes from 1 to its goal along
     ``1 - x`` (``linear``), ``(1 - x)^3`` (``cubic``; Zhu and Gupta, "To prune, or not to prune",
@@ -44,9 +44,9 @@ class MaskSchedule:
         units: kinds to cut, see ``plan``.
         samples: training images to score on at each change.
         attention: how the copy attends: with the live heads alone (``compact``), or with all heads
-            by our op, which skips dead ones (``masked``: the same shapes whatever is live, and
-            larger products beside it). ``auto`` is the quicker by what was measured on such a
-            device, else compact; see ``attention.quicker``.
+            by our op, which skips dead ones (``masked``: the same shapes whatever is live, but
+            larger matrix products around it). ``auto`` is the faster one by measurements on
+            such a device, else compact; see ``attention.quicker``.
         criterion: see ``score``.
         planner: (model, share, batches) -> Plan, in place of ``score`` and ``plan``; its plans
             remove no whole branches.
@@ -108,13 +108,14 @@ class MaskSchedule:
             return Plan.of(structure)
         if self.planner is not None:
             return self.planner(model, share, batches).check(structure)
-        with _keeping_activations(model):
+        # under checkpointing the model would run again in the backward of the scores
+        with checkpointing(model, False):
             scores = score(model, batches, criterion=self.criterion, units=self.units)
         return plan(structure, scores, Budget(macs=share), units=self.units)
 
 
 class MaskedStudent:
-    """A student of which a part is live; the copy that runs is made again at every change.
+    """A student of which a part is live; the copy that runs is rebuilt at every change.
 
     Args:
         student: the masters.
@@ -129,9 +130,10 @@ class MaskedStudent:
     def __init__(
         self, student: nn.Module, schedule: MaskSchedule, dtype: torch.dtype | None = None
     ) -> None:
-        self._student, self._schedule, self._dtype = student, schedule, dtype
+        self._student, self.schedule, self._dtype = student, schedule, dtype
         self._structure = describe(student)
-        self._share = 1.0
+        #: the share the schedule asked for
+        self.share = 1.0
         self._soft: SoftCompaction | None = None
         self._maskable = is_maskable(student, self._structure)
         if schedule.attention == "masked" and not self._maskable:
@@ -162,7 +164,7 @@ class MaskedStudent:
         axes = self._structure.units("head")
         live = sum(len(self.plan[axis.name]) for axis in axes)
         dead = 1 - live / max(sum(axis.size for axis in axes), 1)
-        wanted = self._schedule.attention
+        wanted = self.schedule.attention
         if not dead or not self._maskable:
             return "compact"
         if wanted == "auto":
@@ -180,10 +182,10 @@ class MaskedStudent:
             steps: of the whole run.
             batches: gives training images to score on.
         """
-        share = self._schedule.share(step, steps)
-        if share == self._share:
+        share = self.schedule.share(step, steps)
+        if share == self.share:
             return False
-        self.set(self._schedule.choose(self._student, self._structure, share, batches()), share)
+        self.set(self.schedule.choose(self._student, self._structure, share, batches()), share)
         return True
 
     def set(self, plan: Plan, share: float) -> None:
@@ -193,37 +195,13 @@ class MaskedStudent:
                 f"MaskSchedule: planner must remove no branches while training, got a plan that "
                 f"removes {sorted(plan.removed)[0]}; leave its units out instead"
             )
-        self.plan, self._share, self._soft = plan, share, None
-
-    @property
-    def schedule(self) -> MaskSchedule:
-        """When the part changes."""
-        return self._schedule
-
-    @property
-    def share(self) -> float:
-        """The share the schedule asked for."""
-        return self._share
+        self.plan, self.share, self._soft = plan, share, None
 
     def alive(self) -> dict[str, tuple[int, int]]:
         """Unit kind -> live units and all units, of the kinds that are cut."""
         counts = {}
-        for kind in self._schedule.units:
+        for kind in self.schedule.units:
             axes = self._structure.units(kind)
             kept = sum(len(self.plan[axis.name]) for axis in axes)
             counts[kind] = (kept, sum(axis.size for axis in axes))
         return counts
-
-
-@contextmanager
-def _keeping_activations(model: nn.Module) -> Iterator[None]:
-    """Without checkpointing, under which the model would run again in the scores' backward."""
-    switch: Any = getattr(model, "set_grad_checkpointing", None)
-    before = getattr(model, "grad_checkpointing", False)
-    if before:
-        switch(False)
-    try:
-        yield
-    finally:
-        if before:
-            switch(True)

@@ -1,7 +1,7 @@
-"""timm's mixup, CutMix and random erasing, drawn by what a step is.
+"""timm's mixup, CutMix and random erasing, drawn from the seed and the number of the batch.
 
 timm draws from the global generators of numpy, Python and torch; these are set from a seed and a
-number for the time of a call, so that any step can be done again.
+number for the duration of a call, so that any step can be repeated.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from vitprune_fast.transfer import sent
 
 
 class Mixing(Mixup):
-    """Mixes image b with image B - 1 - b, and their labels likewise, by shares of a whole batch.
+    """Mixes image b with image B - 1 - b, and their labels, in one proportion per batch.
 
     Sources: Zhang et al., "mixup", ICLR 2018 (arXiv:1710.09412), section 2; Yun et al., "CutMix",
     ICCV 2019 (arXiv:1905.04899), eq. 1 and 2; Zhong et al., "Random Erasing Data Augmentation",

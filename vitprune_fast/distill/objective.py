@@ -1,4 +1,4 @@
-"""What one batch costs a student: labels, and what is learnt from its teachers.
+"""The loss of a batch: of its labels, and of what is learnt from teachers.
 
 B images, C classes, N tokens, D width.
 """
@@ -6,7 +6,7 @@ B images, C classes, N tokens, D width.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,11 +17,11 @@ from torch import Tensor, nn
 from vitprune_fast import ops
 from vitprune_fast.batches import as_input, logits_of
 from vitprune_fast.config.distill import DistillConfig, loss_class
-from vitprune_fast.distill.features import HiddenStates
+from vitprune_fast.distill.hidden_states import HiddenStates
 from vitprune_fast.distill.labels import binary_cross_entropy, cross_entropy
 from vitprune_fast.distill.losses._base import Comparison, Loss, Reads, Seen
 from vitprune_fast.distill.losses.soft import Soft
-from vitprune_fast.distill.teachers import TeacherOutput, TeacherSet
+from vitprune_fast.distill.teachers import TeacherSet
 from vitprune_fast.errors import InvalidInput
 from vitprune_fast.modules.modes import evaluating
 from vitprune_fast.randomness import seeded
@@ -68,7 +68,7 @@ class Objective(nn.Module):
         student: its blocks are counted.
         teachers: asked once per batch, whatever the number of losses; None is none.
         images: two images ``(2, C, H, W)`` as the student takes them, of any content: one forward
-            of everybody tells the widths, and whether all can be compared.
+            of student and teachers gives the widths, and shows whether all can be compared.
 
     Raises:
         InvalidInput: a loss names a teacher that is not there, blocks that are not there, or things
@@ -89,29 +89,20 @@ class Objective(nn.Module):
         self.terms = _terms(config, student, teachers)
         teachers.check_student(student, logits=config.learns_logits)
         self._reads = Reads.all_of([term.loss.reads()[0] for term in self.terms])
-        self._teacher_reads = {
-            name: Reads.all_of(
-                [term.loss.reads()[1] for term in self.terms if term.teacher == name]
-            )
-            for name in teachers.names
-        }
-        for name, reads in self._teacher_reads.items():
-            teachers[name].record(reads.states, reads.features, reads.qkv)
-        if self._reads:
+        for name in teachers.names:
+            reads = [term.loss.reads()[1] for term in self.terms if term.teacher == name]
+            teachers[name].record(Reads.all_of(reads))
+        if config.looks_inside:
             self._look(student, images)
 
     @contextmanager
     def watching(self, model: nn.Module) -> Iterator[_Watch]:
         """Record what the losses compare inside ``model``, for every forward in the block."""
-        reads = self._reads
-        with ExitStack() as stack:
-            hidden = None
-            if reads:
-                hidden = HiddenStates(model, reads.states, reads.features, reads.qkv)
-                stack.enter_context(hidden)
-            yield _Watch(hidden, reads, any(term.loss.on_logits for term in self.terms))
+        hidden = self._reads.recorder(model)
+        with hidden or nullcontext():
+            yield _Watch(hidden, self._reads, any(term.loss.on_logits for term in self.terms))
 
-    def ask(self, images: Tensor) -> dict[str, TeacherOutput]:
+    def ask(self, images: Tensor) -> dict[str, Seen]:
         """The answers of all teachers, by name."""
         teachers = self._teachers[0]
         return teachers(images) if teachers is not None and self.terms else {}
@@ -120,7 +111,7 @@ class Objective(nn.Module):
         self,
         student: StudentOutput,
         labels: Tensor,
-        answers: Mapping[str, TeacherOutput],
+        answers: Mapping[str, Seen],
         done: float,
         generator: torch.Generator,
     ) -> tuple[Tensor, dict[str, Tensor]]:
@@ -138,7 +129,6 @@ class Objective(nn.Module):
             ``kd``, their weighted sum.
         """
         config, one = self.config, self._one_soft(student)
-        seen = self._seen(answers)
         if one is not None:
             weight = self._weight(one, done)
             found = ops.kd_cross_entropy(
@@ -159,13 +149,13 @@ class Objective(nn.Module):
             on_logits = [term for term in self.terms if term.loss.on_logits]
             kd = loss.new_zeros(())
             for term in on_logits:
-                parts[term.name] = self._value(term, student, seen, generator)
+                parts[term.name] = self._value(term, student, answers, generator)
                 kd = kd + self._weight(term, done) * parts[term.name]
             if on_logits:
                 loss, parts["kd"] = (1 - config.alpha) * loss + config.alpha * kd, kd
         for term in self.terms:
             if not term.loss.on_logits:
-                parts[term.name] = self._value(term, student, seen, generator)
+                parts[term.name] = self._value(term, student, answers, generator)
                 loss = loss + self._weight(term, done) * parts[term.name]
         return loss, parts
 
@@ -173,11 +163,11 @@ class Objective(nn.Module):
         self,
         term: Term,
         student: StudentOutput,
-        seen: Mapping[str, Seen],
+        answers: Mapping[str, Seen],
         generator: torch.Generator,
     ) -> Tensor:
         maps: Any = dict(self.projectors).get(_key(term))
-        return term.loss(Comparison(student.seen, seen[term.teacher], generator, maps))
+        return term.loss(Comparison(student.seen, answers[term.teacher], generator, maps))
 
     def _of_labels(self, class_BC: Tensor, labels: Tensor) -> Tensor:
         config = self.config
@@ -185,19 +175,13 @@ class Objective(nn.Module):
             return cross_entropy(class_BC, labels, config.label_smoothing)
         return binary_cross_entropy(class_BC, labels, config.label_smoothing, config.bce_threshold)
 
-    def _seen(self, answers: Mapping[str, TeacherOutput]) -> dict[str, Seen]:
-        return {
-            name: Seen.of(answer.logits_BC, self._teacher_reads[name], answer)
-            for name, answer in answers.items()
-        }
-
     def _weight(self, term: Term, done: float) -> float:
         teachers = self._teachers[0]
         assert teachers is not None
         return self.config.weight(term.word, done) * teachers[term.teacher].weight
 
     def _one_soft(self, student: StudentOutput) -> Any:
-        """The logit loss that one launch computes with the labels' and the gradient of both."""
+        """The logit loss that one launch computes together with the labels' loss and gradient."""
         several = [term for term in self.terms if term.loss.on_logits]
         both = student.class_BC is student.seen.logits_BC and student.class_BC.is_cuda
         both = both and self.config.label_loss == "ce"
@@ -206,17 +190,16 @@ class Objective(nn.Module):
 
     @torch.no_grad()
     def _look(self, student: nn.Module, images: Tensor) -> None:
-        """Run everybody once: make the projectors, and fail now rather than in the first step."""
+        """Run student and teachers once: make projectors, and fail now, not in the first step."""
         with evaluating(student), self.watching(student) as watch:
             output = watch.output(student(as_input(student, images)))
         answers = self.ask(images)
-        seen = self._seen(answers)
         generator = torch.Generator().manual_seed(0)
         weight = next(student.parameters())
         for term in self.terms:
-            # not from the global generator: a run must be one whatever was done before it
+            # not from the global generator: a run must not depend on what was done before it
             with seeded(self.config.seed, "projectors", term.name):
-                both = Comparison(output.seen, seen[term.teacher], generator)
+                both = Comparison(output.seen, answers[term.teacher], generator)
                 maps = term.loss.make_projectors(both)
             if maps is not None:
                 dtype = torch.promote_types(weight.dtype, torch.float32)
@@ -257,18 +240,14 @@ class _Watch:
     two_heads: bool
 
     def output(self, outputs: Any) -> StudentOutput:
-        """Put what the model returned beside what was recorded, and forget that."""
+        """Combine what the model returned with what was recorded."""
         said: Any = outputs
         class_BC = taught_BC = logits_of(outputs)
         if isinstance(outputs, (tuple, list)) and len(outputs) == 2:
             class_BC, taught_BC = outputs
         elif self.two_heads and hasattr(said, "distillation_logits"):
             class_BC, taught_BC = said.cls_logits, said.distillation_logits
-        if self.hidden is None:
-            return StudentOutput(class_BC, Seen(taught_BC))
-        seen = Seen.of(taught_BC, self.reads, self.hidden)
-        self.hidden.clear()
-        return StudentOutput(class_BC, seen)
+        return StudentOutput(class_BC, Seen.of(taught_BC, self.reads, self.hidden))
 
 
 def _key(term: Term) -> str:

@@ -1,10 +1,10 @@
-"""The optimizer of a training, its learning rate, and what is set in the model for its time."""
+"""The optimizer of a training, its learning rate, and settings of the model while it trains."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence, Set
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -13,7 +13,7 @@ from timm.utils import unwrap_model
 from torch import nn
 
 from vitprune_fast.config.distill import DistillConfig
-from vitprune_fast.distill.features import block_names
+from vitprune_fast.distill.hidden_states import block_names
 from vitprune_fast.errors import InvalidInput
 from vitprune_fast.structure import families
 
@@ -32,7 +32,7 @@ def make_optimizer(
     Args:
         student: says which parameter lies how deep.
         named: its parameters that learn.
-        others: groups of what learns beside it, with ``lr_scale`` and ``weight_decay``.
+        others: groups of other parameters, with ``lr_scale`` and ``weight_decay``.
         config: which optimizer.
 
     Raises:
@@ -58,7 +58,7 @@ def make_optimizer(
         return torch.optim.AdamW(groups, lr=0.0, betas=config.betas, eps=config.eps, fused=fused)
     optimizer = torch.optim.SGD(groups, lr=0.0, momentum=config.momentum, fused=fused)
     if fused and config.momentum:
-        # a first step that is left out would leave torch's own as memory that nobody wrote
+        # after a skipped first step torch's own buffers would be uninitialised memory
         for group in optimizer.param_groups:
             for p in group["params"]:
                 optimizer.state[p]["momentum_buffer"] = torch.zeros_like(p)
@@ -68,19 +68,18 @@ def make_optimizer(
 def can_fuse(device_types: Set[str]) -> bool:
     """Whether the optimizer of parameters on such devices is fused.
 
-    Then it moves them in few launches, and leaves a step out by a flag that it reads on the device.
+    A fused one updates in few launches, and skips a step by a flag that it reads on the device.
     """
     return device_types == {"cuda"}
 
 
 def is_fused(optimizer: torch.optim.Optimizer) -> bool:
-    """Whether an optimizer of :func:`make_optimizer` is fused; then its step counts are on the
-    device."""
+    """Whether an optimizer of :func:`make_optimizer` is fused, with step counts on the device."""
     return bool(optimizer.defaults["fused"])
 
 
 def _blocks_above(student: nn.Module) -> dict[int, int]:
-    """Id of each parameter -> how many layers lie above its own.
+    """Id of each parameter -> how many layers are above its own.
 
     As in BEiT: what comes before the blocks is the lowest layer, each block is one, and what comes
     after them (final norm, heads) the highest.
@@ -130,7 +129,7 @@ def learning_rate(step: int, steps_per_epoch: int, config: DistillConfig, peak: 
 
 @contextmanager
 def as_trained(model: nn.Module, config: DistillConfig, *, two_heads: bool) -> Iterator[None]:
-    """Set drop path, checkpointing and the heads of a distillation token; put them back after.
+    """Set drop path, checkpointing and the heads of a distillation token; restore them afterwards.
 
     Args:
         model: a model of timm, or any other where the config asks for nothing.
@@ -140,42 +139,47 @@ def as_trained(model: nn.Module, config: DistillConfig, *, two_heads: bool) -> I
     Raises:
         InvalidInput: the model has no place for what is asked.
     """
-    blocks: Any = getattr(model, "blocks", ())
-    kept = [
-        (block, name, module)
-        for block in blocks
-        for name, module in block.named_children()
-        if name.startswith("drop_path")
-    ]
-    if config.drop_path is not None:
-        if not kept:
-            raise InvalidInput(
-                "distill: drop_path must be unset for a student without blocks that have it, got "
-                f"{config.drop_path} for {type(model).__name__}"
-            )
-        depth = {id(block): i / max(len(blocks) - 1, 1) for i, block in enumerate(blocks)}
-        for block, name, _ in kept:
-            setattr(block, name, DropPath(config.drop_path * depth[id(block)]))
-    switch: Any = getattr(model, "set_grad_checkpointing", None)
-    if config.grad_checkpointing and switch is None:
-        raise InvalidInput(
-            "distill: grad_checkpointing must be off for a student without "
-            f"set_grad_checkpointing, got {type(model).__name__}"
-        )
-    checkpointed = getattr(model, "grad_checkpointing", False)
-    heads: Any = getattr(model, "set_distilled_training", None) if two_heads else None
-    distilled = getattr(model, "distilled_training", False)
-    try:
+    with ExitStack() as undo:
+        if config.drop_path is not None:
+            blocks: Any = getattr(model, "blocks", ())
+            kept = [
+                (block, name, module, config.drop_path * (i / max(len(blocks) - 1, 1)))
+                for i, block in enumerate(blocks)
+                for name, module in block.named_children()
+                if name.startswith("drop_path")
+            ]
+            if not kept:
+                raise InvalidInput(
+                    "distill: drop_path must be unset for a student without blocks that have it, "
+                    f"got {config.drop_path} for {type(model).__name__}"
+                )
+            for block, name, module, rate in kept:
+                undo.callback(setattr, block, name, module)
+                setattr(block, name, DropPath(rate))
         if config.grad_checkpointing:
-            switch(True)
+            if not hasattr(model, "set_grad_checkpointing"):
+                raise InvalidInput(
+                    "distill: grad_checkpointing must be off for a student without "
+                    f"set_grad_checkpointing, got {type(model).__name__}"
+                )
+            undo.enter_context(checkpointing(model, True))
+        heads: Any = getattr(model, "set_distilled_training", None) if two_heads else None
         if heads is not None:
+            undo.callback(heads, getattr(model, "distilled_training", False))
             heads(True)
         yield
+
+
+@contextmanager
+def checkpointing(model: nn.Module, on: bool) -> Iterator[None]:
+    """Switch activation checkpointing in a model that has it, and back after."""
+    before = getattr(model, "grad_checkpointing", False)
+    switch: Any = getattr(model, "set_grad_checkpointing", None) if before != on else None
+    if switch is None:
+        yield
+        return
+    switch(on)
+    try:
+        yield
     finally:
-        if config.drop_path is not None:
-            for block, name, module in kept:
-                setattr(block, name, module)
-        if config.grad_checkpointing:
-            switch(checkpointed)
-        if heads is not None:
-            heads(distilled)
+        switch(before)

@@ -1,4 +1,4 @@
-"""Where a training is: its counters, which with weights and optimizer make a checkpoint."""
+"""The counters of a training, which together with weights and optimizer make a checkpoint."""
 
 from __future__ import annotations
 

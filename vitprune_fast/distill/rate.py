@@ -1,4 +1,4 @@
-"""The peak learning rate that suits a student as it is, where nobody gives one.
+"""The default peak learning rate, by how far a student is from what it learns.
 
 A rate at which a broken student recovers breaks one that is nearly right. Adam moves every weight
 by about its rate per step, at first in directions that are mostly noise; so a rate suits when such

@@ -1,4 +1,4 @@
-"""What a training works on: all that its steps change, and all that a checkpoint keeps of it."""
+"""The state of a training: all that its steps change, and what a checkpoint keeps of it."""
 
 from __future__ import annotations
 
@@ -13,7 +13,6 @@ from torch import Tensor, nn
 
 from vitprune_fast.config.distill import DistillConfig
 from vitprune_fast.distill.average import Average, EpochAverage
-from vitprune_fast.distill.checkpoints import Checkpoint, read_newest, tidy, write_checkpoint
 from vitprune_fast.distill.masks import MaskedStudent, MaskSchedule
 from vitprune_fast.distill.objective import Objective, images_like
 from vitprune_fast.distill.optim import is_fused, make_optimizer
@@ -23,6 +22,12 @@ from vitprune_fast.distill.stream import Stream
 from vitprune_fast.distill.tally import Tally
 from vitprune_fast.distill.task import DistillTask
 from vitprune_fast.distill.teachers import TeacherSet
+from vitprune_fast.distill.training_checkpoints import (
+    Checkpoint,
+    read_newest,
+    tidy,
+    write_checkpoint,
+)
 from vitprune_fast.errors import InvalidInput, RunFolderError
 from vitprune_fast.gates import BudgetLoss, Gates
 from vitprune_fast.planning import Plan
@@ -46,7 +51,7 @@ class TrainingState:
 
     Attributes:
         folder: where checkpoints are; None writes none.
-        on_event: told where the training is.
+        on_event: called with every event.
         named: the student's parameters that learn.
         best: weights of the best epoch so far; empty where none is kept.
         progress: its counters.
@@ -95,7 +100,7 @@ class TrainingState:
 
     @cached_property
     def teacher_weights(self) -> dict[str, str]:
-        """Teacher -> what tells its weights from others."""
+        """Teacher -> fingerprint of its weights."""
         return {teacher.name: teacher.fingerprint() for teacher in self.teachers or ()}
 
     @property
@@ -107,7 +112,7 @@ class TrainingState:
         return self.config.lr * grown
 
     def _other_groups(self) -> list[dict[str, Any]]:
-        """What learns beside the student, with its own learning rate."""
+        """Parameters trained besides the student's, with their own learning rates."""
         config, groups = self.config, []
         if self.gates is not None:
             rate = 5 * self.peak if config.gate_lr is None else config.gate_lr
@@ -122,7 +127,7 @@ class TrainingState:
         return [*groups, matrices]
 
     def tell(self, event: str, epoch: int, **values: Any) -> None:
-        """Say what happened, and where the training is."""
+        """Send an event, with the epoch and the step."""
         if self.on_event is not None:
             place = {"epoch": epoch, "step": self.progress.step}
             self.on_event({"stage": "distill", "event": event, **place, **values})
@@ -143,7 +148,8 @@ class TrainingState:
         state: dict[str, Any] = {
             "config": asdict(self.config),
             "progress": asdict(self.progress),
-            "told": self._told(),
+            # a key that older checkpoints have
+            "told": self._arguments(),
         }
         if self.scaler.is_enabled():
             state["scaler"] = self.scaler.state_dict()
@@ -189,7 +195,7 @@ class TrainingState:
             masks = stored.state["masks"]
             self.masked.set(Plan.from_json(masks["plan"]), masks["share"])
         self.progress = Progress(**stored.state["progress"])
-        # a kill may have come between the newest checkpoint and the end of the oldest
+        # a kill may have come after the newest was written and before the oldest was deleted
         if self.ranks.is_first:
             tidy(self.folder, self.progress.step)
         self.tell("resume", self.progress.step // self.stream.steps_per_epoch)
@@ -204,7 +210,7 @@ class TrainingState:
         return {**self.named, **{f"extras.{name}": p for name, p in self.task.named_extras()}}
 
     def _generators(self) -> list[torch.Generator]:
-        """What timm rounds an average in bfloat16 with, which is drawn from step after step."""
+        """The generator that timm rounds an average in bfloat16 with, which advances every step."""
         generator = getattr(self.average, "_sr_generator", None)
         return [] if generator is None else [generator]
 
@@ -220,43 +226,43 @@ class TrainingState:
 
     def _check_same(self, state: dict[str, Any]) -> None:
         changed = self.config.differences(state["config"])
-        told, stored = self._told(), state.get("told", {})
-        for name in told:
-            if not changed and told[name] != stored.get(name):
-                changed = f"{name}: {stored.get(name)} -> {told[name]}"
+        given, stored = self._arguments(), state.get("told", {})
+        for name in given:
+            if not changed and given[name] != stored.get(name):
+                changed = f"{name}: {stored.get(name)} -> {given[name]}"
         if changed:
             raise RunFolderError(
                 f"distill: config and data must be those of the checkpoint in {self.folder}, "
                 f"got others ({changed}); take another checkpoint_dir"
             )
 
-    def _told(self) -> dict[str, Any]:
-        """What a training is told beside its config, as far as that is data."""
-        told: dict[str, Any] = {
+    def _arguments(self) -> dict[str, Any]:
+        """Arguments of the training besides its config, as far as they are plain data."""
+        given: dict[str, Any] = {
             "processes": self.ranks.world,
             "steps per epoch": self.stream.steps_per_epoch,
             "masks": self.masked is not None,
             "gates": self.gates is not None,
         }
-        told |= {f"teacher {name}": weights for name, weights in self.teacher_weights.items()}
-        told["teachers"] = list(self.teacher_weights)
+        given |= {f"teacher {name}": weights for name, weights in self.teacher_weights.items()}
+        given["teachers"] = list(self.teacher_weights)
         for name in ("batch_size", "seed", "shuffle", "repeats", "augment"):
             if hasattr(self.stream.train, name):
-                told[f"train.{name}"] = repr(getattr(self.stream.train, name))
+                given[f"train.{name}"] = repr(getattr(self.stream.train, name))
         if self.masked is not None:
             schedule = vars(self.masked.schedule)
-            told |= {f"masks.{name}": schedule[name] for name in schedule if name != "planner"}
-            told["masks.units"] = list(self.masked.schedule.units)
+            given |= {f"masks.{name}": schedule[name] for name in schedule if name != "planner"}
+            given["masks.units"] = list(self.masked.schedule.units)
         if self.gates is not None:
             for name in ("kind", "keep", "round_to", "penalties", "seed"):
-                told[f"gates.{name}"] = getattr(self.gates, name)
+                given[f"gates.{name}"] = getattr(self.gates, name)
         budget: Any = dict(self.task.extras).get("gate_budget")
-        told["gate_budget"] = None if budget is None else budget.limit
-        return told
+        given["gate_budget"] = None if budget is None else budget.limit
+        return given
 
 
 def _check_parameters(named: dict[str, nn.Parameter], *, alone: bool) -> None:
-    """Refuse a student that cannot learn; with gates beside it all of it may be frozen."""
+    """Refuse a student that cannot learn; with gates all of it may be frozen."""
     if not named and alone:
         raise InvalidInput(
             "distill: student must have a parameter that requires a gradient, got all frozen; "

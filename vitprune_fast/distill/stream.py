@@ -1,4 +1,4 @@
-"""The micro-batches of a training: which come in which step, and how they are varied."""
+"""The micro-batches of a training: which step they belong to, and how they are augmented."""
 
 from __future__ import annotations
 

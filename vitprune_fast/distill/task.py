@@ -23,7 +23,7 @@ from vitprune_fast.transfer import sent
 
 
 class DistillTask(TrainingTask):
-    """A student, what it learns, and what learns beside it.
+    """A student, its losses, and what is trained besides the student.
 
     ``trainable_module`` is the student that is optimised, averaged and saved. What runs is the same
     module, its compiled or distributed wrapper, or the dense copy of its live part: :meth:`run_on`.
@@ -48,7 +48,7 @@ class DistillTask(TrainingTask):
         super().__init__(device=weight.device, dtype=weight.dtype, verbose=False)
         self.trainable_module = student
         self.objective = objective
-        # what learns and is no part of the student
+        # what is trained and is not part of the student
         self.extras = nn.ModuleDict()
         for name, module in (("gates", gates), ("gate_budget", gate_budget)):
             if module is not None:
@@ -76,7 +76,7 @@ class DistillTask(TrainingTask):
         return self
 
     def keep_training(self) -> None:
-        """Put the training mode back where somebody took it, e.g. an event's listener that looks.
+        """Restore the training mode, which e.g. an event listener may have changed.
 
         Reads a flag of each part, not of every module: this is asked in every step.
         """
@@ -85,7 +85,7 @@ class DistillTask(TrainingTask):
             self.train()
 
     def named_extras(self) -> Iterator[tuple[str, nn.Parameter]]:
-        """The parameters that learn beside the student, each once."""
+        """The parameters that are trained besides the student's, each once."""
         return self.extras.named_parameters()
 
     def run_on(self, module: nn.Module, *, whole: bool) -> None:
@@ -111,12 +111,12 @@ class DistillTask(TrainingTask):
         self._runner = (runner,)
 
     def stop_running(self) -> None:
-        """Take the recorders off what ran."""
+        """Remove the hooks of what ran."""
         self._watching.close()
         self._runner, self._quick = (), {}
 
     def in_a_step(self) -> AbstractContextManager:
-        """For a forward pass and its backward: attention in its faster form."""
+        """Context of a forward pass and its backward: attention in its faster form."""
         return standing_in(self._quick)
 
     def no_sync(self) -> AbstractContextManager:
@@ -124,7 +124,7 @@ class DistillTask(TrainingTask):
         return self._runner[0].no_sync() if self._sums_itself else nullcontext()
 
     def autocast(self) -> AbstractContextManager:
-        """Where the student computes in the precision of the config."""
+        """Context in which the student computes in the precision of the config."""
         return autocast(self._dtype, self.device)
 
     def forward(
@@ -179,11 +179,10 @@ class DistillTask(TrainingTask):
         return within, (within != labels).sum()
 
     def average_gradients(self, others: Mapping[str, Tensor]) -> None:
-        """Average over processes, of which there are several, the gradients that nobody else does.
+        """Average gradients over several processes.
 
         Args:
-            others: tensors with gradients beside those of the student that
-                DistributedDataParallel looks after.
+            others: tensors whose gradients DistributedDataParallel does not average.
         """
         gradients = [t.grad for t in others.values() if t.grad is not None]
         for dtype in sorted({g.dtype for g in gradients}, key=str):
@@ -195,7 +194,7 @@ class DistillTask(TrainingTask):
                 gradient.copy_(part.view_as(gradient))
 
     def average_values(self, values: list[float]) -> list[float]:
-        """Means over processes, so that all decide alike; several wait for their devices."""
+        """Means over processes, so that all decide the same; with several, waits for the device."""
         if self._ranks.world == 1:
             return values
         together = torch.tensor(values, dtype=torch.float64, device=self.device)
@@ -246,7 +245,7 @@ class DistillTask(TrainingTask):
 
 
 def _check(logits: Tensor, target: Tensor, labels: Tensor | None) -> None:
-    """Refuse what can be seen to be wrong without waiting for a device or a process."""
+    """Refuse what is wrong, as far as that shows without waiting for a device or a process."""
     check_logits("distill", logits, torch.zeros(len(target), dtype=torch.int64))
     if target.ndim == 2 and target.shape[1] != logits.shape[1]:
         raise InvalidInput(

@@ -9,7 +9,6 @@ import copy
 import math
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -20,38 +19,16 @@ from timm.utils import unwrap_model
 from torch import Tensor, nn
 
 from vitprune_fast.batches import as_input, classes_of, logits_of
-from vitprune_fast.distill.conversion import Conversion
-from vitprune_fast.distill.features import HiddenStates
+from vitprune_fast.distill.image_conversion import Conversion
+from vitprune_fast.distill.losses._base import Reads, Seen
 from vitprune_fast.errors import InvalidInput
 from vitprune_fast.modules.behaviour import check_behaviour
 from vitprune_fast.modules.modes import compiled, evaluating
 from vitprune_fast.sealed import fingerprint
 from vitprune_fast.stated import fixed_size, image_channels, stated_config
+from vitprune_fast.wide import wide
 
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
-
-
-@dataclass(frozen=True)
-class TeacherOutput:
-    """What a teacher says about one batch; no gradient flows into any of it.
-
-    Attributes:
-        logits_BC: ``(B, C)`` fp32 (fp64 of an fp64 teacher).
-        states: ``(B, N, D)`` of each block asked for, in the teacher's dtype.
-        features: pooled features ``(B, D)`` in the teacher's dtype, if asked for.
-        prefix_tokens: tokens of each state that come before its patches.
-        grids: rows and columns of each state's patches; None where they form no grid.
-        qkv: packed q, k, v ``(B, N, 3, 1, H * K)`` of each block asked for.
-        qkv_prefix_tokens: tokens of each of them that come before its patches.
-    """
-
-    logits_BC: Tensor
-    states: list[Tensor] = field(default_factory=list)
-    features: Tensor | None = None
-    prefix_tokens: list[int] = field(default_factory=list)
-    grids: list[tuple[int, int] | None] = field(default_factory=list)
-    qkv: list[Tensor] = field(default_factory=list)
-    qkv_prefix_tokens: list[int] = field(default_factory=list)
 
 
 class Teacher(nn.Module):
@@ -63,8 +40,8 @@ class Teacher(nn.Module):
     affine in the pixels, so they may follow mixup and cutmix: student and teacher see one crop.
     A grey image is repeated for a teacher that wants three channels. The forward runs once per
     call, whatever the number of losses that read it, in evaluation mode (BatchNorm and dropout
-    included) and without gradients. timm's ``DistillationTeacher`` normalises likewise; it knows
-    neither sizes nor states, and compares its constants on the device in every step.
+    included) and without gradients. timm's ``DistillationTeacher`` normalises the same way; it
+    handles neither sizes nor states, and compares its constants on the device in every step.
 
     The model stays the caller's: modes are put back after every forward, also when ``train()`` is
     called on this or a module that holds it, and ``requires_grad`` is never touched: the forward
@@ -86,7 +63,7 @@ class Teacher(nn.Module):
         compile: whether to run through ``torch.compile``; a text names its backend.
         blocks: numbers of blocks whose states come back, see ``HiddenStates``.
         features: whether pooled features come back.
-        weight: of this teacher among several; read by whoever adds the losses.
+        weight: of this teacher among several; the objective reads it.
         name: in logs and ``TeacherSet``; default: the model's class.
 
     Raises:
@@ -118,31 +95,27 @@ class Teacher(nn.Module):
         inner: Any = unwrap_model(model)
         self.channels_last = channels_last
         self.model = _converted(model, dtype, channels_last)
-        # a copy of ours stays in evaluation mode; looking at its modules in every step takes time
+        # our own copy stays in evaluation mode, so that its modes need not be set in every step
         self._borrowed = (model,) if self.model is model else ()
         self.weight, self.name = weight, name or type(inner).__name__
         self.convert = Conversion(
             inner, (student_mean, student_std), (mean, std), image_size, self.name
         )
         self._runner = (compiled(self.model, compile) if compile else self.model,)
-        self._hidden: HiddenStates | None = None
-        self.record(blocks, features)
+        self.record(Reads(tuple(blocks), features=features))
         self.training = False
 
-    def record(
-        self, blocks: Sequence[int] = (), features: bool = False, qkv: Sequence[int] = ()
-    ) -> None:
-        """Say again what comes back beside the logits, see ``HiddenStates``.
+    def record(self, reads: Reads) -> None:
+        """Change what comes back besides the logits, see ``HiddenStates``.
 
         Raises:
             InvalidInput: the model has no such blocks, or nothing to read features from.
         """
-        wanted = bool(blocks or features or qkv)
-        hidden = HiddenStates(self._runner[0], blocks, features, qkv) if wanted else None
-        self._hidden = hidden
+        self._reads = reads
+        self._hidden = reads.recorder(self._runner[0])
 
     def fingerprint(self) -> str:
-        """What tells its weights from others; of a sharded model its name alone."""
+        """Fingerprint of its weights; of a sharded model its name alone."""
         # after a forward the parameters of an FSDP2 module are whole ones, those of its state not
         if any(hasattr(tensor, "placements") for tensor in self.model.state_dict().values()):
             return self.name
@@ -157,14 +130,14 @@ class Teacher(nn.Module):
         return self
 
     @torch.no_grad()
-    def forward(self, images_BCHW: Tensor) -> TeacherOutput:
+    def forward(self, images_BCHW: Tensor) -> Seen:
         """Answer for one batch.
 
         Args:
             images_BCHW: ``(B, C, H, W)`` floating, normalised for the student, augmented, mixed.
 
         Returns:
-            Logits and what else was asked for, detached.
+            Logits, fp32 (fp64 of an fp64 teacher), and what else was asked for, in its own dtype.
 
         Raises:
             InvalidInput: the channels do not fit, or the model gives no logits ``(B, C)``.
@@ -172,8 +145,7 @@ class Teacher(nn.Module):
         x = as_input(self.model, self.convert(images_BCHW))
         if self.channels_last:
             x = x.contiguous(memory_format=torch.channels_last)
-        hidden = self._hidden
-        with evaluating(*self._borrowed), hidden or nullcontext():
+        with evaluating(*self._borrowed), self._hidden or nullcontext():
             logits = logits_of(self._runner[0](x))
         if not isinstance(logits, Tensor) or logits.ndim != 2 or len(logits) != len(x):
             shown = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
@@ -181,20 +153,7 @@ class Teacher(nn.Module):
                 f"Teacher: {self.name} must give logits ({len(x)}, classes), got {shown}; a timm "
                 "model without pooling needs global_pool='token' or 'avg'"
             )
-        logits = logits if logits.dtype == torch.float64 else logits.float()
-        if hidden is None:
-            return TeacherOutput(logits)
-        answer = TeacherOutput(
-            logits,
-            hidden.states,
-            hidden.features,
-            hidden.prefix_tokens,
-            hidden.grids,
-            hidden.qkv,
-            hidden.qkv_prefix_tokens,
-        )
-        hidden.clear()
-        return answer
+        return Seen.of(wide(logits), self._reads, self._hidden)
 
     def check_student(self, student: nn.Module, *, logits: bool = True) -> None:
         """Refuse a student that this teacher cannot teach.
@@ -258,7 +217,7 @@ class TeacherSet(nn.Module):
         self.teachers = nn.ModuleList(teachers)
         self.names = names
 
-    def forward(self, images_BCHW: Tensor) -> dict[str, TeacherOutput]:
+    def forward(self, images_BCHW: Tensor) -> dict[str, Seen]:
         """Ask every teacher once; answers by name, in the order of the teachers."""
         return {name: each(images_BCHW) for name, each in zip(self.names, self, strict=True)}
 

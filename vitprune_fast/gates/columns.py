@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from .. import ops
+from .._checks import refuse_second_derivative
 from ..ops._forms import CustomOp
-from ..ops._probes import refuse_second_derivative
 from ..scoring.probes import as_tokens
 
 

@@ -22,7 +22,7 @@ from vitprune_fast.ops.gated_unit import (
     gated_unit,
     gated_unit_score,
 )
-from vitprune_fast.ops.gather import CASTS, GatherTable, Selection, gather, gather_all
+from vitprune_fast.ops.gather import CASTS, GatherTable, Selection, gather_all
 from vitprune_fast.ops.kd_cross_entropy import kd_cross_entropy
 from vitprune_fast.ops.manifold_loss import manifold_loss
 from vitprune_fast.ops.norm_score import norm_score, scored_norm
@@ -44,7 +44,6 @@ __all__ = [
     "gated_attention",
     "gated_unit",
     "gated_unit_score",
-    "gather",
     "gather_all",
     "kd_cross_entropy",
     "manifold_loss",

@@ -54,7 +54,7 @@ _ORDER = {"cpu": ("cpu", "eager"), "cuda": ("cuda", "triton", "eager")}
 
 @functools.cache
 def _interpreting() -> bool:
-    # Triton looks once too, and the environment takes longer to read than a call to be checked
+    # Triton reads it once too; reading the environment takes longer than checking a call
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 
@@ -90,7 +90,7 @@ def choose(op: str, x: Tensor, backend: str, unable: Mapping[str, str] | None = 
         InvalidInput: no backend has that name.
         BackendUnavailable: a backend was named, here or by VITPRUNE_BACKEND, and cannot run.
     """
-    # the type of a device is a new string each time, which takes longer than all the rest
+    # device.type makes a new string each time, which takes longer than everything else here
     device = "cuda" if x.is_cuda else "cpu" if x.is_cpu else x.device.type
     return _choose(op, device, backend, unable)
 

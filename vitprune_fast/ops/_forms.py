@@ -2,9 +2,8 @@
 
 On its way from Python to Python a call of a registered op costs the host some 15 us, and twice that
 with a gradient; what it runs in the end, called straight or through one
-``torch.autograd.Function``, is a few. Whoever watches the calls (torch.compile, modes, functorch, a
-tensor of a type of its own) is shown the registered op, because to him all else would be a black
-box or nothing at all.
+``torch.autograd.Function``, is a few. Whatever intercepts calls (torch.compile, modes, functorch, a
+tensor subclass) gets the registered op, because anything else would be a black box to it.
 """
 
 from __future__ import annotations
@@ -28,7 +27,7 @@ _NO_TENSORS = frozenset({type(None), bool, int, float, str, list})
 
 def _is_watched() -> bool:
     """Whether more than autograd and autocast takes part in every call of this thread."""
-    # compiling comes first: it is what torch.compile knows the answer of, and reads no further
+    # compiling comes first: torch.compile knows its value as a constant, and traces no further
     return (
         torch.compiler.is_dynamo_compiling()
         or torch._C._len_torch_dispatch_stack() > 0
@@ -121,9 +120,9 @@ def custom_op(name: str) -> Callable[[Callable[..., Result]], CustomOp[Result]]:
 class Forms(dict[str, Any]):
     """What computes an op without a derivative of its own, by backend: ``forms["cpu"](x, ...)``.
 
-    Inside the form of another op, where nobody watches, ``forms.plain["cpu"]`` is the same. All
-    arguments are given by position. C++ implements the op under its own name. C++ and Triton
-    cannot both hold the CUDA key of one op, so Triton has a twin, ``<name>_triton``.
+    Inside the form of another op, where no call is intercepted, ``forms.plain["cpu"]`` is the
+    same. All arguments are given by position. C++ implements the op under its own name. C++ and
+    Triton cannot both hold the CUDA key of one op, so Triton has a twin, ``<name>_triton``.
 
     Args:
         schema: the name, if the annotations of ``fake`` say the rest; else all, as torch writes it.

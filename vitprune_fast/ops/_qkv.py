@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from vitprune_fast import _checks
-from vitprune_fast.ops._probes import DTYPES
+from vitprune_fast._checks import DTYPES
 
 # of the Triton kernels
 _LARGEST_HEAD_DIM = 128

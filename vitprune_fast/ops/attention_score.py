@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from vitprune_fast import _checks
+from vitprune_fast._checks import check_wide, refuse_second_derivative
 from vitprune_fast.ops._dispatch import Backend, choose
 from vitprune_fast.ops._forms import Forms, custom_op
-from vitprune_fast.ops._probes import check_wide, refuse_second_derivative, score_dtype
 from vitprune_fast.ops._qkv import (
     check_qkv,
     factor_of_logits,
@@ -23,6 +23,7 @@ from vitprune_fast.ops._qkv import (
     with_adjacent_dims,
 )
 from vitprune_fast.reference import attention_score as _reference
+from vitprune_fast.wide import wide_dtype
 
 NEEDS = ("qkv", "head", "qk_dim", "v_dim")
 _OP = "attention_score"
@@ -36,7 +37,7 @@ Gradients = tuple[Tensor, Tensor, Tensor, Tensor]
 
 
 class AttentionScore(NamedTuple):
-    """What backward gives; None where it was not asked for.
+    """Results of the backward; None where not asked for.
 
     Args:
         qkv: gradient of packed qkv, ``(B, N, 3, H, K)``, contiguous, of the dtype of qkv.
@@ -54,7 +55,7 @@ class AttentionScore(NamedTuple):
 def _fake(qkv_BN3HK: Tensor, scale: float) -> tuple[Tensor, Tensor]:
     batch, num_tokens, _, num_heads, head_dim = qkv_BN3HK.shape
     out_BNHK = qkv_BN3HK.new_empty(batch, num_tokens, num_heads, head_dim)
-    lse_BHN = out_BNHK.new_empty(batch, num_heads, num_tokens, dtype=score_dtype(qkv_BN3HK))
+    lse_BHN = out_BNHK.new_empty(batch, num_heads, num_tokens, dtype=wide_dtype(qkv_BN3HK))
     return out_BNHK, lse_BHN
 
 
@@ -71,7 +72,7 @@ def _fake_score(
     v_dim: bool,
 ) -> Gradients:
     batch, _, _, num_heads, head_dim = qkv_BN3HK.shape
-    wide = score_dtype(qkv_BN3HK)
+    wide = wide_dtype(qkv_BN3HK)
     return (
         qkv_BN3HK.new_empty(qkv_BN3HK.shape if qkv else (0,)),
         qkv_BN3HK.new_empty((batch, num_heads) if head else (0,), dtype=wide),
@@ -141,7 +142,7 @@ def _eager_score(
     qk_dim: bool,
     v_dim: bool,
 ) -> Gradients:
-    wide = score_dtype(qkv_BN3HK)
+    wide = wide_dtype(qkv_BN3HK)
     dqkv_BN3HK = qkv_BN3HK.new_empty(0)
     head_BH = qk_dim_BHK = v_dim_BHK = qkv_BN3HK.new_empty(0, dtype=wide)
 
@@ -389,6 +390,6 @@ def scored_attention(
             why = ", one number per sample and unit of qkv_BN3HK"
             check_wide(op, name, probe, shape, why, "qkv_BN3HK", qkv_BN3HK)
     factor = factor_of_logits(scale, qkv_BN3HK)
-    # settled here for the backward too
+    # chosen here for the backward too
     chosen = _choose(qkv_BN3HK, backend)
     return _scored(qkv_BN3HK, head_BH, qk_dim_BHK, v_dim_BHK, factor, per_token, chosen)[0]

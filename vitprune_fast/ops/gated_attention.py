@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 from vitprune_fast import _checks
+from vitprune_fast._checks import check_wide, refuse_second_derivative
 from vitprune_fast.ops._dispatch import Backend, choose
 from vitprune_fast.ops._forms import Forms, custom_op
-from vitprune_fast.ops._probes import check_wide, refuse_second_derivative, score_dtype
 from vitprune_fast.ops._qkv import (
     check_qkv,
     factor_of_logits,
@@ -24,6 +24,7 @@ from vitprune_fast.ops._qkv import (
     with_adjacent_dims,
 )
 from vitprune_fast.transfer import sent
+from vitprune_fast.wide import wide_dtype
 
 _OP = "gated_attention"
 # Beyond this many tokens attention is bound by its matrix products, of which our backward has 7
@@ -46,7 +47,7 @@ def _fake(
     return (
         qkv_BN3HK.new_empty(batch, num_tokens, num_out, head_dim),
         qkv_BN3HK.new_empty((batch, num_tokens, num_live, head_dim) if raw else (0,)),
-        qkv_BN3HK.new_empty(batch, num_live, num_tokens, dtype=score_dtype(qkv_BN3HK)),
+        qkv_BN3HK.new_empty(batch, num_live, num_tokens, dtype=wide_dtype(qkv_BN3HK)),
     )
 
 
@@ -65,7 +66,7 @@ def _fake_backward(
 ) -> tuple[Tensor, Tensor]:
     dqkv_BN3HK = qkv_BN3HK.new_empty(qkv_BN3HK.shape if qkv else (0,))
     gates = (qkv_BN3HK.shape[3],) if raw else (0,)
-    return dqkv_BN3HK, qkv_BN3HK.new_empty(gates, dtype=score_dtype(qkv_BN3HK))
+    return dqkv_BN3HK, qkv_BN3HK.new_empty(gates, dtype=wide_dtype(qkv_BN3HK))
 
 
 # plain torch differentiates by itself
@@ -110,7 +111,7 @@ def _setup_context(ctx, inputs, output):
         raise RuntimeError(f"{_OP}: raw must be True where the gate needs a gradient, got False")
     ctx.mark_non_differentiable(raw_BNLK, lse_BLN)
     ctx.set_materialize_grads(False)
-    # behind the gate the output is kept anyway, by whoever reads it
+    # the gated output is kept in memory anyway, by the next layer
     kept = raw_BNLK if ctx.raw else out_BNHK
     ctx.save_for_backward(qkv_BN3HK, gate_H, mask_BN, kept, lse_BLN)
 
@@ -214,7 +215,7 @@ def _check_mask(mask_BN: Tensor, qkv_BN3HK: Tensor) -> None:
 
 
 def registered_op() -> Any:
-    """The registered op, ``(qkv, gate, mask, live, ...)``, for those who count FLOPs."""
+    """The registered op, ``(qkv, gate, mask, live, ...)``, for FLOP counters."""
     return torch.ops.vitprune_fast.gated_attention
 
 
@@ -287,7 +288,7 @@ def gated_attention(
         return _eager(*arguments)
     raw = _needs_gradient(gate_H)
     if chosen == "cpu":
-        # its backward reads no other output than the one before the gate, of live heads alone
+        # its backward reads only the output before the gate, of the live heads
         needed = gate_H is not None or len(live) < qkv_BN3HK.shape[3]
         raw = needed and torch.is_grad_enabled()
     return _gated_attention(*arguments, raw, chosen)[0]

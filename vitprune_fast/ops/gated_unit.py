@@ -11,16 +11,12 @@ import torch
 from torch import Tensor
 
 from vitprune_fast import _checks
+from vitprune_fast._checks import DTYPES, check_wide, refuse_second_derivative
 from vitprune_fast.ops._dispatch import Backend, choose
 from vitprune_fast.ops._forms import Forms, custom_op
-from vitprune_fast.ops._probes import (
-    DTYPES,
-    check_wide,
-    refuse_second_derivative,
-    score_dtype,
-)
 from vitprune_fast.reference import gated_unit as _reference
 from vitprune_fast.reference.gated_unit import halves
+from vitprune_fast.wide import wide_dtype
 
 ACTIVATIONS = tuple(_reference.ACTIVATIONS)
 _OP = "gated_unit"
@@ -28,7 +24,7 @@ Packed = Literal["x_first", "x_last"]
 
 
 class GatedUnitScore(NamedTuple):
-    """What the backward of hidden units gives.
+    """Results of the backward of hidden units.
 
     Args:
         x: gradient w.r.t. ``x_BNF``, of its shape and dtype, contiguous.
@@ -64,7 +60,7 @@ def _fake_backward(
 ) -> tuple[Tensor, Tensor]:
     batch, _, columns = _hidden(x_BNF, packed)
     shape = x_BNF.shape if value_BNF is None else (2, *x_BNF.shape)
-    return x_BNF.new_empty(shape), x_BNF.new_empty(batch, columns, dtype=score_dtype(x_BNF))
+    return x_BNF.new_empty(shape), x_BNF.new_empty(batch, columns, dtype=wide_dtype(x_BNF))
 
 
 def _eager(
@@ -128,7 +124,7 @@ def _gated_unit(
 ) -> Tensor:
     if gate_F is not None:
         return _forward_forms.plain[backend](x_BNF, value_BNF, gate_F, activation, packed)
-    # torch's own is at the speed of memory; the backward is what has no equal there
+    # torch's own forward runs at memory speed; only the backward has no equal in torch
     if packed is not None:
         x_BNF, value_BNF = halves(x_BNF, packed)
     h_BNF = _reference.ACTIVATIONS[activation](x_BNF)
@@ -136,16 +132,7 @@ def _gated_unit(
 
 
 @_gated_unit.register_fake
-def _(
-    x_BNF: Tensor,
-    value_BNF: Tensor | None,
-    gate_F: Tensor | None,
-    probe_BF: Tensor | None,
-    activation: str,
-    packed: str | None,
-    per_token: bool,
-    backend: str,
-) -> Tensor:
+def _(x_BNF, value_BNF, gate_F, probe_BF, activation, packed, per_token, backend):
     if gate_F is not None:
         return _fake(x_BNF, value_BNF, gate_F, activation, packed)
     return _gated_unit.form(x_BNF, value_BNF, None, None, activation, packed, per_token, backend)
@@ -187,7 +174,7 @@ def _checked_columns(
         return columns
     rule = "be 'x_first', 'x_last' or None"
     _checks.require(packed in ("x_first", "x_last"), op, "packed", rule, repr(packed))
-    _checks.require(value_BNF is None, op, "value_BNF", "be None beside packed", "a tensor")
+    _checks.require(value_BNF is None, op, "value_BNF", "be None where x_BNF is packed", "a tensor")
     rule = "have an even number of columns where it is packed"
     _checks.require(columns % 2 == 0, op, "x_BNF", rule, columns)
     return columns // 2
@@ -259,12 +246,12 @@ def gated_unit(
         why = ", one number per column of the result"
         check_wide(_OP, "gate_F", gate_F, (columns,), why, "x_BNF", x_BNF)
         gate_F = gate_F.contiguous()
-        _checks.require(probe_BF is None, _OP, "probe_BF", "be None beside gate_F", "a tensor")
-        _checks.require(not per_token, _OP, "per_token", "be False beside gate_F", per_token)
+        _checks.require(probe_BF is None, _OP, "probe_BF", "be None with a gate_F", "a tensor")
+        _checks.require(not per_token, _OP, "per_token", "be False with a gate_F", per_token)
     elif probe_BF is not None:
         why = ", one number per sample and column of the result"
         check_wide(_OP, "probe_BF", probe_BF, (x_BNF.shape[0], columns), why, "x_BNF", x_BNF)
-    # settled here, so that a backend that cannot run is refused before the backward
+    # chosen here, so that a backend that cannot run is refused before the backward
     chosen = choose(_OP, x_BNF, backend)
     return _gated_unit(x_BNF, value_BNF, gate_F, probe_BF, activation, packed, per_token, chosen)
 

@@ -21,83 +21,21 @@ from vitprune_fast import _checks
 from vitprune_fast.errors import InvalidInput
 from vitprune_fast.ops._dispatch import Backend, choose
 from vitprune_fast.ops._forms import Forms
-from vitprune_fast.reference.gather import gather as _eager
-from vitprune_fast.reference.gather import gather_all as _eager_all
+from vitprune_fast.reference.gather import gather_all as _eager
 
 # read once: looking for a module is slow
 _HAS_HOST = importlib.util.find_spec("vitprune_fast._host") is not None
 
 
-def _fake(source_RC: Tensor, rows: Tensor | None, columns: Tensor | None) -> Tensor:
-    num_rows = source_RC.shape[0] if rows is None else rows.shape[0]
-    num_columns = source_RC.shape[1] if columns is None else columns.shape[0]
-    return source_RC.new_empty(num_rows, num_columns)
-
-
-_forms = Forms("gather", _fake, _eager, cpu=True)
 # one entry of the table per source; targets are written whole
-_all_forms = Forms(
+_forms = Forms(
     "gather_all(Tensor[] sources, Tensor(a!)[] targets, int[] entries, Tensor table,"
     " Tensor table_on_device) -> ()",
     lambda *_: None,
-    _eager_all,
+    _eager,
     cpu=True,
     cuda=True,
 )
-
-
-def gather(
-    source_RC: Tensor,
-    rows: Tensor | None = None,
-    columns: Tensor | None = None,
-    *,
-    backend: Backend = "auto",
-) -> Tensor:
-    """Rows and columns of a matrix: ``out[i, j] = source[rows[i], columns[j]]``.
-
-    An index of -1 gives a row or column of zeros. Indices may repeat and stand in any order.
-    Not differentiable: the result is cut off from the graph.
-
-    Args:
-        source_RC: matrix, ``(R, C)``, any dtype and layout; read in place when its columns are
-            adjacent, else copied first.
-        rows: which rows, 1-D int64, -1 to ``R - 1``; None for all.
-        columns: which columns, 1-D int64, -1 to ``C - 1``; None for all.
-        backend: implementation to run (``"cpu"`` is the C++ kernel); an explicit choice never
-            falls back.
-
-    Returns:
-        ``(len(rows), len(columns))``, contiguous, of the source's dtype and device; a copy of
-        the source's bits, so the same for every backend and number of threads.
-
-    Raises:
-        TypeError: an argument is not a tensor.
-        InvalidInput: a shape, dtype, device or index is out of range.
-        BackendUnavailable: ``backend`` was named and cannot run here; the message says why.
-    """
-    _checks.require_tensor("gather", "source_RC", source_RC)
-    _checks.require_dims("gather", "source_RC", source_RC, 2)
-    device = source_RC.device
-    for name, index in (("rows", rows), ("columns", columns)):
-        if index is not None:
-            _checks.require_index("gather", name, index, device)
-    source_RC = source_RC.detach()
-    if choose("gather", source_RC, backend) == "cpu":
-        try:
-            return _forms["cpu"](source_RC, rows, columns)
-        except RuntimeError:
-            # the kernel looks at every number; what is wrong with one is said here
-            _check_values(source_RC, rows, columns)
-            raise
-    _check_values(source_RC, rows, columns)
-    return _eager(source_RC, rows, columns)
-
-
-def _check_values(source_RC: Tensor, rows: Tensor | None, columns: Tensor | None) -> None:
-    if rows is not None:
-        _checks.require_index_values("gather", "rows", rows, source_RC.shape[0])
-    if columns is not None:
-        _checks.require_index_values("gather", "columns", columns, source_RC.shape[1])
 
 
 @dataclass(frozen=True)
@@ -124,7 +62,7 @@ class Selection:
         )
 
     def inverse(self) -> Selection:
-        """What puts the entries back where they were, and zeros where nothing was taken.
+        """The way back: entries where they were, and zeros where nothing was taken.
 
         Raises:
             InvalidInput: a row or column was taken twice, so there is no way back.
@@ -200,7 +138,7 @@ def _check_index(name: str, index: NDArray | None, size: int) -> None:
         )
 
 
-# what a gather may convert on its way
+# conversions that a gather may do
 CASTS = {
     (torch.float32, torch.bfloat16),
     (torch.float32, torch.float16),
@@ -268,19 +206,19 @@ def gather_all(
     chosen = choose("gather_all", matrices[0], backend, _unable())
     if chosen in ("cpu", "cuda"):
         words = table.words_on(matrices[0].device)
-        _all_forms[chosen](matrices, results, list(entries), table.words, words)
+        _forms[chosen](matrices, results, list(entries), table.words, words)
     else:
         kept = (table.selections[entry] for entry in entries)
-        _eager_all(matrices, results, [(each.rows, each.columns) for each in kept])
+        _eager(matrices, results, [(each.rows, each.columns) for each in kept])
     if out is None:
         return results
-    # a graph that still needs what was there says so, as with any other change in place
+    # autograd then refuses a graph that still needs the old values, as after any change in place
     torch.autograd.graph.increment_version(results)
     return list(out)
 
 
 def _matrix(source: Tensor, entry: int, table: GatherTable, first: Tensor) -> Tensor:
-    """A source as the matrix that its entry tells of."""
+    """A source as the matrix of its entry."""
     _checks.require_tensor("gather_all", "sources", source)
     if not 0 <= entry < len(table):
         rule = f"hold numbers from 0 to {len(table) - 1}"
@@ -296,7 +234,7 @@ def _matrix(source: Tensor, entry: int, table: GatherTable, first: Tensor) -> Te
 
 
 def _target(out: Tensor, shape: tuple[int, int], like: Tensor) -> Tensor:
-    """What is written into, as the matrix that comes out."""
+    """An ``out`` tensor as the matrix to write into."""
     fits = out.is_contiguous() and out.device == like.device
     if not fits or out.numel() != shape[0] * shape[1]:
         rule = f"be contiguous, on {like.device}, of {shape} elements"
@@ -305,7 +243,7 @@ def _target(out: Tensor, shape: tuple[int, int], like: Tensor) -> Tensor:
 
 
 def _unable() -> dict[str, str]:
-    """The forms that read a table, where nothing is there to lay it out."""
+    """The backends that need the table, where the pybind11 unit that makes it is missing."""
     if _HAS_HOST:
         return {}
     return dict.fromkeys(("cpu", "cuda"), "the pybind11 unit is not built (`make ext` builds it)")

@@ -9,17 +9,18 @@ import torch
 from torch import Tensor
 
 from vitprune_fast import _checks
+from vitprune_fast._checks import DTYPES, refuse_second_derivative
 from vitprune_fast.ops._dispatch import Backend, choose
 from vitprune_fast.ops._forms import Forms
-from vitprune_fast.ops._probes import DTYPES, refuse_second_derivative, score_dtype
 from vitprune_fast.reference.kd_cross_entropy import kd_cross_entropy as _eager
+from vitprune_fast.wide import wide_dtype
 
 _OP = "kd_cross_entropy"
 _REDUCTIONS = ("batchmean", "numel", "sum")
 
 
 class KdCrossEntropy(NamedTuple):
-    """The loss and what it is made of.
+    """The loss and its parts.
 
     Attributes:
         loss: ``ce_weight * ce + alpha * kd``, a scalar; the gradient flows through it alone.
@@ -43,7 +44,7 @@ def _fake(
     label_smoothing: float,
     with_gradient: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    dtype = score_dtype(student_BC)
+    dtype = wide_dtype(student_BC)
     loss, ce, kd = (student_BC.new_empty((), dtype=dtype) for _ in range(3))
     shape = student_BC.shape if with_gradient else (0,)
     return loss, ce, kd, student_BC.new_empty(shape, dtype=dtype)
@@ -85,7 +86,6 @@ def kd_cross_entropy(
     *,
     ce_weight: float | None = None,
     reduction: Literal["batchmean", "numel", "sum"] = "batchmean",
-    times_squared_temperature: bool = True,
     backend: Backend = "auto",
 ) -> KdCrossEntropy:
     """``(1 - alpha) * CE(labels) + alpha * T^2 * KL(teacher_T || student_T)``, and its gradient.
@@ -112,7 +112,6 @@ def kd_cross_entropy(
         ce_weight: weight of the labels; None is ``1 - alpha``.
         reduction: what the divergences are divided by: B, B * C as in DeiT's code, or nothing as in
             UP-ViT's.
-        times_squared_temperature: keep the factor T^2.
         backend: implementation to run (``"eager"`` is torch's own, with its backward); an explicit
             choice never falls back.
 
@@ -138,8 +137,7 @@ def kd_cross_entropy(
     batch, classes = student_BC.shape
     # of the mean over samples of the plain divergence
     factor = {"batchmean": 1.0, "numel": 1 / classes, "sum": float(batch)}[reduction]
-    if times_squared_temperature:
-        factor *= temperature**2
+    factor *= temperature**2
     unable = {}
     if torch.float64 in (student_BC.dtype, teacher_BC.dtype):
         unable["triton"] = "its weights and its temperature are float32"

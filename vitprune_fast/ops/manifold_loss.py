@@ -9,10 +9,11 @@ import torch
 from torch import Tensor
 
 from vitprune_fast import _checks
+from vitprune_fast._checks import DTYPES, refuse_second_derivative
 from vitprune_fast.ops._dispatch import Backend, choose
 from vitprune_fast.ops._forms import Forms, custom_op
-from vitprune_fast.ops._probes import DTYPES, refuse_second_derivative, score_dtype
 from vitprune_fast.reference.manifold_loss import new_gradient, set_by_set
+from vitprune_fast.wide import wide_dtype
 
 _OP = "manifold_loss"
 # what products may be rounded to
@@ -22,7 +23,7 @@ _OPERANDS = (torch.bfloat16, torch.float16)
 def _fake(
     student_SRD: Tensor, teacher_SRE: Tensor, with_gradient: bool, operand: torch.dtype | None
 ) -> tuple[Tensor, Tensor]:
-    loss = student_SRD.new_empty((), dtype=score_dtype(student_SRD))
+    loss = student_SRD.new_empty((), dtype=wide_dtype(student_SRD))
     return loss, new_gradient(student_SRD, with_gradient)
 
 

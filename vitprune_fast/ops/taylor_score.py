@@ -8,15 +8,16 @@ from __future__ import annotations
 from torch import Tensor
 
 from vitprune_fast import _checks
+from vitprune_fast._checks import DTYPES
 from vitprune_fast.ops._dispatch import Backend, choose
 from vitprune_fast.ops._forms import Forms
-from vitprune_fast.ops._probes import DTYPES, score_dtype
 from vitprune_fast.reference.taylor_score import taylor_score as _eager
+from vitprune_fast.wide import wide_dtype
 
 
 def _fake(activation_BNF: Tensor, gradient_BNF: Tensor, group_size: int, per_token: bool) -> Tensor:
     batch, _, columns = activation_BNF.shape
-    return activation_BNF.new_empty(batch, columns // group_size, dtype=score_dtype(activation_BNF))
+    return activation_BNF.new_empty(batch, columns // group_size, dtype=wide_dtype(activation_BNF))
 
 
 _forms = Forms("taylor_score", _fake, _eager, triton="taylor_score:taylor_score_fwd", cpu=True)

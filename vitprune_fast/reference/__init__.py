@@ -1,1 +1,1 @@
-"""Readable oracles of the ops: plain torch, any dtype, no tricks."""
+"""Readable references of the ops: plain torch, any dtype, no tricks."""

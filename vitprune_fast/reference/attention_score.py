@@ -8,13 +8,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-
-def _wide(x: Tensor) -> Tensor:
-    return x if x.dtype == torch.float64 else x.float()
+from vitprune_fast.wide import wide
 
 
 def _heads_first(qkv_BN3HK: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    q_BNHK, k_BNHK, v_BNHK = _wide(qkv_BN3HK).unbind(2)
+    q_BNHK, k_BNHK, v_BNHK = wide(qkv_BN3HK).unbind(2)
     return q_BNHK.transpose(1, 2), k_BNHK.transpose(1, 2), v_BNHK.transpose(1, 2)
 
 
@@ -44,8 +42,8 @@ def attention_score(
     ``dS = P * (dP - delta)`` (Dao, FlashAttention-2, arXiv:2307.08691, algorithm 2).
     """
     q_BHNK, k_BHNK, v_BHNK = _heads_first(qkv_BN3HK)
-    dout_BHNK = _wide(grad_out_BNHK).transpose(1, 2)
-    product_BHNK = _wide(out_BNHK).transpose(1, 2) * dout_BHNK
+    dout_BHNK = wide(grad_out_BNHK).transpose(1, 2)
+    product_BHNK = wide(out_BNHK).transpose(1, 2) * dout_BHNK
     delta_BHN = product_BHNK.sum(3)
     p_BHNN = (scale * q_BHNK @ k_BHNK.transpose(2, 3) - lse_BHN[..., None]).exp()
     dp_BHNN = dout_BHNK @ v_BHNK.transpose(2, 3)

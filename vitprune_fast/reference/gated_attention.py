@@ -10,6 +10,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from vitprune_fast.wide import wide
+
 
 def gated_attention(
     qkv_BN3HK: Tensor,
@@ -26,11 +28,10 @@ def gated_attention(
     """
     batch, num_tokens, _, num_heads, head_dim = qkv_BN3HK.shape
     index_L = torch.tensor(live, dtype=torch.int64, device=qkv_BN3HK.device)
-    picked = qkv_BN3HK.index_select(3, index_L)
-    wide = picked if picked.dtype == torch.float64 else picked.float()
-    q_BLNK, k_BLNK, v_BLNK = (x.transpose(1, 2) for x in wide.unbind(2))
+    qkv_BN3LK = wide(qkv_BN3HK.index_select(3, index_L))
+    q_BLNK, k_BLNK, v_BLNK = (x.transpose(1, 2) for x in qkv_BN3LK.unbind(2))
     if mask_BN is None:
-        mask_BN = torch.ones(batch, num_tokens, dtype=torch.bool, device=wide.device)
+        mask_BN = torch.ones(batch, num_tokens, dtype=torch.bool, device=qkv_BN3HK.device)
     masked_keys = ~mask_BN[:, None, :, None]
     k_BLNK, v_BLNK = k_BLNK.masked_fill(masked_keys, 0), v_BLNK.masked_fill(masked_keys, 0)
     logits_BLNN = scale * q_BLNK @ k_BLNK.mT
@@ -40,8 +41,8 @@ def gated_attention(
     p_BLNN = logits_BLNN.softmax(3).masked_fill(masked_keys.mT, 0)
     out_BNLK = (p_BLNN @ v_BLNK).transpose(1, 2)
     if gate_H is not None:
-        out_BNLK = out_BNLK * gate_H.to(wide.dtype)[index_L, None]
+        out_BNLK = out_BNLK * gate_H.to(qkv_BN3LK.dtype)[index_L, None]
     if not compact:
-        zeros_BNHK = wide.new_zeros(batch, num_tokens, num_heads, head_dim)
+        zeros_BNHK = qkv_BN3LK.new_zeros(batch, num_tokens, num_heads, head_dim)
         out_BNLK = zeros_BNHK.index_copy(2, index_L, out_BNLK)
     return out_BNLK.to(qkv_BN3HK.dtype)

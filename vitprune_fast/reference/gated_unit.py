@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from vitprune_fast.wide import wide_dtype
+
 # what a model computes in its forward
 ACTIVATIONS = {
     "gelu": F.gelu,
@@ -68,7 +70,7 @@ def gated_unit_backward(
     gate, exact at 0 too, where those of ``x`` and ``value`` are 0. With ``per_token`` the magnitude
     of each token's share is summed.
     """
-    dtype = torch.float64 if x_BNF.dtype == torch.float64 else torch.float32
+    dtype = wide_dtype(x_BNF)
     act, slope = value_and_slope(x_BNF.to(dtype), activation)
     grad = grad_BNF.to(dtype)
     through = grad if gate_F is None else grad * gate_F

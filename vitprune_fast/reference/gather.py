@@ -1,4 +1,4 @@
-"""Oracles of ``ops.gather`` and ``ops.gather_all``."""
+"""Oracle of ``ops.gather_all``."""
 
 from __future__ import annotations
 

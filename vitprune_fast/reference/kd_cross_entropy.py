@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 from torch.nn import functional as F
+
+from vitprune_fast.wide import wide_dtype
 
 
 def kd_cross_entropy(
@@ -22,7 +23,7 @@ def kd_cross_entropy(
     ``ce = -q log p(s)`` with smoothed shares q, and ``kd`` is ``factor`` times the divergence
     ``p(t / T) (log p(t / T) - log p(s / T))``. In fp64 for an fp64 student and else in fp32.
     """
-    dtype = torch.float64 if student_BC.dtype == torch.float64 else torch.float32
+    dtype = wide_dtype(student_BC)
     student_BC, teacher_BC = student_BC.to(dtype), teacher_BC.to(dtype)
     if labels.is_floating_point():
         labels = labels.to(dtype)

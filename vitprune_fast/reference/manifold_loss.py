@@ -5,19 +5,17 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from vitprune_fast.wide import wide, wide_dtype
+
 # a row of no more length than this has no direction: it is like no row, and gets no gradient
 MIN_NORM = 1e-12
 # similarities held at one time where a set has fewer: in the cache, or enough to fill a GPU
 _HELD = {False: 2**18, True: 2**24}
 
 
-def _wide(x: Tensor) -> Tensor:
-    return x if x.dtype == torch.float64 else x.float()
-
-
 def unit_rows(x: Tensor) -> Tensor:
     """``x`` in fp32 at least, its rows at length 1; rows of no length are 0, without a gradient."""
-    x = _wide(x)
+    x = wide(x)
     norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
     has_none = norm <= MIN_NORM
     return torch.where(has_none, 0, x / torch.where(has_none, 1, norm))
@@ -48,7 +46,7 @@ def set_by_set(student_SRD: Tensor, teacher_SRE: Tensor, grad_SRD: Tensor) -> Te
     total = student_SRD.new_zeros((), dtype=torch.float64)
     for start in range(0, sets, step):
         some = slice(start, start + step)
-        student = _wide(student_SRD[some])
+        student = wide(student_SRD[some])
         teacher = teacher_SRE[some].to(student.dtype)
         inverse = inverse_norms(student)
         x, y = student * inverse, teacher * inverse_norms(teacher)
@@ -60,7 +58,7 @@ def set_by_set(student_SRD: Tensor, teacher_SRE: Tensor, grad_SRD: Tensor) -> Te
             g = difference @ x
             g -= x * (x * g).sum(-1, keepdim=True)
             grad_SRD[some] = g.mul_(inverse)
-    return (total / (sets * rows**2)).to(_wide(student_SRD[:0]).dtype)
+    return (total / (sets * rows**2)).to(wide_dtype(student_SRD))
 
 
 def new_gradient(student_SRD: Tensor, with_gradient: bool) -> Tensor:

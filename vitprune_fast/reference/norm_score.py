@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from vitprune_fast.wide import wide_dtype
+
 
 def norm_score(
     x_BNC: Tensor,
@@ -20,7 +22,7 @@ def norm_score(
     The weights are 1; they enter the mean and the variance, and with ``output`` also multiply the
     result, so a weight of 0 is the channel removed. In fp64 for fp64 inputs, else in fp32.
     """
-    dtype = torch.float64 if x_BNC.dtype == torch.float64 else torch.float32
+    dtype = wide_dtype(x_BNC)
     x, grad_y = x_BNC.to(dtype), grad_y_BNC.to(dtype)
     weight = 1.0 if weight_C is None else weight_C.to(dtype)
     bias = 0.0 if bias_C is None else bias_C.to(dtype)

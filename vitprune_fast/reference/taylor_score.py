@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
+
+from vitprune_fast.wide import wide
 
 
 def taylor_score(
@@ -14,8 +15,7 @@ def taylor_score(
     With ``per_token`` the magnitude of each token's share is summed. In fp64 for fp64 inputs, else
     in fp32.
     """
-    dtype = torch.float64 if activation_BNF.dtype == torch.float64 else torch.float32
-    product_BNF = activation_BNF.to(dtype) * gradient_BNF.to(dtype)
+    product_BNF = wide(activation_BNF) * wide(gradient_BNF)
     if per_token:
         return product_BNF.unflatten(2, (-1, group_size)).sum(3).abs().sum(1)
     return product_BNF.sum(1).unflatten(1, (-1, group_size)).sum(2)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from .. import ops
-from ..ops._probes import score_dtype
+from ..wide import wide_dtype
 
 
 class Probes:
@@ -34,7 +34,7 @@ class Probes:
     def leaf(self, key: str, like: Tensor, *sizes: int) -> Tensor:
         """A new probe (B, *sizes) for units of ``like`` (B, ..., N, F); fp64 in fp64, else fp32."""
         self._tokens[key] = like.shape[-2] if like.ndim > 2 else 1
-        probe = like.new_empty(len(like), *sizes, dtype=score_dtype(like)).requires_grad_()
+        probe = like.new_empty(len(like), *sizes, dtype=wide_dtype(like)).requires_grad_()
         self._leaves[key] = probe
         return probe
 

@@ -1,4 +1,4 @@
-"""What a loss is: what it reads inside two models, and what it makes of it.
+"""What a loss is: what it reads inside two models, and what it computes from it.
 
 B images, C classes, N tokens, D width of the student, E width of the teacher.
 """
@@ -8,15 +8,16 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import ClassVar, Protocol
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from vitprune_fast._checks import require
 from vitprune_fast.config.distill import DistillConfig
-from vitprune_fast.distill.features import block_names
+from vitprune_fast.distill.hidden_states import HiddenStates, block_names
 from vitprune_fast.distill.losses._tokens import Pairs, align_tokens, block_pairs
+from vitprune_fast.wide import wide
 
 
 @dataclass(frozen=True)
@@ -24,8 +25,8 @@ class Reads:
     """What is read inside a model.
 
     Attributes:
-        states: blocks whose states are read, ascending.
-        qkv: blocks whose queries, keys and values are read, ascending.
+        states: blocks whose states are read.
+        qkv: blocks whose queries, keys and values are read.
         features: whether pooled features are.
     """
 
@@ -35,35 +36,23 @@ class Reads:
 
     @classmethod
     def all_of(cls, several: Sequence[Reads]) -> Reads:
-        """What any of them reads."""
+        """What any of them reads, by ascending block numbers."""
         return cls(
             tuple(sorted({block for each in several for block in each.states})),
             tuple(sorted({block for each in several for block in each.qkv})),
             any(each.features for each in several),
         )
 
-    def __bool__(self) -> bool:
-        return bool(self.states or self.qkv or self.features)
-
-
-class _Recorded(Protocol):
-    """``HiddenStates`` after a forward, or a ``TeacherOutput``: lists in the order of blocks."""
-
-    @property
-    def states(self) -> list[Tensor]: ...
-    @property
-    def prefix_tokens(self) -> list[int]: ...
-    @property
-    def qkv(self) -> list[Tensor]: ...
-    @property
-    def qkv_prefix_tokens(self) -> list[int]: ...
-    @property
-    def features(self) -> Tensor | None: ...
+    def recorder(self, model: nn.Module) -> HiddenStates | None:
+        """What records this inside ``model``; None where nothing is read."""
+        if not (self.states or self.qkv or self.features):
+            return None
+        return HiddenStates(model, self.states, self.features, self.qkv)
 
 
 @dataclass(frozen=True)
 class Seen:
-    """What one forward showed of a model.
+    """What one forward showed of a model; of a teacher no gradient flows into any of it.
 
     Attributes:
         logits_BC: of the head that is compared, ``(B, C)``.
@@ -78,16 +67,20 @@ class Seen:
     features: Tensor | None = None
 
     @classmethod
-    def of(cls, logits_BC: Tensor, reads: Reads, recorded: _Recorded) -> Seen:
-        """Put the blocks' numbers beside what was recorded of them."""
-        states = zip(recorded.states, recorded.prefix_tokens, strict=True)
-        qkv = zip((x.flatten(3) for x in recorded.qkv), recorded.qkv_prefix_tokens, strict=True)
-        return cls(
+    def of(cls, logits_BC: Tensor, reads: Reads, hidden: HiddenStates | None) -> Seen:
+        """What was read inside, by block number; ``hidden`` forgets it. None: logits alone."""
+        if hidden is None:
+            return cls(logits_BC)
+        states = zip(hidden.states, hidden.prefix_tokens, strict=True)
+        qkv = zip((x.flatten(3) for x in hidden.qkv), hidden.qkv_prefix_tokens, strict=True)
+        seen = cls(
             logits_BC,
             dict(zip(reads.states, states, strict=True)),
             dict(zip(reads.qkv, qkv, strict=True)),
-            recorded.features,
+            hidden.features,
         )
+        hidden.clear()
+        return seen
 
 
 @dataclass(frozen=True)
@@ -98,7 +91,7 @@ class Comparison:
         student: gradients flow here only.
         teacher: what the student is compared with.
         generator: of the CPU, draws what is looked at.
-        projectors: of ``Loss.make_projectors``; what they map is handed out mapped.
+        projectors: of ``Loss.make_projectors``; they are applied to the student's side.
     """
 
     student: Seen
@@ -157,7 +150,7 @@ class Loss(ABC):
     def make_projectors(self, both: Comparison) -> nn.ModuleList | None:
         """New maps from the student's widths to the teacher's; None where none is needed.
 
-        See ``linear_maps``. They are trained beside the student, and nothing of them is exported.
+        See ``linear_maps``. They are trained with the student, and are not exported.
         """
         return None
 
@@ -198,11 +191,6 @@ class OfBlocks(Loss):
         """The blocks of the student and those of the teacher, ascending."""
         ours, theirs = zip(*self.pairs, strict=True)
         return tuple(sorted({*ours})), tuple(sorted({*theirs}))
-
-
-def wide(x: Tensor) -> Tensor:
-    """``x`` in fp32, or as it is in fp64."""
-    return x if x.dtype == torch.float64 else x.float()
 
 
 def mean_square(student: Tensor, teacher: Tensor) -> Tensor:

@@ -8,8 +8,9 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor
 
-from vitprune_fast.distill.losses._base import Comparison, Loss, wide
+from vitprune_fast.distill.losses._base import Comparison, Loss
 from vitprune_fast.distill.losses.soft import check_classes
+from vitprune_fast.wide import wide
 
 
 class Hard(Loss):

@@ -12,12 +12,13 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
+from vitprune_fast._checks import refuse_second_derivative
 from vitprune_fast.distill.losses._base import Comparison, OfBlocks
 from vitprune_fast.ops._forms import custom_op
-from vitprune_fast.ops._probes import refuse_second_derivative, score_dtype
 from vitprune_fast.reference.manifold_loss import inverse_norms
+from vitprune_fast.wide import wide_dtype
 
-# rows whose products are summed in fp32, and held beside the states
+# rows whose products are summed in fp32, and held in memory at a time
 _CHUNK_ROWS = 1024
 # rows of a symmetric matrix that are computed from the diagonal on
 _BLOCK = 96
@@ -69,7 +70,7 @@ def _full(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """The loss, what x and y are multiplied with for ``(S S^T - T T^T) S``, and inverse lengths."""
     (batch, tokens, width), other = student_BND.shape, teacher_BNE.shape[2]
-    dtype = score_dtype(student_BND)
+    dtype = wide_dtype(student_BND)
     inverses = [student_BND.new_empty(batch, tokens, 1, dtype=dtype) for _ in range(2)]
     xx_DD, yx_ED, yy_EE = (
         student_BND.new_zeros(shape, dtype=torch.float64)
@@ -99,7 +100,7 @@ def _full(
 @_full.register_fake
 def _(student_BND: Tensor, teacher_BNE: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     (batch, tokens, width), other = student_BND.shape, teacher_BNE.shape[2]
-    dtype = score_dtype(student_BND)
+    dtype = wide_dtype(student_BND)
     shapes = ((), (width, width), (other, width), (batch, tokens, 1), (batch, tokens, 1))
     loss, for_x_DD, for_y_ED, of_s, of_t = (student_BND.new_empty(x, dtype=dtype) for x in shapes)
     return loss, for_x_DD, for_y_ED, of_s, of_t
@@ -132,15 +133,7 @@ def _full_backward(
 
 
 @_full_backward.register_fake
-def _(
-    grad_loss: Tensor,
-    student_BND: Tensor,
-    teacher_BNE: Tensor,
-    for_x_DD: Tensor,
-    for_y_ED: Tensor,
-    inverse_student: Tensor,
-    inverse_teacher: Tensor,
-) -> Tensor:
+def _(grad_loss, student_BND, *_arguments):
     return torch.empty_like(student_BND)
 
 

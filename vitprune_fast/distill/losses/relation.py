@@ -10,7 +10,8 @@ from itertools import product
 import torch
 from torch import Tensor
 
-from vitprune_fast.distill.losses._base import Comparison, OfBlocks, Reads, wide
+from vitprune_fast.distill.losses._base import Comparison, OfBlocks, Reads
+from vitprune_fast.wide import wide
 
 
 class Relation(OfBlocks):

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from vitprune_fast._checks import require
 from vitprune_fast.config.distill import DistillConfig
-from vitprune_fast.distill.losses._base import Comparison, Loss, wide
+from vitprune_fast.distill.losses._base import Comparison, Loss
+from vitprune_fast.wide import wide
 
 # what the divergences of a batch are divided by: images, logits, or nothing
 Reduction = Literal["batchmean", "numel", "sum"]

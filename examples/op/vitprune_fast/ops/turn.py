@@ -6,13 +6,14 @@ from torch import Tensor
 from vitprune_fast.reference.turn import turn as _eager
 
 from vitprune_fast import _checks
+from vitprune_fast._checks import DTYPES
 from vitprune_fast.ops._dispatch import Backend, choose
 from vitprune_fast.ops._forms import Forms
-from vitprune_fast.ops._probes import DTYPES, score_dtype
+from vitprune_fast.wide import wide_dtype
 
 
 def _fake(before_BND: Tensor, after_BND: Tensor) -> Tensor:
-    return before_BND.new_empty(before_BND.shape[0], dtype=score_dtype(before_BND))
+    return before_BND.new_empty(before_BND.shape[0], dtype=wide_dtype(before_BND))
 
 
 _forms = Forms("turn", _fake, _eager)

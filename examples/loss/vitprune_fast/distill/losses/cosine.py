@@ -5,7 +5,8 @@ from __future__ import annotations
 from torch import Tensor
 from torch.nn.functional import cosine_similarity
 
-from vitprune_fast.distill.losses._base import Comparison, OfFeatures, wide
+from vitprune_fast.distill.losses._base import Comparison, OfFeatures
+from vitprune_fast.wide import wide
 
 
 class Cosine(OfFeatures):

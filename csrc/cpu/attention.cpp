@@ -1,12 +1,15 @@
-// attention and attention_score on the CPU: softmax attention on packed qkv, and its backward with
-// the scores of heads, q/k dims and v dims; for gated_attention of some heads and keys.
+// Attention on the CPU: softmax attention on packed qkv, and its backward. attention_score adds the
+// scores of heads, q/k dims and v dims; gated_attention takes some heads and keys, with a gate per
+// head.
 //
-// B batch, N tokens, H heads, K head dim; packed qkv is (B, N, 3, H, K).
+// B batch, N tokens, H heads, L live heads, K head dim; packed qkv is (B, N, 3, H, K).
 // One task owns one head of one sample. It copies the head's q, k, v (and dout) into small tiles of
 // fp32 (fp64 for fp64) and walks the queries in blocks, so that a block of logits stays in the
 // second-level cache:
 //   P = exp(scale q k^T - lse)   dS = P (dout v^T - delta)   delta = sum_k out dout
 //   dq = scale dS k              dk = scale dS^T q           dv = P^T dout
+// A gate g multiplies dq, dk and dv, where out is the output before the gate, and its own gradient
+// is the sum of delta, so nothing is divided by it. Keys that are masked are not gathered at all.
 // Nothing is summed across tasks, and every sum has one order: over the depth of a product one
 // after the other (in parts of kDepth), over a row as kLanes sums and then a fixed tree, over the
 // tokens of a score in blocks. So the bits depend on that head alone: not on threads, batch or
@@ -22,22 +25,18 @@
 #include <cstdint>
 #include <cstring>
 #include <limits>
+#include <optional>
 #include <tuple>
 #include <utility>
 #include <vector>
 
-#include "checks.h"
 #include "cpu/activations.h"
-#include "cpu/attention.h"
-#include "cpu/columns.h"
 #include "cpu/isa.h"
 #include "cpu/lanes.h"
-#include "layout.h"
+#include "tensors.h"
 
 namespace {
 
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
 using namespace vitprune;
 
 // rows of a product that stay in registers; what owns rows is padded to a multiple of it
@@ -53,35 +52,6 @@ constexpr double kLeastExponent = -64;
 
 int64_t round_up(int64_t x, int64_t to) {
   return (x + to - 1) / to * to;
-}
-
-// Step::run<bytes of a vector>(...), compiled for the instructions of this processor
-template <typename Step, typename... Args>
-void run_baseline(Args... args) {
-  Step::template run<16>(args...);
-}
-
-#if VP_X86
-template <typename Step, typename... Args>
-VP_TARGET(VP_AVX2)
-void run_avx2(Args... args) {
-  Step::template run<32>(args...);
-}
-
-template <typename Step, typename... Args>
-VP_TARGET(VP_AVX512)
-void run_avx512(Args... args) {
-  Step::template run<64>(args...);
-}
-#endif
-
-template <typename Step, typename... Args>
-void run(Args... args) {
-#if VP_X86
-  if (isa() >= Isa::kAvx512) return run_avx512<Step>(args...);
-  if (isa() >= Isa::kAvx2) return run_avx2<Step>(args...);
-#endif
-  run_baseline<Step>(args...);
 }
 
 // the sum of kLanes numbers as a fixed tree
@@ -362,12 +332,25 @@ struct Head {
   }
 };
 
+// Which heads and keys are computed.
+struct Selected {
+  std::vector<int64_t> heads;  // the live ones, in order
+  std::optional<Tensor> gate;  // (H,), contiguous, fp32 or fp64; none for 1
+  std::optional<Tensor> keys;  // (B, N), contiguous, bool; none for all
+  bool compact;                // whether the output has the live heads alone
+
+  template <typename Acc>
+  Acc gate_of(int64_t head) const {
+    return gate ? static_cast<const Acc*>(gate->data_ptr())[head] : Acc(1);
+  }
+};
+
 // The keys of a sample that are attended, as runs [first, last) of adjacent tokens.
 struct Keys {
   std::vector<std::pair<int64_t, int64_t>> runs;
   int64_t count = 0;
 
-  Keys(const Tensor* mask, int64_t sample, int64_t tokens) {
+  Keys(const std::optional<Tensor>& mask, int64_t sample, int64_t tokens) {
     if (!mask) {
       runs.emplace_back(0, tokens);
       count = tokens;
@@ -404,14 +387,13 @@ struct Keys {
   }
 };
 
-template <typename Acc>
-Acc gate_of(const Selected& selected, int64_t head) {
-  return selected.gate ? static_cast<const Acc*>(selected.gate->data_ptr())[head] : Acc(1);
-}
-
 template <typename In, typename Acc>
-void forward(const Selected& selected, const Tensor& qkv, Acc scale, Tensor& out, Tensor* raw,
-             Tensor& lse) {
+void forward(const Selected& selected,
+             const Tensor& qkv,  // (B, N, 3, H, K)
+             Acc scale,
+             Tensor& out,    // (B, N, L or H, K), contiguous
+             Tensor* raw,    // (B, N, L, K), contiguous, before the gate; or none
+             Tensor& lse) {  // (B, L, N), contiguous
   const int64_t batch = qkv.size(0), num_live = selected.heads.size(), num_out = out.size(2);
   const Head head = Head::of<Acc>(qkv.size(1), qkv.size(4));
   const In* from = static_cast<const In*>(qkv.data_ptr());
@@ -431,7 +413,7 @@ void forward(const Selected& selected, const Tensor& qkv, Acc scale, Tensor& out
     for (int64_t task = begin; task < end; ++task) {
       const int64_t b = task / num_live, slot = task % num_live, h = selected.heads[slot];
       const int64_t place = selected.compact ? slot : h;
-      const Acc gate = gate_of<Acc>(selected, h);
+      const Acc gate = selected.gate_of<Acc>(h);
       const Keys keys(selected.keys, b, head.tokens);
       const int64_t columns = round_up(keys.count, kLanes<Acc>);
       const In* q_in = from + b * qkv.stride(0) + h * qkv.stride(3);
@@ -476,10 +458,23 @@ void forward(const Selected& selected, const Tensor& qkv, Acc scale, Tensor& out
   });
 }
 
+// which results are asked for; the others are not written
+struct Wanted {
+  bool qkv, head, qk_dim, v_dim;
+};
+
+// Heads that are not selected, and keys, are not written: dqkv has to be 0 there.
 template <typename In, typename Acc>
-void backward(const Selected& selected, Wanted wanted, const Tensor& grad, const Tensor& qkv,
-              const Tensor& out, const Tensor& lse, Acc scale, bool per_token, Tensor& dqkv,
-              Tensor& heads, Tensor& qk_dims, Tensor& v_dims) {
+void backward(const Selected& selected, Wanted wanted,
+              const Tensor& grad,  // (B, N, L or H, K)
+              const Tensor& qkv,   // (B, N, 3, H, K)
+              const Tensor& out,   // (B, N, L, K), before the gate
+              const Tensor& lse,   // (B, L, N), contiguous
+              Acc scale, bool per_token,
+              Tensor& dqkv,      // (B, N, 3, H, K), contiguous
+              Tensor& heads,     // (B, L)
+              Tensor& qk_dims,   // (B, L, K)
+              Tensor& v_dims) {  // (B, L, K)
   const int64_t batch = qkv.size(0), num_heads = qkv.size(3), num_live = selected.heads.size();
   const Head head = Head::of<Acc>(qkv.size(1), qkv.size(4));
   const In* from = static_cast<const In*>(qkv.data_ptr());
@@ -509,7 +504,7 @@ void backward(const Selected& selected, Wanted wanted, const Tensor& grad, const
     Acc *per_dim = space.take(row), *qk_score = space.take(row), *v_score = space.take(row);
     for (int64_t task = begin; task < end; ++task) {
       const int64_t b = task / num_live, slot = task % num_live, h = selected.heads[slot];
-      const Acc gate = gate_of<Acc>(selected, h), factor = scale * gate;
+      const Acc gate = selected.gate_of<Acc>(h), factor = scale * gate;
       const Keys keys(selected.keys, b, head.tokens);
       const int64_t columns = round_up(keys.count, kLanes<Acc>);
       const In* q_in = from + b * qkv.stride(0) + h * qkv.stride(3);
@@ -582,111 +577,148 @@ void backward(const Selected& selected, Wanted wanted, const Tensor& grad, const
   });
 }
 
-// calls f<In, Acc>() for the dtype of qkv
-template <typename F>
-void for_dtype(const char* op, const Tensor& qkv, F f) {
-  switch (qkv.scalar_type()) {
-    case ScalarType::Float:
-      return f(float(), float());
-    case ScalarType::Double:
-      return f(double(), double());
-    case ScalarType::BFloat16:
-      return f(BFloat16(), float());
-    case ScalarType::Half:
-      return f(Half(), float());
-    default:
-      VP_CHECK(false, op, "qkv_BN3HK", "be float32, float64, bfloat16 or float16", "another dtype");
-  }
-}
-
-}  // namespace
-
-namespace vitprune {
-
-ScalarType wide_type(const Tensor& x) {
-  return x.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
-}
-
 void check_qkv(const char* op, const Tensor& qkv) {
   VP_CHECK(qkv.dim() == 5, op, "qkv_BN3HK", "have 5 dimensions", qkv.dim());
   VP_CHECK(qkv.size(2) == 3 && qkv.size(4) >= 1, op, "qkv_BN3HK",
            "have 3 parts (q, k, v) in dimension 2 and a head dim of at least 1", "others");
 }
 
+// What the arguments select, checked.
+Selected selection(const char* op, const Tensor& qkv, const std::optional<Tensor>& gate,
+                   const std::optional<Tensor>& mask, std::vector<int64_t> live, bool compact) {
+  int64_t last = -1;
+  for (const int64_t head : live) {
+    VP_CHECK(last < head && head < qkv.size(3), op, "live_heads",
+             "hold numbers of heads, each once, in ascending order", head);
+    last = head;
+  }
+  Selected selected{std::move(live), std::nullopt, std::nullopt, compact};
+  if (gate) {
+    check_tensor(op, "gate_H", *gate, {qkv.size(3)}, wide_type(qkv));
+    selected.gate = torch::stable::contiguous(*gate);
+  }
+  if (mask) {
+    check_tensor(op, "key_mask_BN", *mask, {qkv.size(0), qkv.size(1)}, ScalarType::Bool);
+    selected.keys = torch::stable::contiguous(*mask);
+  }
+  return selected;
+}
+
+// All heads and keys of qkv, without gates.
 Selected all_heads(const Tensor& qkv) {
-  Selected selected;
+  Selected selected{{}, std::nullopt, std::nullopt, false};
   for (int64_t h = 0; h < qkv.size(3); ++h) selected.heads.push_back(h);
   return selected;
 }
 
-void attention_forward(const char* op, const Selected& selected, const Tensor& qkv, double scale,
-                       Tensor& out, Tensor* raw, Tensor& lse) {
-  for_dtype(op, qkv, [&](auto in, auto acc) {
-    forward<decltype(in), decltype(acc)>(selected, qkv, static_cast<decltype(acc)>(scale), out, raw,
-                                         lse);
-  });
+// an uninitialised tensor; without elements unless it is wanted
+Tensor new_result(const Tensor& like, bool is_wanted, std::vector<int64_t> shape, ScalarType type) {
+  if (!is_wanted) shape = {0};
+  return torch::stable::new_empty(like, shape, type);
 }
 
-void attention_backward(const char* op, const Selected& selected, Wanted wanted, const Tensor& grad,
-                        const Tensor& qkv, const Tensor& out, const Tensor& lse, double scale,
-                        bool per_token, Tensor& dqkv, Tensor& heads, Tensor& qk_dims,
-                        Tensor& v_dims) {
-  for_dtype(op, qkv, [&](auto in, auto acc) {
-    backward<decltype(in), decltype(acc)>(selected, wanted, grad, qkv, out, lse,
-                                          static_cast<decltype(acc)>(scale), per_token, dqkv, heads,
-                                          qk_dims, v_dims);
-  });
+void fill_with_zeros(Tensor& x) {
+  // no output has gaps
+  std::memset(x.data_ptr(), 0, x.numel() * x.element_size());
 }
 
-}  // namespace vitprune
+// the output and the normalisers; `raw`, where it is given, is written too
+std::tuple<Tensor, Tensor> run_forward(const char* op, const Selected& selected, Tensor qkv,
+                                       double scale, Tensor* raw) {
+  qkv = with_adjacent_columns(qkv);
+  const int64_t batch = qkv.size(0), tokens = qkv.size(1), heads = qkv.size(3), dims = qkv.size(4);
+  const int64_t live = selected.heads.size(), num_out = selected.compact ? live : heads;
+  Tensor out = torch::stable::new_empty(qkv, {batch, tokens, num_out, dims});
+  if (num_out > live) fill_with_zeros(out);
+  Tensor lse = torch::stable::new_empty(qkv, {batch, live, tokens}, wide_type(qkv));
+  for_dtype(op, "qkv_BN3HK", qkv, [&](auto in, auto acc) {
+    forward<decltype(in), decltype(acc)>(selected, qkv, scale, out, raw, lse);
+  });
+  return {out, lse};
+}
 
-namespace {
+std::tuple<Tensor, Tensor, Tensor, Tensor> run_backward(const char* op, const Selected& selected,
+                                                        Wanted wanted, Tensor grad, Tensor qkv,
+                                                        Tensor out, Tensor lse, double scale,
+                                                        bool per_token) {
+  const int64_t batch = qkv.size(0), tokens = qkv.size(1), heads = qkv.size(3), dims = qkv.size(4);
+  const int64_t live = selected.heads.size(), num_out = selected.compact ? live : heads;
+  const ScalarType type = qkv.scalar_type(), wide = wide_type(qkv);
+  check_tensor(op, "grad_out_BNHK", grad, {batch, tokens, num_out, dims}, type);
+  check_tensor(op, "out_BNLK", out, {batch, tokens, live, dims}, type);
+  check_tensor(op, "lse_BLN", lse, {batch, live, tokens}, wide);
+  grad = with_adjacent_columns(grad);
+  qkv = with_adjacent_columns(qkv);
+  out = with_adjacent_columns(out);
+  lse = torch::stable::contiguous(lse);
+  Tensor dqkv = new_result(qkv, wanted.qkv, {batch, tokens, 3, heads, dims}, type);
+  if (selected.keys || live < heads) fill_with_zeros(dqkv);
+  Tensor head = new_result(qkv, wanted.head, {batch, live}, wide);
+  Tensor qk_dim = new_result(qkv, wanted.qk_dim, {batch, live, dims}, wide);
+  Tensor v_dim = new_result(qkv, wanted.v_dim, {batch, live, dims}, wide);
+  for_dtype(op, "qkv_BN3HK", qkv, [&](auto in, auto acc) {
+    backward<decltype(in), decltype(acc)>(selected, wanted, grad, qkv, out, lse, scale, per_token,
+                                          dqkv, head, qk_dim, v_dim);
+  });
+  return {dqkv, head, qk_dim, v_dim};
+}
 
 std::tuple<Tensor, Tensor> attention(Tensor qkv, double scale) {
   check_qkv("attention", qkv);
-  qkv = with_adjacent_columns(qkv);
-  const int64_t batch = qkv.size(0), tokens = qkv.size(1), heads = qkv.size(3), dims = qkv.size(4);
-  Tensor out = torch::stable::new_empty(qkv, {batch, tokens, heads, dims});
-  Tensor lse = torch::stable::new_empty(qkv, {batch, heads, tokens}, wide_type(qkv));
-  attention_forward("attention", all_heads(qkv), qkv, scale, out, nullptr, lse);
-  return {out, lse};
+  return run_forward("attention", all_heads(qkv), qkv, scale, nullptr);
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> attention_score(Tensor grad, Tensor qkv, Tensor out,
                                                            Tensor lse, double scale, bool per_token,
                                                            bool needs_qkv, bool needs_head,
                                                            bool needs_qk_dim, bool needs_v_dim) {
-  const char* op = "attention_score";
-  check_qkv(op, qkv);
-  const int64_t batch = qkv.size(0), tokens = qkv.size(1), heads = qkv.size(3), dims = qkv.size(4);
-  for (const auto& [name, x] : {std::pair("grad_out_BNHK", &grad), {"out_BNHK", &out}}) {
-    VP_CHECK(x->dim() == 4 && x->size(0) == batch && x->size(1) == tokens && x->size(2) == heads &&
-                 x->size(3) == dims,
-             op, name, "have the shape of q in qkv_BN3HK", "another");
-    VP_CHECK(x->scalar_type() == qkv.scalar_type(), op, name, "have the dtype of qkv_BN3HK",
-             "another");
-  }
-  VP_CHECK(lse.dim() == 3 && lse.size(0) == batch && lse.size(1) == heads && lse.size(2) == tokens,
-           op, "lse_BHN", "have shape (B, H, N)", "another");
-  VP_CHECK(lse.scalar_type() == wide_type(qkv), op, "lse_BHN",
-           "be float64 for float64 and else float32", "another dtype");
-  grad = with_adjacent_columns(grad);
-  qkv = with_adjacent_columns(qkv);
-  out = with_adjacent_columns(out);
-  lse = torch::stable::contiguous(lse);
+  check_qkv("attention_score", qkv);
   const Wanted wanted{needs_qkv, needs_head, needs_qk_dim, needs_v_dim};
-  const auto result = [&](bool is_wanted, std::vector<int64_t> shape, ScalarType type) {
-    if (!is_wanted) shape = {0};
-    return torch::stable::new_empty(qkv, shape, type);
-  };
-  const ScalarType wide = wide_type(qkv);
-  Tensor dqkv = result(needs_qkv, {batch, tokens, 3, heads, dims}, qkv.scalar_type());
-  Tensor head = result(needs_head, {batch, heads}, wide);
-  Tensor qk_dim = result(needs_qk_dim, {batch, heads, dims}, wide);
-  Tensor v_dim = result(needs_v_dim, {batch, heads, dims}, wide);
-  attention_backward(op, all_heads(qkv), wanted, grad, qkv, out, lse, scale, per_token, dqkv, head,
-                     qk_dim, v_dim);
-  return {dqkv, head, qk_dim, v_dim};
+  return run_backward("attention_score", all_heads(qkv), wanted, grad, qkv, out, lse, scale,
+                      per_token);
+}
+
+constexpr const char* kGated = "gated_attention";
+
+std::tuple<Tensor, Tensor, Tensor> gated_attention_fwd(Tensor qkv, std::optional<Tensor> gate,
+                                                       std::optional<Tensor> mask,
+                                                       std::vector<int64_t> live, double scale,
+                                                       bool compact, bool needs_raw) {
+  check_qkv(kGated, qkv);
+  const Selected selected = selection(kGated, qkv, gate, mask, std::move(live), compact);
+  const int64_t num_live = selected.heads.size();
+  Tensor raw = new_result(qkv, needs_raw, {qkv.size(0), qkv.size(1), num_live, qkv.size(4)},
+                          qkv.scalar_type());
+  const auto [out, lse] = run_forward(kGated, selected, qkv, scale, needs_raw ? &raw : nullptr);
+  return {out, raw, lse};
+}
+
+// out is the output before the gate, (B, N, L, K), or, without a gate, what forward returned
+std::tuple<Tensor, Tensor> gated_attention_bwd(Tensor grad, Tensor qkv, std::optional<Tensor> gate,
+                                               std::optional<Tensor> mask, Tensor out, Tensor lse,
+                                               std::vector<int64_t> live, double scale,
+                                               bool compact, bool raw, bool needs_qkv) {
+  check_qkv(kGated, qkv);
+  const Selected selected = selection(kGated, qkv, gate, mask, std::move(live), compact);
+  const int64_t num_live = selected.heads.size();
+  VP_CHECK(raw || (!gate && num_live == qkv.size(3)), kGated, "raw",
+           "be True with gates or dead heads", "False");
+  const auto [dqkv, heads, qk_dims, v_dims] = run_backward(
+      kGated, selected, {needs_qkv, true, false, false}, grad, qkv, out, lse, scale, false);
+  Tensor dgate = new_result(qkv, raw, {qkv.size(3)}, wide_type(qkv));
+  fill_with_zeros(dgate);
+  if (!raw) return {dqkv, dgate};
+  for_dtype(kGated, "gate_H", dgate, [&, heads = heads](auto, auto zero) {
+    using Acc = decltype(zero);
+    const Acc* from = static_cast<const Acc*>(heads.data_ptr());
+    Acc* to = static_cast<Acc*>(dgate.data_ptr());
+    for (int64_t slot = 0; slot < num_live; ++slot) {
+      double sum = 0;
+      for (int64_t b = 0; b < heads.size(0); ++b) sum += from[b * num_live + slot];
+      to[selected.heads[slot]] = static_cast<Acc>(sum);
+    }
+  });
+  return {dqkv, dgate};
 }
 
 }  // namespace
@@ -694,4 +726,6 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> attention_score(Tensor grad, Tensor q
 STABLE_TORCH_LIBRARY_IMPL(vitprune_fast, CPU, m) {
   m.impl("attention", TORCH_BOX(&attention));
   m.impl("attention_score", TORCH_BOX(&attention_score));
+  m.impl("gated_attention_fwd", TORCH_BOX(&gated_attention_fwd));
+  m.impl("gated_attention_bwd", TORCH_BOX(&gated_attention_bwd));
 }

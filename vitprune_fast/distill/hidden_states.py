@@ -126,11 +126,6 @@ class HiddenStates:
         return [each.unflatten(-1, (3, 1, -1)) for each in packed]
 
     @property
-    def grids(self) -> list[tuple[int, int] | None]:
-        """Rows and columns of each state's patch tokens; None where they form no grid."""
-        return [self._grid(name) for name in self._names]
-
-    @property
     def prefix_tokens(self) -> list[int]:
         """How many tokens of each state come before its patches (class, distillation, register)."""
         return [self._prefix_tokens(name) for name in self._names]
@@ -218,41 +213,32 @@ class HiddenStates:
         return output.flatten(2).transpose(1, 2)
 
     def _prefix_tokens(self, name: str) -> int:
-        grid = self._grid(name)
-        if grid is None:
-            return int(getattr(self._inner, "num_prefix_tokens", 0) or 0)
-        return self._tokens(name).shape[1] - grid[0] * grid[1]
-
-    def _grid(self, name: str) -> tuple[int, int] | None:
         output, size = self._output(name)
         if output.ndim == 4:
-            height, width = output.shape[1:3] if self._is_channels_last() else output.shape[2:4]
-            return int(height), int(width)
+            return 0
         if isinstance(size, (tuple, list)) and len(size) == 2:
-            return int(size[0]), int(size[1])
-        return self._grid_of_tokens(output.shape[1])
+            return output.shape[1] - int(size[0]) * int(size[1])
+        return self._prefix_among(output.shape[1])
 
-    def _grid_of_tokens(self, tokens: int) -> tuple[int, int] | None:
-        """The patches among ``tokens`` by the model's patch embedding, or as a picture's shape."""
-        if self._image_size is None:
-            return None
-        drop = getattr(self._inner, "patch_drop", None)
-        if self._training and drop is not None and not isinstance(drop, nn.Identity):
-            return None
-        embed: Any = getattr(self._inner, "patch_embed", None)
+    def _prefix_among(self, tokens: int) -> int:
+        """Those of ``tokens``, by the model's patch embedding, or where the rest is a picture."""
         prefix = int(getattr(self._inner, "num_prefix_tokens", 0) or 0)
+        drop = getattr(self._inner, "patch_drop", None)
+        drops = self._training and drop is not None and not isinstance(drop, nn.Identity)
+        if self._image_size is None or drops:
+            return prefix
+        embed: Any = getattr(self._inner, "patch_embed", None)
         if hasattr(embed, "dynamic_feat_size"):
-            height, width = embed.dynamic_feat_size(self._image_size)
             # the trunk of a CaiT has none of the prefix tokens that the model states
-            return (height, width) if tokens - height * width in (0, prefix) else None
+            return 0 if tokens == math.prod(embed.dynamic_feat_size(self._image_size)) else prefix
         rows, columns = self._image_size
         for patches in (tokens - prefix, tokens):
             height = round((patches * rows / columns) ** 0.5)
             width = round((patches * columns / rows) ** 0.5)
             # the trunk of an XCiT has none of the prefix tokens either
             if height * width == patches:
-                return height, width
-        return None
+                return tokens - patches
+        return prefix
 
 
 def block_names(model: nn.Module) -> list[str]:

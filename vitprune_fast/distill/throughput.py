@@ -23,7 +23,7 @@ _PEAKS = {
 }
 
 
-class Pace:
+class Throughput:
     """Counts images since the start of an epoch or of a stretch with the same masks.
 
     Args:

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from vitprune_fast import files
-from vitprune_fast.distill.checkpoints import Checkpoint, read_newest, write_checkpoint
+from vitprune_fast.distill.training_checkpoints import Checkpoint, read_newest, write_checkpoint
 from vitprune_fast.errors import DamagedFile, RunFolderError
 
 

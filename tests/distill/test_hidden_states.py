@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import set_checkpoint_early_stop
 
 import vitprune_fast as vp
-from vitprune_fast.distill.features import HiddenStates, block_names
+from vitprune_fast.distill.hidden_states import HiddenStates, block_names
 from vitprune_fast.errors import InvalidInput
 from vitprune_fast.modeling_pruned import HalfBlock
 
@@ -77,7 +77,7 @@ def test_states_are_those_of_forward_intermediates(
     with HiddenStates(model, blocks, features=True) as hidden:
         logits = model(images)
     assert torch.equal(logits, model(images))
-    assert hidden.grids == grids and hidden.prefix_tokens == [prefix] * len(grids)
+    assert hidden.prefix_tokens == [prefix] * len(grids)
     maps = model.forward_intermediates(images, indices=blocks, intermediates_only=True)
     for state, wanted, (height, width) in zip(hidden.states, maps, grids, strict=True):
         assert wanted.shape[2:] == (height, width)
@@ -100,7 +100,6 @@ def test_states_of_a_cnn_are_the_maps_of_its_stages(name: str) -> None:
     for stage in stages:
         x = stage(x)
         wanted.append(x)
-    assert hidden.grids == [tuple(wanted[0].shape[2:]), tuple(wanted[3].shape[2:])]
     assert hidden.prefix_tokens == [0, 0]
     for state, each in zip(hidden.states, (wanted[0], wanted[3]), strict=True):
         assert torch.equal(state, each.flatten(2).transpose(1, 2))
@@ -115,14 +114,14 @@ def test_a_cnn_of_another_build_gives_the_maps_that_timm_names() -> None:
     with HiddenStates(model, (1, -2)) as hidden:
         model(_images(model))
     assert block_names(model)[1] == "features.denseblock1"
-    assert hidden.grids == [(8, 8), (2, 2)]
+    assert [state.shape[1] for state in hidden.states] == [64, 4]
 
 
-def test_grid_of_a_picture_that_is_not_square() -> None:
+def test_prefix_of_a_picture_that_is_not_square() -> None:
     model = _model("vit_tiny_patch16_224", dynamic_img_size=True)
     with HiddenStates(model, (1,)) as hidden:
         model(torch.randn(2, 3, 32, 64))
-    assert hidden.grids == [(2, 4)] and hidden.prefix_tokens == [1]
+    assert hidden.prefix_tokens == [1]
 
 
 @pytest.mark.parametrize("size", [(48, 48), (64, 96)])
@@ -131,18 +130,17 @@ def test_a_trunk_without_the_prefix_tokens_that_the_model_states(size: tuple[int
     with HiddenStates(model, (0,), qkv=(1,)) as hidden:
         model(torch.randn(2, 3, *size))
     assert model.num_prefix_tokens == 1
-    assert hidden.grids == [(size[0] // 16, size[1] // 16)]
     assert hidden.prefix_tokens == [0] and hidden.qkv_prefix_tokens == [0]
 
 
-def test_dropped_patches_form_no_grid() -> None:
+def test_dropped_patches_leave_the_stated_prefix() -> None:
     model = _model("vit_tiny_patch16_224", img_size=64, patch_drop_rate=0.25).train()
     with HiddenStates(model, (0,)) as hidden:
         model(torch.randn(2, 3, 64, 64))
         assert hidden.states[0].shape == (2, 13, 16)
-        assert hidden.grids == [None] and hidden.prefix_tokens == [1]
+        assert hidden.prefix_tokens == [1]
         model.eval()(torch.randn(2, 3, 64, 64))
-        assert hidden.grids == [(4, 4)]
+        assert hidden.states[0].shape == (2, 17, 16) and hidden.prefix_tokens == [1]
 
 
 def test_blocks_may_repeat_and_count_from_the_end() -> None:

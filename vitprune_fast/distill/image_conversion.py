@@ -1,4 +1,4 @@
-"""The student's images as a teacher wants to see them: values, channels, size.
+"""Converts the student's images to what a teacher expects: values, channels, size.
 
 Dimensions: ``B`` images, ``C`` channels.
 """

@@ -1,4 +1,4 @@
-"""Checkpoints of a training run: whole or not there, the last two kept, damage found."""
+"""Checkpoint files of a training: written whole, checked when read, the last two kept."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _KEPT = 2
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """All a run needs to go on.
+    """All that a training needs to resume.
 
     Attributes:
         step: steps done.
@@ -36,7 +36,7 @@ class Checkpoint:
 
 
 def write_checkpoint(folder: Path, checkpoint: Checkpoint) -> None:
-    """Write the tensors, then the JSON that vouches for them, then delete all but the last two.
+    """Write the tensors, then the JSON with their checksum, then delete all but the last two.
 
     Raises:
         RunFolderError: the folder cannot be written; earlier checkpoints are untouched.
@@ -58,11 +58,11 @@ def write_checkpoint(folder: Path, checkpoint: Checkpoint) -> None:
 def tidy(folder: Path, step: int) -> None:
     """Delete all but the last two checkpoints up to ``step``, where the run now is.
 
-    Later ones were passed over as damaged, and tensors without a voucher are what a kill left.
+    Later ones were passed over as damaged; tensors without a JSON are left from a kill.
     """
     kept = [each for each in _steps(folder) if each <= step][:_KEPT]
     keep = {f"step-{each:08}" for each in kept}
-    # the voucher goes first: tensors without one are no checkpoint
+    # the JSON goes first: tensors without one are no checkpoint
     for path in sorted(folder.glob("step-*"), key=lambda path: path.suffix != ".json"):
         if path.stem not in keep:
             with contextlib.suppress(OSError):
@@ -76,7 +76,7 @@ def read_newest(
 
     Args:
         folder: need not exist.
-        on_damage: told about each newer one that was passed over.
+        on_damage: called for each newer one that was passed over.
     """
     for step in _steps(folder):
         try:
@@ -106,7 +106,7 @@ def _digest(body: dict[str, Any]) -> str:
 
 
 def _steps(folder: Path) -> list[int]:
-    """Steps that have a voucher, newest first."""
+    """Steps that have a JSON file, newest first."""
     if not folder.is_dir():
         return []
     matches = (_NAME.fullmatch(path.name) for path in folder.iterdir())
