@@ -46,13 +46,12 @@ def main(words: list[str]) -> int:
     )
     unknown = about_test_images(options.model, opened.data) if options.split == "test" else {}
     print_assumptions({**opened.assumptions, **unknown})
-    teacher = open_model(ModelConfig(name=str(options.teacher))) if options.teacher else None
+    teachers = [open_model(ModelConfig(name=str(options.teacher)))] if options.teacher else []
+    models = [*teachers, opened.model]
     with applied(opened.profile):
-        result = stages.evaluate(
-            opened.model, opened.data, opened.setting, split=options.split, teacher=teacher
-        )
+        *_, result = stages.evaluate(models, opened.data, opened.setting, split=options.split)
     print(f"top-1 {result.top1:.2%} ({result.top1_count} of {result.samples})")
     print(f"top-5 {result.top5:.2%} ({result.top5_count} of {result.samples})")
-    if teacher is not None:
+    if teachers:
         print(f"agreement {result.agreement:.2%} ({result.agreement_count} of {result.samples})")
     return 0

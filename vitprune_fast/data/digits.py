@@ -10,12 +10,10 @@ import torch
 import torch.nn.functional as F
 
 from vitprune_fast.data.augment import Augment, RandomCrop
-from vitprune_fast.data.splits import stratified
 from vitprune_fast.errors import DamagedFile, InvalidInput
 from vitprune_fast.files import read_json
 
 SPLIT_FILE = Path(__file__).parents[1] / "splits" / "digits.json"
-SHARES = {"test": 1 / 3, "validation": 1 / 10}
 SPLIT_ORIGINS = {
     "train": "the rest of the digits",
     "validation": "10% of the digits, by the committed list",
@@ -70,17 +68,6 @@ def load_digits() -> tuple[np.ndarray, np.ndarray]:
 def content_hash(pixels: np.ndarray, labels: np.ndarray) -> str:
     """SHA-256 of the pixels followed by the labels, a byte each."""
     return hashlib.sha256(pixels.tobytes() + labels.astype(np.uint8).tobytes()).hexdigest()
-
-
-def derive_splits() -> dict:
-    """Compute what ``splits/digits.json`` holds; this wrote it:
-
-    ``write_json(SPLIT_FILE, derive_splits())``
-    """
-    pixels, labels = load_digits()
-    names = [str(index) for index in range(len(labels))]
-    splits = stratified(names, labels.tolist(), SHARES)
-    return {"samples": len(labels), "sha256": content_hash(pixels, labels), **splits}
 
 
 def committed_splits() -> dict[str, list[int]]:

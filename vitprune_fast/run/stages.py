@@ -301,27 +301,11 @@ def probe_images(data: ImageData, count: int = 8) -> Tensor:
 
 
 def evaluate(
-    model: nn.Module,
-    data: ImageData,
-    setting: Setting,
-    *,
-    split: str = "test",
-    teacher: nn.Module | None = None,
-) -> Any:
-    """`Evaluation` (integer counts) of the model on a split."""
-    loader = Loader(data.split(split), setting.batch_size, workers=setting.workers)
-    return evaluation.evaluate(
-        model.to(setting.device),
-        loader,
-        teacher=teacher and teacher.to(setting.device),
-        dtype=setting.dtype,
-    )
-
-
-def evaluate_all(models: Sequence[nn.Module], data: ImageData, setting: Setting) -> list[Any]:
-    """`Evaluation` of each model on the test images, read once; the first one teaches the rest."""
+    models: Sequence[nn.Module], data: ImageData, setting: Setting, *, split: str = "test"
+) -> list[Any]:
+    """`Evaluation` of each model on a split, read once; the others agree with the first or not."""
     dense, *others = (model.to(setting.device) for model in models)
-    loader = Loader(data.split("test"), setting.batch_size, workers=setting.workers)
+    loader = Loader(data.split(split), setting.batch_size, workers=setting.workers)
     return evaluation.evaluate_beside(dense, others, loader, dtype=setting.dtype)
 
 

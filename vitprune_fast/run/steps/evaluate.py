@@ -24,7 +24,7 @@ def evaluate(job: Job, *, summary_file: str, before: str, after: str, **between:
     """
     names = {"before": before, **between, "after": after}
     loaded = {row: job.load(name) for row, name in names.items()}
-    counted = stages.evaluate_all([*loaded.values()], job.data, job.setting)
+    counted = stages.evaluate([*loaded.values()], job.data, job.setting)
     found = dict(zip(names, counted, strict=True))
     proofs = summary.seen_whole(found, len(job.data.split("test")))
     proved = checks.require(job.step.name, proofs)
