@@ -79,14 +79,14 @@ def test_eval_and_bench_compute_in_it(
         seen.append(options["dtype"])
         return [vp.Latency(1, 1.0, 1.0, 1.0, 1) for _ in models]
 
-    original = vp.evaluate
+    original = evaluation.evaluate_beside
 
     def evaluate(*args: Any, **options: Any) -> Any:
         seen.append(options["dtype"])
         return original(*args, **options)
 
     monkeypatch.setattr(stages, "latencies", latencies)
-    monkeypatch.setattr("vitprune_fast.evaluation.evaluate", evaluate)
+    monkeypatch.setattr("vitprune_fast.evaluation.evaluate_beside", evaluate)
     model = ["--model", str(made / "m")]
     assert main(["bench", *model, *HALF, "--batch-sizes", "1"]) == 0
     assert re.search(r"^profile cpu: .*, bfloat16, ", capsys.readouterr().out)

@@ -32,15 +32,13 @@ class Bench:
     threads: Threads = None
 
 
-def main(words: list[str]) -> int:
+def main(words: list[str]) -> None:
     """Times the model and prints a table."""
     if words[:1] == ["scoring"]:
         from vitprune_fast.cli import bench_scoring
 
         return bench_scoring.main(words[1:])
     options = parse("bench", words, lambda chosen: Bench())
-    if options is None:
-        return 0
     import vitprune_fast as vp
     from vitprune_fast.cli.display import print_assumptions, print_table
     from vitprune_fast.models.open import open_model
@@ -77,4 +75,3 @@ def main(words: list[str]) -> int:
     print_table(("model", "batch", "median ms", "p90 ms", "images/s"), rows)
     warning = load_warning(*(result.waited for results in measured for result in results))
     print_assumptions({"latency": warning} if warning else {})
-    return 0

@@ -33,11 +33,9 @@ class BenchScoring:
     """Where to compute."""
 
 
-def main(words: list[str]) -> int:
+def main(words: list[str]) -> None:
     """Runs the race and prints a table."""
     options = parse("bench scoring", words, lambda chosen: BenchScoring())
-    if options is None:
-        return 0
     import torch
 
     from vitprune_fast.batches import classes_of
@@ -87,4 +85,3 @@ def main(words: list[str]) -> int:
         "of limit: the matrix products of forward and input gradients at the rate of the best "
         "product measured here, over the time"
     )
-    return 0

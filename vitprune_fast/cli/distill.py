@@ -39,11 +39,9 @@ class Distill:
     """Also write the curves for TensorBoard, a folder per training."""
 
 
-def main(words: list[str]) -> int:
+def main(words: list[str]) -> None:
     """Distils the model and saves it."""
     options = parse("distill", words, lambda chosen: Distill(), outputs=_outputs)
-    if options is None:
-        return 0
     import vitprune_fast as vp
     from vitprune_fast.checkpoint import check_folder, check_savable
     from vitprune_fast.cli.display import Display, print_assumptions
@@ -89,7 +87,6 @@ def main(words: list[str]) -> int:
     remember_normalisation(taught, opened.data, trained=True)
     vp.save(taught, options.out)
     print(options.out)
-    return 0
 
 
 def _outputs(options: Distill) -> dict[str, Path | None]:

@@ -29,11 +29,9 @@ class Eval:
     threads: Threads = None
 
 
-def main(words: list[str]) -> int:
+def main(words: list[str]) -> None:
     """Evaluates the model and prints the counts."""
     options = parse("eval", words, lambda chosen: Eval())
-    if options is None:
-        return 0
     from vitprune_fast.cli.display import print_assumptions
     from vitprune_fast.models.open import open_model
     from vitprune_fast.run import stages
@@ -54,4 +52,3 @@ def main(words: list[str]) -> int:
     print(f"top-5 {result.top5:.2%} ({result.top5_count} of {result.samples})")
     if teachers:
         print(f"agreement {result.agreement:.2%} ({result.agreement_count} of {result.samples})")
-    return 0

@@ -44,7 +44,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _fail(f"vitprune-fast: no verb {verb!r}; {hint}")
     try:
         listen()
-        return import_module(f"vitprune_fast.cli.{verb}").main(words) or 0
+        import_module(f"vitprune_fast.cli.{verb}").main(words)
     except VitpruneError as error:
         return _fail(str(error))
     except Interrupted as stop:
@@ -57,6 +57,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         # the reader of our output (head, less) went away: not our error, but not a success
         sys.stderr.close()
         return 128 + signal.SIGPIPE
+    return 0
 
 
 def _let_waiting_threads_sleep() -> None:

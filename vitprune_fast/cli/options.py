@@ -64,8 +64,8 @@ def parse(
     default: Callable[[argparse.Namespace], T],
     flags: type[FileFlags] = FileFlags,
     outputs: Callable[[T], Mapping[str, Path | None]] = lambda options: {},
-) -> T | None:
-    """The options of a verb, or None when they were only to be printed.
+) -> T:
+    """The options of a verb.
 
     Args:
         verb: for the usage line.
@@ -76,6 +76,7 @@ def parse(
         outputs: option -> what the verb will write.
 
     Raises:
+        SystemExit: they were only to be printed, and have been.
         InvalidInput: an option is out of range, or an output would destroy an input.
     """
     early = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
@@ -101,7 +102,7 @@ def parse(
     )
     if parsed.files.print_config:
         print(to_yaml(parsed.options), end="")
-        return None
+        raise SystemExit(0)
     refuse_overwriting(
         verb,
         parsed.options,

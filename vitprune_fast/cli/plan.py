@@ -27,11 +27,9 @@ class Plan:
     threads: Threads = None
 
 
-def main(words: list[str]) -> int:
+def main(words: list[str]) -> None:
     """Plans within the budget and saves the plan."""
     options = parse("plan", words, lambda chosen: Plan(), outputs=lambda plan: {"out": plan.out})
-    if options is None:
-        return 0
     import vitprune_fast as vp
     from vitprune_fast.cli.display import print_assumptions
     from vitprune_fast.models.open import skeleton
@@ -52,4 +50,3 @@ def main(words: list[str]) -> int:
         f"{options.out}: {after.macs:,} of {before.macs:,} MACs, "
         f"{after.params:,} of {before.params:,} params"
     )
-    return 0

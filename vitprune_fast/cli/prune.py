@@ -42,11 +42,9 @@ class Prune:
     threads: Threads = None
 
 
-def main(words: list[str]) -> int:
+def main(words: list[str]) -> None:
     """Prunes, proves the cut on random images, refits what stays, and saves the result."""
     options = parse("prune", words, lambda chosen: Prune(), outputs=_outputs)
-    if options is None:
-        return 0
     import vitprune_fast as vp
     from vitprune_fast.checkpoint import check_folder, check_savable
     from vitprune_fast.cli.display import print_assumptions
@@ -93,7 +91,6 @@ def main(words: list[str]) -> int:
         f"{after.params:,} of {before.params:,} params; the cut was checked: "
         + "; ".join(proof.name for proof in proofs)
     )
-    return 0
 
 
 def _outputs(options: Prune) -> dict[str, Path | None]:

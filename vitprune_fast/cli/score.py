@@ -34,11 +34,9 @@ class Score:
     threads: Threads = None
 
 
-def main(words: list[str]) -> int:
+def main(words: list[str]) -> None:
     """Scores the model and saves the scores."""
     options = parse("score", words, lambda chosen: Score(), outputs=_outputs)
-    if options is None:
-        return 0
     from vitprune_fast import files
     from vitprune_fast.cli.display import Display, print_assumptions, print_table, rate_text
     from vitprune_fast.cli.signals import stoppable
@@ -94,7 +92,6 @@ def main(words: list[str]) -> int:
     if agreement := agreement_text(scores.provenance):
         print(agreement)
     print_table(("unit kind", "axes", "units", "least", "median", "most"), _summary(model, scores))
-    return 0
 
 
 def _outputs(options: Score) -> dict[str, Path | None]:
