@@ -14,6 +14,7 @@ import torch
 import vitprune_fast as vp
 from vitprune_fast.cli.main import main
 from vitprune_fast.distill.checkpoints import read_newest
+from vitprune_fast.evaluation import evaluate_beside
 from vitprune_fast.run import stages
 from vitprune_fast.run.folder import RunFolder
 
@@ -79,7 +80,7 @@ def test_eval_and_bench_compute_in_it(
         seen.append(options["dtype"])
         return [vp.Latency(1, 1.0, 1.0, 1.0, 1) for _ in models]
 
-    original = evaluation.evaluate_beside
+    original = evaluate_beside
 
     def evaluate(*args: Any, **options: Any) -> Any:
         seen.append(options["dtype"])

@@ -50,8 +50,9 @@ def main(words: list[str]) -> None:
     from vitprune_fast.run.assumptions import about_gates
     from vitprune_fast.run.inputs import open_both, remember_normalisation
     from vitprune_fast.run.profile import applied
+    from vitprune_fast.run.step import RunStopped
     from vitprune_fast.run.tensorboard import Board
-    from vitprune_fast.run.training import Trainings, TrainingStopped, teach
+    from vitprune_fast.run.training import Trainings, teach
 
     if options.schedule.needs_teacher and not options.teacher.names:
         raise InvalidInput(
@@ -68,9 +69,9 @@ def main(words: list[str]) -> None:
     print_assumptions({**opened.assumptions, **about_gates(options.gates)})
     resumes = options.checkpoints is not None
     with (
-        applied(opened.profile),
+        applied(opened.setting.profile),
         Display() as display,
-        stoppable(display, TrainingStopped, resumes=resumes) as (on_event, stop),
+        stoppable(display, RunStopped, resumes=resumes) as (on_event, stop),
     ):
         board = options.tensorboard and Board(options.tensorboard)
         trainings = Trainings(

@@ -46,7 +46,7 @@ def main(words: list[str]) -> None:
     print_assumptions({**opened.assumptions, **unknown})
     teachers = [open_model(ModelConfig(name=str(options.teacher)))] if options.teacher else []
     models = [*teachers, opened.model]
-    with applied(opened.profile):
+    with applied(opened.setting.profile):
         *_, result = stages.evaluate(models, opened.data, opened.setting, split=options.split)
     print(f"top-1 {result.top1:.2%} ({result.top1_count} of {result.samples})")
     print(f"top-5 {result.top5:.2%} ({result.top5_count} of {result.samples})")

@@ -65,7 +65,7 @@ def main(words: list[str]) -> None:
             options.threads,
             options.dtype,
         )
-    with applied(opened.profile if opened else choose_profile("cpu", options.threads)):
+    with applied(opened.setting.profile if opened else choose_profile("cpu", options.threads)):
         model = opened.model if opened else open_weights(options.model, options.seed)
         check_savable(model)
         plan = vp.Plan.load(options.plan)

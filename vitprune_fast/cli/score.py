@@ -63,7 +63,7 @@ def main(words: list[str]) -> None:
     model = opened.model
     print_assumptions(opened.assumptions)
     with (
-        applied(opened.profile),
+        applied(opened.setting.profile),
         Display() as display,
         stoppable(display, ScoringStopped) as (on_event, stop),
     ):

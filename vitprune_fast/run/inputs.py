@@ -10,12 +10,12 @@ from torch import nn
 from vitprune_fast.batches import classes_of
 from vitprune_fast.config.model import ModelConfig
 from vitprune_fast.config.run import DataConfig
-from vitprune_fast.data import INTERPOLATIONS, ImageData, RandomCrop, open_data
+from vitprune_fast.data import INTERPOLATIONS, ImageData, open_data
 from vitprune_fast.models.open import open_model
 from vitprune_fast.precision import Precision
 from vitprune_fast.randomness import seeded
 from vitprune_fast.run.assumptions import about_data, about_weights, not_followed
-from vitprune_fast.run.profile import Profile, choose_profile
+from vitprune_fast.run.profile import choose_profile
 from vitprune_fast.run.stages import Setting
 from vitprune_fast.stated import caveats, patch_size, stated_config
 from vitprune_fast.structure import describe
@@ -28,15 +28,13 @@ class Opened:
     Attributes:
         model: with its weights, in evaluation mode.
         data: read at the model's input size.
-        setting: what a stage needs besides its inputs.
-        profile: where to compute.
+        setting: seed, where to compute, and how images are read.
         assumptions: topic -> what was taken for granted.
     """
 
     model: Any
     data: ImageData
     setting: Setting
-    profile: Profile
     assumptions: dict[str, str]
 
 
@@ -143,29 +141,9 @@ def open_both(
     model = open_weights(model_config, seed)
     data = open_model_data(data_config, model, model_config)
     check_fit(model, data)
-    setting = setting_of(data_config, profile, seed)
     assumptions = {
         **about_weights(model_config, seed, model),
         **about_data(data),
         **not_followed(model, model_config, data),
     }
-    return Opened(model, data, setting, profile, assumptions)
-
-
-def setting_of(data_config: DataConfig, profile: Profile, seed: int) -> Setting:
-    """What every stage needs besides its inputs."""
-    return Setting(
-        seed,
-        profile.device,
-        profile.workers,
-        data_config.augment,
-        data_config.batch_size,
-        RandomCrop(
-            scale=data_config.crop_scale,
-            policy=data_config.policy,
-            jitter=data_config.color_jitter,
-            simple=data_config.crop == "simple",
-        ),
-        data_config.repeats,
-        profile.dtype,
-    )
+    return Opened(model, data, Setting(seed, profile, data_config), assumptions)

@@ -21,7 +21,6 @@ from vitprune_fast.distill.teachers import must_learn
 from vitprune_fast.ranks import Ranks
 from vitprune_fast.run import checks, stages, training
 from vitprune_fast.run.folder import Metrics, RunFolder, read_metrics
-from vitprune_fast.run.inputs import setting_of
 from vitprune_fast.run.profile import Profile
 from vitprune_fast.run.stages import OnEvent, Setting
 from vitprune_fast.run.step import RunStopped, Step
@@ -72,7 +71,7 @@ class Job:
     @property
     def setting(self) -> Setting:
         """Seed, device, loader processes and the like."""
-        return setting_of(self.config.data, self.profile, self.config.seed)
+        return Setting(self.config.seed, self.profile, self.config.data)
 
     @cached_property
     def data(self) -> ImageData:

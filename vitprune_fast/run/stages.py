@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from vitprune_fast import evaluation, planning, scoring, surgery
 from vitprune_fast.config.distill import DistillConfig
-from vitprune_fast.config.run import PlanConfig, ScoreConfig, SweepConfig
+from vitprune_fast.config.run import DataConfig, PlanConfig, ScoreConfig, SweepConfig
 from vitprune_fast.data import Augment, ImageData, Images, Loader, RandomCrop
 from vitprune_fast.distill.loop import distill
 from vitprune_fast.distill.teachers import Teacher
@@ -26,6 +26,7 @@ from vitprune_fast.planning.latency import latencies
 from vitprune_fast.precision import Precision, is_half, resolve
 from vitprune_fast.randomness import derive_seed, generator
 from vitprune_fast.ranks import Ranks
+from vitprune_fast.run.profile import Profile
 
 OnEvent = Callable[[dict[str, Any]], None]
 
@@ -35,13 +36,8 @@ class Setting:
     """What every stage needs besides its inputs."""
 
     seed: int
-    device: str
-    workers: int
-    augment: bool
-    batch_size: int
-    photographs: RandomCrop = field(default_factory=RandomCrop)
-    repeats: int = 1
-    dtype: Precision = "auto"
+    profile: Profile
+    images: DataConfig
 
 
 def train(
@@ -82,21 +78,23 @@ def train(
     seed = derive_seed(setting.seed, purpose)
     train_loader = Loader(
         data.split("train"),
-        setting.batch_size,
+        setting.images.batch_size,
         shuffle=True,
-        augment=_augmentation(data, setting),
+        augment=_augmentation(data, setting.images),
         seed=seed,
-        workers=setting.workers,
-        repeats=setting.repeats,
+        workers=setting.profile.workers,
+        repeats=setting.images.repeats,
         processes=Ranks.current().world,
     )
-    validation = Loader(data.split("validation"), setting.batch_size, workers=setting.workers)
+    validation = Loader(
+        data.split("validation"), setting.images.batch_size, workers=setting.profile.workers
+    )
     dtype = own_dtype(config, setting)
-    half = resolve("distill", dtype, setting.device)
+    half = resolve("distill", dtype, setting.profile.device)
     several = [teacher] if isinstance(teacher, nn.Module) else teacher
     return distill(
-        student.to(setting.device),
-        several and [_answering(each.to(setting.device).eval(), half) for each in several],
+        student.to(setting.profile.device),
+        several and [_answering(each.to(setting.profile.device).eval(), half) for each in several],
         train_loader,
         validation,
         replace(config, seed=seed, dtype=dtype),
@@ -118,21 +116,27 @@ def _answering(teacher: nn.Module, dtype: torch.dtype | None) -> nn.Module:
 
 def own_dtype(config: DistillConfig, setting: Setting) -> Precision:
     """What a training computes in."""
-    return setting.dtype if config.dtype == "auto" else config.dtype
+    return setting.profile.dtype if config.dtype == "auto" else config.dtype
 
 
-def _augmentation(data: ImageData, setting: Setting) -> Augment | None:
+def _augmentation(data: ImageData, config: DataConfig) -> Augment | None:
     """How training changes images of this data."""
-    if not setting.augment:
+    if not config.augment:
         return None
-    if setting.photographs == RandomCrop():
+    crop = RandomCrop(
+        scale=config.crop_scale,
+        policy=config.policy,
+        jitter=config.color_jitter,
+        simple=config.crop == "simple",
+    )
+    if crop == RandomCrop():
         return data.augmentation
     if not isinstance(data.augmentation, RandomCrop):
         raise InvalidInput(
             "distill: policy, crop, crop_scale and color_jitter must be unset for "
-            f"{data.name}, which are no photographs, got {setting.photographs}"
+            f"{data.name}, which are no photographs, got {crop}"
         )
-    return setting.photographs
+    return crop
 
 
 def score(
@@ -165,10 +169,10 @@ def score(
         config.batch_size,
         shuffle=True,
         seed=derive_seed(setting.seed, "score"),
-        workers=setting.workers,
+        workers=setting.profile.workers,
     )
     return scoring.score(
-        model.to(setting.device),
+        model.to(setting.profile.device),
         first_samples(loader.epoch(0), config.samples),
         criterion=config.criterion,
         units="all" if config.units == ("all",) else config.units,
@@ -178,7 +182,7 @@ def score(
         candidates=config.candidates,
         loss_scale=config.loss_scale,
         cuda_graph="auto" if config.cuda_graph == "auto" else config.cuda_graph == "always",
-        dtype=setting.dtype,
+        dtype=setting.profile.dtype,
         checkpoint=checkpoint,
         on_event=on_event and (lambda event: on_event({**event, "steps": total})),
         stop=stop,
@@ -248,7 +252,7 @@ def calibration(data: ImageData, config: SweepConfig, setting: Setting) -> Loade
     order = torch.randperm(len(train), generator=generator(setting.seed, "calibration"))
     chosen = train.ids[order[: config.images]].tolist()
     images = Images(data.source, train.name, chosen, data.mean, data.std)
-    return Loader(images, setting.batch_size, workers=setting.workers)
+    return Loader(images, setting.images.batch_size, workers=setting.profile.workers)
 
 
 def sweep(
@@ -282,12 +286,12 @@ def sweep(
         # they stand in the report as well, and are printed from there
         warnings.filterwarnings("ignore", "prune: ")
         model, report = surgery.prune(
-            dense.to(setting.device),
+            dense.to(setting.profile.device),
             plan,
             calibration=calibration(data, config, setting),
             report=True,
             checkpoint=checkpoint,
-            dtype=setting.dtype,
+            dtype=setting.profile.dtype,
             on_event=on_event,
             stop=stop,
         )
@@ -304,9 +308,9 @@ def evaluate(
     models: Sequence[nn.Module], data: ImageData, setting: Setting, *, split: str = "test"
 ) -> list[Any]:
     """`Evaluation` of each model on a split, read once; the others agree with the first or not."""
-    dense, *others = (model.to(setting.device) for model in models)
-    loader = Loader(data.split(split), setting.batch_size, workers=setting.workers)
-    return evaluation.evaluate_beside(dense, others, loader, dtype=setting.dtype)
+    dense, *others = (model.to(setting.profile.device) for model in models)
+    loader = Loader(data.split(split), setting.images.batch_size, workers=setting.profile.workers)
+    return evaluation.evaluate_beside(dense, others, loader, dtype=setting.profile.dtype)
 
 
 def measure(

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection
 
 from vitprune_fast import planning
+from vitprune_fast.distill.loop import DistillResult
 from vitprune_fast.run import stages
 from vitprune_fast.run.job import Job
 from vitprune_fast.run.step import Facts
@@ -20,6 +21,26 @@ def plan(job: Job, *, model: str, scores: str, plan: str, dense: str | None = No
     job.write(plan, chosen)
     facts = plan_facts(describe(loaded), chosen, found)
     return {"budget": job.config.plan.budget(), "plan": plan, "scores": scores, **facts}
+
+
+def keep_planned(
+    job: Job, result: DistillResult, kinds: Collection[str], *, model: str, plan: str
+) -> Facts:
+    """Keeps a model that was trained while units of these kinds were chosen, and the plan."""
+    assert result.plan is not None
+    job.write(plan, result.plan)
+    structure = describe(result.model)
+    cut = [axis.name for kind in kinds for axis in structure.units(kind)]
+    trained = job.training_facts(result, teachers=True)
+    left = plan_facts(structure, result.plan, cut)
+    return {
+        **trained,
+        "budget": job.config.budget(),
+        "plan": plan,
+        **left,
+        "text": f"{trained['text']}, {left['text']}",
+        "checks": job.keep(result.model, model),
+    }
 
 
 def plan_facts(structure: Structure, plan: planning.Plan, cut: Collection[str]) -> Facts:
