@@ -89,7 +89,7 @@ def test_other_digits_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     pixels[0, 0, 0] += 1
     monkeypatch.setattr(digits, "load_digits", lambda: (pixels, labels))
     with pytest.raises(DamagedFile, match="scikit-learn's digits must have the sha256"):
-        digits.committed_splits()
+        digits.Digits((8, 8), 1)
 
 
 @given(st.lists(st.integers(0, 4), max_size=60), st.integers(0, 3))

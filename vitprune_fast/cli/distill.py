@@ -47,7 +47,7 @@ def main(words: list[str]) -> None:
     from vitprune_fast.cli.display import Display, print_assumptions
     from vitprune_fast.cli.signals import stoppable
     from vitprune_fast.files import probe_folder
-    from vitprune_fast.run.assumptions import about_gates
+    from vitprune_fast.run.assumptions import about_share
     from vitprune_fast.run.inputs import open_both, remember_normalisation
     from vitprune_fast.run.profile import applied
     from vitprune_fast.run.step import RunStopped
@@ -66,7 +66,7 @@ def main(words: list[str]) -> None:
     dtype = options.schedule.dtype
     opened = open_both(options.model, options.data, seed, options.device, options.threads, dtype)
     check_savable(opened.model)
-    print_assumptions({**opened.assumptions, **about_gates(options.gates)})
+    print_assumptions({**opened.assumptions, **about_share(options.gates, options.masks)})
     resumes = options.checkpoints is not None
     with (
         applied(opened.setting.profile),

@@ -157,22 +157,14 @@ class PlanConfig:
     def __post_init__(self) -> None:
         check("plan", self)
 
-    @property
-    def is_default(self) -> bool:
-        """Whether no budget was given."""
-        return (self.macs, self.params, self.keep) == (None, None, {})
-
     def budget(self) -> dict[str, Any]:
         """The one budget asked for, as the keyword `vp.Budget` takes.
 
         Raises:
             InvalidInput: more than one budget is given.
         """
-        given = {
-            name: value
-            for name, value in (("macs", self.macs), ("params", self.params), ("keep", self.keep))
-            if value not in (None, {})
-        }
+        values = {"macs": self.macs, "params": self.params, "keep": self.keep}
+        given = {name: value for name, value in values.items() if value not in (None, {})}
         if len(given) > 1:
             raise InvalidInput(
                 f"plan: give one budget, got {' and '.join(given)}; drop all but one of them"

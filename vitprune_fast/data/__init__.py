@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 from vitprune_fast.data.augment import Affine, Augment, RandomCrop
-from vitprune_fast.data.digits import SPLIT_ORIGINS, Digits, committed_splits
+from vitprune_fast.data.digits import SPLIT_ORIGINS, Digits
 from vitprune_fast.data.folder import Folder
 from vitprune_fast.data.hub import Hub
 from vitprune_fast.data.images import Images, Source, check_normalisation
@@ -214,8 +214,8 @@ def open_data(
                 f"open_data: {name} must be unset for the digits, which are no photographs, got "
                 f"{given[name]}"
             )
-        source, splits = Digits(size, channels), committed_splits()
-        train = source.images[splits["train"]].double()
+        source = Digits(size, channels)
+        train = source.images[source.splits["train"]].double()
         default_mean = tuple(train.mean((0, 2, 3)).tolist())
         default_std = tuple(train.std((0, 2, 3)).tolist())
         augmentation: Augment = Affine()
@@ -225,7 +225,7 @@ def open_data(
     elif kind in PHOTOGRAPHS and path:
         crop_share, interpolation = crop_share or 1.0, interpolation or "bicubic"
         source = PHOTOGRAPHS[kind](Path(path), size, channels, seed, crop_share, interpolation)
-        splits, split_origins = source.splits, source.split_origins
+        split_origins = source.split_origins
         defaults, otherwise = "of ImageNet, the default", "the default"
         luma = torch.tensor([0.299, 0.587, 0.114])
         default_mean, default_std = IMAGENET_MEAN, IMAGENET_STD
@@ -257,7 +257,7 @@ def open_data(
         },
         augmentation=augmentation,
         source=source,
-        split_ids={name: splits[name] for name in ("train", "validation", "test")},
+        split_ids={name: source.splits[name] for name in ("train", "validation", "test")},
     )
     _check_splits(data)
     return data

@@ -31,6 +31,7 @@ class Digits:
 
     def __init__(self, image_size: tuple[int, int], channels: int) -> None:
         pixels, labels = load_digits()
+        self.splits = committed_splits(pixels, labels)
         self.names = [str(index) for index in range(len(labels))]
         self.labels = labels.tolist()
         self.classes = tuple(str(digit) for digit in range(10))
@@ -70,14 +71,13 @@ def content_hash(pixels: np.ndarray, labels: np.ndarray) -> str:
     return hashlib.sha256(pixels.tobytes() + labels.astype(np.uint8).tobytes()).hexdigest()
 
 
-def committed_splits() -> dict[str, list[int]]:
+def committed_splits(pixels: np.ndarray, labels: np.ndarray) -> dict[str, list[int]]:
     """Read the committed indices of train, validation and test.
 
     Raises:
         DamagedFile: scikit-learn ships other digits than the splits were made for.
     """
     stored = read_json(SPLIT_FILE)
-    pixels, labels = load_digits()
     if stored["sha256"] != content_hash(pixels, labels):
         raise DamagedFile(
             f"open_data: scikit-learn's digits must have the sha256 in {SPLIT_FILE.name}, "

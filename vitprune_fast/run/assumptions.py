@@ -77,9 +77,15 @@ def about_test_images(config: ModelConfig, data: ImageData) -> dict[str, str]:
     }
 
 
+def about_share(gates: GateConfig, masks: MaskConfig) -> dict[str, str]:
+    """Says what learned gates or masks cut to, where there are some."""
+    share, flag = (masks.macs, "mask-macs") if gates.kind == "none" else (gates.macs, "gate-macs")
+    return {} if share is None else {"budget": f"{share:.0%} of the MACs ({flag})"}
+
+
 def about_budget(config: PlanConfig) -> dict[str, str]:
     """Says so where no budget was given."""
-    if not config.is_default:
+    if (config.macs, config.params, config.keep) != (None, None, {}):
         return {}
     return {"budget": "half of the MACs, the default, since none was given (--macs 0.5)"}
 
@@ -106,23 +112,9 @@ def of_run(config: RunConfig, steps: Sequence[Step], data: ImageData, model: Any
         **about_data(data),
         **not_followed(model, config.model, data),
         **about_test_images(config.model, data),
-        **(about_gates(config.gates) or about_masks(config.masks) or about_budget(config.plan)),
+        **(about_share(config.gates, config.masks) or about_budget(config.plan)),
         **(about_calibration(config.sweep, data) if sweeps or not config.sweep.compensate else {}),
     }
-
-
-def about_gates(config: GateConfig) -> dict[str, str]:
-    """Says what learned gates cut to, where there are some."""
-    if config.kind == "none":
-        return {}
-    return {"budget": f"{config.macs:.0%} of the MACs (gate-macs)"}
-
-
-def about_masks(config: MaskConfig) -> dict[str, str]:
-    """Says what masks cut to, where there are some."""
-    if config.macs is None:
-        return {}
-    return {"budget": f"{config.macs:.0%} of the MACs (mask-macs)"}
 
 
 def data_facts(data: ImageData) -> dict[str, Any]:

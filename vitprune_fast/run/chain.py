@@ -8,7 +8,7 @@ import shutil
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import asdict, replace
 from typing import Any
 
 import timm
@@ -73,7 +73,7 @@ def execute(
                     folder,
                     identity_of(config, steps, data, profile, processes.ranks.world),
                     {
-                        "profile": profile.to_dict(),
+                        "profile": asdict(profile),
                         "command": command or sys.argv,
                         "platform": platform.platform(),
                         "classes": list(data.classes),

@@ -37,9 +37,6 @@ class Check:
     holds: bool
     measured: str
 
-    def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
-
 
 def require(stage: str, checks: Iterable[Check]) -> list[dict[str, Any]]:
     """The checks as plain values.
@@ -51,7 +48,7 @@ def require(stage: str, checks: Iterable[Check]) -> list[dict[str, Any]]:
     failed = [f"{check.name} ({check.measured})" for check in checks if not check.holds]
     if failed:
         raise StageFailed(f"run: stage {stage} failed its own check: {'; '.join(failed)}")
-    return [check.to_dict() for check in checks]
+    return [asdict(check) for check in checks]
 
 
 @torch.no_grad()

@@ -275,15 +275,21 @@ def _files_under(path: Path) -> list[Path]:
     return sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
 
 
-def differences(before: Any, after: Any, where: str = "") -> list[str]:
+def leaves(value: Any, where: str = "") -> dict[str, Any]:
+    """Name with dots -> what is no mapping, of a plain value."""
+    if not isinstance(value, dict):
+        return {where: value}
+    found: dict[str, Any] = {}
+    for key, each in value.items():
+        found |= leaves(each, f"{where}.{key}" if where else str(key))
+    return found
+
+
+def differences(before: Any, after: Any) -> list[str]:
     """One line `name: old -> new` per leaf in which two plain values differ."""
-    if isinstance(before, dict) and isinstance(after, dict):
-        lines = []
-        for key in [*before, *(key for key in after if key not in before)]:
-            name = f"{where}.{key}" if where else str(key)
-            lines += differences(before.get(key, "absent"), after.get(key, "absent"), name)
-        return lines
-    return [] if before == after else [f"{where}: {before} -> {after}"]
+    old, new = leaves(before), leaves(after)
+    pairs = {name: (old.get(name, "absent"), new.get(name, "absent")) for name in {**old, **new}}
+    return [f"{name}: {one} -> {other}" for name, (one, other) in pairs.items() if one != other]
 
 
 class Metrics:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import platform
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 from vitprune_fast._version import __version__
 from vitprune_fast.errors import BackendUnavailable, InvalidInput
@@ -33,9 +33,6 @@ class Profile:
             f"{self.threads} thread{'s' if self.threads != 1 else ''}, "
             f"{self.workers} loader process{'es' if self.workers != 1 else ''}"
         )
-
-    def to_dict(self) -> dict[str, str | int]:
-        return asdict(self)
 
 
 def choose_profile(

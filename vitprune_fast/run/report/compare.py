@@ -11,7 +11,7 @@ from typing import Any
 from vitprune_fast import files
 from vitprune_fast.errors import InvalidInput
 from vitprune_fast.run.comparison import between, comparison
-from vitprune_fast.run.folder import RunFolder, read_metrics
+from vitprune_fast.run.folder import RunFolder, leaves, read_metrics
 from vitprune_fast.run.report import figures
 from vitprune_fast.run.report.page import (
     budget_text,
@@ -87,17 +87,11 @@ def table(summaries: Sequence[dict[str, Any]]) -> list[tuple[str, list[tuple[str
 
 def told_differently(identities: Sequence[dict[str, Any]]) -> list[tuple[str, list[str]]]:
     """Rows (name, value per run) of everything that decides results and is not the same."""
-    leaves = [dict(_leaves(identity)) for identity in identities]
-    names = dict.fromkeys(name for each in leaves for name in each)
-    rows = [(name, [each.get(name, "") for each in leaves]) for name in names]
+    runs = [leaves(identity) for identity in identities]
+    names = dict.fromkeys(name for run in runs for name in run)
+    rows = [(name, [_shown(run.get(name, "")) for run in runs]) for name in names]
     return [(name, values) for name, values in rows if len(set(values)) > 1]
 
 
-def _leaves(value: Any, where: str = "") -> list[tuple[str, str]]:
-    if not isinstance(value, dict):
-        return [(where, "unset" if value is None else str(value))]
-    return [
-        leaf
-        for key, item in value.items()
-        for leaf in _leaves(item, f"{where}.{key}" if where else str(key))
-    ]
+def _shown(value: Any) -> str:
+    return "unset" if value is None else str(value)

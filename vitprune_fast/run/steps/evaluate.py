@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import asdict
 from typing import Any
 
 from vitprune_fast.run import assumptions, checks, stages, summary
@@ -54,7 +55,7 @@ def evaluate(job: Job, *, summary_file: str, before: str, after: str, **between:
         "assumptions": assumptions.of_run(job.config, job.steps, job.data, job.skeleton),
         "split_hashes": dict(job.data.split_hashes),
         "versions": versions(),
-        "profile": job.profile.to_dict(),
+        "profile": asdict(job.profile),
         "rank_agreement": _first(facts, "rank_agreement", None),
         "set_aside": {
             **{
