@@ -187,11 +187,9 @@ def test_another_name_is_refused_by_every_verb(
     ("text", "sentence"),
     [
         ("dtype: bf16", "config.dtype must be one of auto, float32, bfloat16, float16, got 'bf16'"),
-        ("distill: {amp: bf16}", "config.distill has no field 'amp'; give dtype, one of auto, fl"),
-        ("dense: {amp: none}", "config.dense has no field 'amp'; give dtype, one of auto, float32"),
     ],
 )
-def test_a_file_with_another_name_or_an_old_field_is_one_sentence(
+def test_a_file_with_another_name_is_one_sentence(
     text: str, sentence: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "c.yaml").write_text(text)

@@ -380,28 +380,22 @@ class RunConfig:
         Raises:
             InvalidInput: options that do not go together.
         """
-        chosen = {
-            "gates": self.gates.macs if self.gates.kind != "none" else None,
-            "mask-macs": self.masks.macs,
-        }
-        chosen = {name: macs for name, macs in chosen.items() if macs is not None}
-        if not chosen:
+        gated, masked = self.gates.kind != "none", self.masks.macs is not None
+        if not gated and not masked:
             return self.plan.budget()
-        (name, macs), *others = chosen.items()
         # what gates leave is ranked by them, and their plan takes these two
-        taken = ("min_units", "round_to") if name == "gates" else ()
+        name, taken = ("gates", ("min_units", "round_to")) if gated else ("mask-macs", ())
         unset = PlanConfig()
-        clash = [
+        clash = ["mask-macs"] if gated and masked else []
+        clash += [
             each.name.replace("_", "-")
             for each in fields(unset)
             if each.name not in taken and getattr(self.plan, each.name) != getattr(unset, each.name)
         ]
-        clash = next(iter([*(each for each, _ in others), *clash]), None)
-        if clash is None and self.rounds.count > 1:
-            clash = "rounds"
-        if clash is not None:
-            say = "gate-macs" if name == "gates" else name
+        clash += ["rounds"] if self.rounds.count > 1 else []
+        if clash:
             raise InvalidInput(
-                f"run: {clash} must not be given with {name}, got both; {say} says how much stays"
+                f"run: {clash[0]} must not be given with {name}, got both; "
+                f"{'gate-macs' if gated else name} says how much stays"
             )
-        return {"macs": macs}
+        return {"macs": self.gates.macs if gated else self.masks.macs}

@@ -13,7 +13,6 @@ from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
 import yaml
 
 from vitprune_fast.errors import InvalidInput
-from vitprune_fast.precision import NAMES as DTYPES
 
 T = TypeVar("T")
 
@@ -67,10 +66,6 @@ def read_yaml(path: Path) -> dict[str, Any]:
     return plain or {}
 
 
-_RENAMED = {"amp": f"give dtype, one of {', '.join(DTYPES)}"}
-"""Fields of older versions, and what took their place."""
-
-
 def from_plain(plain: Any, default: T, where: str = "config") -> T:
     """`default` (a dataclass value) with the fields named in `plain` replaced, types checked."""
     if not isinstance(plain, dict):
@@ -82,8 +77,6 @@ def from_plain(plain: Any, default: T, where: str = "config") -> T:
         if key not in names:
             near = difflib.get_close_matches(str(key)[:100], names, n=3)
             hint = f"did you mean {', '.join(near)}?" if near else f"known: {', '.join(names)}"
-            if key in _RENAMED:
-                hint = _RENAMED[key]
             raise InvalidInput(f"{where} has no field {_short(key)}; {hint}")
         current = getattr(default, key)
         if dataclasses.is_dataclass(current):

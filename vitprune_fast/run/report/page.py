@@ -39,8 +39,6 @@ TRAININGS = {
 }
 """Heading of the curves of a step, without its number."""
 
-WHY_SET_ASIDE = {"unreadable images": "set aside before anything else (set_aside.json names them)"}
-
 
 def write_report(folder: Path | str) -> Path:
     """Writes `report.html` into a finished run folder and returns its path.
@@ -104,10 +102,9 @@ def render(run: RunFolder) -> str:
         split_sizes=last_fact(done, "split_sizes"),
         kept=kept_figures(units := unit_facts(run, done)),
         scores=score_figures(units),
-        thinned=thinned_note(units),
-        curves=curve_figures(run),
+        most_points=figures.MOST_POINTS,
+        curves=overlaid_curves([("", figures.AFTER, read_metrics(run / "metrics.jsonl"))]),
         costs=cost_figure(summary),
-        set_aside=set_aside(record, summary),
         load_warning=load_warning(summary["before"]["latency_waited"]),
         weights=weights_text(summary["weights"]),
     )
@@ -224,19 +221,6 @@ def score_figures(units: Units) -> list[tuple[str, str]]:
     ]
 
 
-def thinned_note(units: Units) -> str:
-    """Says so where a picture shows only some of the units."""
-    most = max((a["size"] for axes in units.values() for a in axes), default=0)
-    if most <= figures.MOST_POINTS:
-        return ""
-    return f" (at most {figures.MOST_POINTS} of each colour per block, evenly spaced by rank)"
-
-
-def curve_figures(run: RunFolder) -> list[tuple[str, str]]:
-    """(caption, svg) of loss and validation accuracy of every training stage."""
-    return overlaid_curves([("", figures.AFTER, read_metrics(run / "metrics.jsonl"))])
-
-
 def overlaid_curves(
     runs: Sequence[tuple[str, str, list[dict[str, Any]]]],
 ) -> list[tuple[str, str]]:
@@ -294,15 +278,3 @@ def cost_figure(summary: dict[str, Any]) -> str:
         )
     ]
     return figures.bars(rows, "cost and latency before and after")
-
-
-def set_aside(record: dict[str, Any], summary: dict[str, Any]) -> list[str]:
-    """What was left out of the run, one sentence each."""
-    return [
-        f"{count:,} {what} {WHY_SET_ASIDE.get(what, 'left out: not finite')}"
-        for what, count in summary["set_aside"].items()
-        if count
-    ] + [
-        f"The configuration was changed after the start: {'; '.join(lines)}"
-        for lines in record.get("changes", [])
-    ]
