@@ -53,8 +53,14 @@ def run(note_race, timed: bool, case: str, rounds: int, forms: Collection[str], 
     """One race, kept among the results; or only the check that all forms agree."""
     model, images, labels = given
     if timed:
-        own, others = {*FORMS}.intersection(forms), peers(model, images, labels, forms)
-        found = race(model, images, labels, rounds=rounds, forms=own, others=others)
+        found = race(
+            model,
+            images,
+            labels,
+            rounds=rounds,
+            forms=forms,
+            others=peers(model, images, labels, forms),
+        )
         note_race(case, images.device.type, found)
     else:
         check_agreement(model, images[:JUDGED], labels[:JUDGED])

@@ -8,6 +8,7 @@ import os
 import random
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -28,6 +29,7 @@ from vitprune_fast.data import (
 from vitprune_fast.data.splits import stratified
 from vitprune_fast.errors import DamagedFile, InvalidInput
 from vitprune_fast.files import read_json
+from vitprune_fast.run.inputs import check_fit
 
 SPLITS = ("train", "validation", "test")
 DIGIT_SHARES = {"test": 1 / 3, "validation": 1 / 10}
@@ -701,12 +703,16 @@ def test_open_data_rejects(spec: str, options: dict, sentence: str) -> None:
         open_data(spec, **{"image_size": 8, "channels": 1, **options})
 
 
-def test_check_model(digit_data: ImageData) -> None:
-    digit_data.check_model(num_classes=10, patch_size=8)
+def test_a_model_that_does_not_fit_is_refused(digit_data: ImageData) -> None:
+    def model(classes: int, patch: int) -> Any:
+        embed = SimpleNamespace(patch_size=(patch, patch))
+        return SimpleNamespace(num_classes=classes, patch_embed=embed)
+
+    check_fit(model(10, 8), digit_data)
     with pytest.raises(InvalidInput, match="must have 10 classes like digits, got 1000"):
-        digit_data.check_model(num_classes=1000)
+        check_fit(model(1000, 8), digit_data)
     with pytest.raises(InvalidInput, match="at least one patch, 16 x 16 pixels, got 8 x 8"):
-        digit_data.check_model(num_classes=10, patch_size=16)
+        check_fit(model(10, 16), digit_data)
 
 
 def test_digits_without_scikit_learn_say_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:

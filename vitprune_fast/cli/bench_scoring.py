@@ -26,8 +26,6 @@ class BenchScoring:
     """Images of the batch that is scored."""
     rounds: Annotated[int, arg(metavar="N")] = 10
     """How often every form is timed, in turns."""
-    peers: bool = True
-    """Also time forms that are not ours, as far as their packages are installed."""
     dtype: Computed = "auto"
     device: Annotated[str, arg(metavar="auto|cpu|cuda")] = "auto"
     """Where to compute."""
@@ -40,7 +38,7 @@ def main(words: list[str]) -> None:
 
     from vitprune_fast.batches import classes_of
     from vitprune_fast.cli.display import print_table
-    from vitprune_fast.cli.scoring_race import ALL_KINDS, BARE, FISHER, FORMS, race
+    from vitprune_fast.cli.scoring_race import race
     from vitprune_fast.errors import InvalidInput, NotEnoughMemory
     from vitprune_fast.models.open import open_model
     from vitprune_fast.randomness import generator
@@ -55,12 +53,11 @@ def main(words: list[str]) -> None:
     model: Any = open_model(options.model).to(device, dtype)
     random = generator(0, "bench")
     size = (options.batch_size, *describe(model).input_size)
-    forms = FORMS if options.peers else (ALL_KINDS, FISHER, BARE)
     print(f"{options.model.name}, batch {options.batch_size}, {dtype}, {device}")
     try:
         images = torch.randn(size, generator=random).to(device, dtype)
         labels = torch.randint(classes_of(model), size[:1], generator=random).to(device)
-        entries = race(model, images, labels, rounds=options.rounds, forms=forms)
+        entries = race(model, images, labels, rounds=options.rounds)
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise

@@ -35,8 +35,6 @@ class Distill:
     device: Annotated[str, arg(metavar="auto|cpu|cuda")] = "auto"
     """Where to compute."""
     threads: Threads = None
-    tensorboard: Annotated[Path | None, arg(metavar="DIR")] = None
-    """Also write the curves for TensorBoard, a folder per training."""
 
 
 def main(words: list[str]) -> None:
@@ -51,7 +49,6 @@ def main(words: list[str]) -> None:
     from vitprune_fast.run.inputs import open_both, remember_normalisation
     from vitprune_fast.run.profile import applied
     from vitprune_fast.run.step import RunStopped
-    from vitprune_fast.run.tensorboard import Board
     from vitprune_fast.run.training import Trainings, teach
 
     if options.schedule.needs_teacher and not options.teacher.names:
@@ -73,10 +70,7 @@ def main(words: list[str]) -> None:
         Display() as display,
         stoppable(display, RunStopped, resumes=resumes) as (on_event, stop),
     ):
-        board = options.tensorboard and Board(options.tensorboard)
-        trainings = Trainings(
-            opened.data, opened.setting, options.checkpoints, on_event, stop, board
-        )
+        trainings = Trainings(opened.data, opened.setting, options.checkpoints, on_event, stop)
         taught = teach(
             opened.model,
             options.schedule,
@@ -91,8 +85,4 @@ def main(words: list[str]) -> None:
 
 
 def _outputs(options: Distill) -> dict[str, Path | None]:
-    return {
-        "out": options.out,
-        "checkpoints": options.checkpoints,
-        "tensorboard": options.tensorboard,
-    }
+    return {"out": options.out, "checkpoints": options.checkpoints}

@@ -121,14 +121,8 @@ def _refitted(options: Prune, opened: Any, plan: Any) -> Any:
     from vitprune_fast.run.refit import left_out_lines, refit_text
     from vitprune_fast.surgery import SweepStopped
 
-    stage = {"event": "stage", "stage": "sweep"}
     with Display() as display:
-
-        def show(event: dict[str, Any]) -> None:
-            display({**event, "stage": "sweep"})
-
-        with stoppable(show, SweepStopped) as (on_event, stop):
-            on_event({**stage, "state": "start"})
+        with stoppable(display, SweepStopped, stage="sweep") as (on_event, stop):
             started = time.perf_counter()
             pruned, report = stages.sweep(
                 opened.model,
@@ -141,7 +135,8 @@ def _refitted(options: Prune, opened: Any, plan: Any) -> Any:
                 stop=stop,
             )
             seconds = time.perf_counter() - started
-            on_event({**stage, "state": "done", "seconds": seconds, "text": refit_text(report)})
+            done = {"event": "stage", "state": "done", "seconds": seconds}
+            on_event({**done, "text": refit_text(report)})
         for text in (*report.warnings, *left_out_lines(report)):
             display({"event": "note", "text": text})
     checks.require("sweep", [checks.finite(pruned, checks.random_images(pruned))])

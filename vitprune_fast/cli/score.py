@@ -65,9 +65,8 @@ def main(words: list[str]) -> None:
     with (
         applied(opened.setting.profile),
         Display() as display,
-        stoppable(display, ScoringStopped) as (on_event, stop),
+        stoppable(display, ScoringStopped, stage="score") as (on_event, stop),
     ):
-        on_event({"event": "stage", "stage": "score", "state": "start"})
         started = time.perf_counter()
         scores = stages.score(
             model,

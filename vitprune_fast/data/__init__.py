@@ -18,11 +18,11 @@ from vitprune_fast.data.hub import Hub
 from vitprune_fast.data.images import Images, Source, check_normalisation
 from vitprune_fast.data.loader import Batch, Loader
 from vitprune_fast.data.photographs import INTERPOLATIONS
-from vitprune_fast.data.quarantine import BadImage, find_bad_images, refuse_too_many
+from vitprune_fast.data.quarantine import BadImage, find_bad_images
 from vitprune_fast.data.shards import Shards
 from vitprune_fast.data.splits import SPLIT_SEED, split_hash
 from vitprune_fast.data.tar import Tar
-from vitprune_fast.errors import InvalidInput
+from vitprune_fast.errors import InvalidInput, StageFailed
 
 __all__ = [
     "Affine",
@@ -92,30 +92,6 @@ class ImageData:
             for split, ids in self.split_ids.items()
         }
 
-    def check_model(self, *, num_classes: int, patch_size: int | tuple[int, int] = 1) -> None:
-        """Refuse a model that cannot take this data.
-
-        Args:
-            num_classes: outputs of the model's head.
-            patch_size: of the model's patch embedding, in pixels.
-
-        Raises:
-            InvalidInput: the head has another number of classes, or an image is smaller than a
-                patch.
-        """
-        if num_classes != len(self.classes):
-            raise InvalidInput(
-                f"check_model: the model's head must have {len(self.classes)} classes like "
-                f"{self.name}, got {num_classes}; build it with num_classes={len(self.classes)}"
-            )
-        patch = (patch_size, patch_size) if isinstance(patch_size, int) else patch_size
-        if self.image_size[0] < patch[0] or self.image_size[1] < patch[1]:
-            raise InvalidInput(
-                f"check_model: images must be at least one patch, {patch[0]} x {patch[1]} pixels, "
-                f"got {self.image_size[0]} x {self.image_size[1]}; open the data with a larger "
-                "image_size"
-            )
-
     def find_bad_images(self, *, workers: int = 0) -> list[BadImage]:
         """Decode every image once and list those that cannot be read, in the order of their ids.
 
@@ -137,7 +113,14 @@ class ImageData:
         """
         if not bad:
             return self
-        refuse_too_many(bad, sum(map(len, self.split_ids.values())), max_bad)
+        total = sum(map(len, self.split_ids.values()))
+        if len(bad) > max_bad * total:
+            shown = "; ".join(f"{each.name} ({each.reason})" for each in bad[:3])
+            raise StageFailed(
+                f"data: at most {max_bad:.2%} of {total} images may be unreadable, got "
+                f"{len(bad)}: {shown}{' ...' if len(bad) > 3 else ''}; repair or remove them, or "
+                "raise max_bad"
+            )
         gone = {each.id for each in bad}
         rest = {
             split: [sample for sample in ids if sample not in gone]

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 from torch.utils.data import DataLoader, Dataset
 
 from vitprune_fast.data.images import Source
 from vitprune_fast.data.photographs import Photographs
-from vitprune_fast.errors import DamagedFile, StageFailed
+from vitprune_fast.errors import DamagedFile
 from vitprune_fast.randomness import generator
 
 
@@ -67,13 +66,3 @@ class _Reasons(Dataset):
         except DamagedFile as error:
             return str(error).partition(f"{self.source.path(sample)}: ")[2] or str(error)
         return ""
-
-
-def refuse_too_many(bad: Sequence[BadImage], total: int, max_bad: float) -> None:
-    """Raise ``StageFailed`` when more than the share ``max_bad`` of ``total`` images is bad."""
-    if len(bad) > max_bad * total:
-        shown = "; ".join(f"{each.name} ({each.reason})" for each in bad[:3])
-        raise StageFailed(
-            f"without: at most {max_bad:.2%} of {total} images may be unreadable, got {len(bad)}: "
-            f"{shown}{' ...' if len(bad) > 3 else ''}; repair or remove them, or raise max_bad"
-        )

@@ -11,6 +11,7 @@ from vitprune_fast.batches import classes_of
 from vitprune_fast.config.model import ModelConfig
 from vitprune_fast.config.run import DataConfig
 from vitprune_fast.data import INTERPOLATIONS, ImageData, open_data
+from vitprune_fast.errors import InvalidInput
 from vitprune_fast.models.open import open_model
 from vitprune_fast.precision import Precision
 from vitprune_fast.randomness import seeded
@@ -113,8 +114,19 @@ def remember_normalisation(model: Any, data: ImageData, *, trained: bool) -> Non
 
 def check_fit(model: Any, data: ImageData) -> None:
     """Refuses a head or a patch size that does not fit the data (InvalidInput)."""
+    classes = len(data.classes)
+    if classes_of(model) != classes:
+        raise InvalidInput(
+            f"model: the head must have {classes} classes like {data.name}, got "
+            f"{classes_of(model)}; build it with num_classes={classes}"
+        )
     # models of other libraries take images of one size, of which they say no patch
-    data.check_model(num_classes=classes_of(model), patch_size=patch_size(model) or 1)
+    (height, width), patch = data.image_size, patch_size(model) or (1, 1)
+    if height < patch[0] or width < patch[1]:
+        raise InvalidInput(
+            f"data: images must be at least one patch, {patch[0]} x {patch[1]} pixels, got "
+            f"{height} x {width}; give the model a larger img_size"
+        )
 
 
 def open_weights(config: ModelConfig, seed: int, classes: int | None = None) -> nn.Module:

@@ -38,15 +38,7 @@ class Board:
         self.close()
         shutil.rmtree(self.folder / stage, ignore_errors=True)
         self._writer = self._open(str(self.folder / stage))
-        for line in lines:
-            if line.get("stage") == stage:
-                self._add(line)
-        self._writer.flush()
-
-    def add(self, line: dict[str, Any]) -> None:
-        """Adds the point of one more line; the stage was restarted before."""
-        self._add(line)
-        self._writer.flush()
+        self.add(*(line for line in lines if line.get("stage") == stage))
 
     def close(self) -> None:
         """Ends the open stage; without one it does nothing."""
@@ -54,9 +46,11 @@ class Board:
             self._writer.close()
             self._writer = None
 
-    def _add(self, line: dict[str, Any]) -> None:
-        if line.get("event") in ("start", "epoch"):
-            for name in line:
+    def add(self, *lines: dict[str, Any]) -> None:
+        """Adds the points of more lines; the stage was restarted before."""
+        for line in lines:
+            for name in line if line.get("event") in ("start", "epoch") else ():
                 # a loss of one of several teachers is TEACHER:LOSS
                 if name.rpartition(":")[2] in CURVES and line[name] is not None:
                     self._writer.add_scalar(name, line[name], line["step"])
+        self._writer.flush()

@@ -33,7 +33,6 @@ from vitprune_fast.randomness import derive_seed, seeded
 from vitprune_fast.run import stages
 from vitprune_fast.run.stages import OnEvent, Setting
 from vitprune_fast.run.step import RunStopped
-from vitprune_fast.run.tensorboard import Board
 from vitprune_fast.scoring.scores import Scores
 from vitprune_fast.structure import describe
 from vitprune_fast.surgery import prune
@@ -44,7 +43,7 @@ Train = Callable[..., DistillResult]
 
 @dataclass(frozen=True)
 class Trainings:
-    """Runs one training after another on the same data, each with a folder and curves of its own.
+    """Runs one training after another on the same data, each with a folder of its own.
 
     Attributes:
         data: `train` is learnt from, `validation` measured.
@@ -52,7 +51,6 @@ class Trainings:
         checkpoints: a folder per training is made in it; a stopped one goes on from there.
         on_event: told about steps and epochs.
         stop: asked after every step.
-        board: gets the curves.
     """
 
     data: ImageData
@@ -60,7 +58,6 @@ class Trainings:
     checkpoints: Path | None = None
     on_event: OnEvent = lambda event: None
     stop: Callable[[], bool] | None = None
-    board: Board | None = None
 
     def __call__(
         self,
@@ -75,15 +72,6 @@ class Trainings:
         Raises:
             RunStopped: `stop` said so.
         """
-
-        def told(event: dict[str, Any]) -> None:
-            event = {**event, "stage": purpose}
-            self.on_event(event)
-            if self.board is not None:
-                self.board.add(event)
-
-        if self.board is not None:
-            self.board.restart(purpose, [])
         result = stages.train(
             student,
             teacher,
@@ -92,16 +80,10 @@ class Trainings:
             self.setting,
             purpose=purpose,
             checkpoint_dir=None if self.checkpoints is None else self.checkpoints / purpose,
-            on_event=told,
+            on_event=lambda event: self.on_event({**event, "stage": purpose}),
             stop=self.stop,
             **more,
         )
-        if self.board is not None:
-            # a run that went on from a checkpoint tells of its earlier epochs in its result alone
-            lines = [{"stage": purpose, "event": "epoch", **entry} for entry in result.history]
-            lines.insert(0, {"stage": purpose, "event": "start", "step": 0, **result.start})
-            self.board.restart(purpose, lines)
-            self.board.close()
         if not result.finished:
             raise RunStopped
         return result
