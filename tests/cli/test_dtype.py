@@ -15,7 +15,7 @@ import vitprune_fast as vp
 from vitprune_fast.cli.main import main
 from vitprune_fast.distill.checkpoints import read_newest
 from vitprune_fast.evaluation import evaluate_beside
-from vitprune_fast.run import stages
+from vitprune_fast.run import actions
 from vitprune_fast.run.folder import RunFolder
 
 HALF = ["--dtype", "bfloat16"]
@@ -86,7 +86,7 @@ def test_eval_and_bench_compute_in_it(
         seen.append(options["dtype"])
         return original(*args, **options)
 
-    monkeypatch.setattr(stages, "latencies", latencies)
+    monkeypatch.setattr(actions, "latencies", latencies)
     monkeypatch.setattr("vitprune_fast.evaluation.evaluate_beside", evaluate)
     model = ["--model", str(made / "m")]
     assert main(["bench", *model, *HALF, "--batch-sizes", "1"]) == 0

@@ -18,7 +18,7 @@ from vitprune_fast.config.run import PlanConfig, RunConfig
 from vitprune_fast.data import ImageData, open_data
 from vitprune_fast.errors import InvalidInput, RunFolderError, StageFailed
 from vitprune_fast.recipes.start import RunStopped, run
-from vitprune_fast.run import chain, checks, stages
+from vitprune_fast.run import actions, chain, checks
 from vitprune_fast.surgery.sweep import resume
 
 STAGES: tuple[str, ...] = (
@@ -345,7 +345,7 @@ def test_a_model_that_does_not_reload_is_noticed(
 def test_weights_that_are_not_finite_end_the_run(
     tiny: RunConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    original = stages.train
+    original = actions.train
 
     def broken(model: Any, *args: Any, **more: Any) -> Any:
         result = original(model, *args, **more)
@@ -353,7 +353,7 @@ def test_weights_that_are_not_finite_end_the_run(
             model.head.weight[0, 0] = float("nan")
         return result
 
-    monkeypatch.setattr(stages, "train", broken)
+    monkeypatch.setattr(actions, "train", broken)
     with pytest.raises(StageFailed, match="stage dense failed its own check: logits are finite"):
         run(tiny)
 
@@ -525,13 +525,13 @@ def test_a_damaged_checkpoint_of_the_sweep_is_left_out_and_the_run_says_so(
 def starting_weights(config: RunConfig, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     """Runs the job; the weights that distillation began with."""
     seen: dict[str, Any] = {}
-    original = stages.train
+    original = actions.train
 
     def train(student: torch.nn.Module, *args: Any, purpose: str, **options: Any) -> Any:
         seen[purpose] = {name: each.clone() for name, each in student.state_dict().items()}
         return original(student, *args, purpose=purpose, **options)
 
-    monkeypatch.setattr(stages, "train", train)
+    monkeypatch.setattr(actions, "train", train)
     run(config)
     return seen["distill"]
 
@@ -572,12 +572,12 @@ def test_a_sweep_of_another_configuration_does_not_stay(copied: RunConfig) -> No
 def test_a_sweep_that_makes_another_model_is_noticed(
     tiny: RunConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    original = stages.sweep
+    original = actions.sweep
 
     def sweep(dense: torch.nn.Module, *args: Any, **options: Any) -> Any:
         return dense, original(dense, *args, **options)[1]
 
-    monkeypatch.setattr(stages, "sweep", sweep)
+    monkeypatch.setattr(actions, "sweep", sweep)
     with pytest.raises(StageFailed, match="stage sweep failed its own check: refitting changes"):
         run(tiny)
 

@@ -43,7 +43,7 @@ def main(words: list[str]) -> None:
     from vitprune_fast.cli.display import print_assumptions, print_table
     from vitprune_fast.models.open import open_model
     from vitprune_fast.planning.waiting import load_warning
-    from vitprune_fast.run import stages
+    from vitprune_fast.run import actions
     from vitprune_fast.run.profile import applied, choose_profile
 
     profile = choose_profile(options.device, options.threads, dtype=options.dtype)
@@ -54,7 +54,7 @@ def main(words: list[str]) -> None:
         cost = vp.cost(model)
         print(f"model {number}: {config.name}, {cost.params:,} params, {cost.macs:,} MACs")
     with applied(profile):
-        measured = stages.measure(
+        measured = actions.measure(
             opened,
             profile.device,
             options.batch_sizes,

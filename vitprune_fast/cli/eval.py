@@ -34,7 +34,7 @@ def main(words: list[str]) -> None:
     options = parse("eval", words, lambda chosen: Eval())
     from vitprune_fast.cli.display import print_assumptions
     from vitprune_fast.models.open import open_model
-    from vitprune_fast.run import stages
+    from vitprune_fast.run import actions
     from vitprune_fast.run.assumptions import about_test_images
     from vitprune_fast.run.inputs import open_both
     from vitprune_fast.run.profile import applied
@@ -47,7 +47,7 @@ def main(words: list[str]) -> None:
     teachers = [open_model(ModelConfig(name=str(options.teacher)))] if options.teacher else []
     models = [*teachers, opened.model]
     with applied(opened.setting.profile):
-        *_, result = stages.evaluate(models, opened.data, opened.setting, split=options.split)
+        *_, result = actions.evaluate(models, opened.data, opened.setting, split=options.split)
     print(f"top-1 {result.top1:.2%} ({result.top1_count} of {result.samples})")
     print(f"top-5 {result.top5:.2%} ({result.top5_count} of {result.samples})")
     if teachers:

@@ -97,13 +97,13 @@ def _outputs(options: Prune) -> dict[str, Path | None]:
 
 def _about_images(options: Prune, opened: Any) -> dict[str, str]:
     """What is assumed of the images to refit on; those of a run's test are refused."""
-    from vitprune_fast.run import stages
+    from vitprune_fast.run import actions
     from vitprune_fast.run.assumptions import about_calibration
     from vitprune_fast.run.refit import refuse_test_images
 
     if not options.sweep.compensate:
         return {}
-    images = stages.calibration(opened.data, options.sweep, opened.setting).images
+    images = actions.calibration(opened.data, options.sweep, opened.setting).images
     unknown = refuse_test_images(
         opened.data, images.ids.tolist(), [Path(options.model.name), options.plan]
     )
@@ -117,14 +117,14 @@ def _refitted(options: Prune, opened: Any, plan: Any) -> Any:
     """The refitted model, with a bar on the way and what was gained at the end."""
     from vitprune_fast.cli.display import Display
     from vitprune_fast.cli.signals import stoppable
-    from vitprune_fast.run import checks, stages
+    from vitprune_fast.run import actions, checks
     from vitprune_fast.run.refit import left_out_lines, refit_text
     from vitprune_fast.surgery import SweepStopped
 
     with Display() as display:
         with stoppable(display, SweepStopped, stage="sweep") as (on_event, stop):
             started = time.perf_counter()
-            pruned, report = stages.sweep(
+            pruned, report = actions.sweep(
                 opened.model,
                 plan,
                 opened.data,

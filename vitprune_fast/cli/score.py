@@ -41,7 +41,7 @@ def main(words: list[str]) -> None:
     from vitprune_fast.cli.display import Display, print_assumptions, print_table, rate_text
     from vitprune_fast.cli.signals import stoppable
     from vitprune_fast.errors import InvalidInput
-    from vitprune_fast.run import stages
+    from vitprune_fast.run import actions
     from vitprune_fast.run.inputs import open_both
     from vitprune_fast.run.profile import applied
     from vitprune_fast.scoring import ScoringStopped
@@ -68,7 +68,7 @@ def main(words: list[str]) -> None:
         stoppable(display, ScoringStopped, stage="score") as (on_event, stop),
     ):
         started = time.perf_counter()
-        scores = stages.score(
+        scores = actions.score(
             model,
             opened.data,
             options.score,

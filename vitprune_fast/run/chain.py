@@ -21,13 +21,13 @@ from vitprune_fast.config.yamlfile import from_plain, to_plain, to_yaml
 from vitprune_fast.data import ImageData
 from vitprune_fast.errors import InvalidInput, StageFailed
 from vitprune_fast.models.open import skeleton
-from vitprune_fast.run import assumptions, stages
+from vitprune_fast.run import actions, assumptions
+from vitprune_fast.run.actions import OnEvent
 from vitprune_fast.run.folder import Metrics, RunFolder, read_metrics
 from vitprune_fast.run.inputs import check_fit, open_model_data
 from vitprune_fast.run.job import Job
 from vitprune_fast.run.outputs import refuse_overwriting
 from vitprune_fast.run.profile import Profile, applied, choose_profile, versions
-from vitprune_fast.run.stages import OnEvent
 from vitprune_fast.run.step import REPORT, SUMMARY, Recipe, RunStopped, Step, check_steps, made_by
 from vitprune_fast.run.tensorboard import Board
 from vitprune_fast.run.together import Together, own_device, together
@@ -214,7 +214,7 @@ def _do(job: Job, processes: Together) -> None:
         return step.function(job, **step.inputs, **step.outputs) or {}
 
     facts = work() if step.shared else processes.by_first(work)
-    stages.synchronise(job.profile.device)
+    actions.synchronise(job.profile.device)
     seconds = time.perf_counter() - started
     record = {**facts, "seconds": seconds}
 

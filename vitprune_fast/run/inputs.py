@@ -15,9 +15,9 @@ from vitprune_fast.errors import InvalidInput
 from vitprune_fast.models.open import open_model
 from vitprune_fast.precision import Precision
 from vitprune_fast.randomness import seeded
+from vitprune_fast.run.actions import Setting
 from vitprune_fast.run.assumptions import about_data, about_weights, not_followed
 from vitprune_fast.run.profile import choose_profile
-from vitprune_fast.run.stages import Setting
 from vitprune_fast.stated import caveats, patch_size, stated_config
 from vitprune_fast.structure import describe
 

@@ -19,10 +19,10 @@ from vitprune_fast.data import BadImage, ImageData
 from vitprune_fast.distill.loop import DistillResult
 from vitprune_fast.distill.teachers import must_learn
 from vitprune_fast.ranks import Ranks
-from vitprune_fast.run import checks, stages, training
+from vitprune_fast.run import actions, checks, training
+from vitprune_fast.run.actions import OnEvent, Setting
 from vitprune_fast.run.folder import Metrics, RunFolder, read_metrics
 from vitprune_fast.run.profile import Profile
-from vitprune_fast.run.stages import OnEvent, Setting
 from vitprune_fast.run.step import RunStopped, Step
 from vitprune_fast.run.tensorboard import Board
 from vitprune_fast.scoring import ScoringStopped
@@ -83,7 +83,7 @@ class Job:
     @cached_property
     def images(self) -> Any:
         """A few training images on which models are checked, on the device."""
-        return stages.probe_images(self.data).to(self.profile.device)
+        return actions.probe_images(self.data).to(self.profile.device)
 
     @property
     def checkpoints(self) -> Path:
@@ -189,12 +189,12 @@ class Job:
             student: trained in place.
             teacher: one, several, or None.
             schedule: losses and epochs.
-            more: of `stages.train`.
+            more: of `actions.train`.
 
         Raises:
             RunStopped: it was asked to stop, and wrote a checkpoint.
         """
-        result = stages.train(
+        result = actions.train(
             student,
             teacher,
             self.data,

@@ -30,15 +30,15 @@ from vitprune_fast.models.open import skeleton
 from vitprune_fast.planning import Budget, Plan, plan
 from vitprune_fast.precision import resolve
 from vitprune_fast.randomness import derive_seed, seeded
-from vitprune_fast.run import stages
-from vitprune_fast.run.stages import OnEvent, Setting
+from vitprune_fast.run import actions
+from vitprune_fast.run.actions import OnEvent, Setting
 from vitprune_fast.run.step import RunStopped
 from vitprune_fast.scoring.scores import Scores
 from vitprune_fast.structure import describe
 from vitprune_fast.surgery import prune
 
 Train = Callable[..., DistillResult]
-"""(student, teachers, config, **more of `stages.train`) -> what came of it."""
+"""(student, teachers, config, **more of `actions.train`) -> what came of it."""
 
 
 @dataclass(frozen=True)
@@ -72,7 +72,7 @@ class Trainings:
         Raises:
             RunStopped: `stop` said so.
         """
-        result = stages.train(
+        result = actions.train(
             student,
             teacher,
             self.data,
@@ -172,7 +172,7 @@ def learn_gates(
 
     Args:
         student: trained in place; in the end it computes without gates what it computed with them.
-        teachers: as for `stages.train`.
+        teachers: as for `actions.train`.
         config: losses and schedule; the number of epochs is that of the gates.
         train: runs the training.
         gates: which kind, how long, down to what.
@@ -186,7 +186,7 @@ def learn_gates(
     least: Any = {"min_units": cut.min_units, "round_to": {"neuron": cut.round_to}}
     if gates.kind in ("ste", "fixed"):
         # equal scores would leave it open who goes
-        scores = stages.score(student, data, score or ScoreConfig(), setting)
+        scores = actions.score(student, data, score or ScoreConfig(), setting)
         start = _levelled(scores)
         if gates.kind == "fixed":
             start = plan(student, scores, target, units=gates.units, **least)

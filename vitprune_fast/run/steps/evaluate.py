@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
-from vitprune_fast.run import assumptions, checks, stages, summary
+from vitprune_fast.run import actions, assumptions, checks, summary
 from vitprune_fast.run.comparison import arrow
 from vitprune_fast.run.job import Job
 from vitprune_fast.run.profile import versions
@@ -25,12 +25,12 @@ def evaluate(job: Job, *, summary_file: str, before: str, after: str, **between:
     """
     names = {"before": before, **between, "after": after}
     loaded = {row: job.load(name) for row, name in names.items()}
-    counted = stages.evaluate([*loaded.values()], job.data, job.setting)
+    counted = actions.evaluate([*loaded.values()], job.data, job.setting)
     found = dict(zip(names, counted, strict=True))
     proofs = summary.seen_whole(found, len(job.data.split("test")))
     proved = checks.require(job.step.name, proofs)
     timed = summary.to_time(loaded)
-    times = stages.measure(
+    times = actions.measure(
         [loaded[row] for row in timed],
         job.profile.device,
         summary.BATCH_SIZES,

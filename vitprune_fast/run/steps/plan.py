@@ -6,7 +6,7 @@ from collections.abc import Collection
 
 from vitprune_fast import planning
 from vitprune_fast.distill.loop import DistillResult
-from vitprune_fast.run import stages
+from vitprune_fast.run import actions
 from vitprune_fast.run.job import Job
 from vitprune_fast.run.step import Facts
 from vitprune_fast.scoring import Scores
@@ -17,7 +17,7 @@ def plan(job: Job, *, model: str, scores: str, plan: str, dense: str | None = No
     """Plans the cut of a model; shares of a budget are those of ``dense`` where it is given."""
     loaded, found = job.load(model), Scores.load(job.folder / scores)
     reference = None if dense is None else planning.cost(job.load(dense))
-    chosen = stages.plan(loaded, found, job.config.plan, dense=reference)
+    chosen = actions.plan(loaded, found, job.config.plan, dense=reference)
     job.write(plan, chosen)
     facts = plan_facts(describe(loaded), chosen, found)
     return {"budget": job.config.plan.budget(), "plan": plan, "scores": scores, **facts}
