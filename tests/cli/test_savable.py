@@ -11,7 +11,7 @@ import pytest
 import vitprune_fast as vp
 from vitprune_fast import files
 from vitprune_fast.cli.main import main
-from vitprune_fast.run import checks, training
+from vitprune_fast.run import actions, checks, training
 from vitprune_fast.structure.families import timm_vit
 
 MODEL = ("--model", "vit_tiny_patch16_224", "--model-args", "img_size=8", "patch_size=4")

@@ -209,7 +209,7 @@ def test_an_altered_output_is_noticed_and_done_again(finished: Path, copied: Run
     recorder = Recorder()
     run(copied, on_event=recorder)
     notes = [e["text"] for e in recorder.events if e["event"] == "note"]
-    assert notes[0] == "plan.json was changed: stage plan is done again"
+    assert notes[0] == "plan.json was changed: step plan is done again"
     assert not any("again" in note or "anew" in note for note in notes[1:])
     assert recorder.stages("kept") == ["data", "dense", "score"]
     assert_same_run(finished, copied.out)
@@ -319,7 +319,7 @@ def test_a_failed_check_ends_the_run(
 ) -> None:
     with monkeypatch.context() as patch:
         patch.setattr(checks, function, lambda *args: failing(function))
-        with pytest.raises(StageFailed, match=rf"stage {stage} failed its own check: {function}"):
+        with pytest.raises(StageFailed, match=rf"step {stage} failed its own check: {function}"):
             run(tiny)
     assert not (tiny.out / "stages" / f"{stage}.json").exists()
     # mended, the same folder goes on
@@ -354,7 +354,7 @@ def test_weights_that_are_not_finite_end_the_run(
         return result
 
     monkeypatch.setattr(actions, "train", broken)
-    with pytest.raises(StageFailed, match="stage dense failed its own check: logits are finite"):
+    with pytest.raises(StageFailed, match="step dense failed its own check: logits are finite"):
         run(tiny)
 
 
@@ -578,7 +578,7 @@ def test_a_sweep_that_makes_another_model_is_noticed(
         return dense, original(dense, *args, **options)[1]
 
     monkeypatch.setattr(actions, "sweep", sweep)
-    with pytest.raises(StageFailed, match="stage sweep failed its own check: refitting changes"):
+    with pytest.raises(StageFailed, match="step sweep failed its own check: refitting changes"):
         run(tiny)
 
 

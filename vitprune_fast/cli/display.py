@@ -19,7 +19,7 @@ from vitprune_fast.run.comparison import arrow, comparison, steps
 
 _PARTS = ("ce", "bce", *names(LOSSES))
 LINE_EVERY_S = 10.0
-"""Seconds between two lines of one stage where there is no terminal."""
+"""Seconds between two lines of one step where there is no terminal."""
 
 
 class Display:
@@ -155,7 +155,7 @@ class Pace:
     def update(self, event: dict[str, Any], now: float) -> None:
         """Takes in a `step`, `epoch`, `masks` or `sweep` event.
 
-        What it does not say stays as it was; another stage starts over.
+        What it does not say stays as it was; another step of the run starts over.
         """
         if event.get("stage") != self._event.get("stage", event.get("stage")):
             self.steps, self._event, self._first, self._left_s = None, {}, None, None

@@ -357,7 +357,7 @@ class RunConfig:
     device: Annotated[str, arg(metavar="auto|cpu|cuda")] = "auto"
     """Where to compute."""
     dtype: Precision = "auto"
-    """What every stage computes in; auto: bfloat16 on a GPU that has it, float32 elsewhere. A
+    """What every step computes in; auto: bfloat16 on a GPU that has it, float32 elsewhere. A
     training whose own dtype is auto has this one."""
     threads: Threads = None
     latency_seconds: Annotated[float, arg(metavar="SECONDS")] = 1.0
@@ -367,7 +367,7 @@ class RunConfig:
     quiet: bool = False
     """Print only the result and errors."""
     allow_config_change: bool = False
-    """Resume although the configuration differs; the change is recorded, finished stages stay."""
+    """Resume although the configuration differs; the change is recorded, finished steps stay."""
 
     @property
     def has_weights(self) -> bool:

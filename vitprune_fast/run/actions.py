@@ -1,6 +1,6 @@
-"""The stages as functions of plain values: the command line's verbs and `run` both call these.
+"""What steps of a run and verbs of the command line both do, as functions of plain values.
 
-Which split a stage may read is fixed here: training, scoring and the sweep read `train`, the choice
+Which split they may read is fixed here: training, scoring and the sweep read `train`, the choice
 of a checkpoint reads `validation`, and the evaluations alone read `test`.
 """
 
@@ -33,7 +33,7 @@ OnEvent = Callable[[dict[str, Any]], None]
 
 @dataclass(frozen=True)
 class Setting:
-    """What every stage needs besides its inputs."""
+    """What every action needs besides its inputs."""
 
     seed: int
     profile: Profile
@@ -299,7 +299,7 @@ def sweep(
 
 
 def probe_images(data: ImageData, count: int = 8) -> Tensor:
-    """A few training images (count, C, H, W) on which a stage checks its own result."""
+    """A few training images (count, C, H, W) on which a step checks its own result."""
     batches = iter(Loader(data.split("train"), count))
     return next(batches)[0]
 
@@ -328,6 +328,6 @@ def measure(
 
 
 def synchronise(device: str) -> None:
-    """Waits for the device, so that an error of a stage is raised inside that stage."""
+    """Waits for the device, so that an error of a step is raised inside that step."""
     if torch.device(device).type == "cuda":
         torch.cuda.synchronize(device)

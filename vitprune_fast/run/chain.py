@@ -246,7 +246,7 @@ def _is_kept(job: Job, position: int) -> bool:
         if job.board is not None and any(line.get("stage") == step.name for line in lines):
             job.board.restart(step.name, lines)
         return True
-    job.note(f"{damage}: stage {step.name} is done again")
+    job.note(f"{damage}: step {step.name} is done again")
     for later in job.steps[position + 1 :]:
         shutil.rmtree(folder / "checkpoints" / later.name, ignore_errors=True)
     return False

@@ -1,4 +1,4 @@
-"""What a stage must prove about its own result before the run goes on."""
+"""What a step must prove about its own result before the run goes on."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def require(stage: str, checks: Iterable[Check]) -> list[dict[str, Any]]:
     checks = list(checks)
     failed = [f"{check.name} ({check.measured})" for check in checks if not check.holds]
     if failed:
-        raise StageFailed(f"run: stage {stage} failed its own check: {'; '.join(failed)}")
+        raise StageFailed(f"run: step {stage} failed its own check: {'; '.join(failed)}")
     return [asdict(check) for check in checks]
 
 

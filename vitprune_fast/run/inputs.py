@@ -1,4 +1,4 @@
-"""Data that fits a model, and all that a stage needs when it runs alone."""
+"""Data that fits a model, and all that a verb needs."""
 
 from __future__ import annotations
 

@@ -62,8 +62,8 @@ def whole_run_expected() -> Iterator[None]:
         yield
     except (LookupError, TypeError, AttributeError, jinja2.UndefinedError) as error:
         raise DamagedFile(
-            "report: run.json, summary.json and the stage records must be those of a finished run, "
-            f"got files without {error}; run the same command again"
+            "report: run.json, summary.json and the records of steps must be those of a finished "
+            f"run, got files without {error}; run the same command again"
         ) from error
 
 
@@ -224,7 +224,7 @@ def score_figures(units: Units) -> list[tuple[str, str]]:
 def overlaid_curves(
     runs: Sequence[tuple[str, str, list[dict[str, Any]]]],
 ) -> list[tuple[str, str]]:
-    """(caption, svg) per training stage and quantity, a line for each (name, colour, metrics)."""
+    """(caption, svg) per training and quantity, a line for each (name, colour, metrics)."""
     result = []
     trained = dict.fromkeys(str(e.get("stage")) for _, _, lines in runs for e in lines)
     for stage in trained:
