@@ -25,7 +25,7 @@ class FileFlags:
     """Where the options come from."""
 
     config: Annotated[Path | None, arg(metavar="FILE")] = None
-    """YAML file with any of these options; flags given beside it win."""
+    """YAML file with any of these options; flags win over it."""
     print_config: bool = False
     """Print the options as YAML, ready for --config, and do nothing else."""
 

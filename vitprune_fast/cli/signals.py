@@ -87,7 +87,7 @@ def stoppable(
 
     Args:
         listener: hears every event of it.
-        stopped: what the work raises when it was told to stop.
+        stopped: what the work raises when it was asked to stop.
         stage: its name, added to its events; it begins at once. Without one they have their own.
         resumes: a checkpoint is then written, from which the same command goes on.
 

@@ -85,7 +85,7 @@ class DataConfig:
     """Smallest share of a photograph's area that a resized window has (DeiT and UP-ViT: 0.08)."""
     color_jitter: Share = 0.0
     """Largest change of the brightness, contrast and saturation of photographs, as a share (DeiT
-    III: 0.3; DeiT's 0.4 is off beside its RandAugment)."""
+    III: 0.3; DeiT's 0.4 is off together with its RandAugment)."""
     repeats: Annotated[int, arg(metavar="N")] = 1
     """Augmented copies of an image in a row, each for another process where there are several;
     epochs stay as long (DeiT has 3)."""

@@ -147,7 +147,7 @@ def open_data(
     Args:
         spec: ``digits``, the 1,797 images of scikit-learn, or ``folder:PATH``, class folders:
             ``PATH/<class>/...``, or ``PATH/train/<class>/...`` with ``val`` or ``validation`` and
-            ``test`` beside ``train``. ``tar:PATH`` is a plain tar of such folders, or a folder
+            ``test`` next to ``train``. ``tar:PATH`` is a plain tar of such folders, or a folder
             with ``train.tar`` and so on. ``wds:PATH`` is a webdataset shard or a folder of them
             whose names tell the split. ``hfds:NAME`` is a data set of the Hugging Face hub, or a
             folder written by its ``save_to_disk``, with columns ``image`` and ``label``. Splits

@@ -36,7 +36,7 @@ class Hub(Photographs):
     _starts: list[int]
 
     def open(self, sample: int) -> BinaryIO:
-        """Open the undecoded file of one image: its bytes in the table, or a file beside it."""
+        """Open the undecoded file of one image: its bytes in the table, or a file next to it."""
         part = bisect_right(self._starts, sample) - 1
         image = self._tables[part][sample - self._starts[part]][IMAGE] or {}
         content, path = image.get("bytes"), image.get("path")

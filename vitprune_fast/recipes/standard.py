@@ -104,14 +104,14 @@ def scored(model: str, end: str = "", settings: Settings | None = None) -> list[
         Step(
             f"plan{end}",
             do.plan,
-            {**read, "scores": scores, **beside(model)},
+            {**read, "scores": scores, **share_of(model)},
             {"plan": f"plan{end}.json"},
             settings or {},
         ),
     ]
 
 
-def beside(model: str) -> dict[str, str]:
+def share_of(model: str) -> dict[str, str]:
     """The dense model, whose costs a budget is a share of, where another one is cut."""
     return {} if model in ("dense", "gated", "masked") else {"dense": "dense"}
 
@@ -131,7 +131,7 @@ def _smaller(
 
 def cut(model: str, plan: str, into: str, end: str = "", settings: Settings | None = None) -> Step:
     """Cuts a plan out of a model."""
-    read = {"model": model, "plan": plan, **beside(model)}
+    read = {"model": model, "plan": plan, **share_of(model)}
     return Step(f"prune{end}", do.prune, read, {"pruned": into}, settings or {})
 
 

@@ -30,7 +30,7 @@ def refuse_overwriting(
         options: the dataclass of the verb. Every path in it that is no output is an input, so a new
             option is protected before anybody thinks of it.
         outputs: option -> the file or folder it has us write; None writes nothing.
-        more: option -> what is read beside the options, such as the YAML file they come from.
+        more: option -> what else is read, such as the YAML file with the options.
         resumes: a run folder that stands already may hold inputs, since it is read again.
 
     Raises:

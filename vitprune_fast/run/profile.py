@@ -88,8 +88,8 @@ def applied(profile: Profile) -> Iterator[None]:
     """Sets torch's thread count for the body, then restores it.
 
     How threads wait for each other is decided when torch is loaded, so only the command line can do
-    something about it. A program that imports this package and computes with several threads beside
-    other work should itself have `OMP_WAIT_POLICY=passive` or `GOMP_SPINCOUNT=3000` in its
+    something about it. A program that imports this package and computes with several threads while
+    other work runs should itself have `OMP_WAIT_POLICY=passive` or `GOMP_SPINCOUNT=3000` in its
     environment before it imports torch: else they spin, and are many times slower than one thread.
     """
     import torch

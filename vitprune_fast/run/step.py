@@ -11,7 +11,7 @@ from vitprune_fast.config.run import RunConfig
 from vitprune_fast.errors import InvalidInput
 
 Facts = dict[str, Any]
-"""What a step tells of itself: plain values for its record, `text` among them is printed."""
+"""What a step reports: plain values for its record, of which `text` is printed."""
 
 SUMMARY = "summary.json"
 REPORT = "report.html"

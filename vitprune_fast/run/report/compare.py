@@ -1,4 +1,4 @@
-"""Several finished runs side by side: one table, what they were told differently, their curves."""
+"""Several finished runs side by side: one table, the settings that differ, their curves."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def render_comparison(runs: Sequence[RunFolder]) -> str:
         data=[summary["data"]["name"] for summary in summaries],
         budgets=[budget_text(last_fact(facts, "budget") or {}) for facts in plans],
         rows=table(summaries),
-        told=told_differently(identities),
+        differences=settings_that_differ(identities),
         curves=overlaid_curves(list(zip(names, cycle(figures.LINES), metrics, strict=False))),
         hardware=[summary["profile"]["hardware"] for summary in summaries],
     )
@@ -85,7 +85,7 @@ def table(summaries: Sequence[dict[str, Any]]) -> list[tuple[str, list[tuple[str
     ]
 
 
-def told_differently(identities: Sequence[dict[str, Any]]) -> list[tuple[str, list[str]]]:
+def settings_that_differ(identities: Sequence[dict[str, Any]]) -> list[tuple[str, list[str]]]:
     """Rows (name, value per run) of everything that decides results and is not the same."""
     runs = [leaves(identity) for identity in identities]
     names = dict.fromkeys(name for run in runs for name in run)

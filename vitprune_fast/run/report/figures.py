@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import cycle
 from typing import Any
 
@@ -43,10 +43,18 @@ MOST_POINTS = 300
 """Points of one colour in one block of a score picture; more would only blacken it."""
 
 
-def svg_of(figure: Figure, title: str) -> str:
-    """The figure as an `<svg>` element that scales with the page, the same text every time."""
+def drawn(title: str, height: float, draw: Callable[[Axes], None]) -> str:
+    """One panel as an `<svg>` element that scales with the page, the same text every time.
+
+    Args:
+        title: read out instead of the picture.
+        height: in inches.
+        draw: gets the axes of a styled figure.
+    """
     buffer = io.StringIO()
-    with matplotlib.rc_context({"svg.hashsalt": title}):
+    with matplotlib.rc_context({**_STYLE, "svg.hashsalt": title}):
+        figure = Figure(figsize=(WIDTH, height), layout="constrained")
+        draw(figure.add_subplot())
         figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
     text = buffer.getvalue()
     text = text[text.index("<svg") :]
@@ -55,14 +63,6 @@ def svg_of(figure: Figure, title: str) -> str:
     text = text.replace("xlink:href", "href")
     text = re.sub(r' (?:width|height)="[^"]*pt"', "", text, count=2)
     return text.replace("<svg", f'<svg role="img" aria-label="{title}"', 1)
-
-
-def drawn(title: str, height: float, draw: Any) -> str:
-    """One panel: `draw` gets the axes of a styled figure."""
-    with matplotlib.rc_context(_STYLE):
-        figure = Figure(figsize=(WIDTH, height), layout="constrained")
-        draw(figure.add_subplot())
-        return svg_of(figure, title)
 
 
 def kept_units(axes_facts: Sequence[dict[str, Any]], title: str) -> str:

@@ -111,7 +111,7 @@ def render(run: RunFolder) -> str:
 
 
 def template(name: str) -> jinja2.Template:
-    """One of the templates that lie beside this file; text put into it is escaped."""
+    """One of the templates in this folder; text put into it is escaped."""
     environment = jinja2.Environment(
         loader=jinja2.FunctionLoader(
             lambda each: (resources("vitprune_fast.run.report") / each).read_text(encoding="utf-8")
