@@ -14,7 +14,7 @@ from vitprune_fast.config.run import Computed
 
 @dataclass(frozen=True)
 class BenchScoring:
-    """Race our scoring against what one would do without it, on random images.
+    """Race our scoring against the alternatives, on random images.
 
     On a CPU the processor time of one thread counts, on a GPU the time on its stream.
     """

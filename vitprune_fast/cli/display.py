@@ -144,7 +144,7 @@ def print_assumptions(assumptions: Mapping[str, str]) -> None:
 
 
 class Pace:
-    """Where a training, a scoring or a sweep is, how fast, and how long it still takes."""
+    """Progress of a training, scoring or sweep: where it is, its speed, the time left."""
 
     def __init__(self) -> None:
         self.steps: int | None = None
@@ -211,7 +211,7 @@ class Pace:
 
 
 def alive_text(event: dict[str, Any]) -> str:
-    """Live units of each kind, and how what is live attends: `heads 9/12, masked attention`."""
+    """Live units of each kind, and how the live heads attend: `heads 9/12, masked attention`."""
     alive = [f"{kind}s {on:,}/{total:,}" for kind, (on, total) in event["alive"].items()]
     return ", ".join([*alive, f"{event['attention']} attention"])
 

@@ -54,7 +54,7 @@ def optional_data() -> DataConfig:
 
 
 def partial_of(out: Path) -> Path:
-    """What a stopped verb keeps for the same command; for another output it is another file."""
+    """Where a stopped verb keeps its work for the same command; each output has its own file."""
     return out.parent / f"{out.name.removesuffix('.safetensors')}.partial.safetensors"
 
 

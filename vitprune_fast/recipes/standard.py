@@ -91,7 +91,7 @@ Settings = dict[str, dict[str, object]]
 
 
 def toward(config: RunConfig, number: int) -> Settings:
-    """How far a round goes: costs are shares of the dense model, kept shares of the round's own."""
+    """How far toward the budget a round goes; `keep` shares apply to the round's own model."""
     share = (1 if config.plan.keep else number) / config.rounds.count
     return {} if share == 1 else {"plan": {"toward": share}}
 
@@ -112,7 +112,7 @@ def scored(model: str, end: str = "", settings: Settings | None = None) -> list[
 
 
 def share_of(model: str) -> dict[str, str]:
-    """The dense model, whose costs a budget is a share of, where another one is cut."""
+    """The input that budgets are shares of, where the model that is cut is not the dense one."""
     return {} if model in ("dense", "gated", "masked") else {"dense": "dense"}
 
 

@@ -61,7 +61,7 @@ def train(
         student: trained in place, on the setting's device.
         teacher: one, or several; None trains on the labels alone. A plain module answers in the
             dtype of the training where that has 16 bits.
-        data: `train` is learnt from; `validation` is only measured, or chooses the checkpoint.
+        data: `train` is learned from; `validation` is only measured, or chooses the checkpoint.
         config: schedule and losses; where its dtype is auto, it is the setting's.
         setting: seed, device, dtype, loader processes, batch size, augmentation.
         purpose: keeps the randomness of two trainings with one seed apart.
@@ -69,7 +69,7 @@ def train(
         gate_budget: holds the gates' multiply-accumulates down.
         masks: when units go and come back while training.
         checkpoint_dir: where to checkpoint, and to resume from; None keeps nothing.
-        on_event: told about steps and epochs.
+        on_event: called with steps and epochs.
         stop: asked after every step; True ends the training with a checkpoint.
 
     Returns:
@@ -108,7 +108,7 @@ def train(
 
 
 def _answering(teacher: nn.Module, dtype: torch.dtype | None) -> nn.Module:
-    """A teacher that answers in 16 bits where the student computes so, unless it has its own."""
+    """A teacher that answers in 16 bits if the student does, unless it has a dtype of its own."""
     if isinstance(teacher, Teacher) or not is_half(dtype):
         return teacher
     return Teacher(teacher, dtype=dtype)
@@ -157,7 +157,7 @@ def score(
         config: criterion, units, how many images.
         setting: seed, device, dtype, loader processes.
         checkpoint: where the sums are kept; a stopped scoring goes on from there.
-        on_event: told how many images are done.
+        on_event: called with the number of images that are done.
         stop: asked after every step; True ends the scoring with a checkpoint.
 
     Raises:
@@ -190,7 +190,7 @@ def score(
 
 
 def first_samples(batches: Iterator[tuple[Tensor, ...]], count: int) -> Iterator[tuple]:
-    """The batches up to exactly `count` samples, the last one cut short if need be."""
+    """The batches up to exactly `count` samples; the last one may be cut short."""
     left = count
     for batch in batches:
         if left < len(batch[0]):
@@ -223,7 +223,7 @@ def plan(
 
 
 def limited(budget: dict[str, Any], dense: planning.Cost, toward: float = 1.0) -> dict[str, Any]:
-    """A budget as an absolute cost, the same share of the way from the dense model in factors.
+    """A budget as an absolute cost, reached only in part for `toward` below 1.
 
     Args:
         budget: as the keyword of `vp.Budget`.
@@ -266,7 +266,7 @@ def sweep(
     on_event: OnEvent | None = None,
     stop: Callable[[], bool] | None = None,
 ) -> tuple[nn.Module, Any]:
-    """The cut model with what stays refitted on training images, and the `SweepReport`.
+    """The pruned model, refitted on training images, and the `SweepReport`.
 
     Args:
         dense: goes to the setting's device, and is left as it is otherwise.
@@ -275,7 +275,7 @@ def sweep(
         config: how many images.
         setting: seed (which images), device, dtype, loader processes, batch size.
         checkpoint: where to keep what is done, and to resume from; None keeps nothing.
-        on_event: told about every place that was fitted.
+        on_event: called with every place that was fitted.
         stop: asked after each of them; True ends the sweep with a checkpoint.
 
     Raises:
@@ -307,7 +307,7 @@ def probe_images(data: ImageData, count: int = 8) -> Tensor:
 def evaluate(
     models: Sequence[nn.Module], data: ImageData, setting: Setting, *, split: str = "test"
 ) -> list[Any]:
-    """`Evaluation` of each model on a split, read once; the others agree with the first or not."""
+    """`Evaluation` of each model on a split that is read once; agreement is with the first."""
     dense, *others = (model.to(setting.profile.device) for model in models)
     loader = Loader(data.split(split), setting.images.batch_size, workers=setting.profile.workers)
     return evaluation.evaluate_beside(dense, others, loader, dtype=setting.profile.dtype)

@@ -1,4 +1,4 @@
-"""What a command takes for granted, said in one line each: nothing is assumed in silence."""
+"""What a command assumes, one line each: nothing is assumed silently."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def about_data(data: ImageData) -> dict[str, str]:
 
 
 def not_followed(model: Any, weights: ModelConfig, data: ImageData) -> dict[str, str]:
-    """Says so where a trained model wants its images prepared in a way that is not ours."""
+    """Says so where a trained model wants its images prepared in a way that we do not support."""
     if weights.origin == "random" or data.name == "digits":
         return {}
     stated = stated_config(model)
@@ -68,7 +68,7 @@ def not_followed(model: Any, weights: ModelConfig, data: ImageData) -> dict[str,
 
 
 def about_test_images(config: ModelConfig, data: ImageData) -> dict[str, str]:
-    """What cannot be known here: whether a trained model has seen the images that judge it."""
+    """What cannot be known here: whether a trained model has seen the test images."""
     if config.origin == "random":
         return {}
     return {
@@ -104,7 +104,7 @@ def about_calibration(config: SweepConfig, data: ImageData) -> dict[str, str]:
 
 
 def of_run(config: RunConfig, steps: Sequence[Step], data: ImageData, model: Any) -> dict[str, str]:
-    """Topic -> what a run takes for granted about its data and its dense model."""
+    """Topic -> what a run assumes about its data and its dense model."""
     sweeps = any(step.function.__name__ == "sweep" for step in steps)
     return {
         # weights that come from nowhere are trained by the run before anything else

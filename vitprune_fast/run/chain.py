@@ -112,7 +112,7 @@ def execute(
 
 @contextlib.contextmanager
 def _claimed(owned: Any, processes: Together) -> Any:
-    """Inside, the first process owns the folder; the others know that it does."""
+    """Inside, the first process owns the folder, and the others know it."""
     with contextlib.ExitStack() as stack:
         processes.by_first(lambda: stack.enter_context(owned))
         yield
@@ -146,7 +146,7 @@ def check_inputs(config: RunConfig, data: ImageData | None = None) -> nn.Module:
 
 
 def check_splits(data: ImageData) -> None:
-    """Refuses images of the test split among those that are learnt from or chosen by."""
+    """Refuses images of the test split in the training and validation splits."""
     tested = set(data.split_ids["test"])
     for name in ("train", "validation"):
         shared = len(tested.intersection(data.split_ids[name]))
@@ -188,7 +188,7 @@ def identity_of(
 
 
 def do_steps(job: Job, processes: Together, *, resumed: bool) -> None:
-    """Does every step that is not finished; a damaged output redoes its step and all after."""
+    """Does every step that is not finished; after a damaged output, its step and all later ones."""
     whole = job.config
     for position, step in enumerate(job.steps):
         job.step, job.config = step, from_plain(dict(step.settings), whole)
@@ -205,7 +205,7 @@ def do_steps(job: Job, processes: Together, *, resumed: bool) -> None:
 
 
 def _do(job: Job, processes: Together) -> None:
-    """Does the step at work, and writes its record."""
+    """Does the current step, and writes its record."""
     step, event = job.step, {"event": "stage", "stage": job.step.name}
     job.on_event({**event, "state": "start"})
     started = time.perf_counter()
@@ -230,7 +230,7 @@ def _do(job: Job, processes: Together) -> None:
 
 
 def _is_kept(job: Job, position: int) -> bool:
-    """Whether a step was finished earlier and still stands; says so, or why not."""
+    """Whether a step was finished earlier and its outputs are intact; reports which, and why."""
     step, folder = job.step, job.folder
     if not folder.is_recorded(step.name):
         return False

@@ -276,7 +276,7 @@ def _files_under(path: Path) -> list[Path]:
 
 
 def leaves(value: Any, where: str = "") -> dict[str, Any]:
-    """Name with dots -> what is no mapping, of a plain value."""
+    """Dotted name -> value, for every leaf of nested mappings."""
     if not isinstance(value, dict):
         return {where: value}
     found: dict[str, Any] = {}

@@ -72,7 +72,7 @@ def open_model_data(config: DataConfig, model: Any, weights: ModelConfig) -> Ima
 
 
 def _own_statistics(model: Any, channels: int) -> dict[str, Any]:
-    """What a trained model says of its own input, as far as it can be followed."""
+    """What a trained model says of its own input, as far as we support it."""
     stated = stated_config(model)
     own = {name: stated[key] for name, key in _STATISTICS.items() if stated.get(key) is not None}
     for name in ("mean", "std"):
@@ -130,7 +130,7 @@ def check_fit(model: Any, data: ImageData) -> None:
 
 
 def open_weights(config: ModelConfig, seed: int, classes: int | None = None) -> nn.Module:
-    """The model of `open_model`; weights that come from nowhere are drawn by the seed."""
+    """The model of `open_model`; weights that nothing provides are drawn from the seed."""
     with seeded(seed, "init"):
         return open_model(config, classes)
 

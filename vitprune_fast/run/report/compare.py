@@ -65,7 +65,7 @@ def render_comparison(runs: Sequence[RunFolder]) -> str:
 
 
 def names_of(folders: Sequence[Path]) -> list[str]:
-    """Short names of folders, told apart: their paths without what all of them begin with."""
+    """Short names of folders, told apart: their paths without the common beginning."""
     paths = [folder.resolve() for folder in folders]
     if len(set(paths)) < len(paths):
         raise InvalidInput("report: the runs to compare must be different folders")
@@ -86,7 +86,7 @@ def table(summaries: Sequence[dict[str, Any]]) -> list[tuple[str, list[tuple[str
 
 
 def settings_that_differ(identities: Sequence[dict[str, Any]]) -> list[tuple[str, list[str]]]:
-    """Rows (name, value per run) of everything that decides results and is not the same."""
+    """Rows (name, value per run) of every setting that decides results and differs."""
     runs = [leaves(identity) for identity in identities]
     names = dict.fromkeys(name for run in runs for name in run)
     rows = [(name, [_shown(run.get(name, "")) for run in runs]) for name in names]

@@ -57,7 +57,7 @@ def write_report(folder: Path | str) -> Path:
 
 @contextlib.contextmanager
 def whole_run_expected() -> Iterator[None]:
-    """Say that a run folder is damaged where its files lack what a page shows."""
+    """Reports a damaged run folder where its files lack what the page shows."""
     try:
         yield
     except (LookupError, TypeError, AttributeError, jinja2.UndefinedError) as error:
@@ -157,7 +157,7 @@ def weights_text(weights: dict[str, Any]) -> str:
 
 
 def facts_of(run: RunFolder, summary: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    """Step -> what it told of itself, up to the one that made the summary."""
+    """Step -> its recorded facts, up to the step that made the summary."""
     done: dict[str, dict[str, Any]] = {}
     for name in summary["steps"]:
         record = run.record_of(name) or {"outputs": {}, "facts": {}}
@@ -200,7 +200,7 @@ def unit_facts(run: RunFolder, done: dict[str, dict[str, Any]]) -> Units:
 
 
 def kept_figures(units: Units) -> list[tuple[str, str]]:
-    """(caption, svg) of what stayed, per unit kind."""
+    """(caption, svg) of the kept units, per unit kind."""
     result = []
     for kind, axes in units.items():
         kept, total = sum(len(a["units"]) for a in axes), sum(a["size"] for a in axes)

@@ -31,7 +31,7 @@ def refit_facts(run: RunFolder, name: str) -> dict[str, Any]:
 
 
 def ridge_text(value: float | str | None) -> str:
-    """How strongly a fit was held to the old weights; nothing where there was none."""
+    """The ridge of a fit in words; empty where there was none."""
     if value is None:
         return ""
     return "bias alone" if isinstance(value, str) else f"{value:.0e}"
