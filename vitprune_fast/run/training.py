@@ -38,7 +38,7 @@ from vitprune_fast.structure import describe
 from vitprune_fast.surgery import prune
 
 Train = Callable[..., DistillResult]
-"""(student, teachers, config, **more of `actions.train`) -> what came of it."""
+"""(student, teachers, config, **more of `actions.train`) -> its result."""
 
 
 @dataclass(frozen=True)
@@ -46,10 +46,10 @@ class Trainings:
     """Runs one training after another on the same data, each with a folder of its own.
 
     Attributes:
-        data: `train` is learnt from, `validation` measured.
+        data: `train` is learned from, `validation` is measured.
         setting: seed, device, loader processes, batch size, augmentation.
         checkpoints: a folder per training is made in it; a stopped one goes on from there.
-        on_event: told about steps and epochs.
+        on_event: called with steps and epochs.
         stop: asked after every step.
     """
 
