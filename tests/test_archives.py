@@ -269,6 +269,12 @@ def _size(size: int) -> Callable[[Path], None]:
     return make
 
 
+def _long_header(path: Path) -> None:
+    _write_tar(path, _files())
+    with tarfile.open(path, "a", format=tarfile.PAX_FORMAT) as tar:
+        _add(tar, "cat/long.jpg", pax_headers={"comment": "x" * (2 << 20)})
+
+
 def _headers_without_end(path: Path) -> None:
     header = tarfile.TarInfo("././@LongLink")
     header.type, header.size = tarfile.GNUTYPE_LONGNAME, 0
@@ -300,6 +306,7 @@ def _headers_without_end(path: Path) -> None:
         pytest.param(_sparse, "sparse file 'cat/sparse.jpg'", id="sparse"),
         pytest.param(_size(10**12), "that does not fit", id="huge-size"),
         pytest.param(_size(-1024), "that does not fit", id="negative-size"),
+        pytest.param(_long_header, "a header of 20971", id="long-header"),
         pytest.param(_headers_without_end, "headers without end", id="headers-without-end"),
         pytest.param(_changed(_damage_a_header), "no end mark after", id="damaged-header"),
         pytest.param(_changed(_cut_between_members), "no end mark after", id="cut-at-a-member"),

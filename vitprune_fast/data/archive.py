@@ -21,8 +21,17 @@ from timm.data.readers.img_extensions import get_img_extensions
 from vitprune_fast.data.photographs import Photographs
 from vitprune_fast.errors import DamagedFile, InvalidInput
 
+# a long name or an extended header is data the tar reader takes into memory
+MAX_HEADER_BYTES = 1 << 20
 MAX_NAME = 4096
 MAX_IMAGE_BYTES = 1 << 28
+_HEADERS = (
+    tarfile.XHDTYPE,
+    tarfile.XGLTYPE,
+    tarfile.SOLARIS_XHDTYPE,
+    tarfile.GNUTYPE_LONGNAME,
+    tarfile.GNUTYPE_LONGLINK,
+)
 
 
 class Member(NamedTuple):
@@ -35,12 +44,12 @@ class Member(NamedTuple):
 
 
 class _Header(tarfile.TarInfo):
-    """A header whose size is checked before anything is read: the tar reader would go backward."""
+    """A header whose sizes are checked before anything of that size is read."""
 
     @classmethod
     def frombuf(cls, buf: bytes | bytearray, encoding: str, errors: str) -> _Header:
         header = super().frombuf(buf, encoding, errors)
-        if header.size < 0:
+        if header.size < 0 or (header.type in _HEADERS and header.size > MAX_HEADER_BYTES):
             raise _Refused(f"a header of {header.size} bytes")
         return header
 
@@ -55,7 +64,7 @@ def members(path: Path) -> Iterator[Member]:
     Raises:
         InvalidInput: the file is missing or compressed.
         DamagedFile: truncated, damaged, a name twice, a name that leaves the archive, a link, a
-            device or a sparse file.
+            device, a sparse file, or a header over 1 MiB.
     """
     if not path.is_file():
         raise InvalidInput(f"open_data: the archive must exist, got {path}")

@@ -213,4 +213,5 @@ def _checked(table: Any, name: str, where: str) -> Any:
 
 
 def _reason(what: object) -> str:
-    return (" ".join(str(what).split()) or type(what).__name__)[:_MAX_REASON]
+    text = " ".join(str(what).split()) or type(what).__name__
+    return text if len(text) <= _MAX_REASON else f"{text[:_MAX_REASON]} ..."
