@@ -82,18 +82,13 @@ def _fail(sentence: str) -> int:
 
 def _overview() -> str:
     width = max(map(len, VERBS))
-    lines = [f"  {verb:<{width}}  {text}" for verb, text in VERBS.items()]
-    return "\n".join(
-        [
-            "usage: vitprune-fast VERB [options]",
-            "",
-            "Prune Vision Transformers to a budget, and distil what is left.",
-            "",
-            *lines,
-            "",
-            "vitprune-fast VERB --help shows the options of a verb. Without data or GPU:",
-            "vitprune-fast run",
-        ]
+    lines = "\n".join(f"  {verb:<{width}}  {text}" for verb, text in VERBS.items())
+    return (
+        "usage: vitprune-fast VERB [options]\n\n"
+        "Prune Vision Transformers to a budget, and distil what is left.\n\n"
+        f"{lines}\n\n"
+        "vitprune-fast VERB --help shows the options of a verb. Without data or GPU:\n"
+        "vitprune-fast run"
     )
 
 

@@ -89,7 +89,7 @@ def train(
     validation = Loader(
         data.split("validation"), setting.images.batch_size, workers=setting.profile.workers
     )
-    dtype = own_dtype(config, setting)
+    dtype = setting.profile.dtype if config.dtype == "auto" else config.dtype
     half = resolve("distill", dtype, setting.profile.device)
     several = [teacher] if isinstance(teacher, nn.Module) else teacher
     return distill(
@@ -112,11 +112,6 @@ def _answering(teacher: nn.Module, dtype: torch.dtype | None) -> nn.Module:
     if isinstance(teacher, Teacher) or not is_half(dtype):
         return teacher
     return Teacher(teacher, dtype=dtype)
-
-
-def own_dtype(config: DistillConfig, setting: Setting) -> Precision:
-    """What a training computes in."""
-    return setting.profile.dtype if config.dtype == "auto" else config.dtype
 
 
 def _augmentation(data: ImageData, config: DataConfig) -> Augment | None:
@@ -205,9 +200,7 @@ def plan(
     model: nn.Module, scores: Any, config: PlanConfig, *, dense: planning.Cost | None = None
 ) -> Any:
     """The `Plan` that meets the configured budget; shares of a cost are those of `dense`."""
-    options: dict[str, Any] = {}
-    if config.normalization is not None:
-        options["normalization"] = config.normalization
+    own: Any = {} if config.normalization is None else {"normalization": config.normalization}
     goal = config.budget()
     if dense is not None or config.toward < 1:
         goal = limited(goal, dense or planning.cost(model), config.toward)
@@ -218,7 +211,7 @@ def plan(
         allocation=config.allocation,
         min_units=config.min_units,
         round_to={"neuron": config.round_to},
-        **options,
+        **own,
     )
 
 

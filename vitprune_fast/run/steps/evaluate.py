@@ -12,6 +12,8 @@ from vitprune_fast.run.job import Job
 from vitprune_fast.run.profile import versions
 from vitprune_fast.run.step import Facts, Step
 
+_SKIPPED = {"skipped_steps": "training steps", "skipped": "scored images"}
+
 
 def evaluate(job: Job, *, summary_file: str, before: str, after: str, **between: str) -> Facts:
     """Writes the summary: a row for each model, by role, and the facts of the steps so far.
@@ -59,14 +61,10 @@ def evaluate(job: Job, *, summary_file: str, before: str, after: str, **between:
         "rank_agreement": _first(facts, "rank_agreement", None),
         "set_aside": {
             **{
-                f"training steps ({name})": each["skipped_steps"]
+                f"{what} ({name})": each[fact]
+                for fact, what in _SKIPPED.items()
                 for name, each in facts.items()
-                if "skipped_steps" in each
-            },
-            **{
-                f"scored images ({name})": each["skipped"]
-                for name, each in facts.items()
-                if "skipped" in each
+                if fact in each
             },
             "unreadable images": len(job.data.set_aside),
         },
