@@ -23,9 +23,9 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
+from bench.harness import check_same
 from bench.place import CPU, Place
 from bench.shapes import VIT_BASE, VIT_BASE_384
-from bench.timing import check_same
 from vitprune_fast import ops
 from vitprune_fast.distill import MaskSchedule, attention
 from vitprune_fast.distill.masks import MaskedStudent

@@ -11,10 +11,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from bench.conftest import note_memory
+from bench.harness import keep_freed_memory
 from bench.peak_memory import peak_of, peak_of_manifold
 from bench.place import CPU, Place
 from bench.shapes import VIT_BASE
-from bench.timing import keep_freed_memory
 from vitprune_fast.distill.losses.manifold_full import manifold_full
 from vitprune_fast.ops import manifold_loss
 

@@ -11,17 +11,14 @@ import torch
 
 from bench.conftest import note_memory
 from bench.peak_memory import peak, peak_of
+from bench.scoring_peers import COMPILED, GATES, GRAPHED, HESSIAN, PEERS, peers
 from vitprune_fast import describe, score
 from vitprune_fast.cli.scoring_race import (
     ALL_KINDS,
     BARE,
-    COMPILED,
     FISHER,
     FORMS,
     FULL,
-    GATES,
-    GRAPHED,
-    HESSIAN,
     HOOKS,
     JUDGED,
     check_agreement,
@@ -31,7 +28,7 @@ from vitprune_fast.cli.scoring_race import (
 
 # forms per case: a per-sample loop over a large model says nothing that a small one does not
 CPU_CASES = {
-    "deit_tiny_patch16_224, batch 8": (8, FORMS),
+    "deit_tiny_patch16_224, batch 8": (8, (*FORMS, *PEERS)),
     "deit_tiny_patch16_224, batch 64": (64, (HESSIAN,)),
     "vit_base_patch16_224, batch 4": (4, (ALL_KINDS, FISHER, BARE, HOOKS, FULL)),
 }
@@ -56,7 +53,14 @@ def run(note_race, timed: bool, case: str, rounds: int, forms: Collection[str], 
     """One race, kept among the results; or only the check that all forms agree."""
     model, images, labels = given
     if timed:
-        found = race(model, images, labels, rounds=rounds, forms=forms)
+        found = race(
+            model,
+            images,
+            labels,
+            rounds=rounds,
+            forms=forms,
+            others=peers(model, images, labels, forms),
+        )
         note_race(case, images.device.type, found)
     else:
         check_agreement(model, images[:JUDGED], labels[:JUDGED])

@@ -25,8 +25,7 @@ import torch
 
 from bench import lines, report_lines
 from bench.entries import Entries, WithBenchmark, WithoutBenchmark
-from bench.place import Place, on_gpu
-from bench.timing import (
+from bench.harness import (
     Within,
     check_same,
     host_seconds,
@@ -34,6 +33,7 @@ from bench.timing import (
     keep_freed_memory,
     tensors,
 )
+from bench.place import Place, on_gpu
 from vitprune_fast._version import __version__
 from vitprune_fast.doctor import doctor
 from vitprune_fast.timing import Entry, in_turns, measure, spread

@@ -178,8 +178,8 @@ def tune(work: Path, name: str) -> nn.Module:
 
 def train_digits(folder: Path, seed: int) -> None:
     """The dense stage of `vitprune-fast run --preset digits --seed SEED`, and no further."""
-    from vitprune_fast.recipes import preset, run
-    from vitprune_fast.recipes.start import RunStopped
+    from vitprune_fast.recipes.presets import preset
+    from vitprune_fast.recipes.start import RunStopped, run
 
     finished = False
 

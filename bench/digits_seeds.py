@@ -28,7 +28,8 @@ STEPS = ("before", "cut", "swept", "after")
 def run_seeds(folder: Path) -> dict[str, Any]:
     """Runs the digits preset once per seed, each in its own folder; finished ones are kept."""
     from vitprune_fast.cli.display import Display
-    from vitprune_fast.recipes import preset, run
+    from vitprune_fast.recipes.presets import preset
+    from vitprune_fast.recipes.start import run
 
     config = preset("digits")
     runs = []

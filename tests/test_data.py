@@ -8,6 +8,7 @@ import os
 import random
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -28,8 +29,10 @@ from vitprune_fast.data import (
 from vitprune_fast.data.splits import stratified
 from vitprune_fast.errors import DamagedFile, InvalidInput
 from vitprune_fast.files import read_json
+from vitprune_fast.run.inputs import check_fit
 
 SPLITS = ("train", "validation", "test")
+DIGIT_SHARES = {"test": 1 / 3, "validation": 1 / 10}
 
 
 @pytest.fixture(scope="module")
@@ -62,7 +65,13 @@ def _photo_data(root: Path, **options: object) -> ImageData:
 
 
 def test_committed_digit_splits_are_what_the_code_derives() -> None:
-    assert digits.derive_splits() == read_json(digits.SPLIT_FILE)
+    pixels, labels = digits.load_digits()
+    names = [str(index) for index in range(len(labels))]
+    assert read_json(digits.SPLIT_FILE) == {
+        "samples": len(labels),
+        "sha256": digits.content_hash(pixels, labels),
+        **stratified(names, labels.tolist(), DIGIT_SHARES),
+    }
 
 
 def test_digit_splits_are_disjoint_complete_and_stratified(digit_data: ImageData) -> None:
@@ -71,7 +80,7 @@ def test_digit_splits_are_disjoint_complete_and_stratified(digit_data: ImageData
     assert sorted(ids.tolist()) == list(range(1797))
     assert len(splits["test"]) == 1797 // 3
     totals = torch.bincount(torch.cat([split.labels for split in splits.values()]))
-    for name, share in digits.SHARES.items():
+    for name, share in DIGIT_SHARES.items():
         counts = torch.bincount(splits[name].labels)
         # a class is cut at the nearest whole image
         assert (counts - totals * share).abs().max() <= 0.5
@@ -82,7 +91,7 @@ def test_other_digits_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     pixels[0, 0, 0] += 1
     monkeypatch.setattr(digits, "load_digits", lambda: (pixels, labels))
     with pytest.raises(DamagedFile, match="scikit-learn's digits must have the sha256"):
-        digits.committed_splits()
+        digits.Digits((8, 8), 1)
 
 
 @given(st.lists(st.integers(0, 4), max_size=60), st.integers(0, 3))
@@ -240,8 +249,8 @@ def test_a_sample_does_not_depend_on_its_batch(
     rows = torch.tensor([4, 0, 31, 4])
     batch, labels, ids = images.batch(rows, 3, augment=data.augmentation, seed=1)
     for place, row in enumerate(rows.tolist()):
-        item, label = images.item(row, 3, augment=data.augmentation, seed=1)
-        assert torch.equal(item, batch[place])
+        one, label, _ = images.batch(torch.tensor([row]), 3, augment=data.augmentation, seed=1)
+        assert torch.equal(one[0], batch[place])
         assert label == labels[place] == data.source.labels[int(ids[place])]
 
 
@@ -266,7 +275,6 @@ def test_evaluation_order_is_as_listed_with_a_short_last_batch(digit_data: Image
     batches = list(loader)
     assert len(loader) == len(batches) == 6 and len(batches[-1][0]) == 99
     assert torch.equal(torch.cat([batch[2] for batch in batches]), images.ids)
-    assert len(Loader(images, 100, drop_last=True)) == 5
     assert batches[0][0].dtype == torch.float32 and batches[0][0].shape == (100, 1, 8, 8)
 
 
@@ -287,7 +295,6 @@ def test_digits_take_any_size(size: tuple[int, int], channels: int) -> None:
     [
         ({"batch_size": 0}, "Loader: batch_size must be at least 1, got 0"),
         ({"batch_size": 4, "workers": -1}, "Loader: workers must be at least 0, got -1"),
-        ({"batch_size": 600, "drop_last": True}, "must fill at least one batch of 600, got 599"),
     ],
 )
 def test_loader_rejects(digit_data: ImageData, options: dict, sentence: str) -> None:
@@ -370,9 +377,10 @@ def test_evaluation_shows_the_centre(tmp_path: Path) -> None:
 def test_mirrored_view_is_the_mirror_image(photos: Path) -> None:
     data = _photo_data(photos)
     images = data.split("train")
-    plain = images.item(0, augment=RandomCrop(flip=0.0))[0]
-    mirrored = images.item(0, augment=RandomCrop(flip=1.0))[0]
-    assert torch.equal(plain.flip(2), mirrored)
+    plain, mirrored = (
+        images.batch(torch.tensor([0]), augment=RandomCrop(flip=flip))[0] for flip in (0.0, 1.0)
+    )
+    assert torch.equal(plain.flip(3), mirrored)
 
 
 def test_a_policy_changes_images_by_their_own_numbers_alone(photos: Path) -> None:
@@ -695,12 +703,16 @@ def test_open_data_rejects(spec: str, options: dict, sentence: str) -> None:
         open_data(spec, **{"image_size": 8, "channels": 1, **options})
 
 
-def test_check_model(digit_data: ImageData) -> None:
-    digit_data.check_model(num_classes=10, patch_size=8)
+def test_a_model_that_does_not_fit_is_refused(digit_data: ImageData) -> None:
+    def model(classes: int, patch: int) -> Any:
+        embed = SimpleNamespace(patch_size=(patch, patch))
+        return SimpleNamespace(num_classes=classes, patch_embed=embed)
+
+    check_fit(model(10, 8), digit_data)
     with pytest.raises(InvalidInput, match="must have 10 classes like digits, got 1000"):
-        digit_data.check_model(num_classes=1000)
+        check_fit(model(1000, 8), digit_data)
     with pytest.raises(InvalidInput, match="at least one patch, 16 x 16 pixels, got 8 x 8"):
-        digit_data.check_model(num_classes=10, patch_size=16)
+        check_fit(model(10, 16), digit_data)
 
 
 def test_digits_without_scikit_learn_say_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:

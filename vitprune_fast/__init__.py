@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from . import gates, ops
     from .check import StructureReport, check_structure
     from .checkpoint import load, save
+    from .config.run import RunConfig
     from .data import Loader, open_data
     from .distill import DistillConfig, DistillResult, distill
     from .doctor import doctor
@@ -35,7 +36,8 @@ if TYPE_CHECKING:
     )
     from .evaluation import Evaluation, evaluate
     from .planning import Budget, Cost, Latency, Plan, cost, latency, plan, predict_cost
-    from .recipes import Recipe, RunConfig, Step, run
+    from .recipes.start import run
+    from .run.step import Recipe, Step
     from .scoring import Scores, score
     from .structure import Structure, describe, register_family
     from .surgery import (
@@ -78,7 +80,9 @@ _HOMES = {
         "plan",
         "predict_cost",
     ),
-    "recipes": ("Recipe", "RunConfig", "Step", "run"),
+    "config.run": ("RunConfig",),
+    "recipes.start": ("run",),
+    "run.step": ("Recipe", "Step"),
     "scoring": ("Scores", "score"),
     "structure": ("Structure", "describe", "register_family"),
     "surgery": (

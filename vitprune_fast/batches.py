@@ -28,12 +28,7 @@ def checked(
     Raises:
         InvalidInput: as :func:`unpack`, or ``batches`` cannot be iterated.
     """
-    if not hasattr(batches, "__iter__") and not hasattr(batches, "__getitem__"):
-        raise InvalidInput(
-            f"{function}: batches must be an iterable of (images, labels), "
-            f"got {type(batches).__name__}"
-        )
-    for batch in batches:
+    for batch in _iterated(function, "batches", batches, "(images, labels)"):
         yield unpack(function, batch, *models)
 
 
@@ -76,14 +71,7 @@ def unlabelled(function: str, argument: str, batches: Any, *models: nn.Module) -
     """
     if isinstance(batches, Tensor):
         batches = [batches]
-    if isinstance(batches, str) or not (
-        hasattr(batches, "__iter__") or hasattr(batches, "__getitem__")
-    ):
-        raise InvalidInput(
-            f"{function}: {argument} must be an iterable of batches of images, "
-            f"got {type(batches).__name__}"
-        )
-    for batch in batches:
+    for batch in _iterated(function, argument, batches, "batches of images"):
         pair = isinstance(batch, Sequence) and not isinstance(batch, str) and len(batch)
         yield _images(function, batch[0] if pair else batch, *models)
 
@@ -157,6 +145,14 @@ def check_labels(function: str, labels: Tensor, classes: int) -> None:
             f"{function}: labels must lie in 0..{classes - 1} like the classes of the model, "
             f"got {int(labels.min())}..{int(labels.max())}"
         )
+
+
+def _iterated(function: str, argument: str, batches: Any, what: str) -> Iterator[Any]:
+    can = hasattr(batches, "__iter__") or hasattr(batches, "__getitem__")
+    if isinstance(batches, str) or not can:
+        shown = type(batches).__name__
+        raise InvalidInput(f"{function}: {argument} must be an iterable of {what}, got {shown}")
+    return iter(batches)
 
 
 def _images(function: str, images: Any, *models: nn.Module | None) -> Tensor:

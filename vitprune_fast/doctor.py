@@ -163,18 +163,11 @@ def _native() -> dict[str, str]:
 def _warnings(tools: dict[str, str]) -> list[str]:
     sentences = []
     toolkit = re.search(r"release (\d+)\.(\d+)", tools["nvcc"])
-    wanted = (torch.version.cuda or "").split(".")
-    if toolkit and len(wanted) >= 2:
-        if toolkit[1] != wanted[0]:
-            sentences.append(
-                f"nvcc {toolkit[1]}.{toolkit[2]} cannot build for a torch of CUDA "
-                f"{torch.version.cuda}: the major versions differ"
-            )
-        elif toolkit[2] != wanted[1]:
-            sentences.append(
-                f"nvcc is {toolkit[1]}.{toolkit[2]} and torch was built with CUDA "
-                f"{torch.version.cuda}: minor versions usually mix, but keep it in mind"
-            )
+    if toolkit and torch.version.cuda and toolkit[1] != torch.version.cuda.partition(".")[0]:
+        sentences.append(
+            f"nvcc {toolkit[1]}.{toolkit[2]} cannot build for a torch of CUDA "
+            f"{torch.version.cuda}: the major versions differ"
+        )
     if tools["c++"] == "not found":
         sentences.append("there is no C++ compiler: the native code cannot be built")
     return sentences

@@ -13,7 +13,7 @@ from tests import small
 from tests.small import NAME, SMALL, words
 from vitprune_fast import files
 from vitprune_fast.cli.main import main
-from vitprune_fast.run import stages
+from vitprune_fast.run import actions
 
 MODEL = words(SMALL)
 
@@ -159,7 +159,7 @@ def test_a_pair_that_is_no_yaml_is_refused(capsys: pytest.CaptureFixture[str]) -
 def test_scores_that_cannot_be_written_are_not_computed(
     sentence: Callable[..., str], photographs: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(stages, "score", lambda *_, **__: pytest.fail("ran"))
+    monkeypatch.setattr(actions, "score", lambda *_, **__: pytest.fail("ran"))
     words = ("score", *MODEL, "--data", f"folder:{photographs}", "--out")
     Path("file").touch()
     assert "must be a folder" in sentence(*words, "file/scores.safetensors")

@@ -92,17 +92,6 @@ def test_a_signal_writes_a_checkpoint_and_the_command_goes_on(dense: Path, tmp_p
     assert not (tmp_path / "out").exists() and len(list(steps.glob("*.json"))) >= 1
 
 
-def test_curves_for_tensorboard(dense: Path, tmp_path: Path) -> None:
-    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
-    words = ("--teacher", "self", "--loss", "soft", "hidden", "--checkpoints", str(tmp_path / "c"))
-    for _ in range(2):
-        distilled(dense, tmp_path / "out", *words, "--tensorboard", str(tmp_path / "board"))
-        curves = accumulator.EventAccumulator(str(tmp_path / "board" / "distill"))
-        curves.Reload()
-        assert {"loss", "ce", "kd", "soft", "hidden", "val_top1"} <= set(curves.Tags()["scalars"])
-        assert len(curves.Scalars("hidden")) == 2
-
-
 def test_masks_grow_while_training(
     dense: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -92,23 +92,27 @@ def test_unknown_verb_shows_near_ones(capsys: pytest.CaptureFixture[str]) -> Non
     assert "no verb 'prunes'; did you mean prune" in capsys.readouterr().err
 
 
+def printed(capsys: pytest.CaptureFixture[str], *words: str) -> str:
+    """What `run` prints as its options."""
+    with pytest.raises(SystemExit) as end:
+        main(["run", *words, "--print-config"])
+    assert end.value.code == 0
+    return capsys.readouterr().out
+
+
 def test_print_config_is_a_config(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["run", "--macs", "0.3", "--distill.epochs", "7", "--print-config"]) == 0
-    text = capsys.readouterr().out
+    text = printed(capsys, "--macs", "0.3", "--distill.epochs", "7")
     plain = yaml.safe_load(text)
     assert (plain["plan"]["macs"], plain["distill"]["epochs"]) == (0.3, 7)
     path = tmp_path / "run.yaml"
     path.write_text(text, encoding="utf-8")
-    assert main(["run", "--config", str(path), "--seed", "5", "--print-config"]) == 0
-    again = yaml.safe_load(capsys.readouterr().out)
+    again = yaml.safe_load(printed(capsys, "--config", str(path), "--seed", "5"))
     assert again == {**plain, "seed": 5}
 
 
 def test_data_chooses_the_preset(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["run", "--data", "folder:somewhere", "--print-config"]) == 0
-    photographs = yaml.safe_load(capsys.readouterr().out)
-    assert main(["run", "--print-config"]) == 0
-    digits = yaml.safe_load(capsys.readouterr().out)
+    photographs = yaml.safe_load(printed(capsys, "--data", "folder:somewhere"))
+    digits = yaml.safe_load(printed(capsys))
     assert digits == to_plain(preset("digits"))
     assert photographs["data"]["source"] == "folder:somewhere"
     assert photographs["model"]["name"] == "vit_tiny_patch16_224"
@@ -116,9 +120,8 @@ def test_data_chooses_the_preset(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_flags_given_in_words_reach_the_model(capsys: pytest.CaptureFixture[str]) -> None:
-    words = ["run", "--model-args", "img_size=32", "patch_size=[4,4]", "--print-config"]
-    assert main(words) == 0
-    assert yaml.safe_load(capsys.readouterr().out)["model"]["args"] == {
+    words = ("--model-args", "img_size=32", "patch_size=[4,4]")
+    assert yaml.safe_load(printed(capsys, *words))["model"]["args"] == {
         "img_size": 32,
         "patch_size": [4, 4],
     }

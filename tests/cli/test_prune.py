@@ -16,7 +16,7 @@ import torch
 import vitprune_fast as vp
 from tests.small import NAME, SMALL, photographs
 from vitprune_fast.cli.main import main
-from vitprune_fast.run import stages
+from vitprune_fast.run import actions
 
 STATISTICS = ["--mean", ".1", ".2", ".3", "--std", "1", "1", "2"]
 
@@ -97,13 +97,13 @@ def test_what_was_left_out_and_warned_is_printed(
 ) -> None:
     from vitprune_fast.surgery import Fit, SweepReport
 
-    original = stages.sweep
+    original = actions.sweep
     fits = (Fit("head", "classifier", 0.5, 0.5, 0.5, 0.1, "no gain"),)
 
     def sweep(*args: Any, **options: Any) -> Any:
         return original(*args, **options)[0], SweepReport(28, 3, 140, fits, ("few tokens",))
 
-    monkeypatch.setattr(stages, "sweep", sweep)
+    monkeypatch.setattr(actions, "sweep", sweep)
     _, out, _ = prune("--data", "folder:photos")
     assert "28 images, 0 of 1 fits applied\n" in out
     assert "note      few tokens\nnote      left out: classifier of head: no gain\n" in out
@@ -112,16 +112,12 @@ def test_what_was_left_out_and_warned_is_printed(
 @pytest.mark.parametrize(
     ("words", "sentence"),
     [
-        (
-            ("--mean", ".5", "--calibration-images", "600", "--batch-size", "8"),
-            "prune: data must be given with batch-size, mean, calibration-images, got none",
-        ),
         (("--calibration-images", "1"), "sweep: calibration-images must be at least 2, got 1"),
         (("--data", "folder:nowhere"), "the data folder must exist, got nowhere"),
         (("--data", "photos"), "spec must be `digits`, `folder:PATH`"),
         (("--data", "digits"), "must have 10 classes like digits, got 2"),
     ],
-    ids=["no-data", "one-image", "no-folder", "no-kind", "other-classes"],
+    ids=["one-image", "no-folder", "no-kind", "other-classes"],
 )
 def test_bad_input_is_one_sentence(
     words: tuple[str, ...], sentence: str, prune: Any, tmp_path: Path
@@ -153,7 +149,7 @@ def test_images_that_test_the_run_of_the_plan_are_refused(
 def test_a_stopped_refit_goes_on_with_the_same_bits(
     prune: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    original, places = stages.sweep, []
+    original, places = actions.sweep, []
 
     def sweep(*args: Any, on_event: Any, **options: Any) -> Any:
         def told(event: dict[str, Any]) -> None:
@@ -164,7 +160,7 @@ def test_a_stopped_refit_goes_on_with_the_same_bits(
 
         return original(*args, on_event=told, **options)
 
-    monkeypatch.setattr(stages, "sweep", sweep)
+    monkeypatch.setattr(actions, "sweep", sweep)
     words = ("--data", "folder:photos")
     code, _, err = prune(*words)
     assert code == 128 + signal.SIGINT
@@ -190,7 +186,7 @@ def test_a_damaged_partial_refit_is_refused(prune: Any, tmp_path: Path) -> None:
 def test_a_second_signal_ends_it_and_leaves_nothing(
     prune: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    original = stages.sweep
+    original = actions.sweep
 
     def sweep(*args: Any, on_event: Any, **options: Any) -> Any:
         def told(event: dict[str, Any]) -> None:
@@ -200,7 +196,7 @@ def test_a_second_signal_ends_it_and_leaves_nothing(
 
         return original(*args, on_event=told, **options)
 
-    monkeypatch.setattr(stages, "sweep", sweep)
+    monkeypatch.setattr(actions, "sweep", sweep)
     code, _, err = prune("--data", "folder:photos")
     assert code == 128 + signal.SIGINT and err == "stopped by SIGINT\n"
     assert not (tmp_path / "out").exists()

@@ -11,7 +11,7 @@ import pytest
 import vitprune_fast as vp
 from vitprune_fast import files
 from vitprune_fast.cli.main import main
-from vitprune_fast.run import checks, stages, training
+from vitprune_fast.run import actions, checks, training
 from vitprune_fast.structure.families import timm_vit
 
 MODEL = ("--model", "vit_tiny_patch16_224", "--model-args", "img_size=8", "patch_size=4")
@@ -39,7 +39,7 @@ def test_verbs_that_save_ask_first(
     files.write_json(Path("plan.json"), {})
     # nothing may be named besides the constructor itself
     monkeypatch.setattr(timm_vit, "FAMILY", replace(timm_vit.FAMILY, swaps=()))
-    for home, name in ((vp.Plan, "load"), (checks, "prune_and_prove"), (stages, "train")):
+    for home, name in ((vp.Plan, "load"), (checks, "prune_and_prove"), (actions, "train")):
         monkeypatch.setattr(home, name, work)
     monkeypatch.setattr(training, "teach", work)
     verb, *rest = words

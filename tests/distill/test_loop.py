@@ -663,7 +663,7 @@ def test_validation_images_decide_nothing_by_default(data: ImageData) -> None:
         ({"alpha": 1.5}, r"alpha must be in \[0, 1\], got 1.5"),
         ({"temperature": 0}, "temperature must be above 0, got 0"),
         ({"label_smoothing": 1.0}, r"label_smoothing must be in \[0, 1\)"),
-        ({"keep": "first"}, "keep must be `last` or `best`, got first"),
+        ({"keep": "first"}, "keep must be one of last, best, got .first"),
         ({"clip_norm": -1}, "clip_norm must be at least 0"),
     ],
 )

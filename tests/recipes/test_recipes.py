@@ -13,7 +13,6 @@ import torch
 import vitprune_fast as vp
 from tests.run.conftest import TINY, Recorder, undrawn
 from tests.run.same import assert_same_files, summary_without_times
-from vitprune_fast import recipes
 from vitprune_fast.config.run import (
     GateConfig,
     MaskConfig,
@@ -23,6 +22,7 @@ from vitprune_fast.config.run import (
     TeacherConfig,
 )
 from vitprune_fast.errors import InvalidInput, RunFolderError, StageFailed
+from vitprune_fast.recipes.by_name import named, names
 from vitprune_fast.recipes.start import run
 from vitprune_fast.run.report import figures
 
@@ -290,5 +290,5 @@ def test_a_list_that_cannot_be_done_is_refused(
 
 
 def test_every_recipe_has_its_name() -> None:
-    assert recipes.names() == ["one-shot", "standard"]
-    assert [recipes.named(name).name for name in recipes.names()] == recipes.names()
+    assert names() == ["one-shot", "standard"]
+    assert [named(name).name for name in names()] == names()

@@ -354,7 +354,7 @@ def _serve() -> None:
     # public names are imported at first use, and so is the parser of options
     for name in vitprune_fast.__all__:
         getattr(vitprune_fast, name)
-    with contextlib.redirect_stdout(io.StringIO()):
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.suppress(SystemExit):
         parse_and_run(["--print-config"])
     # pictures cost as much as all the rest, and are not what is looked at here
     figures.drawn = lambda title, height, draw: "<svg></svg>"

@@ -18,7 +18,7 @@ from vitprune_fast.config.run import PlanConfig, RunConfig
 from vitprune_fast.data import ImageData, open_data
 from vitprune_fast.errors import InvalidInput, RunFolderError, StageFailed
 from vitprune_fast.recipes.start import RunStopped, run
-from vitprune_fast.run import chain, checks, stages
+from vitprune_fast.run import actions, chain, checks
 from vitprune_fast.surgery.sweep import resume
 
 STAGES: tuple[str, ...] = (
@@ -209,7 +209,7 @@ def test_an_altered_output_is_noticed_and_done_again(finished: Path, copied: Run
     recorder = Recorder()
     run(copied, on_event=recorder)
     notes = [e["text"] for e in recorder.events if e["event"] == "note"]
-    assert notes[0] == "plan.json was changed: stage plan is done again"
+    assert notes[0] == "plan.json was changed: step plan is done again"
     assert not any("again" in note or "anew" in note for note in notes[1:])
     assert recorder.stages("kept") == ["data", "dense", "score"]
     assert_same_run(finished, copied.out)
@@ -319,7 +319,7 @@ def test_a_failed_check_ends_the_run(
 ) -> None:
     with monkeypatch.context() as patch:
         patch.setattr(checks, function, lambda *args: failing(function))
-        with pytest.raises(StageFailed, match=rf"stage {stage} failed its own check: {function}"):
+        with pytest.raises(StageFailed, match=rf"step {stage} failed its own check: {function}"):
             run(tiny)
     assert not (tiny.out / "stages" / f"{stage}.json").exists()
     # mended, the same folder goes on
@@ -345,7 +345,7 @@ def test_a_model_that_does_not_reload_is_noticed(
 def test_weights_that_are_not_finite_end_the_run(
     tiny: RunConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    original = stages.train
+    original = actions.train
 
     def broken(model: Any, *args: Any, **more: Any) -> Any:
         result = original(model, *args, **more)
@@ -353,8 +353,8 @@ def test_weights_that_are_not_finite_end_the_run(
             model.head.weight[0, 0] = float("nan")
         return result
 
-    monkeypatch.setattr(stages, "train", broken)
-    with pytest.raises(StageFailed, match="stage dense failed its own check: logits are finite"):
+    monkeypatch.setattr(actions, "train", broken)
+    with pytest.raises(StageFailed, match="step dense failed its own check: logits are finite"):
         run(tiny)
 
 
@@ -525,13 +525,13 @@ def test_a_damaged_checkpoint_of_the_sweep_is_left_out_and_the_run_says_so(
 def starting_weights(config: RunConfig, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     """Runs the job; the weights that distillation began with."""
     seen: dict[str, Any] = {}
-    original = stages.train
+    original = actions.train
 
     def train(student: torch.nn.Module, *args: Any, purpose: str, **options: Any) -> Any:
         seen[purpose] = {name: each.clone() for name, each in student.state_dict().items()}
         return original(student, *args, purpose=purpose, **options)
 
-    monkeypatch.setattr(stages, "train", train)
+    monkeypatch.setattr(actions, "train", train)
     run(config)
     return seen["distill"]
 
@@ -572,13 +572,13 @@ def test_a_sweep_of_another_configuration_does_not_stay(copied: RunConfig) -> No
 def test_a_sweep_that_makes_another_model_is_noticed(
     tiny: RunConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    original = stages.sweep
+    original = actions.sweep
 
     def sweep(dense: torch.nn.Module, *args: Any, **options: Any) -> Any:
         return dense, original(dense, *args, **options)[1]
 
-    monkeypatch.setattr(stages, "sweep", sweep)
-    with pytest.raises(StageFailed, match="stage sweep failed its own check: refitting changes"):
+    monkeypatch.setattr(actions, "sweep", sweep)
+    with pytest.raises(StageFailed, match="step sweep failed its own check: refitting changes"):
         run(tiny)
 
 

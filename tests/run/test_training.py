@@ -8,12 +8,13 @@ from typing import Any
 import pytest
 import torch
 
-from vitprune_fast.config.run import GateConfig, MaskConfig, TeacherConfig
+from vitprune_fast.config.run import DataConfig, GateConfig, MaskConfig, TeacherConfig
 from vitprune_fast.data import open_data
 from vitprune_fast.distill import DistillConfig
 from vitprune_fast.errors import InvalidInput
-from vitprune_fast.run import stages
-from vitprune_fast.run.stages import Setting
+from vitprune_fast.run import actions
+from vitprune_fast.run.actions import Setting
+from vitprune_fast.run.profile import choose_profile
 from vitprune_fast.run.training import Trainings, teach
 from vitprune_fast.testing import random_vit
 
@@ -28,7 +29,7 @@ def seen(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, tuple[int, ...]]]:
             trainings.append((purpose, tuple(model(torch.zeros(2, 1, 8, 8)).shape)))
         return SimpleNamespace(model=model, plan=None, finished=True)
 
-    monkeypatch.setattr(stages, "train", train)
+    monkeypatch.setattr(actions, "train", train)
     return trainings
 
 
@@ -47,7 +48,7 @@ def taught(
         DistillConfig(loss=(loss,)),
         Trainings(
             open_data("digits", image_size=8, channels=1),
-            Setting(seed=0, device="cpu", workers=0, augment=False, batch_size=32),
+            Setting(0, choose_profile("cpu"), DataConfig(augment=False, batch_size=32)),
         ),
         teachers=TeacherConfig(names, pretrained=False, size=size),
         gates=GateConfig(),

@@ -32,20 +32,18 @@ class Bench:
     threads: Threads = None
 
 
-def main(words: list[str]) -> int:
+def main(words: list[str]) -> None:
     """Times the model and prints a table."""
     if words[:1] == ["scoring"]:
         from vitprune_fast.cli import bench_scoring
 
         return bench_scoring.main(words[1:])
     options = parse("bench", words, lambda chosen: Bench())
-    if options is None:
-        return 0
     import vitprune_fast as vp
     from vitprune_fast.cli.display import print_assumptions, print_table
     from vitprune_fast.models.open import open_model
     from vitprune_fast.planning.waiting import load_warning
-    from vitprune_fast.run import stages
+    from vitprune_fast.run import actions
     from vitprune_fast.run.profile import applied, choose_profile
 
     profile = choose_profile(options.device, options.threads, dtype=options.dtype)
@@ -56,7 +54,7 @@ def main(words: list[str]) -> int:
         cost = vp.cost(model)
         print(f"model {number}: {config.name}, {cost.params:,} params, {cost.macs:,} MACs")
     with applied(profile):
-        measured = stages.measure(
+        measured = actions.measure(
             opened,
             profile.device,
             options.batch_sizes,
@@ -77,4 +75,3 @@ def main(words: list[str]) -> int:
     print_table(("model", "batch", "median ms", "p90 ms", "images/s"), rows)
     warning = load_warning(*(result.waited for results in measured for result in results))
     print_assumptions({"latency": warning} if warning else {})
-    return 0

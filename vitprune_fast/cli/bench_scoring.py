@@ -14,7 +14,7 @@ from vitprune_fast.config.run import Computed
 
 @dataclass(frozen=True)
 class BenchScoring:
-    """Race our scoring against what one would do without it, on random images.
+    """Race our scoring against the alternatives, on random images.
 
     On a CPU the processor time of one thread counts, on a GPU the time on its stream.
     """
@@ -26,23 +26,19 @@ class BenchScoring:
     """Images of the batch that is scored."""
     rounds: Annotated[int, arg(metavar="N")] = 10
     """How often every form is timed, in turns."""
-    peers: bool = True
-    """Also time forms that are not ours, as far as their packages are installed."""
     dtype: Computed = "auto"
     device: Annotated[str, arg(metavar="auto|cpu|cuda")] = "auto"
     """Where to compute."""
 
 
-def main(words: list[str]) -> int:
+def main(words: list[str]) -> None:
     """Runs the race and prints a table."""
     options = parse("bench scoring", words, lambda chosen: BenchScoring())
-    if options is None:
-        return 0
     import torch
 
     from vitprune_fast.batches import classes_of
     from vitprune_fast.cli.display import print_table
-    from vitprune_fast.cli.scoring_race import ALL_KINDS, BARE, FISHER, FORMS, race
+    from vitprune_fast.cli.scoring_race import race
     from vitprune_fast.errors import InvalidInput, NotEnoughMemory
     from vitprune_fast.models.open import open_model
     from vitprune_fast.randomness import generator
@@ -57,12 +53,11 @@ def main(words: list[str]) -> int:
     model: Any = open_model(options.model).to(device, dtype)
     random = generator(0, "bench")
     size = (options.batch_size, *describe(model).input_size)
-    forms = FORMS if options.peers else (ALL_KINDS, FISHER, BARE)
     print(f"{options.model.name}, batch {options.batch_size}, {dtype}, {device}")
     try:
         images = torch.randn(size, generator=random).to(device, dtype)
         labels = torch.randint(classes_of(model), size[:1], generator=random).to(device)
-        entries = race(model, images, labels, rounds=options.rounds, forms=forms)
+        entries = race(model, images, labels, rounds=options.rounds)
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
@@ -87,4 +82,3 @@ def main(words: list[str]) -> int:
         "of limit: the matrix products of forward and input gradients at the rate of the best "
         "product measured here, over the time"
     )
-    return 0

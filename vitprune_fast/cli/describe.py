@@ -20,11 +20,9 @@ class Describe:
     threads: Threads = None
 
 
-def main(words: list[str]) -> int:
+def main(words: list[str]) -> None:
     """Prints one line per axis and the cost."""
     options = parse("describe", words, lambda chosen: Describe())
-    if options is None:
-        return 0
     import vitprune_fast as vp
     from vitprune_fast.cli.display import print_table
     from vitprune_fast.models.open import skeleton
@@ -36,4 +34,3 @@ def main(words: list[str]) -> int:
     rows = [(name, axis.kind, f"{axis.size:,}") for name, axis in structure.axes.items()]
     print_table(("axis", "unit", "size"), rows)
     print(f"{cost.params:,} params, {cost.macs:,} MACs")
-    return 0

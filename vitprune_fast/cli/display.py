@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from rich.console import Console
@@ -19,7 +19,7 @@ from vitprune_fast.run.comparison import arrow, comparison, steps
 
 _PARTS = ("ce", "bce", *names(LOSSES))
 LINE_EVERY_S = 10.0
-"""Seconds between two lines of one stage where there is no terminal."""
+"""Seconds between two lines of one step where there is no terminal."""
 
 
 class Display:
@@ -46,49 +46,28 @@ class Display:
         self._drop_bar()
 
     def __call__(self, event: dict[str, Any]) -> None:
-        handler = getattr(self, f"_on_{event.get('event')}", None)
-        if handler is not None:
-            handler(event)
+        kind = event["event"]
+        if kind in _LINES:
+            self._say(*_LINES[kind](event))
+        elif kind in ("step", "epoch", "sweep"):
+            self._on_step(event)
+        elif kind in ("stage", "masks", "end"):
+            getattr(self, f"_on_{kind}")(event)
 
-    def _say(self, text: str) -> None:
+    def _say(self, topic: str, text: str) -> None:
         if not self.quiet:
-            self.console.print(text, markup=False)
-
-    def _on_profile(self, event: dict[str, Any]) -> None:
-        self._say(f"profile   {event['profile']}")
-
-    def _on_assumption(self, event: dict[str, Any]) -> None:
-        self._say(line(event["topic"], event["text"]))
-
-    def _on_note(self, event: dict[str, Any]) -> None:
-        self._say(f"note      {event['text']}")
+            self.console.print(f"{topic:<9} {text}".rstrip(), markup=False)
 
     def _on_stage(self, event: dict[str, Any]) -> None:
-        name, state = event["stage"], event["state"]
+        name, state, text = event["stage"], event["state"], event.get("text", "")
+        self._drop_bar()
         if state == "start":
             self._last_line = time.monotonic()
             self._pace = Pace()
             self._show_bar(name)
-        elif state == "kept":
-            self._drop_bar()
-            self._say(f"{name:<9} done earlier  {event.get('text', '')}".rstrip())
         else:
-            self._drop_bar()
-            self._say(f"{name:<9} {event['seconds']:6.1f} s  {event.get('text', '')}".rstrip())
-
-    def _on_resume(self, event: dict[str, Any]) -> None:
-        self._say(f"{event['stage']:<9} resumes at step {event['step']:,}")
-
-    def _on_start(self, event: dict[str, Any]) -> None:
-        self._say(f"{event['stage']:<9} starts with {start_text(event)}")
-
-    def _on_damaged_checkpoint(self, event: dict[str, Any]) -> None:
-        self._say(
-            f"{event['stage']:<9} a damaged checkpoint is left out: {event.get('reason', '')}"
-        )
-
-    def _on_skipped_step(self, event: dict[str, Any]) -> None:
-        self._say(f"{event['stage']:<9} step {event['step']:,} is skipped: not finite")
+            how = "done earlier" if state == "kept" else f"{event['seconds']:6.1f} s"
+            self._say(name, f"{how}  {text}")
 
     def _on_step(self, event: dict[str, Any]) -> None:
         self._pace.update(event, time.monotonic())
@@ -105,23 +84,14 @@ class Display:
             )
         elif time.monotonic() - self._last_line > LINE_EVERY_S:
             self._last_line = time.monotonic()
-            self._say(f"{event.get('stage', ''):<9} {self._pace.text()}")
+            self._say(event.get("stage", ""), self._pace.text())
 
     def _on_masks(self, event: dict[str, Any]) -> None:
         self._pace.update(event, time.monotonic())
-        self._say(
-            f"{event['stage']:<9} step {event['step']:,}: {event['share']:.0%} of the MACs left, "
-            f"{alive_text(event)}"
-        )
-
-    def _on_epoch(self, event: dict[str, Any]) -> None:
-        self._on_step(event)
-
-    def _on_sweep(self, event: dict[str, Any]) -> None:
-        self._on_step(event)
+        share = f"{event['share']:.0%} of the MACs left"
+        self._say(event["stage"], f"step {event['step']:,}: {share}, {alive_text(event)}")
 
     def _show_bar(self, name: str) -> None:
-        self._drop_bar()
         if self.console.is_terminal and not self.quiet:
             # without a total the bar pulses, until the first step tells it
             self._bar = self._bars.add_task(name, total=None, text="")
@@ -135,13 +105,9 @@ class Display:
 
     def _on_end(self, event: dict[str, Any]) -> None:
         summary = event["summary"]
-        table = Table(show_edge=False, pad_edge=False)
-        for heading in ("", "before", "after", "change"):
-            table.add_column(heading, justify="left" if heading == "" else "right")
-        for row in comparison(summary["before"], summary["after"]):
-            table.add_row(*row)
         self.console.print()
-        self.console.print(table)
+        rows = comparison(summary["before"], summary["after"])
+        print_table(("", "before", "after", "change"), rows, self.console)
         self.console.print()
         headings = ("model", "top-1", "correct", "95% interval", "agreement")
         print_table(headings, steps(summary), self.console)
@@ -153,6 +119,24 @@ class Display:
         self.console.print(f"top-1:  {arrow(summary)}", markup=False)
 
 
+_LINES: dict[str, Callable[[dict[str, Any]], tuple[str, str]]] = {
+    "profile": lambda event: ("profile", event["profile"]),
+    "assumption": lambda event: (event["topic"], " ".join(event["text"].split())),
+    "note": lambda event: ("note", event["text"]),
+    "resume": lambda event: (event["stage"], f"resumes at step {event['step']:,}"),
+    "start": lambda event: (event["stage"], f"starts with {start_text(event)}"),
+    "damaged_checkpoint": lambda event: (
+        event["stage"],
+        f"skips a damaged checkpoint: {event.get('reason', '')}",
+    ),
+    "skipped_step": lambda event: (
+        event["stage"],
+        f"step {event['step']:,} is skipped: not finite",
+    ),
+}
+"""Event -> the topic and the text of the one line that it is worth."""
+
+
 def print_assumptions(assumptions: Mapping[str, str]) -> None:
     """A line for each thing a verb takes for granted."""
     for topic, text in assumptions.items():
@@ -160,7 +144,7 @@ def print_assumptions(assumptions: Mapping[str, str]) -> None:
 
 
 class Pace:
-    """Where a training, a scoring or a sweep is, how fast, and how long it still takes."""
+    """Progress of a training, scoring or sweep: where it is, its speed, the time left."""
 
     def __init__(self) -> None:
         self.steps: int | None = None
@@ -171,7 +155,7 @@ class Pace:
     def update(self, event: dict[str, Any], now: float) -> None:
         """Takes in a `step`, `epoch`, `masks` or `sweep` event.
 
-        What it does not say stays as it was; another stage starts over.
+        What it does not say stays as it was; another step of the run starts over.
         """
         if event.get("stage") != self._event.get("stage", event.get("stage")):
             self.steps, self._event, self._first, self._left_s = None, {}, None, None
@@ -227,7 +211,7 @@ class Pace:
 
 
 def alive_text(event: dict[str, Any]) -> str:
-    """Live units of each kind, and how what is live attends: `heads 9/12, masked attention`."""
+    """Live units of each kind, and how the live heads attend: `heads 9/12, masked attention`."""
     alive = [f"{kind}s {on:,}/{total:,}" for kind, (on, total) in event["alive"].items()]
     return ", ".join([*alive, f"{event['attention']} attention"])
 

@@ -35,25 +35,21 @@ class Distill:
     device: Annotated[str, arg(metavar="auto|cpu|cuda")] = "auto"
     """Where to compute."""
     threads: Threads = None
-    tensorboard: Annotated[Path | None, arg(metavar="DIR")] = None
-    """Also write the curves for TensorBoard, a folder per training."""
 
 
-def main(words: list[str]) -> int:
+def main(words: list[str]) -> None:
     """Distils the model and saves it."""
     options = parse("distill", words, lambda chosen: Distill(), outputs=_outputs)
-    if options is None:
-        return 0
     import vitprune_fast as vp
     from vitprune_fast.checkpoint import check_folder, check_savable
     from vitprune_fast.cli.display import Display, print_assumptions
     from vitprune_fast.cli.signals import stoppable
     from vitprune_fast.files import probe_folder
-    from vitprune_fast.run.assumptions import about_gates
+    from vitprune_fast.run.assumptions import about_share
     from vitprune_fast.run.inputs import open_both, remember_normalisation
     from vitprune_fast.run.profile import applied
-    from vitprune_fast.run.tensorboard import Board
-    from vitprune_fast.run.training import Trainings, TrainingStopped, teach
+    from vitprune_fast.run.step import RunStopped
+    from vitprune_fast.run.training import Trainings, teach
 
     if options.schedule.needs_teacher and not options.teacher.names:
         raise InvalidInput(
@@ -67,17 +63,14 @@ def main(words: list[str]) -> int:
     dtype = options.schedule.dtype
     opened = open_both(options.model, options.data, seed, options.device, options.threads, dtype)
     check_savable(opened.model)
-    print_assumptions({**opened.assumptions, **about_gates(options.gates)})
+    print_assumptions({**opened.assumptions, **about_share(options.gates, options.masks)})
     resumes = options.checkpoints is not None
     with (
-        applied(opened.profile),
+        applied(opened.setting.profile),
         Display() as display,
-        stoppable(display, TrainingStopped, resumes=resumes) as (on_event, stop),
+        stoppable(display, RunStopped, resumes=resumes) as (on_event, stop),
     ):
-        board = options.tensorboard and Board(options.tensorboard)
-        trainings = Trainings(
-            opened.data, opened.setting, options.checkpoints, on_event, stop, board
-        )
+        trainings = Trainings(opened.data, opened.setting, options.checkpoints, on_event, stop)
         taught = teach(
             opened.model,
             options.schedule,
@@ -89,12 +82,7 @@ def main(words: list[str]) -> int:
     remember_normalisation(taught, opened.data, trained=True)
     vp.save(taught, options.out)
     print(options.out)
-    return 0
 
 
 def _outputs(options: Distill) -> dict[str, Path | None]:
-    return {
-        "out": options.out,
-        "checkpoints": options.checkpoints,
-        "tensorboard": options.tensorboard,
-    }
+    return {"out": options.out, "checkpoints": options.checkpoints}

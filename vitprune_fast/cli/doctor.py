@@ -15,14 +15,11 @@ class Doctor:
     threads: Threads = None
 
 
-def main(words: list[str]) -> int:
+def main(words: list[str]) -> None:
     """Prints what `vp.doctor()` finds."""
     options = parse("doctor", words, lambda chosen: Doctor())
-    if options is None:
-        return 0
     import vitprune_fast as vp
     from vitprune_fast.run.profile import applied, choose_profile
 
     with applied(choose_profile("cpu", options.threads)):
         print(vp.doctor())
-    return 0

@@ -29,14 +29,12 @@ class Eval:
     threads: Threads = None
 
 
-def main(words: list[str]) -> int:
+def main(words: list[str]) -> None:
     """Evaluates the model and prints the counts."""
     options = parse("eval", words, lambda chosen: Eval())
-    if options is None:
-        return 0
     from vitprune_fast.cli.display import print_assumptions
     from vitprune_fast.models.open import open_model
-    from vitprune_fast.run import stages
+    from vitprune_fast.run import actions
     from vitprune_fast.run.assumptions import about_test_images
     from vitprune_fast.run.inputs import open_both
     from vitprune_fast.run.profile import applied
@@ -46,13 +44,11 @@ def main(words: list[str]) -> int:
     )
     unknown = about_test_images(options.model, opened.data) if options.split == "test" else {}
     print_assumptions({**opened.assumptions, **unknown})
-    teacher = open_model(ModelConfig(name=str(options.teacher))) if options.teacher else None
-    with applied(opened.profile):
-        result = stages.evaluate(
-            opened.model, opened.data, opened.setting, split=options.split, teacher=teacher
-        )
+    teachers = [open_model(ModelConfig(name=str(options.teacher)))] if options.teacher else []
+    models = [*teachers, opened.model]
+    with applied(opened.setting.profile):
+        *_, result = actions.evaluate(models, opened.data, opened.setting, split=options.split)
     print(f"top-1 {result.top1:.2%} ({result.top1_count} of {result.samples})")
     print(f"top-5 {result.top5:.2%} ({result.top5_count} of {result.samples})")
-    if teacher is not None:
+    if teachers:
         print(f"agreement {result.agreement:.2%} ({result.agreement_count} of {result.samples})")
-    return 0

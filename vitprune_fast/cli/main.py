@@ -44,7 +44,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _fail(f"vitprune-fast: no verb {verb!r}; {hint}")
     try:
         listen()
-        return import_module(f"vitprune_fast.cli.{verb}").main(words) or 0
+        import_module(f"vitprune_fast.cli.{verb}").main(words)
     except VitpruneError as error:
         return _fail(str(error))
     except Interrupted as stop:
@@ -57,6 +57,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         # the reader of our output (head, less) went away: not our error, but not a success
         sys.stderr.close()
         return 128 + signal.SIGPIPE
+    return 0
 
 
 def _let_waiting_threads_sleep() -> None:
@@ -81,18 +82,13 @@ def _fail(sentence: str) -> int:
 
 def _overview() -> str:
     width = max(map(len, VERBS))
-    lines = [f"  {verb:<{width}}  {text}" for verb, text in VERBS.items()]
-    return "\n".join(
-        [
-            "usage: vitprune-fast VERB [options]",
-            "",
-            "Prune Vision Transformers to a budget, and distil what is left.",
-            "",
-            *lines,
-            "",
-            "vitprune-fast VERB --help shows the options of a verb. Without data or GPU:",
-            "vitprune-fast run",
-        ]
+    lines = "\n".join(f"  {verb:<{width}}  {text}" for verb, text in VERBS.items())
+    return (
+        "usage: vitprune-fast VERB [options]\n\n"
+        "Prune Vision Transformers to a budget, and distil what is left.\n\n"
+        f"{lines}\n\n"
+        "vitprune-fast VERB --help shows the options of a verb. Without data or GPU:\n"
+        "vitprune-fast run"
     )
 
 

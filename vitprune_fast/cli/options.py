@@ -25,7 +25,7 @@ class FileFlags:
     """Where the options come from."""
 
     config: Annotated[Path | None, arg(metavar="FILE")] = None
-    """YAML file with any of these options; flags given beside it win."""
+    """YAML file with any of these options; flags win over it."""
     print_config: bool = False
     """Print the options as YAML, ready for --config, and do nothing else."""
 
@@ -54,7 +54,7 @@ def optional_data() -> DataConfig:
 
 
 def partial_of(out: Path) -> Path:
-    """What a stopped verb keeps for the same command; for another output it is another file."""
+    """Where a stopped verb keeps its work for the same command; each output has its own file."""
     return out.parent / f"{out.name.removesuffix('.safetensors')}.partial.safetensors"
 
 
@@ -64,8 +64,8 @@ def parse(
     default: Callable[[argparse.Namespace], T],
     flags: type[FileFlags] = FileFlags,
     outputs: Callable[[T], Mapping[str, Path | None]] = lambda options: {},
-) -> T | None:
-    """The options of a verb, or None when they were only to be printed.
+) -> T:
+    """The options of a verb.
 
     Args:
         verb: for the usage line.
@@ -76,6 +76,7 @@ def parse(
         outputs: option -> what the verb will write.
 
     Raises:
+        SystemExit: they were only to be printed, and have been.
         InvalidInput: an option is out of range, or an output would destroy an input.
     """
     early = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
@@ -101,7 +102,7 @@ def parse(
     )
     if parsed.files.print_config:
         print(to_yaml(parsed.options), end="")
-        return None
+        raise SystemExit(0)
     refuse_overwriting(
         verb,
         parsed.options,

@@ -27,23 +27,21 @@ class Plan:
     threads: Threads = None
 
 
-def main(words: list[str]) -> int:
+def main(words: list[str]) -> None:
     """Plans within the budget and saves the plan."""
     options = parse("plan", words, lambda chosen: Plan(), outputs=lambda plan: {"out": plan.out})
-    if options is None:
-        return 0
     import vitprune_fast as vp
     from vitprune_fast.cli.display import print_assumptions
     from vitprune_fast.models.open import skeleton
     from vitprune_fast.planning.cost import predict_cost
-    from vitprune_fast.run import stages
+    from vitprune_fast.run import actions
     from vitprune_fast.run.assumptions import about_budget, about_scores
     from vitprune_fast.run.profile import applied, choose_profile
 
     scores = vp.Scores.load(options.scores)
     with applied(choose_profile("cpu", options.threads)):
         model = skeleton(options.model)
-        plan = stages.plan(model, scores, options.plan)
+        plan = actions.plan(model, scores, options.plan)
         print_assumptions({**about_scores(scores), **about_budget(options.plan)})
         plan.save(options.out)
         structure = vp.describe(model)
@@ -52,4 +50,3 @@ def main(words: list[str]) -> int:
         f"{options.out}: {after.macs:,} of {before.macs:,} MACs, "
         f"{after.params:,} of {before.params:,} params"
     )
-    return 0

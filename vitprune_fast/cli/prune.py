@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -13,7 +13,6 @@ from tyro.conf import arg
 from vitprune_fast.cli.options import optional_data, parse, partial_of, required_model
 from vitprune_fast.config.model import ModelConfig
 from vitprune_fast.config.run import DataConfig, SweepConfig, Threads
-from vitprune_fast.errors import InvalidInput
 from vitprune_fast.precision import Precision
 
 
@@ -42,11 +41,9 @@ class Prune:
     threads: Threads = None
 
 
-def main(words: list[str]) -> int:
+def main(words: list[str]) -> None:
     """Prunes, proves the cut on random images, refits what stays, and saves the result."""
     options = parse("prune", words, lambda chosen: Prune(), outputs=_outputs)
-    if options is None:
-        return 0
     import vitprune_fast as vp
     from vitprune_fast.checkpoint import check_folder, check_savable
     from vitprune_fast.cli.display import print_assumptions
@@ -55,7 +52,6 @@ def main(words: list[str]) -> int:
     from vitprune_fast.run.inputs import open_both, open_weights, remember_normalisation
     from vitprune_fast.run.profile import applied, choose_profile
 
-    _check_data(options)
     check_folder(options.out)
     opened = None
     if options.data.source:
@@ -67,7 +63,7 @@ def main(words: list[str]) -> int:
             options.threads,
             options.dtype,
         )
-    with applied(opened.profile if opened else choose_profile("cpu", options.threads)):
+    with applied(opened.setting.profile if opened else choose_profile("cpu", options.threads)):
         model = opened.model if opened else open_weights(options.model, options.seed)
         check_savable(model)
         plan = vp.Plan.load(options.plan)
@@ -93,41 +89,21 @@ def main(words: list[str]) -> int:
         f"{after.params:,} of {before.params:,} params; the cut was checked: "
         + "; ".join(proof.name for proof in proofs)
     )
-    return 0
 
 
 def _outputs(options: Prune) -> dict[str, Path | None]:
     return {"out": options.out, "the partial fits of out": partial_of(options.out)}
 
 
-def _check_data(options: Prune) -> None:
-    """Refuses options about images where none are named: nothing is ignored in silence."""
-    unset = optional_data()
-    given = [
-        each.name.replace("_", "-")
-        for each in fields(unset)
-        if getattr(options.data, each.name) != getattr(unset, each.name)
-    ]
-    if options.sweep.images != SweepConfig().images:
-        given.append("calibration-images")
-    if options.dtype != "auto":
-        given.append("dtype")
-    if given and not options.data.source:
-        raise InvalidInput(
-            f"prune: data must be given with {', '.join(given)}, got none; add --data, or leave "
-            "them out"
-        )
-
-
 def _about_images(options: Prune, opened: Any) -> dict[str, str]:
     """What is assumed of the images to refit on; those of a run's test are refused."""
-    from vitprune_fast.run import stages
+    from vitprune_fast.run import actions
     from vitprune_fast.run.assumptions import about_calibration
     from vitprune_fast.run.refit import refuse_test_images
 
     if not options.sweep.compensate:
         return {}
-    images = stages.calibration(opened.data, options.sweep, opened.setting).images
+    images = actions.calibration(opened.data, options.sweep, opened.setting).images
     unknown = refuse_test_images(
         opened.data, images.ids.tolist(), [Path(options.model.name), options.plan]
     )
@@ -141,20 +117,14 @@ def _refitted(options: Prune, opened: Any, plan: Any) -> Any:
     """The refitted model, with a bar on the way and what was gained at the end."""
     from vitprune_fast.cli.display import Display
     from vitprune_fast.cli.signals import stoppable
-    from vitprune_fast.run import checks, stages
+    from vitprune_fast.run import actions, checks
     from vitprune_fast.run.refit import left_out_lines, refit_text
     from vitprune_fast.surgery import SweepStopped
 
-    stage = {"event": "stage", "stage": "sweep"}
     with Display() as display:
-
-        def show(event: dict[str, Any]) -> None:
-            display({**event, "stage": "sweep"})
-
-        with stoppable(show, SweepStopped) as (on_event, stop):
-            on_event({**stage, "state": "start"})
+        with stoppable(display, SweepStopped, stage="sweep") as (on_event, stop):
             started = time.perf_counter()
-            pruned, report = stages.sweep(
+            pruned, report = actions.sweep(
                 opened.model,
                 plan,
                 opened.data,
@@ -165,7 +135,8 @@ def _refitted(options: Prune, opened: Any, plan: Any) -> Any:
                 stop=stop,
             )
             seconds = time.perf_counter() - started
-            on_event({**stage, "state": "done", "seconds": seconds, "text": refit_text(report)})
+            done = {"event": "stage", "state": "done", "seconds": seconds}
+            on_event({**done, "text": refit_text(report)})
         for text in (*report.warnings, *left_out_lines(report)):
             display({"event": "note", "text": text})
     checks.require("sweep", [checks.finite(pruned, checks.random_images(pruned))])

@@ -27,11 +27,9 @@ class Report:
     threads: Threads = None
 
 
-def main(words: list[str]) -> int:
+def main(words: list[str]) -> None:
     """Writes the report or the comparison and prints its path."""
     options = parse("report", words, lambda chosen: Report(), outputs=_outputs)
-    if options is None:
-        return 0
     from vitprune_fast.run.profile import applied, choose_profile
     from vitprune_fast.run.report import write_comparison, write_report
 
@@ -40,7 +38,6 @@ def main(words: list[str]) -> int:
             print(write_report(options.folders[0]))
         else:
             print(write_comparison(options.folders, options.out or COMPARISON))
-    return 0
 
 
 def _outputs(options: Report) -> dict[str, Path | None]:

@@ -28,11 +28,9 @@ def _recipe(chosen: Namespace) -> str | None:
     return named if isinstance(named, str) and named != RunConfig().recipe else None
 
 
-def main(words: list[str]) -> int:
+def main(words: list[str]) -> None:
     """Parses the options and runs the chain, showing its progress."""
     options = parse("run", words, _default, PresetFlags, outputs=lambda run: {"out": run.out})
-    if options is None:
-        return 0
     from vitprune_fast.cli.display import Display
     from vitprune_fast.cli.signals import stoppable
     from vitprune_fast.recipes.start import RunStopped, run
@@ -42,4 +40,3 @@ def main(words: list[str]) -> int:
         stoppable(display, RunStopped) as (on_event, stop),
     ):
         run(options, on_event=on_event, stop=stop, command=["vitprune-fast", "run", *words])
-    return 0

@@ -34,16 +34,14 @@ class Score:
     threads: Threads = None
 
 
-def main(words: list[str]) -> int:
+def main(words: list[str]) -> None:
     """Scores the model and saves the scores."""
     options = parse("score", words, lambda chosen: Score(), outputs=_outputs)
-    if options is None:
-        return 0
     from vitprune_fast import files
     from vitprune_fast.cli.display import Display, print_assumptions, print_table, rate_text
     from vitprune_fast.cli.signals import stoppable
     from vitprune_fast.errors import InvalidInput
-    from vitprune_fast.run import stages
+    from vitprune_fast.run import actions
     from vitprune_fast.run.inputs import open_both
     from vitprune_fast.run.profile import applied
     from vitprune_fast.scoring import ScoringStopped
@@ -65,13 +63,12 @@ def main(words: list[str]) -> int:
     model = opened.model
     print_assumptions(opened.assumptions)
     with (
-        applied(opened.profile),
+        applied(opened.setting.profile),
         Display() as display,
-        stoppable(display, ScoringStopped) as (on_event, stop),
+        stoppable(display, ScoringStopped, stage="score") as (on_event, stop),
     ):
-        on_event({"event": "stage", "stage": "score", "state": "start"})
         started = time.perf_counter()
-        scores = stages.score(
+        scores = actions.score(
             model,
             opened.data,
             options.score,
@@ -94,7 +91,6 @@ def main(words: list[str]) -> int:
     if agreement := agreement_text(scores.provenance):
         print(agreement)
     print_table(("unit kind", "axes", "units", "least", "median", "most"), _summary(model, scores))
-    return 0
 
 
 def _outputs(options: Score) -> dict[str, Path | None]:

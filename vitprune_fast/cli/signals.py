@@ -77,13 +77,18 @@ class Stopper:
 
 @contextmanager
 def stoppable(
-    listener: Callable[[dict], None], stopped: type[Exception], *, resumes: bool = True
+    listener: Callable[[dict], None],
+    stopped: type[Exception],
+    *,
+    stage: str = "",
+    resumes: bool = True,
 ) -> Iterator[tuple[Callable[[dict], None], Stopper]]:
     """Lets signals end the work in the body with a checkpoint.
 
     Args:
         listener: hears every event of it.
-        stopped: what the work raises when it was told to stop.
+        stopped: what the work raises when it was asked to stop.
+        stage: its name, added to its events; it begins at once. Without one they have their own.
         resumes: a checkpoint is then written, from which the same command goes on.
 
     Yields:
@@ -93,8 +98,10 @@ def stoppable(
 
     def on_event(event: dict) -> None:
         stop.watch(event)
-        listener(event)
+        listener({**event, "stage": stage} if stage else event)
 
+    if stage:
+        on_event({"event": "stage", "state": "start"})
     try:
         yield on_event, stop
     except stopped:

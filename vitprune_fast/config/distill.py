@@ -1,4 +1,4 @@
-"""What a training or distillation run is told."""
+"""Settings of a training or distillation."""
 
 from __future__ import annotations
 
@@ -9,8 +9,19 @@ from typing import Annotated, Any, Literal
 
 from typing_extensions import Doc
 
+from vitprune_fast.config.rules import (
+    NonNegative,
+    NonNegativeInt,
+    Positive,
+    PositiveInt,
+    PositiveShare,
+    Rule,
+    Share,
+    ShareBelowOne,
+    check,
+)
 from vitprune_fast.errors import InvalidInput
-from vitprune_fast.precision import NAMES, Precision
+from vitprune_fast.precision import Precision
 from vitprune_fast.registry import described, named, names
 
 LOSSES = "distill/losses"
@@ -25,41 +36,41 @@ class DistillConfig:
     every loss times its weight; without a logit loss it is ``CE + sum of feature losses``.
     """
 
-    epochs: int = 60
+    epochs: PositiveInt = 60
     """Passes over the training images."""
-    lr: float | None = None
+    lr: Positive | None = None
     """Peak learning rate; unset: the one that suits the state in which the student comes, small for
     one that is nearly right, 1e-3 for one that has everything to learn; with `sgd`, gates or masks
     always 1e-3."""
-    lr_batch: int | None = None
+    lr_batch: PositiveInt | None = None
     """Images per step that lr is meant for, of all micro-batches and processes together; with more
     or fewer the peak rises or falls in proportion (DeiT: 512, timm: 256); unset: lr as it is."""
     min_lr: float | None = None
     """Learning rate at the end of the cosine; unset: a hundredth of lr, at most 1e-5."""
-    warmup_epochs: float = 5.0
+    warmup_epochs: NonNegative = 5.0
     """Epochs of linear warm-up, fractions allowed; at most half of those before the cooldown."""
-    warmup_lr: float = 0.0
+    warmup_lr: NonNegative = 0.0
     """Learning rate before the first step of the warm-up."""
-    cooldown_epochs: float = 0.0
+    cooldown_epochs: NonNegative = 0.0
     """Epochs at the end, of all of them, that stay at min_lr."""
     optimizer: Literal["adamw", "sgd"] = "adamw"
     """`sgd` has Nesterov-free momentum."""
-    momentum: float = 0.9
+    momentum: ShareBelowOne = 0.9
     """Of `sgd`."""
     betas: tuple[float, float] = (0.9, 0.999)
     """Of `adamw`: how slowly the averages of gradients and of their squares change."""
-    eps: float = 1e-8
+    eps: Positive = 1e-8
     """Of `adamw`: added to the root of the average of squares."""
-    weight_decay: float = 0.05
+    weight_decay: NonNegative = 0.05
     """Of parameters with two dimensions or more."""
-    layer_decay: float = 1.0
+    layer_decay: PositiveShare = 1.0
     """Learning rate of a block as a share of that of the block above, in (0, 1]; heads and the
     final norm have the full one (BEiT)."""
-    clip_norm: float = 1.0
+    clip_norm: NonNegative = 1.0
     """Gradients are scaled down to this L2 norm; 0 leaves them."""
-    accumulate: int = 1
+    accumulate: PositiveInt = 1
     """Batches whose gradients are averaged for one step."""
-    ema: float = 0.0
+    ema: ShareBelowOne = 0.0
     """Decay of an average of the weights, which is then what is validated and comes back; 0 for
     none. The first steps weigh more (timm's warm-up of the decay). DeiT: 0.99996."""
     ema_every: Literal["step", "epoch"] = "step"
@@ -72,28 +83,28 @@ class DistillConfig:
     """Run the student through torch.compile."""
     grad_checkpointing: bool = False
     """Compute activations again in the backward pass rather than keep them."""
-    drop_path: float | None = None
+    drop_path: ShareBelowOne | None = None
     """Probability that the last block's branches are left out of a sample, falling to 0 at the
     first; unset: as the model has it."""
     label_loss: Literal["ce", "bce"] = "ce"
     """What labels are learnt by: `ce`, cross-entropy; `bce`, binary cross-entropy of every class by
     itself, mean over images and classes (ResNet strikes back, DeiT III)."""
-    bce_threshold: float | None = None
+    bce_threshold: ShareBelowOne | None = None
     """Of `bce`: classes with a larger share of a mixed label count whole, others not at all (DeiT
     III: 0, ResNet strikes back: 0.2); unset: shares as they are."""
-    label_smoothing: float = 0.0
+    label_smoothing: ShareBelowOne = 0.0
     """Share of a label spread over all classes, [0, 1)."""
-    mixup: float = 0.0
+    mixup: NonNegative = 0.0
     """Alpha of the Beta distribution of mixup; 0 for none (DeiT: 0.8)."""
-    cutmix: float = 0.0
+    cutmix: NonNegative = 0.0
     """Alpha of the Beta distribution of CutMix; 0 for none (DeiT: 1, UP-ViT: 0.5)."""
     cutmix_larger: bool = False
     """An image keeps its larger part in CutMix, max(l, 1 - l) for l (UP-ViT)."""
-    switch_prob: float = 0.5
+    switch_prob: Share = 0.5
     """Share of mixed batches that CutMix takes where both are on (DeiT: 0.5)."""
-    mix_prob: float = 1.0
+    mix_prob: Share = 1.0
     """Share of batches that are mixed."""
-    erase: float = 0.0
+    erase: Share = 0.0
     """Share of images of which a random rectangle becomes noise, before they are mixed (DeiT:
     0.25)."""
     loss: Annotated[
@@ -107,20 +118,20 @@ class DistillConfig:
     """Weights of the losses, in their order; unset: each its own, which is 1 if it says nothing."""
     loss_weights_end: tuple[float, ...] = ()
     """Weights at the end of the run, reached in a straight line; unset: they stay."""
-    alpha: float = 0.5
+    alpha: Share = 0.5
     """Weight of the logit losses against the labels, in [0, 1]. A student with a distillation token
     learns them with the head of that token, and answers by the mean of both heads (DeiT: 0.5)."""
-    temperature: float = 2.0
+    temperature: Positive = 2.0
     """Softens both sides of soft losses."""
     layers: tuple[tuple[int, int], ...] = ()
     """Pairs of (student block, teacher block) for `hidden`, `manifold` and `relation`; unset: for
     `manifold` the first and last four (all where there are fewer), for others every block, spread
     over the teacher's."""
-    manifold_rows: int = 192
+    manifold_rows: Annotated[int, Rule("at least 2", lambda rows: rows >= 2)] = 192
     """Tokens drawn for the random part of `manifold`."""
-    gate_lr: float | None = None
+    gate_lr: Positive | None = None
     """Peak learning rate of gates; unset: five times lr."""
-    gate_budget_lr: float = 0.1
+    gate_budget_lr: Positive = 0.1
     """Peak learning rate at which the multipliers of a gate budget rise."""
     seed: int = 0
     """Of dropout, drop-path, mixing and whatever else draws numbers inside a step."""
@@ -128,74 +139,33 @@ class DistillConfig:
     """Which weights come back: those of the last epoch, or those with the best top-1 on the
     validation images, be it the student's as it was given or of an epoch (the earliest of equals;
     with masks among the epochs that ended with the last ones)."""
-    max_bad_steps: int = 10
+    max_bad_steps: NonNegativeInt = 10
     """More steps with a non-finite loss or gradient in a row end the run."""
-    checkpoint_steps: int = 0
+    checkpoint_steps: NonNegativeInt = 0
     """Write a checkpoint after so many steps as well as after every epoch; 0 for epochs only."""
-    log_steps: int = 10
+    log_steps: NonNegativeInt = 10
     """An event after so many steps; 0 for epochs only."""
 
     def __post_init__(self) -> None:
+        check("DistillConfig", self)
         largest = math.inf if self.lr is None else self.lr
-        smooths = self.label_smoothing > 0
-        rules = {
-            "epochs": (self.epochs >= 1, "be at least 1"),
-            "lr": (self.lr is None or self.lr > 0, "be unset or above 0"),
-            "lr_batch": (
-                self.lr_batch is None or (self.lr_batch >= 1 and self.lr is not None),
-                "be unset, or at least 1 with a given lr",
-            ),
+        together = {
+            "lr_batch": (self.lr_batch is None or self.lr is not None, "be unset without lr"),
             "min_lr": (0 <= (self.min_lr or 0) <= largest, "be between 0 and lr"),
-            "warmup_epochs": (self.warmup_epochs >= 0, "be at least 0"),
-            "warmup_lr": (0 <= self.warmup_lr <= largest, "be between 0 and lr"),
-            "cooldown_epochs": (
-                0 <= self.cooldown_epochs < self.epochs,
-                "be at least 0 and below epochs",
-            ),
-            "optimizer": (self.optimizer in ("adamw", "sgd"), "be `adamw` or `sgd`"),
-            "momentum": (0 <= self.momentum < 1, "be in [0, 1)"),
+            "warmup_lr": (self.warmup_lr <= largest, "be at most lr"),
+            "cooldown_epochs": (self.cooldown_epochs < self.epochs, "be below epochs"),
             "betas": (
                 len(self.betas) == 2 and all(0 <= beta < 1 for beta in self.betas),
                 "be two numbers in [0, 1)",
             ),
-            "eps": (self.eps > 0, "be above 0"),
-            "weight_decay": (self.weight_decay >= 0, "be at least 0"),
-            "layer_decay": (0 < self.layer_decay <= 1, "be in (0, 1]"),
-            "clip_norm": (self.clip_norm >= 0, "be at least 0"),
-            "accumulate": (self.accumulate >= 1, "be at least 1"),
-            "ema": (0 <= self.ema < 1, "be in [0, 1)"),
-            "ema_every": (self.ema_every in ("step", "epoch"), "be `step` or `epoch`"),
-            "dtype": (self.dtype in NAMES, f"be one of {', '.join(NAMES)}"),
-            "drop_path": (
-                self.drop_path is None or 0 <= self.drop_path < 1,
-                "be unset or in [0, 1)",
-            ),
-            "label_loss": (self.label_loss in ("ce", "bce"), "be `ce` or `bce`"),
             "bce_threshold": (
                 self.bce_threshold is None
-                or (self.label_loss == "bce" and 0 <= self.bce_threshold < 1 and not smooths),
-                "be unset, or in [0, 1) with label_loss `bce` and without label_smoothing",
+                or (self.label_loss == "bce" and not self.label_smoothing),
+                "be unset, or with label_loss bce and without label_smoothing",
             ),
-            "label_smoothing": (0 <= self.label_smoothing < 1, "be in [0, 1)"),
-            "mixup": (self.mixup >= 0, "be at least 0"),
-            "cutmix": (self.cutmix >= 0, "be at least 0"),
             "cutmix_larger": (self.cutmix > 0 or not self.cutmix_larger, "be off without cutmix"),
-            "switch_prob": (0 <= self.switch_prob <= 1, "be in [0, 1]"),
-            "mix_prob": (0 <= self.mix_prob <= 1, "be in [0, 1]"),
-            "erase": (0 <= self.erase <= 1, "be in [0, 1]"),
-            "alpha": (0 <= self.alpha <= 1, "be in [0, 1]"),
-            "temperature": (self.temperature > 0, "be above 0"),
-            "manifold_rows": (self.manifold_rows >= 2, "be at least 2"),
-            "gate_lr": (self.gate_lr is None or self.gate_lr > 0, "be unset or above 0"),
-            "gate_budget_lr": (self.gate_budget_lr > 0, "be above 0"),
-            "keep": (self.keep in ("last", "best"), "be `last` or `best`"),
-            "max_bad_steps": (self.max_bad_steps >= 0, "be at least 0"),
-            "checkpoint_steps": (self.checkpoint_steps >= 0, "be at least 0"),
-            "log_steps": (self.log_steps >= 0, "be at least 0"),
         }
-        for name, (holds, rule) in rules.items():
-            if getattr(self, name) == math.inf:
-                raise InvalidInput(f"DistillConfig: {name} must be finite, got inf")
+        for name, (holds, rule) in together.items():
             if not holds:
                 raise InvalidInput(f"DistillConfig: {name} must {rule}, got {getattr(self, name)}")
         known = names(LOSSES)

@@ -5,7 +5,6 @@ A field's docstring is its `--help` text. Nothing here imports torch, so `--help
 
 from __future__ import annotations
 
-import reprlib
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -14,6 +13,15 @@ from tyro.conf import Suppress, arg
 
 from vitprune_fast.config.distill import DistillConfig
 from vitprune_fast.config.model import ModelConfig, Pairs
+from vitprune_fast.config.rules import (
+    NonNegative,
+    NonNegativeInt,
+    PositiveInt,
+    PositiveShare,
+    Rule,
+    Share,
+    check,
+)
 from vitprune_fast.errors import InvalidInput
 from vitprune_fast.precision import Precision
 from vitprune_fast.registry import described, names
@@ -40,6 +48,18 @@ def _chosen(folder: str, what: str) -> Any:
     return arg(metavar="|".join(names(folder)), help=f"{what}: {described(folder)}")
 
 
+def _known(folder: str) -> Rule:
+    """The name of a file in a folder."""
+    return Rule(f"one of {', '.join(names(folder))}", names(folder).__contains__)
+
+
+CRITERIA, ALLOCATIONS = "scoring/criteria", "planning/allocations"
+Criterion = Annotated[str, _chosen(CRITERIA, "What is measured of a unit"), _known(CRITERIA)]
+Allocation = Annotated[
+    str, _chosen(ALLOCATIONS, "How the budget is spread over the layers"), _known(ALLOCATIONS)
+]
+
+
 @dataclass(frozen=True)
 class DataConfig:
     """Which images, and how they are read."""
@@ -61,11 +81,11 @@ class DataConfig:
     crop: Literal["resized", "simple"] = "resized"
     """Training windows of photographs: `resized`, of any size from crop-scale on; `simple`, as
     large as the photograph allows (DeiT III)."""
-    crop_scale: Annotated[float, arg(metavar="SHARE")] = 0.35
+    crop_scale: Annotated[PositiveShare, arg(metavar="SHARE")] = 0.35
     """Smallest share of a photograph's area that a resized window has (DeiT and UP-ViT: 0.08)."""
-    color_jitter: float = 0.0
+    color_jitter: Share = 0.0
     """Largest change of the brightness, contrast and saturation of photographs, as a share (DeiT
-    III: 0.3; DeiT's 0.4 is off beside its RandAugment)."""
+    III: 0.3; DeiT's 0.4 is off together with its RandAugment)."""
     repeats: Annotated[int, arg(metavar="N")] = 1
     """Augmented copies of an image in a row, each for another process where there are several;
     epochs stay as long (DeiT has 3)."""
@@ -83,32 +103,26 @@ class DataConfig:
     """Processes that read images; unset: chosen. Any number gives the same stream."""
 
     def __post_init__(self) -> None:
-        rules = {
-            "crop_scale": (0 < self.crop_scale <= 1, "be in (0, 1]"),
-            "color_jitter": (0 <= self.color_jitter <= 1, "be in [0, 1]"),
-        }
-        for name, (holds, rule) in rules.items():
-            if not holds:
-                raise InvalidInput(f"data: {name} must {rule}, got {getattr(self, name)}")
+        check("data", self)
 
 
 @dataclass(frozen=True)
 class ScoreConfig:
     """How the importance of units is measured."""
 
-    criterion: Annotated[str, _chosen("scoring/criteria", "What is measured of a unit")] = "taylor"
+    criterion: Criterion = "taylor"
     reduction: Literal["abs", "square", "signed", "token_abs", "l1", "l2", "group"] | None = None
     """How per-sample scores (or weights) become one number per unit; unset: the criterion's own."""
     units: tuple[str, ...] = ("head", "neuron")
     """Unit kinds to score: head, qk_dim, v_dim, neuron, embed, attn_branch, mlp_branch, block; or
     `all`. Budgets cut heads and neurons."""
-    samples: Annotated[int, arg(metavar="N", name="score-samples")] = 1024
+    samples: Annotated[PositiveInt, arg(metavar="N", name="score-samples")] = 1024
     """Training images to score on (all of them when there are fewer)."""
-    batch_size: Annotated[int, arg(metavar="N", name="score-batch-size")] = 64
+    batch_size: Annotated[PositiveInt, arg(metavar="N", name="score-batch-size")] = 64
     """Images per scoring step; halved where memory does not hold so many."""
-    draws: Annotated[int, arg(metavar="N")] = 1
+    draws: Annotated[PositiveInt, arg(metavar="N")] = 1
     """Labels drawn per image, for `fisher`."""
-    candidates: Annotated[int, arg(metavar="N")] = 32
+    candidates: Annotated[PositiveInt, arg(metavar="N")] = 32
     """Units left out at once, for `loss` and `kl`."""
     loss_scale: Annotated[float | None, arg(metavar="FACTOR")] = None
     """Keeps gradients in float16 from underflow; unset: 1024 there, 1 in all others."""
@@ -116,15 +130,7 @@ class ScoreConfig:
     """Replay a scoring step as a CUDA graph; auto: never, until committed results show a win."""
 
     def __post_init__(self) -> None:
-        known = names("scoring/criteria")
-        if self.criterion not in known:
-            raise InvalidInput(
-                f"score: criterion must be one of {', '.join(known)}, got "
-                f"{reprlib.repr(self.criterion)}"
-            )
-        for name in ("samples", "batch_size", "draws", "candidates"):
-            if getattr(self, name) < 1:
-                raise InvalidInput(f"score: {name} must be at least 1, got {getattr(self, name)}")
+        check("score", self)
 
 
 @dataclass(frozen=True)
@@ -138,33 +144,18 @@ class PlanConfig:
     """Budget in parameters: a share up to 1, or a number above 1."""
     keep: Pairs = field(default_factory=dict)
     """Share of units to keep per kind instead of a cost budget, e.g. head=0.5 neuron=0.7."""
-    allocation: Annotated[
-        str, _chosen("planning/allocations", "How the budget is spread over the layers")
-    ] = "global"
+    allocation: Allocation = "global"
     normalization: Annotated[str | None, arg(metavar="NAME")] = None
     """How scores of different blocks are made comparable; unset: the planner's default."""
     min_units: Annotated[int, arg(metavar="N")] = 1
     """Units every layer keeps at least; 0 allows emptied layers."""
     round_to: Annotated[int, arg(metavar="N")] = 1
     """Keep a multiple of this many neurons (e.g. 8 for tensor cores)."""
-    toward: Annotated[float, Suppress] = 1.0
+    toward: Annotated[PositiveShare, Suppress] = 1.0
     """How far toward the budget, as a share of the factor that it is away: rounds stop earlier."""
 
     def __post_init__(self) -> None:
-        known = names("planning/allocations")
-        if self.allocation not in known:
-            raise InvalidInput(
-                f"plan: allocation must be one of {', '.join(known)}, got "
-                f"{reprlib.repr(self.allocation)}"
-            )
-
-        if not 0 < self.toward <= 1:
-            raise InvalidInput(f"plan: toward must be in (0, 1], got {self.toward}")
-
-    @property
-    def is_default(self) -> bool:
-        """Whether no budget was given."""
-        return (self.macs, self.params, self.keep) == (None, None, {})
+        check("plan", self)
 
     def budget(self) -> dict[str, Any]:
         """The one budget asked for, as the keyword `vp.Budget` takes.
@@ -172,11 +163,8 @@ class PlanConfig:
         Raises:
             InvalidInput: more than one budget is given.
         """
-        given = {
-            name: value
-            for name, value in (("macs", self.macs), ("params", self.params), ("keep", self.keep))
-            if value not in (None, {})
-        }
+        values = {"macs": self.macs, "params": self.params, "keep": self.keep}
+        given = {name: value for name, value in values.items() if value not in (None, {})}
         if len(given) > 1:
             raise InvalidInput(
                 f"plan: give one budget, got {' and '.join(given)}; drop all but one of them"
@@ -217,11 +205,11 @@ class TeacherConfig:
     """Weights of several teachers; unset: 1 each."""
     pretrained: Annotated[bool, arg(name="teacher-pretrained")] = True
     """A teacher of timm starts from its own weights, downloaded."""
-    epochs: Annotated[int, arg(metavar="N", name="teacher-epochs")] = 30
+    epochs: Annotated[PositiveInt, arg(metavar="N", name="teacher-epochs")] = 30
     """For a teacher that is trained first."""
     lr: Annotated[float, arg(name="teacher-lr")] = 1e-3
     """For a teacher that is trained first."""
-    size: Annotated[int | None, arg(metavar="PIXELS", name="teacher-size")] = None
+    size: Annotated[PositiveInt | None, arg(metavar="PIXELS", name="teacher-size")] = None
     """Images are resized to this height and width for teachers; unset: to the one a teacher takes,
     and not for one that takes any."""
     dtype: Annotated[Precision | None, arg(name="teacher-dtype")] = None
@@ -232,15 +220,12 @@ class TeacherConfig:
     """Run teachers through torch.compile."""
 
     def __post_init__(self) -> None:
+        check("distill", self)
         if self.weights and len(self.weights) != len(self.names):
             raise InvalidInput(
                 f"distill: teacher-weights must be one number per teacher ({len(self.names)}), "
                 f"got {list(self.weights)}"
             )
-        for name in ("epochs", "size"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise InvalidInput(f"distill: teacher-{name} must be at least 1, got {value}")
 
     @staticmethod
     def is_of_timm(name: str) -> bool:
@@ -280,29 +265,22 @@ class GateConfig:
     the weights alone learn."""
     units: Annotated[tuple[str, ...], arg(name="gate-units")] = ("head", "neuron")
     """Unit kinds that get gates."""
-    macs: Annotated[float, arg(metavar="SHARE", name="gate-macs")] = 0.5
+    macs: Annotated[PositiveShare, arg(metavar="SHARE", name="gate-macs")] = 0.5
     """Multiply-accumulates left after the cut, as a share of the model's."""
-    epochs: Annotated[int, arg(metavar="N", name="gate-epochs")] = 10
+    epochs: Annotated[PositiveInt, arg(metavar="N", name="gate-epochs")] = 10
     """Epochs in which gates and weights learn together, before the cut."""
-    penalty: Annotated[float, arg(name="gate-penalty")] = 1e-4
+    penalty: Annotated[NonNegative, arg(name="gate-penalty")] = 1e-4
     """Weight of the size of the gates in the loss."""
     budget: Annotated[bool, arg(name="gate-budget")] = False
     """Also drive the gates towards gate-macs while they learn, by a penalty that rises until they
     are there."""
 
     def __post_init__(self) -> None:
-        rules = {
-            "units": (
-                bool(self.units) and {*self.units} <= {"head", "neuron"},
-                "be head, neuron or both",
-            ),
-            "macs": (0 < self.macs <= 1, "be in (0, 1]"),
-            "epochs": (self.epochs >= 1, "be at least 1"),
-            "penalty": (self.penalty >= 0, "be at least 0"),
-        }
-        for name, (holds, rule) in rules.items():
-            if not holds:
-                raise InvalidInput(f"distill: gate-{name} must {rule}, got {getattr(self, name)}")
+        check("distill", self)
+        if not self.units or not {*self.units} <= {"head", "neuron"}:
+            raise InvalidInput(
+                f"distill: gate-units must be head, neuron or both, got {self.units}"
+            )
 
 
 @dataclass(frozen=True)
@@ -330,17 +308,14 @@ class MaskConfig:
 class RoundConfig:
     """Cut in several rounds, each from scores of what the one before left."""
 
-    count: Annotated[int, arg(metavar="N", name="rounds")] = 1
+    count: Annotated[PositiveInt, arg(metavar="N", name="rounds")] = 1
     """Rounds of scoring, planning, cutting and refitting; their budgets fall by one factor."""
-    epochs: Annotated[int, arg(metavar="N", name="round-epochs")] = 0
+    epochs: Annotated[NonNegativeInt, arg(metavar="N", name="round-epochs")] = 0
     """Epochs of teaching at the end of every round but the last, which all of the teaching
     follows."""
 
     def __post_init__(self) -> None:
-        if self.count < 1:
-            raise InvalidInput(f"run: rounds must be at least 1, got {self.count}")
-        if self.epochs < 0:
-            raise InvalidInput(f"run: round-epochs must be at least 0, got {self.epochs}")
+        check("run", self)
         if self.epochs and self.count == 1:
             raise InvalidInput(
                 f"run: round-epochs must come with rounds of at least 2, got {self.epochs} epochs "
@@ -382,7 +357,7 @@ class RunConfig:
     device: Annotated[str, arg(metavar="auto|cpu|cuda")] = "auto"
     """Where to compute."""
     dtype: Precision = "auto"
-    """What every stage computes in; auto: bfloat16 on a GPU that has it, float32 elsewhere. A
+    """What every step computes in; auto: bfloat16 on a GPU that has it, float32 elsewhere. A
     training whose own dtype is auto has this one."""
     threads: Threads = None
     latency_seconds: Annotated[float, arg(metavar="SECONDS")] = 1.0
@@ -392,7 +367,7 @@ class RunConfig:
     quiet: bool = False
     """Print only the result and errors."""
     allow_config_change: bool = False
-    """Resume although the configuration differs; the change is recorded, finished stages stay."""
+    """Resume although the configuration differs; the change is recorded, finished steps stay."""
 
     @property
     def has_weights(self) -> bool:
@@ -405,28 +380,22 @@ class RunConfig:
         Raises:
             InvalidInput: options that do not go together.
         """
-        chosen = {
-            "gates": self.gates.macs if self.gates.kind != "none" else None,
-            "mask-macs": self.masks.macs,
-        }
-        chosen = {name: macs for name, macs in chosen.items() if macs is not None}
-        if not chosen:
+        gated, masked = self.gates.kind != "none", self.masks.macs is not None
+        if not gated and not masked:
             return self.plan.budget()
-        (name, macs), *others = chosen.items()
         # what gates leave is ranked by them, and their plan takes these two
-        taken = ("min_units", "round_to") if name == "gates" else ()
+        name, taken = ("gates", ("min_units", "round_to")) if gated else ("mask-macs", ())
         unset = PlanConfig()
-        clash = [
+        clash = ["mask-macs"] if gated and masked else []
+        clash += [
             each.name.replace("_", "-")
             for each in fields(unset)
             if each.name not in taken and getattr(self.plan, each.name) != getattr(unset, each.name)
         ]
-        clash = next(iter([*(each for each, _ in others), *clash]), None)
-        if clash is None and self.rounds.count > 1:
-            clash = "rounds"
-        if clash is not None:
-            say = "gate-macs" if name == "gates" else name
+        clash += ["rounds"] if self.rounds.count > 1 else []
+        if clash:
             raise InvalidInput(
-                f"run: {clash} must not be given with {name}, got both; {say} says how much stays"
+                f"run: {clash[0]} must not be given with {name}, got both; "
+                f"{'gate-macs' if gated else name} says how much stays"
             )
-        return {"macs": macs}
+        return {"macs": self.gates.macs if gated else self.masks.macs}

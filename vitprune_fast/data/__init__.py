@@ -12,17 +12,17 @@ from pathlib import Path
 import torch
 
 from vitprune_fast.data.augment import Affine, Augment, RandomCrop
-from vitprune_fast.data.digits import SPLIT_ORIGINS, Digits, committed_splits
+from vitprune_fast.data.digits import SPLIT_ORIGINS, Digits
 from vitprune_fast.data.folder import Folder
 from vitprune_fast.data.hub import Hub
 from vitprune_fast.data.images import Images, Source, check_normalisation
 from vitprune_fast.data.loader import Batch, Loader
 from vitprune_fast.data.photographs import INTERPOLATIONS
-from vitprune_fast.data.quarantine import BadImage, find_bad_images, refuse_too_many
+from vitprune_fast.data.quarantine import BadImage, find_bad_images
 from vitprune_fast.data.shards import Shards
 from vitprune_fast.data.splits import SPLIT_SEED, split_hash
 from vitprune_fast.data.tar import Tar
-from vitprune_fast.errors import InvalidInput
+from vitprune_fast.errors import InvalidInput, StageFailed
 
 __all__ = [
     "Affine",
@@ -92,30 +92,6 @@ class ImageData:
             for split, ids in self.split_ids.items()
         }
 
-    def check_model(self, *, num_classes: int, patch_size: int | tuple[int, int] = 1) -> None:
-        """Refuse a model that cannot take this data.
-
-        Args:
-            num_classes: outputs of the model's head.
-            patch_size: of the model's patch embedding, in pixels.
-
-        Raises:
-            InvalidInput: the head has another number of classes, or an image is smaller than a
-                patch.
-        """
-        if num_classes != len(self.classes):
-            raise InvalidInput(
-                f"check_model: the model's head must have {len(self.classes)} classes like "
-                f"{self.name}, got {num_classes}; build it with num_classes={len(self.classes)}"
-            )
-        patch = (patch_size, patch_size) if isinstance(patch_size, int) else patch_size
-        if self.image_size[0] < patch[0] or self.image_size[1] < patch[1]:
-            raise InvalidInput(
-                f"check_model: images must be at least one patch, {patch[0]} x {patch[1]} pixels, "
-                f"got {self.image_size[0]} x {self.image_size[1]}; open the data with a larger "
-                "image_size"
-            )
-
     def find_bad_images(self, *, workers: int = 0) -> list[BadImage]:
         """Decode every image once and list those that cannot be read, in the order of their ids.
 
@@ -137,7 +113,14 @@ class ImageData:
         """
         if not bad:
             return self
-        refuse_too_many(bad, sum(map(len, self.split_ids.values())), max_bad)
+        total = sum(map(len, self.split_ids.values()))
+        if len(bad) > max_bad * total:
+            shown = "; ".join(f"{each.name} ({each.reason})" for each in bad[:3])
+            raise StageFailed(
+                f"data: at most {max_bad:.2%} of {total} images may be unreadable, got "
+                f"{len(bad)}: {shown}{' ...' if len(bad) > 3 else ''}; repair or remove them, or "
+                "raise max_bad"
+            )
         gone = {each.id for each in bad}
         rest = {
             split: [sample for sample in ids if sample not in gone]
@@ -164,7 +147,7 @@ def open_data(
     Args:
         spec: ``digits``, the 1,797 images of scikit-learn, or ``folder:PATH``, class folders:
             ``PATH/<class>/...``, or ``PATH/train/<class>/...`` with ``val`` or ``validation`` and
-            ``test`` beside ``train``. ``tar:PATH`` is a plain tar of such folders, or a folder
+            ``test`` next to ``train``. ``tar:PATH`` is a plain tar of such folders, or a folder
             with ``train.tar`` and so on. ``wds:PATH`` is a webdataset shard or a folder of them
             whose names tell the split. ``hfds:NAME`` is a data set of the Hugging Face hub, or a
             folder written by its ``save_to_disk``, with columns ``image`` and ``label``. Splits
@@ -214,8 +197,8 @@ def open_data(
                 f"open_data: {name} must be unset for the digits, which are no photographs, got "
                 f"{given[name]}"
             )
-        source, splits = Digits(size, channels), committed_splits()
-        train = source.images[splits["train"]].double()
+        source = Digits(size, channels)
+        train = source.images[source.splits["train"]].double()
         default_mean = tuple(train.mean((0, 2, 3)).tolist())
         default_std = tuple(train.std((0, 2, 3)).tolist())
         augmentation: Augment = Affine()
@@ -225,7 +208,7 @@ def open_data(
     elif kind in PHOTOGRAPHS and path:
         crop_share, interpolation = crop_share or 1.0, interpolation or "bicubic"
         source = PHOTOGRAPHS[kind](Path(path), size, channels, seed, crop_share, interpolation)
-        splits, split_origins = source.splits, source.split_origins
+        split_origins = source.split_origins
         defaults, otherwise = "of ImageNet, the default", "the default"
         luma = torch.tensor([0.299, 0.587, 0.114])
         default_mean, default_std = IMAGENET_MEAN, IMAGENET_STD
@@ -257,7 +240,7 @@ def open_data(
         },
         augmentation=augmentation,
         source=source,
-        split_ids={name: splits[name] for name in ("train", "validation", "test")},
+        split_ids={name: source.splits[name] for name in ("train", "validation", "test")},
     )
     _check_splits(data)
     return data

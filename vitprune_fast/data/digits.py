@@ -10,12 +10,10 @@ import torch
 import torch.nn.functional as F
 
 from vitprune_fast.data.augment import Augment, RandomCrop
-from vitprune_fast.data.splits import stratified
 from vitprune_fast.errors import DamagedFile, InvalidInput
 from vitprune_fast.files import read_json
 
 SPLIT_FILE = Path(__file__).parents[1] / "splits" / "digits.json"
-SHARES = {"test": 1 / 3, "validation": 1 / 10}
 SPLIT_ORIGINS = {
     "train": "the rest of the digits",
     "validation": "10% of the digits, by the committed list",
@@ -33,6 +31,7 @@ class Digits:
 
     def __init__(self, image_size: tuple[int, int], channels: int) -> None:
         pixels, labels = load_digits()
+        self.splits = committed_splits(pixels, labels)
         self.names = [str(index) for index in range(len(labels))]
         self.labels = labels.tolist()
         self.classes = tuple(str(digit) for digit in range(10))
@@ -72,25 +71,13 @@ def content_hash(pixels: np.ndarray, labels: np.ndarray) -> str:
     return hashlib.sha256(pixels.tobytes() + labels.astype(np.uint8).tobytes()).hexdigest()
 
 
-def derive_splits() -> dict:
-    """Compute what ``splits/digits.json`` holds; this wrote it:
-
-    ``write_json(SPLIT_FILE, derive_splits())``
-    """
-    pixels, labels = load_digits()
-    names = [str(index) for index in range(len(labels))]
-    splits = stratified(names, labels.tolist(), SHARES)
-    return {"samples": len(labels), "sha256": content_hash(pixels, labels), **splits}
-
-
-def committed_splits() -> dict[str, list[int]]:
+def committed_splits(pixels: np.ndarray, labels: np.ndarray) -> dict[str, list[int]]:
     """Read the committed indices of train, validation and test.
 
     Raises:
         DamagedFile: scikit-learn ships other digits than the splits were made for.
     """
     stored = read_json(SPLIT_FILE)
-    pixels, labels = load_digits()
     if stored["sha256"] != content_hash(pixels, labels):
         raise DamagedFile(
             f"open_data: scikit-learn's digits must have the sha256 in {SPLIT_FILE.name}, "

@@ -14,7 +14,7 @@ from vitprune_fast.errors import InvalidInput
 
 
 class Folder(Photographs):
-    """``ROOT/<class>/...`` or ``ROOT/train/<class>/...`` with held-out folders beside ``train``."""
+    """``ROOT/<class>/...``, or ``ROOT/train/<class>/...`` with held-out folders next to it."""
 
     def open(self, sample: int) -> BinaryIO:
         """Open the file of one image."""

@@ -36,7 +36,7 @@ class Hub(Photographs):
     _starts: list[int]
 
     def open(self, sample: int) -> BinaryIO:
-        """Open the undecoded file of one image: its bytes in the table, or a file beside it."""
+        """Open the undecoded file of one image: its bytes in the table, or a file next to it."""
         part = bisect_right(self._starts, sample) - 1
         image = self._tables[part][sample - self._starts[part]][IMAGE] or {}
         content, path = image.get("bytes"), image.get("path")
@@ -74,26 +74,26 @@ class Hub(Photographs):
                 f"open_data: {self.root} must have a split train, "
                 f"got {', '.join(sorted(found)) or 'none of train, val, validation, test'}"
             )
-        labels, features = {}, {}
-        for name, table in found.items():
-            where = f"{self.root} ({name})" if name else str(self.root)
-            features[name] = _label_feature(table, where)
-            listed = _labels(table, where, held_out=name in PARTS[1:])
-            if listed is not None:
-                labels[name] = listed
-        count = max(map(max, labels.values())) + 1
+        where = {name: f"{self.root} ({name})" if name else str(self.root) for name in found}
+        features = {name: _label_feature(table, where[name]) for name, table in found.items()}
+        labels = {
+            name: _labels(table, where[name], held_out=name in PARTS[1:])
+            for name, table in found.items()
+        }
+        count = max(max(listed, default=0) for listed in labels.values()) + 1
         parts, start = {}, 0
         for name, listed in labels.items():
-            where = f"{self.root} ({name})" if name else str(self.root)
+            if not listed:
+                continue
             classes = getattr(features[name], "names", None) or [str(n) for n in range(count)]
             if max(listed) >= len(classes):
                 raise DamagedFile(
-                    f"open_data: every label of {where} must be below {len(classes)}, the number "
-                    f"of its classes, got {max(listed)}"
+                    f"open_data: every label of {where[name]} must be below {len(classes)}, the "
+                    f"number of its classes, got {max(listed)}"
                 )
             rows = [f"{name}/{row}" if name else str(row) for row in range(len(listed))]
-            parts[name] = Part(where, tuple(classes), rows, listed)
-            self._tables.append(_undecoded(found[name], where))
+            parts[name] = Part(where[name], tuple(classes), rows, listed)
+            self._tables.append(_undecoded(found[name], where[name]))
             self._starts.append(start)
             start += len(listed)
         return parts
@@ -113,12 +113,12 @@ def _load(root: Path) -> dict[str, Any]:
             "open_data: hfds needs datasets 4 or newer, which runs no code of a data set, "
             f"got {datasets.__version__}; pip install 'vitprune_fast[hf]'"
         )
-    saved = root / "dataset_dict.json"
+    saved = [name for name in PARTS if (root / name / "state.json").is_file()]
     if not root.is_dir() and (root.is_absolute() or root.exists()):
         raise InvalidInput(f"open_data: the data set must be a folder or a hub name, got {root}")
     try:
-        if saved.is_file():
-            return {name: _load_saved(root / name) for name in _splits(saved) if name in PARTS}
+        if saved:
+            return {name: _load_saved(root / name) for name in saved}
         if (root / "state.json").is_file():
             return {"": _load_saved(root)}
         found = datasets.load_dataset(str(root))
@@ -131,14 +131,6 @@ def _load(root: Path) -> dict[str, Any]:
             f"open_data: {root} must be a data set that the datasets package opens, "
             f"got {_reason(error)}"
         ) from None
-
-
-def _splits(path: Path) -> list[str]:
-    content = read_json(path)
-    names = content.get("splits") if isinstance(content, dict) else None
-    if not isinstance(names, list):
-        raise DamagedFile(f"open_data: {path} must list `splits`")
-    return [name for name in PARTS if name in names]
 
 
 def _load_saved(folder: Path) -> Any:
@@ -175,8 +167,8 @@ def _label_feature(table: Any, where: str) -> Any:
     return feature
 
 
-def _labels(table: Any, where: str, *, held_out: bool) -> list[int] | None:
-    """One label per row, or None for a held-out part without labels."""
+def _labels(table: Any, where: str, *, held_out: bool) -> list[int]:
+    """One label per row, or none for a held-out part without labels."""
     column = _checked(table, LABEL, where)
     labels: Sequence[int | None] = column[:][LABEL]
     if not labels:
@@ -184,7 +176,7 @@ def _labels(table: Any, where: str, *, held_out: bool) -> list[int] | None:
     # the hub marks a label that is kept back as -1
     known = [label for label in labels if label is not None and label != -1]
     if held_out and not known:
-        return None
+        return []
     if len(known) < len(labels) or min(known) < 0 or max(known) >= MAX_CLASSES:
         raise DamagedFile(
             f"open_data: every label of {where} must be a number from 0 to {MAX_CLASSES - 1}, "

@@ -96,18 +96,10 @@ class Images:
             draws[own] = uniforms(derive_seed(seed, "augment", epoch, copy), ids[own], count)
         return draws
 
-    def item(
-        self, index: int, epoch: int = 0, *, augment: Augment | None = None, seed: int = 0
-    ) -> tuple[torch.Tensor, int]:
-        """Return one image, ``(C, H, W)`` fp32, and its label: row ``index`` of any batch."""
-        if not 0 <= index < len(self):
-            raise IndexError(f"item: index must be in [0, {len(self)}), got {index}")
-        rows = torch.tensor([index])
-        images, labels, _ = self.batch(rows, epoch, augment=augment, seed=seed)
-        return images[0], int(labels[0])
-
     def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
-        return self.item(index)
+        """Return one image as evaluation sees it, ``(C, H, W)`` fp32, and its label."""
+        images, labels, _ = self.batch(torch.tensor([range(len(self))[index]]))
+        return images[0], int(labels[0])
 
 
 def check_normalisation(mean: tuple[float, ...], std: tuple[float, ...], channels: int) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 
 import torch
@@ -26,7 +27,6 @@ class Loader:
         augment: how training changes each image; None for evaluation and scoring.
         seed: the run's seed.
         workers: processes that prepare batches; 0 prepares them in the caller's.
-        drop_last: leave out the last batch when it is smaller.
         repeats: how often an image comes, each time augmented again, next to its copies; an epoch
             stays as long, with so many times fewer images, others in each (Hoffer et al., "Augment
             your batch", CVPR 2020, arXiv:1901.09335; DeiT has 3).
@@ -36,7 +36,7 @@ class Loader:
     Raises:
         InvalidInput: ``batch_size``, ``repeats`` or ``processes`` is below 1, ``workers`` below 0,
             ``repeats`` above 1 in a fixed order, of which every epoch would see the same few
-            images, or no batch is left.
+            images, or there are no images.
     """
 
     def __init__(
@@ -48,7 +48,6 @@ class Loader:
         augment: Augment | None = None,
         seed: int = 0,
         workers: int = 0,
-        drop_last: bool = False,
         repeats: int = 1,
         processes: int = 1,
     ) -> None:
@@ -71,16 +70,11 @@ class Loader:
         self.augment = augment
         self.seed = seed
         self.workers = workers
-        self.drop_last = drop_last
         if len(self) == 0:
-            raise InvalidInput(
-                f"Loader: images must fill at least one batch of {batch_size}, "
-                f"got {len(images)} in {images.name}"
-            )
+            raise InvalidInput(f"Loader: images must be at least one, got none in {images.name}")
 
     def __len__(self) -> int:
-        whole, rest = divmod(len(self.images), self.batch_size)
-        return whole + (rest > 0 and not self.drop_last)
+        return math.ceil(len(self.images) / self.batch_size)
 
     def __iter__(self) -> Iterator[Batch]:
         return self.epoch(0)

@@ -19,10 +19,7 @@ from vitprune_fast.errors import InvalidInput
 
 SHARES = {"test": 0.2, "validation": 0.1}
 INTERPOLATIONS = {
-    "nearest": Image.Resampling.NEAREST,
-    "bilinear": Image.Resampling.BILINEAR,
-    "bicubic": Image.Resampling.BICUBIC,
-    "lanczos": Image.Resampling.LANCZOS,
+    name: Image.Resampling[name.upper()] for name in ("nearest", "bilinear", "bicubic", "lanczos")
 }
 _HELD_OUT = {"val": "validation", "validation": "validation", "test": "test"}
 PARTS = ("train", *_HELD_OUT)

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 
 from vitprune_fast.data.images import Source
 from vitprune_fast.data.photographs import Photographs
-from vitprune_fast.errors import DamagedFile, StageFailed
+from vitprune_fast.errors import DamagedFile
 from vitprune_fast.randomness import generator
 
 
@@ -37,10 +38,12 @@ def find_bad_images(
     if not isinstance(source, Photographs):
         return []
     samples = sorted((sample, split) for split, ids in split_ids.items() for sample in ids)
+    numbers: Any = [sample for sample, _ in samples]
     reasons = DataLoader(
-        _Reasons(source, [sample for sample, _ in samples]),
+        numbers,
         batch_size=None,
         num_workers=workers,
+        collate_fn=partial(_reason, source),
         generator=generator(0, "workers"),
     )
     return [
@@ -50,30 +53,10 @@ def find_bad_images(
     ]
 
 
-class _Reasons(Dataset):
-    """Why each sample cannot be read, or an empty text."""
-
-    def __init__(self, source: Photographs, samples: list[int]) -> None:
-        self.source = source
-        self.samples = samples
-
-    def __len__(self) -> int:
-        return len(self.samples)
-
-    def __getitem__(self, index: int) -> str:
-        sample = self.samples[index]
-        try:
-            self.source.image(sample)
-        except DamagedFile as error:
-            return str(error).partition(f"{self.source.path(sample)}: ")[2] or str(error)
-        return ""
-
-
-def refuse_too_many(bad: Sequence[BadImage], total: int, max_bad: float) -> None:
-    """Raise ``StageFailed`` when more than the share ``max_bad`` of ``total`` images is bad."""
-    if len(bad) > max_bad * total:
-        shown = "; ".join(f"{each.name} ({each.reason})" for each in bad[:3])
-        raise StageFailed(
-            f"without: at most {max_bad:.2%} of {total} images may be unreadable, got {len(bad)}: "
-            f"{shown}{' ...' if len(bad) > 3 else ''}; repair or remove them, or raise max_bad"
-        )
+def _reason(source: Photographs, sample: Any) -> str:
+    """Why a sample cannot be read, or an empty text."""
+    try:
+        source.image(sample)
+    except DamagedFile as error:
+        return str(error).partition(f"{source.path(sample)}: ")[2] or str(error)
+    return ""

@@ -1,4 +1,4 @@
-"""A smaller model without training it: score, plan, cut, refit what stays."""
+"""A smaller model without training: score, plan, cut, refit what stays."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from vitprune_fast.run.step import Recipe, Step
 
 
 def steps(config: RunConfig) -> list[Step]:
-    """The standard steps without what teaches."""
+    """The standard steps without distillation."""
     if config.masks.macs is not None:
         raise InvalidInput(
             "run: mask-macs must not be given with the recipe one-shot, which trains nothing, got "

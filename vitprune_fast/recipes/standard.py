@@ -91,7 +91,7 @@ Settings = dict[str, dict[str, object]]
 
 
 def toward(config: RunConfig, number: int) -> Settings:
-    """How far a round goes: costs are shares of the dense model, kept shares of the round's own."""
+    """How far toward the budget a round goes; `keep` shares apply to the round's own model."""
     share = (1 if config.plan.keep else number) / config.rounds.count
     return {} if share == 1 else {"plan": {"toward": share}}
 
@@ -104,15 +104,15 @@ def scored(model: str, end: str = "", settings: Settings | None = None) -> list[
         Step(
             f"plan{end}",
             do.plan,
-            {**read, "scores": scores, **beside(model)},
+            {**read, "scores": scores, **share_of(model)},
             {"plan": f"plan{end}.json"},
             settings or {},
         ),
     ]
 
 
-def beside(model: str) -> dict[str, str]:
-    """The dense model, whose costs a budget is a share of, where another one is cut."""
+def share_of(model: str) -> dict[str, str]:
+    """The input that budgets are shares of, where the model that is cut is not the dense one."""
     return {} if model in ("dense", "gated", "masked") else {"dense": "dense"}
 
 
@@ -131,7 +131,7 @@ def _smaller(
 
 def cut(model: str, plan: str, into: str, end: str = "", settings: Settings | None = None) -> Step:
     """Cuts a plan out of a model."""
-    read = {"model": model, "plan": plan, **beside(model)}
+    read = {"model": model, "plan": plan, **share_of(model)}
     return Step(f"prune{end}", do.prune, read, {"pruned": into}, settings or {})
 
 

@@ -10,8 +10,8 @@ from vitprune_fast.config.run import RunConfig
 from vitprune_fast.data import ImageData
 from vitprune_fast.recipes.by_name import named
 from vitprune_fast.recipes.presets import preset
+from vitprune_fast.run.actions import OnEvent
 from vitprune_fast.run.chain import execute
-from vitprune_fast.run.stages import OnEvent
 from vitprune_fast.run.step import Recipe, RunStopped
 
 __all__ = ["RunStopped", "run"]

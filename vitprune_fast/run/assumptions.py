@@ -1,4 +1,4 @@
-"""What a command takes for granted, said in one line each: nothing is assumed in silence."""
+"""What a command assumes, one line each: nothing is assumed silently."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def about_data(data: ImageData) -> dict[str, str]:
 
 
 def not_followed(model: Any, weights: ModelConfig, data: ImageData) -> dict[str, str]:
-    """Says so where a trained model wants its images prepared in a way that is not ours."""
+    """Says so where a trained model wants its images prepared in a way that we do not support."""
     if weights.origin == "random" or data.name == "digits":
         return {}
     stated = stated_config(model)
@@ -68,7 +68,7 @@ def not_followed(model: Any, weights: ModelConfig, data: ImageData) -> dict[str,
 
 
 def about_test_images(config: ModelConfig, data: ImageData) -> dict[str, str]:
-    """What cannot be known here: whether a trained model has seen the images that judge it."""
+    """What cannot be known here: whether a trained model has seen the test images."""
     if config.origin == "random":
         return {}
     return {
@@ -77,9 +77,15 @@ def about_test_images(config: ModelConfig, data: ImageData) -> dict[str, str]:
     }
 
 
+def about_share(gates: GateConfig, masks: MaskConfig) -> dict[str, str]:
+    """Says what learned gates or masks cut to, where there are some."""
+    share, flag = (masks.macs, "mask-macs") if gates.kind == "none" else (gates.macs, "gate-macs")
+    return {} if share is None else {"budget": f"{share:.0%} of the MACs ({flag})"}
+
+
 def about_budget(config: PlanConfig) -> dict[str, str]:
     """Says so where no budget was given."""
-    if not config.is_default:
+    if (config.macs, config.params, config.keep) != (None, None, {}):
         return {}
     return {"budget": "half of the MACs, the default, since none was given (--macs 0.5)"}
 
@@ -98,7 +104,7 @@ def about_calibration(config: SweepConfig, data: ImageData) -> dict[str, str]:
 
 
 def of_run(config: RunConfig, steps: Sequence[Step], data: ImageData, model: Any) -> dict[str, str]:
-    """Topic -> what a run takes for granted about its data and its dense model."""
+    """Topic -> what a run assumes about its data and its dense model."""
     sweeps = any(step.function.__name__ == "sweep" for step in steps)
     return {
         # weights that come from nowhere are trained by the run before anything else
@@ -106,23 +112,9 @@ def of_run(config: RunConfig, steps: Sequence[Step], data: ImageData, model: Any
         **about_data(data),
         **not_followed(model, config.model, data),
         **about_test_images(config.model, data),
-        **(about_gates(config.gates) or about_masks(config.masks) or about_budget(config.plan)),
+        **(about_share(config.gates, config.masks) or about_budget(config.plan)),
         **(about_calibration(config.sweep, data) if sweeps or not config.sweep.compensate else {}),
     }
-
-
-def about_gates(config: GateConfig) -> dict[str, str]:
-    """Says what learned gates cut to, where there are some."""
-    if config.kind == "none":
-        return {}
-    return {"budget": f"{config.macs:.0%} of the MACs (gate-macs)"}
-
-
-def about_masks(config: MaskConfig) -> dict[str, str]:
-    """Says what masks cut to, where there are some."""
-    if config.macs is None:
-        return {}
-    return {"budget": f"{config.macs:.0%} of the MACs (mask-macs)"}
 
 
 def data_facts(data: ImageData) -> dict[str, Any]:

@@ -8,7 +8,7 @@ import shutil
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import asdict, replace
 from typing import Any
 
 import timm
@@ -21,13 +21,13 @@ from vitprune_fast.config.yamlfile import from_plain, to_plain, to_yaml
 from vitprune_fast.data import ImageData
 from vitprune_fast.errors import InvalidInput, StageFailed
 from vitprune_fast.models.open import skeleton
-from vitprune_fast.run import assumptions, stages
+from vitprune_fast.run import actions, assumptions
+from vitprune_fast.run.actions import OnEvent
 from vitprune_fast.run.folder import Metrics, RunFolder, read_metrics
 from vitprune_fast.run.inputs import check_fit, open_model_data
 from vitprune_fast.run.job import Job
 from vitprune_fast.run.outputs import refuse_overwriting
 from vitprune_fast.run.profile import Profile, applied, choose_profile, versions
-from vitprune_fast.run.stages import OnEvent
 from vitprune_fast.run.step import REPORT, SUMMARY, Recipe, RunStopped, Step, check_steps, made_by
 from vitprune_fast.run.tensorboard import Board
 from vitprune_fast.run.together import Together, own_device, together
@@ -73,7 +73,7 @@ def execute(
                     folder,
                     identity_of(config, steps, data, profile, processes.ranks.world),
                     {
-                        "profile": profile.to_dict(),
+                        "profile": asdict(profile),
                         "command": command or sys.argv,
                         "platform": platform.platform(),
                         "classes": list(data.classes),
@@ -112,7 +112,7 @@ def execute(
 
 @contextlib.contextmanager
 def _claimed(owned: Any, processes: Together) -> Any:
-    """Inside, the first process owns the folder; the others know that it does."""
+    """Inside, the first process owns the folder, and the others know it."""
     with contextlib.ExitStack() as stack:
         processes.by_first(lambda: stack.enter_context(owned))
         yield
@@ -146,7 +146,7 @@ def check_inputs(config: RunConfig, data: ImageData | None = None) -> nn.Module:
 
 
 def check_splits(data: ImageData) -> None:
-    """Refuses images of the test split among those that are learnt from or chosen by."""
+    """Refuses images of the test split in the training and validation splits."""
     tested = set(data.split_ids["test"])
     for name in ("train", "validation"):
         shared = len(tested.intersection(data.split_ids[name]))
@@ -188,7 +188,7 @@ def identity_of(
 
 
 def do_steps(job: Job, processes: Together, *, resumed: bool) -> None:
-    """Does every step that is not finished; a damaged output redoes its step and all after."""
+    """Does every step that is not finished; after a damaged output, its step and all later ones."""
     whole = job.config
     for position, step in enumerate(job.steps):
         job.step, job.config = step, from_plain(dict(step.settings), whole)
@@ -205,7 +205,7 @@ def do_steps(job: Job, processes: Together, *, resumed: bool) -> None:
 
 
 def _do(job: Job, processes: Together) -> None:
-    """Does the step at work, and writes its record."""
+    """Does the current step, and writes its record."""
     step, event = job.step, {"event": "stage", "stage": job.step.name}
     job.on_event({**event, "state": "start"})
     started = time.perf_counter()
@@ -214,7 +214,7 @@ def _do(job: Job, processes: Together) -> None:
         return step.function(job, **step.inputs, **step.outputs) or {}
 
     facts = work() if step.shared else processes.by_first(work)
-    stages.synchronise(job.profile.device)
+    actions.synchronise(job.profile.device)
     seconds = time.perf_counter() - started
     record = {**facts, "seconds": seconds}
 
@@ -230,7 +230,7 @@ def _do(job: Job, processes: Together) -> None:
 
 
 def _is_kept(job: Job, position: int) -> bool:
-    """Whether a step was finished earlier and still stands; says so, or why not."""
+    """Whether a step was finished earlier and its outputs are intact; reports which, and why."""
     step, folder = job.step, job.folder
     if not folder.is_recorded(step.name):
         return False
@@ -246,7 +246,7 @@ def _is_kept(job: Job, position: int) -> bool:
         if job.board is not None and any(line.get("stage") == step.name for line in lines):
             job.board.restart(step.name, lines)
         return True
-    job.note(f"{damage}: stage {step.name} is done again")
+    job.note(f"{damage}: step {step.name} is done again")
     for later in job.steps[position + 1 :]:
         shutil.rmtree(folder / "checkpoints" / later.name, ignore_errors=True)
     return False

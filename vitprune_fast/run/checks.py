@@ -1,4 +1,4 @@
-"""What a stage must prove about its own result before the run goes on."""
+"""What a step must prove about its own result before the run goes on."""
 
 from __future__ import annotations
 
@@ -37,9 +37,6 @@ class Check:
     holds: bool
     measured: str
 
-    def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
-
 
 def require(stage: str, checks: Iterable[Check]) -> list[dict[str, Any]]:
     """The checks as plain values.
@@ -50,8 +47,8 @@ def require(stage: str, checks: Iterable[Check]) -> list[dict[str, Any]]:
     checks = list(checks)
     failed = [f"{check.name} ({check.measured})" for check in checks if not check.holds]
     if failed:
-        raise StageFailed(f"run: stage {stage} failed its own check: {'; '.join(failed)}")
-    return [check.to_dict() for check in checks]
+        raise StageFailed(f"run: step {stage} failed its own check: {'; '.join(failed)}")
+    return [asdict(check) for check in checks]
 
 
 @torch.no_grad()

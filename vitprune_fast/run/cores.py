@@ -1,18 +1,13 @@
-"""How many cores this process may use, and how many threads a run has unless it is told."""
+"""How many cores this process may use, and how many threads a run has by default."""
 
 from __future__ import annotations
 
 import os
 import re
 from collections.abc import Iterator, Mapping
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 
 from vitprune_fast.errors import InvalidInput
-
-# a line of /proc/self/cgroup: number, controllers, path
-_MEMBERSHIP = re.compile(r"^\d+:([^:\n]*):(.+)$", re.MULTILINE)
-# a line of /proc/self/mountinfo: what of the hierarchy is mounted, where, and which controllers
-_CGROUP_MOUNT = re.compile(r"^\S+ \S+ \S+ (\S+) (\S+) .*- (cgroup2?) \S+ (\S+)$", re.MULTILINE)
 
 
 def default_threads(environ: Mapping[str, str] = os.environ, root: Path = Path("/")) -> int:
@@ -56,7 +51,16 @@ def available_cores(root: Path = Path("/")) -> int:
 
 def _quotas(root: Path) -> Iterator[float]:
     """Cores allowed by each cgroup that this process is in, or that is around one of those."""
-    for mount, group in _hierarchies(root):
+    try:
+        memberships = (root / "proc/self/cgroup").read_text()
+    except (OSError, UnicodeDecodeError):
+        return
+    # number, controllers, path; version 2 names no controllers
+    for controllers, group in re.findall(r"^\d+:([^:\n]*):/?(.*)$", memberships, re.MULTILINE):
+        if controllers and "cpu" not in controllers.split(","):
+            continue
+        # where systemd and containers mount it; a container may be told the path of the host
+        mount = root / "sys/fs/cgroup" / controllers
         folder = mount / group
         # the kernel enforces all of them, so the smallest limits
         for each in (folder, *folder.parents):
@@ -82,31 +86,3 @@ def _quota(folder: Path) -> float | None:
     except (OSError, ValueError, ZeroDivisionError):
         return None
     return cores if cores > 0 else None
-
-
-def _hierarchies(root: Path) -> Iterator[tuple[Path, PurePosixPath]]:
-    """Where the hierarchies that can limit cores are mounted, and this process's place below."""
-    try:
-        memberships = (root / "proc/self/cgroup").read_text()
-        mounts = (root / "proc/self/mountinfo").read_text()
-    except (OSError, UnicodeDecodeError):
-        return
-    # version 2 names no controllers
-    groups = {
-        controller: PurePosixPath(path)
-        for controllers, path in _MEMBERSHIP.findall(memberships)
-        for controller in controllers.split(",")
-    }
-    for top, place, kind, options in _CGROUP_MOUNT.findall(mounts):
-        controller = "" if kind == "cgroup2" else "cpu"
-        if controller not in groups or (controller and controller not in options.split(",")):
-            continue
-        mount, group = root / _unescaped(place).lstrip("/"), groups[controller]
-        # a container often mounts its own cgroup only, and is told the path of the host
-        inside = group.is_relative_to(_unescaped(top))
-        yield mount, group.relative_to(_unescaped(top)) if inside else PurePosixPath()
-
-
-def _unescaped(path: str) -> str:
-    """A path of mountinfo, where spaces and the like are written as octal numbers."""
-    return re.sub(r"\\([0-7]{3})", lambda match: chr(int(match[1], 8)), path)

@@ -1,13 +1,13 @@
-"""The run folder: who owns it, what it was made by, which stages are finished.
+"""The run folder: who owns it, what it was made by, which steps are finished.
 
     config.yaml run.json         what was asked; versions, seed, commands, hashes of the splits
     dense/ scores.safetensors plan.json pruned/ swept/ sweep.json model/           what was made
     summary.json report.html                                                       and what it is
-    stages/NAME.json             one record per finished stage, with the sha256 of its outputs
+    stages/NAME.json             one record per finished step, with the sha256 of its outputs
     checkpoints/ metrics.jsonl   inside training
 
-A stage counts as finished when its record exists and its outputs have the recorded hashes. The
-record is written last, so a stage that was killed, or whose check failed, is simply done again.
+A step counts as finished when its record exists and its outputs have the recorded hashes. The
+record is written last, so a step that was killed, or whose check failed, is simply done again.
 """
 
 from __future__ import annotations
@@ -189,14 +189,14 @@ class RunFolder:
         """The differences that `begin` was allowed to go on with, one list per occasion."""
         return files.read_json(self / "run.json")["changes"]
 
-    # stages
+    # steps
 
     def is_recorded(self, stage: str) -> bool:
-        """Whether this stage was finished once; `damage_of` tells whether that still holds."""
+        """Whether this step was finished once; `damage_of` tells whether that still holds."""
         return (self / "stages" / f"{stage}.json").exists()
 
     def record_of(self, stage: str) -> dict[str, Any] | None:
-        """The record of a finished stage, or None."""
+        """The record of a finished step, or None."""
         path = self / "stages" / f"{stage}.json"
         if not path.exists():
             return None
@@ -204,18 +204,18 @@ class RunFolder:
         if not isinstance(record, dict) or not all(
             isinstance(record.get(part), dict) for part in ("outputs", "facts")
         ):
-            raise DamagedFile(f"run: {path} must be the record of a stage")
+            raise DamagedFile(f"run: {path} must be the record of a step")
         return record
 
     def remove(self, stage: str, outputs: Collection[str]) -> None:
-        """Removes what a stage left that is none of the run any more."""
+        """Removes what a step left that is no longer part of the run."""
         self.forget([stage])
         left = [files.inside(self.path, name) for name in outputs]
         for path in (*left, self / "checkpoints" / stage):
             shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
 
     def damage_of(self, stage: str, wiring: str | None = None) -> str | None:
-        """What is wrong with the outputs of a finished stage, or None when all is as recorded.
+        """What is wrong with the outputs of a finished step, or None when all is as recorded.
 
         Args:
             stage: its name.
@@ -236,14 +236,14 @@ class RunFolder:
         return None
 
     def forget(self, stages: Sequence[str]) -> None:
-        """Removes the records of these stages, last one first."""
+        """Removes the records of these steps, last one first."""
         for stage in reversed(stages):
             (self / "stages" / f"{stage}.json").unlink(missing_ok=True)
 
     def finish(
         self, stage: str, wiring: str, outputs: Sequence[str], facts: dict[str, Any]
     ) -> None:
-        """Writes the record of a stage whose outputs (files or folders) are on disk."""
+        """Writes the record of a step whose outputs (files or folders) are on disk."""
         (self / "stages").mkdir(exist_ok=True)
         hashes = {
             str(path.relative_to(self.path)): files.sha256(path)
@@ -257,7 +257,7 @@ class RunFolder:
     def replacing(self, name: str) -> Iterator[Path]:
         """A fresh sibling folder to write into, which then takes the place of `name`.
 
-        A folder cannot be exchanged in one step, so the old one steps aside first; the stage
+        A folder cannot be exchanged in one step, so the old one steps aside first; the step's
         record, written later, is what makes the new one count.
         """
         fresh, old = self / f".{name}.new", self / f".{name}.old"
@@ -275,22 +275,28 @@ def _files_under(path: Path) -> list[Path]:
     return sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
 
 
-def differences(before: Any, after: Any, where: str = "") -> list[str]:
+def leaves(value: Any, where: str = "") -> dict[str, Any]:
+    """Dotted name -> value, for every leaf of nested mappings."""
+    if not isinstance(value, dict):
+        return {where: value}
+    found: dict[str, Any] = {}
+    for key, each in value.items():
+        found |= leaves(each, f"{where}.{key}" if where else str(key))
+    return found
+
+
+def differences(before: Any, after: Any) -> list[str]:
     """One line `name: old -> new` per leaf in which two plain values differ."""
-    if isinstance(before, dict) and isinstance(after, dict):
-        lines = []
-        for key in [*before, *(key for key in after if key not in before)]:
-            name = f"{where}.{key}" if where else str(key)
-            lines += differences(before.get(key, "absent"), after.get(key, "absent"), name)
-        return lines
-    return [] if before == after else [f"{where}: {before} -> {after}"]
+    old, new = leaves(before), leaves(after)
+    pairs = {name: (old.get(name, "absent"), new.get(name, "absent")) for name in {**old, **new}}
+    return [f"{name}: {one} -> {other}" for name, (one, other) in pairs.items() if one != other]
 
 
 class Metrics:
     """`metrics.jsonl`: one line per event worth a curve, only values that are reproducible.
 
-    Lines are flushed one by one. A stage that starts over, or resumes at a step, first cuts away
-    the lines it is going to write again, so a resumed file equals that of an undisturbed run.
+    Lines are flushed one by one. A step that starts over, or resumes inside a training, first cuts
+    away the lines it is going to write again, so a resumed file equals that of an undisturbed run.
     """
 
     MEASURED = ("seconds", "images_per_s", "gflops_per_s", "mfu", "eta")
@@ -303,7 +309,7 @@ class Metrics:
         files.append_line(self.path, json.dumps(kept, sort_keys=True))
 
     def cut(self, stages: Sequence[str], step: int = 0) -> None:
-        """Drops lines of these stages that lie after `step`, and a torn last line."""
+        """Drops lines of these steps after training step `step`, and a torn last line."""
         if not self.path.exists():
             return
         kept = [

@@ -1,4 +1,4 @@
-"""Data that fits a model, and all that a stage needs when it runs alone."""
+"""Data that fits a model, and all that a verb needs."""
 
 from __future__ import annotations
 
@@ -10,13 +10,14 @@ from torch import nn
 from vitprune_fast.batches import classes_of
 from vitprune_fast.config.model import ModelConfig
 from vitprune_fast.config.run import DataConfig
-from vitprune_fast.data import INTERPOLATIONS, ImageData, RandomCrop, open_data
+from vitprune_fast.data import INTERPOLATIONS, ImageData, open_data
+from vitprune_fast.errors import InvalidInput
 from vitprune_fast.models.open import open_model
 from vitprune_fast.precision import Precision
 from vitprune_fast.randomness import seeded
+from vitprune_fast.run.actions import Setting
 from vitprune_fast.run.assumptions import about_data, about_weights, not_followed
-from vitprune_fast.run.profile import Profile, choose_profile
-from vitprune_fast.run.stages import Setting
+from vitprune_fast.run.profile import choose_profile
 from vitprune_fast.stated import caveats, patch_size, stated_config
 from vitprune_fast.structure import describe
 
@@ -28,15 +29,13 @@ class Opened:
     Attributes:
         model: with its weights, in evaluation mode.
         data: read at the model's input size.
-        setting: what a stage needs besides its inputs.
-        profile: where to compute.
+        setting: seed, where to compute, and how images are read.
         assumptions: topic -> what was taken for granted.
     """
 
     model: Any
     data: ImageData
     setting: Setting
-    profile: Profile
     assumptions: dict[str, str]
 
 
@@ -73,7 +72,7 @@ def open_model_data(config: DataConfig, model: Any, weights: ModelConfig) -> Ima
 
 
 def _own_statistics(model: Any, channels: int) -> dict[str, Any]:
-    """What a trained model says of its own input, as far as it can be followed."""
+    """What a trained model says of its own input, as far as we support it."""
     stated = stated_config(model)
     own = {name: stated[key] for name, key in _STATISTICS.items() if stated.get(key) is not None}
     for name in ("mean", "std"):
@@ -115,12 +114,23 @@ def remember_normalisation(model: Any, data: ImageData, *, trained: bool) -> Non
 
 def check_fit(model: Any, data: ImageData) -> None:
     """Refuses a head or a patch size that does not fit the data (InvalidInput)."""
+    classes = len(data.classes)
+    if classes_of(model) != classes:
+        raise InvalidInput(
+            f"model: the head must have {classes} classes like {data.name}, got "
+            f"{classes_of(model)}; build it with num_classes={classes}"
+        )
     # models of other libraries take images of one size, of which they say no patch
-    data.check_model(num_classes=classes_of(model), patch_size=patch_size(model) or 1)
+    (height, width), patch = data.image_size, patch_size(model) or (1, 1)
+    if height < patch[0] or width < patch[1]:
+        raise InvalidInput(
+            f"data: images must be at least one patch, {patch[0]} x {patch[1]} pixels, got "
+            f"{height} x {width}; give the model a larger img_size"
+        )
 
 
 def open_weights(config: ModelConfig, seed: int, classes: int | None = None) -> nn.Module:
-    """The model of `open_model`; weights that come from nowhere are drawn by the seed."""
+    """The model of `open_model`; weights that nothing provides are drawn from the seed."""
     with seeded(seed, "init"):
         return open_model(config, classes)
 
@@ -143,29 +153,9 @@ def open_both(
     model = open_weights(model_config, seed)
     data = open_model_data(data_config, model, model_config)
     check_fit(model, data)
-    setting = setting_of(data_config, profile, seed)
     assumptions = {
         **about_weights(model_config, seed, model),
         **about_data(data),
         **not_followed(model, model_config, data),
     }
-    return Opened(model, data, setting, profile, assumptions)
-
-
-def setting_of(data_config: DataConfig, profile: Profile, seed: int) -> Setting:
-    """What every stage needs besides its inputs."""
-    return Setting(
-        seed,
-        profile.device,
-        profile.workers,
-        data_config.augment,
-        data_config.batch_size,
-        RandomCrop(
-            scale=data_config.crop_scale,
-            policy=data_config.policy,
-            jitter=data_config.color_jitter,
-            simple=data_config.crop == "simple",
-        ),
-        data_config.repeats,
-        profile.dtype,
-    )
+    return Opened(model, data, Setting(seed, profile, data_config), assumptions)

@@ -1,4 +1,4 @@
-"""A run at work, as its steps see it."""
+"""A running run, as its steps see it."""
 
 from __future__ import annotations
 
@@ -19,11 +19,10 @@ from vitprune_fast.data import BadImage, ImageData
 from vitprune_fast.distill.loop import DistillResult
 from vitprune_fast.distill.teachers import must_learn
 from vitprune_fast.ranks import Ranks
-from vitprune_fast.run import checks, stages, training
+from vitprune_fast.run import actions, checks, training
+from vitprune_fast.run.actions import OnEvent, Setting
 from vitprune_fast.run.folder import Metrics, RunFolder, read_metrics
-from vitprune_fast.run.inputs import setting_of
 from vitprune_fast.run.profile import Profile
-from vitprune_fast.run.stages import OnEvent, Setting
 from vitprune_fast.run.step import RunStopped, Step
 from vitprune_fast.run.tensorboard import Board
 from vitprune_fast.scoring import ScoringStopped
@@ -36,10 +35,10 @@ SET_ASIDE = "set_aside.json"
 
 @dataclass
 class Job:
-    """One run at work: its configuration, its folder, and what earlier steps left there.
+    """The state of a run: its configuration, its folder, and what earlier steps left there.
 
     Attributes:
-        config: the configuration as the step that is at work sees it.
+        config: the configuration as the current step sees it.
         recipe: name of the list of steps.
         steps: all of them, in order.
         skeleton: the dense model without its weights.
@@ -47,11 +46,11 @@ class Job:
         source: the images, with those that cannot be read.
         profile: where to compute.
         metrics: the curves.
-        on_event: told about everything.
+        on_event: called with every event.
         stop: asked after every step of a training, and between steps of the run.
         ranks: the processes that do the run together.
         board: gets the curves too, or None.
-        step: the one at work.
+        step: the current one.
     """
 
     config: RunConfig
@@ -72,7 +71,7 @@ class Job:
     @property
     def setting(self) -> Setting:
         """Seed, device, loader processes and the like."""
-        return setting_of(self.config.data, self.profile, self.config.seed)
+        return Setting(self.config.seed, self.profile, self.config.data)
 
     @cached_property
     def data(self) -> ImageData:
@@ -84,11 +83,11 @@ class Job:
     @cached_property
     def images(self) -> Any:
         """A few training images on which models are checked, on the device."""
-        return stages.probe_images(self.data).to(self.profile.device)
+        return actions.probe_images(self.data).to(self.profile.device)
 
     @property
     def checkpoints(self) -> Path:
-        """Where the step at work keeps what is unfinished."""
+        """Where the current step keeps its checkpoints."""
         return self.folder / "checkpoints" / self.step.name
 
     def load(self, name: str) -> nn.Module:
@@ -133,7 +132,7 @@ class Job:
             files.write_json(path, value)
 
     def teachers(self, student: nn.Module, dense: str, trained: Mapping[str, str]) -> Any:
-        """Who teaches a student: those that are named, or the dense model.
+        """The teachers of a student: those that are named, or the dense model.
 
         Args:
             student: as it will be trained.
@@ -173,29 +172,29 @@ class Job:
         }
 
     def facts(self, step: str) -> dict[str, Any]:
-        """What a finished step told of itself; nothing of one that is not finished."""
+        """The facts that a finished step recorded; empty for one that is not finished."""
         record = self.folder.record_of(step)
         return record["facts"] if record else {}
 
     def note(self, text: str) -> None:
-        """Says something worth knowing."""
+        """Reports something worth knowing."""
         self.on_event({"event": "note", "text": text})
 
     def train(
         self, student: nn.Module, teacher: Any, schedule: DistillConfig, **more: Any
     ) -> DistillResult:
-        """What came of a training that resumes, with its curves.
+        """The result of a training that can resume; its curves are kept.
 
         Args:
             student: trained in place.
             teacher: one, several, or None.
             schedule: losses and epochs.
-            more: of `stages.train`.
+            more: of `actions.train`.
 
         Raises:
             RunStopped: it was asked to stop, and wrote a checkpoint.
         """
-        result = stages.train(
+        result = actions.train(
             student,
             teacher,
             self.data,
@@ -229,7 +228,7 @@ class Job:
         self.on_event({**event, "epochs": epochs})
 
     def resumable(self, what: str, file: str, work: Callable[..., Any], *arguments: Any) -> Any:
-        """What `work` returns; a checkpoint that it refuses goes, and it starts over.
+        """What `work` returns; a checkpoint that it refuses is deleted, and it starts over.
 
         Args:
             what: for a note, should that happen.

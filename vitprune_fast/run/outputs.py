@@ -30,7 +30,7 @@ def refuse_overwriting(
         options: the dataclass of the verb. Every path in it that is no output is an input, so a new
             option is protected before anybody thinks of it.
         outputs: option -> the file or folder it has us write; None writes nothing.
-        more: option -> what is read beside the options, such as the YAML file they come from.
+        more: option -> what else is read, such as the YAML file with the options.
         resumes: a run folder that stands already may hold inputs, since it is read again.
 
     Raises:
@@ -78,12 +78,12 @@ def _inputs(options: Any, skip: Collection[str] = ()) -> Iterator[tuple[str, Pat
 
 
 def _existing(option: str, names: Iterable[str]) -> Iterator[tuple[str, Path]]:
-    """Those of some words that are files or folders rather than names of something else."""
+    """The words that name an existing file or folder."""
     yield from ((option, Path(name)) for name in names if name and os.path.lexists(name))
 
 
 def _within(inner: Path, outer: Path) -> bool:
-    """Whether ``inner`` is ``outer`` or lies in it, by whatever names."""
+    """Whether ``inner`` is ``outer`` or lies in it, also through links."""
     here = Path(os.path.realpath(inner))
     return any(_same(each, outer) for each in (here, *here.parents))
 

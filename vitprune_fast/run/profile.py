@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import platform
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 from vitprune_fast._version import __version__
 from vitprune_fast.errors import BackendUnavailable, InvalidInput
@@ -33,9 +33,6 @@ class Profile:
             f"{self.threads} thread{'s' if self.threads != 1 else ''}, "
             f"{self.workers} loader process{'es' if self.workers != 1 else ''}"
         )
-
-    def to_dict(self) -> dict[str, str | int]:
-        return asdict(self)
 
 
 def choose_profile(
@@ -91,8 +88,8 @@ def applied(profile: Profile) -> Iterator[None]:
     """Sets torch's thread count for the body, then restores it.
 
     How threads wait for each other is decided when torch is loaded, so only the command line can do
-    something about it. A program that imports this package and computes with several threads beside
-    other work should itself have `OMP_WAIT_POLICY=passive` or `GOMP_SPINCOUNT=3000` in its
+    something about it. A program that imports this package and computes with several threads while
+    other work runs should itself have `OMP_WAIT_POLICY=passive` or `GOMP_SPINCOUNT=3000` in its
     environment before it imports torch: else they spin, and are many times slower than one thread.
     """
     import torch

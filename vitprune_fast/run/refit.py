@@ -1,4 +1,4 @@
-"""The refit after the cut in words, and images that it must not read."""
+"""The refit after the cut in words, and the check that it reads no test images."""
 
 from __future__ import annotations
 
@@ -87,6 +87,6 @@ def refuse_test_images(data: ImageData, chosen: Iterable[int], places: Iterable[
 
 
 def _places(data: ImageData, samples: Iterable[int]) -> set[str]:
-    """Where images lie; those that come with the package lie nowhere."""
+    """Paths of images; none for those that come with a package."""
     path = getattr(data.source, "path", None)
     return set() if path is None else {os.path.realpath(path(sample)) for sample in samples}

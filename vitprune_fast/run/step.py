@@ -11,7 +11,7 @@ from vitprune_fast.config.run import RunConfig
 from vitprune_fast.errors import InvalidInput
 
 Facts = dict[str, Any]
-"""What a step tells of itself: plain values for its record, `text` among them is printed."""
+"""What a step reports: plain values for its record, of which `text` is printed."""
 
 SUMMARY = "summary.json"
 REPORT = "report.html"
@@ -20,7 +20,7 @@ _OWN = ("run.json", "config.yaml", "metrics.jsonl", "stages", "checkpoints", "te
 
 
 class RunStopped(Exception):
-    """The run was asked to stop and did, with a checkpoint; the same call goes on from there."""
+    """The run stopped on request, with a checkpoint; the same call resumes there."""
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ class Step:
 
     @property
     def wiring(self) -> str:
-        """What it does to what, as one line: ``scores.safetensors = score(dense)``."""
+        """Function, inputs and outputs as one line: ``scores.safetensors = score(dense)``."""
         called = f"{self.function.__name__}({', '.join(self.inputs.values())})"
         return " = ".join(part for part in (", ".join(self.outputs.values()), called) if part)
 

@@ -45,7 +45,7 @@ def rows(
     for name, model in models.items():
         measured = name if name in timed else of_size[_size(model)]
         made[name] = {
-            **_costs(model),
+            **dict(zip(("params", "macs"), _size(model), strict=True)),
             **_counts(found[name]),
             **_times(timed[measured]),
             **({} if measured == name else {"latency_of": measured}),
@@ -75,11 +75,6 @@ def seen_whole(found: Mapping[str, Any], wanted: int) -> list[Check]:
             ),
         )
     ]
-
-
-def _costs(model: nn.Module) -> dict[str, int]:
-    params, macs = _size(model)
-    return {"params": params, "macs": macs}
 
 
 def _counts(result: Any) -> dict[str, Any]:

@@ -1,7 +1,7 @@
 """The curves of `metrics.jsonl` for TensorBoard, each point once however often the run was killed.
 
-A stage's event files are rewritten from the metrics file whenever the stage is taken up, after
-that file was cut back to the checkpoint, and then grow with it.
+The event files of a step are rewritten from the metrics file whenever it is taken up, after that
+file was cut back to the checkpoint, and then grow with it.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ CURVES = ("loss", "ce", "bce", "kd", "lr", "val_loss", "val_top1", "val_agreemen
 
 
 class Board:
-    """Event files in `folder/STAGE`, so that TensorBoard shows the stages as curves of one plot."""
+    """Event files in `folder/STEP`, so that TensorBoard shows the steps as curves of one plot."""
 
     def __init__(self, folder: Path) -> None:
         """Raises BackendUnavailable without the tensorboard package."""
@@ -34,29 +34,23 @@ class Board:
         self._writer: Any = None
 
     def restart(self, stage: str, lines: list[dict[str, Any]]) -> None:
-        """Rewrites the stage's points from the lines of the metrics file."""
+        """Rewrites the points of a step from the lines of the metrics file."""
         self.close()
         shutil.rmtree(self.folder / stage, ignore_errors=True)
         self._writer = self._open(str(self.folder / stage))
-        for line in lines:
-            if line.get("stage") == stage:
-                self._add(line)
-        self._writer.flush()
-
-    def add(self, line: dict[str, Any]) -> None:
-        """Adds the point of one more line; the stage was restarted before."""
-        self._add(line)
-        self._writer.flush()
+        self.add(*(line for line in lines if line.get("stage") == stage))
 
     def close(self) -> None:
-        """Ends the open stage; without one it does nothing."""
+        """Ends the open step; without one it does nothing."""
         if self._writer is not None:
             self._writer.close()
             self._writer = None
 
-    def _add(self, line: dict[str, Any]) -> None:
-        if line.get("event") in ("start", "epoch"):
-            for name in line:
+    def add(self, *lines: dict[str, Any]) -> None:
+        """Adds the points of more lines; the step was restarted before."""
+        for line in lines:
+            for name in line if line.get("event") in ("start", "epoch") else ():
                 # a loss of one of several teachers is TEACHER:LOSS
                 if name.rpartition(":")[2] in CURVES and line[name] is not None:
                     self._writer.add_scalar(name, line[name], line["step"])
+        self._writer.flush()

@@ -1,4 +1,4 @@
-"""Trainings with teachers, gates and masks: what `vitprune-fast distill` and a run share."""
+"""Training with teachers, gates and masks, shared by `vitprune-fast distill` and runs."""
 
 from __future__ import annotations
 
@@ -24,46 +24,40 @@ from vitprune_fast.data import ImageData
 from vitprune_fast.distill.loop import DistillResult
 from vitprune_fast.distill.masks import MaskSchedule
 from vitprune_fast.distill.teachers import Teacher, resolve_teacher
-from vitprune_fast.errors import InvalidInput, UnsupportedArchitecture, VitpruneError
+from vitprune_fast.errors import InvalidInput, UnsupportedArchitecture
 from vitprune_fast.gates import BudgetLoss, attach, fold, to_plan
 from vitprune_fast.models.open import skeleton
 from vitprune_fast.planning import Budget, Plan, plan
 from vitprune_fast.precision import resolve
 from vitprune_fast.randomness import derive_seed, seeded
-from vitprune_fast.run import stages
-from vitprune_fast.run.stages import OnEvent, Setting
-from vitprune_fast.run.tensorboard import Board
+from vitprune_fast.run import actions
+from vitprune_fast.run.actions import OnEvent, Setting
+from vitprune_fast.run.step import RunStopped
 from vitprune_fast.scoring.scores import Scores
 from vitprune_fast.structure import describe
 from vitprune_fast.surgery import prune
 
 Train = Callable[..., DistillResult]
-"""(student, teachers, config, **more of `stages.train`) -> what came of it."""
-
-
-class TrainingStopped(VitpruneError):
-    """A training was asked to stop, and wrote its checkpoint where it has a folder."""
+"""(student, teachers, config, **more of `actions.train`) -> its result."""
 
 
 @dataclass(frozen=True)
 class Trainings:
-    """Runs one training after another on the same data, each with a folder and curves of its own.
+    """Runs one training after another on the same data, each with a folder of its own.
 
     Attributes:
-        data: `train` is learnt from, `validation` measured.
+        data: `train` is learned from, `validation` is measured.
         setting: seed, device, loader processes, batch size, augmentation.
         checkpoints: a folder per training is made in it; a stopped one goes on from there.
-        on_event: told about steps and epochs.
+        on_event: called with steps and epochs.
         stop: asked after every step.
-        board: gets the curves.
     """
 
     data: ImageData
     setting: Setting
     checkpoints: Path | None = None
-    on_event: OnEvent | None = None
+    on_event: OnEvent = lambda event: None
     stop: Callable[[], bool] | None = None
-    board: Board | None = None
 
     def __call__(
         self,
@@ -76,19 +70,9 @@ class Trainings:
         """The result of the training of that name.
 
         Raises:
-            TrainingStopped: `stop` said so.
+            RunStopped: `stop` said so.
         """
-
-        def told(event: dict[str, Any]) -> None:
-            event = {**event, "stage": purpose}
-            if self.on_event is not None:
-                self.on_event(event)
-            if self.board is not None:
-                self.board.add(event)
-
-        if self.board is not None:
-            self.board.restart(purpose, [])
-        result = stages.train(
+        result = actions.train(
             student,
             teacher,
             self.data,
@@ -96,18 +80,12 @@ class Trainings:
             self.setting,
             purpose=purpose,
             checkpoint_dir=None if self.checkpoints is None else self.checkpoints / purpose,
-            on_event=told,
+            on_event=lambda event: self.on_event({**event, "stage": purpose}),
             stop=self.stop,
             **more,
         )
-        if self.board is not None:
-            # a run that went on from a checkpoint tells of its earlier epochs in its result alone
-            lines = [{"stage": purpose, "event": "epoch", **entry} for entry in result.history]
-            lines.insert(0, {"stage": purpose, "event": "start", "step": 0, **result.start})
-            self.board.restart(purpose, lines)
-            self.board.close()
         if not result.finished:
-            raise TrainingStopped(f"distill: {purpose} must run to its end, got a stop")
+            raise RunStopped
         return result
 
 
@@ -132,23 +110,27 @@ def teach(
 
     Raises:
         InvalidInput: options that do not go together, or a teacher that does not fit.
-        TrainingStopped: as said.
+        RunStopped: it was asked to stop, and wrote its checkpoint where it has a folder.
     """
     if gates.kind != "none" and masks.macs is not None:
         raise InvalidInput("distill: gates must be none with mask-macs, got both; choose one")
     schedule, taught_by = mask_schedule(masks), None
     if config.needs_teacher:
         teachers.check_losses(config.loss)
-        data, setting = trainings.data, trainings.setting
         taught_by = [
-            open_teacher(number, teachers, config, student, data, setting, train=train)
-            for number, train in enumerate(
-                partial(_train_alone, trainings, f"teacher-{number}")
-                for number in range(len(teachers.names))
+            open_teacher(
+                number,
+                teachers,
+                config,
+                student,
+                trainings.data,
+                trainings.setting,
+                train=partial(trainings, f"teacher-{number}", teacher=None),
             )
+            for number in range(len(teachers.names))
         ]
     if gates.kind != "none":
-        done = learn_gates(
+        gated = learn_gates(
             student,
             taught_by,
             config,
@@ -157,15 +139,10 @@ def teach(
             data=trainings.data,
             setting=trainings.setting,
         )
-        student = prune(student, done.plan)
+        assert gated.plan is not None
+        student = prune(student, gated.plan)
     result = trainings("distill", student, taught_by, config, masks=schedule)
     return result.model if result.plan is None else prune(result.model, result.plan)
-
-
-def _train_alone(
-    trainings: Trainings, purpose: str, model: nn.Module, config: DistillConfig
-) -> DistillResult:
-    return trainings(purpose, model, None, config)
 
 
 def mask_schedule(masks: MaskConfig) -> MaskSchedule | None:
@@ -176,30 +153,7 @@ def mask_schedule(masks: MaskConfig) -> MaskSchedule | None:
     """
     if masks.macs is None:
         return None
-    return MaskSchedule(
-        masks.macs,
-        masks.shape,
-        masks.start,
-        masks.end,
-        masks.every,
-        samples=masks.samples,
-        attention=masks.attention,
-    )
-
-
-@dataclass(frozen=True)
-class LearnedPlan:
-    """What gates settled.
-
-    Attributes:
-        plan: which units stay.
-        axes: those that had gates.
-        result: of the training.
-    """
-
-    plan: Plan
-    axes: tuple[str, ...]
-    result: DistillResult
+    return MaskSchedule(**vars(masks))
 
 
 def learn_gates(
@@ -213,12 +167,12 @@ def learn_gates(
     setting: Setting,
     score: ScoreConfig | None = None,
     cut: PlanConfig | None = None,
-) -> LearnedPlan:
-    """Learns gates beside the weights, and folds them in.
+) -> DistillResult:
+    """Learns gates together with the weights, and folds them in; `plan` is which units stay.
 
     Args:
         student: trained in place; in the end it computes without gates what it computed with them.
-        teachers: as for `stages.train`.
+        teachers: as for `actions.train`.
         config: losses and schedule; the number of epochs is that of the gates.
         train: runs the training.
         gates: which kind, how long, down to what.
@@ -232,7 +186,7 @@ def learn_gates(
     least: Any = {"min_units": cut.min_units, "round_to": {"neuron": cut.round_to}}
     if gates.kind in ("ste", "fixed"):
         # equal scores would leave it open who goes
-        scores = stages.score(student, data, score or ScoreConfig(), setting)
+        scores = actions.score(student, data, score or ScoreConfig(), setting)
         start = _levelled(scores)
         if gates.kind == "fixed":
             start = plan(student, scores, target, units=gates.units, **least)
@@ -249,9 +203,8 @@ def learn_gates(
     budget = BudgetLoss(attached, gates.macs) if gates.budget else None
     result = train(student, teachers, own, gates=attached, gate_budget=budget)
     chosen = start if isinstance(start, Plan) else to_plan(student, attached, target, **least)
-    axes = tuple(attached.axes)
     fold(student, attached)
-    return LearnedPlan(chosen, axes, result)
+    return replace(result, plan=chosen)
 
 
 def _levelled(scores: Scores) -> dict[str, Tensor]:
@@ -290,7 +243,7 @@ def open_teacher(
     *,
     dense: nn.Module | None = None,
     weights: Path | None = None,
-    train: Callable[[nn.Module, DistillConfig], Any] | None = None,
+    train: Callable[..., Any] | None = None,
 ) -> Teacher:
     """A teacher, ready to be asked.
 
@@ -303,7 +256,7 @@ def open_teacher(
         setting: the seed of first weights, and where it answers.
         dense: what `self` is; None is the student.
         weights: what a model of timm learned here earlier.
-        train: trains a model of timm that does not know the classes, by the config given.
+        train: trains a model of timm that does not know the classes; takes it and `config`.
 
     Raises:
         InvalidInput: it cannot teach this student.
@@ -318,10 +271,10 @@ def open_teacher(
             checkpoint=weights,
             logits=config.learns_logits,
             size=teachers.size,
-            train=None if train is None else lambda model: train(model, own),
+            train=train and partial(train, config=own),
             student_mean=data.mean,
             student_std=data.std,
-            dtype=resolve("distill", teachers.dtype, setting.device),
+            dtype=resolve("distill", teachers.dtype, setting.profile.device),
             channels_last=teachers.channels_last,
             compile=teachers.compile,
             weight=teachers.weights[number] if teachers.weights else 1.0,

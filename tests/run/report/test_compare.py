@@ -14,7 +14,7 @@ from vitprune_fast.config.run import PlanConfig
 from vitprune_fast.errors import InvalidInput, RunFolderError
 from vitprune_fast.recipes.start import run
 from vitprune_fast.run.report import write_comparison
-from vitprune_fast.run.report.compare import names_of, told_differently
+from vitprune_fast.run.report.compare import names_of, settings_that_differ
 
 
 @pytest.fixture(scope="module")
@@ -81,7 +81,7 @@ def test_names_are_as_short_as_tells_them_apart() -> None:
 def test_only_what_differs_is_listed() -> None:
     one = {"config": {"seed": 0, "plan": {"macs": 0.5}}, "threads": 1}
     other = {"config": {"seed": 0, "plan": {"macs": None}, "new": True}, "threads": 1}
-    assert told_differently([one, other]) == [
+    assert settings_that_differ([one, other]) == [
         ("config.plan.macs", ["0.5", "unset"]),
         ("config.new", ["", "True"]),
     ]

@@ -10,8 +10,8 @@ import pytest
 
 from tests.run.report.test_report import Page
 from vitprune_fast import files
-from vitprune_fast.run.report import figures, write_report
-from vitprune_fast.run.report.refit import MOST_FITS, error_figures
+from vitprune_fast.run.report import write_report
+from vitprune_fast.run.report.refit import MOST_FITS
 
 
 def fit(place: str, part: str = "writer", **other: Any) -> dict[str, Any]:
@@ -66,24 +66,3 @@ def test_many_fits_are_shown_when_asked_for(reported: Any) -> None:
 def test_a_plan_that_cuts_nothing_has_nothing_to_refit(reported: Any) -> None:
     text, words = reported([])
     assert "there was nothing to refit" in words and "<summary>All" not in text
-
-
-def test_pictures_of_the_errors_tell_what_was_not_applied() -> None:
-    fits = [fit(f"blocks.{k}.{kind}") for k in range(3) for kind in ("attn", "mlp")]
-    fits[3] |= {"left_out": "no gain"}
-    ((caption, svg),) = error_figures([*fits, fit("head", "classifier"), fit("x", "reader")])
-    assert caption == "Error of what branches put out"
-    for word in ("before", "after, held-out images", "not applied", "head"):
-        assert word in svg
-    assert "not applied" not in error_figures([fit("a"), fit("b")])[0][1]
-    assert error_figures([fit("a")]) == [] == error_figures([])
-
-
-def test_few_blocks_are_named_below_a_picture_of_many() -> None:
-    places = [f"blocks.{k}.{kind}" for k in range(24) for kind in ("attn", "mlp")]
-    at, names = figures._block_ticks([*places, "head"])
-    assert len(at) <= 13 and names[:3] == ["0", "2", "4"] and at[:3] == [0, 4, 8]
-    assert figures._block_ticks(["stem", "blocks.0.attn", "head"]) == (
-        [0, 1, 2],
-        ["stem", "0", "head"],
-    )

@@ -54,7 +54,7 @@ def test_page_is_self_contained_and_well_formed(folder: Path) -> None:
     assert all(address.startswith("#") for address in page.addresses)
     assert "url(" not in text.replace("url(#", "") and "@import" not in text
     assert "http" not in text
-    assert page.tags.count("svg") == 12
+    assert page.tags.count("svg") == 10
 
 
 def test_page_tells_what_a_stranger_asks(folder: Path) -> None:

@@ -1,4 +1,4 @@
-"""Several finished runs side by side: one table, what they were told differently, their curves."""
+"""Several finished runs side by side: one table, the settings that differ, their curves."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 from vitprune_fast import files
 from vitprune_fast.errors import InvalidInput
 from vitprune_fast.run.comparison import between, comparison
-from vitprune_fast.run.folder import RunFolder, read_metrics
+from vitprune_fast.run.folder import RunFolder, leaves, read_metrics
 from vitprune_fast.run.report import figures
 from vitprune_fast.run.report.page import (
     budget_text,
@@ -58,14 +58,14 @@ def render_comparison(runs: Sequence[RunFolder]) -> str:
         data=[summary["data"]["name"] for summary in summaries],
         budgets=[budget_text(last_fact(facts, "budget") or {}) for facts in plans],
         rows=table(summaries),
-        told=told_differently(identities),
+        differences=settings_that_differ(identities),
         curves=overlaid_curves(list(zip(names, cycle(figures.LINES), metrics, strict=False))),
         hardware=[summary["profile"]["hardware"] for summary in summaries],
     )
 
 
 def names_of(folders: Sequence[Path]) -> list[str]:
-    """Short names of folders, told apart: their paths without what all of them begin with."""
+    """Short names of folders, told apart: their paths without the common beginning."""
     paths = [folder.resolve() for folder in folders]
     if len(set(paths)) < len(paths):
         raise InvalidInput("report: the runs to compare must be different folders")
@@ -85,19 +85,13 @@ def table(summaries: Sequence[dict[str, Any]]) -> list[tuple[str, list[tuple[str
     ]
 
 
-def told_differently(identities: Sequence[dict[str, Any]]) -> list[tuple[str, list[str]]]:
-    """Rows (name, value per run) of everything that decides results and is not the same."""
-    leaves = [dict(_leaves(identity)) for identity in identities]
-    names = dict.fromkeys(name for each in leaves for name in each)
-    rows = [(name, [each.get(name, "") for each in leaves]) for name in names]
+def settings_that_differ(identities: Sequence[dict[str, Any]]) -> list[tuple[str, list[str]]]:
+    """Rows (name, value per run) of every setting that decides results and differs."""
+    runs = [leaves(identity) for identity in identities]
+    names = dict.fromkeys(name for run in runs for name in run)
+    rows = [(name, [_shown(run.get(name, "")) for run in runs]) for name in names]
     return [(name, values) for name, values in rows if len(set(values)) > 1]
 
 
-def _leaves(value: Any, where: str = "") -> list[tuple[str, str]]:
-    if not isinstance(value, dict):
-        return [(where, "unset" if value is None else str(value))]
-    return [
-        leaf
-        for key, item in value.items()
-        for leaf in _leaves(item, f"{where}.{key}" if where else str(key))
-    ]
+def _shown(value: Any) -> str:
+    return "unset" if value is None else str(value)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import cycle
 from typing import Any
 
@@ -13,12 +13,13 @@ import matplotlib
 matplotlib.use("svg")
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, MaxNLocator
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator
 
 BEFORE, AFTER, MUTED, INK = "#9aa5b1", "#1f6f8b", "#e4e7eb", "#323f4b"
 LINES = ("#1f6f8b", "#c8553d", "#6b7f2a", "#8e5ea2", "#d69e2e", "#4a5568")
 """Colours of the runs in a comparison, in turn."""
-KINDS = dict(zip(("head", "neuron", "qk_dim", "v_dim", "embed"), LINES, strict=False))
+_UNITS = ("head", "neuron", "qk_dim", "v_dim", "embed", "attn_branch", "mlp_branch", "block")
+KINDS = dict(zip(_UNITS, cycle(LINES), strict=False))
 """Colours of the unit kinds."""
 _STYLE: Any = {
     "svg.fonttype": "none",
@@ -26,8 +27,10 @@ _STYLE: Any = {
     "font.size": 9,
     "axes.edgecolor": MUTED,
     "axes.labelcolor": INK,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
+    **{f"axes.spines.{side}": False for side in ("left", "bottom", "top", "right")},
+    **{f"{way}tick.{kind}.size": 0 for way in "xy" for kind in ("major", "minor")},
+    "grid.color": MUTED,
+    "grid.linewidth": 0.6,
     "axes.axisbelow": True,
     "xtick.color": INK,
     "ytick.color": INK,
@@ -40,37 +43,26 @@ MOST_POINTS = 300
 """Points of one colour in one block of a score picture; more would only blacken it."""
 
 
-def _figure(height: float) -> tuple[Figure, Axes]:
-    figure = Figure(figsize=(WIDTH, height), layout="constrained")
-    return figure, figure.add_subplot()
+def drawn(title: str, height: float, draw: Callable[[Axes], None]) -> str:
+    """One panel as an `<svg>` element that scales with the page, the same text every time.
 
-
-def svg_of(figure: Figure, title: str) -> str:
-    """The figure as an `<svg>` element that scales with the page, the same text every time."""
+    Args:
+        title: read out instead of the picture.
+        height: in inches.
+        draw: gets the axes of a styled figure.
+    """
     buffer = io.StringIO()
-    with matplotlib.rc_context({"svg.hashsalt": title}):
+    with matplotlib.rc_context({**_STYLE, "svg.hashsalt": title}):
+        figure = Figure(figsize=(WIDTH, height), layout="constrained")
+        draw(figure.add_subplot())
         figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
     text = buffer.getvalue()
     text = text[text.index("<svg") :]
     text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.S)
     text = re.sub(r'\s(xmlns(:\w+)?)="[^"]*"', "", text)
     text = text.replace("xlink:href", "href")
-    text = re.sub(
-        r'<svg([^>]*?) (?:width|height)="[^"]*"([^>]*?) (?:width|height)="[^"]*"', _fluid, text
-    )
+    text = re.sub(r' (?:width|height)="[^"]*pt"', "", text, count=2)
     return text.replace("<svg", f'<svg role="img" aria-label="{title}"', 1)
-
-
-def _fluid(match: re.Match[str]) -> str:
-    return f"<svg{match[1]}{match[2]}"
-
-
-def drawn(title: str, height: float, draw: Any) -> str:
-    """One panel: `draw` gets the axes of a styled figure."""
-    with matplotlib.rc_context(_STYLE):
-        figure, axes = _figure(height)
-        draw(axes)
-        return svg_of(figure, title)
 
 
 def kept_units(axes_facts: Sequence[dict[str, Any]], title: str) -> str:
@@ -110,8 +102,6 @@ def kept_units(axes_facts: Sequence[dict[str, Any]], title: str) -> str:
         axes.set_yticks(range(count), [str(axis["block"]) for axis in axes_facts])
         axes.set_ylabel("block")
         axes.set_ylim(count - 0.4, -0.6)
-        axes.tick_params(length=0)
-        axes.spines[["left", "bottom"]].set_visible(False)
 
     return drawn(title, 0.9 + 0.24 * count, draw)
 
@@ -144,15 +134,15 @@ def score_spread(axes_facts: Sequence[dict[str, Any]], title: str) -> str:
         if positive and max(positive) > 20 * min(positive):
             axes.set_xscale("symlog", linthresh=min(positive))
             axes.set_xlim(left=0.5 * min(positive))
-        axes.xaxis.set_major_locator(_few_ticks(axes))
+            axes.xaxis.set_major_locator(LogLocator(numticks=6))
+        else:
+            axes.xaxis.set_major_locator(MaxNLocator(5))
         axes.set_yticks(range(len(axes_facts)), [str(axis["block"]) for axis in axes_facts])
         axes.set_ylim(len(axes_facts) - 0.4, -0.6)
         axes.set_ylabel("block")
         axes.set_xlabel(f"score of a {axes_facts[0]['kind']} (larger matters more)")
         axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=2, markerscale=1.2)
-        axes.tick_params(length=0, which="both")
-        axes.grid(axis="x", color=MUTED, linewidth=0.6)
-        axes.spines[["left", "bottom"]].set_visible(False)
+        axes.grid(axis="x")
 
     return drawn(title, 1.2 + 0.24 * len(axes_facts), draw)
 
@@ -163,12 +153,6 @@ def _thinned(values: list[float]) -> list[float]:
     ordered = sorted(values)
     step = (len(ordered) - 1) / (MOST_POINTS - 1)
     return [ordered[round(k * step)] for k in range(MOST_POINTS)]
-
-
-def _few_ticks(axes: Axes) -> Any:
-    from matplotlib.ticker import LogLocator
-
-    return LogLocator(numticks=6) if axes.get_xscale() != "linear" else MaxNLocator(5)
 
 
 def curves(
@@ -185,9 +169,7 @@ def curves(
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         if label.endswith("%"):
             axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-        axes.grid(color=MUTED, linewidth=0.6)
-        axes.tick_params(length=0)
-        axes.spines[["left", "bottom"]].set_visible(False)
+        axes.grid()
         if len(lines) > 1:
             axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=min(len(lines), 3))
 
@@ -210,59 +192,9 @@ def intervals(rows: Sequence[tuple[str, float, float, float]], label: str, title
         axes.set_xlabel(label)
         axes.margins(x=0.08)
         axes.xaxis.set_major_locator(MaxNLocator(5))
-        axes.tick_params(length=0)
-        axes.grid(axis="x", color=MUTED, linewidth=0.6)
-        axes.spines[["left", "bottom"]].set_visible(False)
+        axes.grid(axis="x")
 
     return drawn(title, 0.8 + 0.45 * len(rows), draw)
-
-
-def errors(fits: Sequence[dict[str, Any]], title: str) -> str:
-    """Error of each fit in order, before and after it; hollow where it was not applied."""
-
-    def draw(axes: Axes) -> None:
-        places = range(len(fits))
-        for key, style, colour, label in (
-            ("before", "o-", BEFORE, "before"),
-            ("held_out", ":", AFTER, "after, held-out images"),
-            ("after", "-", AFTER, "after"),
-        ):
-            axes.plot(
-                *(places, [100 * fit[key] for fit in fits], style),
-                color=colour,
-                markersize=3.5,
-                linewidth=1.4,
-                label=label,
-            )
-        for applied, fill in ((True, AFTER), (False, "white")):
-            chosen = [k for k in places if (not fits[k]["left_out"]) == applied]
-            axes.plot(
-                *(chosen, [100 * fits[k]["after"] for k in chosen], "o"),
-                color=AFTER,
-                mfc=fill,
-                markersize=4.5,
-                clip_on=False,
-                label=None if applied or not chosen else "not applied",
-            )
-        axes.set_ylim(bottom=0)
-        axes.set_ylabel("error, % of the signal")
-        axes.set_xlabel("block")
-        axes.set_xticks(*_block_ticks([fit["place"] for fit in fits]))
-        axes.yaxis.set_major_locator(MaxNLocator(5))
-        axes.tick_params(length=0)
-        axes.grid(axis="y", color=MUTED, linewidth=0.6)
-        axes.spines[["left", "bottom"]].set_visible(False)
-        axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=2)
-
-    return drawn(title, 2.9, draw)
-
-
-def _block_ticks(places: Sequence[str]) -> tuple[list[int], list[str]]:
-    """Positions and names of at most 13 ticks: the first place of a block, and what is in none."""
-    names = [found[0] if (found := re.search(r"\d+", place)) else place for place in places]
-    firsts = [k for k, name in enumerate(names) if k == 0 or names[k - 1] != name]
-    firsts = firsts[:: -(-len(firsts) // 13)]
-    return firsts, [names[k] for k in firsts]
 
 
 def bars(rows: Sequence[tuple[str, float, float, str]], title: str) -> str:
@@ -284,9 +216,7 @@ def bars(rows: Sequence[tuple[str, float, float, str]], title: str) -> str:
         axes.set_ylim(len(rows) - 0.5, -0.6)
         axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.0%}"))
         axes.xaxis.set_major_locator(MaxNLocator(5))
-        axes.tick_params(length=0)
-        axes.grid(axis="x", color=MUTED, linewidth=0.6)
-        axes.spines[["left", "bottom"]].set_visible(False)
+        axes.grid(axis="x")
         axes.legend(loc="lower center", bbox_to_anchor=(0.4, 1.0), ncols=2)
 
     return drawn(title, 0.9 + 0.52 * len(rows), draw)

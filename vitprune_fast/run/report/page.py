@@ -39,8 +39,6 @@ TRAININGS = {
 }
 """Heading of the curves of a step, without its number."""
 
-WHY_SET_ASIDE = {"unreadable images": "set aside before anything else (set_aside.json names them)"}
-
 
 def write_report(folder: Path | str) -> Path:
     """Writes `report.html` into a finished run folder and returns its path.
@@ -59,13 +57,13 @@ def write_report(folder: Path | str) -> Path:
 
 @contextlib.contextmanager
 def whole_run_expected() -> Iterator[None]:
-    """Say that a run folder is damaged where its files lack what a page shows."""
+    """Reports a damaged run folder where its files lack what the page shows."""
     try:
         yield
     except (LookupError, TypeError, AttributeError, jinja2.UndefinedError) as error:
         raise DamagedFile(
-            "report: run.json, summary.json and the stage records must be those of a finished run, "
-            f"got files without {error}; run the same command again"
+            "report: run.json, summary.json and the records of steps must be those of a finished "
+            f"run, got files without {error}; run the same command again"
         ) from error
 
 
@@ -104,17 +102,16 @@ def render(run: RunFolder) -> str:
         split_sizes=last_fact(done, "split_sizes"),
         kept=kept_figures(units := unit_facts(run, done)),
         scores=score_figures(units),
-        thinned=thinned_note(units),
-        curves=curve_figures(run),
+        most_points=figures.MOST_POINTS,
+        curves=overlaid_curves([("", figures.AFTER, read_metrics(run / "metrics.jsonl"))]),
         costs=cost_figure(summary),
-        set_aside=set_aside(record, summary),
         load_warning=load_warning(summary["before"]["latency_waited"]),
         weights=weights_text(summary["weights"]),
     )
 
 
 def template(name: str) -> jinja2.Template:
-    """One of the templates that lie beside this file; text put into it is escaped."""
+    """One of the templates in this folder; text put into it is escaped."""
     environment = jinja2.Environment(
         loader=jinja2.FunctionLoader(
             lambda each: (resources("vitprune_fast.run.report") / each).read_text(encoding="utf-8")
@@ -160,7 +157,7 @@ def weights_text(weights: dict[str, Any]) -> str:
 
 
 def facts_of(run: RunFolder, summary: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    """Step -> what it told of itself, up to the one that made the summary."""
+    """Step -> its recorded facts, up to the step that made the summary."""
     done: dict[str, dict[str, Any]] = {}
     for name in summary["steps"]:
         record = run.record_of(name) or {"outputs": {}, "facts": {}}
@@ -203,7 +200,7 @@ def unit_facts(run: RunFolder, done: dict[str, dict[str, Any]]) -> Units:
 
 
 def kept_figures(units: Units) -> list[tuple[str, str]]:
-    """(caption, svg) of what stayed, per unit kind."""
+    """(caption, svg) of the kept units, per unit kind."""
     result = []
     for kind, axes in units.items():
         kept, total = sum(len(a["units"]) for a in axes), sum(a["size"] for a in axes)
@@ -224,23 +221,10 @@ def score_figures(units: Units) -> list[tuple[str, str]]:
     ]
 
 
-def thinned_note(units: Units) -> str:
-    """Says so where a picture shows only some of the units."""
-    most = max((a["size"] for axes in units.values() for a in axes), default=0)
-    if most <= figures.MOST_POINTS:
-        return ""
-    return f" (at most {figures.MOST_POINTS} of each colour per block, evenly spaced by rank)"
-
-
-def curve_figures(run: RunFolder) -> list[tuple[str, str]]:
-    """(caption, svg) of loss and validation accuracy of every training stage."""
-    return overlaid_curves([("", figures.AFTER, read_metrics(run / "metrics.jsonl"))])
-
-
 def overlaid_curves(
     runs: Sequence[tuple[str, str, list[dict[str, Any]]]],
 ) -> list[tuple[str, str]]:
-    """(caption, svg) per training stage and quantity, a line for each (name, colour, metrics)."""
+    """(caption, svg) per training and quantity, a line for each (name, colour, metrics)."""
     result = []
     trained = dict.fromkeys(str(e.get("stage")) for _, _, lines in runs for e in lines)
     for stage in trained:
@@ -294,15 +278,3 @@ def cost_figure(summary: dict[str, Any]) -> str:
         )
     ]
     return figures.bars(rows, "cost and latency before and after")
-
-
-def set_aside(record: dict[str, Any], summary: dict[str, Any]) -> list[str]:
-    """What was left out of the run, one sentence each."""
-    return [
-        f"{count:,} {what} {WHY_SET_ASIDE.get(what, 'left out: not finite')}"
-        for what, count in summary["set_aside"].items()
-        if count
-    ] + [
-        f"The configuration was changed after the start: {'; '.join(lines)}"
-        for lines in record.get("changes", [])
-    ]

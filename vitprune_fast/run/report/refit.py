@@ -1,13 +1,11 @@
-"""What the report says of the sweep: every fit, and the errors by depth."""
+"""What the report says of the sweep: every fit with its errors."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 from vitprune_fast import files
 from vitprune_fast.run.folder import RunFolder
-from vitprune_fast.run.report import figures
 
 PART_NAMES = {"reader": "what it reads", "writer": "what it puts out", "classifier": "logits"}
 MOST_FITS = 20
@@ -15,7 +13,7 @@ MOST_FITS = 20
 
 
 def refit_facts(run: RunFolder, name: str) -> dict[str, Any]:
-    """What the page says of a refit: counts, a row per fit, pictures of the errors."""
+    """What the page says of a refit: counts, and a row per fit."""
     report = files.read_json(files.inside(run.path, name))
     fits, shown = [], ""
     for fit in report["fits"]:
@@ -29,25 +27,11 @@ def refit_facts(run: RunFolder, name: str) -> dict[str, Any]:
         "rows": fits,
         "applied": sum(not fit["left_out"] for fit in report["fits"]),
         "is_long": len(fits) > MOST_FITS,
-        "figures": error_figures(report["fits"]),
     }
 
 
 def ridge_text(value: float | str | None) -> str:
-    """How strongly a fit was held to the old weights; nothing where there was none."""
+    """The ridge of a fit in words; empty where there was none."""
     if value is None:
         return ""
     return "bias alone" if isinstance(value, str) else f"{value:.0e}"
-
-
-def error_figures(fits: Sequence[dict[str, Any]]) -> list[tuple[str, str]]:
-    """(caption, svg) of the errors before and after, from the first branch to the last."""
-    result = []
-    for parts, caption in (
-        (("reader",), "Error of what branches read"),
-        (("writer", "classifier"), "Error of what branches put out"),
-    ):
-        drawn = [fit for fit in fits if fit["part"] in parts]
-        if len(drawn) > 1:
-            result.append((caption, figures.errors(drawn, caption)))
-    return result

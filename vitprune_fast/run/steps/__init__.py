@@ -4,30 +4,15 @@ The names of a function's arguments are the roles that a ``Step`` gives names to
 by itself before it counts as done.
 """
 
-from vitprune_fast.run.steps.data import data
-from vitprune_fast.run.steps.dense import dense
-from vitprune_fast.run.steps.distill import distill
-from vitprune_fast.run.steps.distill_masked import distill_masked
-from vitprune_fast.run.steps.evaluate import evaluate
-from vitprune_fast.run.steps.learn_gates import learn_gates
-from vitprune_fast.run.steps.plan import plan
-from vitprune_fast.run.steps.prune import prune
-from vitprune_fast.run.steps.report import report
-from vitprune_fast.run.steps.score import score
-from vitprune_fast.run.steps.sweep import sweep
-from vitprune_fast.run.steps.teacher import teacher
-
-__all__ = [
-    "data",
-    "dense",
-    "distill",
-    "distill_masked",
-    "evaluate",
-    "learn_gates",
-    "plan",
-    "prune",
-    "report",
-    "score",
-    "sweep",
-    "teacher",
-]
+from vitprune_fast.run.steps.data import data as data
+from vitprune_fast.run.steps.dense import dense as dense
+from vitprune_fast.run.steps.distill import distill as distill
+from vitprune_fast.run.steps.distill_masked import distill_masked as distill_masked
+from vitprune_fast.run.steps.evaluate import evaluate as evaluate
+from vitprune_fast.run.steps.learn_gates import learn_gates as learn_gates
+from vitprune_fast.run.steps.plan import plan as plan
+from vitprune_fast.run.steps.prune import prune as prune
+from vitprune_fast.run.steps.report import report as report
+from vitprune_fast.run.steps.score import score as score
+from vitprune_fast.run.steps.sweep import sweep as sweep
+from vitprune_fast.run.steps.teacher import teacher as teacher

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import asdict
 from typing import Any
 
-from vitprune_fast.run import assumptions, checks, stages, summary
+from vitprune_fast.run import actions, assumptions, checks, summary
 from vitprune_fast.run.comparison import arrow
 from vitprune_fast.run.job import Job
 from vitprune_fast.run.profile import versions
 from vitprune_fast.run.step import Facts, Step
+
+_SKIPPED = {"skipped_steps": "training steps", "skipped": "scored images"}
 
 
 def evaluate(job: Job, *, summary_file: str, before: str, after: str, **between: str) -> Facts:
@@ -24,12 +27,12 @@ def evaluate(job: Job, *, summary_file: str, before: str, after: str, **between:
     """
     names = {"before": before, **between, "after": after}
     loaded = {row: job.load(name) for row, name in names.items()}
-    counted = stages.evaluate_all([*loaded.values()], job.data, job.setting)
+    counted = actions.evaluate([*loaded.values()], job.data, job.setting)
     found = dict(zip(names, counted, strict=True))
     proofs = summary.seen_whole(found, len(job.data.split("test")))
     proved = checks.require(job.step.name, proofs)
     timed = summary.to_time(loaded)
-    times = stages.measure(
+    times = actions.measure(
         [loaded[row] for row in timed],
         job.profile.device,
         summary.BATCH_SIZES,
@@ -54,18 +57,14 @@ def evaluate(job: Job, *, summary_file: str, before: str, after: str, **between:
         "assumptions": assumptions.of_run(job.config, job.steps, job.data, job.skeleton),
         "split_hashes": dict(job.data.split_hashes),
         "versions": versions(),
-        "profile": job.profile.to_dict(),
+        "profile": asdict(job.profile),
         "rank_agreement": _first(facts, "rank_agreement", None),
         "set_aside": {
             **{
-                f"training steps ({name})": each["skipped_steps"]
+                f"{what} ({name})": each[fact]
+                for fact, what in _SKIPPED.items()
                 for name, each in facts.items()
-                if "skipped_steps" in each
-            },
-            **{
-                f"scored images ({name})": each["skipped"]
-                for name, each in facts.items()
-                if "skipped" in each
+                if fact in each
             },
             "unreadable images": len(job.data.set_aside),
         },

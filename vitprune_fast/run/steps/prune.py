@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from vitprune_fast import planning
-from vitprune_fast.run import checks, stages
+from vitprune_fast.run import actions, checks
 from vitprune_fast.run.job import Job
 from vitprune_fast.run.step import Facts
 
@@ -16,7 +16,7 @@ def prune(job: Job, *, model: str, plan: str, pruned: str, dense: str | None = N
     )
     counted = planning.cost(result)
     whole = planning.cost(loaded if dense is None else job.load(dense))
-    goal = stages.limited(job.config.budget(), whole, job.config.plan.toward)
+    goal = actions.limited(job.config.budget(), whole, job.config.plan.toward)
     proofs += checks.within_budget(counted, whole, goal)
     return {
         "cost": {"params": counted.params, "macs": counted.macs},

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from vitprune_fast.run import stages
+from vitprune_fast.run import actions
 from vitprune_fast.run.job import Job
 from vitprune_fast.run.step import Facts
 from vitprune_fast.scoring import Scores
@@ -14,7 +14,7 @@ def score(job: Job, *, model: str, scores: str) -> Facts:
     found: Scores = job.resumable(
         "scoring",
         "sums.safetensors",
-        stages.score,
+        actions.score,
         job.load(model),
         job.data,
         job.config.score,

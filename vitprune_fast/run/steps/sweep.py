@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from vitprune_fast import planning
-from vitprune_fast.run import checks, stages
+from vitprune_fast.run import actions, checks
 from vitprune_fast.run.job import Job
 from vitprune_fast.run.refit import left_out_lines, refit_text
 from vitprune_fast.run.step import Facts
@@ -17,7 +17,7 @@ def sweep(job: Job, *, model: str, plan: str, swept: str, fits: str) -> Facts:
     result, report = job.resumable(
         "the sweep",
         "sweep.safetensors",
-        stages.sweep,
+        actions.sweep,
         loaded,
         chosen,
         job.data,

@@ -14,22 +14,21 @@ def teacher(job: Job, *, dense: str, weights: str) -> Facts:
 
     Its weights are left in a file, which is empty for one that teaches as it is.
     """
-    config = job.config
     number = int(job.step.name.rpartition("-")[2])
-    name = config.teachers.names[number]
+    name = job.config.teachers.names[number]
     facts: Facts = {"text": f"{name} teaches as it is"}
     tensors: dict[str, Any] = {}
 
-    def train(resized: Any, own: Any) -> None:
-        result = job.train(resized, None, own)
+    def train(resized: Any, config: Any) -> None:
+        result = job.train(resized, None, config)
         tensors.update({n: t.cpu().contiguous() for n, t in resized.model.state_dict().items()})
         facts.update(job.training_facts(result))
         facts["text"] = f"{name}, {facts['text']}"
 
     training.open_teacher(
         number,
-        config.teachers,
-        config.distill,
+        job.config.teachers,
+        job.config.distill,
         job.load(dense),
         job.data,
         job.setting,

@@ -1,6 +1,6 @@
-"""The stages as functions of plain values: the command line's verbs and `run` both call these.
+"""What steps of a run and verbs of the command line both do, as functions of plain values.
 
-Which split a stage may read is fixed here: training, scoring and the sweep read `train`, the choice
+Which split they may read is fixed here: training, scoring and the sweep read `train`, the choice
 of a checkpoint reads `validation`, and the evaluations alone read `test`.
 """
 
@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from vitprune_fast import evaluation, planning, scoring, surgery
 from vitprune_fast.config.distill import DistillConfig
-from vitprune_fast.config.run import PlanConfig, ScoreConfig, SweepConfig
+from vitprune_fast.config.run import DataConfig, PlanConfig, ScoreConfig, SweepConfig
 from vitprune_fast.data import Augment, ImageData, Images, Loader, RandomCrop
 from vitprune_fast.distill.loop import distill
 from vitprune_fast.distill.teachers import Teacher
@@ -26,22 +26,18 @@ from vitprune_fast.planning.latency import latencies
 from vitprune_fast.precision import Precision, is_half, resolve
 from vitprune_fast.randomness import derive_seed, generator
 from vitprune_fast.ranks import Ranks
+from vitprune_fast.run.profile import Profile
 
 OnEvent = Callable[[dict[str, Any]], None]
 
 
 @dataclass(frozen=True)
 class Setting:
-    """What every stage needs besides its inputs."""
+    """What every action needs besides its inputs."""
 
     seed: int
-    device: str
-    workers: int
-    augment: bool
-    batch_size: int
-    photographs: RandomCrop = field(default_factory=RandomCrop)
-    repeats: int = 1
-    dtype: Precision = "auto"
+    profile: Profile
+    images: DataConfig
 
 
 def train(
@@ -65,7 +61,7 @@ def train(
         student: trained in place, on the setting's device.
         teacher: one, or several; None trains on the labels alone. A plain module answers in the
             dtype of the training where that has 16 bits.
-        data: `train` is learnt from; `validation` is only measured, or chooses the checkpoint.
+        data: `train` is learned from; `validation` is only measured, or chooses the checkpoint.
         config: schedule and losses; where its dtype is auto, it is the setting's.
         setting: seed, device, dtype, loader processes, batch size, augmentation.
         purpose: keeps the randomness of two trainings with one seed apart.
@@ -73,7 +69,7 @@ def train(
         gate_budget: holds the gates' multiply-accumulates down.
         masks: when units go and come back while training.
         checkpoint_dir: where to checkpoint, and to resume from; None keeps nothing.
-        on_event: told about steps and epochs.
+        on_event: called with steps and epochs.
         stop: asked after every step; True ends the training with a checkpoint.
 
     Returns:
@@ -82,21 +78,23 @@ def train(
     seed = derive_seed(setting.seed, purpose)
     train_loader = Loader(
         data.split("train"),
-        setting.batch_size,
+        setting.images.batch_size,
         shuffle=True,
-        augment=_augmentation(data, setting),
+        augment=_augmentation(data, setting.images),
         seed=seed,
-        workers=setting.workers,
-        repeats=setting.repeats,
+        workers=setting.profile.workers,
+        repeats=setting.images.repeats,
         processes=Ranks.current().world,
     )
-    validation = Loader(data.split("validation"), setting.batch_size, workers=setting.workers)
-    dtype = own_dtype(config, setting)
-    half = resolve("distill", dtype, setting.device)
+    validation = Loader(
+        data.split("validation"), setting.images.batch_size, workers=setting.profile.workers
+    )
+    dtype = setting.profile.dtype if config.dtype == "auto" else config.dtype
+    half = resolve("distill", dtype, setting.profile.device)
     several = [teacher] if isinstance(teacher, nn.Module) else teacher
     return distill(
-        student.to(setting.device),
-        several and [_answering(each.to(setting.device).eval(), half) for each in several],
+        student.to(setting.profile.device),
+        several and [_answering(each.to(setting.profile.device).eval(), half) for each in several],
         train_loader,
         validation,
         replace(config, seed=seed, dtype=dtype),
@@ -110,29 +108,30 @@ def train(
 
 
 def _answering(teacher: nn.Module, dtype: torch.dtype | None) -> nn.Module:
-    """A teacher that answers in 16 bits where the student computes so, unless it has its own."""
+    """A teacher that answers in 16 bits if the student does, unless it has a dtype of its own."""
     if isinstance(teacher, Teacher) or not is_half(dtype):
         return teacher
     return Teacher(teacher, dtype=dtype)
 
 
-def own_dtype(config: DistillConfig, setting: Setting) -> Precision:
-    """What a training computes in."""
-    return setting.dtype if config.dtype == "auto" else config.dtype
-
-
-def _augmentation(data: ImageData, setting: Setting) -> Augment | None:
+def _augmentation(data: ImageData, config: DataConfig) -> Augment | None:
     """How training changes images of this data."""
-    if not setting.augment:
+    if not config.augment:
         return None
-    if setting.photographs == RandomCrop():
+    crop = RandomCrop(
+        scale=config.crop_scale,
+        policy=config.policy,
+        jitter=config.color_jitter,
+        simple=config.crop == "simple",
+    )
+    if crop == RandomCrop():
         return data.augmentation
     if not isinstance(data.augmentation, RandomCrop):
         raise InvalidInput(
             "distill: policy, crop, crop_scale and color_jitter must be unset for "
-            f"{data.name}, which are no photographs, got {setting.photographs}"
+            f"{data.name}, which are no photographs, got {crop}"
         )
-    return setting.photographs
+    return crop
 
 
 def score(
@@ -153,7 +152,7 @@ def score(
         config: criterion, units, how many images.
         setting: seed, device, dtype, loader processes.
         checkpoint: where the sums are kept; a stopped scoring goes on from there.
-        on_event: told how many images are done.
+        on_event: called with the number of images that are done.
         stop: asked after every step; True ends the scoring with a checkpoint.
 
     Raises:
@@ -165,10 +164,10 @@ def score(
         config.batch_size,
         shuffle=True,
         seed=derive_seed(setting.seed, "score"),
-        workers=setting.workers,
+        workers=setting.profile.workers,
     )
     return scoring.score(
-        model.to(setting.device),
+        model.to(setting.profile.device),
         first_samples(loader.epoch(0), config.samples),
         criterion=config.criterion,
         units="all" if config.units == ("all",) else config.units,
@@ -178,7 +177,7 @@ def score(
         candidates=config.candidates,
         loss_scale=config.loss_scale,
         cuda_graph="auto" if config.cuda_graph == "auto" else config.cuda_graph == "always",
-        dtype=setting.dtype,
+        dtype=setting.profile.dtype,
         checkpoint=checkpoint,
         on_event=on_event and (lambda event: on_event({**event, "steps": total})),
         stop=stop,
@@ -186,7 +185,7 @@ def score(
 
 
 def first_samples(batches: Iterator[tuple[Tensor, ...]], count: int) -> Iterator[tuple]:
-    """The batches up to exactly `count` samples, the last one cut short if need be."""
+    """The batches up to exactly `count` samples; the last one may be cut short."""
     left = count
     for batch in batches:
         if left < len(batch[0]):
@@ -201,9 +200,7 @@ def plan(
     model: nn.Module, scores: Any, config: PlanConfig, *, dense: planning.Cost | None = None
 ) -> Any:
     """The `Plan` that meets the configured budget; shares of a cost are those of `dense`."""
-    options: dict[str, Any] = {}
-    if config.normalization is not None:
-        options["normalization"] = config.normalization
+    own: Any = {} if config.normalization is None else {"normalization": config.normalization}
     goal = config.budget()
     if dense is not None or config.toward < 1:
         goal = limited(goal, dense or planning.cost(model), config.toward)
@@ -214,12 +211,12 @@ def plan(
         allocation=config.allocation,
         min_units=config.min_units,
         round_to={"neuron": config.round_to},
-        **options,
+        **own,
     )
 
 
 def limited(budget: dict[str, Any], dense: planning.Cost, toward: float = 1.0) -> dict[str, Any]:
-    """A budget as an absolute cost, the same share of the way from the dense model in factors.
+    """A budget as an absolute cost, reached only in part for `toward` below 1.
 
     Args:
         budget: as the keyword of `vp.Budget`.
@@ -248,7 +245,7 @@ def calibration(data: ImageData, config: SweepConfig, setting: Setting) -> Loade
     order = torch.randperm(len(train), generator=generator(setting.seed, "calibration"))
     chosen = train.ids[order[: config.images]].tolist()
     images = Images(data.source, train.name, chosen, data.mean, data.std)
-    return Loader(images, setting.batch_size, workers=setting.workers)
+    return Loader(images, setting.images.batch_size, workers=setting.profile.workers)
 
 
 def sweep(
@@ -262,7 +259,7 @@ def sweep(
     on_event: OnEvent | None = None,
     stop: Callable[[], bool] | None = None,
 ) -> tuple[nn.Module, Any]:
-    """The cut model with what stays refitted on training images, and the `SweepReport`.
+    """The pruned model, refitted on training images, and the `SweepReport`.
 
     Args:
         dense: goes to the setting's device, and is left as it is otherwise.
@@ -271,7 +268,7 @@ def sweep(
         config: how many images.
         setting: seed (which images), device, dtype, loader processes, batch size.
         checkpoint: where to keep what is done, and to resume from; None keeps nothing.
-        on_event: told about every place that was fitted.
+        on_event: called with every place that was fitted.
         stop: asked after each of them; True ends the sweep with a checkpoint.
 
     Raises:
@@ -282,12 +279,12 @@ def sweep(
         # they stand in the report as well, and are printed from there
         warnings.filterwarnings("ignore", "prune: ")
         model, report = surgery.prune(
-            dense.to(setting.device),
+            dense.to(setting.profile.device),
             plan,
             calibration=calibration(data, config, setting),
             report=True,
             checkpoint=checkpoint,
-            dtype=setting.dtype,
+            dtype=setting.profile.dtype,
             on_event=on_event,
             stop=stop,
         )
@@ -295,34 +292,18 @@ def sweep(
 
 
 def probe_images(data: ImageData, count: int = 8) -> Tensor:
-    """A few training images (count, C, H, W) on which a stage checks its own result."""
+    """A few training images (count, C, H, W) on which a step checks its own result."""
     batches = iter(Loader(data.split("train"), count))
     return next(batches)[0]
 
 
 def evaluate(
-    model: nn.Module,
-    data: ImageData,
-    setting: Setting,
-    *,
-    split: str = "test",
-    teacher: nn.Module | None = None,
-) -> Any:
-    """`Evaluation` (integer counts) of the model on a split."""
-    loader = Loader(data.split(split), setting.batch_size, workers=setting.workers)
-    return evaluation.evaluate(
-        model.to(setting.device),
-        loader,
-        teacher=teacher and teacher.to(setting.device),
-        dtype=setting.dtype,
-    )
-
-
-def evaluate_all(models: Sequence[nn.Module], data: ImageData, setting: Setting) -> list[Any]:
-    """`Evaluation` of each model on the test images, read once; the first one teaches the rest."""
-    dense, *others = (model.to(setting.device) for model in models)
-    loader = Loader(data.split("test"), setting.batch_size, workers=setting.workers)
-    return evaluation.evaluate_beside(dense, others, loader, dtype=setting.dtype)
+    models: Sequence[nn.Module], data: ImageData, setting: Setting, *, split: str = "test"
+) -> list[Any]:
+    """`Evaluation` of each model on a split that is read once; agreement is with the first."""
+    dense, *others = (model.to(setting.profile.device) for model in models)
+    loader = Loader(data.split(split), setting.images.batch_size, workers=setting.profile.workers)
+    return evaluation.evaluate_beside(dense, others, loader, dtype=setting.profile.dtype)
 
 
 def measure(
@@ -340,6 +321,6 @@ def measure(
 
 
 def synchronise(device: str) -> None:
-    """Waits for the device, so that an error of a stage is raised inside that stage."""
+    """Waits for the device, so that an error of a step is raised inside that step."""
     if torch.device(device).type == "cuda":
         torch.cuda.synchronize(device)

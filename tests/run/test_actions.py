@@ -13,13 +13,13 @@ from vitprune_fast.config.run import DataConfig, SweepConfig
 from vitprune_fast.data import ImageData, RandomCrop, open_data
 from vitprune_fast.distill.teachers import Teacher
 from vitprune_fast.errors import InvalidInput
-from vitprune_fast.run import stages
-from vitprune_fast.run.inputs import setting_of
+from vitprune_fast.run import actions
+from vitprune_fast.run.actions import Setting, calibration
 from vitprune_fast.run.profile import Profile
-from vitprune_fast.run.stages import Setting, calibration
 from vitprune_fast.testing import random_vit
 
-SETTING = Setting(seed=3, device="cpu", workers=0, augment=True, batch_size=7)
+PROFILE = Profile("cpu", "cpu", "a processor", "float32", threads=1, workers=0)
+SETTING = Setting(3, PROFILE, DataConfig(batch_size=7))
 
 
 @pytest.fixture(scope="module")
@@ -37,7 +37,7 @@ def test_the_sweep_gets_training_images_in_an_order_of_its_own(data: ImageData) 
     assert len(set(twenty)) == 20 and set(twenty) <= set(data.split_ids["train"])
     assert twenty != sorted(twenty)
     # fewer are the first of more, whatever the batch
-    assert chosen(data, 9, replace(SETTING, batch_size=64)) == twenty[:9]
+    assert chosen(data, 9, replace(SETTING, images=DataConfig(batch_size=64))) == twenty[:9]
     assert chosen(data, 20, replace(SETTING, seed=4)) != twenty
     everything = chosen(data, 5000)
     assert sorted(everything) == data.split_ids["train"] and everything[:20] == twenty
@@ -56,11 +56,10 @@ def test_settings_of_photographs_reach_the_loader_and_digits_refuse_them(
     data: ImageData, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     loaders: list[Any] = []
-    monkeypatch.setattr(stages, "distill", lambda *given, **_: loaders.append(given[2]))
-    profile = Profile("cpu", "cpu", "a processor", "float32", threads=1, workers=0)
+    monkeypatch.setattr(actions, "distill", lambda *given, **_: loaders.append(given[2]))
     words: dict[str, Any] = {"policy": "3a", "crop_scale": 0.08, "color_jitter": 0.3}
     config = DataConfig(crop="simple", repeats=3, **words)
-    setting = setting_of(config, profile, 0)
+    setting = Setting(0, PROFILE, config)
     wanted = RandomCrop(scale=0.08, policy="3a", jitter=0.3, simple=True)
     photographs = replace(data, augmentation=RandomCrop())
     for each in (photographs, data):
@@ -68,9 +67,9 @@ def test_settings_of_photographs_reach_the_loader_and_digits_refuse_them(
         options = (None, each, DistillConfig(), setting)
         if each is data:
             with pytest.raises(InvalidInput, match="crop_scale and color_jitter must be unset for"):
-                stages.train(model, *options, purpose="distill")
+                actions.train(model, *options, purpose="distill")
             continue
-        stages.train(model, *options, purpose="distill")
+        actions.train(model, *options, purpose="distill")
     assert [(loader.augment, loader.repeats) for loader in loaders] == [(wanted, 3)]
     with pytest.raises(InvalidInput, match=r"data: crop_scale must be in \(0, 1\], got 0"):
         DataConfig(crop_scale=0)
@@ -91,11 +90,11 @@ def test_a_training_has_the_dtype_of_the_run_unless_it_has_its_own(
     own: Any, of_the_run: Any, computed: str, data: ImageData, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen: list[Any] = []
-    monkeypatch.setattr(stages, "distill", lambda *args, **more: seen.append(args))
+    monkeypatch.setattr(actions, "distill", lambda *args, **more: seen.append(args))
     student, dense = random_vit(dtype=torch.float32), random_vit(dtype=torch.float32)
     given = Teacher(dense)
-    setting = replace(SETTING, dtype=of_the_run)
-    stages.train(
+    setting = replace(SETTING, profile=replace(PROFILE, dtype=of_the_run))
+    actions.train(
         student, [dense, given], data, DistillConfig(dtype=own), setting, purpose="distill"
     )
     ((_, (plain, one_of_its_own), _, _, config),) = seen
