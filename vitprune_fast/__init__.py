@@ -39,11 +39,7 @@ if TYPE_CHECKING:
     from .scoring import Scores, score
     from .structure import Structure, describe, register_family
     from .surgery import (
-        Calibration,
-        Compensated,
         SoftCompaction,
-        calibrate,
-        compensate,
         fold_attention_biases,
         fold_gates,
         mask,
@@ -82,11 +78,7 @@ _HOMES = {
     "scoring": ("Scores", "score"),
     "structure": ("Structure", "describe", "register_family"),
     "surgery": (
-        "Calibration",
-        "Compensated",
         "SoftCompaction",
-        "calibrate",
-        "compensate",
         "fold_attention_biases",
         "fold_gates",
         "mask",
@@ -98,8 +90,6 @@ _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 __all__ = [
     "BackendUnavailable",
     "Budget",
-    "Calibration",
-    "Compensated",
     "Cost",
     "DamagedFile",
     "DistillConfig",
@@ -122,9 +112,7 @@ __all__ = [
     "StructureReport",
     "UnsupportedArchitecture",
     "VitpruneError",
-    "calibrate",
     "check_structure",
-    "compensate",
     "cost",
     "describe",
     "distill",

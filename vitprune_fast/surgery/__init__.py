@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from .compensate import Calibration, Compensated, calibrate, compensate
 from .folds import fold_attention_biases, fold_gates
 from .mask import mask
 from .prune import prune
@@ -10,14 +9,10 @@ from .soft import SoftCompaction
 from .sweep import Fit, SweepReport, SweepStopped
 
 __all__ = [
-    "Calibration",
-    "Compensated",
     "Fit",
     "SoftCompaction",
     "SweepReport",
     "SweepStopped",
-    "calibrate",
-    "compensate",
     "fold_attention_biases",
     "fold_gates",
     "mask",

@@ -44,7 +44,12 @@ def fold_gates(model: nn.Module, gates: Mapping[str, Tensor]) -> None:
             if not values.isfinite().all():
                 raise InvalidInput(f"fold_gates: gates of {name} must be finite, got others")
             module = structure.taps[name].module
-            refuse_tied("fold_gates", structure, f"{module}.weight", f"{module}.bias")
+            for tensor in (f"{module}.weight", f"{module}.bias"):
+                if structure.is_tied(tensor):
+                    raise InvalidInput(
+                        f"fold_gates: {tensor} must have no other name, got a tied one; untie it "
+                        "first"
+                    )
         for name, values in gates.items():
             _fold_gate(model, structure, structure.axes[name], values.detach().cpu())
 
@@ -99,15 +104,6 @@ def fold_attention_biases(model: nn.Module) -> int:
                 bias.zero_()
                 idle += bias.numel()
     return idle
-
-
-def refuse_tied(function: str, structure: Structure, *names: str) -> None:
-    """Raise where a tensor to be rewritten for one place also serves at another."""
-    for name in names:
-        if structure.is_tied(name):
-            raise InvalidInput(
-                f"{function}: {name} must have no other name, got a tied one; untie it first"
-            )
 
 
 def _slice(structure: Structure, rows: Rows) -> slice:
