@@ -180,16 +180,13 @@ def load(folder: str | Path) -> nn.Module:
     tensors = read_tensors(folder / "model.safetensors")
     spec = config.get("vitprune_fast") if isinstance(config, dict) else None
     version = spec.get("version") if isinstance(spec, dict) else None
-    if spec is None or version not in (1, VERSION):
+    if spec is None or version != VERSION:
         raise DamagedFile(
             f"load: {folder / 'config.json'} must describe a vitprune_fast model of version "
-            f"1 to {VERSION}, got {version!r:.80}"
+            f"{VERSION}, got {version!r:.80}; an older one opens by the modeling_pruned.py in its "
+            "folder"
         )
     try:
-        if version == 1:
-            from .structure.families.timm_vit_1 import as_version_2
-
-            spec = as_version_2(spec)
         model = _built(spec, tensors)
         # a model of any size has no table without one
         with contextlib.suppress(InvalidInput):
