@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ..errors import InvalidInput
 from ..modules.behaviour import check_behaviour
-from ..structure import Structure, describe
+from ..structure import Structure, describe, families
 from . import cuts, declared, scored
 from .declared import Fault
 from .drawn import randomise
@@ -122,7 +122,7 @@ def check_structure(
     checks = [cuts.masked_is_pruned(subject)]
     if not report.failed("layouts", "cost of modules"):
         checks.append(cuts.costs_are_predicted(subject))
-    if cuts.has_family(model):
+    if families.find(model) is not None:
         checks += [cuts.results_are_described(subject), cuts.twice_is_once(subject, seed)]
     cuts.try_plans(subject, drawn, checks)
     for check in checks:

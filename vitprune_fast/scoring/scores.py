@@ -15,7 +15,6 @@ from ..errors import DamagedFile, InvalidInput
 from ..files import parse_json, read_metadata, read_tensors, write_tensors
 
 FORMAT = "vitprune_fast.scores"
-REDUCTIONS = ("abs", "square", "signed", "token_abs", "mean")
 
 
 @dataclass(frozen=True, repr=False)
@@ -171,10 +170,6 @@ class Accumulator:
         keep_samples: bool = False,
         combine: Callable[[Tensor], Tensor] | None = None,
     ):
-        if reduction not in REDUCTIONS:
-            raise InvalidInput(
-                f"score: reduction must be one of {', '.join(REDUCTIONS)}, got {reduction!r}"
-            )
         self.axes = dict(axes)
         self.reduction = reduction
         self._combine = combine

@@ -23,8 +23,8 @@ from ..builder import Builder
 from ..paths import get
 from ..table import Structure
 from . import Family, Recipe, qualified
-from .prenorm import Inner, Part, all_alike, attention_axes
-from .prenorm import describe_block as describe_parts
+from .branches import Inner, Part, all_alike, attention_axes
+from .branches import describe_block as describe_parts
 
 
 @dataclass(frozen=True)

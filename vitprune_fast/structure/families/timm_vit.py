@@ -13,11 +13,14 @@ from timm.models.vision_transformer import Attention, Block, ResPostBlock
 from torch import nn
 
 from ...errors import InvalidInput, UnsupportedArchitecture
-from ...modeling_pruned import Constant, HalfBlock
-from ..axes import Axis, Dim
+from ...modeling_pruned import HalfBlock
+from ..axes import Axis
 from ..builder import Builder
+from ..paths import get
 from ..table import Structure
 from . import Family, Recipe, Shape, qualified
+from .branches import Inner, Part
+from .branches import describe_block as describe_parts
 from .timm_config import timm_configs
 
 BLOCKS = (Block, ResPostBlock, HalfBlock)
@@ -70,40 +73,16 @@ def describe_block(t: Builder, path: str, block: Any, embed: Axis, tokens: int) 
             f"got {type(block).__name__}"
         )
     post_norm = isinstance(block, ResPostBlock) or getattr(block, "post_norm", False)
-    branches = []
-    parts = (("attn", "attn_branch", "proj", attention), ("mlp", "mlp_branch", "fc2", mlp))
-    for k, (name, kind, out, layout) in enumerate(parts, 1):
-        core, core_path = getattr(block, name, None), f"{path}.{name}"
-        if core is None:
-            continue
-        t.norm(f"{path}.norm{k}", embed)
-        constant = isinstance(core, Constant)
-        t.tensor(f"{core_path}.bias", embed)
-        t.branch(
-            core_path,
-            embed,
-            kind,
-            None if constant else layout(t, core_path, core, embed, tokens),
-            out=core_path if constant else f"{core_path}.{out}",
-            norm=f"{path}.norm{k}",
-            gain=f"{path}.ls{k}.gamma",
-            drop=f"{path}.drop_path{k}",
-            post_norm=post_norm,
-        )
-        if constant:
-            continue
-        if post_norm:
-            t.reader(embed, core_path)
-            t.writer_norm(embed, f"{path}.norm{k}")
-        else:
-            t.reader(embed, core_path, f"{path}.norm{k}")
-        branches.append(core_path)
-    if branches and not any(isinstance(m, Constant) for m in block.children()):
-        t.structure.blocks[path] = tuple(branches)
+    parts = (
+        Part("attn", "attn_branch", "norm1", attention, "ls1.gamma", "drop_path1"),
+        Part("mlp", "mlp_branch", "norm2", mlp, "ls2.gamma", "drop_path2"),
+    )
+    describe_parts(t, path, parts, embed, tokens, post_norm=post_norm)
 
 
-def attention(t: Builder, path: str, attn: Any, embed: Axis, tokens: int) -> Dim:
-    """Fused qkv, one head_dim for q, k and v; returns what reaches ``proj``."""
+def attention(t: Builder, path: str, embed: Axis, tokens: int) -> Inner:
+    """Fused qkv, one head_dim for q, k and v."""
+    attn: Any = get(t.model, path)
     if type(attn) is not Attention or attn.qkv is None:
         raise UnsupportedArchitecture(
             f"describe: {path} must be a timm Attention with fused qkv, got {type(attn).__name__}"
@@ -140,11 +119,12 @@ def attention(t: Builder, path: str, attn: Any, embed: Axis, tokens: int) -> Dim
         t.tap(qk, f"{path}.qkv", heads * qk, "output", (0, dims))
     t.tap(heads, f"{path}.proj", heads * v)
     t.tap(v, f"{path}.proj", heads * v)
-    return heads * v
+    return heads * v, f"{path}.proj"
 
 
-def mlp(t: Builder, path: str, module: Any, embed: Axis, tokens: int) -> Axis:
+def mlp(t: Builder, path: str, embed: Axis, tokens: int) -> Inner:
     """Mlp, GluMlp (gate and value packed in halves of fc1), SwiGLU (two matrices)."""
+    module: Any = get(t.model, path)
     if type(module) not in (Mlp, GluMlp, SwiGLU):
         raise UnsupportedArchitecture(
             f"describe: {path} must be Mlp, GluMlp or SwiGLU, got {type(module).__name__}"
@@ -156,7 +136,7 @@ def mlp(t: Builder, path: str, module: Any, embed: Axis, tokens: int) -> Axis:
     t.norm(f"{path}.norm", neurons)
     t.linear(f"{path}.fc2", embed, neurons, tokens)
     t.tap(neurons, f"{path}.fc2", neurons)
-    return neurons
+    return neurons, f"{path}.fc2"
 
 
 def has_norm(module: Any) -> bool:

@@ -24,8 +24,8 @@ from ..builder import Builder
 from ..paths import get, put
 from ..table import Structure
 from . import Family, Recipe, Shape, qualified
-from .prenorm import Inner, Part
-from .prenorm import describe_block as describe_parts
+from .branches import Inner, Part
+from .branches import describe_block as describe_parts
 
 # the packed projection of q, k and v as a module: it is a bare weight otherwise
 PROJECTION = "in_proj"
