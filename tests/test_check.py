@@ -343,7 +343,7 @@ class Ours(VisionTransformer):
 
 def test_a_registered_family_is_judged_by_its_model_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(families, "_FAMILIES", dict(families._FAMILIES))
-    monkeypatch.setattr(families, "_CLASSES", {})
+    monkeypatch.setattr(families, "REGISTERED", {})
 
     def describe(model: Any, image: tuple[int, int] | None) -> Structure:
         structure = timm_vit.describe(model, image)

@@ -206,7 +206,7 @@ def _built(spec: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Any:
     _check_named(spec, families.named(spec["class"]))
     _check_sizes(spec["args"], max([MAX_SIZE, *(t.numel() for t in tensors.values())]))
     with _few_parts(FEW_PARTS + PARTS_PER_TENSOR * len(tensors)):
-        return modeling_pruned.build(spec, tensors, families.known_classes())
+        return modeling_pruned.build(spec, tensors, families.REGISTERED)
 
 
 def _check_named(spec: Mapping[str, Any], family: Family) -> None:
@@ -360,7 +360,7 @@ def _note_modules(spec: dict[str, Any], model: nn.Module, family: Family) -> Non
     Raises:
         UnsupportedArchitecture: a module is none that a description may name.
     """
-    known, theirs = families.known_classes(), dict(model.named_modules())
+    known, theirs = families.REGISTERED, dict(model.named_modules())
     spec |= {"deleted": [], "swaps": {}, "halves": {}, "attributes": {}}
     stock = modeling_pruned.construct(spec, known)
     for path, _ in stock.named_modules():

@@ -100,16 +100,15 @@ _FAMILIES: dict[str, str | Family] = {
     ".Dinov2WithRegistersForImageClassification": "hf_dinov2",
     "torchvision.models.vision_transformer.VisionTransformer": "torchvision_vit",
 }
-# classes that were registered as such, which no import has to find
-_CLASSES: dict[str, type[nn.Module]] = {}
+# registered classes by their qualified names, which a saved model may name
+REGISTERED: dict[str, type[nn.Module]] = {}
 
 
-def register_family(model_class: type[nn.Module] | str, family: Family) -> None:
+def register_family(model_class: type[nn.Module], family: Family) -> None:
     """Make a class of models known to every stage, saving and loading included.
 
     Args:
-        model_class: the class, or its qualified name (``"package.module.Class"``), which spares
-            importing it; subclasses are others. A class that is known already is replaced.
+        model_class: the class; subclasses are others. One that is known already is replaced.
         family: what is to be known of it.
 
     Raises:
@@ -117,15 +116,12 @@ def register_family(model_class: type[nn.Module] | str, family: Family) -> None:
     """
     if not isinstance(family, Family):
         raise InvalidInput(f"register_family: family must be a Family, got {family!r:.80}")
-    if isinstance(model_class, type) and issubclass(model_class, nn.Module):
-        _CLASSES[qualified(model_class)] = model_class
-        model_class = qualified(model_class)
-    if not isinstance(model_class, str) or "." not in model_class:
+    if not (isinstance(model_class, type) and issubclass(model_class, nn.Module)):
         raise InvalidInput(
-            "register_family: model_class must be a module class or its qualified name, "
-            f"got {model_class!r:.80}"
+            f"register_family: model_class must be a module class, got {model_class!r:.80}"
         )
-    _FAMILIES[model_class] = family
+    REGISTERED[qualified(model_class)] = model_class
+    _FAMILIES[qualified(model_class)] = family
 
 
 def of(model: nn.Module) -> Family:
@@ -157,33 +153,13 @@ def named(name: str) -> Family:
     return import_module(f"{__name__}.{family}").FAMILY
 
 
-def known_classes() -> dict[str, type[nn.Module]]:
-    """Classes that were registered, by qualified name; those of this table are not among them."""
-    by_name = {
-        name: name.rpartition(".")
-        for name, family in _FAMILIES.items()
-        if isinstance(family, Family) and name not in _CLASSES
-    }
-    found = {name: getattr(import_module(home), leaf) for name, (home, _, leaf) in by_name.items()}
-    return {**found, **_CLASSES}
-
-
 def qualified(cls: type) -> str:
     """The name a class is found by."""
     return f"{cls.__module__}.{cls.__qualname__}"
 
 
-def image_shape(model: nn.Module) -> Shape:
-    """(channels, height, width) of the images a model takes; None where it does not say.
-
-    Raises:
-        UnsupportedArchitecture: its class is of no family.
-    """
-    return of(model).images(model)
-
-
 def stated_shape(model: nn.Module) -> Shape:
-    """The same, all None for a model of no family."""
+    """(channels, height, width) of the images a model takes; None where it does not say."""
     family = find(model)
     return (None, None, None) if family is None else family.images(model)
 

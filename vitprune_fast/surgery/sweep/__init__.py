@@ -17,7 +17,7 @@ from ...batches import logits_of
 from ...errors import InvalidInput, UnsupportedArchitecture, VitpruneError
 from ...modules.modes import evaluating, uncompiled
 from ...precision import device_of, dtype_of, is_half, name_of
-from ...sealed import fingerprint
+from ...sealed import check_place, fingerprint
 from ...structure import Structure, families
 from ...structure.reading import Reading
 from ...structure.table import Write
@@ -25,7 +25,7 @@ from ..carry import Cut
 from .images import Streams
 from .places import Fitter
 from .report import Fit, SweepReport
-from .resume import Progress, check_place
+from .resume import Progress
 from .streamed import Streamed
 
 __all__ = ["Fit", "OnEvent", "SweepReport", "SweepStopped", "sweep"]
@@ -73,8 +73,7 @@ def sweep(
     device = device_of(model).type
     computed = name_of(dtype if dtype is not None and is_half(dtype) else dtype_of(model))
     if checkpoint is not None:
-        # found out now, and not when there is work to keep
-        check_place(checkpoint)
+        check_place("prune", checkpoint)
     with (
         evaluating(model, cut.model),
         uncompiled(),
