@@ -302,8 +302,7 @@ def _written(model: Any) -> tuple[dict[str, Any], dict[str, Any], bool]:
     """The spec, the whole ``config.json``, and whether the library opens the model alone."""
     spec, family = spec_of(model), families.of(model)
     check_behaviour(model, "save", written=True)
-    recipe = {name: spec[name] for name in ("class", "args")}
-    for config, made in family.configs(model, recipe):
+    for config, made in family.configs(model):
         if made is None or _opens_alone(made, model):
             config = {**config, "vitprune_fast": spec}
             try:

@@ -88,7 +88,7 @@ def describe(model: Any, image: tuple[int, int] | None) -> Structure:
     return t.finish()
 
 
-def construct(model: Any) -> families.Recipe:
+def construct(model: Any) -> families.ConstructorCall:
     args = {"width": model.width, "classes": model.head.out_features}
     return {"class": families.qualified(Toy), "args": args}
 

@@ -53,7 +53,6 @@ def check_structure(
       stands in the tensors and not at the tap, for every sample of some units of every axis. Of
       dims and neurons that reach no projection of a branch, and are no width of queries, it is
       only known that they can be scored.
-    * *leave one out*: the score ``loss`` is the rise of the loss under the mask.
 
     A plan that breaks is cut down to the axis that breaks it, and declarations are added for a try
     that may be missing there.
@@ -129,16 +128,10 @@ def check_structure(
         report.add(check.name, f"{len(drawn)} plans", lambda check=check: check.faults)
     report.add("readers", "", lambda: scored.readers_are_all(subject))
     if subject.full.ndim == 2 and subject.full.shape[1] > 1:
-        some = f"{scored.UNITS} units of every "
         report.add(
             "scores",
-            f"{some}axis",
+            f"{scored.UNITS} units of every axis",
             lambda: scored.scores_are_derivatives(subject, labels, seed),
-        )
-        report.add(
-            "leave one out",
-            f"{some}kind",
-            lambda: scored.losses_are_those_of_masks(subject, labels, seed),
         )
     return report.result()
 

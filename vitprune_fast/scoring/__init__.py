@@ -313,16 +313,14 @@ def scored_axes(structure: Structure, units: Sequence[str] | str) -> list[Axis]:
         raise InvalidInput(
             f"score: units must be among {', '.join(UNIT_KINDS)}, got {unknown[0]!r}"
         )
-    axes = [axis for kind in dict.fromkeys(units) for axis in structure.units(kind)]
-    axes = [axis for axis in axes if axis.size]
-    if missing := [kind for kind in dict.fromkeys(units) if not structure.units(kind)]:
+    if missing := [kind for kind in units if not structure.units(kind)]:
         has = ", ".join(kind for kind in UNIT_KINDS if structure.units(kind))
         raise InvalidInput(
             f"score: units must be among {has} for this {structure.family}, got {missing[0]!r}"
         )
+    axes = [axis for axis in structure.axes.values() if axis.kind in units and axis.size]
     if not axes:
         raise InvalidInput(
             f"score: model must have units of the kinds {', '.join(units)}, got one without any"
         )
-    order = list(structure.axes)
-    return sorted(axes, key=lambda axis: order.index(axis.name))
+    return axes

@@ -18,10 +18,10 @@ from torch import nn
 from ...errors import InvalidInput, UnsupportedArchitecture
 from ..table import Structure
 
-Recipe = dict[str, Any]
+ConstructorCall = dict[str, Any]
 """How a constructor is called: ``{"class": qualified name, "args": JSON values}``.
 
-A class as an argument is ``{"class": qualified name}``, with what it is to be called with beside.
+A class as an argument is ``{"class": qualified name, ...}``, followed by its own arguments.
 """
 Shape = tuple[int | None, int | None, int | None]
 
@@ -39,7 +39,7 @@ def _open_already(model: Any, structure: Structure) -> AbstractContextManager[St
     return nullcontext(structure)
 
 
-def _own_config(model: Any, recipe: Recipe) -> Iterable[tuple[dict[str, Any], nn.Module | None]]:
+def _own_config(model: Any) -> Iterable[tuple[dict[str, Any], nn.Module | None]]:
     """Most libraries cannot open a pruned model by themselves."""
     yield {}, None
 
@@ -51,7 +51,7 @@ class Family:
     Args:
         describe: ``(model, image) -> Structure`` for images of (height, width); None is the size
             the model states.
-        construct: ``model -> Recipe``, read off the model as it is now, pruned or not. On the meta
+        construct: ``model -> ConstructorCall``, as the model is now, pruned or not. On the meta
             device it has to give the same tree of modules up to half blocks, ``swaps`` and sizes,
             or one with more blocks, of which the last go.
         images: ``model -> (channels, height, width)`` of the images it takes; None where it does
@@ -68,13 +68,13 @@ class Family:
             the structure names; it hands over a structure of the names that then hold.
         renumbered: ``(model, moved)``: told after blocks went from where to where the others moved,
             for what else a model says of them.
-        configs: ``(model, recipe) -> (config, made)``: what ``config.json`` says in the library's
+        configs: ``model -> (config, made)``: what ``config.json`` says in the library's
             words, the most portable first, with what the library makes of it. The last has None
             for that: ``modeling_pruned.py`` opens it.
     """
 
     describe: Callable[[Any, tuple[int, int] | None], Structure]
-    construct: Callable[[Any], Recipe]
+    construct: Callable[[Any], ConstructorCall]
     images: Callable[[Any], Shape]
     blocks: Callable[[Any], tuple[str, ...]]
     halves: Callable[[Any, str], tuple[str, ...]]
@@ -83,9 +83,7 @@ class Family:
     fitting: Callable[[Any], None] = _as_it_is
     opened: Callable[[Any, Structure], AbstractContextManager[Structure]] = _open_already
     renumbered: Callable[[Any, Mapping[str, str]], None] = _no_renumbering
-    configs: Callable[[Any, Recipe], Iterable[tuple[dict[str, Any], nn.Module | None]]] = (
-        _own_config
-    )
+    configs: Callable[[Any], Iterable[tuple[dict[str, Any], nn.Module | None]]] = _own_config
 
 
 # class -> file of its family in this folder, or the family itself

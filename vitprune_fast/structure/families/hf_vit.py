@@ -22,7 +22,7 @@ from ..axes import Axis
 from ..builder import Builder
 from ..paths import get
 from ..table import Structure
-from . import Family, Recipe, qualified
+from . import ConstructorCall, Family, qualified
 from .branches import Inner, Part, all_alike, attention_axes
 from .branches import describe_block as describe_parts
 
@@ -208,7 +208,7 @@ def _mlp(t: Builder, path: str, embed: Axis, tokens: int) -> Inner:
 # saving
 
 
-def construct(model: Any) -> Recipe:
+def construct(model: Any) -> ConstructorCall:
     """The config, as the constructor takes it."""
     settings = config_settings(type(model.config))
     said = {name: value for name, value in _said(model.config).items() if name in settings}
@@ -272,7 +272,7 @@ def restate(model: Any) -> None:
             setattr(config, name, value)
 
 
-def configs(model: Any, recipe: Recipe) -> Iterator[tuple[dict[str, Any], nn.Module | None]]:
+def configs(model: Any) -> Iterator[tuple[dict[str, Any], nn.Module | None]]:
     """The config of transformers, with which ``from_pretrained`` opens the folder."""
     with torch.device("meta"):
         made = type(model)(copy.deepcopy(model.config))

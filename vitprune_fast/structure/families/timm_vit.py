@@ -5,23 +5,26 @@ Read it beside ``timm/models/vision_transformer.py``: every line states one fact
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+import timm
+import torch
 from timm.layers import DropPath, GluMlp, LayerScale, Mlp, SwiGLU
 from timm.models.vision_transformer import Attention, Block, ResPostBlock
 from torch import nn
 
 from ...errors import InvalidInput, UnsupportedArchitecture
 from ...modeling_pruned import HalfBlock
+from ...stated import stated_config
 from ..axes import Axis
 from ..builder import Builder
 from ..paths import get
 from ..table import Structure
-from . import Family, Recipe, Shape, qualified
+from . import ConstructorCall, Family, Shape, qualified
 from .branches import Inner, Part
 from .branches import describe_block as describe_parts
-from .timm_config import timm_configs
 
 BLOCKS = (Block, ResPostBlock, HalfBlock)
 
@@ -194,7 +197,25 @@ _ENTRYPOINTS = {
 }
 
 
-def construct(model: Any) -> Recipe:
+# of timm's pretrained_cfg: how images are prepared, and what the outputs mean; not what timm says
+# by name of weights that need not be these (their home, tag, license and paper)
+_KEPT = (
+    "architecture",
+    "mean",
+    "std",
+    "interpolation",
+    "crop_pct",
+    "crop_mode",
+    "first_conv",
+    "classifier",
+    "label_names",
+    "label_descriptions",
+)
+# drop path follows no rule of timm's after blocks went; it is off in a model opened by timm
+_LEFT_OUT = ("weight_init", "drop_path_rate")
+
+
+def construct(model: Any) -> ConstructorCall:
     """The arguments of timm's VisionTransformer that decide which modules there are."""
     cores = [core for block in model.blocks for core in block.children()]
     attns = [core for core in cores if type(core) is Attention]
@@ -286,9 +307,43 @@ def renumbered(model: Any, moved: Mapping[str, str]) -> None:
     model.feature_info = [{**info, "module": moved[info["module"]]} for info in infos]
 
 
-def configs(model: Any, recipe: Recipe) -> Iterator[tuple[dict[str, Any], nn.Module | None]]:
-    """A config of timm's for the constructor's arguments, then one that timm cannot build from."""
-    return timm_configs(model, recipe, images(model), _ENTRYPOINTS[type(model).__name__])
+def configs(model: Any) -> Iterator[tuple[dict[str, Any], nn.Module | None]]:
+    """A config that timm itself may build the model from, then one that it cannot."""
+    args = {
+        name: value
+        for name, value in construct(model)["args"].items()
+        if not (isinstance(value, dict) or name.endswith("_layer") or name in _LEFT_OUT)
+    }
+    architecture = stated_config(model).get("architecture") or _ENTRYPOINTS[type(model).__name__]
+    # an architecture may take fewer arguments than the class, and be of another class today
+    with contextlib.suppress(AssertionError, RuntimeError, TypeError, ValueError):
+        # create_model would fetch a name that is an address
+        if not timm.is_model(architecture):
+            raise ValueError(architecture)
+        with torch.device("meta"):
+            made = timm.create_model(architecture, **args)
+        config = _config(model, architecture, args)
+        config["pretrained_cfg"]["architecture"] = architecture
+        yield config, made
+    yield _config(model, "vit_pruned", {}), None
+
+
+def _config(model: Any, architecture: str, args: Mapping[str, Any]) -> dict[str, Any]:
+    known, shape = stated_config(model), images(model)
+    return {
+        "architecture": architecture,
+        "num_classes": model.num_classes,
+        "num_features": model.num_features,
+        "global_pool": model.global_pool,
+        "model_args": dict(args),
+        "pretrained_cfg": {
+            "num_classes": model.num_classes,
+            "first_conv": "patch_embed.proj",
+            "classifier": "head",
+            **({"input_size": list(shape)} if None not in shape else {}),
+            **{name: known[name] for name in _KEPT if known.get(name) is not None},
+        },
+    }
 
 
 FAMILY = Family(

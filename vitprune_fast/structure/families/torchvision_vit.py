@@ -23,7 +23,7 @@ from ..axes import Axis
 from ..builder import Builder
 from ..paths import get, put
 from ..table import Structure
-from . import Family, Recipe, Shape, qualified
+from . import ConstructorCall, Family, Shape, qualified
 from .branches import Inner, Part
 from .branches import describe_block as describe_parts
 
@@ -247,7 +247,7 @@ def _forward(
 # saving
 
 
-def construct(model: Any) -> Recipe:
+def construct(model: Any) -> ConstructorCall:
     """The arguments that decide which modules there are."""
     if len(_convs(model)) > 1:
         raise UnsupportedArchitecture(
