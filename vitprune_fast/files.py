@@ -192,19 +192,26 @@ def write_json(path: PathLike, value: Any) -> None:
     write_text(path, text + "\n")
 
 
-def read_json(path: PathLike, *, max_bytes: int = MAX_JSON_BYTES) -> Any:
+def read_json(path: PathLike) -> Any:
     """Read JSON that anyone may have written.
 
     Args:
-        path: a regular file in UTF-8.
-        max_bytes: larger files are refused before they are read.
+        path: a regular file in UTF-8, of at most 16 MiB.
 
     Raises:
         DamagedFile: missing, too large, not UTF-8, not JSON, nested deeper than 32 levels, over a
             million values, a key twice in one object, NaN or an infinity, an integer of absurd
             length.
     """
-    data = _read_limited(Path(path), max_bytes, "read_json")
+    path = Path(path)
+    _regular_size(path, "read_json")
+    try:
+        with open(path, "rb") as file:
+            data = file.read(MAX_JSON_BYTES + 1)
+    except OSError as error:
+        raise _unreadable("read_json", path, error) from error
+    if len(data) > MAX_JSON_BYTES:
+        raise DamagedFile(f"read_json: {path} must have at most {MAX_JSON_BYTES} bytes, got more")
     try:
         return parse_json(data)
     except ValueError as error:
@@ -430,20 +437,6 @@ def check_manifest(folder: PathLike) -> list[str]:
                 f"got {found}; copy or download the folder again"
             )
     return list(files)
-
-
-def _read_limited(path: Path, max_bytes: int, function: str) -> bytes:
-    size = _regular_size(path, function)
-    if size > max_bytes:
-        raise DamagedFile(f"{function}: {path} must have at most {max_bytes} bytes, got {size}")
-    try:
-        with open(path, "rb") as file:
-            data = file.read(max_bytes + 1)
-    except OSError as error:
-        raise _unreadable(function, path, error) from error
-    if len(data) > max_bytes:
-        raise DamagedFile(f"{function}: {path} must have at most {max_bytes} bytes, got more")
-    return data
 
 
 def _regular_size(path: Path, function: str) -> int:

@@ -211,16 +211,11 @@ def _mlp(t: Builder, path: str, embed: Axis, tokens: int) -> Inner:
 def construct(model: Any) -> ConstructorCall:
     """The config, as the constructor takes it."""
     settings = config_settings(type(model.config))
-    said = {name: value for name, value in _said(model.config).items() if name in settings}
+    said = {name: value for name, value in model.config.to_diff_dict().items() if name in settings}
     config = {"class": qualified(type(model.config)), **said}
     if model.config._attn_implementation == "eager":
         config["attn_implementation"] = "eager"
     return {"class": qualified(type(model)), "args": {"config": config}}
-
-
-def _said(config: Any) -> dict[str, Any]:
-    """What a config says beyond its defaults, as plain values."""
-    return config.to_diff_dict()
 
 
 def images(model: Any) -> tuple[int, int, int]:
@@ -276,7 +271,7 @@ def configs(model: Any) -> Iterator[tuple[dict[str, Any], nn.Module | None]]:
     """The config of transformers, with which ``from_pretrained`` opens the folder."""
     with torch.device("meta"):
         made = type(model)(copy.deepcopy(model.config))
-    yield {**_said(model.config), "architectures": [type(model).__name__]}, made
+    yield {**model.config.to_diff_dict(), "architectures": [type(model).__name__]}, made
     yield {}, None
 
 

@@ -75,12 +75,11 @@ def describe_block(t: Builder, path: str, block: Any, embed: Axis, tokens: int) 
             f"describe: {path} must be one of {', '.join(b.__name__ for b in BLOCKS)}, "
             f"got {type(block).__name__}"
         )
-    post_norm = isinstance(block, ResPostBlock) or getattr(block, "post_norm", False)
     parts = (
         Part("attn", "attn_branch", "norm1", attention, "ls1.gamma", "drop_path1"),
         Part("mlp", "mlp_branch", "norm2", mlp, "ls2.gamma", "drop_path2"),
     )
-    describe_parts(t, path, parts, embed, tokens, post_norm=post_norm)
+    describe_parts(t, path, parts, embed, tokens, post_norm=_is_post_norm(block))
 
 
 def attention(t: Builder, path: str, embed: Axis, tokens: int) -> Inner:
@@ -227,7 +226,7 @@ def construct(model: Any) -> ConstructorCall:
     embed, width = model.patch_embed, model.embed_dim
     heads = attns[0].num_heads if attns else 1
     hidden = _hidden(mlps[0]) if mlps else width
-    post_norm = any(isinstance(b, ResPostBlock) or _is_post_norm(b) for b in model.blocks)
+    post_norm = any(map(_is_post_norm, model.blocks))
     args = {
         "img_size": list(embed.img_size or embed.patch_size),
         "patch_size": list(embed.patch_size),
@@ -273,7 +272,7 @@ def construct(model: Any) -> ConstructorCall:
 
 
 def _is_post_norm(block: Any) -> bool:
-    return isinstance(block, HalfBlock) and block.post_norm
+    return isinstance(block, ResPostBlock) or getattr(block, "post_norm", False)
 
 
 def _hidden(mlp: Any) -> int:

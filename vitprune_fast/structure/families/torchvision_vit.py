@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torchvision.models.vision_transformer import EncoderBlock, MLPBlock
 
 from ...errors import InvalidInput, UnsupportedArchitecture
-from ...modeling_pruned import HalfBlock, SlimAttention, attended, check_plain_call
+from ...modeling_pruned import HalfBlock, SlimAttention, attended, check_plain_call, state
 from ...modules.swap import exchange_forward
 from ..axes import Axis
 from ..builder import Builder
@@ -79,14 +79,9 @@ def _describe_patches(t: Builder, embed: Axis) -> None:
         side = (side + 2 * module.padding[0] - module.kernel_size[0]) // module.stride[0] + 1
         t.linear(path, module.out_channels, module.in_channels, side * side)
     t.linear(last, embed, conv.in_channels, model.seq_length - 1)
-    for name in dict(_tensors(model.conv_proj)) if inner else ():
+    for name in state(model.conv_proj) if inner else ():
         if not t.has(f"conv_proj.{name}"):
             t.tensor(f"conv_proj.{name}")
-
-
-def _tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    yield from module.named_parameters()
-    yield from module.named_buffers()
 
 
 def _describe_heads(t: Builder, embed: Axis) -> None:
