@@ -23,12 +23,12 @@ import torch
 
 from tests.work import counted
 from vitprune_fast import files
-from vitprune_fast.checkpoint import load, save
 from vitprune_fast.config.model import ModelConfig
 from vitprune_fast.data import open_data
 from vitprune_fast.errors import DamagedFile, VitpruneError
 from vitprune_fast.models.open import open_model
 from vitprune_fast.planning import Plan
+from vitprune_fast.saved_models import load, save
 from vitprune_fast.scoring import Scores
 from vitprune_fast.testing import random_vit
 

@@ -5,8 +5,6 @@ from . import ops as ops
 from ._version import __version__ as __version__
 from .check import StructureReport as StructureReport
 from .check import check_structure as check_structure
-from .checkpoint import load as load
-from .checkpoint import save as save
 from .data import Loader as Loader
 from .data import open_data as open_data
 from .distill import DistillConfig as DistillConfig
@@ -36,6 +34,8 @@ from .recipes import Recipe as Recipe
 from .recipes import RunConfig as RunConfig
 from .recipes import Step as Step
 from .recipes import run as run
+from .saved_models import load as load
+from .saved_models import save as save
 from .scoring import Scores as Scores
 from .scoring import score as score
 from .structure import Structure as Structure

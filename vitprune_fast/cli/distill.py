@@ -45,7 +45,6 @@ def main(words: list[str]) -> int:
     if options is None:
         return 0
     import vitprune_fast as vp
-    from vitprune_fast.checkpoint import check_folder, check_savable
     from vitprune_fast.cli.display import Display, print_assumptions
     from vitprune_fast.cli.signals import stoppable
     from vitprune_fast.files import probe_folder
@@ -54,6 +53,7 @@ def main(words: list[str]) -> int:
     from vitprune_fast.run.profile import applied
     from vitprune_fast.run.tensorboard import Board
     from vitprune_fast.run.training import Trainings, TrainingStopped, teach
+    from vitprune_fast.saved_models import check_folder, check_savable
 
     if options.schedule.needs_teacher and not options.teacher.names:
         raise InvalidInput(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from .folds import fold_attention_biases, fold_gates
 from .mask import mask
 from .prune import prune
-from .soft import SoftCompaction
+from .soft_compaction import SoftCompaction
 from .sweep import Fit, SweepReport, SweepStopped
 
 __all__ = [

@@ -21,8 +21,8 @@ from ..structure import Structure, describe, families
 from ..structure.paths import get, put
 from ..structure.reading import Reading
 from ..structure.table import Attention, Write
-from .carry import Cut, Moments
 from .compaction import Compaction
+from .moments import Cut, Moments
 from .sweep import OnEvent, SweepReport, sweep
 
 Model = TypeVar("Model", bound=nn.Module)

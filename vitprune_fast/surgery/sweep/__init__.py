@@ -21,7 +21,7 @@ from ...sealed import check_place, fingerprint
 from ...structure import Structure, families
 from ...structure.reading import Reading
 from ...structure.table import Write
-from ..carry import Cut
+from ..moments import Cut
 from .images import Streams
 from .places import Fitter
 from .report import Fit, SweepReport

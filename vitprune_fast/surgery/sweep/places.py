@@ -15,7 +15,7 @@ from ...structure import Structure
 from ...structure.paths import get
 from ...structure.reading import Reading
 from ...structure.table import Write
-from ..carry import Cut
+from ..moments import Cut
 from .images import Streams
 from .least_squares import Fitted, fit
 from .report import Fit

@@ -21,9 +21,9 @@ from torch import nn
 
 from tests.plans import KINDS, draw_plan
 from vitprune_fast import modeling_pruned
-from vitprune_fast.checkpoint import check_savable, load, save
 from vitprune_fast.errors import DamagedFile, InvalidInput, RunFolderError, UnsupportedArchitecture
 from vitprune_fast.planning import Plan
+from vitprune_fast.saved_models import check_savable, load, save
 from vitprune_fast.structure import describe
 from vitprune_fast.surgery import prune
 from vitprune_fast.testing import VITS, random_images, random_vit
