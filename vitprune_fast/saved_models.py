@@ -50,7 +50,7 @@ MAX_CAVEAT = 1 << 10
 MAX_SIZE = 1 << 14
 FEW_PARTS = 1000
 PARTS_PER_TENSOR = 40
-# how a model runs here and now, not what it is; the rest is written beside the spec
+# how a model runs here and now, not what it is; the others have entries of their own
 _RUNTIME_ATTRIBUTES = {
     *("training", "fused_attn", "grad_checkpointing", "gradient_checkpointing", "weight_init_mode"),
 }

@@ -71,7 +71,7 @@ def attach(
     Returns:
         The Gates: a module of its own, whose parameters an optimizer gets by
         ``gates.parameter_groups(lr=...)``. In fp32, or fp64 in a model of that dtype, on the
-        devices of the tensors beside them. ``deepcopy`` of the model gives one without gates.
+        devices of the adjacent weights. ``deepcopy`` of the model gives one without gates.
 
     Raises:
         InvalidInput: the model has gates already, or an argument has a value that cannot be used.

@@ -1,4 +1,4 @@
-"""What a model computes beside its classes and tensors, which neither a copy nor a file holds."""
+"""What a model computes besides its classes and tensors, which neither a copy nor a file holds."""
 
 from __future__ import annotations
 

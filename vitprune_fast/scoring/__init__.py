@@ -196,7 +196,7 @@ def score(
         )
 
     def compared() -> dict[str, Any]:
-        """How the dtype ranks the units of the first samples beside float32."""
+        """How the dtype ranks the units of the first samples compared with float32."""
         nonlocal source
         first, source = split_off(checked("score", source, model))
         found = [Accumulator(axis_sizes, chosen, combine=kind.combined) for _ in range(2)]

@@ -34,7 +34,7 @@ class Scores(Mapping[str, Tensor]):
         per_sample: axis name -> (samples, units) fp32, the g themselves, where they were asked for.
         provenance: facts about where the scores come from: family of the model, version of torch,
             seed and draws of the labels for ``fisher``; where a dtype was asked for, its name, and
-            in 16 bits how it ranks units beside float32 (see ``score``).
+            in 16 bits how it ranks units compared with float32 (see ``score``).
     """
 
     by_axis: Mapping[str, Tensor]

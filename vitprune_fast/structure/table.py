@@ -70,7 +70,7 @@ class Write:
 
     @property
     def helpers(self) -> tuple[str, ...]:
-        """Paths of what dies with the branch beside itself: norm, LayerScale, drop path."""
+        """Paths of what is removed with the branch but lies outside: norm, LayerScale, drop path."""
         own = f"{self.name}."
         paths = (self.norm, self.scaling, self.drop)
         return tuple(path for path in paths if path and not f"{path}.".startswith(own))
@@ -223,7 +223,7 @@ class Structure:
     def owner(self, path: str) -> tuple[str, bool] | None:
         """The branch whose death takes a tensor or module with it, and whether it is in its core.
 
-        The norm, LayerScale and drop path beside a branch are not: they stay where a constant of
+        The norm, LayerScale and drop path of a branch are not: they stay where a constant of
         the branch does. None for what belongs to no branch.
         """
         while path:

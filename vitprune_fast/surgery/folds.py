@@ -15,7 +15,7 @@ from ..structure.table import Rows
 
 @torch.no_grad()
 def fold_gates(model: nn.Module, gates: Mapping[str, Tensor]) -> None:
-    """Multiply gate values of units into the tensors beside the gates, in place.
+    """Multiply gate values of units into the adjacent weights, in place.
 
     The model then computes without gates what it computed with them: a head's or a neuron's gate
     goes into the columns of the map that reads it, a q/k dim's into the rows that write the query.
@@ -27,7 +27,7 @@ def fold_gates(model: nn.Module, gates: Mapping[str, Tensor]) -> None:
 
     Raises:
         InvalidInput: an axis is not one of the model or has no gate, or values have another shape
-            or are not finite, or a tensor beside a gate is tied; nothing was changed then.
+            or are not finite, or an adjacent tensor is tied; nothing was changed then.
         UnsupportedArchitecture: the model has no layout.
     """
     with families.opened(model, describe(model)) as structure:

@@ -1,4 +1,4 @@
-"""What goes with a model through surgery: the optimizer and its moments."""
+"""A pruned model, and the state of its optimizer pruned alike."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ class Cut:
 
 
 class Moments:
-    """The state of an optimizer that goes with the entries of the parameters.
+    """The per-entry state of an optimizer, pruned with the parameters.
 
     Args:
         optimizer: over parameters of ``model`` (all or some of them).

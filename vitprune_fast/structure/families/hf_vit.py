@@ -1,6 +1,6 @@
 """transformers' ViTForImageClassification, and what its relatives have in common with it.
 
-Read it beside ``transformers/models/vit/modeling_vit.py``: every line states one fact of that file.
+Read it next to ``transformers/models/vit/modeling_vit.py``: every line states a fact of that file.
 Versions before 5.9 (ViT, DeiT) and 5.18 (DINOv2) gave parts other names; which ones hold is read
 from the model. A relative is a file with the :class:`Names` in which it differs.
 """
@@ -35,7 +35,7 @@ class Names:
         norms: before the attention and before the MLP.
         gains: weights of the LayerScales; empty where there are none.
         drop: what drops from both branches.
-        tokens: of the embeddings, beside ``cls_token`` and ``position_embeddings``.
+        tokens: of the embeddings, besides ``cls_token`` and ``position_embeddings``.
         covering: those that together add to every token exactly once.
         classifiers: the Linears that put out logits.
         reads: how many times the width of the stream a classifier reads.

@@ -1,6 +1,6 @@
 """timm's VisionTransformer and VisionTransformerDistilled: ViT, DeiT, AugReg, CLIP, DINOv2.
 
-Read it beside ``timm/models/vision_transformer.py``: every line states one fact of that file.
+Read it next to ``timm/models/vision_transformer.py``: every line states one fact of that file.
 """
 
 from __future__ import annotations

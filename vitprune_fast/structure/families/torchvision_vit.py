@@ -1,6 +1,6 @@
 """torchvision's VisionTransformer: ``vit_b_16`` and its kin, whose attention is torch's own.
 
-Read it beside ``torchvision/models/vision_transformer.py``: every line states one fact of that
+Read it next to ``torchvision/models/vision_transformer.py``: every line states one fact of that
 file. ``nn.MultiheadAttention`` has as many dims as its heads take from the stream, so where they
 are other ones a ``SlimAttention`` stands for it; and it multiplies with ``out_proj`` inside one
 function, so it is opened for whoever puts hooks on what it computes.
