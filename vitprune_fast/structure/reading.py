@@ -260,7 +260,7 @@ class Reading:
 
     @cached_property
     def gone(self) -> frozenset[Home]:
-        """What pruning removes: the cores of dead branches, their norms, LayerScales, drop paths."""
+        """What pruning removes: cores of dead branches, their norms, LayerScales, drop paths."""
         cores = {(name, True) for name in self.dead}
         # a constant that no writer can take over keeps its norm, LayerScale and drop path
         helpers = {(name, False) for name in self.dead if self.fates[name][0] != "constant"}

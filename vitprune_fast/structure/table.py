@@ -70,7 +70,7 @@ class Write:
 
     @property
     def helpers(self) -> tuple[str, ...]:
-        """Paths of what is removed with the branch but lies outside: norm, LayerScale, drop path."""
+        """Paths of what is removed with the branch and lies outside: norm, gain, drop path."""
         own = f"{self.name}."
         paths = (self.norm, self.scaling, self.drop)
         return tuple(path for path in paths if path and not f"{path}.".startswith(own))
