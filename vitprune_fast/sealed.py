@@ -1,4 +1,4 @@
-"""Unfinished work in a file: tensors and words, sealed, since damaged sums look like sums."""
+"""Unfinished work in a file: tensors and words with a checksum, since damaged sums look valid."""
 
 from __future__ import annotations
 
@@ -91,7 +91,7 @@ class Sealed:
         self._written = time.monotonic()
 
     def remove(self) -> None:
-        """The work is done: nothing is to be taken up."""
+        """Delete the file: the work is finished."""
         self.path.unlink(missing_ok=True)
 
 

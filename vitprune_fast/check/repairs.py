@@ -1,4 +1,4 @@
-"""What a table lacks where plans break: declarations are added for a try, one at a time."""
+"""Find what a table lacks where plans break: try additional declarations one at a time."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _SHOWN = 8
 
 
 def explained(subject: Subject, plan: Plan, cuts: Sequence[Cut]) -> str:
-    """What is likely to be wrong where a plan breaks: the nearest declaration that can be told."""
+    """The likely fault where a plan breaks: a declaration whose change repairs it."""
     structure = subject.structure
     axes = [cut for cut in cuts if not isinstance(cut, str)]
     folds = [

@@ -263,7 +263,7 @@ def _check_structure(model: nn.Module, structure: Structure) -> None:
 
 
 def _check_classes(model: nn.Module, criterion: str) -> None:
-    """Refuse a model that tells no classes apart: its loss says nothing about its units."""
+    """Refuse a model with fewer than two classes, whose loss does not depend on its units."""
     check_single_label("score", model)
     classes = classes_of(model)
     if isinstance(classes, int) and classes < 2:

@@ -19,7 +19,7 @@ FOLDER = "scoring/criteria"
 
 @dataclass(frozen=True)
 class Asked:
-    """What is to be scored, and the arguments of ``score`` that say how.
+    """What a criterion gets: the model, the axes, and the arguments of ``score`` it may read.
 
     Attributes:
         model: computes in the dtype asked for.

@@ -1,4 +1,4 @@
-"""What the processes of a score run tell each other."""
+"""What the processes of a score run exchange."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def exchange(
     partial, error = Partial(torch.empty(0), torch.zeros(2).long(), torch.empty(0, width)), None
     try:
         partial = partial if compute is None else compute()
-    # told to the others first, who would wait for this process for ever
+    # the others have to know first, or they would wait for this process for ever
     except Exception as caught:
         error = caught
     device = ranks.device

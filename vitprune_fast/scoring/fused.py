@@ -66,7 +66,7 @@ def exchanged(model: nn.Module, sites: Sequence[Site], probes: Probes) -> Iterat
 
 
 def quick_attention(model: nn.Module) -> dict[nn.Module, Callable[..., Tensor]]:
-    """The attentions of timm in a model, and what may stand for their forward while it is trained.
+    """The attentions of timm in a model, each with an equivalent forward for its training.
 
     On a CPU in 16 bits it computes the same, up to rounding, by our op: torch's fused attention is
     slow at its backward there, and the plain form, which may be as fast or slower by what the

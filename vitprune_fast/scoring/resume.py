@@ -114,7 +114,7 @@ class Checkpoint:
         self._file.write(tensors, {**words, "facts": json.dumps(self._facts)})
 
     def remove(self) -> None:
-        """The run is done: nothing is to be taken up."""
+        """Delete the file: the run is finished."""
         self._file.remove()
 
     def _note(self, pieces: Sequence[Any]) -> None:

@@ -1,4 +1,4 @@
-"""Where each unit kind is measured, and how the measurements make up the scores of an axis.
+"""Where each unit kind is measured, and how measurements are combined into scores of an axis.
 
 With a gate on a unit at 1, the derivative of a sample's loss by the gate is (B samples, N tokens):
 

@@ -55,7 +55,7 @@ class Write:
 
     @property
     def weight(self) -> str | None:
-        """The matrix that produces the written value; None where a norm stands behind it."""
+        """The matrix that produces the written value; None where a norm follows it."""
         return None if self.post_norm or not self.projection else f"{self.projection}.weight"
 
     @property
@@ -193,7 +193,7 @@ class Structure:
         return (write for write in self.stream if write.inner is not None)
 
     def held(self, axis: Axis) -> list[tuple[str, ...]]:
-        """The branches that every unit of a branch or block axis stands for; empty for others."""
+        """The branches that each unit of a branch or block axis consists of; empty for others."""
         if axis.kind == "block":
             return list(self.blocks.values())
         return [(name,) for name in self.branches.get(axis.name, ())]

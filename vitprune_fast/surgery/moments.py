@@ -82,7 +82,7 @@ class Moments:
         self._names = {id(get(model, name)): name for name in structure.tensors}
         # of the names of a tied parameter, the one it is cut by
         self._names |= {id(tensor): name for name, tensor in jobs}
-        # which state of which parameter
+        # the state tensors: name of the parameter, key, tensor
         self._places: list[tuple[str, str, Tensor]] = []
         for group in optimizer.param_groups:
             for parameter in group["params"]:

@@ -165,7 +165,7 @@ def _describe_block(t: Builder, path: str, names: Names, embed: Axis, tokens: in
 
 
 def _attention(t: Builder, path: str, embed: Axis, tokens: int) -> Inner:
-    """Separate projections, one head_dim for q, k and v, and a temperature that is always told."""
+    """Separate projections, one head_dim for q, k and v, and a temperature that is stored."""
     names = _names(t.model, path, _ATTENTIONS)
     q, k, v, out, count = (f"{path}.{name}" for name in names)
     number = get(t.model, count)

@@ -143,7 +143,7 @@ def _run(
 
 
 def _identity(model: nn.Module, structure: Structure, reading: Reading, read: str) -> str:
-    """What decides the fits; ``read`` tells the images and the dtype."""
+    """Everything that determines the fits; ``read`` identifies the images and the dtype."""
     kept = {name: reading.kept(axis).tolist() for name, axis in structure.axes.items()}
     plan = repr((kept, sorted(reading.removed))).encode()
     digest = hashlib.blake2b(plan, digest_size=16).hexdigest()

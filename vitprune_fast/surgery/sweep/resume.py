@@ -72,7 +72,7 @@ class Progress:
             self._file.write(values, {"state": state})
 
     def end(self, *, keep: bool) -> None:
-        """The sweep is done: nothing is to be taken up, unless other work waits for it."""
+        """The sweep is finished: delete the file, unless another sweep has to finish first."""
         if keep:
             self._write()
         elif self._file is not None:
