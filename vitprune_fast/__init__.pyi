@@ -46,3 +46,5 @@ from .surgery import fold_attention_biases as fold_attention_biases
 from .surgery import fold_gates as fold_gates
 from .surgery import mask as mask
 from .surgery import prune as prune
+
+__all__: tuple[str, ...]
