@@ -97,7 +97,7 @@ setup(
     package_data={
         "vitprune_fast": [
             "py.typed",
-            "_host.pyi",
+            "*.pyi",
             "splits/*.json",
             "distill/*.json",
             "run/report/*.j2",

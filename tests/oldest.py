@@ -30,7 +30,7 @@ TESTS = [
     "tests/integrations",
     "tests/cli/test_verbs.py",
     "tests/test_canary.py",
-    "tests/test_checkpoint.py",
+    "tests/test_saved_models.py",
     "tests/test_dependencies.py",
     "tests/test_doctor.py",
     "tests/test_import.py",

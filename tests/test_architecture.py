@@ -22,7 +22,7 @@ GROUND = (
 # the flow: a room imports rooms that stand before it, and none that stands after it
 ORDER = (
     *GROUND,
-    *("modules", "reference", "kernels", "ops", "modeling_pruned", "structure", "checkpoint"),
+    *("modules", "reference", "kernels", "ops", "modeling_pruned", "structure", "saved_models"),
     *("models", "evaluation", "data", "scoring", "planning", "surgery", "check", "testing"),
     *("gates", "integrations", "distill", "run", "recipes", "doctor"),
     *("vitprune_fast", "cli"),

@@ -225,7 +225,6 @@ def timm_swiglu() -> None:
 
 @fact(
     "timm's norms and activations are those of torch, and keep eps, weight and bias",
-    "structure/families/timm_vit_1.py",
     "modules/norms.py",
     "modules/known.py",
 )

@@ -355,7 +355,7 @@ def _sealed_folder(folder: Path) -> None:
     (folder / "sub").mkdir(parents=True)
     files.write_tensors(folder / "model.safetensors", {"w": torch.ones(2)})
     files.write_json(folder / "sub" / "config.json", {"depth": 2})
-    files.write_manifest(folder)
+    files.write_manifest(folder, ["model.safetensors", "sub/config.json"])
 
 
 def test_every_bit_flip_in_a_sealed_folder_is_found(tmp_path: Path) -> None:

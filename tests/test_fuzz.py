@@ -14,9 +14,9 @@ import pytest
 import torch
 
 from vitprune_fast import files
-from vitprune_fast.checkpoint import load, save
 from vitprune_fast.errors import DamagedFile
 from vitprune_fast.planning import Plan
+from vitprune_fast.saved_models import load, save
 from vitprune_fast.scoring import Scores
 from vitprune_fast.testing import random_vit
 

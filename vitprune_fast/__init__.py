@@ -8,148 +8,23 @@ Each stage is a function of plain values and returns a plain value that can be s
 
 from __future__ import annotations
 
+import ast
 import sys
 from importlib import import_module
+from pathlib import Path
 from types import ModuleType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ._version import __version__ as __version__
 
-if TYPE_CHECKING:
-    from . import gates, ops
-    from .check import StructureReport, check_structure
-    from .checkpoint import load, save
-    from .config.run import RunConfig
-    from .data import Loader, open_data
-    from .distill import DistillConfig, DistillResult, distill
-    from .doctor import doctor
-    from .errors import (
-        BackendUnavailable,
-        DamagedFile,
-        InfeasibleBudget,
-        InvalidInput,
-        NotEnoughMemory,
-        RunFolderError,
-        StageFailed,
-        UnsupportedArchitecture,
-        VitpruneError,
-    )
-    from .evaluation import Evaluation, evaluate
-    from .planning import Budget, Cost, Latency, Plan, cost, latency, plan, predict_cost
-    from .recipes.start import run
-    from .run.step import Recipe, Step
-    from .scoring import Scores, score
-    from .structure import Structure, describe, register_family
-    from .surgery import (
-        Calibration,
-        Compensated,
-        SoftCompaction,
-        calibrate,
-        compensate,
-        fold_attention_biases,
-        fold_gates,
-        mask,
-        prune,
-    )
-
+_STUB = ast.parse(Path(__file__).with_suffix(".pyi").read_text(encoding="utf-8"))
+# public name -> the module it lives in; "" where it is a module itself
 _HOMES = {
-    "check": ("StructureReport", "check_structure"),
-    "checkpoint": ("load", "save"),
-    "data": ("Loader", "open_data"),
-    "distill": ("DistillConfig", "DistillResult", "distill"),
-    "doctor": ("doctor",),
-    "errors": (
-        "BackendUnavailable",
-        "DamagedFile",
-        "InfeasibleBudget",
-        "InvalidInput",
-        "NotEnoughMemory",
-        "RunFolderError",
-        "StageFailed",
-        "UnsupportedArchitecture",
-        "VitpruneError",
-    ),
-    "evaluation": ("Evaluation", "evaluate"),
-    "planning": (
-        "Budget",
-        "Cost",
-        "Latency",
-        "Plan",
-        "cost",
-        "latency",
-        "plan",
-        "predict_cost",
-    ),
-    "config.run": ("RunConfig",),
-    "recipes.start": ("run",),
-    "run.step": ("Recipe", "Step"),
-    "scoring": ("Scores", "score"),
-    "structure": ("Structure", "describe", "register_family"),
-    "surgery": (
-        "Calibration",
-        "Compensated",
-        "SoftCompaction",
-        "calibrate",
-        "compensate",
-        "fold_attention_biases",
-        "fold_gates",
-        "mask",
-        "prune",
-    ),
+    alias.name: node.module or ""
+    for node in _STUB.body
+    if isinstance(node, ast.ImportFrom)
+    for alias in node.names
 }
-_HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
-
-__all__ = [
-    "BackendUnavailable",
-    "Budget",
-    "Calibration",
-    "Compensated",
-    "Cost",
-    "DamagedFile",
-    "DistillConfig",
-    "DistillResult",
-    "Evaluation",
-    "InfeasibleBudget",
-    "InvalidInput",
-    "Latency",
-    "Loader",
-    "NotEnoughMemory",
-    "Plan",
-    "Recipe",
-    "RunConfig",
-    "RunFolderError",
-    "Scores",
-    "SoftCompaction",
-    "StageFailed",
-    "Step",
-    "Structure",
-    "StructureReport",
-    "UnsupportedArchitecture",
-    "VitpruneError",
-    "calibrate",
-    "check_structure",
-    "compensate",
-    "cost",
-    "describe",
-    "distill",
-    "doctor",
-    "evaluate",
-    "fold_attention_biases",
-    "fold_gates",
-    "gates",
-    "latency",
-    "load",
-    "mask",
-    "open_data",
-    "ops",
-    "plan",
-    "predict_cost",
-    "prune",
-    "register_family",
-    "run",
-    "save",
-    "score",
-]
 
 
 class _Package(ModuleType):
@@ -159,21 +34,23 @@ class _Package(ModuleType):
     system writes an imported module into its package; here the function keeps the name.
     """
 
+    __all__ = tuple(sorted(_HOMES.keys() - {"__version__"}))
+
     def __getattr__(self, name: str) -> Any:
-        if name in ("gates", "ops"):
-            return import_module(f"{__name__}.{name}")
-        if name not in _HOME_OF:
+        if name not in _HOMES:
             raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-        value = getattr(import_module(f"{__name__}.{_HOME_OF[name]}"), name)
+        if not _HOMES[name]:
+            return import_module(f"{__name__}.{name}")
+        value = getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
         setattr(self, name, value)
         return value
 
     def __setattr__(self, name: str, value: Any) -> None:
-        if not (isinstance(value, ModuleType) and name in _HOME_OF):
+        if not (isinstance(value, ModuleType) and _HOMES.get(name)):
             super().__setattr__(name, value)
 
     def __dir__(self) -> list[str]:
-        return sorted({*super().__dir__(), *__all__})
+        return sorted({*super().__dir__(), *self.__all__})
 
 
 sys.modules[__name__].__class__ = _Package

@@ -15,12 +15,13 @@ import os
 import re
 import stat
 import threading
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import safetensors.torch
 import torch
+from safetensors import SafetensorError, safe_open
 
 from vitprune_fast.errors import DamagedFile, InvalidInput, RunFolderError
 
@@ -31,7 +32,8 @@ MAX_JSON_DEPTH = 32
 MAX_JSON_VALUES = 1 << 20
 MAX_DIGITS = 100
 MAX_NAME = 4096
-MAX_HEADER_BYTES = 16 << 20
+# ten times as much memory is taken to read it
+MAX_HEADER_BYTES = 8 << 20
 _TEMPORARY = re.compile(r"\..+\.\d+-\d+\.tmp")
 _NUMBER_LIST = re.compile(r'\[\n([^\[\]{}"]*)\n\s*\]')
 _CHUNK = 1 << 20
@@ -190,19 +192,26 @@ def write_json(path: PathLike, value: Any) -> None:
     write_text(path, text + "\n")
 
 
-def read_json(path: PathLike, *, max_bytes: int = MAX_JSON_BYTES) -> Any:
+def read_json(path: PathLike) -> Any:
     """Read JSON that anyone may have written.
 
     Args:
-        path: a regular file in UTF-8.
-        max_bytes: larger files are refused before they are read.
+        path: a regular file in UTF-8, of at most 16 MiB.
 
     Raises:
         DamagedFile: missing, too large, not UTF-8, not JSON, nested deeper than 32 levels, over a
             million values, a key twice in one object, NaN or an infinity, an integer of absurd
             length.
     """
-    data = _read_limited(Path(path), max_bytes, "read_json")
+    path = Path(path)
+    _regular_size(path, "read_json")
+    try:
+        with open(path, "rb") as file:
+            data = file.read(MAX_JSON_BYTES + 1)
+    except OSError as error:
+        raise _unreadable("read_json", path, error) from error
+    if len(data) > MAX_JSON_BYTES:
+        raise DamagedFile(f"read_json: {path} must have at most {MAX_JSON_BYTES} bytes, got more")
     try:
         return parse_json(data)
     except ValueError as error:
@@ -299,57 +308,40 @@ def read_tensors(path: PathLike) -> dict[str, torch.Tensor]:
         Name to CPU tensor, sorted by name.
 
     Raises:
-        DamagedFile: missing, truncated, another format, a header over 16 MiB or that does not match
+        DamagedFile: missing, truncated, another format, a header over 8 MiB or that does not match
             the data.
     """
-    data, _ = _read_safetensors(Path(path))
-    try:
-        tensors = safetensors.torch.load(data)
-    except Exception as error:  # the library's own error, and KeyError for a new dtype
-        raise DamagedFile(f"read_tensors: {path} must be safetensors, got {error}") from None
-    del data
-    # memory of torch's own alignment: matrix products may round by address
-    return {name: tensors.pop(name).clone() for name in sorted(tensors)}
+    with _open_tensors(Path(path)) as file:
+        # memory of torch's own alignment: matrix products may round by address
+        return {name: file.get_tensor(name).clone() for name in sorted(file.keys())}
 
 
 def read_metadata(path: PathLike) -> dict[str, str]:
-    """Read the metadata strings of a safetensors file; same limits as ``read_tensors``."""
-    _, header = _read_safetensors(Path(path), header_only=True)
-    metadata = header.get("__metadata__", {})
-    if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
-        raise DamagedFile(f"read_metadata: {path} must map names to strings in its metadata")
-    return metadata
+    """Read the metadata strings of a safetensors file; refuses what ``read_tensors`` refuses."""
+    with _open_tensors(Path(path)) as file:
+        return dict(file.metadata() or {})
 
 
-def _read_safetensors(path: Path, *, header_only: bool = False) -> tuple[bytes, dict[str, Any]]:
-    size = _regular_size(path, "read_tensors")
+@contextlib.contextmanager
+def _open_tensors(path: Path) -> Iterator[Any]:
+    _regular_size(path, "read_tensors")
     try:
         with open(path, "rb") as file:
             start = file.read(8)
-            _refuse_pickle(path, start)
-            length = int.from_bytes(start, "little")
-            if len(start) < 8 or length > size - 8:
-                raise DamagedFile(
-                    f"read_tensors: {path} must be a whole safetensors file, got {size} bytes "
-                    "that do not start with a header that fits; copy or download it again"
-                )
-            if length > MAX_HEADER_BYTES:
-                raise DamagedFile(
-                    f"read_tensors: the header of {path} must have at most {MAX_HEADER_BYTES} "
-                    f"bytes, got {length}"
-                )
-            header = file.read(length)
-            file.seek(0)
-            data = b"" if header_only else file.read()
+        _refuse_pickle(path, start)
+        if int.from_bytes(start, "little") > MAX_HEADER_BYTES:
+            raise DamagedFile(
+                f"read_tensors: {path} must be safetensors with a header of at most "
+                f"{MAX_HEADER_BYTES} bytes, got a longer one"
+            )
+        with safe_open(path, "pt") as tensors:
+            yield tensors
     except OSError as error:
         raise _unreadable("read_tensors", path, error) from error
-    try:
-        parsed = parse_json(header)
-        if not isinstance(parsed, dict):
-            raise ValueError("a header that is not an object")
-    except ValueError as error:
-        raise DamagedFile(f"read_tensors: {path} must be safetensors, got {error}") from None
-    return data, parsed
+    except SafetensorError as error:
+        raise DamagedFile(
+            f"read_tensors: {path} must be safetensors, got {error}; copy or download it again"
+        ) from None
 
 
 def _refuse_pickle(path: Path, start: bytes) -> None:
@@ -396,17 +388,16 @@ def inside(folder: PathLike, name: str) -> Path:
     return path
 
 
-def write_manifest(folder: PathLike, names: Iterable[str] | None = None) -> None:
+def write_manifest(folder: PathLike, names: Iterable[str]) -> None:
     """Write ``manifest.json``: size and SHA-256 of each file. Written last, it seals the folder.
 
     Args:
         folder: the folder.
-        names: paths relative to ``folder``; None takes every file in it.
+        names: paths relative to ``folder``.
     """
     root = Path(folder)
-    listed = _file_names(root) if names is None else sorted(names)
     files = {}
-    for name in listed:
+    for name in sorted(names):
         path = inside(root, name)
         files[name] = {"bytes": _regular_size(path, "write_manifest"), "sha256": sha256(path)}
     write_json(root / MANIFEST, {"format": 1, "files": files})
@@ -446,28 +437,6 @@ def check_manifest(folder: PathLike) -> list[str]:
                 f"got {found}; copy or download the folder again"
             )
     return list(files)
-
-
-def _file_names(root: Path) -> list[str]:
-    return sorted(
-        path.relative_to(root).as_posix()
-        for path in root.rglob("*")
-        if path.is_file() and path.name != MANIFEST and not _TEMPORARY.fullmatch(path.name)
-    )
-
-
-def _read_limited(path: Path, max_bytes: int, function: str) -> bytes:
-    size = _regular_size(path, function)
-    if size > max_bytes:
-        raise DamagedFile(f"{function}: {path} must have at most {max_bytes} bytes, got {size}")
-    try:
-        with open(path, "rb") as file:
-            data = file.read(max_bytes + 1)
-    except OSError as error:
-        raise _unreadable(function, path, error) from error
-    if len(data) > max_bytes:
-        raise DamagedFile(f"{function}: {path} must have at most {max_bytes} bytes, got more")
-    return data
 
 
 def _regular_size(path: Path, function: str) -> int:

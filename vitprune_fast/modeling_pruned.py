@@ -1,6 +1,6 @@
 """Build a pruned model from its ``config.json`` with the library it comes from alone.
 
-A copy of this file lies beside every saved model that this library cannot express by itself
+A copy of this file lies in the folder of every saved model that the library alone cannot express
 (blocks of different size, heads narrower or fewer than the width suggests, missing branches):
 
     from modeling_pruned import load
@@ -95,7 +95,7 @@ class SlimAttention(nn.Module):
     """Self attention with heads of any number and width, for ``nn.MultiheadAttention``.
 
     It has the names of that module's tensors, and its place in torchvision's blocks. Queries and
-    keys may have another width than values; the temperature is told.
+    keys may have another width than values; the temperature is stored.
     """
 
     def __init__(self, width: int, num_heads: int):
@@ -169,7 +169,7 @@ def build(
     Args:
         spec: what the constructor is called with, and in what the model differs from its result.
         tensors: every parameter and buffer by name; sizes are theirs.
-        known: classes by qualified name that may be named beside those of ``LIBRARIES``.
+        known: classes by qualified name that may be named besides those of ``LIBRARIES``.
 
     Returns:
         The model in training mode; what it holds are ``tensors`` themselves.

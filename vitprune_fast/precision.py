@@ -33,17 +33,6 @@ HALF = ("bfloat16", "float16")
 """Those of 16 bits."""
 
 
-def auto_name(device: str, *, has_bfloat16: bool) -> Precision:
-    """What ``auto`` means.
-
-    Args:
-        device: its kind, such as ``"cpu"`` or ``"cuda"``.
-        has_bfloat16: whether its matrix units take bfloat16; asked of GPUs alone. On a CPU scores
-            and accuracies are to keep the bits they have in float32.
-    """
-    return "bfloat16" if device == "cuda" and has_bfloat16 else "float32"
-
-
 def resolve(
     function: str, dtype: Precision | torch.dtype | None, device: torch.device | str
 ) -> torch.dtype | None:
@@ -71,8 +60,9 @@ def resolved_name(
     name: Any = name_of(dtype) if isinstance(dtype, torch.dtype) else dtype
     if name not in NAMES:
         raise InvalidInput(f"{function}: dtype must be one of {', '.join(NAMES)}, got {dtype!r}")
-    device = torch.device(device)
-    return auto_name(device.type, has_bfloat16=_has_bfloat16(device)) if name == "auto" else name
+    if name != "auto":
+        return name
+    return "bfloat16" if _has_bfloat16(torch.device(device)) else "float32"
 
 
 def name_of(dtype: torch.dtype) -> Any:
@@ -158,6 +148,7 @@ def autocast(
 
 
 def _has_bfloat16(device: torch.device) -> bool:
+    """Whether ``auto`` is bfloat16: a CPU is to keep the bits that it has in float32."""
     import torch
 
     if device.type != "cuda":

@@ -1,16 +1,21 @@
-"""Unfinished work in a file: tensors and words, sealed, since damaged sums look like sums."""
+"""Unfinished work in a file: tensors and words with a checksum, since damaged sums look valid."""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from .errors import DamagedFile, InvalidInput
+from .errors import InvalidInput
 from .files import make_folder, read_metadata, read_tensors, write_tensors
+
+# seconds between two writes
+EVERY_S = 30.0
 
 
 class CheckpointRefused(InvalidInput):
@@ -33,6 +38,7 @@ class Sealed:
         self._stage, self._holds = stage, holds
         self._identity, self._parts = identity, parts
         self._format = f"vitprune_fast.partial_{stage}"
+        self._written = time.monotonic()
 
     def read(self) -> tuple[dict[str, Tensor], dict[str, str]] | None:
         """Tensors and words of work that was stopped; None where there is no file.
@@ -41,21 +47,16 @@ class Sealed:
             RunFolderError: no file can be put there.
             CheckpointRefused: the file is damaged, or of other work.
         """
-        # found out now, and not when there is work to keep
-        make_folder(self.path.parent)
+        check_place(self._stage, self.path)
         if not self.path.exists():
             return None
-        if not self.path.is_file():
-            raise CheckpointRefused(f"{self._stage}: checkpoint must be a file, got {self.path}")
-        try:
+        with self.expecting():
             tensors, words = read_tensors(self.path), read_metadata(self.path)
             if words["format"] != self._format:
                 raise ValueError(f"format {self._format}")
             if words.pop("content") != content(tensors, words):
                 raise ValueError("content as it was written")
             identity = words["identity"]
-        except (DamagedFile, KeyError, ValueError) as error:
-            raise self.damaged(error) from None
         if identity != self._identity:
             raise CheckpointRefused(
                 f"{self._stage}: checkpoint {self.path} must be of this work, got one of another "
@@ -63,21 +64,47 @@ class Sealed:
             )
         return tensors, words
 
-    def damaged(self, error: Exception) -> CheckpointRefused:
-        """What to raise for a file that does not hold what it should."""
-        return CheckpointRefused(
-            f"{self._stage}: checkpoint {self.path} must hold {self._holds}, got a file where this "
-            f"is wrong: {error!s:.300}; delete it to start over"
-        )
+    @contextmanager
+    def expecting(self) -> Iterator[None]:
+        """Say of what goes wrong inside that the file does not hold what it should.
+
+        Raises:
+            CheckpointRefused: where that is so.
+        """
+        try:
+            yield
+        except (KeyError, ValueError, TypeError, RuntimeError) as error:
+            raise CheckpointRefused(
+                f"{self._stage}: checkpoint {self.path} must hold {self._holds}, got a file where "
+                f"this is wrong: {error!s:.300}; delete it to start over"
+            ) from None
+
+    @property
+    def is_due(self) -> bool:
+        """Whether the last writing is long enough ago."""
+        return time.monotonic() - self._written >= EVERY_S
 
     def write(self, tensors: Mapping[str, Tensor], words: Mapping[str, str]) -> None:
         """Replace the file in one step."""
         words = {**words, "format": self._format, "identity": self._identity}
         write_tensors(self.path, tensors, {**words, "content": content(tensors, words)})
+        self._written = time.monotonic()
 
     def remove(self) -> None:
-        """The work is done: nothing is to be taken up."""
+        """Delete the file: the work is finished."""
         self.path.unlink(missing_ok=True)
+
+
+def check_place(stage: str, path: Path) -> None:
+    """Refuse a place where no file can be, before there is work to keep.
+
+    Raises:
+        RunFolderError: its folder cannot be made.
+        CheckpointRefused: something else than a file is there.
+    """
+    make_folder(path.parent)
+    if path.exists() and not path.is_file():
+        raise CheckpointRefused(f"{stage}: checkpoint must be a file, got {path}")
 
 
 def content(tensors: Mapping[str, Tensor], words: Mapping[str, str]) -> str:

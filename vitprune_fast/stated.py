@@ -1,4 +1,4 @@
-"""What a model states of itself, the way timm's models do, teachers of no family among them."""
+"""What a model says about itself in timm's attributes, also one of no known family."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def stated_config(model: Any) -> dict[str, Any]:
 
 
 def caveats(model: Any) -> dict[str, str]:
-    """What is to be said of a model beside its numbers; it goes with the model to disk and back.
+    """Notes about a model that are saved and loaded with it.
 
     ``weights``: they are random. ``pixels``: where statistics come from that are a guess.
     """

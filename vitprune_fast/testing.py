@@ -12,10 +12,9 @@ from timm.models.deit import VisionTransformerDistilled
 from timm.models.vision_transformer import ResPostBlock, VisionTransformer
 
 from .check.drawn import randomise
+from .structure import families
 
 __all__ = ["SMALL", "VITS", "random_images", "random_vit", "randomise"]
-
-from .structure.families import image_shape
 
 SMALL: dict[str, Any] = {
     "img_size": 16,
@@ -71,7 +70,7 @@ def random_vit(
 def random_images(model: Any, batch: int = 2, *, seed: int = 0) -> torch.Tensor:
     """(batch, channels, height, width) normal noise of the model's input size and dtype."""
     generator = torch.Generator().manual_seed(seed)
-    channels, height, width = image_shape(model)
+    channels, height, width = families.of(model).images(model)
     assert channels and height and width
     images = torch.randn(batch, channels, height, width, generator=generator, dtype=torch.float64)
     return images.to(next(model.parameters()).dtype)

@@ -345,7 +345,7 @@ def test_fixed_gates_are_what_was_given() -> None:
         ({"kind": "ste", "thresholds": "local"}, "thresholds must be 'global' or 'learned'"),
         ({"round_to": 0}, "round_to must be a whole number >= 1, got 0"),
         ({"penalty": -1.0}, "penalty of head must be a number >= 0, got -1.0"),
-        ({"penalty": {"head": 1.0}}, "penalty must name the unit kind neuron, got none for it"),
+        ({"penalty": {"head": 1.0}}, "penalty must name the unit kinds head, neuron, got head"),
         ({"init": math.nan}, "init must be a finite number, got nan"),
         ({"kind": "fixed"}, "init must be given for 'fixed', got None"),
         ({"init": {"embed": torch.ones(24)}}, "init must name axes that are gated, got 'embed'"),

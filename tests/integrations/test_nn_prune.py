@@ -14,8 +14,6 @@ from torchvision.models import VisionTransformer
 
 import vitprune_fast as vp
 from vitprune_fast.errors import InvalidInput, UnsupportedArchitecture
-from vitprune_fast.integrations import torchvision as tv
-from vitprune_fast.integrations import transformers as hf
 from vitprune_fast.integrations.nn_prune import importance_scores
 from vitprune_fast.testing import random_images, random_vit, randomise
 
@@ -126,7 +124,7 @@ def test_an_entry_of_several_units_has_the_smallest_score() -> None:
 
 def test_packed_weights_of_torchvision() -> None:
     model = randomise(VisionTransformer(16, 8, 1, 3, 24, 40, num_classes=5), 0)
-    scores = tv.score(model, [(torch.randn(2, 3, 16, 16), torch.tensor([0, 1]))])
+    scores = vp.score(model, [(torch.randn(2, 3, 16, 16), torch.tensor([0, 1]))])
     importance = importance_scores(model, scores)
     attention = model.encoder.layers[0].self_attention
     heads = scores["encoder.layers.encoder_layer_0.self_attention.heads"].repeat_interleave(8)
@@ -143,7 +141,7 @@ def test_packed_weights_of_torchvision() -> None:
 @pytest.mark.parametrize("name", ["vit", "dinov2-giant"])
 def test_weights_of_transformers(name: str) -> None:
     model = model_of(name)
-    scores = hf.score(model, [batch_of()])
+    scores = vp.score(model, [batch_of()])
     importance = importance_scores(model, scores)
     for layer in layers_of(model):
         heads = scores[f"{layer.heads}.heads"].repeat_interleave(8)

@@ -14,9 +14,9 @@ from torch.nn import functional as F
 from torchvision.models import VisionTransformer, resnet18
 from torchvision.models.vision_transformer import ConvStemConfig
 
+import vitprune_fast as vp
 from vitprune_fast.errors import UnsupportedArchitecture
-from vitprune_fast.integrations import torchvision as tv
-from vitprune_fast.structure import UNIT_KINDS
+from vitprune_fast.structure import UNIT_KINDS, families
 from vitprune_fast.testing import randomise
 
 SMALL: dict[str, Any] = {
@@ -88,11 +88,11 @@ def gates_of(model: Any, batch: int) -> tuple[Any, Gates]:
 def test_scores_of_every_unit_kind_are_gate_derivatives(name: str, path: Any) -> None:
     model = model_of(name)
     images, labels = batch_of()
-    got = tv.score(model, [(images, labels)], units="all", per_sample=True, path=path).per_sample
+    got = vp.score(model, [(images, labels)], units="all", per_sample=True, path=path).per_sample
     gated, gates = gates_of(model, len(images))
     want = gates.derivatives(gated, images, labels)
     assert got.keys() == want.keys()
-    assert {tv.units(model).axes[name].kind for name in got} == set(UNIT_KINDS)
+    assert {vp.describe(model).axes[name].kind for name in got} == set(UNIT_KINDS)
     for axis, value in want.items():
         # handed back in fp32
         assert (got[axis].double() - value).norm() <= 2**-23 * value.norm(), axis
@@ -101,7 +101,7 @@ def test_scores_of_every_unit_kind_are_gate_derivatives(name: str, path: Any) ->
 def test_leaving_out_units_one_by_one() -> None:
     model = model_of()
     images, labels = batch_of(3)
-    got = tv.score(model, [(images, labels)], "loss", units="all", per_sample=True).per_sample
+    got = vp.score(model, [(images, labels)], "loss", units="all", per_sample=True).per_sample
     gated, gates = gates_of(model, 3)
     want = gates.damage(gated, images, labels)
     assert got.keys() == want.keys()
@@ -111,13 +111,13 @@ def test_leaving_out_units_one_by_one() -> None:
 
 def test_magnitude_and_activation() -> None:
     model = model_of()
-    scores = tv.score(model, criterion="magnitude", reduction="group", units=("head",))
+    scores = vp.score(model, criterion="magnitude", reduction="group", units=("head",))
     attention = model.encoder.layers[1].self_attention
     rows = attention.in_proj_weight.view(3, 3, 8, 24)[:, 2].flatten()
     owned = torch.cat([rows, attention.out_proj.weight[:, 16:].flatten()])
     name = "encoder.layers.encoder_layer_1.self_attention.heads"
     assert scores[name][2].item() == pytest.approx(owned.norm().item(), 1e-6)
-    sizes = tv.score(model, [batch_of()], "activation", units=("qk_dim", "neuron"))
+    sizes = vp.score(model, [batch_of()], "activation", units=("qk_dim", "neuron"))
     assert len(sizes) == 4 and all((values > 0).all() for values in sizes.values())
 
 
@@ -129,7 +129,7 @@ def test_visible_attention_computes_the_same(dtype: torch.dtype, gradients: bool
     images, _ = batch_of(dtype=dtype)
     with torch.set_grad_enabled(gradients):
         usual = model(images)
-        with tv.visible_attention(model):
+        with families.opened(model, vp.describe(model)):
             visible = model(images)
         exact = model_of()(images.double())
     bound = 1e-12 if dtype == torch.float64 else 1e-5
@@ -145,7 +145,7 @@ def test_hooks_see_q_k_v_and_what_enters_the_output_projection() -> None:
     attention.out_proj.register_forward_pre_hook(lambda _, x: seen.update(out=x[0]))
     model(batch_of()[0])
     assert not seen
-    with tv.visible_attention(model):
+    with families.opened(model, vp.describe(model)):
         attention.in_proj.register_forward_hook(lambda _, x, y: seen.update(qkv=y))
         model(batch_of()[0])
     assert seen["qkv"].shape == (4, 5, 72) and seen["out"].shape == (4, 5, 24)
@@ -157,8 +157,8 @@ def test_attention_that_is_visible_already_stays_so() -> None:
     def visible() -> list[bool]:
         return [hasattr(m, "in_proj") for m in model.modules() if hasattr(m, "in_proj_weight")]
 
-    with tv.visible_attention(model):
-        with tv.visible_attention(model):
+    with families.opened(model, vp.describe(model)):
+        with families.opened(model, vp.describe(model)):
             pass
         assert visible() and all(visible())
     assert not any(visible())
@@ -181,9 +181,9 @@ def test_the_model_comes_back_exactly_as_it_was(fails: bool) -> None:
 
     if fails:
         with pytest.raises(KeyError):
-            tv.score(model, batches())
+            vp.score(model, batches())
     else:
-        tv.score(model, batches())
+        vp.score(model, batches())
     assert all(torch.equal(t, before[n]) for n, t in model.state_dict().items())
     assert [n for n, _ in model.named_modules()] == names
     assert all(m.training for m in model.modules())
@@ -197,23 +197,23 @@ def test_every_parameter_has_a_layout() -> None:
     for name in MODELS:
         model = model_of(name)
         tensors = {*dict(model.named_parameters()), *dict(model.named_buffers())}
-        assert tensors == tv.units(model).tensors.keys()
+        assert tensors == vp.describe(model).tensors.keys()
 
 
 def test_other_models_are_refused() -> None:
     with pytest.raises(UnsupportedArchitecture, match="got ResNet"):
-        tv.units(resnet18())
+        vp.describe(resnet18())
     model = model_of()
     block = model.encoder.layers[1]
     block.self_attention = nn.MultiheadAttention(24, 3, kdim=12, vdim=12, batch_first=True)
     with pytest.raises(UnsupportedArchitecture, match=r"layer_1\.self_attention must be nn.Multi"):
-        tv.units(model)
+        vp.describe(model)
     model.encoder.layers[1] = nn.Identity()
     with pytest.raises(UnsupportedArchitecture, match=r"layer_1 must be an EncoderBlock"):
-        tv.units(model)
+        vp.describe(model)
     model = model_of()
     attention, x = model.encoder.layers[0].self_attention, torch.randn(1, 5, 24).double()
-    with tv.visible_attention(model):
+    with families.opened(model, vp.describe(model)):
         for arguments in ({}, {"need_weights": False, "attn_mask": torch.zeros(5, 5).double()}):
             with pytest.raises(ValueError, match="on one tensor"):
                 attention(x, x, x, **arguments)

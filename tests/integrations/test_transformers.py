@@ -16,7 +16,6 @@ from transformers import ViTMAEConfig, ViTMAEForPreTraining
 
 import vitprune_fast as vp
 from vitprune_fast.errors import InvalidInput, UnsupportedArchitecture
-from vitprune_fast.integrations import transformers as hf
 from vitprune_fast.structure import UNIT_KINDS
 
 
@@ -40,12 +39,12 @@ def gates_of(model: Any, batch: int) -> Gates:
 def test_scores_of_every_unit_kind_are_gate_derivatives(name: str, path: Any) -> None:
     model = model_of(name)
     images, labels = batch_of()
-    got = hf.score(model, [(images, labels)], units="all", per_sample=True, path=path).per_sample
+    got = vp.score(model, [(images, labels)], units="all", per_sample=True, path=path).per_sample
     want = gates_of(model, len(images)).derivatives(
         lambda x: model(pixel_values=x).logits, images, labels
     )
     assert got.keys() == want.keys()
-    assert {hf.units(model).axes[name].kind for name in got} == set(UNIT_KINDS)
+    assert {vp.describe(model).axes[name].kind for name in got} == set(UNIT_KINDS)
     for axis, value in want.items():
         # handed back in fp32
         assert (got[axis].double() - value).norm() <= 2**-23 * value.norm(), axis
@@ -55,7 +54,7 @@ def test_scores_of_every_unit_kind_are_gate_derivatives(name: str, path: Any) ->
 def test_leaving_out_units_one_by_one(name: str) -> None:
     model = model_of(name)
     images, labels = batch_of(3)
-    got = hf.score(model, [(images, labels)], "loss", units="all", per_sample=True).per_sample
+    got = vp.score(model, [(images, labels)], "loss", units="all", per_sample=True).per_sample
     want = gates_of(model, 3).damage(lambda x: model(pixel_values=x).logits, images, labels)
     assert got.keys() == want.keys()
     for axis, value in want.items():
@@ -66,7 +65,7 @@ def test_leaving_out_units_one_by_one(name: str) -> None:
 def test_activation_of_branches_is_how_far_they_turn_the_stream(name: str) -> None:
     model = model_of(name)
     images, labels = batch_of(3)
-    scores = hf.score(model, [(images, labels)], "activation", units="all")
+    scores = vp.score(model, [(images, labels)], "activation", units="all")
     hidden = model(pixel_values=images, output_hidden_states=True).hidden_states
     turns = []
     for before, after in pairwise(hidden):
@@ -96,7 +95,7 @@ def test_the_model_comes_back_exactly_as_it_was(name: str) -> None:
 
     for stream in ([batch_of()], batches()):
         with contextlib.suppress(KeyError):
-            hf.score(model, stream, units="all")
+            vp.score(model, stream, units="all")
         assert all(torch.equal(t, before[n]) for n, t in model.state_dict().items())
         assert [m.training for m in model.modules()] == modes
         assert [p.requires_grad for p in model.parameters()] == trainable
@@ -109,13 +108,13 @@ def test_the_model_comes_back_exactly_as_it_was(name: str) -> None:
 def test_every_parameter_has_a_layout() -> None:
     for name in MODELS:
         model = model_of(name)
-        structure = hf.units(model)
+        structure = vp.describe(model)
         assert {n for n, _ in model.named_parameters()} == structure.tensors.keys()
 
 
 def test_magnitude_needs_no_data() -> None:
     model = model_of("dinov2-giant")
-    scores = hf.score(model, criterion="magnitude", reduction="group", units=("neuron",))
+    scores = vp.score(model, criterion="magnitude", reduction="group", units=("neuron",))
     layer = layers_of(model)[1]
     # the value of neuron 5 stands below all gates, or in a layer of its own
     rows = torch.cat([linear.weight for linear in layer.first])
@@ -128,34 +127,34 @@ def test_other_models_are_refused() -> None:
     arguments: dict[str, Any] = MLP | {"decoder_hidden_size": 24, "decoder_num_attention_heads": 3}
     config = ViTMAEConfig(**arguments)
     with pytest.raises(UnsupportedArchitecture, match=r"one of timm.*, got ViTMAEForPreTraining"):
-        hf.units(ViTMAEForPreTraining(config))
+        vp.describe(ViTMAEForPreTraining(config))
 
     class ViTForImageClassification(nn.Module):
         """Another thing of the same name."""
 
     with pytest.raises(UnsupportedArchitecture):
-        hf.units(ViTForImageClassification())
+        vp.describe(ViTForImageClassification())
     model = model_of()
     layers_of(model)[1].block.attention = nn.Identity()
     wanted = (
         r"\.1\.attention must have q_proj, .*; or attention\.query, .*, got Identity with other"
     )
     with pytest.raises(UnsupportedArchitecture, match=wanted):
-        hf.units(model)
+        vp.describe(model)
     for name in ("layers", "encoder"):
         if hasattr(model.vit, name):
             delattr(model.vit, name)
     with pytest.raises(UnsupportedArchitecture, match=r"vit must have layers; or encoder\.layer, "):
-        hf.units(model)
+        vp.describe(model)
     with pytest.raises(InvalidInput, match="units must be among"):
-        hf.score(model_of(), [batch_of()], units=("heads",))
-    assert isinstance(hf.score(model_of(), [batch_of()]), vp.Scores)
+        vp.score(model_of(), [batch_of()], units=("heads",))
+    assert isinstance(vp.score(model_of(), [batch_of()]), vp.Scores)
 
 
 @pytest.mark.parametrize("name", ["vit", "dinov2"])
 def test_older_versions_are_refused_by_prune(name: str) -> None:
     model = model_of(name)
-    structure = hf.units(model)
+    structure = vp.describe(model)
     plan = vp.Plan.of(structure, {structure.units("head")[0].name: [1]})
     if layers_of(model)[0].tells_head_dim:
         assert vp.describe(vp.prune(model, plan)).units("head")[0].size == 1

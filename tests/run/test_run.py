@@ -14,12 +14,12 @@ import torch
 import vitprune_fast as vp
 from tests.run.conftest import TINY, Recorder
 from tests.run.same import MEASURED, assert_same_run, summary_without_times
+from vitprune_fast import sealed
 from vitprune_fast.config.run import PlanConfig, RunConfig
 from vitprune_fast.data import ImageData, open_data
 from vitprune_fast.errors import InvalidInput, RunFolderError, StageFailed
 from vitprune_fast.recipes.start import RunStopped, run
 from vitprune_fast.run import actions, chain, checks
-from vitprune_fast.surgery.sweep import resume
 
 STAGES: tuple[str, ...] = (
     "data",
@@ -487,7 +487,7 @@ def test_a_run_killed_inside_the_sweep_ends_with_the_same_bits(
     kept: bool, finished: Path, tiny: RunConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # seconds between two checkpoints
-    monkeypatch.setattr(resume, "EVERY_S", 0.0 if kept else 1e9)
+    monkeypatch.setattr(sealed, "EVERY_S", 0.0 if kept else 1e9)
     with pytest.raises(Killed):
         run(tiny, on_event=kill_at(event="sweep", stage="sweep", step=3))
     again = Recorder()

@@ -9,9 +9,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from vitprune_fast import sealed
 from vitprune_fast.errors import InvalidInput
 from vitprune_fast.scoring import Scores, ScoringStopped, agreement, score
-from vitprune_fast.scoring import resume as resume_module
 from vitprune_fast.scoring.agreement import agreement_text, rank_agreement, split_off
 from vitprune_fast.sealed import CheckpointRefused
 from vitprune_fast.testing import random_images, random_vit
@@ -114,7 +114,7 @@ def test_a_broken_image_is_set_aside_in_float16_too(criterion: Any, place: int) 
 def test_what_float16_does_not_hold_is_refused_where_it_is_seen(
     criterion: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(resume_module, "EVERY_S", 0.0)
+    monkeypatch.setattr(sealed, "EVERY_S", 0.0)
     model = random_vit(dtype=torch.float32)
     batches, path = batches_of(model, 5), tmp_path / "sums.safetensors"
     # one that is broken, and one that is finite until it is float16
@@ -206,7 +206,7 @@ def test_first_samples_without_a_finite_score_say_nothing_of_ranks() -> None:
 def test_a_resumed_run_keeps_its_agreement_and_its_dtype(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(resume_module, "EVERY_S", 0.0)
+    monkeypatch.setattr(sealed, "EVERY_S", 0.0)
     model = random_vit(dtype=torch.float32)
     batches, path = batches_of(model), tmp_path / "sums.safetensors"
     whole = score(model, batches, dtype="bfloat16")

@@ -11,9 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from tests.processes import outcomes, together
+from vitprune_fast import sealed
 from vitprune_fast.errors import NotEnoughMemory, RunFolderError
 from vitprune_fast.files import read_metadata, read_tensors, write_tensors
-from vitprune_fast.scoring import Scores, ScoringStopped, resume, score
+from vitprune_fast.scoring import Scores, ScoringStopped, score
 from vitprune_fast.scoring.stream import MicroBatch, in_parts
 from vitprune_fast.sealed import CheckpointRefused, fingerprint
 from vitprune_fast.testing import random_images, random_vit
@@ -112,7 +113,7 @@ def test_other_errors_are_not_taken_for_missing_memory() -> None:
 def test_a_stopped_run_ends_with_the_same_bits(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stop_after: int, per_sample: bool
 ) -> None:
-    monkeypatch.setattr(resume, "EVERY_S", 0.0)
+    monkeypatch.setattr(sealed, "EVERY_S", 0.0)
     model = random_vit(dtype=torch.float32)
     path = tmp_path / "partial.safetensors"
     options: dict[str, Any] = {"criterion": "fisher", "units": "all", "per_sample": per_sample}
@@ -136,7 +137,7 @@ def test_a_stopped_run_ends_with_the_same_bits(
 def test_a_checkpoint_of_another_run_is_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(resume, "EVERY_S", 0.0)
+    monkeypatch.setattr(sealed, "EVERY_S", 0.0)
     model, path = random_vit(dtype=torch.float32), tmp_path / "partial.safetensors"
 
     def stopped():

@@ -162,12 +162,6 @@ def test_the_live_part_and_biases_that_fold() -> None:
     assert gap(model(images), before) <= 1e-12
 
 
-def test_calibration_sees_what_attention_puts_out() -> None:
-    model, batch = model_of(), batch_of(4)
-    found = vp.calibrate(model, [batch], grams=False)
-    assert len(found.means) == 4
-
-
 def test_heads_of_ones_own_work_or_are_refused(tmp_path: Path) -> None:
     model, (images, labels) = model_of(dtype=torch.float32), batch_of(4, torch.float32)
     model.heads = nn.Linear(24, 7)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 import vitprune_fast as vp
 from tests.plans import KINDS, draw_plan
-from tests.surgery.test_carry import heads_and_neurons
+from tests.surgery.test_moments import heads_and_neurons
 from vitprune_fast import sealed
 from vitprune_fast.errors import InvalidInput, RunFolderError, UnsupportedArchitecture
 from vitprune_fast.planning import Plan

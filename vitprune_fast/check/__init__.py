@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ..errors import InvalidInput
 from ..modules.behaviour import check_behaviour
-from ..structure import Structure, describe
+from ..structure import Structure, describe, families
 from . import cuts, declared, scored
 from .declared import Fault
 from .drawn import randomise
@@ -53,7 +53,6 @@ def check_structure(
       stands in the tensors and not at the tap, for every sample of some units of every axis. Of
       dims and neurons that reach no projection of a branch, and are no width of queries, it is
       only known that they can be scored.
-    * *leave one out*: the score ``loss`` is the rise of the loss under the mask.
 
     A plan that breaks is cut down to the axis that breaks it, and declarations are added for a try
     that may be missing there.
@@ -122,23 +121,17 @@ def check_structure(
     checks = [cuts.masked_is_pruned(subject)]
     if not report.failed("layouts", "cost of modules"):
         checks.append(cuts.costs_are_predicted(subject))
-    if cuts.has_family(model):
+    if families.find(model) is not None:
         checks += [cuts.results_are_described(subject), cuts.twice_is_once(subject, seed)]
     cuts.try_plans(subject, drawn, checks)
     for check in checks:
         report.add(check.name, f"{len(drawn)} plans", lambda check=check: check.faults)
     report.add("readers", "", lambda: scored.readers_are_all(subject))
     if subject.full.ndim == 2 and subject.full.shape[1] > 1:
-        some = f"{scored.UNITS} units of every "
         report.add(
             "scores",
-            f"{some}axis",
+            f"{scored.UNITS} units of every axis",
             lambda: scored.scores_are_derivatives(subject, labels, seed),
-        )
-        report.add(
-            "leave one out",
-            f"{some}kind",
-            lambda: scored.losses_are_those_of_masks(subject, labels, seed),
         )
     return report.result()
 

@@ -13,10 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..errors import UnsupportedArchitecture
 from ..planning.cost import count_macs, count_macs_by_module, predict_cost
 from ..planning.plan import Plan
-from ..structure import Axis, Dim, Structure, describe, families
+from ..structure import Axis, Dim, Structure, describe
 from ..structure.axes import as_dim
 from ..structure.reading import Reading
 from .declared import Fault
@@ -246,15 +245,6 @@ def twice_is_once(subject: Subject, seed: int) -> PlanCheck:
         return subject.apart(second.logits(got), subject.logits(want))
 
     return PlanCheck("twice is once", broken)
-
-
-def has_family(model: nn.Module) -> bool:
-    """Whether a pruned model can be described again."""
-    try:
-        families.of(model)
-    except UnsupportedArchitecture:
-        return False
-    return True
 
 
 def _described(subject: Subject, pruned: nn.Module) -> Structure:

@@ -1,4 +1,4 @@
-"""What a table says of a model, beside what the model has: no plan is tried, the fault is named."""
+"""A table compared with the model itself: no plan is tried, the fault is named."""
 
 from __future__ import annotations
 

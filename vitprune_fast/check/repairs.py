@@ -1,4 +1,4 @@
-"""What a table lacks where plans break: declarations are added for a try, one at a time."""
+"""Find what a table lacks where plans break: try additional declarations one at a time."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _SHOWN = 8
 
 
 def explained(subject: Subject, plan: Plan, cuts: Sequence[Cut]) -> str:
-    """What is likely to be wrong where a plan breaks: the nearest declaration that can be told."""
+    """The likely fault where a plan breaks: a declaration whose change repairs it."""
     structure = subject.structure
     axes = [cut for cut in cuts if not isinstance(cut, str)]
     folds = [
@@ -82,19 +82,19 @@ def _attributes(subject: Subject, axes: Sequence[Axis]) -> Iterator[tuple[str, S
 
 
 def _boxes(structure: Structure, axes: Sequence[Axis]) -> Iterator[tuple[str, Structure]]:
-    """Axes beside an axis that may have to be stored as wide as it."""
+    """Axes of the same module that may have to be stored at one width."""
     boxed = {axis.name for box in structure.boxes for axis in box}
     for axis in axes:
         home = axis.name.rpartition(".")[0]
         for other in structure.axes.values():
-            beside = other.name.rpartition(".")[0] == home and other.width == axis.width
-            if other != axis and beside and not {axis.name, other.name} & boxed:
+            adjacent = other.name.rpartition(".")[0] == home and other.width == axis.width
+            if other != axis and adjacent and not {axis.name, other.name} & boxed:
                 said = f"{axis.name} and {other.name} are stored at one width, and no box says so"
                 yield said, replace(structure, boxes=[*structure.boxes, (axis, other)])
 
 
 def _queries(structure: Structure, axes: Sequence[Axis]) -> Iterator[tuple[str, Structure]]:
-    """Tensors of one module beside an axis, as those that carry the softmax scale of its width."""
+    """Tensors of one module that may carry the softmax scale of the width of an axis."""
     for axis in axes:
         known = [each for each in structure.attentions if each.width == axis]
         others = [each for each in structure.attentions if each.width != axis]
@@ -120,7 +120,7 @@ def _orders(structure: Structure, axes: Sequence[Axis]) -> Iterator[tuple[str, S
             if not 1 < len(dim.parts) <= _MOST_PARTS or not any(a in dim.axes for a in axes):
                 continue
             home = name.rpartition(".")[0]
-            beside = [
+            together = [
                 other
                 for other, dims in structure.tensors.items()
                 if other.rpartition(".")[0] == home and dim in dims
@@ -128,7 +128,7 @@ def _orders(structure: Structure, axes: Sequence[Axis]) -> Iterator[tuple[str, S
             for parts in dict.fromkeys(permutations(dim.parts)):
                 if parts == dim.parts:
                     continue
-                for names in dict.fromkeys(((name,), tuple(beside))):
+                for names in dict.fromkeys(((name,), tuple(together))):
                     tensors = dict(structure.tensors)
                     for each in names:
                         tensors[each] = tuple(

@@ -1,4 +1,4 @@
-"""Scores beside differences: of gates that are moved a little, and of units that are left out.
+"""Scores against differences of the loss when the gate of a unit is moved a little.
 
 The gates stand where the tensors say that the units are, not where the table taps them.
 """
@@ -9,7 +9,6 @@ import copy
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -21,12 +20,11 @@ from torch.nn import functional as F
 from ..modules.norms import epsilon, is_rms
 from ..modules.swap import Altered
 from ..planning.plan import Plan
-from ..scoring.ablation import leave_one_out
 from ..scoring.taylor import PathChoice, scorer
 from ..structure import UNIT_KINDS, Axis, Structure, families
 from ..structure.paths import get, put
 from .declared import Fault
-from .subject import TOLERANCE, Differs, Subject, sentence
+from .subject import TOLERANCE, Subject, sentence
 
 # Rounding moves a loss by TOLERANCE of the logits, and so a central difference by TOLERANCE / STEP
 # of them: by STEP. What the step itself leaves out is of the order of its square.
@@ -100,37 +98,6 @@ def readers_are_all(subject: Subject) -> Iterator[Fault]:
             missing = ", ".join(path for path in norms if path not in readers)
             said = f"; norms over it that are none of them: {missing}" if missing else ""
             yield axis.name, f"without unit 0 at its readers alone {found}{said}"
-
-
-def losses_are_those_of_masks(subject: Subject, labels: Tensor, seed: int) -> Iterator[Fault]:
-    """For some units of one axis of every kind: leaving a unit out is masking it."""
-    rng = random.Random(seed)
-    # what a mask of one unit is, is clear where no box could hold it
-    structure = replace(subject.structure, unpaddable=set())
-    before = _losses(subject.full, labels)
-    for kind in UNIT_KINDS:
-        alone = [group.first for group in structure.groups if len(group.axes) == 1]
-        axes = [axis for axis in alone if axis.kind == kind and axis.size]
-        if not axes:
-            continue
-        axis = rng.choice(axes)
-        try:
-            with families.opened(subject.model, structure) as seen:
-                measure = leave_one_out(subject.model, seen, [axis], "loss")
-                rows = measure(subject.images, labels)[axis.name]
-            for unit in rng.sample(range(axis.size), min(UNITS, axis.size)):
-                kept = [u for u in range(axis.size) if u != unit]
-                without = subject.masked(Plan.of(structure, {axis.name: kept}), structure)
-                want = _losses(without, labels) - before
-                error = (rows[:, unit] - want).abs().max().item()
-                # a cross-entropy moves by 2 where its logits move by 1, and here are two of them
-                if not error <= 4 * TOLERANCE * subject.scale:
-                    raise Differs(
-                        f"without unit {unit} the loss rises by up to "
-                        f"{want.abs().max().item():.3e}, its score differs by {error:.1e}"
-                    )
-        except Exception as error:
-            yield axis.name, sentence(error)
 
 
 def _untied(subject: Subject) -> Subject:

@@ -112,7 +112,7 @@ class Subject:
 
 
 class Differs(Exception):
-    """Something is not what it should be; the message says both."""
+    """A value is not the expected one; the message names both."""
 
 
 def sentence(error: BaseException) -> str:

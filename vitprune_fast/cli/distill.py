@@ -41,7 +41,6 @@ def main(words: list[str]) -> None:
     """Distils the model and saves it."""
     options = parse("distill", words, lambda chosen: Distill(), outputs=_outputs)
     import vitprune_fast as vp
-    from vitprune_fast.checkpoint import check_folder, check_savable
     from vitprune_fast.cli.display import Display, print_assumptions
     from vitprune_fast.cli.signals import stoppable
     from vitprune_fast.files import probe_folder
@@ -50,6 +49,7 @@ def main(words: list[str]) -> None:
     from vitprune_fast.run.profile import applied
     from vitprune_fast.run.step import RunStopped
     from vitprune_fast.run.training import Trainings, teach
+    from vitprune_fast.saved_models import check_folder, check_savable
 
     if options.schedule.needs_teacher and not options.teacher.names:
         raise InvalidInput(

@@ -45,12 +45,12 @@ def main(words: list[str]) -> None:
     """Prunes, proves the cut on random images, refits what stays, and saves the result."""
     options = parse("prune", words, lambda chosen: Prune(), outputs=_outputs)
     import vitprune_fast as vp
-    from vitprune_fast.checkpoint import check_folder, check_savable
     from vitprune_fast.cli.display import print_assumptions
     from vitprune_fast.run import checks
     from vitprune_fast.run.assumptions import about_weights
     from vitprune_fast.run.inputs import open_both, open_weights, remember_normalisation
     from vitprune_fast.run.profile import applied, choose_profile
+    from vitprune_fast.saved_models import check_folder, check_savable
 
     check_folder(options.out)
     opened = None

@@ -16,7 +16,7 @@ from vitprune_fast.gates import attach
 from vitprune_fast.planning import Budget, Plan, plan
 from vitprune_fast.scoring import score
 from vitprune_fast.structure import Structure, describe
-from vitprune_fast.surgery.soft import SoftCompaction
+from vitprune_fast.surgery.soft_compaction import SoftCompaction
 
 Shape = Literal["one_shot", "linear", "cubic"]
 Attention = Literal["auto", "masked", "compact"]

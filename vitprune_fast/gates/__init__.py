@@ -8,7 +8,7 @@ needs none.
 from __future__ import annotations
 
 from .attachment import attach, detach
-from .budget import BudgetLoss, mac_ratio
+from .budget import BudgetLoss
 from .cut import fold, to_plan
 from .kinds import KINDS
 from .module import GATED_UNITS, Gates
@@ -21,6 +21,5 @@ __all__ = [
     "attach",
     "detach",
     "fold",
-    "mac_ratio",
     "to_plan",
 ]

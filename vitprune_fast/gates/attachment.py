@@ -14,7 +14,7 @@ from ..planning.plan import Plan
 from ..structure import Axis, Structure, describe
 from ..structure.paths import get
 from . import hooks, kinds
-from .module import GATED_UNITS, Gates, Kind, PerKind, by_kind, shares
+from .module import GATED_UNITS, Gates, Kind, PerKind, keep_shares, per_kind
 
 
 def attach(
@@ -71,7 +71,7 @@ def attach(
     Returns:
         The Gates: a module of its own, whose parameters an optimizer gets by
         ``gates.parameter_groups(lr=...)``. In fp32, or fp64 in a model of that dtype, on the
-        devices of the tensors beside them. ``deepcopy`` of the model gives one without gates.
+        devices of the adjacent weights. ``deepcopy`` of the model gives one without gates.
 
     Raises:
         InvalidInput: the model has gates already, or an argument has a value that cannot be used.
@@ -103,10 +103,10 @@ def attach(
         axes,
         kind,
         _starts(model, structure, axes, kind, init),
-        keep=None if keep is None else shares(op, keep, present),
+        keep=None if keep is None else keep_shares(op, keep, present),
         learned=learned,
         round_to=round_to,
-        penalty=_penalties(op, penalty, present),
+        penalty=per_kind(op, "penalty", penalty, present, math.inf, "number >= 0"),
         seed=seed,
     )
     return gates.attach(model)
@@ -123,16 +123,6 @@ def detach(model: nn.Module) -> Gates:
         raise InvalidInput("gates.detach: model must have gates attached, got one without")
     gates.detach(model)
     return gates
-
-
-def _penalties(op: str, penalty: PerKind, units: Sequence[str]) -> dict[str, float]:
-    found = by_kind(penalty, units)
-    if missing := [unit for unit in units if unit not in found]:
-        raise InvalidInput(f"{op}: penalty must name the unit kind {missing[0]}, got none for it")
-    for unit, factor in found.items():
-        if not isinstance(factor, (int, float)) or not 0 <= factor < math.inf:
-            raise InvalidInput(f"{op}: penalty of {unit} must be a number >= 0, got {factor!r}")
-    return found
 
 
 def _starts(

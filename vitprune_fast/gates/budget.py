@@ -18,41 +18,18 @@ from ..structure.terms import Home, Polynomial
 from .module import Gates
 
 
-def mac_ratio(structure: Structure, openness: Mapping[str, Tensor]) -> Tensor:
+class MacRatio:
     """Multiply-accumulates under gates, as a share of those of the whole model.
+
+    A polynomial in the sums over the units of each gated axis, differentiable. For openness of 0
+    and 1 it is exactly what ``predict_cost`` gives for the pruned model, which is what ``cost``
+    counts. Head dims are stored at one width, that of the widest head: only those of that head get
+    a gradient.
 
     Args:
         structure: of the model.
-        openness: axis name -> (units,) how much of each unit counts, in [0, 1], for at least one
-            axis; axes that are not named count whole. As ``Gates.openness`` gives it.
-
-    Returns:
-        0-dimensional, fp64, differentiable: a polynomial in the sums over the units of each axis.
-        For openness of 0 and 1 it is exactly what ``predict_cost`` says of the pruned model, which
-        is what ``cost`` counts. Head dims are stored at one width, that of the widest head: only
-        those of that head get a gradient.
-
-    Raises:
-        InvalidInput: no axis, one that the model does not have, or another number of units.
+        gated: names of the axes that have gates; the others count whole.
     """
-    _check_openness(structure, openness)
-    return _MacRatio(structure, openness)(openness)
-
-
-def _check_openness(structure: Structure, openness: Mapping[str, Tensor]) -> None:
-    if not openness:
-        raise InvalidInput("gates.mac_ratio: openness must be of one axis at least, got none")
-    for name, value in openness.items():
-        axis = structure.axes.get(name)
-        if axis is None or value.shape != (axis.size,):
-            raise InvalidInput(
-                f"gates.mac_ratio: openness must be of axes of the model, got {tuple(value.shape)} "
-                f"for {name!r}, which has {axis.size if axis else 'no'} units"
-            )
-
-
-class _MacRatio:
-    """The polynomial in the axes that are gated, with all others worked in."""
 
     def __init__(self, structure: Structure, gated: Collection[str]):
         self._structure = structure
@@ -68,6 +45,11 @@ class _MacRatio:
                 sums[names] = sums.get(names, 0) + factor
 
     def __call__(self, openness: Mapping[str, Tensor]) -> Tensor:
+        """The share, 0-dimensional, fp64.
+
+        Args:
+            openness: gated axis -> (units,) how much of each unit counts as kept, in [0, 1].
+        """
         wide = {name: value.double() for name, value in openness.items()}
         reading = Reading.of_openness(self._structure, wide)
         total = next(iter(wide.values())).new_zeros(())
@@ -96,7 +78,7 @@ def _watched(structure: Structure, home: Home, gated: Collection[str]) -> Dim | 
 class BudgetLoss(nn.Module):
     """What gates cost above a budget: ``l1 max(0, c - c*) + l2 max(0, c - c*)^2``.
 
-    c is :func:`mac_ratio` of ``gates.openness()``. The multipliers are parameters that the
+    c is the :class:`MacRatio` of ``gates.openness()``. The multipliers are parameters that the
     optimizer drives *up* while the budget is exceeded (their gradient has its sign turned), as in
     an augmented Lagrangian; once it is met, loss and gradients are 0.
 
@@ -122,7 +104,7 @@ class BudgetLoss(nn.Module):
         self.limit = Budget(macs=macs).limit(full) / full.macs
         openness = gates.openness()
         self._gates = (gates,)  # in a tuple, so that its parameters are not this module's
-        self._ratio = _MacRatio(gates.structure, openness)
+        self._ratio = MacRatio(gates.structure, openness)
         like = next(iter(openness.values()))
         self.l1, self.l2 = (
             nn.Parameter(torch.tensor(value, dtype=like.dtype, device=like.device))

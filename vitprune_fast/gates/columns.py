@@ -21,7 +21,7 @@ def gate_columns(
 
     Args:
         x: ``(B, ..., F)``; everything between is tokens.
-        gate_U: one gate per unit, fp32, or fp64 beside fp64; any finite number.
+        gate_U: one gate per unit, fp32, or fp64 where ``x`` is; any finite number.
         group: adjacent columns that make one unit.
         part: first and last + 1 column that hold units; None is all of them.
 

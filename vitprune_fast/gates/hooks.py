@@ -89,63 +89,52 @@ def install(model: nn.Module, gates: Source) -> None:
         raise InvalidInput(
             "gates.attach: model must have no gates yet, got one with gates; detach them first"
         )
-    placed, undo = [], ExitStack()
-    own = [module for module in model.modules() if "forward" in vars(module)]
-    undo.enter_context(families.opened(model, gates.structure))
-    lent = [
-        path
-        for path, module in model.named_modules()
-        if "forward" in vars(module) and module not in own
-    ]
-    for axis in gates.axes.values():
-        tap = gates.structure.taps[axis.name]
-        module = get(model, tap.module)
-        if not isinstance(module, nn.Module):
-            undo.close()
-            raise InvalidInput(
-                f"gates.attach: model must be the one the gates were made for, got one without "
-                f"{tap.module!r}"
-            )
-        placed.append((axis, tap, module))
-    # else what was compiled before would go on without the hooks
-    forget_compiled()
-    hooks = [("", "_forward_pre_hooks", model.register_forward_pre_hook(_Refresh(gates)))]
-    exchanged: dict[str, Callable[[], None]] = {}
-    for axis, tap, module in placed:
-        path = tap.module.rpartition(".")[0]
-        owner = get(model, path)
-        forward = _forward_with(axis, owner)
-        if forward is not None:
-            exchanged[path] = exchange_forward(owner, forward, owner, _Gate(gates, axis, tap))
-        elif tap.at == "input":
-            handle = module.register_forward_pre_hook(_Before(gates, axis, tap))
-            hooks.append((tap.module, "_forward_pre_hooks", handle))
-        else:
-            handle = module.register_forward_hook(_After(gates, axis, tap))
-            hooks.append((tap.module, "_forward_hooks", handle))
-    added = [(path, kind, handle.id) for path, kind, handle in hooks]
-    vars(model)["__deepcopy__"] = _PlainCopy(model, added, [*exchanged, *lent])
-    put_back = [*exchanged.values(), undo.close]
-    _attached[model] = (gates, partial(_undo, ref(model), added, put_back))
+    with ExitStack() as undo:
+        own = [module for module in model.modules() if "forward" in vars(module)]
+        undo.enter_context(families.opened(model, gates.structure))
+        # paths of modules that run another forward meanwhile
+        exchanged = [
+            path
+            for path, module in model.named_modules()
+            if "forward" in vars(module) and module not in own
+        ]
+        # else what was compiled before would go on without the hooks
+        forget_compiled()
+        handle = model.register_forward_pre_hook(_Refresh(gates))
+        undo.callback(handle.remove)
+        added = [("", "_forward_pre_hooks", handle.id)]
+        for axis in gates.axes.values():
+            tap = gates.structure.taps[axis.name]
+            module = get(model, tap.module)
+            if not isinstance(module, nn.Module):
+                raise InvalidInput(
+                    f"gates.attach: model must be the one the gates were made for, got one without "
+                    f"{tap.module!r}"
+                )
+            path = tap.module.rpartition(".")[0]
+            owner = get(model, path)
+            forward = _forward_with(axis, owner)
+            if forward is not None:
+                undo.callback(exchange_forward(owner, forward, owner, _Gate(gates, axis, tap)))
+                exchanged.append(path)
+                continue
+            if tap.at == "input":
+                handle = module.register_forward_pre_hook(_Before(gates, axis, tap))
+                added.append((tap.module, "_forward_pre_hooks", handle.id))
+            else:
+                handle = module.register_forward_hook(_After(gates, axis, tap))
+                added.append((tap.module, "_forward_hooks", handle.id))
+            undo.callback(handle.remove)
+        vars(model)["__deepcopy__"] = _PlainCopy(model, added, exchanged)
+        undo.callback(vars(model).pop, "__deepcopy__")
+        # what undoes it holds no reference to the model itself, which may be freed with its gates
+        _attached[model] = (gates, undo.pop_all().close)
 
 
 def uninstall(model: nn.Module) -> None:
     """Take the gates out of a model that has some; it is bit for bit what it was."""
     _, undo = _attached.pop(model)
     undo()
-
-
-def _undo(
-    model: Callable[[], nn.Module | None],
-    added: list[tuple[str, str, int]],
-    put_back: list[Callable[[], None]],
-) -> None:
-    found = model()
-    assert found is not None
-    _remove(found, added)
-    for one in put_back:
-        one()
-    del vars(found)["__deepcopy__"]
 
 
 def _remove(model: nn.Module, added: list[tuple[str, str, int]]) -> None:

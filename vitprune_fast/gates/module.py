@@ -160,7 +160,7 @@ class Gates(nn.Module):
                 "gates.set_keep: gates must be of kind 'ste' with global thresholds, got "
                 f"{self.kind!r}{' with learned ones' if self.thresholds else ''}"
             )
-        self.keep = shares("gates.set_keep", keep, self.units)
+        self.keep = keep_shares("gates.set_keep", keep, self.units)
         self.refresh()
 
     def set_step(self, step: int) -> None:
@@ -238,22 +238,26 @@ class Gates(nn.Module):
         self.draws = int(state)
 
 
-def shares(op: str, keep: PerKind, units: Sequence[str]) -> dict[str, float]:
+def keep_shares(op: str, keep: PerKind, units: Sequence[str]) -> dict[str, float]:
     """The share to keep of every unit kind."""
-    found = by_kind(keep, units)
+    return per_kind(op, "keep", keep, units, 1, "share in [0, 1]")
+
+
+def per_kind(
+    op: str, argument: str, value: PerKind, units: Sequence[str], most: float, rule: str
+) -> dict[str, float]:
+    """A number from 0 to ``most`` of every unit kind, given as one for all or one for each."""
+    found: dict[str, float] = (
+        {**value} if isinstance(value, Mapping) else dict.fromkeys(units, value)
+    )
     if found.keys() != {*units}:
         raise InvalidInput(
-            f"{op}: keep must name the unit kinds {', '.join(units)}, got {', '.join(found)}"
+            f"{op}: {argument} must name the unit kinds {', '.join(units)}, got {', '.join(found)}"
         )
-    for unit, share in found.items():
-        if not isinstance(share, (int, float)) or not 0 <= share <= 1:
-            raise InvalidInput(f"{op}: keep of {unit} must be a share in [0, 1], got {share!r}")
+    for unit, number in found.items():
+        if not isinstance(number, (int, float)) or not (0 <= number <= most and number < math.inf):
+            raise InvalidInput(f"{op}: {argument} of {unit} must be a {rule}, got {number!r}")
     return found
-
-
-def by_kind(value: PerKind, units: Sequence[str]) -> dict[str, float]:
-    """One number for all unit kinds, or one for each."""
-    return {**value} if isinstance(value, Mapping) else {unit: value for unit in units}
 
 
 def _key(axis: str) -> str:

@@ -21,7 +21,7 @@ def importance_scores(
     All entries of a unit have the same importance, so unstructured pruning masks whole units, the
     least important first, and splits at most one unit per call. An entry of several units (the row
     of a neuron and the column of an embedding channel) is of no use without any of them and has the
-    smallest of their scores; an entry of none, beside others that have one, is never to go.
+    smallest of their scores; an entry of none is never pruned.
 
     Args:
         model: whose weights are to be pruned; only read.

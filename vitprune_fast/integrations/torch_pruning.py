@@ -383,7 +383,7 @@ def _repair_attention(path: str, attention: Any, pruner: Any) -> None:
         )
     if width == heads * head_dim:
         # Torch-Pruning counts heads as gone even where it then does not remove them (all of them,
-        # or any beside norms of q and k)
+        # or any where q and k have norms)
         for layer in layers:
             if layer in pruner.num_heads:
                 pruner.num_heads[layer] = pruner.out_channel_groups[layer] = heads

@@ -14,9 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from vitprune_fast import files
-from vitprune_fast.checkpoint import load
 from vitprune_fast.config.model import ModelConfig
 from vitprune_fast.errors import DamagedFile, InvalidInput
+from vitprune_fast.saved_models import load
 
 
 def skeleton(config: ModelConfig) -> nn.Module:

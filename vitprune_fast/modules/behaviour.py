@@ -1,4 +1,4 @@
-"""What a model computes beside its classes and tensors, which neither a copy nor a file holds."""
+"""What a model computes besides its classes and tensors, which neither a copy nor a file holds."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _OF_LIBRARIES = ("transformers.utils.output_capturing",)
 
 
 class LeftBehind:
-    """Base of our hooks, and of what our stand-ins are given, that no copy of their model has."""
+    """Base of our hooks and of arguments of our forwards, which copies of a model do not have."""
 
 
 def check_behaviour(model: nn.Module, verb: str, *, written: bool = False) -> None:

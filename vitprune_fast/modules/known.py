@@ -98,7 +98,7 @@ def is_plain_attention(module: Any) -> bool:
 
 
 def has_mask(mask: Mapping[str, Any]) -> bool:
-    """Whether one of the arguments that timm's version of attention takes beside x masks tokens.
+    """Whether one of the arguments that timm's version of attention takes besides x masks tokens.
 
     They are ``attn_mask``, and ``is_causal`` in versions after 1.0.23.
     """

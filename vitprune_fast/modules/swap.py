@@ -55,7 +55,7 @@ class Altered(ExitStack):
 
 
 def silence(module: nn.Module, inputs: tuple[Any, ...], output: Any) -> Any:
-    """A hook after a branch: it writes zeros; what attention hands back beside them stays."""
+    """A hook after a branch: it writes zeros; what attention returns besides them stays."""
     if isinstance(output, tuple):
         return (torch.zeros_like(output[0]), *output[1:])
     return torch.zeros_like(output)
@@ -84,7 +84,7 @@ def exchange_forward(module: nn.Module, forward: Callable, *first: Any) -> Calla
 
     Returns:
         What puts back the forward that was there. Exchanges of one module may be undone in any
-        order; a forward that somebody else put on meanwhile goes with the exchange under it.
+        order; a forward that somebody else installed meanwhile goes with the one under it.
     """
     stand_in: Any = partial(forward, *first)
     stand_in.over = vars(module).get("forward")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Literal
 
 import numpy as np
 from torch import nn
@@ -13,16 +12,13 @@ from ..registry import named, names
 from ..scoring.scores import Scores
 from ..structure import Axis, Group, Structure, describe
 from .budget import Budget
-from .normalization import NORMALIZATIONS, normalised
+from .normalization import NORMALIZATIONS, Normalization, normalised
 from .plan import Plan
 from .problem import Problem, ladder
 
 FOLDER = "planning/allocations"
 # kinds whose saving depends on how many units go, and not on which
 PLANNED_KINDS = ("head", "neuron", "embed")
-Normalization = Literal[
-    "none", "l2_per_layer", "mean_per_group", "isomorphic", "per_mac", "lamp", "latency"
-]
 PerKind = int | Mapping[str, int]
 
 
@@ -35,8 +31,6 @@ def plan(
     min_units: PerKind = 1,
     round_to: PerKind = 1,
     units: Sequence[str] = ("head", "neuron"),
-    latency_saved: Mapping[str, float] | None = None,
-    latency_weight: float = 1.0,
 ) -> Plan:
     """Choose the units to keep.
 
@@ -59,16 +53,12 @@ def plan(
             by its mean (Fang et al. 2023); ``isomorphic`` ranks inside one unit kind, after
             ``l2_per_layer``, and cuts all kinds by the same share (Fang et al. 2024); ``per_mac``
             divides by the multiply-accumulates the unit saves; ``lamp`` divides the square by the
-            sum of squares of all units of the axis that score at least as much (Lee et al. 2021);
-            ``latency`` subtracts ``latency_weight * latency_saved[axis]`` after ``l2_per_layer``
-            (Yang et al. 2023).
+            sum of squares of all units of the axis that score at least as much (Lee et al. 2021).
         min_units: at least so many units stay in every axis, or by kind ``{"head": 0}``.
         round_to: kept counts are multiples of this, or by kind ``{"neuron": 8}``; an axis with
             fewer units than that is kept whole.
         units: unit kinds to cut, among ``head``, ``neuron`` and ``embed``; the scores may hold
             others, whose units all stay (what a budget saves by them is not a matter of counts).
-        latency_saved: axis name -> seconds saved by one unit of it, for ``latency``.
-        latency_weight: score per second, for ``latency``.
 
     Returns:
         A Plan. The cost predicted for it is exactly that of the pruned model, and at most the
@@ -112,7 +102,7 @@ def plan(
                 f"plan: scores must cover the unit kinds of the budget, got none for "
                 f"{sorted(unscored)[0]!r}"
             )
-    values = normalised(structure, raw, groups, normalization, latency_saved, latency_weight)
+    values = normalised(structure, raw, groups, normalization)
     counts = allocate(Problem(structure, ladders, values, budget))
     return Plan.of(
         structure,

@@ -109,7 +109,7 @@ def predict_cost(structure: Structure, plan: Plan | Mapping[str, int] | None = N
             heads, how many in each head), which take a fortieth of the time; None keeps all.
 
     Returns:
-        Exactly what :func:`cost` counts on the pruned model, with ``useful_macs`` beside it.
+        Exactly what :func:`cost` counts on the pruned model, and ``useful_macs``.
 
     Raises:
         InvalidInput: the plan or the counts are not of this model.

@@ -48,7 +48,7 @@ class Latency:
 
     @property
     def loaded(self) -> bool:
-        """Whether other work ran beside this measurement, and made its times too long."""
+        """Whether other work ran during this measurement, and made its times too long."""
         return self.waited is not None and self.waited > TOLERATED
 
     @property
@@ -172,7 +172,7 @@ def latencies(
             for own, (model, images) in zip(times, contestants, strict=True):
                 own += [_time(model, images) for _ in range(passes)]
         after = Waits.now()
-    # the models were measured in turns, so what ran beside them met them all
+    # the models were measured in turns, so what else ran slowed them all
     waited = after.share_since(before) if before and after else None
     return [_summary(batch_size, own, waited) for own in times]
 

@@ -30,7 +30,7 @@ class Ladder:
 
     @property
     def axis(self) -> Axis:
-        """The one that stands for all."""
+        """The representative of the group."""
         return self.group.first
 
     def keep(self, count: int) -> list[int]:

@@ -71,7 +71,7 @@ class Waits:
 
 
 def load_warning(*waited: float | None) -> str:
-    """One sentence about times measured beside other work; empty where they were not.
+    """One sentence about times measured while other work ran; empty where none did.
 
     Args:
         waited: of one or several measurements; None, where it was not known, warns of nothing.

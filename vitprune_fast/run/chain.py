@@ -15,7 +15,6 @@ import timm
 from torch import nn
 
 from vitprune_fast import files, planning
-from vitprune_fast.checkpoint import check_savable
 from vitprune_fast.config.run import RunConfig
 from vitprune_fast.config.yamlfile import from_plain, to_plain, to_yaml
 from vitprune_fast.data import ImageData
@@ -32,6 +31,7 @@ from vitprune_fast.run.step import REPORT, SUMMARY, Recipe, RunStopped, Step, ch
 from vitprune_fast.run.tensorboard import Board
 from vitprune_fast.run.together import Together, own_device, together
 from vitprune_fast.run.training import mask_schedule
+from vitprune_fast.saved_models import check_savable
 
 # fields that say where and how to run, not what to compute
 _NOT_IDENTITY = ("out", "quiet", "tensorboard", "allow_config_change", "latency_seconds")

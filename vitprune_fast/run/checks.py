@@ -12,10 +12,10 @@ from torch import Tensor, nn
 
 from vitprune_fast import planning, surgery
 from vitprune_fast.batches import as_input, logits_of
-from vitprune_fast.checkpoint import load
 from vitprune_fast.errors import StageFailed
 from vitprune_fast.modules.modes import evaluating
 from vitprune_fast.randomness import generator
+from vitprune_fast.saved_models import load
 from vitprune_fast.structure import describe
 
 TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-12}

@@ -12,7 +12,6 @@ from torch import nn
 
 from vitprune_fast import files
 from vitprune_fast.batches import classes_of
-from vitprune_fast.checkpoint import load, save
 from vitprune_fast.config.distill import DistillConfig
 from vitprune_fast.config.run import RunConfig
 from vitprune_fast.data import BadImage, ImageData
@@ -25,6 +24,7 @@ from vitprune_fast.run.folder import Metrics, RunFolder, read_metrics
 from vitprune_fast.run.profile import Profile
 from vitprune_fast.run.step import RunStopped, Step
 from vitprune_fast.run.tensorboard import Board
+from vitprune_fast.saved_models import load, save
 from vitprune_fast.scoring import ScoringStopped
 from vitprune_fast.sealed import CheckpointRefused
 from vitprune_fast.surgery import SweepStopped

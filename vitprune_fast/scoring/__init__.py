@@ -196,7 +196,7 @@ def score(
         )
 
     def compared() -> dict[str, Any]:
-        """How the dtype ranks the units of the first samples beside float32."""
+        """How the dtype ranks the units of the first samples compared with float32."""
         nonlocal source
         first, source = split_off(checked("score", source, model))
         found = [Accumulator(axis_sizes, chosen, combine=kind.combined) for _ in range(2)]
@@ -263,7 +263,7 @@ def _check_structure(model: nn.Module, structure: Structure) -> None:
 
 
 def _check_classes(model: nn.Module, criterion: str) -> None:
-    """Refuse a model that tells no classes apart: its loss says nothing about its units."""
+    """Refuse a model with fewer than two classes, whose loss does not depend on its units."""
     check_single_label("score", model)
     classes = classes_of(model)
     if isinstance(classes, int) and classes < 2:
@@ -313,16 +313,14 @@ def scored_axes(structure: Structure, units: Sequence[str] | str) -> list[Axis]:
         raise InvalidInput(
             f"score: units must be among {', '.join(UNIT_KINDS)}, got {unknown[0]!r}"
         )
-    axes = [axis for kind in dict.fromkeys(units) for axis in structure.units(kind)]
-    axes = [axis for axis in axes if axis.size]
-    if missing := [kind for kind in dict.fromkeys(units) if not structure.units(kind)]:
+    if missing := [kind for kind in units if not structure.units(kind)]:
         has = ", ".join(kind for kind in UNIT_KINDS if structure.units(kind))
         raise InvalidInput(
             f"score: units must be among {has} for this {structure.family}, got {missing[0]!r}"
         )
+    axes = [axis for axis in structure.axes.values() if axis.kind in units and axis.size]
     if not axes:
         raise InvalidInput(
             f"score: model must have units of the kinds {', '.join(units)}, got one without any"
         )
-    order = list(structure.axes)
-    return sorted(axes, key=lambda axis: order.index(axis.name))
+    return axes

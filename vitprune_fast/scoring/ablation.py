@@ -2,14 +2,15 @@
 
 The ground truth that every other criterion approximates, and the criterion of UP-ViTs (Yu and Wu,
 arXiv:2111.15127) for ``kl``. A unit is gone exactly as in :func:`vitprune_fast.mask`. One forward
-per unit would do; here candidates of one block are stacked in front of the samples, what lies
-before that block is computed once per batch, and only the rest of the network runs again.
+per unit would do; here candidates of one block are stacked in front of the samples, what
+enters every block is computed once per batch, and only the rest of the network runs again.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -18,15 +19,13 @@ from torch.nn import functional as F
 
 from ..batches import as_input, check_logits, logits_of
 from ..errors import InvalidInput
-from ..modules.modes import evaluating, uncompiled
+from ..modules.modes import evaluating
 from ..modules.norms import kept_by, norm_over_kept
 from ..modules.swap import Altered, silence
 from ..structure import Axis, Structure
 from ..structure.paths import get
 from ..structure.places import Place
 from .scores import MeasureBatch, Rows
-
-MEASURES = ("loss", "kl")
 
 
 def leave_one_out(
@@ -60,13 +59,6 @@ def leave_one_out(
     Raises:
         InvalidInput: an argument has a value that cannot be used; when called, labels or logits.
     """
-    if measure not in MEASURES:
-        raise InvalidInput(
-            f"score: criterion must be one of {', '.join(MEASURES)} to leave one out, "
-            f"got {measure!r}"
-        )
-    if candidates < 1:
-        raise InvalidInput(f"score: candidates must be at least 1, got {candidates}")
     blocks = list(dict.fromkeys(_block(structure, write.name) for write in structure.writes()))
     trials = [
         trial for axis in axes for trial in _trials(model, structure, axis, blocks, candidates)
@@ -79,7 +71,6 @@ def leave_one_out(
     return measure_batch
 
 
-@uncompiled()
 def _score_batch(
     model: nn.Module,
     blocks: list[str],
@@ -90,23 +81,22 @@ def _score_batch(
     measure: str,
 ) -> dict[str, Tensor]:
     images = as_input(model, images)
-    full = logits_of(model(images))
+    # what enters every block
+    entries: dict[str, Tensor] = {}
+    with Altered() as altered:
+        for path in blocks:
+            altered.before(get(model, path), partial(_note, entries, path))
+        full = logits_of(model(images))
+    if skipped := [path for path in blocks if path not in entries]:
+        raise InvalidInput(f"score: model must run all of its blocks, got one without {skipped[0]}")
     damage = _damage_to(full, labels, measure, len(images))
     dtype = torch.promote_types(full.dtype, torch.float32)
     scores = {axis.name: full.new_empty((len(images), axis.size), dtype=dtype) for axis in axes}
-
-    def run(these: Iterable[Trial], stream: Tensor | None) -> None:
-        for trial in these:
-            logits = _logits_without(model, blocks, trial, images, stream)
-            logits = logits.view(len(trial.units), *full.shape)
-            scores[trial.axis][:, trial.units] = damage(logits.double()).T.to(dtype)
-
-    run((trial for trial in trials if trial.start is None), None)
-    stream = None
-    for number in range(1 + max((t.start for t in trials if t.start is not None), default=-1)):
-        # only this block's input is kept, and handed on from block to block
-        stream = _entry(model, blocks, number, images, stream)
-        run((trial for trial in trials if trial.start == number), stream)
+    for trial in trials:
+        stream = None if trial.start is None else entries[blocks[trial.start]]
+        logits = _logits_without(model, blocks, trial, images, stream)
+        logits = logits.view(len(trial.units), *full.shape)
+        scores[trial.axis][:, trial.units] = damage(logits.double()).T.to(dtype)
     return scores
 
 
@@ -266,31 +256,10 @@ def _enter(
     altered.before(get(model, blocks[start]), before)
 
 
-def _entry(
-    model: nn.Module, blocks: list[str], number: int, images: Tensor, stream: Tensor | None
-) -> Tensor:
-    """The input of block ``number``, given that of the block before it."""
-
-    def stop(_: nn.Module, inputs: tuple[Any, ...]) -> None:
-        raise _Reached(inputs[0])
-
-    with Altered() as altered:
-        if stream is not None:
-            _enter(model, blocks, number - 1, stream, altered)
-        altered.before(get(model, blocks[number]), stop)
-        try:
-            model(images)
-        except _Reached as reached:
-            return reached.stream
-    raise InvalidInput(f"score: model must run its blocks in order, got one that skips {number}")
-
-
-class _Reached(Exception):
-    """A forward came to the block it was sent to."""
-
-    def __init__(self, stream: Tensor):
-        super().__init__()
-        self.stream = stream
+def _note(
+    entries: dict[str, Tensor], path: str, module: nn.Module, inputs: tuple[Any, ...]
+) -> None:
+    entries[path] = inputs[0]
 
 
 def _block(structure: Structure, branch: str) -> str:

@@ -12,14 +12,14 @@ from ..registry import named, names
 from ..structure import Axis, Structure
 from .scores import MeasureBatch
 from .stream import ScoreBatch
-from .taylor import PathChoice
+from .taylor import PathChoice, scorer
 
 FOLDER = "scoring/criteria"
 
 
 @dataclass(frozen=True)
 class Asked:
-    """What is to be scored, and the arguments of ``score`` that say how.
+    """What a criterion gets: the model, the axes, and the arguments of ``score`` it may read.
 
     Attributes:
         model: computes in the dtype asked for.
@@ -97,6 +97,28 @@ def by_forwards(build: Callable[[Asked], MeasureBatch], *, labels: bool = False)
     def measuring(asked: Asked) -> Iterator[ScoreBatch]:
         measure = build(asked)
         yield lambda images, given, first: [measure(images, given if labels else None)]
+
+    return measuring
+
+
+def by_gradients(*, drawn_labels: bool = False) -> Measure:
+    """The ``measure`` of a criterion made of g, the derivative of a sample's loss by a unit's gate.
+
+    Args:
+        drawn_labels: of labels drawn from the model's prediction, not of those given.
+    """
+
+    def measuring(asked: Asked) -> AbstractContextManager[ScoreBatch]:
+        return scorer(
+            asked.model,
+            asked.structure,
+            asked.axes,
+            path=asked.path,
+            per_token=asked.reduction == "token_abs",
+            loss_scale=asked.loss_scale,
+            fisher=(asked.seed, asked.draws) if drawn_labels else None,
+            cuda_graph=asked.cuda_graph,
+        )
 
     return measuring
 

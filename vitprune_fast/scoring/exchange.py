@@ -1,4 +1,4 @@
-"""What the processes of a score run tell each other."""
+"""What the processes of a score run exchange."""
 
 from __future__ import annotations
 
@@ -35,26 +35,24 @@ def exchange(
     """
     if ranks.world == 1:
         return [] if compute is None else [compute()]
-    partial, error = None, None
+    partial, error = Partial(torch.empty(0), torch.zeros(2).long(), torch.empty(0, width)), None
     try:
-        partial = compute() if compute is not None else None
-    # told to the others first, who would wait for this process for ever
+        partial = partial if compute is None else compute()
+    # the others have to know first, or they would wait for this process for ever
     except Exception as caught:
         error = caught
     device = ranks.device
-    status = torch.tensor([error is not None, 0, 0])
-    if partial is not None:
-        status[1:] = partial.counts.cpu()
+    status = torch.tensor([error is not None, *partial.counts.tolist()])
     found = ranks.gather(status.to(device))
     if error is not None:
         raise error
     if failed := [rank for rank, (flag, *_) in enumerate(found) if int(flag)]:
         raise StageFailed(f"score: every process must succeed, got a failure in rank {failed[0]}")
-    sums = ranks.gather(_padded(None if partial is None else partial.sums, (width,), device))
+    sums = ranks.gather(_padded(partial.sums, (width,), device))
     rows: list[Tensor | None] = [None] * ranks.world
     if keeps_rows:
         shape = (max(lengths), width)
-        rows = [*ranks.gather(_padded(None if partial is None else partial.rows, shape, device))]
+        rows = [*ranks.gather(_padded(partial.rows, shape, device))]
     ordered = []
     for number, length in enumerate(lengths, first):
         owner = number % ranks.world

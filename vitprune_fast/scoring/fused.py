@@ -51,24 +51,22 @@ def exchanged(model: nn.Module, sites: Sequence[Site], probes: Probes) -> Iterat
         The sites that are left for hooks.
     """
     rest: list[Site] = []
-    by_module: dict[str, list[Site]] = {}
+    served: dict[tuple[nn.Module, Callable[..., Tensor]], dict[str, Site]] = {}
     for site in sites:
         owner = _owner(model, site)
         if owner is None:
             rest.append(site)
         else:
-            by_module.setdefault(owner, []).append(site)
+            served.setdefault(owner, {})[site.kind] = site
     forwards = quick_attention(model)
-    for path, served in by_module.items():
-        module: Any = get(model, path)
-        forward = _forward_of(module)
-        forwards[module] = partial(forward, module, {s.kind: s for s in served}, probes)
+    for (module, forward), by_kind in served.items():
+        forwards[module] = partial(forward, module, by_kind, probes)
     with standing_in(forwards):
         yield rest
 
 
 def quick_attention(model: nn.Module) -> dict[nn.Module, Callable[..., Tensor]]:
-    """The attentions of timm in a model, and what may stand for their forward while it is trained.
+    """The attentions of timm in a model, each with an equivalent forward for its training.
 
     On a CPU in 16 bits it computes the same, up to rounding, by our op: torch's fused attention is
     slow at its backward there, and the plain form, which may be as fast or slower by what the
@@ -94,31 +92,22 @@ def standing_in(forwards: Mapping[nn.Module, Callable[..., Tensor]]) -> Iterator
         yield
 
 
-def _owner(model: nn.Module, site: Site) -> str | None:
-    """Path of the module whose exchanged forward measures the site; None where a hook must."""
-    path = site.module if site.at_norm else site.module.rpartition(".")[0]
-    owner: Any = get(model, path)
+def _owner(model: nn.Module, site: Site) -> tuple[nn.Module, Callable[..., Tensor]] | None:
+    """The module to exchange the forward of, and which one measures; None where a hook must."""
+    owner: Any = get(model, site.module if site.at_norm else site.module.rpartition(".")[0])
     # a module that runs something else than its class says is left alone
     if site.of_bias or not runs_its_class(owner):
         return None
     if site.at_norm:
-        return path if type(owner) in NORMS.values() else None
+        return (owner, _norm) if type(owner) in NORMS.values() else None
     # as is one with a part that would no longer be called, and somebody listens to or altered
     if not all(is_plain(getattr(owner, name, None)) for name in ("act", "norm", "attn_drop")):
         return None
     if site.kind in ("head", "v_dim", "qk_dim"):
         # behind a norm or a gate the units' activations are no longer what attention puts out
         known = is_attention if site.kind == "qk_dim" else is_plain_attention
-        return path if known(owner) else None
-    if site.kind == "neuron":
-        return path if is_plain_mlp(owner) else None
-    return None
-
-
-def _forward_of(module: nn.Module) -> Callable[..., Tensor]:
-    if is_attention(module):
-        return _attention
-    return _mlp if is_plain_mlp(module) else _norm
+        return (owner, _attention) if known(owner) else None
+    return (owner, _mlp) if site.kind == "neuron" and is_plain_mlp(owner) else None
 
 
 @equivalent

@@ -62,23 +62,24 @@ class Probes:
         return found
 
 
-def tap(x: Tensor, probe: Tensor, group: int = 1, per_token: bool = False) -> Tensor:
+def tap(
+    x: Tensor,
+    probe: Tensor,
+    group: int = 1,
+    per_token: bool = False,
+    part: tuple[int, int] | None = None,
+) -> Tensor:
     """``x`` itself; the probe gets ``sum_n x * dx`` over tokens and ``group`` adjacent columns.
 
     Args:
         x: ``(B, ..., F)``; everything between is tokens.
-        probe: ``(B, F // group)``.
+        probe: ``(B, columns // group)``.
         group: adjacent columns that make one unit.
         per_token: add up magnitudes of the tokens' terms instead.
+        part: the columns that count, ``[first, last)``; None takes all.
     """
-    return _Tap.apply(x, probe, group, per_token)  # pyright: ignore[reportReturnType]
-
-
-def tap_part(
-    x: Tensor, probe: Tensor, part: tuple[int, int], group: int, per_token: bool
-) -> Tensor:
-    """As :func:`tap`, for the columns from ``part[0]`` to ``part[1]`` alone."""
-    return _TapPart.apply(x, probe, part, group, per_token)  # pyright: ignore[reportReturnType]
+    columns = slice(None) if part is None else slice(*part)
+    return _Tap.apply(x, probe, group, per_token, columns)  # pyright: ignore[reportReturnType]
 
 
 def tap_norm(
@@ -102,32 +103,16 @@ def as_tokens(x: Tensor) -> Tensor:
 
 class _Tap(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, probe: Tensor, group: int, per_token: bool) -> Tensor:
+    def forward(ctx: Any, x: Tensor, probe: Tensor, *how: Any) -> Tensor:
         ctx.save_for_backward(x)
-        ctx.how = group, per_token
+        ctx.how = how
         return x.view_as(x)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
-        (x,), (group, per_token) = ctx.saved_tensors, ctx.how
-        score = ops.taylor_score(as_tokens(x), as_tokens(grads[0]), group, per_token=per_token)
-        return grads[0], score, None, None
-
-
-class _TapPart(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, probe: Tensor, part: tuple[int, int], group: int, per_token: bool
-    ) -> Tensor:
-        ctx.save_for_backward(x)
-        ctx.how = part, group, per_token
-        return x.view_as(x)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> Any:
-        (x,), ((first, last), group, per_token) = ctx.saved_tensors, ctx.how
-        columns = [as_tokens(each)[..., first:last] for each in (x, grads[0])]
-        score = ops.taylor_score(columns[0], columns[1], group, per_token=per_token)
+        (x,), (group, per_token, columns) = ctx.saved_tensors, ctx.how
+        x, grad = (as_tokens(each)[..., columns] for each in (x, grads[0]))
+        score = ops.taylor_score(x, grad, group, per_token=per_token)
         return grads[0], score, None, None, None
 
 

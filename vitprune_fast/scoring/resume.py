@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,9 +13,6 @@ import torch
 from ..files import parse_json
 from ..sealed import CheckpointRefused, Sealed
 from .scores import Accumulator
-
-# seconds between two writes
-EVERY_S = 30.0
 
 
 class Checkpoint:
@@ -40,7 +36,6 @@ class Checkpoint:
         )
         self._facts: dict[str, Any] = {}
         self._expected = ""
-        self._written = time.monotonic()
         self._done = 0
         self._seen = hashlib.blake2b(digest_size=16)
 
@@ -55,12 +50,10 @@ class Checkpoint:
         if found is None:
             self._facts = find()
             return self._facts
-        try:
+        with self._file.expecting():
             facts = parse_json(found[1]["facts"].encode())
             if not isinstance(facts, dict):
                 raise ValueError("named facts")
-        except (KeyError, ValueError) as error:
-            raise self._file.damaged(error) from None
         self._facts = facts
         return facts
 
@@ -75,13 +68,11 @@ class Checkpoint:
         if found is None:
             return 0
         tensors, words = found
-        try:
+        with self._file.expecting():
             done, self._expected = parse_json(words["done"].encode()), words["seen"]
             if type(done) is not int or done < 0:
                 raise ValueError("a number of micro-batches")
             accumulator.restore(tensors["sums"], tensors["counts"], tensors.get("rows"))
-        except (KeyError, ValueError, TypeError) as error:
-            raise self._file.damaged(error) from None
         return done
 
     def skip(self, stream: Iterator[Any], done: int) -> Iterator[Any]:
@@ -110,7 +101,7 @@ class Checkpoint:
     def keep(self, accumulator: Accumulator, pieces: Sequence[Any]) -> None:
         """Take note of what was added; write the sums when it is time."""
         self._note(pieces)
-        if time.monotonic() - self._written >= EVERY_S:
+        if self._file.is_due:
             self.write(accumulator)
 
     def write(self, accumulator: Accumulator) -> None:
@@ -121,10 +112,9 @@ class Checkpoint:
             tensors["rows"] = torch.cat(accumulator.rows)
         words = {"done": str(self._done), "seen": self._seen.hexdigest()}
         self._file.write(tensors, {**words, "facts": json.dumps(self._facts)})
-        self._written = time.monotonic()
 
     def remove(self) -> None:
-        """The run is done: nothing is to be taken up."""
+        """Delete the file: the run is finished."""
         self._file.remove()
 
     def _note(self, pieces: Sequence[Any]) -> None:

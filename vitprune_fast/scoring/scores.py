@@ -15,7 +15,6 @@ from ..errors import DamagedFile, InvalidInput
 from ..files import parse_json, read_metadata, read_tensors, write_tensors
 
 FORMAT = "vitprune_fast.scores"
-REDUCTIONS = ("abs", "square", "signed", "token_abs", "mean")
 
 
 @dataclass(frozen=True, repr=False)
@@ -35,7 +34,7 @@ class Scores(Mapping[str, Tensor]):
         per_sample: axis name -> (samples, units) fp32, the g themselves, where they were asked for.
         provenance: facts about where the scores come from: family of the model, version of torch,
             seed and draws of the labels for ``fisher``; where a dtype was asked for, its name, and
-            in 16 bits how it ranks units beside float32 (see ``score``).
+            in 16 bits how it ranks units compared with float32 (see ``score``).
     """
 
     by_axis: Mapping[str, Tensor]
@@ -171,10 +170,6 @@ class Accumulator:
         keep_samples: bool = False,
         combine: Callable[[Tensor], Tensor] | None = None,
     ):
-        if reduction not in REDUCTIONS:
-            raise InvalidInput(
-                f"score: reduction must be one of {', '.join(REDUCTIONS)}, got {reduction!r}"
-            )
         self.axes = dict(axes)
         self.reduction = reduction
         self._combine = combine

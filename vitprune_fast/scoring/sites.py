@@ -1,4 +1,4 @@
-"""Where each unit kind is measured, and how the measurements make up the scores of an axis.
+"""Where each unit kind is measured, and how measurements are combined into scores of an axis.
 
 With a gate on a unit at 1, the derivative of a sample's loss by the gate is (B samples, N tokens):
 
@@ -89,22 +89,16 @@ def sites_of(structure: Structure, axes: Sequence[Axis]) -> tuple[list[Site], di
         elif axis.name in structure.readers:
             keys = [need(site) for site in _reader_sites(structure, axis)]
             assemble[axis.name] = _sum_of(keys)
-        elif axis.kind in ("attn_branch", "mlp_branch"):
-            branches = [
-                [need(site) for site in _branch_sites(structure, branch, axis.kind)]
-                for branch in structure.branches[axis.name]
-            ]
-            assemble[axis.name] = _totals(branches)
-        elif axis.kind == "block":
-            blocks = [
+        elif held := structure.held(axis):
+            groups = [
                 [
                     need(site)
                     for branch in branches
                     for site in _branch_sites(structure, branch, axis.kind)
                 ]
-                for branches in structure.blocks.values()
+                for branches in held
             ]
-            assemble[axis.name] = _totals(blocks)
+            assemble[axis.name] = _totals(groups)
         else:
             raise InvalidInput(
                 f"score: units must be of kinds that {structure.family} can measure by gradients, "

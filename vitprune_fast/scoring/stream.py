@@ -152,7 +152,7 @@ def _without_images(piece: MicroBatch) -> MicroBatch:
 
 
 def in_parts(score_batch: ScoreBatch, piece: MicroBatch, limit: list[int]) -> Sequence[Rows]:
-    """The rows of one piece, in as many parts as memory asks for; ``limit`` is lowered then."""
+    """The rows of one piece, in parts that fit into memory; lowers ``limit`` where they do not."""
     parts: list[Sequence[Rows]] = []
     start = 0
     while start < len(piece.labels):

@@ -17,7 +17,7 @@ from ..modules.known import runs_its_class
 from ..modules.norms import epsilon, is_rms
 from ..modules.swap import Altered
 from ..structure.paths import get
-from .probes import Probes, tap, tap_bias, tap_norm, tap_part
+from .probes import Probes, tap, tap_bias, tap_norm
 from .sites import Site
 
 
@@ -89,6 +89,4 @@ def _tapped(x: Tensor, site: Site, probes: Probes) -> Tensor:
             f"got {site.size} units of {site.group}"
         )
     probe = probes.leaf(site.key, x, site.size)
-    if part is None:
-        return tap(x, probe, site.group, probes.per_token)
-    return tap_part(x, probe, part, site.group, probes.per_token)
+    return tap(x, probe, site.group, probes.per_token, part)

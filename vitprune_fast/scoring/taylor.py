@@ -162,6 +162,14 @@ def scorer(
         raise InvalidInput(
             "score: cuda_graph must be False for a model that is not on a GPU, got True"
         )
+    if per_token:
+        for axis in axes:
+            # others have no term of their own at every token
+            if axis.kind not in PER_TOKEN_KINDS:
+                raise InvalidInput(
+                    f"score: units must be among {', '.join(PER_TOKEN_KINDS)} for the reduction "
+                    f"'token_abs', got {axis.kind!r}"
+                )
     sites, assemble = sites_of(structure, axes)
     probes = Probes(per_token)
 
@@ -197,17 +205,3 @@ def scoring_mode(model: nn.Module) -> Iterator[None]:
         finally:
             for parameter, flag in requires_grad.items():
                 parameter.requires_grad_(flag)
-
-
-def check_per_token(axes: Sequence[Axis]) -> None:
-    """Refuse unit kinds that have no term of their own at every token.
-
-    Raises:
-        InvalidInput: as said.
-    """
-    for axis in axes:
-        if axis.kind not in PER_TOKEN_KINDS:
-            raise InvalidInput(
-                f"score: units must be among {', '.join(PER_TOKEN_KINDS)} for the reduction "
-                f"'token_abs', got {axis.kind!r}"
-            )

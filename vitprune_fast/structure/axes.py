@@ -114,7 +114,7 @@ class Group:
 
     @property
     def first(self) -> Axis:
-        """The one that stands for all: they have one kind and size."""
+        """Their representative: all have the same kind and size."""
         return self.axes[0]
 
     @property

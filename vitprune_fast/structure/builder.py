@@ -142,7 +142,7 @@ class Builder:
             readers.append(Place(module, "input", as_dim(axis)))
 
     def writer_norm(self, axis: Axis, norm: str) -> None:
-        """``norm``, where there is one, stands in a write into the stream of width ``axis``."""
+        """``norm``, if present, normalises what is written to the stream of width ``axis``."""
         if norm in self.structure.norms:
             place = Place(norm, "statistics", as_dim(axis))
             self.structure.readers.setdefault(axis.name, []).append(place)
@@ -197,7 +197,7 @@ class Builder:
             self.axis("blocks", len(s.blocks), "block")
 
     def finish(self) -> Structure:
-        """Check that every parameter and buffer has a layout, and hand the table over."""
+        """Check that every parameter and buffer has a layout, and return the table."""
         parameters = dict(self.model.named_parameters(remove_duplicate=False))
         buffers = dict(self.model.named_buffers(remove_duplicate=False))
         if missing := sorted((parameters | buffers).keys() - self.structure.tensors.keys()):

@@ -260,11 +260,11 @@ class Reading:
 
     @cached_property
     def gone(self) -> frozenset[Home]:
-        """What pruning takes out: the cores of dead branches, and what stands beside them."""
+        """What pruning removes: cores of dead branches, their norms, LayerScales, drop paths."""
         cores = {(name, True) for name in self.dead}
         # a constant that no writer can take over keeps its norm, LayerScale and drop path
-        beside = {(name, False) for name in self.dead if self.fates[name][0] != "constant"}
-        return frozenset(cores | beside)
+        helpers = {(name, False) for name in self.dead if self.fates[name][0] != "constant"}
+        return frozenset(cores | helpers)
 
     def is_gone(self, path: str) -> bool:
         """Whether a tensor or module is taken out with its branch."""

@@ -55,7 +55,7 @@ class Write:
 
     @property
     def weight(self) -> str | None:
-        """The matrix that produces the written value; None where a norm stands behind it."""
+        """The matrix that produces the written value; None where a norm follows it."""
         return None if self.post_norm or not self.projection else f"{self.projection}.weight"
 
     @property
@@ -70,7 +70,7 @@ class Write:
 
     @property
     def helpers(self) -> tuple[str, ...]:
-        """Paths of what dies with the branch beside itself: norm, LayerScale, drop path."""
+        """Paths of what is removed with the branch and lies outside: norm, gain, drop path."""
         own = f"{self.name}."
         paths = (self.norm, self.scaling, self.drop)
         return tuple(path for path in paths if path and not f"{path}.".startswith(own))
@@ -193,7 +193,7 @@ class Structure:
         return (write for write in self.stream if write.inner is not None)
 
     def held(self, axis: Axis) -> list[tuple[str, ...]]:
-        """The branches that every unit of a branch or block axis stands for; empty for others."""
+        """The branches that each unit of a branch or block axis consists of; empty for others."""
         if axis.kind == "block":
             return list(self.blocks.values())
         return [(name,) for name in self.branches.get(axis.name, ())]
@@ -223,7 +223,7 @@ class Structure:
     def owner(self, path: str) -> tuple[str, bool] | None:
         """The branch whose death takes a tensor or module with it, and whether it is in its core.
 
-        The norm, LayerScale and drop path beside a branch are not: they stay where a constant of
+        The norm, LayerScale and drop path of a branch are not: they stay where a constant of
         the branch does. None for what belongs to no branch.
         """
         while path:

@@ -8,7 +8,7 @@ import numpy as np
 
 from .axes import Axis, Dim
 
-# a branch, and whether its core is meant or what stands beside it; None is no branch
+# a branch, and whether its core is meant or its norm, LayerScale and drop path; None: no branch
 Home = tuple[str, bool] | None
 # products of stored widths, by the names of their axes, and the factor of each
 Polynomial = dict[tuple[str, ...], int]

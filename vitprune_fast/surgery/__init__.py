@@ -2,22 +2,17 @@
 
 from __future__ import annotations
 
-from .compensate import Calibration, Compensated, calibrate, compensate
 from .folds import fold_attention_biases, fold_gates
 from .mask import mask
 from .prune import prune
-from .soft import SoftCompaction
+from .soft_compaction import SoftCompaction
 from .sweep import Fit, SweepReport, SweepStopped
 
 __all__ = [
-    "Calibration",
-    "Compensated",
     "Fit",
     "SoftCompaction",
     "SweepReport",
     "SweepStopped",
-    "calibrate",
-    "compensate",
     "fold_attention_biases",
     "fold_gates",
     "mask",

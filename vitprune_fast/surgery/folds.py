@@ -15,7 +15,7 @@ from ..structure.table import Rows
 
 @torch.no_grad()
 def fold_gates(model: nn.Module, gates: Mapping[str, Tensor]) -> None:
-    """Multiply gate values of units into the tensors beside the gates, in place.
+    """Multiply gate values of units into the adjacent weights, in place.
 
     The model then computes without gates what it computed with them: a head's or a neuron's gate
     goes into the columns of the map that reads it, a q/k dim's into the rows that write the query.
@@ -27,7 +27,7 @@ def fold_gates(model: nn.Module, gates: Mapping[str, Tensor]) -> None:
 
     Raises:
         InvalidInput: an axis is not one of the model or has no gate, or values have another shape
-            or are not finite, or a tensor beside a gate is tied; nothing was changed then.
+            or are not finite, or an adjacent tensor is tied; nothing was changed then.
         UnsupportedArchitecture: the model has no layout.
     """
     with families.opened(model, describe(model)) as structure:
@@ -44,7 +44,12 @@ def fold_gates(model: nn.Module, gates: Mapping[str, Tensor]) -> None:
             if not values.isfinite().all():
                 raise InvalidInput(f"fold_gates: gates of {name} must be finite, got others")
             module = structure.taps[name].module
-            refuse_tied("fold_gates", structure, f"{module}.weight", f"{module}.bias")
+            for tensor in (f"{module}.weight", f"{module}.bias"):
+                if structure.is_tied(tensor):
+                    raise InvalidInput(
+                        f"fold_gates: {tensor} must have no other name, got a tied one; untie it "
+                        "first"
+                    )
         for name, values in gates.items():
             _fold_gate(model, structure, structure.axes[name], values.detach().cpu())
 
@@ -99,15 +104,6 @@ def fold_attention_biases(model: nn.Module) -> int:
                 bias.zero_()
                 idle += bias.numel()
     return idle
-
-
-def refuse_tied(function: str, structure: Structure, *names: str) -> None:
-    """Raise where a tensor to be rewritten for one place also serves at another."""
-    for name in names:
-        if structure.is_tied(name):
-            raise InvalidInput(
-                f"{function}: {name} must have no other name, got a tied one; untie it first"
-            )
 
 
 def _slice(structure: Structure, rows: Rows) -> slice:

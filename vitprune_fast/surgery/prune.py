@@ -21,8 +21,8 @@ from ..structure import Structure, describe, families
 from ..structure.paths import get, put
 from ..structure.reading import Reading
 from ..structure.table import Attention, Write
-from .carry import Cut, Moments
 from .compaction import Compaction
+from .moments import Cut, Moments
 from .sweep import OnEvent, SweepReport, sweep
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -107,7 +107,7 @@ def prune(
         report: also return what the sweep did.
         checkpoint: a file in which the sweep keeps what it fitted, every half minute; a call that
             finds it goes on from there to the same bits. Gone when the sweep is done. That of the
-            average is beside it, with ``.ema`` behind its name.
+            average is next to it, with ``.ema`` appended to its name.
         dtype: of the sweep's forward passes: ``auto`` is bfloat16 on a GPU that has it and float32
             elsewhere; None and float32 are as the models are. In 16 bits branches compute under
             autocast, and the residual streams, what is fitted and the result stay as they are.
@@ -201,7 +201,7 @@ def survivors(model: nn.Module, structure: Structure, reading: Reading) -> list[
 def operate(
     model: nn.Module, structure: Structure, reading: Reading, moved: dict[str, Tensor]
 ) -> Cut:
-    """Prune ``model``; also tells which new tensor each old one became, for what goes with it."""
+    """Prune ``model``; also returns which new tensor each old one became."""
     # a table of one's own may be of a model that no family knows
     cut, family = _smaller_copy(model, structure, moved), families.find(model)
     new = cut.model

@@ -18,10 +18,10 @@ from torch import nn
 from ...errors import InvalidInput, UnsupportedArchitecture
 from ..table import Structure
 
-Recipe = dict[str, Any]
+ConstructorCall = dict[str, Any]
 """How a constructor is called: ``{"class": qualified name, "args": JSON values}``.
 
-A class as an argument is ``{"class": qualified name}``, with what it is to be called with beside.
+A class as an argument is ``{"class": qualified name, ...}``, followed by its own arguments.
 """
 Shape = tuple[int | None, int | None, int | None]
 
@@ -39,7 +39,7 @@ def _open_already(model: Any, structure: Structure) -> AbstractContextManager[St
     return nullcontext(structure)
 
 
-def _own_config(model: Any, recipe: Recipe) -> Iterable[tuple[dict[str, Any], nn.Module | None]]:
+def _own_config(model: Any) -> Iterable[tuple[dict[str, Any], nn.Module | None]]:
     """Most libraries cannot open a pruned model by themselves."""
     yield {}, None
 
@@ -51,7 +51,7 @@ class Family:
     Args:
         describe: ``(model, image) -> Structure`` for images of (height, width); None is the size
             the model states.
-        construct: ``model -> Recipe``, read off the model as it is now, pruned or not. On the meta
+        construct: ``model -> ConstructorCall``, as the model is now, pruned or not. On the meta
             device it has to give the same tree of modules up to half blocks, ``swaps`` and sizes,
             or one with more blocks, of which the last go.
         images: ``model -> (channels, height, width)`` of the images it takes; None where it does
@@ -68,13 +68,13 @@ class Family:
             the structure names; it hands over a structure of the names that then hold.
         renumbered: ``(model, moved)``: told after blocks went from where to where the others moved,
             for what else a model says of them.
-        configs: ``(model, recipe) -> (config, made)``: what ``config.json`` says in the library's
+        configs: ``model -> (config, made)``: what ``config.json`` says in the library's
             words, the most portable first, with what the library makes of it. The last has None
             for that: ``modeling_pruned.py`` opens it.
     """
 
     describe: Callable[[Any, tuple[int, int] | None], Structure]
-    construct: Callable[[Any], Recipe]
+    construct: Callable[[Any], ConstructorCall]
     images: Callable[[Any], Shape]
     blocks: Callable[[Any], tuple[str, ...]]
     halves: Callable[[Any, str], tuple[str, ...]]
@@ -83,9 +83,7 @@ class Family:
     fitting: Callable[[Any], None] = _as_it_is
     opened: Callable[[Any, Structure], AbstractContextManager[Structure]] = _open_already
     renumbered: Callable[[Any, Mapping[str, str]], None] = _no_renumbering
-    configs: Callable[[Any, Recipe], Iterable[tuple[dict[str, Any], nn.Module | None]]] = (
-        _own_config
-    )
+    configs: Callable[[Any], Iterable[tuple[dict[str, Any], nn.Module | None]]] = _own_config
 
 
 # class -> file of its family in this folder, or the family itself
@@ -100,16 +98,15 @@ _FAMILIES: dict[str, str | Family] = {
     ".Dinov2WithRegistersForImageClassification": "hf_dinov2",
     "torchvision.models.vision_transformer.VisionTransformer": "torchvision_vit",
 }
-# classes that were registered as such, which no import has to find
-_CLASSES: dict[str, type[nn.Module]] = {}
+# registered classes by their qualified names, which a saved model may name
+REGISTERED: dict[str, type[nn.Module]] = {}
 
 
-def register_family(model_class: type[nn.Module] | str, family: Family) -> None:
+def register_family(model_class: type[nn.Module], family: Family) -> None:
     """Make a class of models known to every stage, saving and loading included.
 
     Args:
-        model_class: the class, or its qualified name (``"package.module.Class"``), which spares
-            importing it; subclasses are others. A class that is known already is replaced.
+        model_class: the class; subclasses are others. One that is known already is replaced.
         family: what is to be known of it.
 
     Raises:
@@ -117,15 +114,12 @@ def register_family(model_class: type[nn.Module] | str, family: Family) -> None:
     """
     if not isinstance(family, Family):
         raise InvalidInput(f"register_family: family must be a Family, got {family!r:.80}")
-    if isinstance(model_class, type) and issubclass(model_class, nn.Module):
-        _CLASSES[qualified(model_class)] = model_class
-        model_class = qualified(model_class)
-    if not isinstance(model_class, str) or "." not in model_class:
+    if not (isinstance(model_class, type) and issubclass(model_class, nn.Module)):
         raise InvalidInput(
-            "register_family: model_class must be a module class or its qualified name, "
-            f"got {model_class!r:.80}"
+            f"register_family: model_class must be a module class, got {model_class!r:.80}"
         )
-    _FAMILIES[model_class] = family
+    REGISTERED[qualified(model_class)] = model_class
+    _FAMILIES[qualified(model_class)] = family
 
 
 def of(model: nn.Module) -> Family:
@@ -157,33 +151,13 @@ def named(name: str) -> Family:
     return import_module(f"{__name__}.{family}").FAMILY
 
 
-def known_classes() -> dict[str, type[nn.Module]]:
-    """Classes that were registered, by qualified name; those of this table are not among them."""
-    by_name = {
-        name: name.rpartition(".")
-        for name, family in _FAMILIES.items()
-        if isinstance(family, Family) and name not in _CLASSES
-    }
-    found = {name: getattr(import_module(home), leaf) for name, (home, _, leaf) in by_name.items()}
-    return {**found, **_CLASSES}
-
-
 def qualified(cls: type) -> str:
     """The name a class is found by."""
     return f"{cls.__module__}.{cls.__qualname__}"
 
 
-def image_shape(model: nn.Module) -> Shape:
-    """(channels, height, width) of the images a model takes; None where it does not say.
-
-    Raises:
-        UnsupportedArchitecture: its class is of no family.
-    """
-    return of(model).images(model)
-
-
 def stated_shape(model: nn.Module) -> Shape:
-    """The same, all None for a model of no family."""
+    """(channels, height, width) of the images a model takes; None where it does not say."""
     family = find(model)
     return (None, None, None) if family is None else family.images(model)
 

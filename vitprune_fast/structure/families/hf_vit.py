@@ -1,6 +1,6 @@
 """transformers' ViTForImageClassification, and what its relatives have in common with it.
 
-Read it beside ``transformers/models/vit/modeling_vit.py``: every line states one fact of that file.
+Read it next to ``transformers/models/vit/modeling_vit.py``: every line states a fact of that file.
 Versions before 5.9 (ViT, DeiT) and 5.18 (DINOv2) gave parts other names; which ones hold is read
 from the model. A relative is a file with the :class:`Names` in which it differs.
 """
@@ -22,9 +22,9 @@ from ..axes import Axis
 from ..builder import Builder
 from ..paths import get
 from ..table import Structure
-from . import Family, Recipe, qualified
-from .prenorm import Inner, Part, all_alike, attention_axes
-from .prenorm import describe_block as describe_parts
+from . import ConstructorCall, Family, qualified
+from .branches import Inner, Part, all_alike, attention_axes
+from .branches import describe_block as describe_parts
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class Names:
         norms: before the attention and before the MLP.
         gains: weights of the LayerScales; empty where there are none.
         drop: what drops from both branches.
-        tokens: of the embeddings, beside ``cls_token`` and ``position_embeddings``.
+        tokens: of the embeddings, besides ``cls_token`` and ``position_embeddings``.
         covering: those that together add to every token exactly once.
         classifiers: the Linears that put out logits.
         reads: how many times the width of the stream a classifier reads.
@@ -165,7 +165,7 @@ def _describe_block(t: Builder, path: str, names: Names, embed: Axis, tokens: in
 
 
 def _attention(t: Builder, path: str, embed: Axis, tokens: int) -> Inner:
-    """Separate projections, one head_dim for q, k and v, and a temperature that is always told."""
+    """Separate projections, one head_dim for q, k and v, and a temperature that is stored."""
     names = _names(t.model, path, _ATTENTIONS)
     q, k, v, out, count = (f"{path}.{name}" for name in names)
     number = get(t.model, count)
@@ -208,19 +208,14 @@ def _mlp(t: Builder, path: str, embed: Axis, tokens: int) -> Inner:
 # saving
 
 
-def construct(model: Any) -> Recipe:
+def construct(model: Any) -> ConstructorCall:
     """The config, as the constructor takes it."""
     settings = config_settings(type(model.config))
-    said = {name: value for name, value in _said(model.config).items() if name in settings}
+    said = {name: value for name, value in model.config.to_diff_dict().items() if name in settings}
     config = {"class": qualified(type(model.config)), **said}
     if model.config._attn_implementation == "eager":
         config["attn_implementation"] = "eager"
     return {"class": qualified(type(model)), "args": {"config": config}}
-
-
-def _said(config: Any) -> dict[str, Any]:
-    """What a config says beyond its defaults, as plain values."""
-    return config.to_diff_dict()
 
 
 def images(model: Any) -> tuple[int, int, int]:
@@ -272,11 +267,11 @@ def restate(model: Any) -> None:
             setattr(config, name, value)
 
 
-def configs(model: Any, recipe: Recipe) -> Iterator[tuple[dict[str, Any], nn.Module | None]]:
+def configs(model: Any) -> Iterator[tuple[dict[str, Any], nn.Module | None]]:
     """The config of transformers, with which ``from_pretrained`` opens the folder."""
     with torch.device("meta"):
         made = type(model)(copy.deepcopy(model.config))
-    yield {**_said(model.config), "architectures": [type(model).__name__]}, made
+    yield {**model.config.to_diff_dict(), "architectures": [type(model).__name__]}, made
     yield {}, None
 
 

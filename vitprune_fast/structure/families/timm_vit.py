@@ -1,24 +1,30 @@
 """timm's VisionTransformer and VisionTransformerDistilled: ViT, DeiT, AugReg, CLIP, DINOv2.
 
-Read it beside ``timm/models/vision_transformer.py``: every line states one fact of that file.
+Read it next to ``timm/models/vision_transformer.py``: every line states one fact of that file.
 """
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+import timm
+import torch
 from timm.layers import DropPath, GluMlp, LayerScale, Mlp, SwiGLU
 from timm.models.vision_transformer import Attention, Block, ResPostBlock
 from torch import nn
 
 from ...errors import InvalidInput, UnsupportedArchitecture
-from ...modeling_pruned import Constant, HalfBlock
-from ..axes import Axis, Dim
+from ...modeling_pruned import HalfBlock
+from ...stated import stated_config
+from ..axes import Axis
 from ..builder import Builder
+from ..paths import get
 from ..table import Structure
-from . import Family, Recipe, Shape, qualified
-from .timm_config import timm_configs
+from . import ConstructorCall, Family, Shape, qualified
+from .branches import Inner, Part
+from .branches import describe_block as describe_parts
 
 BLOCKS = (Block, ResPostBlock, HalfBlock)
 
@@ -69,41 +75,16 @@ def describe_block(t: Builder, path: str, block: Any, embed: Axis, tokens: int) 
             f"describe: {path} must be one of {', '.join(b.__name__ for b in BLOCKS)}, "
             f"got {type(block).__name__}"
         )
-    post_norm = isinstance(block, ResPostBlock) or getattr(block, "post_norm", False)
-    branches = []
-    parts = (("attn", "attn_branch", "proj", attention), ("mlp", "mlp_branch", "fc2", mlp))
-    for k, (name, kind, out, layout) in enumerate(parts, 1):
-        core, core_path = getattr(block, name, None), f"{path}.{name}"
-        if core is None:
-            continue
-        t.norm(f"{path}.norm{k}", embed)
-        constant = isinstance(core, Constant)
-        t.tensor(f"{core_path}.bias", embed)
-        t.branch(
-            core_path,
-            embed,
-            kind,
-            None if constant else layout(t, core_path, core, embed, tokens),
-            out=core_path if constant else f"{core_path}.{out}",
-            norm=f"{path}.norm{k}",
-            gain=f"{path}.ls{k}.gamma",
-            drop=f"{path}.drop_path{k}",
-            post_norm=post_norm,
-        )
-        if constant:
-            continue
-        if post_norm:
-            t.reader(embed, core_path)
-            t.writer_norm(embed, f"{path}.norm{k}")
-        else:
-            t.reader(embed, core_path, f"{path}.norm{k}")
-        branches.append(core_path)
-    if branches and not any(isinstance(m, Constant) for m in block.children()):
-        t.structure.blocks[path] = tuple(branches)
+    parts = (
+        Part("attn", "attn_branch", "norm1", attention, "ls1.gamma", "drop_path1"),
+        Part("mlp", "mlp_branch", "norm2", mlp, "ls2.gamma", "drop_path2"),
+    )
+    describe_parts(t, path, parts, embed, tokens, post_norm=_is_post_norm(block))
 
 
-def attention(t: Builder, path: str, attn: Any, embed: Axis, tokens: int) -> Dim:
-    """Fused qkv, one head_dim for q, k and v; returns what reaches ``proj``."""
+def attention(t: Builder, path: str, embed: Axis, tokens: int) -> Inner:
+    """Fused qkv, one head_dim for q, k and v."""
+    attn: Any = get(t.model, path)
     if type(attn) is not Attention or attn.qkv is None:
         raise UnsupportedArchitecture(
             f"describe: {path} must be a timm Attention with fused qkv, got {type(attn).__name__}"
@@ -140,11 +121,12 @@ def attention(t: Builder, path: str, attn: Any, embed: Axis, tokens: int) -> Dim
         t.tap(qk, f"{path}.qkv", heads * qk, "output", (0, dims))
     t.tap(heads, f"{path}.proj", heads * v)
     t.tap(v, f"{path}.proj", heads * v)
-    return heads * v
+    return heads * v, f"{path}.proj"
 
 
-def mlp(t: Builder, path: str, module: Any, embed: Axis, tokens: int) -> Axis:
+def mlp(t: Builder, path: str, embed: Axis, tokens: int) -> Inner:
     """Mlp, GluMlp (gate and value packed in halves of fc1), SwiGLU (two matrices)."""
+    module: Any = get(t.model, path)
     if type(module) not in (Mlp, GluMlp, SwiGLU):
         raise UnsupportedArchitecture(
             f"describe: {path} must be Mlp, GluMlp or SwiGLU, got {type(module).__name__}"
@@ -156,7 +138,7 @@ def mlp(t: Builder, path: str, module: Any, embed: Axis, tokens: int) -> Axis:
     t.norm(f"{path}.norm", neurons)
     t.linear(f"{path}.fc2", embed, neurons, tokens)
     t.tap(neurons, f"{path}.fc2", neurons)
-    return neurons
+    return neurons, f"{path}.fc2"
 
 
 def has_norm(module: Any) -> bool:
@@ -214,7 +196,25 @@ _ENTRYPOINTS = {
 }
 
 
-def construct(model: Any) -> Recipe:
+# of timm's pretrained_cfg: how images are prepared, and what the outputs mean; not what timm says
+# by name of weights that need not be these (their home, tag, license and paper)
+_KEPT = (
+    "architecture",
+    "mean",
+    "std",
+    "interpolation",
+    "crop_pct",
+    "crop_mode",
+    "first_conv",
+    "classifier",
+    "label_names",
+    "label_descriptions",
+)
+# drop path follows no rule of timm's after blocks went; it is off in a model opened by timm
+_LEFT_OUT = ("weight_init", "drop_path_rate")
+
+
+def construct(model: Any) -> ConstructorCall:
     """The arguments of timm's VisionTransformer that decide which modules there are."""
     cores = [core for block in model.blocks for core in block.children()]
     attns = [core for core in cores if type(core) is Attention]
@@ -226,7 +226,7 @@ def construct(model: Any) -> Recipe:
     embed, width = model.patch_embed, model.embed_dim
     heads = attns[0].num_heads if attns else 1
     hidden = _hidden(mlps[0]) if mlps else width
-    post_norm = any(isinstance(b, ResPostBlock) or _is_post_norm(b) for b in model.blocks)
+    post_norm = any(map(_is_post_norm, model.blocks))
     args = {
         "img_size": list(embed.img_size or embed.patch_size),
         "patch_size": list(embed.patch_size),
@@ -272,7 +272,7 @@ def construct(model: Any) -> Recipe:
 
 
 def _is_post_norm(block: Any) -> bool:
-    return isinstance(block, HalfBlock) and block.post_norm
+    return isinstance(block, ResPostBlock) or getattr(block, "post_norm", False)
 
 
 def _hidden(mlp: Any) -> int:
@@ -306,9 +306,43 @@ def renumbered(model: Any, moved: Mapping[str, str]) -> None:
     model.feature_info = [{**info, "module": moved[info["module"]]} for info in infos]
 
 
-def configs(model: Any, recipe: Recipe) -> Iterator[tuple[dict[str, Any], nn.Module | None]]:
-    """A config of timm's for the constructor's arguments, then one that timm cannot build from."""
-    return timm_configs(model, recipe, images(model), _ENTRYPOINTS[type(model).__name__])
+def configs(model: Any) -> Iterator[tuple[dict[str, Any], nn.Module | None]]:
+    """A config that timm itself may build the model from, then one that it cannot."""
+    args = {
+        name: value
+        for name, value in construct(model)["args"].items()
+        if not (isinstance(value, dict) or name.endswith("_layer") or name in _LEFT_OUT)
+    }
+    architecture = stated_config(model).get("architecture") or _ENTRYPOINTS[type(model).__name__]
+    # an architecture may take fewer arguments than the class, and be of another class today
+    with contextlib.suppress(AssertionError, RuntimeError, TypeError, ValueError):
+        # create_model would fetch a name that is an address
+        if not timm.is_model(architecture):
+            raise ValueError(architecture)
+        with torch.device("meta"):
+            made = timm.create_model(architecture, **args)
+        config = _config(model, architecture, args)
+        config["pretrained_cfg"]["architecture"] = architecture
+        yield config, made
+    yield _config(model, "vit_pruned", {}), None
+
+
+def _config(model: Any, architecture: str, args: Mapping[str, Any]) -> dict[str, Any]:
+    known, shape = stated_config(model), images(model)
+    return {
+        "architecture": architecture,
+        "num_classes": model.num_classes,
+        "num_features": model.num_features,
+        "global_pool": model.global_pool,
+        "model_args": dict(args),
+        "pretrained_cfg": {
+            "num_classes": model.num_classes,
+            "first_conv": "patch_embed.proj",
+            "classifier": "head",
+            **({"input_size": list(shape)} if None not in shape else {}),
+            **{name: known[name] for name in _KEPT if known.get(name) is not None},
+        },
+    }
 
 
 FAMILY = Family(

@@ -1,6 +1,6 @@
 """torchvision's VisionTransformer: ``vit_b_16`` and its kin, whose attention is torch's own.
 
-Read it beside ``torchvision/models/vision_transformer.py``: every line states one fact of that
+Read it next to ``torchvision/models/vision_transformer.py``: every line states one fact of that
 file. ``nn.MultiheadAttention`` has as many dims as its heads take from the stream, so where they
 are other ones a ``SlimAttention`` stands for it; and it multiplies with ``out_proj`` inside one
 function, so it is opened for whoever puts hooks on what it computes.
@@ -17,15 +17,15 @@ from torch import Tensor, nn
 from torchvision.models.vision_transformer import EncoderBlock, MLPBlock
 
 from ...errors import InvalidInput, UnsupportedArchitecture
-from ...modeling_pruned import HalfBlock, SlimAttention, attended, check_plain_call
+from ...modeling_pruned import HalfBlock, SlimAttention, attended, check_plain_call, state
 from ...modules.swap import exchange_forward
 from ..axes import Axis
 from ..builder import Builder
 from ..paths import get, put
 from ..table import Structure
-from . import Family, Recipe, Shape, qualified
-from .prenorm import Inner, Part
-from .prenorm import describe_block as describe_parts
+from . import ConstructorCall, Family, Shape, qualified
+from .branches import Inner, Part
+from .branches import describe_block as describe_parts
 
 # the packed projection of q, k and v as a module: it is a bare weight otherwise
 PROJECTION = "in_proj"
@@ -79,14 +79,9 @@ def _describe_patches(t: Builder, embed: Axis) -> None:
         side = (side + 2 * module.padding[0] - module.kernel_size[0]) // module.stride[0] + 1
         t.linear(path, module.out_channels, module.in_channels, side * side)
     t.linear(last, embed, conv.in_channels, model.seq_length - 1)
-    for name in dict(_tensors(model.conv_proj)) if inner else ():
+    for name in state(model.conv_proj) if inner else ():
         if not t.has(f"conv_proj.{name}"):
             t.tensor(f"conv_proj.{name}")
-
-
-def _tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    yield from module.named_parameters()
-    yield from module.named_buffers()
 
 
 def _describe_heads(t: Builder, embed: Axis) -> None:
@@ -247,7 +242,7 @@ def _forward(
 # saving
 
 
-def construct(model: Any) -> Recipe:
+def construct(model: Any) -> ConstructorCall:
     """The arguments that decide which modules there are."""
     if len(_convs(model)) > 1:
         raise UnsupportedArchitecture(

@@ -17,15 +17,15 @@ from ...batches import logits_of
 from ...errors import InvalidInput, UnsupportedArchitecture, VitpruneError
 from ...modules.modes import evaluating, uncompiled
 from ...precision import device_of, dtype_of, is_half, name_of
-from ...sealed import fingerprint
+from ...sealed import check_place, fingerprint
 from ...structure import Structure, families
 from ...structure.reading import Reading
 from ...structure.table import Write
-from ..carry import Cut
+from ..moments import Cut
 from .images import Streams
 from .places import Fitter
 from .report import Fit, SweepReport
-from .resume import Progress, check_place
+from .resume import Progress
 from .streamed import Streamed
 
 __all__ = ["Fit", "OnEvent", "SweepReport", "SweepStopped", "sweep"]
@@ -73,8 +73,7 @@ def sweep(
     device = device_of(model).type
     computed = name_of(dtype if dtype is not None and is_half(dtype) else dtype_of(model))
     if checkpoint is not None:
-        # found out now, and not when there is work to keep
-        check_place(checkpoint)
+        check_place("prune", checkpoint)
     with (
         evaluating(model, cut.model),
         uncompiled(),
@@ -144,7 +143,7 @@ def _run(
 
 
 def _identity(model: nn.Module, structure: Structure, reading: Reading, read: str) -> str:
-    """What decides the fits; ``read`` tells the images and the dtype."""
+    """Everything that determines the fits; ``read`` identifies the images and the dtype."""
     kept = {name: reading.kept(axis).tolist() for name, axis in structure.axes.items()}
     plan = repr((kept, sorted(reading.removed))).encode()
     digest = hashlib.blake2b(plan, digest_size=16).hexdigest()

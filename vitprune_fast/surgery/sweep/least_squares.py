@@ -19,7 +19,7 @@ _PROBES = 64
 
 
 class Products:
-    """Sums over rows of a ``(rows, K)`` and y ``(rows, C)``: all a least-squares fit of y asks.
+    """Sums over rows of a ``(rows, K)`` and y ``(rows, C)``: all that a least-squares fit needs.
 
     Products are taken in float32 at least (in TF32 where torch is told so), within one call of
     ``add``, of entries from which the mean of the first call is taken off; sums of calls are in

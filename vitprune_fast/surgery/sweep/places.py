@@ -15,7 +15,7 @@ from ...structure import Structure
 from ...structure.paths import get
 from ...structure.reading import Reading
 from ...structure.table import Write
-from ..carry import Cut
+from ..moments import Cut
 from .images import Streams
 from .least_squares import Fitted, fit
 from .report import Fit
@@ -213,7 +213,9 @@ class Fitter:
                 weight_name: torch.where(heard[:, None], found.weight / safe[:, None], weight),
                 bias_name: torch.where(heard, found.bias / safe, bias),
             }
-            if not constant and float(new[weight_name].abs().max()) > self._largest(weight):
+            # of weights that are all zero nothing is known
+            largest = LARGEST_GROWTH * float(weight.abs().max()) if weight.any() else math.inf
+            if not constant and float(new[weight_name].abs().max()) > largest:
                 # gains this small leave weights from which training could not go on
                 reason = f"its weights would be more than {LARGEST_GROWTH} times as large"
                 judge = samples.held_out.second(centred=has_bias)
@@ -222,11 +224,6 @@ class Fitter:
             for name in names:
                 self._put(name, new[name])
         return found, reason
-
-    @staticmethod
-    def _largest(weight: Tensor) -> float:
-        """How large fitted weights may be; of those that are all zero nothing is known."""
-        return LARGEST_GROWTH * float(weight.abs().max()) or math.inf
 
     def _fit_classifier(self, path: str) -> Fit:
         """Fit a classifier to its own answers on the dense stream."""

@@ -3,18 +3,14 @@
 from __future__ import annotations
 
 import json
-import time
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
-from ...files import make_folder, parse_json
-from ...sealed import CheckpointRefused, Sealed
-
-# seconds between two writes
-EVERY_S = 30.0
+from ...files import parse_json
+from ...sealed import Sealed
 
 
 class Progress:
@@ -46,21 +42,18 @@ class Progress:
             parts = "model, plan, images or dtype"
             self._file = Sealed(path, "prune", "the fits of a sweep", identity, parts)
             self._load(self._file)
-        self._saved = time.monotonic()
 
     def _load(self, file: Sealed) -> None:
         found = file.read()
         if found is None:
             return
         values, words = found
-        try:
+        with file.expecting():
             state = parse_json(words["state"].encode())
             self.rows, self.done = state["rows"], state["done"]
             for name, value in values.items():
                 self._tensors[name].copy_(value)
                 self._changed.add(name)
-        except (KeyError, ValueError, TypeError, RuntimeError) as error:
-            raise file.damaged(error) from None
 
     def finish_place(
         self, rows: list[dict[str, Any]], changed: Iterable[str], *, stopping: bool
@@ -69,7 +62,7 @@ class Progress:
         self.rows += rows
         self.done += 1
         self._changed |= set(changed)
-        if stopping or time.monotonic() - self._saved >= EVERY_S:
+        if self._file is not None and (stopping or self._file.is_due):
             self._write()
 
     def _write(self) -> None:
@@ -77,23 +70,10 @@ class Progress:
             state = json.dumps({"done": self.done, "rows": self.rows})
             values = {name: self._tensors[name] for name in self._changed}
             self._file.write(values, {"state": state})
-            self._saved = time.monotonic()
 
     def end(self, *, keep: bool) -> None:
-        """The sweep is done: nothing is to be taken up, unless other work waits for it."""
+        """The sweep is finished: delete the file, unless another sweep has to finish first."""
         if keep:
             self._write()
         elif self._file is not None:
             self._file.remove()
-
-
-def check_place(path: Path) -> None:
-    """Refuse a place for a checkpoint where there can be none.
-
-    Raises:
-        RunFolderError: its folder cannot be made.
-        CheckpointRefused: something else than a file is there.
-    """
-    make_folder(path.parent)
-    if path.exists() and not path.is_file():
-        raise CheckpointRefused(f"prune: checkpoint must be a file, got {path}")

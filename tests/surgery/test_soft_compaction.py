@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from tests.plans import KINDS, draw_plan
-from tests.surgery.test_carry import Moved, heads_and_neurons
+from tests.surgery.test_moments import Moved, heads_and_neurons
 from vitprune_fast.errors import InvalidInput
 from vitprune_fast.planning import Plan
 from vitprune_fast.structure import describe

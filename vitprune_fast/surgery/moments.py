@@ -1,4 +1,4 @@
-"""What goes with a model through surgery: the optimizer and its moments."""
+"""A pruned model, and the state of its optimizer pruned alike."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ class Cut:
 
 
 class Moments:
-    """The state of an optimizer that goes with the entries of the parameters.
+    """The per-entry state of an optimizer, pruned with the parameters.
 
     Args:
         optimizer: over parameters of ``model`` (all or some of them).
@@ -82,7 +82,7 @@ class Moments:
         self._names = {id(get(model, name)): name for name in structure.tensors}
         # of the names of a tied parameter, the one it is cut by
         self._names |= {id(tensor): name for name, tensor in jobs}
-        # which state of which parameter
+        # the state tensors: name of the parameter, key, tensor
         self._places: list[tuple[str, str, Tensor]] = []
         for group in optimizer.param_groups:
             for parameter in group["params"]:

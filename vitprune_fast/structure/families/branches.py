@@ -1,4 +1,4 @@
-"""What the blocks of several libraries have in common: ``x + gain * core(norm(x))``, twice."""
+"""What blocks of all libraries have in common: an attention and an MLP on a residual stream."""
 
 from __future__ import annotations
 
@@ -22,9 +22,11 @@ class Part:
     Args:
         core: path of the attention or MLP.
         kind: ``"attn_branch"`` or ``"mlp_branch"``.
-        norm: path of the norm before it.
+        norm: path of the norm before it, or behind it.
         layout: ``(builder, path, embed, tokens)``: declares the core, and says what it ends in.
         gain: path of the weight of its LayerScale; empty where there is none.
+        drop: path of its drop path; empty where the module that holds the gain, or the output
+            projection, writes to the stream.
     """
 
     core: str
@@ -32,10 +34,22 @@ class Part:
     norm: str
     layout: Core
     gain: str = ""
+    drop: str = ""
 
 
-def describe_block(t: Builder, path: str, parts: Sequence[Part], embed: Axis, tokens: int) -> None:
-    """Those branches of a block that it has; one that became a constant writes its bias."""
+def describe_block(
+    t: Builder,
+    path: str,
+    parts: Sequence[Part],
+    embed: Axis,
+    tokens: int,
+    *,
+    post_norm: bool = False,
+) -> None:
+    """The branches of a block that it has; one that became a constant writes its bias.
+
+    A branch is ``x + gain * core(norm(x))``, or ``x + norm(core(x))`` where ``post_norm``.
+    """
     constant, branches = False, []
     for part in parts:
         core = f"{path}.{part.core}"
@@ -44,18 +58,33 @@ def describe_block(t: Builder, path: str, parts: Sequence[Part], embed: Axis, to
             continue
         norm, gain = f"{path}.{part.norm}", f"{path}.{part.gain}" if part.gain else ""
         t.norm(norm, embed)
-        what, out = None, core
+        inner, out = None, core
         if isinstance(module, Constant):
             constant = True
             t.tensor(f"{core}.bias", embed)
         else:
-            what, out = part.layout(t, core, embed, tokens)
+            inner, out = part.layout(t, core, embed, tokens)
         # a dropout behind what is added to the stream may serve others too
-        drop = gain.rpartition(".")[0] or out
-        t.branch(core, embed, part.kind, what, out=out, norm=norm, gain=gain, drop=drop)
-        if what is not None:
+        drop = f"{path}.{part.drop}" if part.drop else gain.rpartition(".")[0] or out
+        t.branch(
+            core,
+            embed,
+            part.kind,
+            inner,
+            out=out,
+            norm=norm,
+            gain=gain,
+            post_norm=post_norm,
+            drop=drop,
+        )
+        if inner is None:
+            continue
+        branches.append(core)
+        if post_norm:
+            t.reader(embed, core)
+            t.writer_norm(embed, norm)
+        else:
             t.reader(embed, core, norm)
-            branches.append(core)
     if branches and not constant:
         t.structure.blocks[path] = tuple(branches)
 

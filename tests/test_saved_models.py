@@ -14,16 +14,16 @@ from typing import Any
 import pytest
 import timm
 import torch
-from safetensors.torch import load_file, save_file
-from timm.layers import DropPath, SwiGLUPacked
+from safetensors.torch import save_file
+from timm.layers import SwiGLUPacked
 from timm.models.vision_transformer import ResPostBlock, VisionTransformer
 from torch import nn
 
 from tests.plans import KINDS, draw_plan
 from vitprune_fast import modeling_pruned
-from vitprune_fast.checkpoint import check_savable, load, save
 from vitprune_fast.errors import DamagedFile, InvalidInput, RunFolderError, UnsupportedArchitecture
 from vitprune_fast.planning import Plan
+from vitprune_fast.saved_models import check_savable, load, save
 from vitprune_fast.structure import describe
 from vitprune_fast.surgery import prune
 from vitprune_fast.testing import VITS, random_images, random_vit
@@ -324,21 +324,6 @@ def test_a_name_of_its_own_is_never_exchanged(tmp_path: Path) -> None:
     again: Any = load(tmp_path)
     assert again.pretrained_cfg["architecture"] == "vit_of_mine"
     assert "vit_base" not in (tmp_path / "config.json").read_text()
-
-
-@pytest.mark.parametrize("name", ["ragged", "constant"])
-def test_models_saved_in_version_1_still_open(name: str) -> None:
-    """Half blocks, ragged heads and drop path; constants and a norm before the blocks."""
-    folder = Path(__file__).parent / "data" / "saved_1" / name
-    model = load(folder)
-    for key, tensor in load_file(folder / "model.safetensors").items():
-        assert torch.equal(model.state_dict()[key], tensor)
-    check = load_file(folder / "check.safetensors")
-    # fp32 of another processor
-    allowed = 1e-5 * max(1.0, check["logits"].abs().max().item())
-    assert (model(check["images"]) - check["logits"]).abs().max() <= allowed
-    rates = sorted({m.drop_prob for m in model.modules() if isinstance(m, DropPath)})
-    assert rates == pytest.approx([0.05, 0.1] if name == "ragged" else [])
 
 
 def test_a_description_is_short(tmp_path: Path) -> None:

@@ -50,7 +50,7 @@ MAX_CAVEAT = 1 << 10
 MAX_SIZE = 1 << 14
 FEW_PARTS = 1000
 PARTS_PER_TENSOR = 40
-# how a model runs here and now, not what it is; the rest is written beside the spec
+# how a model runs here and now, not what it is; the others have entries of their own
 _RUNTIME_ATTRIBUTES = {
     *("training", "fused_attn", "grad_checkpointing", "gradient_checkpointing", "weight_init_mode"),
 }
@@ -180,16 +180,13 @@ def load(folder: str | Path) -> nn.Module:
     tensors = read_tensors(folder / "model.safetensors")
     spec = config.get("vitprune_fast") if isinstance(config, dict) else None
     version = spec.get("version") if isinstance(spec, dict) else None
-    if spec is None or version not in (1, VERSION):
+    if spec is None or version != VERSION:
         raise DamagedFile(
             f"load: {folder / 'config.json'} must describe a vitprune_fast model of version "
-            f"1 to {VERSION}, got {version!r:.80}"
+            f"{VERSION}, got {version!r:.80}; an older one opens by the modeling_pruned.py in its "
+            "folder"
         )
     try:
-        if version == 1:
-            from .structure.families.timm_vit_1 import as_version_2
-
-            spec = as_version_2(spec)
         model = _built(spec, tensors)
         # a model of any size has no table without one
         with contextlib.suppress(InvalidInput):
@@ -209,7 +206,7 @@ def _built(spec: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Any:
     _check_named(spec, families.named(spec["class"]))
     _check_sizes(spec["args"], max([MAX_SIZE, *(t.numel() for t in tensors.values())]))
     with _few_parts(FEW_PARTS + PARTS_PER_TENSOR * len(tensors)):
-        return modeling_pruned.build(spec, tensors, families.known_classes())
+        return modeling_pruned.build(spec, tensors, families.REGISTERED)
 
 
 def _check_named(spec: Mapping[str, Any], family: Family) -> None:
@@ -305,8 +302,7 @@ def _written(model: Any) -> tuple[dict[str, Any], dict[str, Any], bool]:
     """The spec, the whole ``config.json``, and whether the library opens the model alone."""
     spec, family = spec_of(model), families.of(model)
     check_behaviour(model, "save", written=True)
-    recipe = {name: spec[name] for name in ("class", "args")}
-    for config, made in family.configs(model, recipe):
+    for config, made in family.configs(model):
         if made is None or _opens_alone(made, model):
             config = {**config, "vitprune_fast": spec}
             try:
@@ -363,7 +359,7 @@ def _note_modules(spec: dict[str, Any], model: nn.Module, family: Family) -> Non
     Raises:
         UnsupportedArchitecture: a module is none that a description may name.
     """
-    known, theirs = families.known_classes(), dict(model.named_modules())
+    known, theirs = families.REGISTERED, dict(model.named_modules())
     spec |= {"deleted": [], "swaps": {}, "halves": {}, "attributes": {}}
     stock = modeling_pruned.construct(spec, known)
     for path, _ in stock.named_modules():

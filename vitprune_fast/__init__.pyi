@@ -1,0 +1,50 @@
+"""The public names, each with its module: for type checkers and for ``__init__.py``."""
+
+from . import gates as gates
+from . import ops as ops
+from ._version import __version__ as __version__
+from .check import StructureReport as StructureReport
+from .check import check_structure as check_structure
+from .config.run import RunConfig as RunConfig
+from .data import Loader as Loader
+from .data import open_data as open_data
+from .distill import DistillConfig as DistillConfig
+from .distill import DistillResult as DistillResult
+from .distill import distill as distill
+from .doctor import doctor as doctor
+from .errors import BackendUnavailable as BackendUnavailable
+from .errors import DamagedFile as DamagedFile
+from .errors import InfeasibleBudget as InfeasibleBudget
+from .errors import InvalidInput as InvalidInput
+from .errors import NotEnoughMemory as NotEnoughMemory
+from .errors import RunFolderError as RunFolderError
+from .errors import StageFailed as StageFailed
+from .errors import UnsupportedArchitecture as UnsupportedArchitecture
+from .errors import VitpruneError as VitpruneError
+from .evaluation import Evaluation as Evaluation
+from .evaluation import evaluate as evaluate
+from .planning import Budget as Budget
+from .planning import Cost as Cost
+from .planning import Latency as Latency
+from .planning import Plan as Plan
+from .planning import cost as cost
+from .planning import latency as latency
+from .planning import plan as plan
+from .planning import predict_cost as predict_cost
+from .recipes.start import run as run
+from .run.step import Recipe as Recipe
+from .run.step import Step as Step
+from .saved_models import load as load
+from .saved_models import save as save
+from .scoring import Scores as Scores
+from .scoring import score as score
+from .structure import Structure as Structure
+from .structure import describe as describe
+from .structure import register_family as register_family
+from .surgery import SoftCompaction as SoftCompaction
+from .surgery import fold_attention_biases as fold_attention_biases
+from .surgery import fold_gates as fold_gates
+from .surgery import mask as mask
+from .surgery import prune as prune
+
+__all__: tuple[str, ...]
