@@ -18,8 +18,10 @@ import timm
 import torch
 from PIL import Image
 
-from vitprune_fast import files, recipes
+from vitprune_fast import files
 from vitprune_fast.cli.main import main
+from vitprune_fast.config.run import RunConfig
+from vitprune_fast.recipes import presets
 
 ROOT = Path(__file__).parents[1]
 TEXT = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -92,14 +94,14 @@ def test_quick_start_runs_and_is_short(tmp_path: Path) -> None:
 @pytest.mark.timeout(1200)
 def test_python_job_runs_as_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    whole = recipes.preset
+    whole = presets.preset
 
-    def short(name: str) -> recipes.RunConfig:
+    def short(name: str) -> RunConfig:
         """The job with shorter trainings: the whole one is run by `make prune`."""
         job, few = whole(name), {"epochs": 2, "warmup_epochs": 0}
         return replace(job, dense=replace(job.dense, **few), distill=replace(job.distill, **few))
 
-    monkeypatch.setattr(recipes, "preset", short)
+    monkeypatch.setattr(presets, "preset", short)
     exec(compile(SNIPPETS[1], "README.md", "exec"), {})
     assert (tmp_path / "runs/digits-seed1/summary.json").exists()
 

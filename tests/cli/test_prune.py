@@ -112,12 +112,16 @@ def test_what_was_left_out_and_warned_is_printed(
 @pytest.mark.parametrize(
     ("words", "sentence"),
     [
+        (
+            ("--mean", ".5", "--calibration-images", "600", "--batch-size", "8"),
+            "prune: data must be given with batch-size, mean, calibration-images, got none",
+        ),
         (("--calibration-images", "1"), "sweep: calibration-images must be at least 2, got 1"),
         (("--data", "folder:nowhere"), "the data folder must exist, got nowhere"),
         (("--data", "photos"), "spec must be `digits`, `folder:PATH`"),
         (("--data", "digits"), "must have 10 classes like digits, got 2"),
     ],
-    ids=["one-image", "no-folder", "no-kind", "other-classes"],
+    ids=["no-data", "one-image", "no-folder", "no-kind", "other-classes"],
 )
 def test_bad_input_is_one_sentence(
     words: tuple[str, ...], sentence: str, prune: Any, tmp_path: Path

@@ -38,6 +38,7 @@ def random_scores(structure: Structure, seed: int = 0, kinds=("head", "neuron"))
 
 SCORES = random_scores(STRUCTURE)
 FULL = predict_cost(STRUCTURE)
+LATENCY = {name: 1e-3 for name in SCORES}
 
 
 @settings(max_examples=60)
@@ -60,6 +61,7 @@ def test_budgets_are_met_to_one_step(
         allocation,
         normalization,
         round_to={"neuron": step},
+        latency_saved=LATENCY,
     )
     predicted = getattr(predict_cost(STRUCTURE, made), measure)
     whole = getattr(FULL, measure)
@@ -214,6 +216,7 @@ def test_budgets_that_say_nothing_possible_are_refused(args: dict, message: str)
         ({"normalization": "l3"}, "normalization must be one of"),
         ({"min_units": -1}, "min_units must be a whole number >= 0"),
         ({"round_to": 0}, "round_to must be a whole number >= 1"),
+        ({"normalization": "latency"}, "latency_saved must give"),
     ],
 )
 def test_wrong_arguments_are_refused(args: dict, message: str) -> None:

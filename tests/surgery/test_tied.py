@@ -226,6 +226,16 @@ def test_share_of_units_and_saved_time_count_every_place() -> None:
     # of 288 neurons 144 stay: one elsewhere, and 71 of the pair twice
     plan = vp.plan(structure, scores, vp.Budget(keep={"neuron": 0.5}), normalization="none")
     assert [len(plan[name]) for name in axes] == [71, 1, 71]
+    # a neuron of the pair saves twice what one elsewhere does, so the pair goes first
+    even = Scores({name: torch.ones(96) for name in axes}, "gates", "mean", 0)
+    plan = vp.plan(
+        structure,
+        even,
+        vp.Budget(keep={"neuron": 0.5}),
+        normalization="latency",
+        latency_saved=dict.fromkeys(axes, 1.0),
+    )
+    assert len(plan["blocks.0.mlp.neurons"]) < len(plan["blocks.1.mlp.neurons"]) == 96
 
 
 def test_a_unit_stays_where_any_of_its_gates_keeps_it() -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -13,6 +13,7 @@ from tyro.conf import arg
 from vitprune_fast.cli.options import optional_data, parse, partial_of, required_model
 from vitprune_fast.config.model import ModelConfig
 from vitprune_fast.config.run import DataConfig, SweepConfig, Threads
+from vitprune_fast.errors import InvalidInput
 from vitprune_fast.precision import Precision
 
 
@@ -52,6 +53,7 @@ def main(words: list[str]) -> None:
     from vitprune_fast.run.profile import applied, choose_profile
     from vitprune_fast.saved_models import check_folder, check_savable
 
+    _check_data(options)
     check_folder(options.out)
     opened = None
     if options.data.source:
@@ -93,6 +95,25 @@ def main(words: list[str]) -> None:
 
 def _outputs(options: Prune) -> dict[str, Path | None]:
     return {"out": options.out, "the partial fits of out": partial_of(options.out)}
+
+
+def _check_data(options: Prune) -> None:
+    """Refuses options about images where none are named: nothing is ignored in silence."""
+    unset = optional_data()
+    given = [
+        each.name.replace("_", "-")
+        for each in fields(unset)
+        if getattr(options.data, each.name) != getattr(unset, each.name)
+    ]
+    if options.sweep.images != SweepConfig().images:
+        given.append("calibration-images")
+    if options.dtype != "auto":
+        given.append("dtype")
+    if given and not options.data.source:
+        raise InvalidInput(
+            f"prune: data must be given with {', '.join(given)}, got none; add --data, or leave "
+            "them out"
+        )
 
 
 def _about_images(options: Prune, opened: Any) -> dict[str, str]:

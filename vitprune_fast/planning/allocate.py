@@ -28,6 +28,8 @@ def plan(
     budget: Budget,
     allocation: str = "global",
     normalization: Normalization | None = None,
+    latency_saved: Mapping[str, float] | None = None,
+    latency_weight: float = 1.0,
     min_units: PerKind = 1,
     round_to: PerKind = 1,
     units: Sequence[str] = ("head", "neuron"),
@@ -53,7 +55,11 @@ def plan(
             by its mean (Fang et al. 2023); ``isomorphic`` ranks inside one unit kind, after
             ``l2_per_layer``, and cuts all kinds by the same share (Fang et al. 2024); ``per_mac``
             divides by the multiply-accumulates the unit saves; ``lamp`` divides the square by the
-            sum of squares of all units of the axis that score at least as much (Lee et al. 2021).
+            sum of squares of all units of the axis that score at least as much (Lee et al. 2021);
+            ``latency`` subtracts ``latency_weight * latency_saved[axis]`` after ``l2_per_layer``
+            (Yang et al. 2023).
+        latency_saved: axis name -> seconds saved by one unit of it, for ``latency``.
+        latency_weight: score per second, for ``latency``.
         min_units: at least so many units stay in every axis, or by kind ``{"head": 0}``.
         round_to: kept counts are multiples of this, or by kind ``{"neuron": 8}``; an axis with
             fewer units than that is kept whole.
@@ -102,7 +108,7 @@ def plan(
                 f"plan: scores must cover the unit kinds of the budget, got none for "
                 f"{sorted(unscored)[0]!r}"
             )
-    values = normalised(structure, raw, groups, normalization)
+    values = normalised(structure, raw, groups, normalization, latency_saved, latency_weight)
     counts = allocate(Problem(structure, ladders, values, budget))
     return Plan.of(
         structure,

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from itertools import chain
 from typing import Literal, get_args
 
 import numpy as np
 
+from ..errors import InvalidInput
 from ..structure import Axis, Group, Structure
 from ..structure.reading import Reading
 
-Normalization = Literal["none", "l2_per_layer", "mean_per_group", "isomorphic", "per_mac", "lamp"]
+Normalization = Literal[
+    "none", "l2_per_layer", "mean_per_group", "isomorphic", "per_mac", "lamp", "latency"
+]
 NORMALIZATIONS: tuple[str, ...] = get_args(Normalization)
 
 
@@ -19,6 +23,8 @@ def normalised(
     raw: dict[str, np.ndarray],
     groups: Sequence[Group],
     normalization: str,
+    latency_saved: Mapping[str, float] | None,
+    latency_weight: float,
 ) -> dict[str, np.ndarray]:
     """Axis name -> (units,), what a normalisation makes of the raw scores: see ``plan``."""
     if normalization == "none":
@@ -32,7 +38,17 @@ def normalised(
         return {name: value / (value.mean() or 1.0) for name, value in raw.items()}
     if normalization == "lamp":
         return {name: _lamp(value) for name, value in raw.items()}
-    return {name: _unit(value) for name, value in raw.items()}
+    unit = {name: _unit(value) for name, value in raw.items()}
+    if normalization == "l2_per_layer":
+        return unit
+    names = {group.first.name: group.names for group in groups}
+    if latency_saved is None or {*chain(*names.values())} - latency_saved.keys():
+        raise InvalidInput(
+            "plan: latency_saved must give the seconds one unit of every scored axis saves for the "
+            f"normalization 'latency', got {'none' if latency_saved is None else 'fewer axes'}"
+        )
+    saved = {name: sum(latency_saved[each] for each in names[name]) for name in unit}
+    return {name: value - latency_weight * saved[name] for name, value in unit.items()}
 
 
 def _share_ranks(axes: Sequence[Axis], raw: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:

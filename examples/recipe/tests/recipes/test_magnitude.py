@@ -8,7 +8,7 @@ from pathlib import Path
 from tests.run.conftest import TINY, command
 from vitprune_fast.cli.main import main
 from vitprune_fast.config.run import RunConfig
-from vitprune_fast.recipes import preset
+from vitprune_fast.recipes.presets import preset
 
 
 def test_its_settings_come_before_the_users() -> None:
