@@ -62,6 +62,15 @@ def cases() -> dict[str, Callable[[], Any]]:
     weight = base.get_parameter("blocks.0.mlp.fc1.weight").detach()
     rows = ops.GatherTable([ops.Selection((3072, 768), np.arange(0, 3072, 2))])
 
+    x, grad = torch.randn(2, 4, 197, 768, generator=generator)
+    weight_C, bias_C = torch.randn(2, 768, generator=generator)
+    qkv = torch.randn(2, 197, 3, 12, 64, generator=generator, requires_grad=True)
+    head_grad = torch.randn(2, 197, 768, generator=generator)
+    probe, gate = torch.zeros(2, 12, requires_grad=True), torch.ones(12, requires_grad=True)
+
+    def attention(out: torch.Tensor, leaf: torch.Tensor) -> None:
+        torch.autograd.grad(out, (qkv, leaf), head_grad.view_as(out))
+
     def step() -> None:
         soft.refresh()(images).square().mean().backward()
         soft.scatter()
@@ -74,6 +83,10 @@ def cases() -> dict[str, Callable[[], Any]]:
         "predict_cost": lambda: vp.predict_cost(structure, plan),
         "score": lambda: vp.score(small, [(images, labels)]),
         "gather": lambda: ops.gather_all([weight], rows),
+        "taylor_score": lambda: ops.taylor_score(x, grad),
+        "norm_score": lambda: ops.norm_score(x, grad, weight_C, bias_C, 1e-6),
+        "scored_attention": lambda: attention(ops.scored_attention(qkv, probe), probe),
+        "gated_attention": lambda: attention(ops.gated_attention(qkv, gate), gate),
         "prune": lambda: vp.prune(base, plan),
         "prune with moments": lambda: vp.prune(base, plan, optimizer),
         "training step": step,

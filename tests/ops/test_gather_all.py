@@ -241,7 +241,7 @@ def test_wrong_arguments_are_refused() -> None:
 def test_without_the_unit_that_lays_out_tables_the_plain_form_runs(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    module = sys.modules["vitprune_fast.ops.gather"]  # the package shows the function of that name
+    module = sys.modules["vitprune_fast.ops.gather"]
     monkeypatch.setattr(module, "_HAS_HOST", False)
     source, selection = torch.randn(3, 4), Selection((3, 4), np.array([2, -1]))
     table = GatherTable([selection])
