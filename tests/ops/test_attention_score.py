@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from attention_sums import attention_sums
@@ -50,6 +52,16 @@ RUNS = [
     for name, dtype in DTYPES.items()
     if (backend, name) != ("triton", "fp64")
 ]
+
+
+def rows(first: int) -> list[Any]:
+    """Shapes with backends and dtypes; Triton's interpreter takes one dtype for each, in turn."""
+    return [
+        pytest.param(*shape.values, *run.values, id=f"{shape.id}-{run.id}")
+        for k, shape in enumerate(SHAPES)
+        for run in RUNS
+        if run.values[0] != "triton" or ON_GPU or run.values[1] == (FP32, FP16)[(first + k) % 2]
+    ]
 
 
 def device_of(backend: str) -> str:
@@ -165,14 +177,12 @@ def assert_forward_matches(shape, dtype, backend, scale=None):
         assert_matches(lse, reference.attention(qkv.cpu(), factor)[1], exact_lse, sums["lse"])
 
 
-@pytest.mark.parametrize(("backend", "dtype"), RUNS)
-@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize(("shape", "backend", "dtype"), rows(0))
 def test_attention_matches_reference(shape, dtype, backend):
     assert_forward_matches(shape, dtype, backend)
 
 
-@pytest.mark.parametrize(("backend", "dtype"), RUNS)
-@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize(("shape", "backend", "dtype"), rows(1))
 def test_attention_score_matches_reference(shape, dtype, backend):
     assert_backward_matches(shape, dtype, backend, per_token=False)
 

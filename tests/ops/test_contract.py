@@ -62,10 +62,12 @@ def dtypes_of_option(case: Case, backend: str, row: int) -> list[str]:
     return [d for d in ("fp32", ("fp16", "bf16")[row % 2]) if takes(case, backend, d)]
 
 
-def made(name: str, backend: str, dtype: torch.dtype = FP32) -> tuple[Case, Inputs, Any]:
+def made(
+    name: str, backend: str, dtype: torch.dtype = FP32, samples: int = 3
+) -> tuple[Case, Inputs, Any]:
     """A case with inputs of its small shape, and a gradient of its output."""
     case = CASES[name]
-    inputs = case.given(case.small, dtype, backend)
+    inputs = case.given((samples, *case.small[1:]), dtype, backend)
     return case, inputs, case.grad(inputs)
 
 
@@ -208,7 +210,7 @@ def layouts(x: Tensor) -> list[Tensor]:
 
 @every_form
 def test_handles_any_layout(name, backend):
-    case, inputs, grad = made(name, backend)
+    case, inputs, grad = made(name, backend, samples=2)
     want = case.own(inputs, grad, backend)
     sums = sums_of(case, inputs, grad)[-len(want) :]
     given = [*inputs, grad]
@@ -277,7 +279,7 @@ def cut(arguments: tuple[Any, ...]) -> tuple[Any, ...]:
 @pytest.mark.parametrize(("name", "backend"), forms(own=True))
 def test_opcheck(name, backend):
     """Every registered op that a call goes through, with the arguments that it gets there."""
-    case, inputs, grad = made(name, backend)
+    case, inputs, grad = made(name, backend, samples=1)
     seen: list[tuple[Any, tuple[Any, ...]]] = []
     call, get = CustomOp.__call__, Forms.__getitem__
 

@@ -145,8 +145,16 @@ def assert_matches(
     assert compact or not got[0][:, :, dead].any()
 
 
-@pytest.mark.parametrize(("backend", "dtype"), RUNS)
-@pytest.mark.parametrize(("shape", "live"), SHAPES)
+@pytest.mark.parametrize(
+    ("shape", "live", "backend", "dtype"),
+    [
+        pytest.param(*shape.values, *run.values, id=f"{shape.id}-{run.id}")
+        for k, shape in enumerate(SHAPES)
+        for run in RUNS
+        # the interpreter takes one dtype for each shape, in turn
+        if run.values[0] != "triton" or ON_GPU or run.values[1] == (FP32, FP16)[k % 2]
+    ],
+)
 def test_gated_attention_matches_reference(shape, live, dtype, backend):
     assert_matches(shape, dtype, backend, live)
 
@@ -313,8 +321,8 @@ def test_gated_attention_can_be_differentiated_once(backend):
 
 @pytest.mark.parametrize("backend", [name for name in BACKENDS if name != "eager"])
 def test_gated_attention_opcheck(backend):
-    qkv, gate, grad = inputs((2, 13, 3, 12), FP32, backend)
-    mask = mask_of((2, 13)).to(qkv.device)
+    qkv, gate, grad = inputs((1, 13, 3, 12), FP32, backend)
+    mask = mask_of((1, 13)).to(qkv.device)
     twin = "" if backend == "cpu" else "_triton"
     differentiable, forward, backward = (
         getattr(torch.ops.vitprune_fast, name).default
