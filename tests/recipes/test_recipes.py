@@ -19,6 +19,7 @@ from vitprune_fast.config.run import (
     PlanConfig,
     RoundConfig,
     RunConfig,
+    ScoreConfig,
     TeacherConfig,
 )
 from vitprune_fast.errors import InvalidInput, RunFolderError, StageFailed
@@ -164,6 +165,7 @@ def test_what_does_not_go_together_is_refused(changes: dict, sentence: str, tmp_
             "teacher must be `self`, a saved folder or",
         ),
         ({"masks": MaskConfig(1.5)}, r"macs must be a share in .* got 1\.5"),
+        ({"score": ScoreConfig(units=("head", "neurons"))}, "units must be among .* got 'neurons'"),
         ({"plan": PlanConfig(macs=0.0)}, r"macs must be a share in \(0, 1\]"),
         ({"recipe": "one-shot", "masks": MaskConfig(0.5)}, "mask-macs must not be given with the"),
         (

@@ -32,6 +32,8 @@ from vitprune_fast.run.tensorboard import Board
 from vitprune_fast.run.together import Together, own_device, together
 from vitprune_fast.run.training import mask_schedule
 from vitprune_fast.saved_models import check_savable
+from vitprune_fast.scoring import scored_axes
+from vitprune_fast.structure import describe
 
 # fields that say where and how to run, not what to compute
 _NOT_IDENTITY = ("out", "quiet", "tensorboard", "allow_config_change", "latency_seconds")
@@ -133,6 +135,7 @@ def check_inputs(config: RunConfig, data: ImageData | None = None) -> nn.Module:
     refuse_overwriting("run", config, {"out": config.out}, more={"data": root}, resumes=True)
     model = skeleton(replace(config.model, pretrained=False))
     check_savable(model)
+    scored_axes(describe(model), config.score.units)
     if config.model.checkpoint and not config.model.checkpoint.is_file():
         raise InvalidInput(
             f"run: checkpoint must be a file, got {config.model.checkpoint} (no such file)"

@@ -100,7 +100,9 @@ def render(run: RunFolder) -> str:
         sweep=refit_facts(run, fits) if (fits := last_fact(done, "fits")) else None,
         done=done,
         split_sizes=last_fact(done, "split_sizes"),
-        kept=kept_figures(units := unit_facts(run, done)),
+        kept=kept_figures(
+            units := unit_facts(run, done), cuts=sum("axes" in f for f in done.values())
+        ),
         scores=score_figures(units),
         most_points=figures.MOST_POINTS,
         curves=overlaid_curves([("", figures.AFTER, read_metrics(run / "metrics.jsonl"))]),
@@ -199,12 +201,13 @@ def unit_facts(run: RunFolder, done: dict[str, dict[str, Any]]) -> Units:
     return kinds
 
 
-def kept_figures(units: Units) -> list[tuple[str, str]]:
-    """(caption, svg) of the kept units, per unit kind."""
+def kept_figures(units: Units, cuts: int) -> list[tuple[str, str]]:
+    """(caption, svg) of the units that the last of so many cuts kept, per unit kind."""
     result = []
     for kind, axes in units.items():
         kept, total = sum(len(a["units"]) for a in axes), sum(a["size"] for a in axes)
         caption = f"{kept:,} of {total:,} {name_of(kind)} kept"
+        caption += f" by the last of {cuts} cuts" if cuts > 1 else ""
         result.append((caption, figures.kept_units(axes, f"kept {name_of(kind)} per block")))
     return result
 
