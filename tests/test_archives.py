@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import io
+import json
 import tarfile
 from collections.abc import Callable
 from pathlib import Path
@@ -373,6 +374,10 @@ def _sample(files: dict[str, bytes]) -> Callable[[Path], None]:
     return _shards(lambda root: _write_tar(root / "set-train-0004.tar", files))
 
 
+def _info(content: object) -> Callable[[Path], None]:
+    return _shards(lambda root: (root / "_info.json").write_text(json.dumps(content)))
+
+
 @pytest.mark.parametrize(
     ("make", "error", "sentence"),
     [
@@ -388,6 +393,10 @@ def _sample(files: dict[str, bytes]) -> Callable[[Path], None]:
         (_sample({"x.jpg": b"", "x.cls": b"9" * 99}), DamagedFile, "must be a number"),
         (_sample({"x.jpg": b"", "x.cls": b"1048576"}), DamagedFile, "must be a number"),
         (_sample({"x.jpg": _jpeg(0), "x.cls": b"5"}), InvalidInput, "got none for 4"),
+        (_info({"splits": {"train": {"filenames": ["a.tar"]}}}), InvalidInput, "those it lists"),
+        (_info({"splits": [1]}), DamagedFile, "must list file names"),
+        (_info([]), DamagedFile, "must list file names"),
+        (_info({"splits": {"train": {"filenames": [[]]}}}), DamagedFile, "must list file names"),
     ],
 )
 def test_bad_shards_are_one_sentence(
@@ -398,3 +407,10 @@ def test_bad_shards_are_one_sentence(
     with pytest.raises(error, match=sentence) as caught:
         _open("wds", root)
     assert str(caught.value).startswith("open_data: ") and "\n" not in str(caught.value)
+
+
+def test_timms_list_of_shards_is_compared(tmp_path: Path) -> None:
+    root = _write_shards(tmp_path / "shards")
+    names = sorted(path.name for path in root.iterdir())
+    (root / "_info.json").write_text(json.dumps({"splits": {"train": {"filenames": names}}}))
+    assert len(_open("wds", root).source.names) == 40

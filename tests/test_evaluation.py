@@ -130,6 +130,11 @@ def test_models_come_back_as_they_were(fails: bool) -> None:
             nn.Sequential(nn.Flatten(), nn.Linear(3, 4)),
             r"teacher must give logits of shape \(3, 3\), got \(3, 4\)",
         ),
+        (
+            [(_images(torch.eye(3)), torch.arange(3))],
+            nn.Sequential(nn.Flatten(), nn.Linear(3, 2)),
+            r"teacher must give logits of shape \(3, 3\), got \(3, 2\)",
+        ),
     ],
 )
 def test_evaluate_rejects(batches: list, teacher: nn.Module | None, sentence: str) -> None:

@@ -235,6 +235,10 @@ def _entries(count: int) -> bytes:
         pytest.param(_header(b'{"a":NaN}'), id="nan"),
         pytest.param(_header(b'{"a":' + b"9" * 10 * MEGABYTE + b"}"), id="digits"),
         pytest.param(_header(b"{}" + b" " * 6 + bytes(8)), id="rest"),
+        pytest.param(
+            _header(b'{"a":{"dtype":"F32","shape":[0,%d],"data_offsets":[0,0]}}' % 2**63),
+            id="no-shape",
+        ),
     ],
 )
 @pytest.mark.parametrize("read", [files.read_tensors, Scores.load, _checkpoint])

@@ -9,15 +9,15 @@ Each stage is a function of plain values and returns a plain value that can be s
 from __future__ import annotations
 
 import ast
+import pkgutil
 import sys
 from importlib import import_module
-from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 from ._version import __version__ as __version__
 
-_STUB = ast.parse(Path(__file__).with_suffix(".pyi").read_text(encoding="utf-8"))
+_STUB = ast.parse(pkgutil.get_data(__name__, "__init__.pyi") or "")
 # public name -> the module it lives in; "" where it is a module itself
 _HOMES = {
     alias.name: node.module or ""

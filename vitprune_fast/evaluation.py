@@ -84,9 +84,15 @@ def evaluate(
         InvalidInput: no samples, a batch or logits of another form, a label outside the classes,
             another number of classes in the teacher, or an unknown ``dtype``.
     """
-    if teacher is None:
-        return evaluate_beside(model, [], batches, dtype=dtype)[0]
-    return evaluate_beside(teacher, [model], batches, dtype=dtype)[1]
+    counts = _Counts(agrees=teacher is not None)
+    computed = resolve("evaluate", dtype, device_of(model))
+    with evaluating(model, teacher), computing_in(computed, model, teacher):
+        check_single_label("evaluate", model)
+        for images, labels in checked("evaluate", batches, model, teacher):
+            logits = _logits(model, images)
+            other = None if teacher is None else _logits(teacher, images)
+            counts.add(logits, labels, other)
+    return counts.result()
 
 
 def evaluate_beside(
@@ -114,8 +120,6 @@ def evaluate_beside(
     first, rest = _Counts(agrees=False), [_Counts(agrees=True) for _ in others]
     computed = resolve("evaluate", dtype, device_of(dense))
     with evaluating(dense, *others), computing_in(computed, dense, *others):
-        for model in others or [dense]:
-            check_single_label("evaluate", model)
         for images, labels in checked("evaluate", batches, dense, *others):
             wanted = _logits(dense, images)
             first.add(wanted, labels)

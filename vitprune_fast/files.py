@@ -338,9 +338,11 @@ def _open_tensors(path: Path) -> Iterator[Any]:
             yield tensors
     except OSError as error:
         raise _unreadable("read_tensors", path, error) from error
-    except SafetensorError as error:
+    # the library's own error, and what torch raises for a shape that cannot be
+    except (SafetensorError, KeyError, TypeError, RuntimeError, ValueError) as error:
+        reason = str(error).partition("\n")[0]
         raise DamagedFile(
-            f"read_tensors: {path} must be safetensors, got {error}; copy or download it again"
+            f"read_tensors: {path} must be safetensors, got {reason}; copy or download it again"
         ) from None
 
 

@@ -184,7 +184,7 @@ def load(folder: str | Path) -> nn.Module:
         raise DamagedFile(
             f"load: {folder / 'config.json'} must describe a vitprune_fast model of version "
             f"{VERSION}, got {version!r:.80}; an older one opens by the modeling_pruned.py in its "
-            "folder"
+            "folder, or without such a file by timm.create_model('local-dir:FOLDER')"
         )
     try:
         model = _built(spec, tensors)

@@ -65,15 +65,18 @@ class Sealed:
         return tensors, words
 
     @contextmanager
-    def expecting(self) -> Iterator[None]:
+    def expecting(self, *kinds: type[Exception]) -> Iterator[None]:
         """Say of what goes wrong inside that the file does not hold what it should.
+
+        Args:
+            *kinds: of errors that mean so, besides ``KeyError`` and ``ValueError``.
 
         Raises:
             CheckpointRefused: where that is so.
         """
         try:
             yield
-        except (KeyError, ValueError, TypeError, RuntimeError) as error:
+        except (KeyError, ValueError, *kinds) as error:
             raise CheckpointRefused(
                 f"{self._stage}: checkpoint {self.path} must hold {self._holds}, got a file where "
                 f"this is wrong: {error!s:.300}; delete it to start over"

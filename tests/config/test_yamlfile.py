@@ -47,9 +47,8 @@ def test_yaml_changes_only_what_it_names(tmp_path: Path) -> None:
         pytest.param("a: !!python/object/apply:os.getcwd []", "is not YAML", id="code"),
         pytest.param("seed: 2024-13-45", "is not YAML: month must be in 1", id="date"),
         pytest.param("seed: " + "9" * 5000, "is not YAML: Exceeds the limit", id="digits"),
-        pytest.param(
-            "plan: {macs: 1" + "0" * 400 + "}", "config.plan.macs must be a number", id="no-float"
-        ),
+        pytest.param("seed: 0x" + "f" * 5000, "an integer of more than 64 bits", id="hexadecimal"),
+        pytest.param("plan: {macs: 1" + "0" * 400 + "}", "more than 64 bits", id="no-float"),
         pytest.param("seed: !!bool perhaps", "is not YAML: 'perhaps'", id="tag"),
         pytest.param("seed: !!timestamp x", "is not YAML", id="no-date"),
         pytest.param("a: &" + "a" * 9999 + " 1\nb: *" + "b" * 9999, "is not YAML", id="long-name"),

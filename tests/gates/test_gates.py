@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import gc
 import math
 import pickle
+import weakref
 from typing import Any
 
 import pytest
@@ -32,6 +34,17 @@ def options_of(kind: str, model: Any) -> dict[str, Any]:
 
 
 # what gates are, and what they leave alone
+
+
+def test_a_gated_model_is_freed_with_its_gates() -> None:
+    model: Any = random_vit(depth=1)
+    # attaching puts such a method back on detaching
+    model.remembered = model.forward_features
+    gates = vp.gates.attach(model, units=("head",), penalty={"head": 1e-3, "neuron": 1e-3})
+    freed = weakref.ref(model)
+    del model, gates
+    gc.collect()
+    assert freed() is None
 
 
 @pytest.mark.parametrize("kind", KINDS)

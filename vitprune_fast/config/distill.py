@@ -161,7 +161,7 @@ class DistillConfig:
             "bce_threshold": (
                 self.bce_threshold is None
                 or (self.label_loss == "bce" and not self.label_smoothing),
-                "be unset, or with label_loss bce and without label_smoothing",
+                "be unset, or given with label_loss bce and without label_smoothing",
             ),
             "cutmix_larger": (self.cutmix > 0 or not self.cutmix_larger, "be off without cutmix"),
         }

@@ -7,7 +7,8 @@ import reprlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cache
-from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
+from types import UnionType
+from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from vitprune_fast.errors import InvalidInput
 
@@ -55,18 +56,18 @@ def _rules(kind: type) -> dict[str, tuple[str, Rule | None, bool]]:
     for name, hint in get_type_hints(kind, include_extras=True).items():
         parts = [*_parts(hint)]
         flags = (getattr(part, "name", None) for part in parts)
-        flag = next((each for each in flags if isinstance(each, str)), name)
+        flag = next((each for each in flags if isinstance(each, str)), name.replace("_", "-"))
         rule = next((part for part in parts if isinstance(part, Rule)), None)
         found[name] = (flag, rule, type(None) in parts)
     return found
 
 
 def _parts(hint: Any) -> Iterator[Any]:
-    """A type and all that it is made of, a `Literal` as a rule."""
+    """A type, what is annotated to it and its alternatives, a `Literal` as a rule."""
     yield hint
     if get_origin(hint) is Literal:
         choices = get_args(hint)
         yield Rule(f"one of {', '.join(map(str, choices))}", choices.__contains__)
-    else:
+    elif get_origin(hint) in (Annotated, Union, UnionType):
         for part in get_args(hint):
             yield from _parts(part)

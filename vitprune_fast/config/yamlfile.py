@@ -56,7 +56,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
     except (OSError, UnicodeDecodeError) as error:
         raise InvalidInput(f"config: cannot read {path}: {error}") from None
     try:
-        plain = yaml.safe_load(text)
+        plain = yaml.load(text, _Loader)
     # its constructors leave bad dates, numbers and tags to whatever they call
     except (yaml.YAMLError, RecursionError, ValueError, LookupError, AttributeError) as error:
         reason = " ".join(str(error).split())[:_MAX_REASON]
@@ -64,6 +64,20 @@ def read_yaml(path: Path) -> dict[str, Any]:
     if not isinstance(plain, dict | None):
         raise InvalidInput(f"config must be a mapping of fields, got {_kind(plain)}")
     return plain or {}
+
+
+class _Loader(yaml.SafeLoader):
+    """The safe loader, which makes plain values only, with a limit on whole numbers."""
+
+    def integer(self, node: yaml.ScalarNode) -> int:
+        """Hexadecimal has no limit of its own, and its decimals could not be shown."""
+        value = self.construct_yaml_int(node)
+        if value.bit_length() > 64:
+            raise yaml.YAMLError("an integer of more than 64 bits")
+        return value
+
+
+_Loader.add_constructor("tag:yaml.org,2002:int", _Loader.integer)
 
 
 def from_plain(plain: Any, default: T, where: str = "config") -> T:

@@ -113,12 +113,12 @@ def _load(root: Path) -> dict[str, Any]:
             "open_data: hfds needs datasets 4 or newer, which runs no code of a data set, "
             f"got {datasets.__version__}; pip install 'vitprune_fast[hf]'"
         )
-    saved = [name for name in PARTS if (root / name / "state.json").is_file()]
+    saved = root / "dataset_dict.json"
     if not root.is_dir() and (root.is_absolute() or root.exists()):
         raise InvalidInput(f"open_data: the data set must be a folder or a hub name, got {root}")
     try:
-        if saved:
-            return {name: _load_saved(root / name) for name in saved}
+        if saved.is_file():
+            return {name: _load_saved(root / name) for name in _splits(saved) if name in PARTS}
         if (root / "state.json").is_file():
             return {"": _load_saved(root)}
         found = datasets.load_dataset(str(root))
@@ -131,6 +131,14 @@ def _load(root: Path) -> dict[str, Any]:
             f"open_data: {root} must be a data set that the datasets package opens, "
             f"got {_reason(error)}"
         ) from None
+
+
+def _splits(path: Path) -> list[str]:
+    content = read_json(path)
+    names = content.get("splits") if isinstance(content, dict) else None
+    if not isinstance(names, list):
+        raise DamagedFile(f"open_data: {path} must list `splits`")
+    return [name for name in PARTS if name in names]
 
 
 def _load_saved(folder: Path) -> Any:

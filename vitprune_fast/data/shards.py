@@ -9,7 +9,9 @@ from typing import Any
 from vitprune_fast.data.archive import Archives, Member, is_image, members, natural_key
 from vitprune_fast.data.photographs import PARTS, Part
 from vitprune_fast.errors import DamagedFile, InvalidInput
+from vitprune_fast.files import read_json
 
+INFO = ("_info.json", "info.json")
 MAX_CLASSES = 1 << 20
 _MAX_LABEL_BYTES = 16
 
@@ -22,7 +24,8 @@ class Shards(Archives):
     The shards' headers are read once, at the start, so that any sample can be read at any time;
     timm's own reader streams, and cannot.
 
-    Numbered shards must have no gap.
+    Where timm's ``_info.json`` lies next to the shards, they must be those it lists; else numbered
+    shards must have no gap.
     """
 
     def _parts(self) -> dict[str, Part]:
@@ -43,7 +46,11 @@ class Shards(Archives):
         shards = sorted(self.root.glob("*.tar"), key=lambda path: natural_key(path.name))
         if not shards:
             raise InvalidInput(f"open_data: {self.root} must hold .tar shards, got none")
-        _check_numbers(shards)
+        info = next((self.root / name for name in INFO if (self.root / name).is_file()), None)
+        if info is None:
+            _check_numbers(shards)
+        else:
+            _check_listed(info, shards)
         groups: dict[str, list[Path]] = {}
         for shard in shards:
             words = re.split(r"[^a-z]+", shard.stem.lower())
@@ -128,3 +135,20 @@ def _check_numbers(shards: list[Path]) -> None:
                 f"{shard.name} after number {last[stem[1]]}; the one between is missing"
             )
         last[stem[1]] = number
+
+
+def _check_listed(info: Path, shards: list[Path]) -> None:
+    """Refuse when the shards are not those of timm's list."""
+    content = read_json(info)
+    try:
+        listed = {name for split in content["splits"].values() for name in split["filenames"]}
+    except (AttributeError, KeyError, TypeError) as error:
+        raise DamagedFile(
+            f"open_data: {info} must list file names for each of its splits, got {error!r}"
+        ) from None
+    different = sorted(listed ^ {shard.name for shard in shards}, key=str)
+    if different:
+        raise InvalidInput(
+            f"open_data: the shards next to {info} must be those it lists, "
+            f"got a difference in {', '.join(map(str, different[:5]))}"
+        )

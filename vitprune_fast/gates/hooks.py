@@ -126,7 +126,7 @@ def install(model: nn.Module, gates: Source) -> None:
                 added.append((tap.module, "_forward_hooks", handle.id))
             undo.callback(handle.remove)
         vars(model)["__deepcopy__"] = _PlainCopy(model, added, exchanged)
-        undo.callback(vars(model).pop, "__deepcopy__")
+        undo.callback(_remove_copy, ref(model))
         # what undoes it holds no reference to the model itself, which may be freed with its gates
         _attached[model] = (gates, undo.pop_all().close)
 
@@ -135,6 +135,10 @@ def uninstall(model: nn.Module) -> None:
     """Take the gates out of a model that has some; it is bit for bit what it was."""
     _, undo = _attached.pop(model)
     undo()
+
+
+def _remove_copy(model: Callable[[], nn.Module | None]) -> None:
+    del vars(model())["__deepcopy__"]
 
 
 def _remove(model: nn.Module, added: list[tuple[str, str, int]]) -> None:

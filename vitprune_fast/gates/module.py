@@ -250,7 +250,7 @@ def per_kind(
     found: dict[str, float] = (
         {**value} if isinstance(value, Mapping) else dict.fromkeys(units, value)
     )
-    if found.keys() != {*units}:
+    if not found.keys() >= {*units}:
         raise InvalidInput(
             f"{op}: {argument} must name the unit kinds {', '.join(units)}, got {', '.join(found)}"
         )

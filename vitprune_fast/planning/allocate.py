@@ -28,11 +28,11 @@ def plan(
     budget: Budget,
     allocation: str = "global",
     normalization: Normalization | None = None,
-    latency_saved: Mapping[str, float] | None = None,
-    latency_weight: float = 1.0,
     min_units: PerKind = 1,
     round_to: PerKind = 1,
     units: Sequence[str] = ("head", "neuron"),
+    latency_saved: Mapping[str, float] | None = None,
+    latency_weight: float = 1.0,
 ) -> Plan:
     """Choose the units to keep.
 
@@ -58,13 +58,13 @@ def plan(
             sum of squares of all units of the axis that score at least as much (Lee et al. 2021);
             ``latency`` subtracts ``latency_weight * latency_saved[axis]`` after ``l2_per_layer``
             (Yang et al. 2023).
-        latency_saved: axis name -> seconds saved by one unit of it, for ``latency``.
-        latency_weight: score per second, for ``latency``.
         min_units: at least so many units stay in every axis, or by kind ``{"head": 0}``.
         round_to: kept counts are multiples of this, or by kind ``{"neuron": 8}``; an axis with
             fewer units than that is kept whole.
         units: unit kinds to cut, among ``head``, ``neuron`` and ``embed``; the scores may hold
             others, whose units all stay (what a budget saves by them is not a matter of counts).
+        latency_saved: axis name -> seconds saved by one unit of it, for ``latency``.
+        latency_weight: score per second, for ``latency``.
 
     Returns:
         A Plan. The cost predicted for it is exactly that of the pruned model, and at most the

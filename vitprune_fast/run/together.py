@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -36,12 +37,12 @@ class Together:
         """What `work` returns in the first process, or the error that it raises there.
 
         Args:
-            work: is called in the first process only, and returns plain values.
+            work: is called in the first process only, and returns what JSON can hold.
         """
         if self.ranks.world == 1:
             return work()
         if not self.ranks.is_first:
-            kind, value = self._said()
+            kind, value = json.loads(self._said(None))
             if kind == "value":
                 return value
             if kind == RunStopped.__name__:
@@ -50,17 +51,22 @@ class Together:
             raise errors.VitpruneError(f"{kind}: {value}") if known is None else known(value)
         try:
             value = work()
+            said = json.dumps(("value", value))
         except BaseException as error:
-            self._said(type(error).__name__, str(error))
+            self._said(json.dumps((type(error).__name__, str(error))))
             raise
-        self._said("value", value)
+        self._said(said)
         return value
 
-    def _said(self, kind: str = "", value: Any = None) -> tuple[str, Any]:
-        """What the first process says."""
-        said = [kind, value]
-        dist.broadcast_object_list(said, 0, group=self.group)
-        return said[0], said[1]
+    def _said(self, text: str | None) -> str:
+        """The text of the first process."""
+        content = torch.frombuffer(bytearray((text or "").encode() or b" "), dtype=torch.uint8)
+        size = torch.tensor([len(content)])
+        dist.broadcast(size, 0, group=self.group)
+        if text is None:
+            content = torch.empty(int(size), dtype=torch.uint8)
+        dist.broadcast(content, 0, group=self.group)
+        return bytes(content.tolist()).decode()
 
 
 @contextlib.contextmanager

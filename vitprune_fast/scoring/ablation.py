@@ -81,7 +81,7 @@ def _score_batch(
     measure: str,
 ) -> dict[str, Tensor]:
     images = as_input(model, images)
-    # what enters every block
+    # what enters every block: less than the stream of a trial with as many candidates as blocks
     entries: dict[str, Tensor] = {}
     with Altered() as altered:
         for path in blocks:

@@ -50,7 +50,7 @@ class Checkpoint:
         if found is None:
             self._facts = find()
             return self._facts
-        with self._file.expecting():
+        with self._file.expecting(TypeError, RuntimeError):
             facts = parse_json(found[1]["facts"].encode())
             if not isinstance(facts, dict):
                 raise ValueError("named facts")
@@ -68,7 +68,7 @@ class Checkpoint:
         if found is None:
             return 0
         tensors, words = found
-        with self._file.expecting():
+        with self._file.expecting(TypeError, RuntimeError):
             done, self._expected = parse_json(words["done"].encode()), words["seen"]
             if type(done) is not int or done < 0:
                 raise ValueError("a number of micro-batches")

@@ -48,7 +48,7 @@ class Progress:
         if found is None:
             return
         values, words = found
-        with file.expecting():
+        with file.expecting(TypeError, RuntimeError):
             state = parse_json(words["state"].encode())
             self.rows, self.done = state["rows"], state["done"]
             for name, value in values.items():
