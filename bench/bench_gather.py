@@ -40,7 +40,7 @@ def bench_gather_columns_of_neurons(race, dtype):
     weight = torch.randn(VIT_BASE.width, VIT_BASE.hidden).to(dtype)
     columns = half(VIT_BASE.hidden)
     race(
-        "gather",
+        "gather_all",
         f"ViT-B fc2 {tuple(weight.shape)}, half of the columns, {dtype}",
         {
             "vitprune": gather(weight, columns=columns),
@@ -57,7 +57,7 @@ def bench_gather_columns_of_heads(race):
     weight = torch.randn(VIT_BASE.width, VIT_BASE.width)
     columns = half(VIT_BASE.width, VIT_BASE.head_dim)
     race(
-        "gather",
+        "gather_all",
         f"ViT-B proj {tuple(weight.shape)}, columns of half of the heads",
         {
             "vitprune": gather(weight, columns=columns),
@@ -74,7 +74,7 @@ def bench_gather_rows(race):
     weight = torch.randn(VIT_BASE.hidden, VIT_BASE.width)
     rows = half(VIT_BASE.hidden)
     race(
-        "gather",
+        "gather_all",
         f"ViT-B fc1 {tuple(weight.shape)}, half of the rows",
         {
             "vitprune": gather(weight, rows),
@@ -91,7 +91,7 @@ def bench_gather_rows_and_columns(race):
     weight = torch.randn(VIT_BASE.width, VIT_BASE.hidden)
     rows, columns = half(VIT_BASE.width), half(VIT_BASE.hidden)
     race(
-        "gather",
+        "gather_all",
         f"ViT-B fc2 {tuple(weight.shape)}, half of the rows and columns",
         {
             "vitprune": gather(weight, rows, columns),

@@ -41,8 +41,8 @@ OURS = "vitprune"
 HOST_FORMS = ("vitprune", "registered", "torch")
 # points of top-1 that the digits may lose under a default
 MAY_LOSE = {"cut": 2.0, "swept": 0.5}
-# ops that gated_unit took the place of; their times are not those of its kernels
-GONE = ("activation_score", "gated_activation", "gated_glu", "glu_score")
+# ops that gated_unit and gather_all took the place of; their times are not those of these kernels
+GONE = ("activation_score", "gated_activation", "gated_glu", "glu_score", "gather")
 COLUMNS = (
     "| op | case | form | min us | GB/s | of copy | times ours | spread | host us |\n"
     "|---|---|---|--:|--:|--:|--:|--:|--:|"

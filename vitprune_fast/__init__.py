@@ -1,6 +1,6 @@
 """Prune Vision Transformers: describe, score, plan, prune, distill.
 
-Each stage is a function of plain values and returns a plain value that can be saved and loaded::
+Each step is a function of plain values and returns a plain value that can be saved and loaded::
 
     describe ──▶ score ──▶ plan ──▶ prune ──▶ distill ──▶ save / report
     Structure    Scores    Plan     model     model

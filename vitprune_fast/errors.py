@@ -36,4 +36,4 @@ class RunFolderError(VitpruneError, RuntimeError):
 
 
 class StageFailed(VitpruneError, RuntimeError):
-    """A stage finished but its own check did not hold."""
+    """A step finished but its own check did not hold."""

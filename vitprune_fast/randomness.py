@@ -1,6 +1,6 @@
 """Random numbers as functions of (seed, purpose, epoch or step, sample).
 
-Nothing in this package reads a global generator whose state it did not set, so a stage that is
+Nothing in this package reads a global generator whose state it did not set, so a step that is
 stopped and started again, or that runs with another number of workers, draws the same numbers.
 """
 

@@ -1,6 +1,6 @@
 """Judge a table: does it say of a model what scoring, masks, cost and surgery need to be right?
 
-It stands behind all stages of which it uses something, and none of them knows it.
+It uses scoring, masks, costs and surgery; none of them imports it.
 """
 
 from __future__ import annotations

@@ -103,7 +103,7 @@ REGISTERED: dict[str, type[nn.Module]] = {}
 
 
 def register_family(model_class: type[nn.Module], family: Family) -> None:
-    """Make a class of models known to every stage, saving and loading included.
+    """Make a class of models known to every step, saving and loading included.
 
     Args:
         model_class: the class; subclasses are others. One that is known already is replaced.
