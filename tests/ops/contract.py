@@ -52,7 +52,7 @@ class Case:
         shape_options: of some of these shapes, by name.
         options: all of them are compared with the reference at one shape.
         leaves: which inputs get a gradient; none for an op that is not differentiable.
-        wide: which inputs are fp32 beside 16-bit ones.
+        wide: which inputs stay fp32 where the others have 16 bits.
         exact: ``expected`` in higher precision than fp64; else fp64 stands for the exact numbers,
             and results in fp64 are left to the op's own test.
         small: sizes of three samples, none of which a tile divides, for all other tests.
