@@ -245,7 +245,7 @@ def test_the_recipes_of_the_page_can_be_set() -> None:
         ({"lr_batch": 512}, "lr_batch must be unset without lr, got 512"),
         ({"lr_batch": 0, "lr": 1e-3}, "lr_batch must be unset or at least 1"),
         ({"label_loss": "mse"}, "label_loss must be one of ce, bce, got .mse"),
-        ({"bce_threshold": 0.2}, "bce_threshold must be unset, or with label_loss bce"),
+        ({"bce_threshold": 0.2}, "bce_threshold must be unset, or given with label_loss bce"),
         (
             {"label_loss": "bce", "bce_threshold": 0.0, "label_smoothing": 0.1},
             "bce_threshold must be .* without label_smoothing, got 0.0",

@@ -52,17 +52,20 @@ def takes(case: Case, backend: str, dtype: str) -> bool:
 
 
 def dtypes_of_row(case: Case, backend: str, row: int) -> list[str]:
-    """All of them; the interpreter of Triton takes one for each shape, in turn."""
+    """One in turn; C++ and GPUs, which treat dtypes differently, get all that are judged quickly."""
     able = [dtype for dtype in DTYPES if takes(case, backend, dtype)]
     in_turn = ("fp32", "fp16", "fp32", "fp64")[row % 4]
-    slow = backend == "triton" and not ON_GPU
-    return [in_turn if in_turn in able else "fp32"] if slow else able
+    if backend == "cpu" or (backend == "triton" and ON_GPU):
+        return [dtype for dtype in able if dtype in ("fp32", "fp16", "bf16", in_turn)]
+    return [in_turn if in_turn in able else "fp32"]
 
 
 def dtypes_of_option(case: Case, backend: str, row: int) -> list[str]:
-    """fp32 and, of those in the interpreter, fp16 for every other row."""
+    """fp32 and the shorter ones, of which all but C++ and a GPU take fp16 for every other row."""
     able = [dtype for dtype in ("fp32", "fp16", "bf16") if takes(case, backend, dtype)]
-    return able[: 1 + row % 2] if backend == "triton" and not ON_GPU else able
+    if backend == "cpu" or (backend == "triton" and ON_GPU):
+        return able
+    return able[: 1 + row % 2]
 
 
 def made(

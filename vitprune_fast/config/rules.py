@@ -38,7 +38,7 @@ def check(where: str, settings: Any) -> None:
         settings: a dataclass value.
 
     Raises:
-        InvalidInput: naming the setting as its flag does.
+        InvalidInput: naming the setting, by its flag where that has another name.
     """
     for name, (shown, rule, optional) in _rules(type(settings)).items():
         value = getattr(settings, name)
@@ -56,7 +56,7 @@ def _rules(kind: type) -> dict[str, tuple[str, Rule | None, bool]]:
     for name, hint in get_type_hints(kind, include_extras=True).items():
         parts = [*_parts(hint)]
         flags = (getattr(part, "name", None) for part in parts)
-        flag = next((each for each in flags if isinstance(each, str)), name.replace("_", "-"))
+        flag = next((each for each in flags if isinstance(each, str)), name)
         rule = next((part for part in parts if isinstance(part, Rule)), None)
         found[name] = (flag, rule, type(None) in parts)
     return found

@@ -56,7 +56,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
     except (OSError, UnicodeDecodeError) as error:
         raise InvalidInput(f"config: cannot read {path}: {error}") from None
     try:
-        plain = yaml.load(text, _Loader)
+        plain = _Loader(text).get_single_data()
     # its constructors leave bad dates, numbers and tags to whatever they call
     except (yaml.YAMLError, RecursionError, ValueError, LookupError, AttributeError) as error:
         reason = " ".join(str(error).split())[:_MAX_REASON]
