@@ -52,7 +52,7 @@ def takes(case: Case, backend: str, dtype: str) -> bool:
 
 
 def dtypes_of_row(case: Case, backend: str, row: int) -> list[str]:
-    """One in turn; C++ and GPUs, which treat dtypes differently, get all that are judged quickly."""
+    """One in turn; C++ and GPUs, which differ by dtype, get all that are judged quickly."""
     able = [dtype for dtype in DTYPES if takes(case, backend, dtype)]
     in_turn = ("fp32", "fp16", "fp32", "fp64")[row % 4]
     if backend == "cpu" or (backend == "triton" and ON_GPU):
