@@ -99,7 +99,9 @@ class Entries:
         name = f"{self._node.originalname}[{label}]"
         params = {**{key: str(value) for key, value in case.params.items()}, "form": form}
         call = SimpleNamespace(id=label, params=params)
-        return SimpleNamespace(name=name, nodeid=f"{file}::{name}", callspec=call)
+        # older versions of pytest-benchmark read the private name
+        node = f"{file}::{name}"
+        return SimpleNamespace(name=name, nodeid=node, _nodeid=node, callspec=call)
 
 
 class WithBenchmark:

@@ -282,12 +282,12 @@ def test_attention_score_gpu_eager_matches_reference(dtype):
     qkv, grad = (x.cuda() for x in inputs((2, 197, 3, 64), dtype))
     out, lse = ops.attention(qkv, backend="eager")
     eager, exact, _ = forward_of_torch(qkv, 0.125)
-    assert_matches(out, eager.contiguous(), exact, sums_of(qkv, grad, 0.125)["out"])
+    assert_matches(out.cpu(), eager.contiguous(), exact, sums_of(qkv, grad, 0.125)["out"])
     got = ops.attention_score(grad, qkv, out, lse, backend="eager")
     eager, exact = backward_of_torch(grad, qkv, out, lse, 0.125)
     sums = sums_of(qkv, grad, 0.125, out)
     for name, one, other, truth in zip(NAMES, got, eager, exact, strict=True):
-        assert_matches(one, other, truth, sums[name])
+        assert_matches(one.cpu(), other, truth, sums[name])
 
 
 def test_attention_score_reference_is_the_gradient_of_its_forward():
@@ -478,6 +478,7 @@ def test_attention_where_one_key_has_all_the_weight(dtype, backend):
 def test_attention_score_triton_refuses_what_it_cannot_do(monkeypatch):
     doubles, wide_heads = torch.ones(1, 3, 3, 1, 8, dtype=FP64), torch.ones(1, 3, 3, 1, 129)
     for qkv, reason in ((doubles, "which end at float32"), (wide_heads, "head of 129 dims")):
+        qkv = qkv.to(device_of("triton"))
         with pytest.raises(
             BackendUnavailable, match=f"backend 'triton' cannot run here: .*{reason}"
         ):
