@@ -185,10 +185,7 @@ def launches(
     }
 
     def launch(tiles: Tiles, own: int, walked: int, **flags: bool) -> Launch:
-        # seen on an H200 with Triton 3.6: loops of up to two tiles whose loads run ahead give wrong
-        # sums or read past the end, where a head dim has two pieces in 16 bits
-        stages = tiles.num_stages if num_tokens // walked > 2 else 1
-        how = {"num_warps": tiles.num_warps, "num_stages": stages}
+        how = {"num_warps": tiles.num_warps, "num_stages": tiles.num_stages}
         blocks = {"BLOCK_M": tiles.block_m, "BLOCK_N": tiles.block_n}
         rest = {"TAIL": tail(num_tokens, walked), **flags}
         return Launch({**constants, **blocks, **rest, **how}, cdiv(num_tokens, own))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -17,6 +18,7 @@ from vitprune_fast.kernels import _attention_tiles as sizes
 from vitprune_fast.kernels._attention_tiles import CANDIDATES, Tiles, forced
 from vitprune_fast.kernels.attention import Attention
 from vitprune_fast.ops._dispatch import IMPLEMENTED
+from vitprune_fast.ops._qkv import triton_obstacle
 from vitprune_fast.reference import attention_score as reference
 
 FP32, FP64, FP16, BF16 = torch.float32, torch.float64, torch.float16, torch.bfloat16
@@ -473,6 +475,25 @@ def test_attention_where_one_key_has_all_the_weight(dtype, backend):
     for value, want in zip(got, wanted, strict=True):
         assert value is not None
         assert (value.double() - want).norm() <= 64 * rounding * want.norm()
+
+
+@pytest.mark.parametrize(
+    ("num_tokens", "head_dim", "dtype", "wrong"),
+    [
+        (65, 48, FP16, True),
+        (33, 96, BF16, True),
+        (131, 37, FP16, True),
+        (131, 37, FP32, False),
+        (197, 48, FP16, False),
+        (257, 80, BF16, False),
+        (49, 64, FP16, False),
+        (20, 128, BF16, False),
+    ],
+)
+def test_shapes_that_a_gpu_got_wrong_run_elsewhere(num_tokens, head_dim, dtype, wrong):
+    shape = (2, num_tokens, 3, 4, head_dim)
+    qkv: Any = SimpleNamespace(shape=shape, dtype=dtype, is_cuda=True)
+    assert ("were wrong on a GPU" in (triton_obstacle(qkv) or "")) is wrong
 
 
 def test_attention_score_triton_refuses_what_it_cannot_do(monkeypatch):

@@ -203,6 +203,7 @@ def check_agreement(model: nn.Module, images: Tensor, labels: Tensor) -> None:
             allowed[name] += 2 * float((want[name] - value).norm() / value.norm())
         want = exact
     for name, value in want.items():
+        value = value.to(got[name].device)
         error = (got[name] - value).norm() / value.norm()
         if not error <= allowed[name]:
             raise StageFailed(
