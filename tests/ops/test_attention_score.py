@@ -289,6 +289,7 @@ def test_attention_score_gpu_eager_matches_reference(dtype):
     eager, exact = backward_of_torch(grad, qkv, out, lse, 0.125)
     sums = sums_of(qkv, grad, 0.125, out)
     for name, one, other, truth in zip(NAMES, got, eager, exact, strict=True):
+        assert one is not None
         assert_matches(one.cpu(), other, truth, sums[name])
 
 
