@@ -228,7 +228,7 @@ def kernels(content: dict) -> str:
     if any(record["device"] == "cuda" for record in content["records"]):
         where = content["device"]
     else:
-        where = f"On the CPU; no GPU was measured yet. {content['device']}"
+        where = f"On the CPU; no time of a GPU is reported yet. {content['device']}"
     lines += [
         "",
         "One line per op, with its first case as the example; the last two columns span all cases, "

@@ -40,7 +40,7 @@ def test_readme_takes_the_newest_gpu_and_a_cpu_only_without_one() -> None:
     assert table.newest([cpu, new, old]) is new
     assert table.newest([cpu]) is cpu
     records = [record("a", "b", "vitprune", 1.0), record("a", "b", "torch", 2.0)]
-    assert "no GPU was measured yet. a device" in table.kernels(results(*records))
+    assert "no time of a GPU is reported yet. a device" in table.kernels(results(*records))
     on_gpu = [{**one, "device": "cuda"} for one in records]
     assert "no GPU" not in table.kernels(results(*on_gpu))
 
