@@ -81,14 +81,15 @@ def device_name(device: str) -> str:
 
 
 def commit() -> str:
-    """Short name of the commit, marked when files other than the results differ from it."""
+    """Short name of the commit, marked when files differ from it that no bench writes."""
 
     def git(*words: str) -> str:
         result = subprocess.run(["git", *words], cwd=HERE, capture_output=True, text=True)
         return result.stdout.strip()
 
     try:
-        changed = git("status", "--porcelain", "--untracked-files=no", "--", ":/", ":!results")
+        written = (":!results", ":/!vitprune_fast/distill/attention.json")
+        changed = git("status", "--porcelain", "--untracked-files=no", "--", ":/", *written)
         return (git("rev-parse", "--short", "HEAD") or "unknown") + ("-dirty" if changed else "")
     except OSError:
         return "unknown"

@@ -55,19 +55,15 @@ def of_torch() -> dict:
 
     from bench.conftest import facts
 
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    found = facts(device)
-    if found["commit"] == "unknown":
-        # the package knows it
-        del found["commit"]
-    return found
+    return facts("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def main(path: Path) -> None:
     """Write the facts."""
     found = without_torch()
     lines.replace(path, found)
-    found |= of_torch()
+    # the package knows which commit was brought here; git over there may know another
+    found = of_torch() | {name: fact for name, fact in found.items() if fact != "unknown"}
     lines.replace(path, found)
     from vitprune_fast._extension import extension_status
     from vitprune_fast.doctor import doctor

@@ -124,8 +124,8 @@ def _judged(tiny: bool) -> list[Step]:
     return [
         Step("memory of the kernels", watched, 180, background=True, environment=OWN_MEMORY),
         Step("small sizes", (*TESTS, *at_once, "-k", small, tests), 95),
-        Step("target sizes", (*TESTS, *few, "-m", "gpu", tests), 40),
-        Step("other gpu tests", (*TESTS, *few, "-m", "gpu", *GPU_FILES), 40),
+        Step("target sizes", (*TESTS, *many, "-m", "gpu", tests), 60),
+        Step("other gpu tests", (*TESTS, *few, "-m", "gpu", *GPU_FILES), 45),
     ]
 
 
@@ -134,7 +134,7 @@ def _most_telling(tiny: bool) -> list[Step]:
     size = ("--tiny",) if tiny else ()
     return [
         bench("gated_attention", 45, *size, "-k", "not 384 and not 0.25"),
-        bench("gated_unit", 60, *size),
+        bench("gated_unit", 35, *size),
         bench("gather", 30, *size),
     ]
 

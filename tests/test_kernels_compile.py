@@ -128,6 +128,42 @@ def test_disassembly_is_read_as_operations():
     assert machine.instructions(text) == wanted
 
 
+PRODUCTS = """
+        /*0000*/                   S2UR UR4, SR_CTAID.X ;
+        /*0010*/                   UIMAD.WIDE UR6, UR4, 0x2, URZ ;
+        /*0020*/                   UMOV UR10, UR7 ;
+        /*0030*/                   F2FP.F16.F32.PACK_AB R27, R3, R2 ;
+        /*0040*/                   WARPGROUP.ARRIVE ;
+        /*0050*/                   HGMMA.64x16x16.F32 R16, R24, gdesc[UR8].tnspB, R16, gsb0 ;
+        /*0060*/                   UIADD3 UR10, UP0, UR10, 0x20, URZ ;
+        /*0070*/                   FADD R28, R3, R2 ;
+        /*0080*/                   WARPGROUP.DEPBAR.LE gsb0, 0x0 ;
+        /*0090*/                   LDG.E.128 R24, desc[UR6][R2.64] ;
+        /*00a0*/                   STG.E [R2.64+UR4], R24 ;
+"""
+
+
+@pytest.mark.parametrize(
+    ("line", "instead", "wrong"),
+    [
+        ("UMOV UR10, UR7", "UMOV UR10, UR5", "UMOV reads UR5, which nothing has set"),
+        ("UMOV UR10", "UMOV UR11", "HGMMA.* reads UR10, which nothing has set"),
+        ("UIADD3 UR10, UP0, UR10", "UIADD3 UR10, UP0, UR12", "UIADD3 reads UR12, which"),
+        ("[R2.64+UR4]", "[R2.64+UR5]", "STG.E reads UR5, which nothing has set"),
+        ("FADD R28", "FADD R27", "FADD overwrites what a product still reads"),
+        ("FADD R28", "LDS.64 R26", "LDS.64 overwrites what a product still reads"),
+        ("FADD R28, R3", "HGMMA.64x16x16.F32 R26, gdesc[UR8]", "HGMMA.* overwrites what"),
+        ("gsb0, 0x0", "gsb0, 0x1", "LDG.E.128 overwrites what a product still reads"),
+    ],
+)
+def test_faults_of_the_assembler_are_found(line, instead, wrong):
+    assert machine.miscompiled(PRODUCTS) == ()
+    assert line in PRODUCTS
+    found, *_ = machine.miscompiled(PRODUCTS.replace(line, instead))
+    assert re.match(wrong, found)
+    assert faults(example(), 90, dataclasses.replace(GOOD, wrong=(found,))) == [found]
+
+
 LOOP = """
         /*0000*/                   LDC R1, c[0x0][0x28] ;
 .L_x_0:

@@ -15,6 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 
+from vitprune_fast.kernels._attention_tiles import assembler
+
 from .case import Case
 
 TARGETS = (80, 90, 100)
@@ -29,6 +31,12 @@ LINE = re.compile(
     r"^(?:(\.L_\w+):|\s*/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)(?:.*`\((\.L_\w+)\))?)",
     re.MULTILINE,
 )
+# an operation and its operands
+OPERATION = re.compile(
+    r"^\s*/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)\s*([^;]*);", re.MULTILINE
+)
+UNIFORM = re.compile(r"(gdesc\[)?\bUR(\d+)\b")
+ACCUMULATED = re.compile(r"HGMMA\.64x(\d+)x")
 LOCAL = re.compile(r"(LDL|STL)\b")
 # reductions in memory; not REDUX, which adds integers within a warp
 ATOMIC = re.compile(r"(ATOM|ATOMG|ATOMS|RED|REDG|REDS|UTMARED\w*|UBLKRED\w*)\b")
@@ -63,6 +71,7 @@ class Code:
         shared: bytes of shared memory of one program.
         instructions: operations with their modifiers, in order.
         loop: instructions of the longest innermost loop, 0 without one.
+        wrong: what the assembler got wrong, one sentence each.
     """
 
     registers: int
@@ -70,6 +79,7 @@ class Code:
     shared: int
     instructions: tuple[str, ...]
     loop: int = 0
+    wrong: tuple[str, ...] = ()
 
     def count(self, pattern: re.Pattern[str]) -> int:
         """Number of instructions the pattern matches from their start on."""
@@ -100,6 +110,53 @@ def loop(disassembly: str) -> int:
         if not any(start <= s and e <= end and (s, e) != (start, end) for s, e in spans)
     ]
     return max(inner, default=0)
+
+
+def _registers(operand: str, operation: str) -> range:
+    """What an operand that is written covers, of either kind of register; empty for others."""
+    number = re.fullmatch(r"U?R(\d+)(?:\.reuse)?", operand)
+    if number is None:
+        return range(0)
+    accumulated = ACCUMULATED.match(operation)
+    if accumulated:
+        count = int(accumulated[1]) // 2
+    elif ".128" in operation:
+        count = 4
+    else:
+        count = 2 if re.search(r"\.(64|WIDE)\b|^CS2R", operation) else 1
+    return range(int(number[1]), int(number[1]) + count)
+
+
+def miscompiled(disassembly: str) -> tuple[str, ...]:
+    """What the assembler of Hopper's matrix products is known to get wrong, where it did.
+
+    ptxas 12.8 computes the address of an operand from a uniform register that nothing has set: on
+    an H200 such attention was wrong, or read out of bounds. 12.9 may give registers that a product
+    still reads to something else (its mending is in the release notes of CUDA 13.3).
+    """
+    found: dict[str, None] = {}
+    is_set: set[int] = set()
+    # registers that a product reads until the next wait
+    read: set[int] = set()
+    for operation, rest in OPERATION.findall(disassembly):
+        operands = [operand.strip() for operand in rest.split(",")]
+        written = _registers(operands[0], operation)
+        is_uniform = operands[0].startswith("UR")
+        for descriptors, first in UNIFORM.findall(",".join(operands[bool(written) :])):
+            # of two descriptors the second is always read
+            number = int(first) + 2 * bool(descriptors)
+            if number not in is_set:
+                found[f"{operation} reads UR{number}, which nothing has set"] = None
+        if is_uniform:
+            is_set.update(written)
+        elif operation.startswith("WARPGROUP.DEPBAR") and operands[-1] == "0x0":
+            read.clear()
+        elif read.intersection(written):
+            found[f"{operation} overwrites what a product still reads"] = None
+        if operation.startswith("HGMMA") and len(operands) > 1:
+            first = _registers(operands[1], "")
+            read.update(range(first.start, first.start + 4) if first else ())
+    return tuple(found)
 
 
 def issue_share(case: Case, code: Code) -> float | None:
@@ -144,7 +201,9 @@ def compile_case(case: Case, target: int) -> Code:
         # without the analysis of branches, which takes a third of the time and adds nothing here
         code = _output(tools / "nvdisasm", "-c", "-ndf", file.name)
     registers, stack = (int(re.findall(rf"{what}:(\d+)", usage)[0]) for what in ("REG", "STACK"))
-    return Code(registers, stack, compiled.metadata.shared, instructions(code), loop(code))
+    is_judged = target == ISSUE_TARGET and assembler() >= case.assembler
+    wrong = miscompiled(code) if is_judged else ()
+    return Code(registers, stack, compiled.metadata.shared, instructions(code), loop(code), wrong)
 
 
 def _output(tool: Path, *arguments: str) -> str:
@@ -161,7 +220,7 @@ def faults(case: Case, target: int, code: Code, known: int = 0) -> list[str]:
         code: what came of it.
         known: registers that are listed for it in ``known.py``.
     """
-    found = []
+    found = [*code.wrong]
     local = code.count(LOCAL)
     if code.stack or local:
         found.append(f"registers spill: {code.stack} bytes of stack, {local} local accesses")

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, cast
 
 import numpy as np
+import pytest
 import torch
 from attention_sums import attention_sums
 from error_budget import Rounded
@@ -33,6 +34,15 @@ ON_GPU = torch.cuda.is_available()
 Inputs = tuple["Tensor | None", ...]
 # a call that is refused: what makes it, the error and a part of its sentence
 Refusal = tuple[Callable[[], object], type[Exception], str]
+
+
+def skip_what_is_refused(qkv: Tensor) -> None:
+    """Skip a test of attention on a GPU that the assembler there gets wrong."""
+    if qkv.is_cuda:
+        from vitprune_fast.kernels._attention_tiles import assembler_obstacle
+
+        if obstacle := assembler_obstacle(qkv):
+            pytest.skip(obstacle)
 
 
 @dataclass(frozen=True)

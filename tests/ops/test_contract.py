@@ -217,6 +217,8 @@ def layouts(x: Tensor) -> list[Tensor]:
 @every_form
 def test_handles_any_layout(name, backend):
     case, inputs, grad = made(name, backend, samples=2)
+    # torch and Triton's compiler add in another order where the strides are others
+    has_one_code = backend != "eager" and not (backend == "triton" and ON_GPU)
     want = case.own(inputs, grad, backend)
     sums = sums_of(case, inputs, grad)[-len(want) :]
     given = [*inputs, grad]
@@ -228,12 +230,12 @@ def test_handles_any_layout(name, backend):
             *odd, its_grad = [layout if k == position else one for k, one in enumerate(given)]
             found = case.own(tuple(odd), its_grad, backend)
             for one, other, its_sums in zip(found, want, sums, strict=True):
-                assert torch.equal(one, other) or backend == "eager"
+                assert torch.equal(one, other) or not has_one_code
                 assert_near(one, other, its_sums)
     # a loss that is a plain sum sends back one number for all
     if grad is not None:
         got = case.own(inputs, torch.ones_like(grad[:1]).expand_as(grad), backend)
-        assert same(got, case.own(inputs, torch.ones_like(grad), backend)) or backend == "eager"
+        assert same(got, case.own(inputs, torch.ones_like(grad), backend)) or not has_one_code
 
 
 @every_form
@@ -362,7 +364,7 @@ def test_is_the_same_however_it_is_called(name, backend):
 @pytest.mark.parametrize(("name", "backend"), forms(differentiable=True))
 def test_gives_each_gradient_alone_and_refuses_a_second_derivative(name, backend):
     case, inputs, grad = made(name, backend)
-    whole = case.run(inputs, grad, backend)
+    whole, sums = case.run(inputs, grad, backend), sums_of(case, inputs, grad)
     there = [i for i in case.leaves if inputs[i] is not None]
     for number, leaf in enumerate(there):
         given: Any = tuple(
@@ -372,7 +374,9 @@ def test_gives_each_gradient_alone_and_refuses_a_second_derivative(name, backend
         out = case.outputs(given, backend)[0]
         (got,) = torch.autograd.grad(out, given[leaf], grad)
         at = len(whole) - len(there) + number
-        assert torch.equal(got, whole[at])
+        # on a GPU less to compute is other code
+        assert torch.equal(got, whole[at]) or got.is_cuda
+        assert_near(got, whole[at], sums[at])
     leaves = case.as_leaves(inputs)
     wanted = [x for x in leaves if x is not None and x.requires_grad]
     out = case.outputs(leaves, backend)[0]

@@ -159,7 +159,9 @@ def test_manifold_loss_of_equal_states_is_exactly_0(rows, dtype, backend):
     student, _ = inputs((1, rows, 40, 8), dtype, backend)
     loss = manifold_loss(student, student.detach().clone(), backend=backend)
     (gradient,) = torch.autograd.grad(loss, student)
-    assert loss == 0 and not gradient.any()
+    # a GPU rounds a product and the difference from another at once: 1 ulp at most of each cosine
+    limit = torch.finfo(FP32).eps if loss.is_cuda else 0.0
+    assert loss <= limit**2 and gradient.abs().max() <= limit
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -22,7 +22,7 @@ _NAMES = get_args(Backend)
 IMPLEMENTED: dict[str, tuple[Backend, ...]] = {}
 
 # read once: looking for a package is slow, and a traced graph cannot do it
-_HAS_TRITON = importlib.util.find_spec("triton") is not None
+HAS_TRITON = importlib.util.find_spec("triton") is not None
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,7 @@ def _obstacle(op: str, backend: str, device: str) -> str | None:
             return "it runs on CUDA tensors only"
         return _extension.OBSTACLE or _extension.cuda_obstacle(op)
     if backend == "triton":
-        if not _HAS_TRITON:
+        if not HAS_TRITON:
             return "the package triton is not installed"
         if device != "cuda" and not _interpreting():
             return "it runs on CUDA tensors only, or on CPU tensors under TRITON_INTERPRET=1"

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from vitprune_fast import _checks
 from vitprune_fast._checks import DTYPES
+from vitprune_fast.ops._dispatch import HAS_TRITON
 
 # of the Triton kernels
 _LARGEST_HEAD_DIM = 128
@@ -27,19 +28,11 @@ def triton_obstacle(qkv_BN3HK: Tensor) -> str | None:
         return "its products are those of tensor cores, which end at float32"
     if qkv_BN3HK.shape[4] > _LARGEST_HEAD_DIM:
         return f"a head of {qkv_BN3HK.shape[4]} dims does not fit in its registers"
-    if qkv_BN3HK.is_cuda and _is_wrong_on_gpus(qkv_BN3HK):
-        return "heads of 33 to 48 or 65 to 96 dims over few tokens were wrong on a GPU in 16 bits"
+    if qkv_BN3HK.is_cuda and HAS_TRITON:
+        from vitprune_fast.kernels._attention_tiles import assembler_obstacle
+
+        return assembler_obstacle(qkv_BN3HK)
     return None
-
-
-def _is_wrong_on_gpus(qkv_BN3HK: Tensor) -> bool:
-    """What failed on an H200 with Triton 3.6: head dims of two pieces, up to two whole tiles.
-
-    Wrong, or out of bounds, with 33, 49, 65 and 131 tokens; right with 197 and 257, and in fp32.
-    """
-    _, num_tokens, _, _, head_dim = qkv_BN3HK.shape
-    two_pieces = 32 < head_dim <= 48 or 64 < head_dim <= 96
-    return two_pieces and num_tokens < 193 and qkv_BN3HK.dtype.itemsize == 2
 
 
 def factor_of_logits(scale: float | None, qkv_BN3HK: Tensor) -> float:
