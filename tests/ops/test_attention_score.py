@@ -20,7 +20,7 @@ from vitprune_fast.kernels import _attention_tiles as sizes
 from vitprune_fast.kernels._attention_tiles import CANDIDATES, Tiles, forced
 from vitprune_fast.kernels.attention import Attention
 from vitprune_fast.ops._dispatch import IMPLEMENTED
-from vitprune_fast.ops._qkv import triton_obstacle
+from vitprune_fast.ops._qkv import choose_attention, triton_obstacle
 from vitprune_fast.reference import attention_score as reference
 
 FP32, FP64, FP16, BF16 = torch.float32, torch.float64, torch.float16, torch.bfloat16
@@ -282,16 +282,18 @@ def test_attention_score_copies_tokens_that_lie_too_far_apart():
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("shape", [(2, 197, 3, 64), (2, 65, 3, 37)])
 @pytest.mark.parametrize("dtype", [BF16, FP16, FP32, FP64], ids=["bf16", "fp16", "fp32", "fp64"])
-def test_attention_score_gpu_eager_matches_reference(dtype):
-    """torch's own attention behind the same names, where Triton is not there."""
-    qkv, grad = (x.cuda() for x in inputs((2, 197, 3, 64), dtype))
+def test_attention_score_gpu_eager_matches_reference(dtype, shape):
+    """torch's own attention behind the same names, where Triton is not there or is wrong."""
+    qkv, grad = (x.cuda() for x in inputs(shape, dtype))
+    scale = shape[-1] ** -0.5
     out, lse = ops.attention(qkv, backend="eager")
-    eager, exact, _ = forward_of_torch(qkv, 0.125)
-    assert_matches(out.cpu(), eager.contiguous(), exact, sums_of(qkv, grad, 0.125)["out"])
+    eager, exact, _ = forward_of_torch(qkv, scale)
+    assert_matches(out.cpu(), eager.contiguous(), exact, sums_of(qkv, grad, scale)["out"])
     got = ops.attention_score(grad, qkv, out, lse, backend="eager")
-    eager, exact = backward_of_torch(grad, qkv, out, lse, 0.125)
-    sums = sums_of(qkv, grad, 0.125, out)
+    eager, exact = backward_of_torch(grad, qkv, out, lse, scale)
+    sums = sums_of(qkv, grad, scale, out)
     for name, one, other, truth in zip(NAMES, got, eager, exact, strict=True):
         assert one is not None
         assert_matches(one.cpu(), other, truth, sums[name])
@@ -513,6 +515,16 @@ def test_what_an_old_assembler_gets_wrong_runs_elsewhere(
             assert re.match(refused, found or "")
         else:
             assert found is None
+
+
+@pytest.mark.parametrize(
+    ("backend", "dtype", "chosen"),
+    [("auto", FP32, "eager"), ("triton", FP32, "triton"), ("auto", BF16, "triton")],
+)
+def test_fp32_runs_in_plain_torch_on_a_gpu(backend, dtype, chosen):
+    """Where on an H200 it was 3.3 times as fast; who names a backend has it."""
+    qkv: Any = SimpleNamespace(shape=(2, 197, 3, 4, 64), dtype=dtype, is_cuda=True)
+    assert choose_attention("attention_score", qkv, backend) == chosen
 
 
 def test_the_assembler_has_a_release():

@@ -410,7 +410,7 @@ def test_gated_attention_rejects_wrong_arguments():
 def test_gated_attention_takes_the_peer_where_it_is_better(monkeypatch):
     """Many tokens and nothing to learn on a GPU: torch's own attention has fewer products."""
     module = sys.modules["vitprune_fast.ops.gated_attention"]
-    monkeypatch.setattr(module, "choose", lambda *arguments: "triton")
+    monkeypatch.setattr(module, "choose_attention", lambda *arguments: "triton")
     monkeypatch.delenv("VITPRUNE_BACKEND", raising=False)
     long, short = torch.empty(1, 577, 3, 1, 8), torch.empty(1, 197, 3, 1, 8)
     learned = torch.ones(1, requires_grad=True)

@@ -209,6 +209,56 @@ def test_budgets_that_say_nothing_possible_are_refused(args: dict, message: str)
         Budget(**args)
 
 
+@pytest.mark.parametrize("allocation", ALLOCATIONS)
+@pytest.mark.parametrize(
+    ("hidden", "round_to", "step"),
+    [
+        (264, None, 8),
+        (256, None, 1),
+        (260, None, 1),
+        (264, {"head": 1}, 8),
+        (264, {"neuron": 1}, 1),
+        (264, 1, 1),
+        (256, {"neuron": 16}, 16),
+    ],
+)
+def test_large_axes_keep_multiples_of_8(
+    allocation: str, hidden: int, round_to: Any, step: int
+) -> None:
+    structure = describe(random_vit(mlp_ratio=hidden / 24))
+    sizes = {axis.size for axis in structure.units("neuron")}
+    assert sizes == {hidden}
+    scores = random_scores(structure, kinds=("neuron",))
+    counts = [
+        len(kept)
+        for share in np.linspace(0.66, 0.95, 12)
+        for kept in _kept(structure, scores, share, allocation, round_to)
+    ]
+    assert all(count % step == 0 for count in counts) and max(counts) < hidden
+    assert any(count % (2 * step) for count in counts), "steps are no larger than they should be"
+
+
+def test_large_embeddings_keep_multiples_of_8() -> None:
+    structure = describe(random_vit(embed_dim=264))
+    scores = random_scores(structure, kinds=("embed",))
+    for round_to, step in ((None, 8), (1, 1)):
+        counts = [
+            len(kept)
+            for share in np.linspace(0.66, 0.95, 12)
+            for kept in _kept(structure, scores, share, "global", round_to, units=["embed"])
+        ]
+        assert all(count % step == 0 for count in counts) and max(counts) < 264
+        assert any(count % (2 * step) for count in counts)
+
+
+def _kept(structure: Structure, scores: Scores, share: Any, *how: Any, **units: Any) -> list:
+    """The units of each scored axis that a plan for a share of the MACs keeps."""
+    allocation, round_to = how
+    budget = Budget(macs=float(share))
+    made = plan(structure, scores, budget, allocation, round_to=round_to, **units)
+    return [made[name] for name in scores]
+
+
 @pytest.mark.parametrize(
     ("args", "message"),
     [

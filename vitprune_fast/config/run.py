@@ -149,8 +149,8 @@ class PlanConfig:
     """How scores of different blocks are made comparable; unset: the planner's default."""
     min_units: Annotated[int, arg(metavar="N")] = 1
     """Units every layer keeps at least; 0 allows emptied layers."""
-    round_to: Annotated[int, arg(metavar="N")] = 1
-    """Keep a multiple of this many neurons (e.g. 8 for tensor cores)."""
+    round_to: Annotated[int | None, arg(metavar="N")] = None
+    """Keep a multiple of this many neurons; unset: 8 in layers of more than 256, as GPUs want."""
     toward: Annotated[PositiveShare, Suppress] = 1.0
     """How far toward the budget, as a share of the factor that it is away: rounds stop earlier."""
 
@@ -170,6 +170,11 @@ class PlanConfig:
                 f"plan: give one budget, got {' and '.join(given)}; drop all but one of them"
             )
         return given or {"macs": 0.5}
+
+    def least(self) -> dict[str, Any]:
+        """What of a layer stays at least, and in which steps it goes, as `vp.plan` takes it."""
+        steps = {} if self.round_to is None else {"round_to": {"neuron": self.round_to}}
+        return {"min_units": self.min_units, **steps}
 
 
 LEAST_CALIBRATION = 512

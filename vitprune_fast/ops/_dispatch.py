@@ -76,6 +76,11 @@ def _obstacle(op: str, backend: str, device: str) -> str | None:
     return None
 
 
+def is_named(backend: str) -> bool:
+    """Whether the caller or VITPRUNE_BACKEND says which implementation runs."""
+    return backend != "auto" or os.environ.get("VITPRUNE_BACKEND", "auto") not in ("", "auto")
+
+
 def choose(op: str, x: Tensor, backend: str, unable: Mapping[str, str] | None = None) -> str:
     """Name the implementation to run.
 

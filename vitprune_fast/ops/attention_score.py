@@ -13,13 +13,13 @@ from torch import Tensor
 
 from vitprune_fast import _checks
 from vitprune_fast._checks import check_wide, refuse_second_derivative
-from vitprune_fast.ops._dispatch import Backend, choose
+from vitprune_fast.ops._dispatch import Backend
 from vitprune_fast.ops._forms import Forms, custom_op
 from vitprune_fast.ops._qkv import (
     check_qkv,
+    choose_attention,
     factor_of_logits,
     heads_first,
-    triton_obstacle,
     with_adjacent_dims,
 )
 from vitprune_fast.reference import attention_score as _reference
@@ -27,8 +27,9 @@ from vitprune_fast.wide import wide_dtype
 
 NEEDS = ("qkv", "head", "qk_dim", "v_dim")
 _OP = "attention_score"
-# torch's efficient attention stores the rows of the normalisers padded to this many
-_LSE_ALIGNMENT = 32
+# torch's efficient attention stores the rows of the normalisers padded to this many, and wants
+# heads of a multiple of so many dims
+_LSE_ALIGNMENT, _DIM_ALIGNMENT = 32, 8
 
 # which of NEEDS are wanted; and the four results, where what is not wanted has no elements,
 # because a registered op cannot return None
@@ -81,10 +82,16 @@ def _fake_score(
     )
 
 
+def _padded(x: Tensor) -> Tensor:
+    """``x`` with as many dims as torch's efficient attention wants: zeros change nothing."""
+    padding = -x.shape[-1] % _DIM_ALIGNMENT
+    return torch.nn.functional.pad(x, (0, padding)) if padding else x
+
+
 def _eager(qkv_BN3HK: Tensor, scale: float) -> tuple[Tensor, Tensor]:
     """The forward of torch's own fused attention."""
     aten = torch.ops.aten
-    num_tokens = qkv_BN3HK.shape[1]
+    _, num_tokens, _, _, head_dim = qkv_BN3HK.shape
     if not qkv_BN3HK.is_cuda:
         out_BHNK, lse_BHN = aten._scaled_dot_product_flash_attention_for_cpu(
             *heads_first(qkv_BN3HK), scale=scale
@@ -93,9 +100,10 @@ def _eager(qkv_BN3HK: Tensor, scale: float) -> tuple[Tensor, Tensor]:
         return _reference.attention(qkv_BN3HK, scale)
     else:
         out_BHNK, lse_BHN, _, _ = aten._scaled_dot_product_efficient_attention(
-            *heads_first(qkv_BN3HK), None, True, scale=scale
+            *heads_first(_padded(qkv_BN3HK)), None, True, scale=scale
         )
-    return out_BHNK.transpose(1, 2).contiguous(), lse_BHN[..., :num_tokens].contiguous()
+    out_BNHK = out_BHNK[..., :head_dim].transpose(1, 2).contiguous()
+    return out_BNHK, lse_BHN[..., :num_tokens].contiguous()
 
 
 def _eager_dqkv(
@@ -103,8 +111,8 @@ def _eager_dqkv(
 ) -> Tensor:
     """The backward of torch's own fused attention."""
     aten = torch.ops.aten
-    dout_BHNK, out_BHNK = grad_out_BNHK.transpose(1, 2), out_BNHK.transpose(1, 2)
     if not qkv_BN3HK.is_cuda:
+        dout_BHNK, out_BHNK = grad_out_BNHK.transpose(1, 2), out_BNHK.transpose(1, 2)
         gradients = aten._scaled_dot_product_flash_attention_for_cpu_backward(
             dout_BHNK, *heads_first(qkv_BN3HK), out_BHNK, lse_BHN, 0.0, False, scale=scale
         )
@@ -116,10 +124,10 @@ def _eager_dqkv(
         # read only when there is dropout
         seed = torch.zeros((), dtype=torch.int64, device=qkv_BN3HK.device)
         gradients = aten._scaled_dot_product_efficient_attention_backward(
-            dout_BHNK,
-            *heads_first(qkv_BN3HK),
+            _padded(grad_out_BNHK).transpose(1, 2),
+            *heads_first(_padded(qkv_BN3HK)),
             None,
-            out_BHNK,
+            _padded(out_BNHK).transpose(1, 2),
             lse_padded,
             seed,
             seed,
@@ -127,7 +135,8 @@ def _eager_dqkv(
             [True, True, True, False],
             scale=scale,
         )[:3]
-    return torch.stack([gradient.transpose(1, 2) for gradient in gradients], 2)
+    dqkv_BN3HK = torch.stack([gradient.transpose(1, 2) for gradient in gradients], 2)
+    return dqkv_BN3HK[..., : qkv_BN3HK.shape[-1]].contiguous()
 
 
 def _eager_score(
@@ -165,12 +174,6 @@ _forms = Forms("attention", _fake, _eager, triton="attention_score:attention_fwd
 _score_forms = Forms(
     _OP, _fake_score, _eager_score, triton="attention_score:attention_bwd", cpu=True
 )
-
-
-def _choose(qkv_BN3HK: Tensor, backend: str) -> str:
-    obstacle = triton_obstacle(qkv_BN3HK)
-    unable = {} if obstacle is None else {"triton": obstacle}
-    return choose(_OP, qkv_BN3HK, backend, unable)
 
 
 def _run(qkv_BN3HK: Tensor, scale: float, form: Callable[..., Any]) -> tuple[Tensor, Tensor]:
@@ -269,7 +272,7 @@ def attention(
         BackendUnavailable: ``backend`` was named and cannot run here; the message says why.
     """
     check_qkv("attention", qkv_BN3HK)
-    form = _forms[_choose(qkv_BN3HK, backend)]
+    form = _forms[choose_attention(_OP, qkv_BN3HK, backend)]
     return _run(qkv_BN3HK.detach(), factor_of_logits(scale, qkv_BN3HK), form)
 
 
@@ -336,7 +339,7 @@ def attention_score(
         factor_of_logits(scale, qkv_BN3HK),
         per_token,
         wanted,
-        _choose(qkv_BN3HK, backend),
+        choose_attention(_OP, qkv_BN3HK, backend),
     )
     return AttentionScore(
         *(gradient if want else None for gradient, want in zip(gradients, wanted, strict=True))
@@ -391,5 +394,5 @@ def scored_attention(
             check_wide(op, name, probe, shape, why, "qkv_BN3HK", qkv_BN3HK)
     factor = factor_of_logits(scale, qkv_BN3HK)
     # chosen here for the backward too
-    chosen = _choose(qkv_BN3HK, backend)
+    chosen = choose_attention(_OP, qkv_BN3HK, backend)
     return _scored(qkv_BN3HK, head_BH, qk_dim_BHK, v_dim_BHK, factor, per_token, chosen)[0]

@@ -5,7 +5,6 @@ B batch, N tokens, H heads, L live heads, K head dim; packed ``qkv`` is (B, N, 3
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from typing import Any
 
@@ -14,13 +13,13 @@ from torch import Tensor
 
 from vitprune_fast import _checks
 from vitprune_fast._checks import check_wide, refuse_second_derivative
-from vitprune_fast.ops._dispatch import Backend, choose
+from vitprune_fast.ops._dispatch import Backend, is_named
 from vitprune_fast.ops._forms import Forms, custom_op
 from vitprune_fast.ops._qkv import (
     check_qkv,
+    choose_attention,
     factor_of_logits,
     heads_first,
-    triton_obstacle,
     with_adjacent_dims,
 )
 from vitprune_fast.transfer import sent
@@ -182,11 +181,10 @@ def _eager(
 
 
 def _choose(qkv_BN3HK: Tensor, gate_H: Tensor | None, backend: str) -> str:
-    obstacle = triton_obstacle(qkv_BN3HK)
-    chosen = choose(_OP, qkv_BN3HK, backend, {} if obstacle is None else {"triton": obstacle})
-    named = backend != "auto" or bool(os.environ.get("VITPRUNE_BACKEND"))
+    chosen = choose_attention(_OP, qkv_BN3HK, backend)
     is_long = chosen == "triton" and qkv_BN3HK.shape[1] > _SDPA_TOKENS
-    return "eager" if is_long and not named and not _needs_gradient(gate_H) else chosen
+    is_free = not is_named(backend) and not _needs_gradient(gate_H)
+    return "eager" if is_long and is_free else chosen
 
 
 def _needs_gradient(gate_H: Tensor | None) -> bool:

@@ -20,6 +20,9 @@ FOLDER = "planning/allocations"
 # kinds whose saving depends on how many units go, and not on which
 PLANNED_KINDS = ("head", "neuron", "embed")
 PerKind = int | Mapping[str, int]
+# rows of 16-bit numbers are multiples of 16 bytes then, as the matrix products of GPUs want them;
+# a step is small enough in axes of more than so many units
+ALIGNED, ALIGNED_KINDS, ALIGNED_ABOVE = 8, ("neuron", "embed"), 256
 
 
 def plan(
@@ -29,7 +32,7 @@ def plan(
     allocation: str = "global",
     normalization: Normalization | None = None,
     min_units: PerKind = 1,
-    round_to: PerKind = 1,
+    round_to: PerKind | None = None,
     units: Sequence[str] = ("head", "neuron"),
     latency_saved: Mapping[str, float] | None = None,
     latency_weight: float = 1.0,
@@ -59,8 +62,10 @@ def plan(
             ``latency`` subtracts ``latency_weight * latency_saved[axis]`` after ``l2_per_layer``
             (Yang et al. 2023).
         min_units: at least so many units stay in every axis, or by kind ``{"head": 0}``.
-        round_to: kept counts are multiples of this, or by kind ``{"neuron": 8}``; an axis with
-            fewer units than that is kept whole.
+        round_to: kept counts are multiples of this, or by kind ``{"neuron": 64}``; an axis with
+            fewer units than that is kept whole. What is not given is 8 for neurons and embedding
+            channels in axes of more than 256, which GPUs want in 16 bits
+            (docs/adr/0015-counts-that-gpus-want.md), and else 1.
         units: unit kinds to cut, among ``head``, ``neuron`` and ``embed``; the scores may hold
             others, whose units all stay (what a budget saves by them is not a matter of counts).
         latency_saved: axis name -> seconds saved by one unit of it, for ``latency``.
@@ -96,8 +101,8 @@ def plan(
         ladder(
             group,
             raw[axis.name],
-            _per_kind("min_units", min_units, axis),
-            _per_kind("round_to", round_to, axis),
+            _per_kind("min_units", min_units, axis, 1),
+            _per_kind("round_to", round_to, axis, _aligned(axis)),
         )
         for group, axis in zip(groups, axes, strict=True)
     ]
@@ -153,8 +158,14 @@ def _scored_groups(structure: Structure, scores: Scores, units: Sequence[str]) -
     return [group for group in structure.groups if names.intersection(group.names)]
 
 
-def _per_kind(argument: str, value: PerKind, axis: Axis) -> int:
-    number = value.get(axis.kind, 1) if isinstance(value, Mapping) else value
+def _aligned(axis: Axis) -> int:
+    is_large = axis.kind in ALIGNED_KINDS and axis.size > ALIGNED_ABOVE
+    return ALIGNED if is_large and axis.size % ALIGNED == 0 else 1
+
+
+def _per_kind(argument: str, value: PerKind | None, axis: Axis, default: int) -> int:
+    number = value.get(axis.kind) if isinstance(value, Mapping) else value
+    number = default if number is None else number
     least = 0 if argument == "min_units" else 1
     if type(number) is not int or number < least:
         raise InvalidInput(f"plan: {argument} must be a whole number >= {least}, got {number!r}")

@@ -209,8 +209,7 @@ def plan(
         scores,
         budget=planning.Budget(**goal),
         allocation=config.allocation,
-        min_units=config.min_units,
-        round_to={"neuron": config.round_to},
+        **config.least(),
         **own,
     )
 

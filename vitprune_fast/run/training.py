@@ -183,7 +183,7 @@ def learn_gates(
     """
     assert gates.kind != "none"
     target, start, cut = Budget(macs=gates.macs), None, cut or PlanConfig()
-    least: Any = {"min_units": cut.min_units, "round_to": {"neuron": cut.round_to}}
+    least = cut.least()
     if gates.kind in ("ste", "fixed"):
         # equal scores would leave it open who goes
         scores = actions.score(student, data, score or ScoreConfig(), setting)
