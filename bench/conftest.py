@@ -81,7 +81,7 @@ def device_name(device: str) -> str:
 
 
 def commit() -> str:
-    """Short name of the commit, marked when files differ from it that no bench writes."""
+    """Short name of the commit, marked when files other than those benches write have changed."""
 
     def git(*words: str) -> str:
         result = subprocess.run(["git", *words], cwd=HERE, capture_output=True, text=True)

@@ -10,15 +10,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from vitprune_fast.kernels._launch import INTERPRETED, cdiv, next_power_of_2
+from vitprune_fast.kernels._launch import INTERPRETED, capability, cdiv, next_power_of_2
 
 # the operands of a matrix product have at least this many rows and columns
 SMALLEST_TILE = 16
 # for these lengths the keys are three static tiles of 128 + 64 + 16, and softmax needs no
 # correction of what was summed before; all ViTs at 224 pixels with patches of 16 are here
 ROW_TOKENS = range(193, 209)
-# compute capability of the GPUs whose matrix products read shared memory by descriptors
-HOPPER = 9
 
 
 class Tiles(NamedTuple):
@@ -89,40 +87,6 @@ def has_large_tiles(major: int) -> bool:
     return 9 <= major <= 11
 
 
-def oldest_assembler(num_tokens: int, head_dim: int, dtype: torch.dtype) -> tuple[int, int]:
-    """The first release of ptxas that is right on Hopper, where older ones are known to be wrong.
-
-    12.8, which Triton 3.4 to 3.7 bring along, computes addresses of a head dim of two pieces from a
-    register that nothing has set, unless the loop over keys stays one and both pieces are whole
-    (``tests.compiled`` finds such code). On an H200 that was wrong, or read out of bounds.
-    """
-    first, second = pieces(head_dim)
-    is_whole = first + second == head_dim and num_tokens >= 128
-    return (12, 9) if second and dtype.itemsize == 2 and not is_whole else (0, 0)
-
-
-@lru_cache
-@torch.compiler.assume_constant_result
-def assembler() -> tuple[int, ...]:
-    """The release of ptxas that Triton runs for GPUs before Blackwell."""
-    from triton import knobs
-
-    return tuple(int(number) for number in knobs.nvidia.ptxas.version.split("."))
-
-
-def assembler_obstacle(qkv_BN3HK: Tensor) -> str | None:
-    """Why Triton would get attention on a CUDA tensor wrong, or None when it would not."""
-    _, num_tokens, _, _, head_dim = qkv_BN3HK.shape
-    wanted = oldest_assembler(num_tokens, head_dim, qkv_BN3HK.dtype)
-    if not any(wanted) or _major(qkv_BN3HK.device) != HOPPER or assembler() >= wanted:
-        return None
-    found, wanted = (".".join(map(str, release)) for release in (assembler(), wanted))
-    return (
-        f"ptxas {found} gets heads of {head_dim} dims wrong; "
-        f"TRITON_PTXAS_PATH may name a release from {wanted} on"
-    )
-
-
 def takes_row(num_tokens: int, head_dim: int, dtype: torch.dtype, large: bool) -> bool:
     """Whether the forward keeps whole rows of logits: they spill where numbers are wider.
 
@@ -174,16 +138,9 @@ def precision(dtype: torch.dtype) -> str:
     return "ieee" if dtype == torch.float32 else "tf32"
 
 
-@lru_cache
-@torch.compiler.assume_constant_result
-def _major(device: torch.device) -> int:
-    """Compute capability."""
-    return torch.cuda.get_device_capability(device)[0]
-
-
 def large_tiles_of(x: Tensor) -> bool:
     # the interpreter runs what the newer GPUs would
-    return not x.is_cuda or has_large_tiles(_major(x.device))
+    return not x.is_cuda or has_large_tiles(capability(x.device))
 
 
 class Launch(NamedTuple):

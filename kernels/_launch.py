@@ -6,6 +6,7 @@ Triton's own ``cdiv`` and ``next_power_of_2`` are made for kernels: the host cal
 from __future__ import annotations
 
 import os
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -29,6 +30,18 @@ def launch(kernel: Any, programs: int, x: Tensor, *given: Any, **flags: Any) -> 
             kernel[(programs,)](x, *given, **flags)
     else:
         kernel[(programs,)](x, *given, **flags)
+
+
+@lru_cache
+def _capability(device: torch.device) -> int:
+    return torch.cuda.get_device_capability(device)[0]
+
+
+# a compiler takes the result as it is, without a look inside
+@torch.compiler.assume_constant_result
+def capability(device: torch.device) -> int:
+    """Major compute capability of a GPU."""
+    return _capability(device)
 
 
 def cdiv(number: int, size: int) -> int:

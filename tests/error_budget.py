@@ -16,11 +16,11 @@ class Rounded:
     """Numbers, and how far rounding may have put each of them off, as a formula goes on.
 
     A sum of n terms is off by ``sqrt(n) x unit roundoff x sum of magnitudes``: n roundings, each of
-    no more than that sum and of random sign. The tensor cores of a GPU add 16 products of 16-bit
-    numbers at a time and cut off what they should round: n / 16 errors of up to twice the size and
-    perhaps of one sign, which is within twice the above up to 1,024 terms. Errors of different
-    origin add as the root of the sum of their squares, so what a number was computed from counts as
-    much as it bears on the result.
+    no more than that sum and of random sign. On a GPU the tensor cores add 16 products of 16-bit
+    numbers at a time and cut off what they should round: n / 16 errors of one sign, each below an
+    ulp of a sum that grows evenly, are within twice the above up to 1,024 terms. Errors of
+    different origin add as the root of the sum of their squares, so what a number was computed from
+    counts as much as it bears on the result.
     Kernels compute in fp32, and in fp64 for fp64, whatever dtype they round the result to.
     """
 

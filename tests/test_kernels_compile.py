@@ -131,7 +131,8 @@ def test_disassembly_is_read_as_operations():
 PRODUCTS = """
         /*0000*/                   S2UR UR4, SR_CTAID.X ;
         /*0010*/                   UIMAD.WIDE UR6, UR4, 0x2, URZ ;
-        /*0020*/                   UMOV UR10, UR7 ;
+        /*0020*/                   UIMAD.WIDE UR10, UR7, 0x2, URZ ;
+        /*0028*/                   ISETP.NE.U32.AND P3, PT, R2, RZ, PT ;
         /*0030*/                   F2FP.F16.F32.PACK_AB R27, R3, R2 ;
         /*0040*/                   WARPGROUP.ARRIVE ;
         /*0050*/                   HGMMA.64x16x16.F32 R16, R24, gdesc[UR8].tnspB, R16, gsb0 ;
@@ -146,13 +147,15 @@ PRODUCTS = """
 @pytest.mark.parametrize(
     ("line", "instead", "wrong"),
     [
-        ("UMOV UR10, UR7", "UMOV UR10, UR5", "UMOV reads UR5, which nothing has set"),
-        ("UMOV UR10", "UMOV UR11", "HGMMA.* reads UR10, which nothing has set"),
+        ("UR10, UR7", "UR10, UR5", "UIMAD.WIDE reads UR5, which nothing has set"),
+        ("UIMAD.WIDE UR10", "UMOV UR10", "HGMMA.* reads UR11, which nothing has set"),
+        ("R16, R24, gdesc", "R16, gdesc", "HGMMA.* reads UR8, which nothing has set"),
         ("UIADD3 UR10, UP0, UR10", "UIADD3 UR10, UP0, UR12", "UIADD3 reads UR12, which"),
         ("[R2.64+UR4]", "[R2.64+UR5]", "STG.E reads UR5, which nothing has set"),
         ("FADD R28", "FADD R27", "FADD overwrites what a product still reads"),
+        ("FADD R28", "SHFL.BFLY PT, R27", "SHFL.BFLY overwrites what a product still reads"),
         ("FADD R28", "LDS.64 R26", "LDS.64 overwrites what a product still reads"),
-        ("FADD R28, R3", "HGMMA.64x16x16.F32 R26, gdesc[UR8]", "HGMMA.* overwrites what"),
+        ("FADD R28, R3", "HGMMA.64x16x16.F32 R26, R40, gdesc[UR8]", "HGMMA.* overwrites what"),
         ("gsb0, 0x0", "gsb0, 0x1", "LDG.E.128 overwrites what a product still reads"),
     ],
 )

@@ -9,6 +9,7 @@ import torch
 
 from vitprune_fast.kernels import _attention_bwd as backward
 from vitprune_fast.kernels import _attention_tiles as sizes
+from vitprune_fast.kernels._assembler import needed_for_attention
 from vitprune_fast.kernels._attention_fwd import attention_fwd_kernel
 from vitprune_fast.kernels._attention_tiles import Tiles, pieces, tail
 from vitprune_fast.kernels.attention_score import PARTS_BLOCK, _sum_parts_kernel
@@ -80,7 +81,7 @@ def case(
         num_warps=tiles.num_warps,
         num_stages=tiles.num_stages,
         targets=LARGE[large],
-        assembler=sizes.oldest_assembler(num_tokens, head_dim, DTYPES[element]),
+        assembler=needed_for_attention(num_tokens, head_dim, DTYPES[element]),
     )
 
 

@@ -65,8 +65,8 @@ class Case:
         targets: compute capabilities that a launcher starts it on; all of them when empty.
         launch: of a streaming kernel; None for matrix products, for fp64, which has units of its
             own, and for what is over in a few microseconds.
-        assembler: the first release of ptxas that is known to be right; with older ones the op
-            does not start it on Hopper.
+        assembler: the first release of ptxas that is right, where one is known to be wrong: with
+            older ones the op does not start the kernel on Hopper.
     """
 
     label: str
@@ -80,4 +80,4 @@ class Case:
     num_stages: int = 2
     targets: tuple[int, ...] = ()
     launch: Launch | None = None
-    assembler: tuple[int, int] = (0, 0)
+    assembler: tuple[int, int] | None = None

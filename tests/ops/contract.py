@@ -39,9 +39,9 @@ Refusal = tuple[Callable[[], object], type[Exception], str]
 def skip_what_is_refused(qkv: Tensor) -> None:
     """Skip a test of attention on a GPU that the assembler there gets wrong."""
     if qkv.is_cuda:
-        from vitprune_fast.kernels._attention_tiles import assembler_obstacle
+        from vitprune_fast.kernels._assembler import attention_obstacle
 
-        if obstacle := assembler_obstacle(qkv):
+        if obstacle := attention_obstacle(qkv):
             pytest.skip(obstacle)
 
 

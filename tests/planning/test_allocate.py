@@ -266,6 +266,8 @@ def _kept(structure: Structure, scores: Scores, share: Any, *how: Any, **units: 
         ({"normalization": "l3"}, "normalization must be one of"),
         ({"min_units": -1}, "min_units must be a whole number >= 0"),
         ({"round_to": 0}, "round_to must be a whole number >= 1"),
+        ({"round_to": {"neurons": 64}}, "round_to must name kinds among .*, got 'neurons'"),
+        ({"min_units": {"neuron": None}}, "min_units must be a whole number >= 0, got None"),
         ({"normalization": "latency"}, "latency_saved must give"),
     ],
 )

@@ -9,13 +9,15 @@ import pytest
 import torch
 
 from vitprune_fast.config.distill import DistillConfig
-from vitprune_fast.config.run import DataConfig, SweepConfig
+from vitprune_fast.config.run import DataConfig, PlanConfig, SweepConfig
 from vitprune_fast.data import ImageData, RandomCrop, open_data
 from vitprune_fast.distill.teachers import Teacher
 from vitprune_fast.errors import InvalidInput
 from vitprune_fast.run import actions
 from vitprune_fast.run.actions import Setting, calibration
 from vitprune_fast.run.profile import Profile
+from vitprune_fast.scoring import score
+from vitprune_fast.structure import describe
 from vitprune_fast.testing import random_vit
 
 PROFILE = Profile("cpu", "cpu", "a processor", "float32", threads=1, workers=0)
@@ -103,3 +105,29 @@ def test_a_training_has_the_dtype_of_the_run_unless_it_has_its_own(
     assert next(plain.parameters()).dtype == getattr(torch, computed)
     assert one_of_its_own is given and next(given.parameters()).dtype == torch.float32
     assert next(dense.parameters()).dtype == torch.float32
+
+
+@pytest.mark.parametrize(("settings", "multiple"), [({"round_to": 24}, 24), ({}, 8)])
+def test_counts_of_a_plan_reach_it(settings: Any, multiple: int) -> None:
+    model = random_vit(mlp_ratio=12.0)
+    structure, scores = describe(model), score(model, None, criterion="magnitude")
+    made = actions.plan(model, scores, PlanConfig(macs=0.4, min_units=2, **settings))
+    counts = {
+        kind: [len(made[axis.name]) for axis in structure.units(kind)]
+        for kind in ("head", "neuron")
+    }
+    assert min(counts["head"]) == 2
+    assert all(count % multiple == 0 for count in counts["neuron"])
+    assert any(count % (2 * multiple) for count in counts["neuron"])
+
+
+@pytest.mark.parametrize(
+    ("settings", "sentence"),
+    [
+        ({"round_to": 0}, "plan: round_to must be unset or at least 1, got 0"),
+        ({"min_units": -1}, "plan: min_units must be at least 0, got -1"),
+    ],
+)
+def test_impossible_counts_are_refused_at_once(settings: Any, sentence: str) -> None:
+    with pytest.raises(InvalidInput, match=sentence):
+        PlanConfig(**settings)

@@ -27,8 +27,8 @@ def test_gpu_and_cpu_agree_in_fp32(config: str) -> None:
     model = random_vit(config, dtype=torch.float32)
     batch = random_images(model, 6), torch.arange(6) % model.num_classes
     want = score(model, [batch], units="all", per_sample=True)
-    # convolutions, here of the patches, are of 10 bits by default
-    with torch.backends.cudnn.flags(allow_tf32=False):
+    # cudnn convolves, here the patches, in TF32 by default
+    with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
         got = score(model.to("cuda"), [batch], units="all", per_sample=True)
     for name, value in want.per_sample.items():
         assert (got.per_sample[name] - value).norm() <= 1e-4 * value.norm(), name

@@ -147,10 +147,10 @@ class PlanConfig:
     allocation: Allocation = "global"
     normalization: Annotated[str | None, arg(metavar="NAME")] = None
     """How scores of different blocks are made comparable; unset: the planner's default."""
-    min_units: Annotated[int, arg(metavar="N")] = 1
+    min_units: Annotated[NonNegativeInt, arg(metavar="N")] = 1
     """Units every layer keeps at least; 0 allows emptied layers."""
-    round_to: Annotated[int | None, arg(metavar="N")] = None
-    """Keep a multiple of this many neurons; unset: 8 in layers of more than 256, as GPUs want."""
+    round_to: Annotated[PositiveInt | None, arg(metavar="N")] = None
+    """Keep a multiple of this many neurons; unset: 8 in layers of more than 256 (ADR 15)."""
     toward: Annotated[PositiveShare, Suppress] = 1.0
     """How far toward the budget, as a share of the factor that it is away: rounds stop earlier."""
 
@@ -171,10 +171,10 @@ class PlanConfig:
             )
         return given or {"macs": 0.5}
 
-    def least(self) -> dict[str, Any]:
-        """What of a layer stays at least, and in which steps it goes, as `vp.plan` takes it."""
-        steps = {} if self.round_to is None else {"round_to": {"neuron": self.round_to}}
-        return {"min_units": self.min_units, **steps}
+    def counts(self) -> dict[str, Any]:
+        """How many units a layer may keep, as keywords of `vp.plan`."""
+        multiple = {} if self.round_to is None else {"round_to": {"neuron": self.round_to}}
+        return {"min_units": self.min_units, **multiple}
 
 
 LEAST_CALIBRATION = 512

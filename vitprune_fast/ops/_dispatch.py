@@ -132,8 +132,7 @@ def _explain(op: str, device: str) -> Choice:
         chosen = _choose(op, device, "auto", None)
     except BackendUnavailable as error:
         return Choice(op, device, "none", str(error))
-    forced = os.environ.get("VITPRUNE_BACKEND", "auto")
-    if forced != "auto":
+    if is_named("auto"):
         return Choice(op, device, chosen, f"{_MEANING[chosen]}, forced by VITPRUNE_BACKEND")
     faster = _ORDER[device][: _ORDER[device].index(chosen)]
     passed_over = [f"not {name}: {_obstacle(op, name, device)}" for name in faster]

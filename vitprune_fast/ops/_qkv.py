@@ -7,7 +7,7 @@ from torch import Tensor
 
 from vitprune_fast import _checks
 from vitprune_fast._checks import DTYPES
-from vitprune_fast.ops._dispatch import HAS_TRITON, choose, is_named
+from vitprune_fast.ops._dispatch import HAS_TRITON, choose
 
 # of the Triton kernels
 _LARGEST_HEAD_DIM = 128
@@ -23,15 +23,9 @@ def check_qkv(op: str, qkv_BN3HK: Tensor) -> None:
 
 
 def choose_attention(op: str, qkv_BN3HK: Tensor, backend: str) -> str:
-    """Name the implementation to run, as ``choose`` does.
-
-    Triton multiplies fp32 without tensor cores: on an H200 torch's own attention, with the scores
-    computed beside it, was 3.3 times as fast.
-    """
+    """Name the implementation to run, as ``choose`` does."""
     obstacle = triton_obstacle(qkv_BN3HK)
-    chosen = choose(op, qkv_BN3HK, backend, {} if obstacle is None else {"triton": obstacle})
-    is_slow = chosen == "triton" and qkv_BN3HK.is_cuda and qkv_BN3HK.dtype == torch.float32
-    return "eager" if is_slow and not is_named(backend) else chosen
+    return choose(op, qkv_BN3HK, backend, {} if obstacle is None else {"triton": obstacle})
 
 
 def triton_obstacle(qkv_BN3HK: Tensor) -> str | None:
@@ -41,9 +35,9 @@ def triton_obstacle(qkv_BN3HK: Tensor) -> str | None:
     if qkv_BN3HK.shape[4] > _LARGEST_HEAD_DIM:
         return f"a head of {qkv_BN3HK.shape[4]} dims does not fit in its registers"
     if qkv_BN3HK.is_cuda and HAS_TRITON:
-        from vitprune_fast.kernels._attention_tiles import assembler_obstacle
+        from vitprune_fast.kernels._assembler import attention_obstacle
 
-        return assembler_obstacle(qkv_BN3HK)
+        return attention_obstacle(qkv_BN3HK)
     return None
 
 

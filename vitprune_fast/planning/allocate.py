@@ -20,9 +20,11 @@ FOLDER = "planning/allocations"
 # kinds whose saving depends on how many units go, and not on which
 PLANNED_KINDS = ("head", "neuron", "embed")
 PerKind = int | Mapping[str, int]
-# rows of 16-bit numbers are multiples of 16 bytes then, as the matrix products of GPUs want them;
-# a step is small enough in axes of more than so many units
-ALIGNED, ALIGNED_KINDS, ALIGNED_ABOVE = 8, ("neuron", "embed"), 256
+# of 16 bits they are 16 bytes, of which the matrix products of GPUs want rows to be multiples
+_ALIGNED_UNITS = 8
+_ALIGNED_KINDS = ("neuron", "embed")
+# in smaller axes the steps would be too coarse
+_ALIGNED_ABOVE = 256
 
 
 def plan(
@@ -63,9 +65,9 @@ def plan(
             (Yang et al. 2023).
         min_units: at least so many units stay in every axis, or by kind ``{"head": 0}``.
         round_to: kept counts are multiples of this, or by kind ``{"neuron": 64}``; an axis with
-            fewer units than that is kept whole. What is not given is 8 for neurons and embedding
-            channels in axes of more than 256, which GPUs want in 16 bits
-            (docs/adr/0015-counts-that-gpus-want.md), and else 1.
+            fewer units than that is kept whole. Default: 8 for neurons and embedding channels of an
+            axis of more than 256 whose size is a multiple of 8, as GPUs want in 16 bits
+            (docs/adr/0015-counts-that-gpus-want.md); otherwise 1.
         units: unit kinds to cut, among ``head``, ``neuron`` and ``embed``; the scores may hold
             others, whose units all stay (what a budget saves by them is not a matter of counts).
         latency_saved: axis name -> seconds saved by one unit of it, for ``latency``.
@@ -102,7 +104,7 @@ def plan(
             group,
             raw[axis.name],
             _per_kind("min_units", min_units, axis, 1),
-            _per_kind("round_to", round_to, axis, _aligned(axis)),
+            _per_kind("round_to", {} if round_to is None else round_to, axis, _aligned(axis)),
         )
         for group, axis in zip(groups, axes, strict=True)
     ]
@@ -159,13 +161,17 @@ def _scored_groups(structure: Structure, scores: Scores, units: Sequence[str]) -
 
 
 def _aligned(axis: Axis) -> int:
-    is_large = axis.kind in ALIGNED_KINDS and axis.size > ALIGNED_ABOVE
-    return ALIGNED if is_large and axis.size % ALIGNED == 0 else 1
+    is_large = axis.kind in _ALIGNED_KINDS and axis.size > _ALIGNED_ABOVE
+    return _ALIGNED_UNITS if is_large and axis.size % _ALIGNED_UNITS == 0 else 1
 
 
-def _per_kind(argument: str, value: PerKind | None, axis: Axis, default: int) -> int:
-    number = value.get(axis.kind) if isinstance(value, Mapping) else value
-    number = default if number is None else number
+def _per_kind(argument: str, value: PerKind, axis: Axis, default: int) -> int:
+    if isinstance(value, Mapping) and (unknown := value.keys() - {*PLANNED_KINDS}):
+        raise InvalidInput(
+            f"plan: {argument} must name kinds among {', '.join(PLANNED_KINDS)}, "
+            f"got {min(unknown)!r}"
+        )
+    number = value.get(axis.kind, default) if isinstance(value, Mapping) else value
     least = 0 if argument == "min_units" else 1
     if type(number) is not int or number < least:
         raise InvalidInput(f"plan: {argument} must be a whole number >= {least}, got {number!r}")

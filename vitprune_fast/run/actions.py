@@ -209,7 +209,7 @@ def plan(
         scores,
         budget=planning.Budget(**goal),
         allocation=config.allocation,
-        **config.least(),
+        **config.counts(),
         **own,
     )
 

@@ -183,13 +183,13 @@ def learn_gates(
     """
     assert gates.kind != "none"
     target, start, cut = Budget(macs=gates.macs), None, cut or PlanConfig()
-    least = cut.least()
+    counts = cut.counts()
     if gates.kind in ("ste", "fixed"):
         # equal scores would leave it open who goes
         scores = actions.score(student, data, score or ScoreConfig(), setting)
         start = _levelled(scores)
         if gates.kind == "fixed":
-            start = plan(student, scores, target, units=gates.units, **least)
+            start = plan(student, scores, target, units=gates.units, **counts)
     attached = attach(
         student,
         gates.units,
@@ -202,7 +202,7 @@ def learn_gates(
     own = replace(config, epochs=gates.epochs, keep="last", ema=0.0, cooldown_epochs=0.0)
     budget = BudgetLoss(attached, gates.macs) if gates.budget else None
     result = train(student, teachers, own, gates=attached, gate_budget=budget)
-    chosen = start if isinstance(start, Plan) else to_plan(student, attached, target, **least)
+    chosen = start if isinstance(start, Plan) else to_plan(student, attached, target, **counts)
     fold(student, attached)
     return replace(result, plan=chosen)
 
