@@ -150,7 +150,8 @@ class PlanConfig:
     min_units: Annotated[NonNegativeInt, arg(metavar="N")] = 1
     """Units every layer keeps at least; 0 allows emptied layers."""
     round_to: Annotated[PositiveInt | None, arg(metavar="N")] = None
-    """Keep a multiple of this many neurons; unset: 8 in layers of more than 256 (ADR 15)."""
+    """Keep a multiple of this many neurons; unset: 8 in layers of more than 256, as the matrix
+    products of GPUs want."""
     toward: Annotated[PositiveShare, Suppress] = 1.0
     """How far toward the budget, as a share of the factor that it is away: rounds stop earlier."""
 
