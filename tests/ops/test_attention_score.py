@@ -12,7 +12,7 @@ from attention_sums import attention_sums
 from error_budget import Rounded, assert_within_budget
 from torch import Tensor
 
-from tests.ops.contract import skip_what_is_refused
+from tests.ops.contract import xfail_where_refused
 from vitprune_fast import ops
 from vitprune_fast._extension import OBSTACLE
 from vitprune_fast.errors import BackendUnavailable
@@ -79,7 +79,7 @@ def inputs(shape, dtype, backend="cpu"):
     qkv = torch.randn(batch, num_tokens, 3, num_heads, head_dim, dtype=FP64)
     grad = torch.randn(batch, num_tokens, num_heads, head_dim, dtype=FP64)
     qkv, grad = (x.to(dtype).to(device_of(backend)) for x in (qkv, grad))
-    skip_what_is_refused(qkv)
+    xfail_where_refused(qkv)
     return qkv, grad
 
 

@@ -10,7 +10,7 @@ from attention_sums import attention_sums
 from error_budget import Rounded, assert_within_budget
 from torch import Tensor
 
-from tests.ops.contract import skip_what_is_refused
+from tests.ops.contract import xfail_where_refused
 from tests.registration import opcheck
 from vitprune_fast import ops
 from vitprune_fast._extension import OBSTACLE
@@ -59,7 +59,7 @@ def inputs(shape, dtype, backend="cpu") -> tuple[Tensor, Tensor, Tensor]:
     grad = torch.randn(batch, num_tokens, num_heads, head_dim, dtype=FP64)
     gate = torch.tensor(GATES[:num_heads], dtype=FP64 if dtype == FP64 else FP32)
     qkv, grad = (x.to(dtype).to(device_of(backend)) for x in (qkv, grad))
-    skip_what_is_refused(qkv)
+    xfail_where_refused(qkv)
     return qkv, gate.to(qkv.device), grad
 
 
