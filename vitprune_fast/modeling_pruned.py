@@ -124,6 +124,10 @@ class SlimAttention(nn.Module):
         return attended(self, F.linear(query, self.in_proj_weight, self.in_proj_bias)), None
 
 
+# classes of this file that stand in the place of a library's, by the names a config gives them
+STAND_INS: dict[str, type[nn.Module]] = {cls.__name__: cls for cls in (SlimAttention,)}
+
+
 def attended(attention: Any, qkv: Tensor) -> Tensor:
     """What a SlimAttention, or torch's, makes of packed q, k and v (B, N, rows); (B, N, C)."""
     inner = attention.out_proj.in_features
@@ -216,7 +220,7 @@ def swap(
         if name == "Constant":
             _replace(model, path, Constant(torch.empty(0)))
             return
-        cls = SlimAttention if name == "SlimAttention" else find(name, known)
+        cls = STAND_INS.get(name) or find(name, known)
         asked = [p for p in inspect.signature(cls).parameters.values() if p.default is p.empty]
         sizes = [2 for p in asked if p.kind is p.POSITIONAL_OR_KEYWORD]
         _replace(model, path, cls(*sizes))

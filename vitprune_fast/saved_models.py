@@ -56,7 +56,7 @@ _RUNTIME_ATTRIBUTES = {
 }
 _APART = {"pretrained_cfg", "default_cfg", "caveats"}
 # classes that modeling_pruned.py brings along
-_OURS = {cls.__name__: cls for cls in (modeling_pruned.Constant, modeling_pruned.SlimAttention)}
+_OURS = {"Constant": modeling_pruned.Constant, **modeling_pruned.STAND_INS}
 # whatever a wrong description makes constructors do, the answer is one typed error
 _BUILDING = (
     ArithmeticError,
