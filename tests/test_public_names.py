@@ -16,7 +16,7 @@ from vitprune_fast.cli.main import VERBS
 BUILT = {
     "describe": "model input_size",
     "score": "model batches criterion units reduction per_sample",
-    "plan": "model scores budget allocation normalization min_units round_to units",
+    "plan": "model scores budget allocation normalization min_units round_to units protect include",
     "mask": "model plan",
     "prune": "model plan optimizer ema calibration",
     "check_structure": "model structure",
@@ -50,7 +50,6 @@ BUILT = {
 # what documents speak of and nobody can use yet: whoever builds one moves it up
 PROMISED = {
     "describe": "example",
-    "plan": "protect include",
     "Budget": "latency_ms memory batch_size dtype",
     "shrink": "model images budget",
     "heal": "model",

@@ -127,8 +127,15 @@ def test_budget_that_cannot_be_met(sentence: Callable[..., str]) -> None:
     assert "smallest" in text
 
 
-def test_two_budgets(sentence: Callable[..., str]) -> None:
-    assert "give one budget, got macs and params" in sentence("run", "--macs", "1", "--params", "1")
+def test_constraints_that_nothing_can_meet(sentence: Callable[..., str]) -> None:
+    for typed, said in (
+        (("--protect", "blocks.9.*"), "protect must match axes, branches or blocks of the model"),
+        (("--bounds", "neuron=half"), "bounds must look like neuron=LEAST..MOST, got neuron=half"),
+        (("--bounds", "neuron=0.9..0.5"), "bounds must leave 'blocks.0.mlp.neurons' a number"),
+        (("--cut-units", "neurons"), "units must be among head, qk_dim"),
+        (("--round-masks", "--rounds", "2"), "round-masks must come with round-epochs"),
+    ):
+        assert said in sentence("run", *typed)
 
 
 def test_setting_out_of_range(sentence: Callable[..., str], tmp_path: Path) -> None:

@@ -77,8 +77,8 @@ def test_yaml_missing_file_is_one_sentence(tmp_path: Path) -> None:
         from_yaml(tmp_path / "none.yaml", preset("digits"))
 
 
-def test_two_budgets_are_refused() -> None:
+def test_budgets_are_half_of_the_macs_or_what_is_given() -> None:
     assert PlanConfig().budget() == {"macs": 0.5}
     assert PlanConfig(params=0.4).budget() == {"params": 0.4}
-    with pytest.raises(InvalidInput, match="one budget, got macs and params"):
-        PlanConfig(macs=0.5, params=0.4).budget()
+    both = PlanConfig(macs=0.5, keep={"head": 0.5})
+    assert both.budget() == {"macs": 0.5, "keep": {"head": 0.5}}

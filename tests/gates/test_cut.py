@@ -114,6 +114,10 @@ def test_a_budget_ranks_gates_of_all_axes_together() -> None:
         half = vp.gates.to_plan(model, gates, vp.Budget(keep={"neuron": 0.5}), round_to=8)
         neurons = [len(half[f"blocks.{i}.mlp.neurons"]) for i in range(3)]
         assert sum(neurons) == 144 and not any(n % 8 for n in neurons)
+    # of dims, every head of a layer keeps as many
+    with vp.gates.attach(model, ("qk_dim",)) as gates:
+        half = vp.gates.to_plan(model, gates, {"keep": {"qk_dim": 0.5}}, allocation="uniform")
+        assert half["blocks.0.attn.qk_dims"] == [*range(4), *range(8, 12), *range(16, 20)]
     # scores behind the gates are ranked with their sign
     with vp.gates.attach(model, kind="ste", keep=1.0) as gates, torch.no_grad():
         gates.score("blocks.0.attn.heads")[:] = torch.tensor([-9.0, 0.1, 0.2])
@@ -129,7 +133,6 @@ def test_bad_input_is_refused() -> None:
         ({"threshold": math.nan}, "threshold must be a number >= 0, got nan"),
         ({"min_units": -1}, "min_units must be a whole number >= 0, got -1"),
         ({"round_to": 8}, "round_to must come with a budget, got none"),
-        ({"budget": vp.Budget(macs=0.5)}, "budget must be None for gates of qk_dim"),
     )
     for options, message in refused:
         with pytest.raises(InvalidInput, match=f"gates.to_plan: {message}"):

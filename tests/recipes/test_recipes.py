@@ -21,9 +21,12 @@ from vitprune_fast.config.run import (
     RunConfig,
     ScoreConfig,
     TeacherConfig,
+    Way,
+    part_way,
 )
 from vitprune_fast.errors import InvalidInput, RunFolderError, StageFailed
 from vitprune_fast.recipes.by_name import named, names
+from vitprune_fast.recipes.standard import toward
 from vitprune_fast.recipes.start import run
 from vitprune_fast.run.report import figures
 
@@ -36,6 +39,8 @@ SMALLER = {
     "fixed gates": "gates prune sweep distill",
     "masks": "distill prune",
     "rounds": "score-1 plan-1 prune-1 sweep-1 distill-1 score plan prune sweep distill",
+    "masked rounds": "score-1 plan-1 distill-1 score plan prune sweep distill",
+    "width-then-depth": "score-1 plan-1 prune-1 sweep-1 distill-1 score plan prune sweep distill",
     "teachers": "teacher-1 score plan prune sweep distill",
 }
 
@@ -48,6 +53,12 @@ def way(name: str, out: Path) -> RunConfig:
         "fixed gates": {"gates": GateConfig("fixed", macs=0.6, epochs=1)},
         "masks": {"masks": MaskConfig(0.6, every=1)},
         "rounds": {"rounds": RoundConfig(2, 1), "plan": PlanConfig(macs=0.49)},
+        "masked rounds": {"rounds": RoundConfig(2, 1, "cubic", masks=True)},
+        "width-then-depth": {
+            "recipe": "width-then-depth",
+            "rounds": RoundConfig(2, 1),
+            "plan": PlanConfig(macs=0.4, keep_ends=False),
+        },
         "teachers": {"teachers": TeacherConfig(("self", CNN), pretrained=False, epochs=1, size=32)},
     }[name]
     return replace(TINY, out=out, **changes)
@@ -74,7 +85,9 @@ def test_its_steps_make_the_model_smaller(finished: tuple[str, Path, dict]) -> N
     steps = ["data", "dense", *SMALLER[name].split(), "evaluate", "report"]
     assert summary["steps"] == steps and summary["recipe"] == way(name, out).recipe
     share = summary["after"]["macs"] / summary["before"]["macs"]
-    assert share <= {"one-shot": 0.5, "teachers": 0.5, "rounds": 0.49}.get(name, 0.6)
+    assert share <= {"one-shot": 0.5, "teachers": 0.5, "rounds": 0.49, "width-then-depth": 0.4}.get(
+        name, 0.6
+    )
     # the model that is handed back is the last one made
     last = {"one-shot": "swept"}.get(name, "model")
     cost = vp.cost(vp.load(out / last))
@@ -122,6 +135,38 @@ def test_rounds_cut_by_one_factor(tmp_path: Path) -> None:
     assert "distill-1" not in summary["steps"]
 
 
+def test_masked_units_come_back(tmp_path: Path) -> None:
+    """Of what the first round left out some stay in the end, and nothing was cut before."""
+    config = way("masked rounds", tmp_path / "run")
+    # scores of a hundred images and a fast training change much
+    config = replace(config, distill=replace(config.distill, lr=3e-2))
+    summary = run(config)
+    first, last = (vp.Plan.load(config.out / f"{name}.json") for name in ("plan-1", "plan"))
+    structure = vp.describe(vp.load(config.out / "model-1"))
+    assert {axis.size for axis in structure.units("neuron")} == {96}
+    # an eighth of the way is left after half of it
+    share = vp.predict_cost(structure, first).macs / summary["before"]["macs"]
+    assert 0.5 < share <= 0.5 + 0.5 / 8
+    neurons = [axis.name for axis in structure.units("neuron")]
+    assert any({*last[name]} - {*first[name]} for name in neurons), "none came back"
+    assert all(len(last[name]) < 96 for name in neurons)
+
+
+def test_ways_to_a_budget() -> None:
+    halves: dict[Way, float] = {"factor": 0.5, "linear": 0.625, "cubic": 0.25 + 0.75 / 8}
+    for along, half in halves.items():
+        assert part_way(0.25, 0.0, along) == 1 and part_way(0.25, 1.0, along) == 0.25
+        assert part_way(0.25, 0.5, along) == pytest.approx(half)
+
+
+@pytest.mark.parametrize("masks", [False, True])
+def test_shares_of_units_fall_along_the_way(masks: bool) -> None:
+    rounds = RoundConfig(2, int(masks), "linear", masks)
+    config = RunConfig(plan=PlanConfig(keep={"head": 0.5}), rounds=rounds)
+    shares = [toward(config, number)["plan"]["keep"]["head"] for number in (1, 2)]
+    assert shares == ([0.75, 0.5] if masks else [0.75, pytest.approx(2 / 3)])
+
+
 def check_that_what_stays_was_trained(out: Path) -> None:
     dense, gated = (vp.load(out / name).state_dict() for name in ("dense", "gated"))
     kept = vp.Plan.load(out / "plan.json")["blocks.0.mlp.neurons"]
@@ -136,7 +181,10 @@ def check_that_what_stays_was_trained(out: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "sentence"),
     [
-        ({"recipe": "two-shot"}, r"recipe must be one of one-shot, standard, got 'two-shot'"),
+        (
+            {"recipe": "two-shot"},
+            r"recipe must be one of one-shot, standard, width-then-depth, got 'two-shot'",
+        ),
         (
             {"gates": GateConfig("l1"), "masks": MaskConfig(0.5)},
             "mask-macs must not be given with gates",
@@ -292,5 +340,5 @@ def test_a_list_that_cannot_be_done_is_refused(
 
 
 def test_every_recipe_has_its_name() -> None:
-    assert names() == ["one-shot", "standard"]
+    assert names() == ["one-shot", "standard", "width-then-depth"]
     assert [named(name).name for name in names()] == names()

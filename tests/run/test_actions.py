@@ -124,8 +124,8 @@ def test_counts_of_a_plan_reach_it(settings: Any, multiple: int) -> None:
 @pytest.mark.parametrize(
     ("settings", "sentence"),
     [
-        ({"round_to": 0}, "plan: round_to must be unset or at least 1, got 0"),
-        ({"min_units": -1}, "plan: min_units must be at least 0, got -1"),
+        ({"round_to": 0}, "plan: round_to must be unset or a whole number of at least 1, or"),
+        ({"min_units": -1}, "plan: min_units must be a whole number of at least 0, or one by kind"),
     ],
 )
 def test_impossible_counts_are_refused_at_once(settings: Any, sentence: str) -> None:

@@ -16,7 +16,7 @@ from vitprune_fast.config.run import PlanConfig, Threads
 
 @dataclass(frozen=True)
 class Plan:
-    """Choose which heads and neurons stay, so that the model meets a budget."""
+    """Choose which units stay, so that the model meets a budget."""
 
     scores: Annotated[Path, arg(metavar="FILE")] = tyro.MISSING
     """Scores written by `vitprune-fast score`."""

@@ -14,7 +14,8 @@ from tyro.conf import arg
 from tyro.constructors import PrimitiveConstructorSpec
 
 
-def _parse_pairs(words: list[str]) -> dict[str, Any]:
+def parse_pairs(words: list[str]) -> dict[str, Any]:
+    """Words such as ``key=value``, whose values are read as YAML, as a mapping."""
     pairs = {}
     for word in words:
         key, equals, value = word.partition("=")
@@ -32,7 +33,7 @@ Pairs = Annotated[
     PrimitiveConstructorSpec(
         nargs="*",
         metavar="KEY=VALUE ...",
-        instance_from_str=_parse_pairs,
+        instance_from_str=parse_pairs,
         is_instance=lambda value: isinstance(value, dict),
         str_from_instance=lambda pairs: [f"{key}={value}" for key, value in pairs.items()],
     ),

@@ -5,14 +5,15 @@ A field's docstring is its `--help` text. Nothing here imports torch, so `--help
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from tyro.conf import Suppress, arg
+from tyro.constructors import PrimitiveConstructorSpec
 
 from vitprune_fast.config.distill import DistillConfig
-from vitprune_fast.config.model import ModelConfig, Pairs
+from vitprune_fast.config.model import ModelConfig, Pairs, parse_pairs
 from vitprune_fast.config.rules import (
     NonNegative,
     NonNegativeInt,
@@ -113,9 +114,9 @@ class ScoreConfig:
     criterion: Criterion = "taylor"
     reduction: Literal["abs", "square", "signed", "token_abs", "l1", "l2", "group"] | None = None
     """How per-sample scores (or weights) become one number per unit; unset: the criterion's own."""
-    units: tuple[str, ...] = ("head", "neuron")
+    units: Annotated[tuple[str, ...], arg(metavar="KIND ...")] = ()
     """Unit kinds to score: head, qk_dim, v_dim, neuron, embed, attn_branch, mlp_branch, block; or
-    `all`. Budgets cut heads and neurons."""
+    `all`; unset: those that a plan cuts, heads and neurons if nothing else is said."""
     samples: Annotated[PositiveInt, arg(metavar="N", name="score-samples")] = 1024
     """Training images to score on (all of them when there are fewer)."""
     batch_size: Annotated[PositiveInt, arg(metavar="N", name="score-batch-size")] = 64
@@ -133,6 +134,52 @@ class ScoreConfig:
         check("score", self)
 
 
+def _parse_per_kind(words: list[str]) -> int | dict[str, Any]:
+    if len(words) == 1 and "=" not in words[0]:
+        return int(words[0])
+    return parse_pairs(words)
+
+
+_PerKind = Annotated[
+    Any,
+    PrimitiveConstructorSpec(
+        nargs="*",
+        metavar="N|KIND=N ...",
+        instance_from_str=_parse_per_kind,
+        is_instance=lambda value: value is None or isinstance(value, (int, dict)),
+        str_from_instance=lambda value: (
+            [f"{kind}={number}" for kind, number in value.items()]
+            if isinstance(value, dict)
+            else [str(value)]
+        ),
+    ),
+]
+
+
+def _per_kind(least: int) -> Rule:
+    """A whole number, or one by unit kind."""
+
+    def holds(value: Any) -> bool:
+        numbers = value.values() if isinstance(value, dict) else (value,)
+        return all(type(number) is int and number >= least for number in numbers)
+
+    return Rule(f"a whole number of at least {least}, or one by kind", holds)
+
+
+Way = Literal["factor", "linear", "cubic"]
+
+
+def part_way(share: float, gone: float, along: Way) -> float:
+    """What is left of 1 where so much of the way to a share is gone.
+
+    `factor` falls by equal factors in equal parts; `linear` by equal amounts; `cubic` fast at
+    first, as 1 - gone to the power of 3 (Zhu and Gupta 2017, arXiv:1710.01878, equation 1).
+    """
+    if along == "factor":
+        return share**gone
+    return share + (1 - share) * (1 - gone) ** (1 if along == "linear" else 3)
+
+
 @dataclass(frozen=True)
 class PlanConfig:
     """What the smaller model may cost; half of the MACs when no budget is given."""
@@ -141,41 +188,78 @@ class PlanConfig:
     """Budget in multiply-accumulates: a share of the dense model up to 1, or a number above 1;
     unset: 0.5 if no other budget is given."""
     params: Amount = None
-    """Budget in parameters: a share up to 1, or a number above 1."""
+    """Budget in parameters: a share up to 1, or a number above 1; with --macs both hold."""
     keep: Pairs = field(default_factory=dict)
-    """Share of units to keep per kind instead of a cost budget, e.g. head=0.5 neuron=0.7."""
+    """Share of units to keep per kind, e.g. head=0.5 neuron=0.7; other kinds meet the budgets in
+    MACs and parameters, or are kept whole where none is given."""
+    units: Annotated[tuple[str, ...], arg(name="cut-units", metavar="KIND ...")] = (
+        "head",
+        "neuron",
+    )
+    """Unit kinds to cut: head, qk_dim, v_dim, neuron, embed, attn_branch, mlp_branch, block."""
     allocation: Allocation = "global"
     normalization: Annotated[str | None, arg(metavar="NAME")] = None
     """How scores of different blocks are made comparable; unset: the planner's default."""
-    min_units: Annotated[NonNegativeInt, arg(metavar="N")] = 1
-    """Units every layer keeps at least; 0 allows emptied layers."""
-    round_to: Annotated[PositiveInt | None, arg(metavar="N")] = None
-    """Keep a multiple of this many neurons; unset: 8 in layers of more than 256, as the matrix
-    products of GPUs want."""
+    min_units: Annotated[_PerKind, _per_kind(0)] = 1
+    """Units every layer keeps at least, or by kind: head=1 neuron=0; 0 allows emptied layers."""
+    round_to: Annotated[_PerKind | None, _per_kind(1)] = None
+    """Keep a multiple of this many neurons, or by kind: neuron=64 embed=16; unset: 8 in layers of
+    more than 256, as the matrix products of GPUs want."""
+    bounds: Pairs = field(default_factory=dict)
+    """LEAST..MOST that layers keep, as shares or units, by kind or by name: neuron=0.25..0.9
+    'blocks.0.*=0.5..'"""
+    protect: Annotated[tuple[str, ...], arg(metavar="PATTERN ...")] = ()
+    """Layers, branches and blocks that lose nothing, e.g. 'blocks.0.*'."""
+    include: Annotated[tuple[str, ...], arg(metavar="PATTERN ...")] = ()
+    """The only layers, branches and blocks that may lose units; unset: all."""
+    keep_ends: bool = True
+    """The first and the last block stay where blocks or branches are cut."""
     toward: Annotated[PositiveShare, Suppress] = 1.0
-    """How far toward the budget, as a share of the factor that it is away: rounds stop earlier."""
+    """How much of the way to the budget is gone: rounds stop earlier."""
+    along: Annotated[Way, Suppress] = "factor"
+    """Which way that is, see `part_way`."""
 
     def __post_init__(self) -> None:
         check("plan", self)
 
     def budget(self) -> dict[str, Any]:
-        """The one budget asked for, as the keyword `vp.Budget` takes.
-
-        Raises:
-            InvalidInput: more than one budget is given.
-        """
+        """The budget asked for, as keywords of `vp.Budget`."""
         values = {"macs": self.macs, "params": self.params, "keep": self.keep}
         given = {name: value for name, value in values.items() if value not in (None, {})}
-        if len(given) > 1:
-            raise InvalidInput(
-                f"plan: give one budget, got {' and '.join(given)}; drop all but one of them"
-            )
         return given or {"macs": 0.5}
 
     def counts(self) -> dict[str, Any]:
         """How many units a layer may keep, as keywords of `vp.plan`."""
-        multiple = {} if self.round_to is None else {"round_to": {"neuron": self.round_to}}
-        return {"min_units": self.min_units, **multiple}
+        multiple = self.round_to
+        if isinstance(multiple, int):
+            multiple = {"neuron": multiple}
+        return {"min_units": self.min_units, "round_to": multiple}
+
+    def constraints(self) -> dict[str, Any]:
+        """What may go, as keywords of `vp.plan`."""
+        return {
+            **self.counts(),
+            "units": self.units,
+            "bounds": {key: _ends_of(key, value) for key, value in self.bounds.items()},
+            "protect": self.protect,
+            "include": self.include or None,
+            "keep_ends": self.keep_ends,
+        }
+
+
+def _ends_of(key: str, value: Any) -> Any:
+    """Bounds as they are typed, `0.25..0.9`, or as a YAML list."""
+    if not isinstance(value, str):
+        return value
+    try:
+        low, high = (
+            None if not end else float(end) if "." in end else int(end) for end in value.split("..")
+        )
+    except ValueError:
+        raise InvalidInput(
+            f"plan: bounds must look like {key}=LEAST..MOST, got {key}={value}"
+        ) from None
+    return low, high
 
 
 LEAST_CALIBRATION = 512
@@ -315,10 +399,16 @@ class RoundConfig:
     """Cut in several rounds, each from scores of what the one before left."""
 
     count: Annotated[PositiveInt, arg(metavar="N", name="rounds")] = 1
-    """Rounds of scoring, planning, cutting and refitting; their budgets fall by one factor."""
+    """Rounds of scoring, planning, cutting and refitting."""
     epochs: Annotated[NonNegativeInt, arg(metavar="N", name="round-epochs")] = 0
     """Epochs of teaching at the end of every round but the last, which all of the teaching
     follows."""
+    along: Annotated[Way, arg(name="round-shape")] = "factor"
+    """How budgets fall from round to round: by one `factor`, by equal amounts (`linear`), or fast
+    at first (`cubic`)."""
+    masks: Annotated[bool, arg(name="round-masks")] = False
+    """Leave units out of the teaching instead of cutting them, so that they can come back in a
+    later round, and cut once, in the last."""
 
     def __post_init__(self) -> None:
         check("run", self)
@@ -326,6 +416,11 @@ class RoundConfig:
             raise InvalidInput(
                 f"run: round-epochs must come with rounds of at least 2, got {self.epochs} epochs "
                 "and 1 round; --rounds 2 makes two"
+            )
+        if self.masks and not self.epochs:
+            raise InvalidInput(
+                "run: round-masks must come with round-epochs of at least 1, got 0; without "
+                "teaching in between every round finds the same scores"
             )
 
 
@@ -340,7 +435,8 @@ class RunConfig:
     """
 
     recipe: Annotated[str, arg(metavar="NAME")] = "standard"
-    """List of steps: `standard`, or `one-shot`, which trains nothing after the cut."""
+    """List of steps: `standard`; `one-shot`, which trains nothing after the cut; or
+    `width-then-depth`, which cuts blocks after heads and neurons."""
     out: Annotated[Path, arg(metavar="DIR")] = Path("runs/digits")
     """Run folder: everything the run makes, and what it needs to resume."""
     model: Annotated[ModelConfig, arg(name="")] = field(default_factory=ModelConfig)
@@ -374,6 +470,11 @@ class RunConfig:
     """Print only the result and errors."""
     allow_config_change: bool = False
     """Resume although the configuration differs; the change is recorded, finished steps stay."""
+
+    @property
+    def scoring(self) -> ScoreConfig:
+        """How units are scored; of the kinds that are cut if no others are named."""
+        return replace(self.score, units=self.score.units or self.plan.units)
 
     @property
     def has_weights(self) -> bool:

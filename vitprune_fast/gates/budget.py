@@ -101,7 +101,7 @@ class BudgetLoss(nn.Module):
         if any(not 0 <= value < math.inf for value in multipliers):
             raise InvalidInput(f"BudgetLoss: multipliers must be numbers >= 0, got {multipliers!r}")
         full = predict_cost(gates.structure)
-        self.limit = Budget(macs=macs).limit(full) / full.macs
+        self.limit = Budget(macs=macs).limits(full)["macs"] / full.macs
         openness = gates.openness()
         self._gates = (gates,)  # in a tuple, so that its parameters are not this module's
         self._ratio = MacRatio(gates.structure, openness)

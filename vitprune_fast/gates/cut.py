@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -9,7 +10,6 @@ from torch import Tensor, nn
 
 from ..errors import InvalidInput
 from ..planning import Plan, plan
-from ..planning.allocate import PLANNED_KINDS
 from ..planning.budget import Budget
 from ..scoring.scores import Scores
 from ..structure import Axis, Structure, describe
@@ -22,7 +22,7 @@ from .module import Gates
 def to_plan(
     model: nn.Module | Structure,
     gates: Gates,
-    budget: Budget | None = None,
+    budget: Budget | float | Mapping[str, Any] | None = None,
     *,
     threshold: float = 0.0,
     min_units: int = 1,
@@ -39,7 +39,8 @@ def to_plan(
     Args:
         model: the model the gates belong to, or its Structure.
         gates: as trained; they may be attached still.
-        budget: see :class:`vitprune_fast.Budget`; for gates of heads and neurons.
+        budget: as for :func:`vitprune_fast.plan`, by which all heads of a layer then keep the same
+            number of dims.
         threshold: units at or below it go, for no budget.
         min_units: at least so many units stay in every axis, the best ones; 0 lets all heads of a
             block go. Of dims it is so many in every head.
@@ -63,11 +64,6 @@ def to_plan(
             )
         structure = model if isinstance(model, Structure) else describe(model)
         return _above(gates, threshold, min_units).check(structure)
-    if odd := [unit for unit in gates.units if unit not in PLANNED_KINDS]:
-        raise InvalidInput(
-            f"gates.to_plan: budget must be None for gates of {odd[0]}, whose saving depends on "
-            f"which of them go, got {budget}"
-        )
     ranked = {name: _ranking(gates, name).float().cpu() for name in gates.axes}
     scores = Scores(ranked, "gates", "mean", 0)
     options = {"normalization": "none", "units": gates.units, **options}

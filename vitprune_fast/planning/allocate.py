@@ -2,35 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
 
 import numpy as np
 from torch import nn
 
-from ..errors import InvalidInput
+from ..errors import InfeasibleBudget, InvalidInput
 from ..registry import named, names
 from ..scoring.scores import Scores
-from ..structure import Axis, Group, Structure, describe
+from ..structure import Group, Structure, describe
 from .budget import Budget
+from .constraints import Bounds, Constraints, PerKind
+from .cost import predict_cost
 from .normalization import NORMALIZATIONS, Normalization, normalised
 from .plan import Plan
-from .problem import Problem, ladder
+from .problem import Ladder, Problem
 
 FOLDER = "planning/allocations"
-# kinds whose saving depends on how many units go, and not on which
-PLANNED_KINDS = ("head", "neuron", "embed")
-PerKind = int | Mapping[str, int]
-# of 16 bits they are 16 bytes, of which the matrix products of GPUs want rows to be multiples
-_ALIGNED_UNITS = 8
-_ALIGNED_KINDS = ("neuron", "embed")
-# in smaller axes the steps would be too coarse
-_ALIGNED_ABOVE = 256
 
 
 def plan(
     model: nn.Module | Structure,
     scores: Scores,
-    budget: Budget,
+    budget: Budget | float | Mapping[str, Any],
     allocation: str = "global",
     normalization: Normalization | None = None,
     min_units: PerKind = 1,
@@ -38,10 +34,17 @@ def plan(
     units: Sequence[str] = ("head", "neuron"),
     latency_saved: Mapping[str, float] | None = None,
     latency_weight: float = 1.0,
+    *,
+    bounds: Bounds | None = None,
+    protect: Sequence[str] = (),
+    include: Sequence[str] | None = None,
+    keep_ends: bool = True,
 ) -> Plan:
     """Choose the units to keep.
 
-    Axes whose parameters are tied keep the same units, ranked by the sum of their scores.
+    Axes whose parameters are tied keep the same units, ranked by the sum of their scores. All heads
+    of a layer keep the same number of q/k dims, each its own best ones, and so for v dims: the
+    layer is as wide as its widest head. Of a model with stages every stage keeps a block.
 
     ``uniform`` keeps the same share of every axis of a kind and drops the lowest scores of each.
     ``global`` ranks units of all axes together after normalisation and drops the lowest until the
@@ -51,7 +54,9 @@ def plan(
     Args:
         model: the model the scores belong to, or its Structure.
         scores: which units count; only axes with scores are cut.
-        budget: in multiply-accumulates, parameters, or shares to keep.
+        budget: multiply-accumulates, parameters or both, and shares of units to keep by kind: a
+            :class:`Budget`, its fields as a mapping, or a share of the multiply-accumulates
+            (``0.5``). Kinds with a share keep that; the others meet the rest.
         allocation: ``"global"``, ``"uniform"`` or another of ``planning/allocations``.
         normalization: makes axes comparable before a global ranking. None takes ``per_mac`` for
             squares (``reduction="square"``), which are all of one unit, and ``isomorphic`` for
@@ -63,27 +68,39 @@ def plan(
             sum of squares of all units of the axis that score at least as much (Lee et al. 2021);
             ``latency`` subtracts ``latency_weight * latency_saved[axis]`` after ``l2_per_layer``
             (Yang et al. 2023).
-        min_units: at least so many units stay in every axis, or by kind ``{"head": 0}``.
-        round_to: kept counts are multiples of this, or by kind ``{"neuron": 64}``; an axis with
-            fewer units than that is kept whole. Default: 8 for neurons and embedding channels of an
-            axis of more than 256 whose size is a multiple of 8, as GPUs want in 16 bits
+        min_units: at least so many units stay in every axis, or by kind ``{"head": 0}``; of dims,
+            in every head.
+        round_to: kept counts are multiples of this (not those of branches and blocks), or by kind
+            ``{"neuron": 64}``; an axis with fewer units than that is kept whole. Default: 8 for
+            neurons and embedding channels of an axis of more than 256, and for dims of heads of
+            more than 31, where the size is a multiple of 8, as GPUs want in 16 bits
             (docs/adr/0015-counts-that-gpus-want.md); otherwise 1.
-        units: unit kinds to cut, among ``head``, ``neuron`` and ``embed``; the scores may hold
-            others, whose units all stay (what a budget saves by them is not a matter of counts).
+        units: unit kinds to cut; the scores may hold others, whose units all stay.
         latency_saved: axis name -> seconds saved by one unit of it, for ``latency``.
         latency_weight: score per second, for ``latency``.
+        bounds: unit kind, or pattern of axis names such as ``"blocks.0.*"`` -> (least, most) that
+            every such axis keeps, as shares (``0.25``) or in units (``64``; of dims, in every
+            head); None is no bound. Where several hold, the narrowest does.
+        protect: patterns of axes, branches and blocks that stay whole, with all that is in them
+            (``"blocks.0.attn"``); a branch or a block that holds such an axis stays, too.
+        include: patterns of the only ones that may go or lose units; None is all.
+        keep_ends: the first and the last block stay, with both branches; they may lose units.
 
     Returns:
         A Plan. The cost predicted for it is exactly that of the pruned model, and at most the
-        budget. ``global`` misses it by less than one step of an axis (``round_to`` units), unless
-        all steps left are larger; ``uniform`` by less than one step of all axes of a kind.
+        budget, in every measure. ``global`` misses it by less than one step of an axis
+        (``round_to`` units), unless all steps left are larger; ``uniform`` by less than one step
+        of all axes of a kind. Of two budgets in one measure the larger one never costs less.
 
     Raises:
-        InfeasibleBudget: even the smallest plan allowed costs more; the message names its cost.
-        InvalidInput: an argument has a value that cannot be used, or the scores belong to another
-            model or are not finite.
+        InfeasibleBudget: even the smallest plan allowed costs more, or keeps more; the message
+            names that, and the constraint without which it would be smallest.
+        InvalidInput: an argument has a value that cannot be used, constraints contradict each
+            other, a pattern matches nothing, or the scores belong to another model or are not
+            finite.
     """
     structure = model if isinstance(model, Structure) else describe(model)
+    budget = Budget.of(budget)
     try:
         allocate = named(FOLDER, allocation, "allocate")
     except KeyError:
@@ -96,49 +113,48 @@ def plan(
         raise InvalidInput(
             f"plan: normalization must be one of {', '.join(NORMALIZATIONS)}, got {normalization!r}"
         )
-    groups = _scored_groups(structure, scores, units)
-    axes = [group.first for group in groups]
-    raw = {group.first.name: _ranking(scores, group) for group in groups}
-    ladders = [
-        ladder(
-            group,
-            raw[axis.name],
-            _per_kind("min_units", min_units, axis, 1),
-            _per_kind("round_to", {} if round_to is None else round_to, axis, _aligned(axis)),
+    constraints = Constraints(units, min_units, round_to, bounds or {}, protect, include, keep_ends)
+    rankings = _rankings(structure, scores, constraints)
+    ladders = constraints.ladders(structure, rankings)
+    if not ladders:
+        raise InvalidInput(
+            "plan: protect and include must leave units to cut, got patterns that keep all"
         )
-        for group, axis in zip(groups, axes, strict=True)
-    ]
-    if budget.measure == "keep":
-        assert budget.keep is not None
-        if unscored := budget.keep.keys() - {axis.kind for axis in axes}:
-            raise InvalidInput(
-                f"plan: scores must cover the unit kinds of the budget, got none for "
-                f"{sorted(unscored)[0]!r}"
-            )
-    values = normalised(structure, raw, groups, normalization, latency_saved, latency_weight)
-    counts = allocate(Problem(structure, ladders, values, budget))
+    if unscored := (budget.keep or {}).keys() - {ladder.axis.kind for ladder in ladders}:
+        raise InvalidInput(
+            f"plan: scores must cover the unit kinds of the budget, got none of {min(unscored)!r} "
+            "that may go"
+        )
+    values = normalised(structure, ladders, normalization, latency_saved, latency_weight)
+    counts = [ladder.rungs[0] for ladder in ladders]
+    if budget.keep is not None:
+        _check_shares(structure, ladders, budget.keep, constraints, rankings)
+        counts = allocate(Problem(structure, ladders, values, {}, budget.keep))
+        # what has a share of its own is settled
+        ladders = [
+            replace(ladder, rungs=(count,)) if ladder.axis.kind in budget.keep else ladder
+            for ladder, count in zip(ladders, counts, strict=True)
+        ]
+    if budget.measures:
+        limits = budget.limits(predict_cost(structure))
+        problem = Problem(structure, ladders, values, limits)
+        if not problem.fits(problem.smallest):
+            raise _infeasible(problem, constraints, rankings)
+        counts = allocate(problem)
     return Plan.of(
         structure,
         {
-            name: rungs.keep(count)
-            for rungs, count in zip(ladders, counts, strict=True)
-            for name in rungs.group.names
+            name: ladder.keep(count)
+            for ladder, count in zip(ladders, counts, strict=True)
+            for name in ladder.group.names
         },
     )
 
 
-def _ranking(scores: Scores, group: Group) -> np.ndarray:
-    """What ranks the units of axes that keep the same ones."""
-    rankings = [scores.ranking(name).numpy() for name in group.names if name in scores]
-    return np.sum(rankings, axis=0)
-
-
-def _scored_groups(structure: Structure, scores: Scores, units: Sequence[str]) -> list[Group]:
-    """The axes to cut, each with those that keep the same units."""
-    if isinstance(units, str) or not set(units) <= set(PLANNED_KINDS) or not units:
-        raise InvalidInput(
-            f"plan: units must be a list of kinds among {', '.join(PLANNED_KINDS)}, got {units!r}"
-        )
+def _rankings(
+    structure: Structure, scores: Scores, constraints: Constraints
+) -> dict[str, np.ndarray]:
+    """What ranks the units of every scored group, by the name of its first axis."""
     for name, value in scores.items():
         axis = structure.axes.get(name)
         if axis is None or len(value) != axis.size:
@@ -150,29 +166,86 @@ def _scored_groups(structure: Structure, scores: Scores, units: Sequence[str]) -
             raise InvalidInput(f"plan: scores must be finite, got NaN or Inf in {name!r}")
     if not len(scores):
         raise InvalidInput("plan: scores must cover at least one axis, got none")
-    axes = [axis for axis in structure.axes.values() if axis.name in scores and axis.kind in units]
-    if not axes:
-        kinds = sorted({structure.axes[name].kind for name in scores})
+    kinds = {structure.axes[name].kind for name in scores}
+    if kinds.isdisjoint(constraints.units):
         raise InvalidInput(
-            f"plan: scores must cover a unit kind of {', '.join(units)}, got {', '.join(kinds)}"
+            f"plan: scores must cover a unit kind of {', '.join(constraints.units)}, "
+            f"got {', '.join(sorted(kinds))}"
         )
-    names = {axis.name for axis in axes}
-    return [group for group in structure.groups if names.intersection(group.names)]
+    scored = [group for group in structure.groups if any(name in scores for name in group.names)]
+    return {group.first.name: _ranking(scores, group) for group in scored}
 
 
-def _aligned(axis: Axis) -> int:
-    is_large = axis.kind in _ALIGNED_KINDS and axis.size > _ALIGNED_ABOVE
-    return _ALIGNED_UNITS if is_large and axis.size % _ALIGNED_UNITS == 0 else 1
+def _ranking(scores: Scores, group: Group) -> np.ndarray:
+    """What ranks the units of axes that keep the same ones."""
+    rankings = [scores.ranking(name).numpy() for name in group.names if name in scores]
+    return np.sum(rankings, axis=0)
 
 
-def _per_kind(argument: str, value: PerKind, axis: Axis, default: int) -> int:
-    if isinstance(value, Mapping) and (unknown := value.keys() - {*PLANNED_KINDS}):
-        raise InvalidInput(
-            f"plan: {argument} must name kinds among {', '.join(PLANNED_KINDS)}, "
-            f"got {min(unknown)!r}"
-        )
-    number = value.get(axis.kind, default) if isinstance(value, Mapping) else value
-    least = 0 if argument == "min_units" else 1
-    if type(number) is not int or number < least:
-        raise InvalidInput(f"plan: {argument} must be a whole number >= {least}, got {number!r}")
-    return number
+def _check_shares(
+    structure: Structure,
+    ladders: Sequence[Ladder],
+    keep: Mapping[str, float],
+    constraints: Constraints,
+    rankings: Mapping[str, np.ndarray],
+) -> None:
+    """Refuses shares that what the caller said besides leaves no room for.
+
+    That an axis keeps a unit, or as many as a step has, is no contradiction to a small share.
+    """
+    usual = Constraints(constraints.units, round_to=constraints.round_to, keep_ends=False)
+    for kind, share in keep.items():
+        of_kind = {each.axis.name: each for each in ladders if each.axis.kind == kind}
+        fewest, most = _ends(of_kind.values())
+        total = sum(each.width * each.breadth for each in of_kind.values())
+
+        def least(lax: Constraints, names: Collection[str] = of_kind) -> int:
+            freed = lax.ladders(structure, rankings)
+            return _ends(each for each in freed if each.axis.name in names)[0]
+
+        goal = round(share * total)
+        if least(usual) < fewest > goal or most < goal:
+            raise InfeasibleBudget(
+                f"plan: budget must keep a share of {kind!r} from {fewest / total:.3f} to "
+                f"{most / total:.3f} ({fewest:,} to {most:,} units), got {share:g}; "
+                f"{_binding(constraints, least)}"
+            )
+
+
+def _ends(ladders: Iterable[Ladder]) -> tuple[int, int]:
+    """The fewest and the most units that ladders may keep together."""
+    ends = [(each.rungs[-1] * each.breadth, each.rungs[0] * each.breadth) for each in ladders]
+    return sum(fewest for fewest, _ in ends), sum(most for _, most in ends)
+
+
+def _infeasible(
+    problem: Problem, constraints: Constraints, rankings: Mapping[str, np.ndarray]
+) -> InfeasibleBudget:
+    """Names the smallest plan there is, and what stands in the way of smaller ones."""
+    smallest, whole = problem.costs(problem.smallest), predict_cost(problem.structure)
+    measure = max(smallest, key=lambda name: smallest[name] / problem.limits[name])
+    settled = {each.axis.name: each for each in problem.ladders if len(each.rungs) == 1}
+
+    def least(lax: Constraints) -> int:
+        freed = lax.ladders(problem.structure, rankings)
+        ladders = [settled.get(each.axis.name, each) for each in freed]
+        return replace(problem, ladders=ladders).costs([each.rungs[-1] for each in ladders])[
+            measure
+        ]
+
+    def shown(cost: int) -> str:
+        return f"{cost:,} {measure} ({cost / getattr(whole, measure):.3f} of the model)"
+
+    return InfeasibleBudget(
+        f"plan: budget must allow at least {shown(smallest[measure])}, the smallest plan, "
+        f"got {shown(problem.limits[measure])}; {_binding(constraints, least)}"
+    )
+
+
+def _binding(constraints: Constraints, least: Callable[[Constraints], int]) -> str:
+    """Which constraint stands most in the way, by what would be the least without it."""
+    without = {name: least(lax) for name, lax in constraints.relaxed()}
+    name = min(without, key=without.__getitem__)
+    if without[name] >= least(constraints):
+        return "no constraint alone stands in the way; score and cut more unit kinds"
+    return f"what binds most is {name}, without which the least would be {without[name]:,}"

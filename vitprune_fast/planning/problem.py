@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from bisect import bisect_left
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -11,58 +10,72 @@ from operator import neg
 
 import numpy as np
 
-from ..errors import InfeasibleBudget
 from ..structure import Axis, Group, Structure
 from ..structure.reading import Reading
-from .budget import Budget
-from .cost import predict_cost
 
 
 @dataclass(frozen=True)
 class Ladder:
-    """Allowed kept-counts (descending) and removal order of axes that keep the same units."""
+    """Allowed kept-counts (descending) and removal order of axes that keep the same units.
+
+    Of dims of heads every head keeps equally many, its own best ones, since raggedness saves
+    nothing: what goes at once is one of each head.
+
+    Attributes:
+        group: the axes.
+        order: unit numbers, least important first; a row per parent unit, or a single one.
+        scores: of what goes at once, in this order: the sum over the rows.
+        rungs: allowed numbers of units that every row keeps, down to the minimum.
+        held: for branches and blocks, which branches each unit consists of; else empty.
+    """
 
     group: Group
-    # unit numbers, least important first
     order: np.ndarray
-    # allowed numbers of kept units, from all of them down to the minimum
+    scores: np.ndarray
     rungs: tuple[int, ...]
+    held: Sequence[tuple[str, ...]] = ()
 
     @property
     def axis(self) -> Axis:
         """The representative of the group."""
         return self.group.first
 
+    @property
+    def width(self) -> int:
+        """How many units a row has."""
+        return self.order.shape[1]
+
+    @property
+    def breadth(self) -> int:
+        """How many units go at once, in all axes of the group."""
+        return len(self.order) * len(self.group.axes)
+
     def keep(self, count: int) -> list[int]:
-        """The ``count`` best units, sorted by number."""
-        return sorted(self.order[len(self.order) - count :].tolist())
+        """The ``count`` best units of every row, sorted by number."""
+        return sorted(self.order[:, self.width - count :].ravel().tolist())
+
+    def removed(self, count: int) -> set[str]:
+        """The branches that go where ``count`` units stay, of an axis of branches or blocks."""
+        gone = self.order[0, : self.width - count].tolist() if self.held else ()
+        return {branch for unit in gone for branch in self.held[unit]}
 
     def at_share(self, share: float) -> int:
         """The allowed count nearest to a share of the axis, the larger one on a tie."""
-        wanted = share * self.axis.size
+        wanted = share * self.width
         # the rungs fall, so that only those around the first one below may be nearest
         below = bisect_left(self.rungs, -wanted, key=neg)
         near = self.rungs[max(below - 1, 0) : below + 1]
         return min(near, key=lambda n: (abs(n - wanted), -n))
 
 
-def ladder(group: Group, ranking: np.ndarray, least: int, step: int) -> Ladder:
-    """The ladder of axes that keep the same units.
+def ordered(ranking: np.ndarray, rows: int = 1) -> np.ndarray:
+    """(rows, units of each) unit numbers, the least important of every row first.
 
-    Args:
-        group: the axes.
-        ranking: what ranks their units, (units,); larger stays longer.
-        least: so many units stay at least.
-        step: kept counts are multiples of it.
+    Among equals the highest number goes first, so the lowest ones stay.
     """
-    axis = group.first
-    # a stable sort, and among equals the highest number goes first, so the lowest ones stay
-    order = np.argsort(ranking[::-1], kind="stable")
-    order = axis.size - 1 - order
-    least = min(axis.size, math.ceil(least / step) * step)
-    below = range(axis.size // step * step, -1, -step)
-    rungs = (axis.size, *(n for n in below if least <= n < axis.size))
-    return Ladder(group, order, rungs)
+    each = ranking.reshape(rows, -1)
+    order = each.shape[1] - 1 - np.argsort(each[:, ::-1], axis=1, kind="stable")
+    return order + np.arange(rows)[:, None] * each.shape[1]
 
 
 @dataclass(frozen=True)
@@ -72,47 +85,43 @@ class Problem:
     Attributes:
         structure: of the model.
         ladders: of every group of axes, in model order.
-        values: name of a ladder's axis -> (units,), what each unit is worth, made comparable.
-        budget: what the counts must meet.
+        values: name of a ladder's axis -> (width,), what goes at once is worth, in removal order,
+            made comparable between axes.
+        limits: ``"macs"`` and ``"params"``, or one of them -> the largest number allowed.
+        keep: unit kind -> share of its units to keep; limits and shares are not given together.
     """
 
     structure: Structure
     ladders: Sequence[Ladder]
     values: Mapping[str, np.ndarray]
-    budget: Budget
+    limits: Mapping[str, int]
+    keep: Mapping[str, float] | None = None
 
-    @cached_property
-    def limit(self) -> int:
-        """The largest cost allowed, of a budget that is one."""
-        return self.budget.limit(predict_cost(self.structure))
+    def costs(self, counts: Sequence[int]) -> dict[str, int]:
+        """What counts cost, one for each ladder, in every measure that is limited.
 
-    def cost(self, counts: Sequence[int]) -> int:
-        """What counts cost, one for each ladder, in the measure of the budget.
-
-        Which units an axis keeps does not change it, except where their number reaches zero.
+        Which units an axis keeps does not change it, except for branches and blocks, and where
+        their number reaches zero.
         """
-        named = zip(self.ladders, counts, strict=True)
-        kept = {name: count for ladder, count in named for name in ladder.group.names}
-        return getattr(Reading.of_counts(self.structure, kept), self.budget.measure)
+        kept: dict[str, int] = {}
+        removed: set[str] = set()
+        for ladder, count in zip(self.ladders, counts, strict=True):
+            if ladder.held:
+                removed |= ladder.removed(count)
+            else:
+                kept |= dict.fromkeys(ladder.group.names, count)
+        reading = Reading.of_counts(self.structure, kept, removed)
+        return {measure: getattr(reading, measure) for measure in self.limits}
+
+    def load(self, counts: Sequence[int]) -> float:
+        """What counts cost as a share of what is allowed, in the measure that is nearest to it."""
+        return max(cost / self.limits[name] for name, cost in self.costs(counts).items())
 
     def fits(self, counts: Sequence[int]) -> bool:
-        """Whether counts meet the budget."""
-        return self.cost(counts) <= self.limit
+        """Whether counts are within all limits."""
+        return all(cost <= self.limits[name] for name, cost in self.costs(counts).items())
 
+    @cached_property
     def smallest(self) -> list[int]:
-        """The lowest rung of every ladder.
-
-        Raises:
-            InfeasibleBudget: even that costs more than the budget.
-        """
-        counts = [ladder.rungs[-1] for ladder in self.ladders]
-        smallest = self.cost(counts)
-        if smallest > self.limit:
-            measure = self.budget.measure
-            whole = getattr(predict_cost(self.structure), measure)
-            raise InfeasibleBudget(
-                f"plan: budget must allow at least {smallest:,} {measure} "
-                f"({smallest / whole:.3f} of the model), the smallest plan with these scores, "
-                f"min_units and round_to, got {self.limit:,} ({self.limit / whole:.3f})"
-            )
-        return counts
+        """The lowest rung of every ladder."""
+        return [ladder.rungs[-1] for ladder in self.ladders]

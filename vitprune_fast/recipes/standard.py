@@ -4,11 +4,14 @@ data  dense  [teacher]  score  plan  prune  sweep  distill  evaluate  report
 --gates              ...  gates        prune  sweep  distill  ...
 --mask-macs          ...  distill      prune                  ...
 --rounds             ...  score-1 plan-1 prune-1 sweep-1 [distill-1]  score ...
+--round-masks        ...  score-1 plan-1 distill-1  score ...
 """
 
 from __future__ import annotations
 
-from vitprune_fast.config.run import RunConfig
+from typing import Any
+
+from vitprune_fast.config.run import RoundConfig, RunConfig, part_way
 from vitprune_fast.run import steps as do
 from vitprune_fast.run.step import REPORT, SUMMARY, Recipe, Step
 
@@ -23,13 +26,10 @@ def steps(config: RunConfig) -> list[Step]:
             cut("masked", "plan.json", into="model"),
         ]
         return [*made, *judged({"before": "dense", "after": "model"})]
-    smaller, models = chosen(config, teachers)
-    taught = {"student": models["swept" if "swept" in models else "cut"], "dense": "dense"}
-    made += [
-        *smaller,
-        Step("distill", do.distill, {**taught, **teachers}, {"model": "model"}, shared=True),
-    ]
-    return [*made, *judged({"before": "dense", **models, "after": "model"})]
+    cuts, models = chosen(config, teachers)
+    last = models["swept" if "swept" in models else "cut"]
+    rows = {"before": "dense", **models, "after": "model"}
+    return [*made, *cuts, taught(last, teachers), *judged(rows)]
 
 
 def opened(config: RunConfig, *, taught: bool = True) -> tuple[list[Step], dict[str, str]]:
@@ -66,47 +66,78 @@ def chosen(config: RunConfig, teachers: dict[str, str]) -> tuple[list[Step], dic
     if config.gates.kind != "none":
         into = {"model": "gated", "plan": "plan.json"}
         gates = Step("gates", do.learn_gates, {"dense": "dense", **teachers}, into, shared=True)
-        made, models = _smaller(config, "gated")
+        made, models = smaller(config, "gated")
         return [gates, *made], models
     made, models, model = [], {}, "dense"
     for number in range(1, config.rounds.count):
         end, settings = f"-{number}", toward(config, number)
-        cuts, found = _smaller(config, model, end, settings)
-        made += [*scored(model, end, settings), *cuts]
+        settings["distill"] = {"epochs": config.rounds.epochs}
+        made += scored(model, end, settings)
+        if config.rounds.masks:
+            made.append(taught(model, teachers, end, settings, plan=f"plan{end}.json"))
+            model = f"model{end}"
+            continue
+        cuts, found = smaller(config, model, end, settings)
+        made += cuts
         models |= found
         model = [*found.values()][-1]
         if config.rounds.epochs:
-            taught = {"student": model, "dense": "dense", **teachers}
-            model = f"model{end}"
-            epochs = {"distill": {"epochs": config.rounds.epochs}}
-            into = {"model": model}
-            made.append(Step(f"distill{end}", do.distill, taught, into, epochs, shared=True))
-            models[f"taught{end}"] = model
+            made.append(taught(model, teachers, end, settings))
+            model = models[f"taught{end}"] = f"model{end}"
     settings = toward(config, config.rounds.count)
-    cuts, found = _smaller(config, model, settings=settings)
+    cuts, found = smaller(config, model, settings=settings)
     return [*made, *scored(model, settings=settings), *cuts], {**models, **found}
 
 
-Settings = dict[str, dict[str, object]]
+Settings = dict[str, dict[str, Any]]
 
 
 def toward(config: RunConfig, number: int) -> Settings:
-    """How far toward the budget a round goes; `keep` shares apply to the round's own model."""
-    share = (1 if config.plan.keep else number) / config.rounds.count
-    return {} if share == 1 else {"plan": {"toward": share}}
+    """How much of the way to the budget is gone after a round.
+
+    Shares of units to keep are those of the model that a round plans for, which is smaller after
+    every round that cuts.
+    """
+    rounds = config.rounds
+    if rounds.count == 1:
+        return {}
+    plan: dict[str, Any] = {"toward": number / rounds.count, "along": rounds.along}
+    if config.plan.keep:
+        plan["keep"] = {
+            kind: _left(share, number, rounds)
+            / (1 if rounds.masks else _left(share, number - 1, rounds))
+            for kind, share in config.plan.keep.items()
+        }
+    return {"plan": plan}
+
+
+def _about(part: str, settings: Settings | None) -> Settings:
+    """The settings of one part of the configuration, which one step reads."""
+    return {part: settings[part]} if settings and part in settings else {}
+
+
+def _left(share: float, number: int, rounds: RoundConfig) -> float:
+    return part_way(share, number / rounds.count, rounds.along)
 
 
 def scored(model: str, end: str = "", settings: Settings | None = None) -> list[Step]:
     """Scores a model and plans its cut."""
     scores, read = f"scores{end}.safetensors", {"model": model}
     return [
-        Step(f"score{end}", do.score, read, {"scores": scores}, shared=True),
+        Step(
+            f"score{end}",
+            do.score,
+            read,
+            {"scores": scores},
+            _about("score", settings),
+            shared=True,
+        ),
         Step(
             f"plan{end}",
             do.plan,
             {**read, "scores": scores, **share_of(model)},
             {"plan": f"plan{end}.json"},
-            settings or {},
+            _about("plan", settings),
         ),
     ]
 
@@ -116,7 +147,23 @@ def share_of(model: str) -> dict[str, str]:
     return {} if model in ("dense", "gated", "masked") else {"dense": "dense"}
 
 
-def _smaller(
+def taught(
+    student: str,
+    teachers: dict[str, str],
+    end: str = "",
+    settings: Settings | None = None,
+    plan: str | None = None,
+) -> Step:
+    """Teaches a model; with a plan, what it keeps of the model."""
+    read = {"student": student, "dense": "dense", **teachers}
+    into, more = {"model": f"model{end}"}, _about("distill", settings)
+    if plan is None:
+        return Step(f"distill{end}", do.distill, read, into, more, shared=True)
+    read["plan"] = plan
+    return Step(f"distill{end}", do.distill_behind_mask, read, into, more, shared=True)
+
+
+def smaller(
     config: RunConfig, model: str, end: str = "", settings: Settings | None = None
 ) -> tuple[list[Step], dict[str, str]]:
     """Cuts a model, and refits what stays unless that is turned off."""
@@ -132,7 +179,7 @@ def _smaller(
 def cut(model: str, plan: str, into: str, end: str = "", settings: Settings | None = None) -> Step:
     """Cuts a plan out of a model."""
     read = {"model": model, "plan": plan, **share_of(model)}
-    return Step(f"prune{end}", do.prune, read, {"pruned": into}, settings or {})
+    return Step(f"prune{end}", do.prune, read, {"pruned": into}, _about("plan", settings))
 
 
 def judged(models: dict[str, str]) -> list[Step]:

@@ -17,7 +17,13 @@ from torch import Tensor, nn
 
 from vitprune_fast import evaluation, planning, scoring, surgery
 from vitprune_fast.config.distill import DistillConfig
-from vitprune_fast.config.run import DataConfig, PlanConfig, ScoreConfig, SweepConfig
+from vitprune_fast.config.run import (
+    DataConfig,
+    PlanConfig,
+    ScoreConfig,
+    SweepConfig,
+    part_way,
+)
 from vitprune_fast.data import Augment, ImageData, Images, Loader, RandomCrop
 from vitprune_fast.distill.loop import distill
 from vitprune_fast.distill.teachers import Teacher
@@ -170,7 +176,7 @@ def score(
         model.to(setting.profile.device),
         first_samples(loader.epoch(0), config.samples),
         criterion=config.criterion,
-        units="all" if config.units == ("all",) else config.units,
+        units="all" if config.units == ("all",) else config.units or ("head", "neuron"),
         reduction=config.reduction,
         seed=derive_seed(setting.seed, "score labels"),
         draws=config.draws,
@@ -200,33 +206,33 @@ def plan(
     model: nn.Module, scores: Any, config: PlanConfig, *, dense: planning.Cost | None = None
 ) -> Any:
     """The `Plan` that meets the configured budget; shares of a cost are those of `dense`."""
-    own: Any = {} if config.normalization is None else {"normalization": config.normalization}
-    goal = config.budget()
+    budget: dict[str, Any] = config.budget()
+    chosen: Any = config.normalization
     if dense is not None or config.toward < 1:
-        goal = limited(goal, dense or planning.cost(model), config.toward)
+        budget |= limits(config, dense or planning.cost(model))
     return planning.plan(
         model,
         scores,
-        budget=planning.Budget(**goal),
+        planning.Budget(**budget),
         allocation=config.allocation,
-        **config.counts(),
-        **own,
+        normalization=chosen,
+        **config.constraints(),
     )
 
 
-def limited(budget: dict[str, Any], dense: planning.Cost, toward: float = 1.0) -> dict[str, Any]:
-    """A budget as an absolute cost, reached only in part for `toward` below 1.
+def limits(config: PlanConfig, dense: planning.Cost) -> dict[str, int]:
+    """The configured budget as numbers of parameters and multiply-accumulates, where it is one.
 
     Args:
-        budget: as the keyword of `vp.Budget`.
+        config: says how much of the way to its budget is to be gone.
         dense: what shares are shares of.
-        toward: 1 is the budget itself; .5 of a quarter is a half.
     """
-    ((name, value),) = budget.items()
-    if name == "keep":
-        return {"keep": {kind: share**toward for kind, share in value.items()}}
-    full = getattr(dense, name)
-    return {name: int(full * (planning.Budget(**budget).limit(dense) / full) ** toward)}
+    found = planning.Budget(**config.budget()).limits(dense)
+    if config.toward < 1:
+        for name, limit in found.items():
+            full = getattr(dense, name)
+            found[name] = int(full * part_way(limit / full, config.toward, config.along))
+    return found
 
 
 def calibration(data: ImageData, config: SweepConfig, setting: Setting) -> Loader:

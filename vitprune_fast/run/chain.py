@@ -20,6 +20,7 @@ from vitprune_fast.config.yamlfile import from_plain, to_plain, to_yaml
 from vitprune_fast.data import ImageData
 from vitprune_fast.errors import InvalidInput, StageFailed
 from vitprune_fast.models.open import skeleton
+from vitprune_fast.planning.constraints import Constraints
 from vitprune_fast.run import actions, assumptions
 from vitprune_fast.run.actions import OnEvent
 from vitprune_fast.run.folder import Metrics, RunFolder, read_metrics
@@ -135,7 +136,9 @@ def check_inputs(config: RunConfig, data: ImageData | None = None) -> nn.Module:
     refuse_overwriting("run", config, {"out": config.out}, more={"data": root}, resumes=True)
     model = skeleton(replace(config.model, pretrained=False))
     check_savable(model)
-    scored_axes(describe(model), config.score.units)
+    structure = describe(model)
+    scored_axes(structure, config.scoring.units)
+    Constraints(**config.plan.constraints()).check(structure)
     if config.model.checkpoint and not config.model.checkpoint.is_file():
         raise InvalidInput(
             f"run: checkpoint must be a file, got {config.model.checkpoint} (no such file)"

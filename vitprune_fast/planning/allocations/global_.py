@@ -12,14 +12,13 @@ from ..problem import Ladder, Problem
 
 def allocate(problem: Problem) -> list[int]:
     """Drop the lowest steps of all axes together until the budget holds, then fill it up."""
-    ladders, values, budget = problem.ladders, problem.values, problem.budget
-    if budget.keep is not None:
-        counts = [ladder.axis.size for ladder in ladders]
-        for kind, share in budget.keep.items():
+    ladders, values = problem.ladders, problem.values
+    if problem.keep is not None:
+        counts = [ladder.rungs[0] for ladder in ladders]
+        for kind, share in problem.keep.items():
             members = [i for i, ladder in enumerate(ladders) if ladder.axis.kind == kind]
             _drop_share(ladders, counts, members, values, share)
         return counts
-    problem.smallest()
     drops = _drops(ladders, values, range(len(ladders)))
     low, high = 0, len(drops)
     while low < high:
@@ -40,7 +39,7 @@ def allocate(problem: Problem) -> list[int]:
             counts = more
         else:
             blocked.add(i)
-            if len(blocked) == len(ladders):
+            if len(blocked) == sum(len(ladder.rungs) > 1 for ladder in ladders):
                 break
     return counts
 
@@ -52,7 +51,7 @@ def _drops(
     heights, steps = [np.empty(0)], [np.empty((0, 2), dtype=np.int64)]
     for i in members:
         ladder = ladders[i]
-        means = _means(values[ladder.axis.name][ladder.order], ladder.rungs)
+        means = _means(values[ladder.axis.name], ladder.rungs)
         # a normalisation may break the order within an axis: a step waits for those below it
         heights.append(np.maximum.accumulate(means))
         rungs = np.arange(1, len(ladder.rungs))
@@ -64,9 +63,9 @@ def _drops(
 
 def _means(ranked: np.ndarray, rungs: Sequence[int]) -> np.ndarray:
     """Mean value of the units that each step takes."""
-    if rungs == tuple(range(rungs[0], rungs[-1] - 1, -1)):
-        return ranked[: len(rungs) - 1]
     ends = [len(ranked) - rung for rung in rungs]
+    if ends == [*range(ends[0], ends[-1] + 1)]:
+        return ranked[ends[0] : ends[-1]]
     return np.array([ranked[a:b].mean() for a, b in pairwise(ends)])
 
 
@@ -84,10 +83,10 @@ def _drop_share(
     share: float,
 ) -> None:
     """Drop steps of the member axes until no more than the share of their units is left."""
-    total = sum(ladders[i].axis.size * len(ladders[i].group.axes) for i in members)
-    left, goal = total, round(share * total)
+    goal = round(share * sum(ladders[i].width * ladders[i].breadth for i in members))
+    left = sum(counts[i] * ladders[i].breadth for i in members)
     for i, rung in _drops(ladders, values, members).tolist():
         if left <= goal:
             break
-        left -= (counts[i] - ladders[i].rungs[rung]) * len(ladders[i].group.axes)
+        left -= (counts[i] - ladders[i].rungs[rung]) * ladders[i].breadth
         counts[i] = ladders[i].rungs[rung]

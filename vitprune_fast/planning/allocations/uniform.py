@@ -9,15 +9,15 @@ from ..problem import Ladder, Problem
 
 def allocate(problem: Problem) -> list[int]:
     """The largest common share that meets the budget, then single kinds step up while they fit."""
-    ladders, budget, fits = problem.ladders, problem.budget, problem.fits
-    if budget.keep is not None:
-        return [ladder.at_share(budget.keep.get(ladder.axis.kind, 1.0)) for ladder in ladders]
-    counts = problem.smallest()
+    ladders, fits = problem.ladders, problem.fits
+    if problem.keep is not None:
+        return [ladder.at_share(problem.keep.get(ladder.axis.kind, 1.0)) for ladder in ladders]
+    counts = problem.smallest
     # the shares at which any axis changes its count, from the smallest plan up
     shares = sorted(
         {0.0, 1.0}
         | {
-            (a + b) / 2 / ladder.axis.size
+            (a + b) / 2 / ladder.width
             for ladder in ladders
             for a, b in zip(ladder.rungs, ladder.rungs[1:], strict=False)
         }

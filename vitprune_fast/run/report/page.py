@@ -188,11 +188,12 @@ def unit_facts(run: RunFolder, done: dict[str, dict[str, Any]]) -> Units:
     scores = Scores.load(files.inside(run.path, named)) if named else {}
     kinds: Units = {}
     for name, axis in planned["axes"].items():
-        number = re.search(r"\d+", name)
+        # of a model with stages, the stage and the block in it
+        numbers = re.findall(r"\d+", name)
         kinds.setdefault(axis["kind"], []).append(
             {
                 "kind": axis["kind"],
-                "block": int(number[0]) if number else 0,
+                "block": ".".join(numbers) or "0",
                 "size": axis["size"],
                 "units": list(plan[name]),
                 "scores": scores[name].tolist() if name in scores else [],

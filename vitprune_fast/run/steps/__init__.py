@@ -7,6 +7,9 @@ by itself before it counts as done.
 from vitprune_fast.run.steps.data import data as data
 from vitprune_fast.run.steps.dense import dense as dense
 from vitprune_fast.run.steps.distill import distill as distill
+from vitprune_fast.run.steps.distill_behind_mask import (
+    distill_behind_mask as distill_behind_mask,
+)
 from vitprune_fast.run.steps.distill_masked import distill_masked as distill_masked
 from vitprune_fast.run.steps.evaluate import evaluate as evaluate
 from vitprune_fast.run.steps.learn_gates import learn_gates as learn_gates

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from vitprune_fast import planning
 from vitprune_fast.run import actions, checks
 from vitprune_fast.run.job import Job
@@ -16,8 +18,9 @@ def prune(job: Job, *, model: str, plan: str, pruned: str, dense: str | None = N
     )
     counted = planning.cost(result)
     whole = planning.cost(loaded if dense is None else job.load(dense))
-    goal = actions.limited(job.config.budget(), whole, job.config.plan.toward)
-    proofs += checks.within_budget(counted, whole, goal)
+    asked = replace(job.config.plan, **job.config.budget())
+    limits = actions.limits(asked, whole)
+    proofs += checks.within_budget(counted, limits)
     return {
         "cost": {"params": counted.params, "macs": counted.macs},
         "checks": job.keep(result, pruned, proofs),

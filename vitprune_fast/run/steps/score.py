@@ -17,7 +17,7 @@ def score(job: Job, *, model: str, scores: str) -> Facts:
         actions.score,
         job.load(model),
         job.data,
-        job.config.score,
+        job.config.scoring,
         job.setting,
     )
     job.write(scores, found)

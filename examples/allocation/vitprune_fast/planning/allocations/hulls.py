@@ -7,8 +7,8 @@ from itertools import pairwise
 from ...errors import InvalidInput
 from ..problem import Problem
 
-Point = tuple[int, float, int]
-"""What a layer costs with so many units, what is lost, and the units."""
+Point = tuple[float, float, int]
+"""Share of the budget that so many units of a layer take, what is lost, and the units."""
 
 
 def allocate(problem: Problem) -> list[int]:
@@ -17,13 +17,13 @@ def allocate(problem: Problem) -> list[int]:
     Values have to add up, as squares do (`reduction="square"`, `normalization="none"`): no scale
     between unit kinds is needed then.
     """
-    if problem.budget.keep is not None:
+    if problem.keep is not None:
         raise InvalidInput("plan: budget must be in macs or params for 'hulls', got keep")
-    counts = problem.smallest()
+    counts = problem.smallest
     steps = []
     for number, points in enumerate(curves(problem)):
-        for (cost, lost, _), (more, less, units) in pairwise(lower_hull(points)):
-            steps.append(((lost - less) / (more - cost), number, units))
+        for (load, lost, _), (more, less, units) in pairwise(lower_hull(points)):
+            steps.append(((lost - less) / (more - load), number, units))
     stuck = set[int]()
     for _, number, units in sorted(steps, key=lambda step: (-step[0], step[1:])):
         trial = [*counts[:number], units, *counts[number + 1 :]]
@@ -39,11 +39,11 @@ def curves(problem: Problem) -> list[list[Point]]:
     whole = [ladder.rungs[0] for ladder in problem.ladders]
     found = []
     for number, ladder in enumerate(problem.ladders):
-        values = problem.values[ladder.axis.name][ladder.order]
+        values = problem.values[ladder.axis.name]
         points = []
         for units in reversed(ladder.rungs):
-            cost = problem.cost([*whole[:number], units, *whole[number + 1 :]])
-            points.append((cost, float(values[: len(values) - units].sum()), units))
+            load = problem.load([*whole[:number], units, *whole[number + 1 :]])
+            points.append((load, float(values[: len(values) - units].sum()), units))
         found.append(points)
     return found
 

@@ -1,0 +1,252 @@
+"""Which units may go at all, and how many of each axis have to stay."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from fnmatch import fnmatchcase
+from typing import Any
+
+import numpy as np
+
+from ..errors import InvalidInput
+from ..structure import UNIT_KINDS, Axis, Group, Structure
+from .problem import Ladder, ordered
+
+PerKind = int | Mapping[str, int]
+Bounds = Mapping[str, Sequence[float | int | None]]
+DEPTH_KINDS = ("attn_branch", "mlp_branch", "block")
+# what GPUs want in 16 bits (ADR 15): rows of 16 bytes, in axes in which such steps are fine enough
+_ALIGNED_UNITS = 8
+_ALIGNED_ABOVE = {"neuron": 256, "embed": 256, "qk_dim": 31, "v_dim": 31}
+
+
+@dataclass(frozen=True)
+class Constraints:
+    """What a plan may not do; see the arguments of ``plan`` of the same names."""
+
+    units: Collection[str] = ("head", "neuron")
+    min_units: PerKind = 1
+    round_to: PerKind | None = None
+    bounds: Bounds = field(default_factory=dict)
+    protect: Sequence[str] = ()
+    include: Sequence[str] | None = None
+    keep_ends: bool = True
+
+    def __post_init__(self) -> None:
+        if isinstance(self.units, str) or not self.units or not {*self.units} <= {*UNIT_KINDS}:
+            raise InvalidInput(
+                f"plan: units must be a list of kinds among {', '.join(UNIT_KINDS)}, "
+                f"got {self.units!r}"
+            )
+        for name, least in (("min_units", 0), ("round_to", 1)):
+            _check_per_kind(name, getattr(self, name), least)
+        for name in ("protect", "include"):
+            patterns = getattr(self, name)
+            if isinstance(patterns, str) or not all(isinstance(p, str) for p in patterns or ()):
+                raise InvalidInput(f"plan: {name} must be a list of patterns, got {patterns!r}")
+        for key, pair in self.bounds.items():
+            _check_bound(key, pair)
+
+    def check(self, structure: Structure) -> None:
+        """Refuse, before there are scores, what the ladders of a model would be refused for."""
+        flat = {group.first.name: np.zeros(group.first.size) for group in structure.groups}
+        self.ladders(structure, flat)
+
+    def ladders(self, structure: Structure, rankings: Mapping[str, np.ndarray]) -> list[Ladder]:
+        """The ladders of all groups of axes of which units may go, in model order.
+
+        Args:
+            structure: of the model.
+            rankings: of every scored group, by the name of its first axis: (units,), larger stays.
+
+        Raises:
+            InvalidInput: a pattern matches nothing, or constraints contradict each other.
+        """
+        for name, patterns in (("protect", self.protect), ("include", self.include or ())):
+            for pattern in patterns:
+                if not any(fnmatchcase(each, pattern) for each in _all_names(structure)):
+                    raise _matches_nothing(name, pattern, structure)
+        found = []
+        for group in structure.groups:
+            ranking = rankings.get(group.first.name)
+            if ranking is not None and group.first.kind in self.units:
+                held = structure.held(group.first)
+                make = self._of_branches if held else self._of_units
+                ladder = make(structure, group, ranking)
+                found += [] if ladder is None else [ladder]
+        for key in self.bounds:
+            if not any(_is_bound(key, axis) for ladder in found for axis in ladder.group.axes):
+                raise InvalidInput(
+                    f"plan: bounds must be of axes that are cut, got {key!r}, which matches none "
+                    f"of {_some(ladder.axis.name for ladder in found)}"
+                )
+        return found
+
+    def _of_units(self, structure: Structure, group: Group, ranking: np.ndarray) -> Ladder | None:
+        homes = _homes(structure)
+        names = [name for axis in group.names for name in (axis, *homes.get(axis, ()))]
+        if _any_matches(names, self.protect) or not self._includes(names):
+            return None
+        rows = group.first.parent.size if group.first.parent else 1
+        order = ordered(ranking, rows)
+        return Ladder(group, order, ranking[order].sum(0), self._rungs(group.first))
+
+    def _of_branches(
+        self, structure: Structure, group: Group, ranking: np.ndarray
+    ) -> Ladder | None:
+        axis = group.first
+        held, homes = structure.held(axis), _homes(structure)
+        paths = [*structure.blocks] if axis.kind == "block" else [name for (name,) in held]
+        stays = np.zeros(axis.size, dtype=bool)
+        for unit, (path, branches) in enumerate(zip(paths, held, strict=True)):
+            above = (path, *homes.get(path, ()))
+            inside = (*branches, *(each.name for each in structure.axes_in(branches)))
+            stays[unit] = _any_matches((*above, *inside), self.protect)
+            stays[unit] |= not self._includes((*above, axis.name))
+        if self.keep_ends and structure.blocks:
+            branches = [*structure.blocks.values()]
+            ends = {*branches[0], *branches[-1]}
+            stays |= [not ends.isdisjoint(each) for each in held]
+        if stays.all():
+            return None
+        order = ordered(ranking)[0]
+        # what stays stands behind all that may go, in every stage the best unit at least
+        blocks = [homes.get(path, (path,))[-1] for path in paths]
+        stays[_best_of_stages(order, [path.rpartition(".")[0] for path in blocks])] = True
+        order = order[np.argsort(stays[order], kind="stable")]
+        rungs = [n for n in self._rungs(axis) if n >= stays.sum()]
+        return Ladder(group, order[None], ranking[order], tuple(rungs), held)
+
+    def _includes(self, names: Iterable[str]) -> bool:
+        return self.include is None or _any_matches(names, self.include)
+
+    def _rungs(self, axis: Axis) -> tuple[int, ...]:
+        """How many units, or units of each parent, may stay."""
+        least, most = _per_kind(self.min_units, axis, 1), axis.width
+        step = _multiple(self.round_to, axis)
+        for key, (low, high) in self.bounds.items():
+            if _is_bound(key, axis):
+                least = max(least, _units(low, axis.width, math.ceil, 0))
+                most = min(most, _units(high, axis.width, math.floor, axis.width))
+        least = min(axis.width, math.ceil(least / step) * step)
+        below = range(axis.width // step * step, -1, -step)
+        rungs = [n for n in (axis.width, *below) if least <= n <= most]
+        if not rungs:
+            raise InvalidInput(
+                f"plan: bounds must leave {axis.name!r} a number of units, got at least {least} "
+                f"and at most {most} in steps of {step}"
+            )
+        return tuple(dict.fromkeys(rungs))
+
+    def relaxed(self) -> Iterator[tuple[str, Constraints]]:
+        """Each constraint besides the unit kinds, and what is left without it."""
+        for name, lax in (
+            ("min_units", 0),
+            ("round_to", 1),
+            ("bounds", {}),
+            ("protect", ()),
+            ("include", None),
+            ("keep_ends", False),
+        ):
+            yield name, replace(self, **{name: lax})
+
+
+def _check_per_kind(argument: str, value: Any, least: int) -> None:
+    if isinstance(value, Mapping) and (unknown := value.keys() - {*UNIT_KINDS}):
+        raise InvalidInput(
+            f"plan: {argument} must name kinds among {', '.join(UNIT_KINDS)}, got {min(unknown)!r}"
+        )
+    numbers = [*value.values()] if isinstance(value, Mapping) else [value]
+    for number in [] if value is None else numbers:
+        if type(number) is not int or number < least:
+            raise InvalidInput(
+                f"plan: {argument} must be a whole number >= {least}, got {number!r}"
+            )
+
+
+def _check_bound(key: str, pair: Any) -> None:
+    """A pair of shares or numbers, either of which may be None."""
+    known = isinstance(pair, Sequence) and not isinstance(pair, str) and len(pair) == 2
+    ends = [end for end in pair if end is not None] if known else []
+    if not known or any(not _is_end(end) for end in ends):
+        raise InvalidInput(
+            f"plan: bounds of {key!r} must be (least, most) in units, or as shares between 0.0 and "
+            f"1.0, got {pair!r}"
+        )
+
+
+def _is_end(end: Any) -> bool:
+    if isinstance(end, bool) or not isinstance(end, (int, float)):
+        return False
+    return end >= 0 and (isinstance(end, int) or end <= 1)
+
+
+def _units(end: float | int | None, width: int, rounded: Any, default: int) -> int:
+    """One end of bounds in units; shares are rounded inwards."""
+    if end is None:
+        return default
+    # a share such as .3 of 10 is no more than 3, whatever its product rounds to
+    return end if isinstance(end, int) else rounded(round(end * width, 9))
+
+
+def _is_bound(key: str, axis: Axis) -> bool:
+    return axis.kind == key if key in UNIT_KINDS else fnmatchcase(axis.name, key)
+
+
+def _per_kind(value: PerKind | None, axis: Axis, default: int) -> int:
+    if isinstance(value, Mapping):
+        return value.get(axis.kind, default)
+    return default if value is None else value
+
+
+def _multiple(value: PerKind | None, axis: Axis) -> int:
+    """Steps of an axis; one number for all kinds is not meant for branches and blocks."""
+    is_deep = axis.kind in DEPTH_KINDS and not isinstance(value, Mapping)
+    return 1 if is_deep else _per_kind(value, axis, _aligned(axis))
+
+
+def _aligned(axis: Axis) -> int:
+    is_large = axis.width > _ALIGNED_ABOVE.get(axis.kind, axis.width)
+    return _ALIGNED_UNITS if is_large and axis.width % _ALIGNED_UNITS == 0 else 1
+
+
+def _any_matches(names: Iterable[str], patterns: Iterable[str]) -> bool:
+    patterns = tuple(patterns)
+    return any(fnmatchcase(name, pattern) for name in names for pattern in patterns)
+
+
+def _all_names(structure: Structure) -> list[str]:
+    """What patterns may match."""
+    return [*structure.axes, *structure.blocks, *(write.name for write in structure.writes())]
+
+
+def _homes(structure: Structure) -> dict[str, tuple[str, ...]]:
+    """Axis or branch -> paths of what holds it, the block last."""
+    homes: dict[str, tuple[str, ...]] = {}
+    blocks = {name: path for path, held in structure.blocks.items() for name in held}
+    for write in structure.writes():
+        # one that lost its other branch is no unit of blocks any more
+        homes[write.name] = (blocks.get(write.name, write.name.rpartition(".")[0]),)
+        for axis in structure.axes_in((write.name,)):
+            homes[axis.name] = (write.name, *homes[write.name])
+    return homes
+
+
+def _best_of_stages(order: np.ndarray, stages: Sequence[str]) -> list[int]:
+    """The last of every stage to go, where there are several stages, since none may be empty."""
+    last = {stages[unit]: unit for unit in order.tolist()}
+    return [*last.values()] if len(last) > 1 else []
+
+
+def _matches_nothing(argument: str, pattern: str, structure: Structure) -> InvalidInput:
+    return InvalidInput(
+        f"plan: {argument} must match axes, branches or blocks of the model, got {pattern!r}, "
+        f"which matches none; there are {_some(_all_names(structure))}"
+    )
+
+
+def _some(names: Iterable[str], count: int = 4) -> str:
+    shown = [*names]
+    return ", ".join(shown[:count]) + (", ..." if len(shown) > count else "")
