@@ -14,6 +14,7 @@ from vitprune_fast import ops
 DOCS = Path(__file__).parent.parent / "docs"
 PAGES = {
     "architecture.md": 0,
+    "choose-what-goes.md": 3,
     "learn-gates.md": 4,
     "make-up-for-what-goes.md": 3,
     "score-with-torch-pruning.md": 3,
