@@ -30,6 +30,7 @@ from vitprune_fast.ranks import Ranks
 from vitprune_fast.run.profile import Profile
 from vitprune_fast.search import SearchResult
 from vitprune_fast.search import search as search_ratios
+from vitprune_fast.structure import describe
 
 OnEvent = Callable[[dict[str, Any]], None]
 
@@ -232,15 +233,15 @@ def search(
 
     Args:
         model: is moved to the setting's device.
-        scores: of the model.
+        scores: of the model; their unit kinds are searched.
         data: `validation` is evaluated on; `train` is read to score again.
-        scoring_config: how it is scored again; its units are those that are searched.
+        scoring_config: how it is scored again.
         config: the mode and its settings.
         setting: seed, device, dtype, loader processes, batch size.
         checkpoint: where evaluated candidates are kept; a killed search goes on from there.
         on_event: called with every candidate.
     """
-    validation = data.split("validation")
+    axes, validation = describe(model).axes, data.split("validation")
     order = torch.randperm(len(validation), generator=generator(setting.seed, "search"))
     chosen = validation.ids[order].tolist()
     images = Images(data.source, validation.name, chosen, data.mean, data.std)
@@ -253,7 +254,7 @@ def search(
         model.to(setting.profile.device),
         scores,
         Loader(images, setting.images.batch_size, workers=setting.profile.workers),
-        units=scoring_config.units,
+        units=[*dict.fromkeys(axes[name].kind for name in scores)],
         scorer=(lambda cut: score(cut, data, scoring_config, setting)) if config.rescore else None,
         dtype=setting.profile.dtype,
         plan_options={"allocation": config.allocation},

@@ -13,7 +13,7 @@ from torch import nn
 
 from ..config.search import SearchConfig
 from ..errors import InfeasibleBudget, InvalidInput
-from ..planning import Budget, Cost, Plan
+from ..planning import Budget, Plan, predict_cost
 from ..precision import Precision
 from ..scoring.scores import Scores
 from ..sealed import fingerprint
@@ -24,7 +24,7 @@ from .candidates import Candidates, OnEvent
 from .evaluations import Evaluations, OnBatches
 from .noise import check_images, standard_error
 from .result import SearchResult
-from .strategies import Iterative, equal_macs, grid
+from .strategies import Iterative, by_cost, equal_macs, grid
 
 __all__ = ["Candidate", "Measured", "SearchResult", "search"]
 
@@ -62,17 +62,17 @@ def search(
     is cut: each costs one pass over the validation images. The idea is that of Feng et al. (PRAI
     2023); ``search/strategies.py`` has what is ours.
 
-    * ``grid``: every combination of ``values``; chosen is the cheapest that loses at most the
-      tolerance.
+    * ``grid``: every combination of ``values``.
     * ``iterative``: in each of ``rounds`` another part of the tolerance is spent; the kind that
       saves most for a point lost goes first, each as deep as bisection finds. After a cut the model
       is scored again, as it is then, where a ``scorer`` is given.
     * ``equal-macs``: all candidates have the ``macs`` given, first with one ratio for all kinds;
       chosen is the most accurate.
 
-    A candidate of ``grid`` or ``iterative`` must have a top-1 of at least the unpruned model's less
-    the tolerance. With fewer ``images`` than there are, one standard error less passes as well, and
-    what would be chosen has to pass on all of them without it; what does not is undone, cut by cut.
+    Of all candidates of ``grid`` and ``iterative`` that is chosen which has the fewest
+    multiply-accumulates, and a top-1 of at least the unpruned model's less the tolerance. With
+    fewer ``images`` than there are, one standard error less passes as well; then it has to pass on
+    all of them without that, and if it does not, the next cheapest has to.
 
     Args:
         model: a supported model, which comes back as it was; its Structure alone where ``evaluate``
@@ -120,19 +120,23 @@ def search(
         CheckpointRefused: the checkpoint is damaged, or of another search.
     """
     config = SearchConfig(
-        mode,
-        tolerance,
-        macs,
-        tuple(values),
-        rounds,
-        step,
-        round_cut,
-        objective,
-        images,
-        evaluations,
+        mode=mode,
+        tolerance=tolerance,
+        macs=macs,
+        values=tuple(values),
+        rounds=rounds,
+        step=step,
+        round_cut=round_cut,
+        objective=objective,
+        images=images,
+        evaluations=evaluations,
     )
     if isinstance(units, str) or not units or len({*units}) < len(units):
         raise InvalidInput(f"search: units must be a list of different kinds, got {units!r}")
+    if evaluate is not None and images is not None:
+        raise InvalidInput(f"search: images must be unset where evaluate is given, got {images}")
+    if scorer is not None and isinstance(model, Structure):
+        raise InvalidInput("search: model must be given where scorer is, got its Structure")
     structure = model if isinstance(model, Structure) else describe(model)
     if evaluate is None:
         if isinstance(model, Structure) or validation is None:
@@ -145,9 +149,6 @@ def search(
         evaluate_all = OnBatches(model, structure, validation, dtype)
         if images is not None:
             evaluate = OnBatches(model, structure, validation, dtype, images)
-
-    if scorer is not None and isinstance(model, Structure):
-        raise InvalidInput("search: model must be given where scorer is, got its Structure")
 
     def rescore(plan: Plan) -> Scores:
         assert scorer is not None and isinstance(model, nn.Module)
@@ -175,13 +176,13 @@ def search(
         on_event,
         None if scorer is None else rescore,
     )
-    dense = tried.macs(tried.units)
-    limit = None if macs is None else Budget(macs=macs).limit(Cost(0, dense, dense))
+    whole = predict_cost(structure)
+    limit = None if macs is None else Budget(macs=macs).limit(whole)
     if limit is not None and tried.smallest > limit:
         raise InfeasibleBudget(
-            f"search: macs must be at least {tried.smallest:,} ({tried.smallest / dense:.3f} of "
-            f"the model), the smallest candidate with these units and plan_options, got {limit:,} "
-            f"({limit / dense:.3f})"
+            f"search: macs must be at least {tried.smallest:,} ({tried.smallest / whole.macs:.3f} "
+            "of the model), the smallest candidate with these units and plan_options, got "
+            f"{limit:,} ({limit / whole.macs:.3f})"
         )
     result = _found(config, tried, evaluate, limit)
     known.remove()
@@ -190,21 +191,21 @@ def search(
 
 def _most(config: SearchConfig, kinds: int) -> int:
     """Evaluations that may be made; refuses fewer than the mode has a use for."""
+    cut = 1 + math.ceil(math.log2(config.round_cut / config.step))
     least, usual = {
-        "grid": (len(config.values) ** kinds,) * 2,
-        "iterative": (
-            kinds + 1,
-            config.rounds * kinds * (1 + math.ceil(math.log2(config.round_cut / config.step))),
-        ),
+        "grid": (len(config.values) ** kinds, 0),
+        # a probe of each kind, and a cut
+        "iterative": (kinds + 1, config.rounds * kinds * cut),
+        # one ratio for all, and a line of each kind that is free
         "equal-macs": (kinds, 1 + _PER_LINE * (kinds - 1)),
     }[config.mode]
-    most = usual if config.evaluations is None else config.evaluations
+    most = max(least, usual) if config.evaluations is None else config.evaluations
     if most < least:
         raise InvalidInput(
             f"search: evaluations must be at least {least:,} for {config.mode} over {kinds} unit "
             f"kind{'s' * (kinds > 1)}, got {most:,}"
         )
-    return max(most, least)
+    return most
 
 
 def _found(
@@ -212,7 +213,7 @@ def _found(
 ) -> SearchResult:
     """Tries candidates, and checks on all images what comes out of them."""
     baseline = dense = tried.measure(tried.units, "unpruned")
-    if evaluate is not None and (config.images is None or config.images < baseline.images):
+    if evaluate is not None and (config.images or 0) < baseline.images:
         tried.evaluate = evaluate
         dense = tried.measure(tried.units, "unpruned")
     if config.mode == "equal-macs":
@@ -225,14 +226,18 @@ def _found(
     # what is lost to the last image of the tolerance passes, however the difference rounds
     tolerance = config.tolerance + 1e-12
     margin = 0.0 if dense is baseline else standard_error(dense.top1, dense.images)
+    enough = dense.top1 - tolerance - margin
     if config.mode == "grid":
-        cuts = [dense, *grid(tried, config.values, dense.top1 - tolerance - margin)]
+        grid(tried, config.values, enough)
     else:
-        steps = Iterative(tolerance, margin, config.rounds, config.step, config.round_cut, limit)
-        cuts = steps.cuts(tried, dense)
+        rounds = Iterative(tolerance, margin, config.rounds, config.step, config.round_cut, limit)
+        rounds.run(tried, dense)
+    cheapest_last = by_cost(tried.table[tried.table.index(dense) :], enough)
     needed = baseline.top1 - tolerance
-    while (chosen := tried.check(cuts.pop(), "check on all images", needed)).top1 < needed:
-        pass
+    chosen = tried.check(cheapest_last.pop(), "check on all images", needed)
+    while chosen.top1 < needed:
+        # a step back, in the end to the unpruned model
+        chosen = tried.check(cheapest_last.pop(), "check on all images", needed)
     return SearchResult(config.mode, replace(chosen, feasible=True), baseline, tuple(tried.table))
 
 

@@ -149,7 +149,8 @@ class Candidates:
                     {
                         "event": "search",
                         "step": len(self.table),
-                        "steps": self._most,
+                        # the unpruned model and checks are not among the most
+                        "steps": self._most + len(self.table) - self._spent,
                         "candidate": step,
                         "share": cost.macs / self.table[0].macs,
                         "top1": measured.top1,
@@ -164,6 +165,11 @@ def _axes_by_kind(
     """Kind -> the axes whose units have scores, or share them with those that do."""
     groups = [g for g in structure.groups if any(name in scores for name in g.names)]
     found = {k: [a for g in groups if g.first.kind == k for a in g.axes] for k in units}
+    if foreign := [name for name in scores if name not in structure.axes]:
+        raise InvalidInput(
+            f"search: scores must belong to this model, got some of {foreign[0]!r}, which it does "
+            "not have"
+        )
     if unscored := [kind for kind, axes in found.items() if not axes]:
         raise InvalidInput(
             f"search: scores must cover the unit kinds {', '.join(units)}, got none of "
@@ -176,8 +182,8 @@ def _after_cut(scores: Scores, cut_to: Plan) -> Scores:
     """Scores by which the units that have gone already are the first to go."""
     values = {}
     for name in scores:
-        ranking = scores.ranking(name)
-        gone = sorted({*range(len(ranking))} - {*cut_to[name]})
+        ranking = scores.ranking(name).clone()
+        gone = sorted({*range(len(ranking))} - {*cut_to.get(name, ())})
         lowest, largest = float(ranking.min()), float(ranking.abs().max())
         # below all others, and small beside them in the norms that make axes comparable
         ranking[gone] = lowest - 1e-3 * (largest or 1.0)

@@ -11,7 +11,8 @@ for, and in the better form by iterative pruning and binary search. The rest is 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from bisect import bisect_left
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import count, product
 from typing import Any, Protocol
@@ -65,24 +66,28 @@ class Field(Protocol):
         ...
 
 
-def grid(field: Field, values: Sequence[float], needed: float) -> list[Candidate]:
-    """Every combination of ratios, in their order.
+def grid(field: Field, values: Sequence[float], needed: float) -> None:
+    """Try every combination of ratios, in their order.
 
     Args:
         field: what candidates are tried on.
         values: shares of the units of a kind that go.
         needed: top-1 of a feasible candidate.
-
-    Returns:
-        The feasible ones, that with the fewest multiply-accumulates last; of equals the more
-        accurate one.
     """
-    tried = []
     for ratios in product(values, repeat=len(field.units)):
         pairs = zip(field.units.items(), ratios, strict=True)
         counts = {kind: round((1 - ratio) * units) for (kind, units), ratio in pairs}
-        tried.append(field.measure(counts, "grid", needed))
-    feasible = [candidate for candidate in tried if candidate.top1 >= needed]
+        field.measure(counts, "grid", needed)
+
+
+def by_cost(candidates: Iterable[Candidate], needed: float) -> list[Candidate]:
+    """The feasible ones, the cheapest last; of equals the more accurate.
+
+    Args:
+        candidates: that were tried.
+        needed: top-1 of a feasible one.
+    """
+    feasible = [candidate for candidate in candidates if candidate.top1 >= needed]
     return sorted(feasible, key=lambda each: (-each.macs, each.top1))
 
 
@@ -111,23 +116,33 @@ class Iterative:
     round_cut: float
     limit: int | None
 
-    def cuts(self, field: Field, dense: Candidate) -> list[Candidate]:
-        """The model as it is, and after each cut."""
-        cuts = [dense]
+    def run(self, field: Field, dense: Candidate) -> None:
+        """Cut the model, from as it is, until no round or evaluation is left or it is cheap enough.
+
+        Args:
+            field: what candidates are tried on.
+            dense: the model as it is.
+        """
+        here = dense
+        if self._reaches(here.macs):
+            return
         try:
             for number in range(1, self.rounds + 1):
                 needed = dense.top1 - self.tolerance * number / self.rounds - self.margin
                 name = f"round {number}"
-                for kind, rate in self._order(field, cuts[-1], name, needed):
-                    if self.limit is not None and cuts[-1].macs <= self.limit:
-                        return cuts
-                    deepest = self._deepest(field, cuts[-1], kind, rate, name, needed)
-                    if deepest.macs < cuts[-1].macs:
-                        cuts.append(deepest)
-                        field.commit(deepest)
+                for kind, rate in self._order(field, here, name, needed):
+                    deepest = self._deepest(field, here, kind, rate, name, needed)
+                    if deepest.macs < here.macs:
+                        here = deepest
+                        field.commit(here)
+                    if self._reaches(here.macs):
+                        return
         except Spent:
-            pass
-        return cuts
+            return
+
+    def _reaches(self, macs: int) -> bool:
+        """Whether nothing more has to be cut."""
+        return self.limit is not None and macs <= self.limit
 
     def _order(
         self, field: Field, here: Candidate, name: str, needed: float
@@ -164,11 +179,17 @@ class Iterative:
         most = max(1, int(self.round_cut * here.kept[kind] / self._size(here, kind)))
         if self.limit is not None:
             # accuracy lost beyond the goal is lost for nothing
-            deep = (field.macs(self._after(here, kind, n)) <= self.limit for n in range(1, most))
-            most = next((n for n, reaches in enumerate(deep, 1) if reaches), most)
+            most = 1 + bisect_left(
+                range(1, most),
+                True,
+                key=lambda n: self._reaches(field.macs(self._after(here, kind, n))),
+            )
         room = here.top1 - needed
         first = most if rate == math.inf else max(1, min(most, int(room * rate)))
-        return tried[bisected(holds, most, first)]
+        try:
+            return tried[bisected(holds, most, first)]
+        except Spent:
+            return tried[max(n for n, cut in tried.items() if cut.top1 >= needed)]
 
     def _size(self, here: Candidate, kind: str) -> int:
         """Units of one step."""
