@@ -16,6 +16,7 @@ PAGES = {
     "architecture.md": 0,
     "learn-gates.md": 4,
     "make-up-for-what-goes.md": 3,
+    "search-ratios.md": 3,
     "score-with-torch-pruning.md": 3,
     "teach-what-is-left.md": 4,
     "score-a-hugging-face-vit.md": 2,

@@ -31,7 +31,7 @@ EVERYTHING = vp.Plan.of(STRUCTURE)
 def ratios(plan: vp.Plan) -> tuple[float, ...]:
     """Shares of heads and neurons that go."""
     return tuple(
-        1 - sum(len(plan[axis.name]) for axis in STRUCTURE.units(kind)) / total
+        (total - sum(len(plan[axis.name]) for axis in STRUCTURE.units(kind))) / total
         for kind, total in TOTAL.items()
     )
 

@@ -131,7 +131,7 @@ class Candidates:
             sign = ">=" if feasible else "<"
             candidate = Candidate(
                 step,
-                {kind: 1 - kept[kind] / units for kind, units in self.units.items()},
+                {kind: (units - kept[kind]) / units for kind, units in self.units.items()},
                 kept,
                 cost.macs,
                 cost.params,
