@@ -90,11 +90,11 @@ class OnCurve:
         self.committed.append(candidate)
 
 
-def cuts(field: OnCurve, tolerance: float, limit: int | None = None) -> list[Candidate]:
+def cuts(trials: OnCurve, tolerance: float, limit: int | None = None) -> list[Candidate]:
     """The unpruned model and what the rounds cut of it, with the search's own settings."""
-    dense = field.measure(field.units, "unpruned")
-    Iterative(tolerance, 0.0, ROUNDS, STEP, ROUND_CUT, limit).run(field, dense)
-    return [dense, *field.committed]
+    dense = trials.measure(trials.units, "unpruned")
+    Iterative(tolerance, 0.0, ROUNDS, STEP, ROUND_CUT, limit).run(trials, dense)
+    return [dense, *trials.committed]
 
 
 def one_step(left: int) -> int:
@@ -114,14 +114,14 @@ def worth(candidate: Candidate) -> float:
 @pytest.mark.parametrize("tolerance", [0.005, 0.01])
 @pytest.mark.parametrize("name", CURVES)
 def test_rounds_end_where_no_kind_can_be_cut_by_another_step(name: str, tolerance: float) -> None:
-    field = OnCurve(CURVES[name])
-    path = cuts(field, tolerance)
-    last, evaluated = path[-1], len(field.found)
+    trials = OnCurve(CURVES[name])
+    path = cuts(trials, tolerance)
+    last, evaluated = path[-1], len(trials.found)
     assert last.top1 >= DENSE - tolerance and evaluated <= BOUND
     for kind, left in last.kept.items():
         # the optimum along this kind, from here, by looking at every count
         deepest = min(
-            n for n in range(left + 1) if field.top1({**last.kept, kind: n}) >= DENSE - tolerance
+            n for n in range(left + 1) if trials.top1({**last.kept, kind: n}) >= DENSE - tolerance
         )
         before = min((c.kept[kind] for c in path if c.kept[kind] > left), default=left)
         assert left - deepest <= one_step(left) or halved(before, left)
@@ -136,7 +136,7 @@ def test_rounds_find_what_the_grid_finds_with_fewer_evaluations(
     grid(on_grid, VALUES, DENSE - tolerance)
     cuts(in_rounds, tolerance)
     found, best = (
-        by_cost(field.found.values(), DENSE - tolerance)[-1] for field in (in_rounds, on_grid)
+        by_cost(trials.found.values(), DENSE - tolerance)[-1] for trials in (in_rounds, on_grid)
     )
     assert found.macs <= best.macs
     assert len(on_grid.found) == 100 and len(in_rounds.found) <= 60
@@ -145,37 +145,37 @@ def test_rounds_find_what_the_grid_finds_with_fewer_evaluations(
 @given(threshold=st.floats(0, 1), tolerance=st.floats(0.001, 0.1))
 def test_one_kind_alone_is_cut_to_the_optimum(threshold: float, tolerance: float) -> None:
     """Found by looking at every count; a round cuts half at most."""
-    field = OnCurve(lambda r: max(0.0, r - threshold), {"neuron": 1000}, {"neuron": 0.9})
-    path = [each.kept["neuron"] for each in cuts(field, tolerance)]
+    trials = OnCurve(lambda r: max(0.0, r - threshold), {"neuron": 1000}, {"neuron": 0.9})
+    path = [each.kept["neuron"] for each in cuts(trials, tolerance)]
     left = path[-1]
-    wanted = min(n for n in range(1001) if field.top1({"neuron": n}) >= DENSE - tolerance)
+    wanted = min(n for n in range(1001) if trials.top1({"neuron": n}) >= DENSE - tolerance)
     assert wanted <= left
     assert left - wanted <= one_step(left) or halved(path[-2], left)
-    assert len(field.found) <= ROUNDS * (1 + math.ceil(math.log2(ROUND_CUT / STEP))) + 1
+    assert len(trials.found) <= ROUNDS * (1 + math.ceil(math.log2(ROUND_CUT / STEP))) + 1
 
 
 def test_a_better_kind_is_cut_first() -> None:
-    field = OnCurve(CURVES["heads matter"])
-    first = cuts(field, 0.01)[1]
+    trials = OnCurve(CURVES["heads matter"])
+    first = cuts(trials, 0.01)[1]
     assert first.kept["head"] == UNITS["head"] and first.kept["neuron"] < UNITS["neuron"]
 
 
 def test_rounds_stop_at_the_cost_that_is_asked_for() -> None:
-    field = OnCurve(CURVES["neurons are free"])
+    trials = OnCurve(CURVES["neurons are free"])
     limit = 700_000_000
-    last = cuts(field, 0.01, limit)[-1]
+    last = cuts(trials, 0.01, limit)[-1]
     left, step = last.kept["neuron"], one_step(UNITS["neuron"])
-    assert last.macs <= limit < field.macs({**last.kept, "neuron": left + step})
+    assert last.macs <= limit < trials.macs({**last.kept, "neuron": left + step})
     whole = OnCurve(CURVES["squares"])
     assert len(cuts(whole, 0.01, limit=10**9)) == 1 == len(whole.found)
 
 
 @pytest.mark.parametrize("most", range(3, 40, 3))
 def test_rounds_end_with_what_they_have_when_evaluations_are_spent(most: int) -> None:
-    field, whole = OnCurve(CURVES["squares"], most=most), OnCurve(CURVES["squares"])
-    stopped, undisturbed = cuts(field, 0.005), cuts(whole, 0.005)
-    assert len(field.found) <= most and stopped[-1].top1 >= DENSE - 0.005
-    assert [*field.found] == [*whole.found][: len(field.found)]
+    trials, whole = OnCurve(CURVES["squares"], most=most), OnCurve(CURVES["squares"])
+    stopped, undisturbed = cuts(trials, 0.005), cuts(whole, 0.005)
+    assert len(trials.found) <= most and stopped[-1].top1 >= DENSE - 0.005
+    assert [*trials.found] == [*whole.found][: len(trials.found)]
     # the last cut may be one that bisection was not done with
     assert [cut.kept for cut in stopped[:-1]] == [
         cut.kept for cut in undisturbed[: len(stopped) - 1]
@@ -184,8 +184,8 @@ def test_rounds_end_with_what_they_have_when_evaluations_are_spent(most: int) ->
 
 def test_a_round_that_cuts_nothing_costs_nothing_later() -> None:
     """A unit costs more than the first rounds allow, and less than all of them."""
-    field = OnCurve(lambda a: 0.008 * (a > 0), {"head": 4}, {"head": 0.5})
-    assert cuts(field, 0.01)[-1].kept["head"] == 0 or len(field.found) <= 5
+    trials = OnCurve(lambda a: 0.008 * (a > 0), {"head": 4}, {"head": 0.5})
+    assert cuts(trials, 0.01)[-1].kept["head"] == 0 or len(trials.found) <= 5
     assert (
         cuts(OnCurve(lambda a: 0.02 * (a > 0), {"head": 4}, {"head": 0.5}), 0.01)[-1].kept["head"]
         == 4
@@ -248,19 +248,19 @@ def test_fibonacci_search_finds_every_peak(points: int) -> None:
 @pytest.mark.parametrize("share", [0.4, 0.6, 0.8])
 @pytest.mark.parametrize("name", CURVES)
 def test_at_one_cost_the_best_pair_is_found(name: str, share: float) -> None:
-    field, limit = OnCurve(CURVES[name], most=11), round(1e9 * share)
-    tried = equal_macs(field, limit, worth)
+    trials, limit = OnCurve(CURVES[name], most=11), round(1e9 * share)
+    tried = equal_macs(trials, limit, worth)
     every = []
     for heads in range(UNITS["head"] + 1):
         counts = {"head": heads, "neuron": 0}
-        if field.macs(counts) <= limit:
+        if trials.macs(counts) <= limit:
             neurons = most_within(
-                lambda n, heads=heads: field.macs({"head": heads, "neuron": n}),
+                lambda n, heads=heads: trials.macs({"head": heads, "neuron": n}),
                 UNITS["neuron"],
                 limit,
             )
-            every.append(field.top1({"head": heads, "neuron": neurons}))
-    assert math.isclose(tried[-1].top1, max(every), abs_tol=1e-12) and len(field.found) <= 11
+            every.append(trials.top1({"head": heads, "neuron": neurons}))
+    assert math.isclose(tried[-1].top1, max(every), abs_tol=1e-12) and len(trials.found) <= 11
     assert "one ratio" in {candidate.step for candidate in tried}
     # all miss the cost by less than a neuron, unless none is left to keep
     neuron = 1e9 * SHARES["neuron"] / UNITS["neuron"]
@@ -274,35 +274,44 @@ def test_of_three_kinds_one_after_the_other_has_its_line() -> None:
     def curve(head: float, neuron: float, embed: float) -> float:
         return 0.3 * head**2 + 0.05 * neuron**2 + 0.1 * embed**2
 
-    field, limit = OnCurve(curve, units, shares, most=21), 600_000_000
-    best = equal_macs(field, limit, worth)[-1]
-    assert len(field.found) <= 21
+    trials, limit = OnCurve(curve, units, shares, most=21), 600_000_000
+    best = equal_macs(trials, limit, worth)[-1]
+    assert len(trials.found) <= 21
     every = (
-        field.top1({"head": head, "neuron": neuron, "embed": embed})
+        trials.top1({"head": head, "neuron": neuron, "embed": embed})
         for head, neuron, embed in product(*(range(n + 1) for n in units.values()))
-        if field.macs({"head": head, "neuron": neuron, "embed": embed}) <= limit
+        if trials.macs({"head": head, "neuron": neuron, "embed": embed}) <= limit
     )
     optimum = max(every)
-    same = next(c for c in field.found.values() if c.step == "one ratio")
+    same = next(c for c in trials.found.values() if c.step == "one ratio")
     assert optimum - best.top1 <= 0.1 * (optimum - same.top1)
 
 
 def test_one_kind_alone_follows_from_the_cost() -> None:
-    field = OnCurve(lambda a: a, {"head": 10}, {"head": 0.5})
-    (only,) = equal_macs(field, 800_000_000, worth)
-    assert only.kept == {"head": 6} and len(field.found) == 1
+    trials = OnCurve(lambda a: a, {"head": 10}, {"head": 0.5})
+    (only,) = equal_macs(trials, 800_000_000, worth)
+    assert only.kept == {"head": 6} and len(trials.found) == 1
 
 
 def test_the_grid_takes_the_cheapest_and_then_the_most_accurate() -> None:
     rng = random.Random(0)
     noise = {pair: rng.random() for pair in product(range(5), repeat=2)}
-    field = OnCurve(
+    trials = OnCurve(
         lambda a, b: noise[round(4 * a), round(4 * b)],
         {"head": 4, "neuron": 4},
         {"head": 0.4, "neuron": 0.4},
     )
-    grid(field, [0, 0.25, 0.5, 0.75, 1], DENSE - 0.5)
-    feasible = by_cost(field.found.values(), DENSE - 0.5)
-    every = [c for c in field.found.values() if c.top1 >= DENSE - 0.5]
-    assert len(field.found) == 25 and len(feasible) == len(every)
+    grid(trials, [0, 0.25, 0.5, 0.75, 1], DENSE - 0.5)
+    feasible = by_cost(trials.found.values(), DENSE - 0.5)
+    every = [c for c in trials.found.values() if c.top1 >= DENSE - 0.5]
+    assert len(trials.found) == 25 and len(feasible) == len(every)
     assert feasible[-1] == min(every, key=lambda c: (c.macs, -c.top1))
+
+
+def test_among_candidates_that_are_cheap_enough_the_most_accurate_is_taken() -> None:
+    trials = OnCurve(lambda a: 0.1 * a, {"head": 10}, {"head": 1.0})
+    every = [trials.measure({"head": left}, "any") for left in range(11)]
+    assert by_cost(every, DENSE - 0.05)[-1].kept["head"] == 5
+    assert by_cost(every, DENSE - 0.05, limit=700_000_000)[-1].kept["head"] == 7
+    assert by_cost(every, DENSE - 0.05, limit=300_000_000)[-1].kept["head"] == 5
+    assert by_cost(every, DENSE)[-1].kept["head"] == 10

@@ -72,7 +72,8 @@ def search(
     Of all candidates of ``grid`` and ``iterative`` that is chosen which has the fewest
     multiply-accumulates, and a top-1 of at least the unpruned model's less the tolerance. With
     fewer ``images`` than there are, one standard error less passes as well; then it has to pass on
-    all of them without that, and if it does not, the next cheapest has to.
+    all of them without that, and if it does not, the next cheapest has to. Where ``macs`` is given
+    to ``iterative``, all that have so few are equally cheap, and the most accurate is chosen.
 
     Args:
         model: a supported model, which comes back as it was; its Structure alone where ``evaluate``
@@ -232,7 +233,7 @@ def _found(
     else:
         rounds = Iterative(tolerance, margin, config.rounds, config.step, config.round_cut, limit)
         rounds.run(tried, dense)
-    cheapest_last = by_cost(tried.table[tried.table.index(dense) :], enough)
+    cheapest_last = by_cost(tried.table[tried.table.index(dense) :], enough, limit)
     needed = baseline.top1 - tolerance
     chosen = tried.check(cheapest_last.pop(), "check on all images", needed)
     while chosen.top1 < needed:

@@ -80,7 +80,7 @@ class Candidates:
         return self._planned(counts)[1].macs
 
     def measure(self, counts: Counts, step: str, needed: float | None = None) -> Candidate:
-        """See ``strategies.Field``."""
+        """See ``strategies.Trials``."""
         made, cost = self._planned(counts)
         return self._measured(made, cost, step, needed, self.evaluate)
 

@@ -30,19 +30,18 @@ class Spent(Exception):
     """There are no evaluations left."""
 
 
-class Field(Protocol):
-    """What candidates are tried on.
-
-    Attributes:
-        units: how many units of each searched kind the model has.
-        left: evaluations that may still be made.
-    """
+class Trials(Protocol):
+    """What a strategy knows of candidates, and how it asks for one."""
 
     @property
-    def units(self) -> Counts: ...
+    def units(self) -> Counts:
+        """How many units of each searched kind the model has."""
+        ...
 
     @property
-    def left(self) -> int: ...
+    def left(self) -> int:
+        """Evaluations that may still be made."""
+        ...
 
     def macs(self, counts: Counts) -> int:
         """Multiply-accumulates of a candidate; costs no evaluation."""
@@ -66,29 +65,32 @@ class Field(Protocol):
         ...
 
 
-def grid(field: Field, values: Sequence[float], needed: float) -> None:
+def grid(trials: Trials, values: Sequence[float], needed: float) -> None:
     """Try every combination of ratios, in their order.
 
     Args:
-        field: what candidates are tried on.
+        trials: evaluates candidates.
         values: shares of the units of a kind that go.
         needed: top-1 of a feasible candidate.
     """
-    for ratios in product(values, repeat=len(field.units)):
-        pairs = zip(field.units.items(), ratios, strict=True)
+    for ratios in product(values, repeat=len(trials.units)):
+        pairs = zip(trials.units.items(), ratios, strict=True)
         counts = {kind: round((1 - ratio) * units) for (kind, units), ratio in pairs}
-        field.measure(counts, "grid", needed)
+        trials.measure(counts, "grid", needed)
 
 
-def by_cost(candidates: Iterable[Candidate], needed: float) -> list[Candidate]:
+def by_cost(
+    candidates: Iterable[Candidate], needed: float, limit: int | None = None
+) -> list[Candidate]:
     """The feasible ones, the cheapest last; of equals the more accurate.
 
     Args:
         candidates: that were tried.
         needed: top-1 of a feasible one.
+        limit: multiply-accumulates that are cheap enough; what has fewer is no better for that.
     """
     feasible = [candidate for candidate in candidates if candidate.top1 >= needed]
-    return sorted(feasible, key=lambda each: (-each.macs, each.top1))
+    return sorted(feasible, key=lambda each: (-max(each.macs, limit or 0), each.top1))
 
 
 @dataclass(frozen=True)
@@ -116,11 +118,11 @@ class Iterative:
     round_cut: float
     limit: int | None
 
-    def run(self, field: Field, dense: Candidate) -> None:
-        """Cut the model, from as it is, until no round or evaluation is left or it is cheap enough.
+    def run(self, trials: Trials, dense: Candidate) -> None:
+        """Cut until no round or no evaluation is left, or the model is cheap enough.
 
         Args:
-            field: what candidates are tried on.
+            trials: evaluates candidates.
             dense: the model as it is.
         """
         here = dense
@@ -130,11 +132,11 @@ class Iterative:
             for number in range(1, self.rounds + 1):
                 needed = dense.top1 - self.tolerance * number / self.rounds - self.margin
                 name = f"round {number}"
-                for kind, rate in self._order(field, here, name, needed):
-                    deepest = self._deepest(field, here, kind, rate, name, needed)
+                for kind, rate in self._order(trials, here, name, needed):
+                    deepest = self._deepest(trials, here, kind, rate, name, needed)
                     if deepest.macs < here.macs:
                         here = deepest
-                        field.commit(here)
+                        trials.commit(here)
                     if self._reaches(here.macs):
                         return
         except Spent:
@@ -145,7 +147,7 @@ class Iterative:
         return self.limit is not None and macs <= self.limit
 
     def _order(
-        self, field: Field, here: Candidate, name: str, needed: float
+        self, trials: Trials, here: Candidate, name: str, needed: float
     ) -> list[tuple[str, float]]:
         """The kinds that can be cut, those first that save most for a point lost.
 
@@ -153,10 +155,10 @@ class Iterative:
         line.
         """
         found = []
-        for kind in field.units:
+        for kind in trials.units:
             steps = max(1, round(PROBED * here.kept[kind] / self._size(here, kind)))
             counts = self._after(here, kind, steps)
-            probe = field.measure(counts, f"{name}, probe of {kind}", needed)
+            probe = trials.measure(counts, f"{name}, probe of {kind}", needed)
             saved, lost = here.macs - probe.macs, max(here.top1 - probe.top1, 0.0)
             if saved > 0:
                 worth, rate = (saved / lost, steps / lost) if lost else (math.inf, math.inf)
@@ -166,14 +168,14 @@ class Iterative:
         return [(kind, rate) for _, _, kind, rate in found]
 
     def _deepest(
-        self, field: Field, here: Candidate, kind: str, rate: float, name: str, needed: float
+        self, trials: Trials, here: Candidate, kind: str, rate: float, name: str, needed: float
     ) -> Candidate:
         """The deepest cut of one kind that is found to hold."""
         tried = {0: here}
 
         def holds(steps: int) -> bool:
             counts = self._after(here, kind, steps)
-            tried[steps] = field.measure(counts, f"{name}, {kind}", needed)
+            tried[steps] = trials.measure(counts, f"{name}, {kind}", needed)
             return tried[steps].top1 >= needed
 
         most = max(1, int(self.round_cut * here.kept[kind] / self._size(here, kind)))
@@ -182,7 +184,7 @@ class Iterative:
             most = 1 + bisect_left(
                 range(1, most),
                 True,
-                key=lambda n: self._reaches(field.macs(self._after(here, kind, n))),
+                key=lambda n: self._reaches(trials.macs(self._after(here, kind, n))),
             )
         room = here.top1 - needed
         first = most if rate == math.inf else max(1, min(most, int(room * rate)))
@@ -221,7 +223,7 @@ def bisected(holds: Callable[[int], bool], most: int, first: int) -> int:
     return low + 2 if low + 2 <= most and holds(low + 2) else low
 
 
-def equal_macs(field: Field, limit: int, worth: Callable[[Candidate], Any]) -> list[Candidate]:
+def equal_macs(trials: Trials, limit: int, worth: Callable[[Candidate], Any]) -> list[Candidate]:
     """Candidates of one cost: one ratio for all kinds, then separate ones.
 
     One kind follows from the others: it keeps as many units as the limit leaves to it. Of two kinds
@@ -229,7 +231,7 @@ def equal_macs(field: Field, limit: int, worth: Callable[[Candidate], Any]) -> l
     one after the other gets a line, through the best candidate so far, as long as that helps.
 
     Args:
-        field: what candidates are tried on.
+        trials: evaluates candidates.
         limit: multiply-accumulates of all candidates, which miss it by less than what a unit of the
             kind that follows takes, as far as that has units.
         worth: of a candidate; larger is better.
@@ -237,21 +239,21 @@ def equal_macs(field: Field, limit: int, worth: Callable[[Candidate], Any]) -> l
     Returns:
         All candidates by rising worth.
     """
-    units = field.units
+    units = trials.units
     # the kind that has most to give
-    follower = min(units, key=lambda kind: field.macs({**units, kind: 0}))
+    follower = min(units, key=lambda kind: trials.macs({**units, kind: 0}))
     free = [kind for kind in units if kind != follower]
 
     def most_of(kind: str, counts: Counts) -> int:
-        return most_within(lambda n: field.macs({**counts, kind: n}), units[kind], limit)
+        return most_within(lambda n: trials.macs({**counts, kind: n}), units[kind], limit)
 
     def at_share(thousandths: int) -> Counts:
         return {kind: size * thousandths // 1000 for kind, size in units.items()}
 
     def measure(counts: Counts, step: str) -> Candidate:
-        return field.measure({**counts, follower: most_of(follower, counts)}, step)
+        return trials.measure({**counts, follower: most_of(follower, counts)}, step)
 
-    share = most_within(lambda n: field.macs(at_share(n)), 1000, limit)
+    share = most_within(lambda n: trials.macs(at_share(n)), 1000, limit)
     tried = [measure(at_share(share), "one ratio")]
 
     def line(kind: str, kinds_left: int) -> None:
@@ -259,7 +261,7 @@ def equal_macs(field: Field, limit: int, worth: Callable[[Candidate], Any]) -> l
         kept = max(tried, key=worth).kept
         low = most_of(kind, {**kept, follower: units[follower]})
         high = most_of(kind, {**kept, follower: 0})
-        places = _spread(low, high, told_apart(field.left // kinds_left))
+        places = _spread(low, high, told_apart(trials.left // kinds_left))
         found: dict[int, Candidate] = {}
 
         def worth_at(place: int) -> Any:
@@ -272,7 +274,8 @@ def equal_macs(field: Field, limit: int, worth: Callable[[Candidate], Any]) -> l
 
     try:
         best = None
-        while free and best is not (best := max(tried, key=worth)):
+        while free and best is not max(tried, key=worth):
+            best = max(tried, key=worth)
             for place, kind in enumerate(free):
                 line(kind, len(free) - place)
     except Spent:
