@@ -24,7 +24,7 @@ ORDER = (
     *GROUND,
     *("modules", "reference", "kernels", "ops", "modeling_pruned", "structure", "saved_models"),
     *("models", "evaluation", "data", "scoring", "planning", "surgery", "check", "testing"),
-    *("gates", "integrations", "distill", "run", "recipes", "doctor"),
+    *("search", "gates", "integrations", "distill", "run", "recipes", "doctor"),
     *("vitprune_fast", "cli"),
 )
 

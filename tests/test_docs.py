@@ -17,6 +17,7 @@ PAGES = {
     "choose-what-goes.md": 3,
     "learn-gates.md": 4,
     "make-up-for-what-goes.md": 3,
+    "search-ratios.md": 3,
     "score-with-torch-pruning.md": 3,
     "teach-what-is-left.md": 4,
     "score-a-hugging-face-vit.md": 2,

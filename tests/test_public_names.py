@@ -17,6 +17,7 @@ BUILT = {
     "describe": "model input_size",
     "score": "model batches criterion units reduction per_sample",
     "plan": "model scores budget allocation normalization min_units round_to units protect include",
+    "search": "model scores validation mode units",
     "mask": "model plan",
     "prune": "model plan optimizer ema calibration",
     "check_structure": "model structure",
@@ -53,12 +54,11 @@ PROMISED = {
     "Budget": "latency_ms memory batch_size dtype",
     "shrink": "model images budget",
     "heal": "model",
-    "search": "model",
     "export": "model format path",
 }
-PROMISED_VERBS = ("shrink", "search", "export")
+PROMISED_VERBS = ("shrink", "export")
 BUILT_VERBS = [
-    *("run", "describe", "score", "plan", "prune", "distill"),
+    *("run", "describe", "score", "plan", "search", "prune", "distill"),
     *("eval", "bench", "report", "doctor"),
 ]
 

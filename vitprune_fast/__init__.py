@@ -30,8 +30,8 @@ _HOMES = {
 class _Package(ModuleType):
     """Imports public names at first use, so that ``import vitprune_fast`` and ``--help`` are quick.
 
-    Three functions share their name with a module (``distill``, ``doctor``, ``run``). The import
-    system writes an imported module into its package; here the function keeps the name.
+    Some functions share their name with a module (``distill``, ``doctor``, ``run``, ``search``).
+    The import system writes an imported module into its package; here the function keeps the name.
     """
 
     __all__ = tuple(sorted(_HOMES.keys() - {"__version__"}))

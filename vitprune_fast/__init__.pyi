@@ -38,6 +38,9 @@ from .saved_models import load as load
 from .saved_models import save as save
 from .scoring import Scores as Scores
 from .scoring import score as score
+from .search import Measured as Measured
+from .search import SearchResult as SearchResult
+from .search import search as search
 from .structure import Structure as Structure
 from .structure import describe as describe
 from .structure import register_family as register_family

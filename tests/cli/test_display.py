@@ -151,6 +151,16 @@ def test_time_left_is_of_the_training_that_runs(monkeypatch: pytest.MonkeyPatch)
     assert "0:01:00 left" in last and "heads" not in last
 
 
+def test_a_search_says_which_candidate_it_has_evaluated() -> None:
+    pace = Pace()
+    event = {"event": "search", "stage": "search", "step": 3, "steps": 57, "share": 0.712}
+    pace.update({**event, "candidate": "round 1, head", "top1": 0.8}, 0.0)
+    pace.update({**event, "step": 4, "candidate": "round 1, neuron", "top1": 0.79}, 2.0)
+    assert pace.text() == (
+        "4 of at most 57 candidates  round 1, neuron: 71% of the MACs, top-1 79.00%  0:01:46 left"
+    )
+
+
 def test_a_terminal_gets_a_bar() -> None:
     text = shown(terminal=True)
     assert "\x1b" in text and "3.0 s" in text

@@ -49,7 +49,7 @@ class Display:
         kind = event["event"]
         if kind in _LINES:
             self._say(*_LINES[kind](event))
-        elif kind in ("step", "epoch", "sweep"):
+        elif kind in ("step", "epoch", "sweep", "search"):
             self._on_step(event)
         elif kind in ("stage", "masks", "end"):
             getattr(self, f"_on_{kind}")(event)
@@ -144,7 +144,7 @@ def print_assumptions(assumptions: Mapping[str, str]) -> None:
 
 
 class Pace:
-    """Progress of a training, scoring or sweep: where it is, its speed, the time left."""
+    """Progress of a training, scoring, sweep or search: where it is, its speed, the time left."""
 
     def __init__(self) -> None:
         self.steps: int | None = None
@@ -153,7 +153,7 @@ class Pace:
         self._left_s: float | None = None
 
     def update(self, event: dict[str, Any], now: float) -> None:
-        """Takes in a `step`, `epoch`, `masks` or `sweep` event.
+        """Takes in a `step`, `epoch`, `masks`, `sweep` or `search` event.
 
         What it does not say stays as it was; another step of the run starts over.
         """
@@ -177,6 +177,10 @@ class Pace:
         if event.get("event") == "sweep":
             words = [f"{event['step']:,}/{event['steps']:,} places", str(event["place"])]
             return "  ".join([*words, *self._rates()])
+        if event.get("event") == "search":
+            words = [f"{event['step']:,} of at most {self.steps:,} candidates"]
+            found = f"{event['share']:.0%} of the MACs, top-1 {event['top1']:.2%}"
+            return "  ".join([*words, f"{event['candidate']}: {found}", *self._rates()])
         # the loop counts epochs from 0
         epoch = int(event.get("epoch", 0)) + 1
         words = [f"epoch {epoch}/{event['epochs']}" if event.get("epochs") else f"epoch {epoch}"]

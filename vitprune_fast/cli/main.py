@@ -18,6 +18,7 @@ VERBS = {
     "describe": "what can be removed from a model, and what it costs",
     "score": "measure the importance of heads, neurons and every other unit",
     "plan": "choose what to keep within a budget",
+    "search": "find separate pruning ratios for heads and neurons, by evaluating candidates",
     "prune": "cut a plan out of a model, and refit what stays",
     "distill": "teach a pruned model with its dense teacher",
     "eval": "top-1, top-5 and agreement on a data set",
@@ -48,8 +49,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except VitpruneError as error:
         return _fail(str(error))
     except Interrupted as stop:
-        # a run resumes wherever it was, also when it was ended at once
-        resumes = verb == "run" or stop.resumes
+        # these resume wherever they were, also when they were ended at once
+        resumes = verb in ("run", "search") or stop.resumes
         hint = "; the same command resumes the run" if resumes else ""
         print(f"stopped by {signal.Signals(stop.number).name}{hint}", file=sys.stderr)
         return 128 + stop.number

@@ -151,6 +151,26 @@ def plan(
     )
 
 
+def possible_shares(
+    structure: Structure, scores: Scores, constraints: Constraints
+) -> dict[str, tuple[float, float]]:
+    """Unit kind -> the least and the largest share of its units that a plan may keep.
+
+    Args:
+        structure: of the model.
+        scores: as for ``plan``.
+        constraints: as the arguments of ``plan`` say them.
+    """
+    found: dict[str, list[Ladder]] = {}
+    for ladder in constraints.ladders(structure, _rankings(structure, scores, constraints)):
+        found.setdefault(ladder.axis.kind, []).append(ladder)
+    totals = {kind: sum(each.width * each.breadth for each in of) for kind, of in found.items()}
+    return {
+        kind: (_ends(of)[0] / totals[kind], _ends(of)[1] / totals[kind])
+        for kind, of in found.items()
+    }
+
+
 def _rankings(
     structure: Structure, scores: Scores, constraints: Constraints
 ) -> dict[str, np.ndarray]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -48,6 +48,12 @@ class Constraints:
                 raise InvalidInput(f"plan: {name} must be a list of patterns, got {patterns!r}")
         for key, pair in self.bounds.items():
             _check_bound(key, pair)
+
+    @classmethod
+    def among(cls, options: Mapping[str, Any]) -> Constraints:
+        """Those among the arguments of ``plan``; None is the default."""
+        names = {each.name for each in fields(cls)}
+        return cls(**{k: v for k, v in options.items() if k in names and v is not None})
 
     def check(self, structure: Structure) -> None:
         """Refuse, before there are scores, what the ladders of a model would be refused for."""

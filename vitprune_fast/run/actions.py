@@ -1,14 +1,14 @@
 """What steps of a run and verbs of the command line both do, as functions of plain values.
 
 Which split they may read is fixed here: training, scoring and the sweep read `train`, the choice
-of a checkpoint reads `validation`, and the evaluations alone read `test`.
+of a checkpoint and the search read `validation`, and the evaluations alone read `test`.
 """
 
 from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ from vitprune_fast.config.run import (
     SweepConfig,
     part_way,
 )
+from vitprune_fast.config.search import SearchConfig
 from vitprune_fast.data import Augment, ImageData, Images, Loader, RandomCrop
 from vitprune_fast.distill.loop import distill
 from vitprune_fast.distill.teachers import Teacher
@@ -33,6 +34,9 @@ from vitprune_fast.precision import Precision, is_half, resolve
 from vitprune_fast.randomness import derive_seed, generator
 from vitprune_fast.ranks import Ranks
 from vitprune_fast.run.profile import Profile
+from vitprune_fast.search import SearchResult
+from vitprune_fast.search import search as search_ratios
+from vitprune_fast.structure import describe
 
 OnEvent = Callable[[dict[str, Any]], None]
 
@@ -217,6 +221,52 @@ def plan(
         allocation=config.allocation,
         normalization=chosen,
         **config.constraints(),
+    )
+
+
+def search(
+    model: nn.Module,
+    scores: Any,
+    data: ImageData,
+    scoring_config: ScoreConfig,
+    config: SearchConfig,
+    setting: Setting,
+    *,
+    checkpoint: Path | None = None,
+    on_event: OnEvent | None = None,
+) -> SearchResult:
+    """The ratios that are found on the validation split, which is read in a seeded order.
+
+    Args:
+        model: is moved to the setting's device.
+        scores: of the model; their unit kinds are searched.
+        data: `validation` is evaluated on; `train` is read to score again.
+        scoring_config: how it is scored again.
+        config: the mode and its settings.
+        setting: seed, device, dtype, loader processes, batch size.
+        checkpoint: where evaluated candidates are kept; a killed search goes on from there.
+        on_event: called with every candidate.
+    """
+    axes, validation = describe(model).axes, data.split("validation")
+    order = torch.randperm(len(validation), generator=generator(setting.seed, "search"))
+    chosen = validation.ids[order].tolist()
+    images = Images(data.source, validation.name, chosen, data.mean, data.std)
+    asked = {
+        each.name: getattr(config, each.name)
+        for each in fields(config)
+        if each.name not in ("rescore", "allocation")
+    }
+    return search_ratios(
+        model.to(setting.profile.device),
+        scores,
+        Loader(images, setting.images.batch_size, workers=setting.profile.workers),
+        units=[*dict.fromkeys(axes[name].kind for name in scores)],
+        scorer=(lambda cut: score(cut, data, scoring_config, setting)) if config.rescore else None,
+        dtype=setting.profile.dtype,
+        plan_options={"allocation": config.allocation},
+        checkpoint=checkpoint,
+        on_event=on_event,
+        **asked,
     )
 
 

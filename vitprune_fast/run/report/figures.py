@@ -65,6 +65,21 @@ def drawn(title: str, height: float, draw: Callable[[Axes], None]) -> str:
     return text.replace("<svg", f'<svg role="img" aria-label="{title}"', 1)
 
 
+def picture(height: float, draw: Callable[[Axes], None]) -> bytes:
+    """One panel as a PNG file, for a reader who has no page.
+
+    Args:
+        height: in inches.
+        draw: gets the axes of a styled figure.
+    """
+    buffer = io.BytesIO()
+    with matplotlib.rc_context(_STYLE):
+        figure = Figure(figsize=(1.6 * WIDTH, height), layout="constrained")
+        draw(figure.add_subplot())
+        figure.savefig(buffer, format="png", dpi=160)
+    return buffer.getvalue()
+
+
 def kept_units(axes_facts: Sequence[dict[str, Any]], title: str) -> str:
     """Per block the kept share of one unit kind: a cell per unit when few, a bar when many."""
     count, largest = len(axes_facts), max(axis["size"] for axis in axes_facts)

@@ -1,0 +1,126 @@
+"""Measures candidates: a model behind masks, on batches; each once, also over several calls."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..batches import checked
+from ..errors import InvalidInput
+from ..evaluation import evaluate
+from ..files import parse_json
+from ..planning.plan import Plan
+from ..precision import Precision
+from ..sealed import Sealed, as_bytes
+from ..structure import Structure
+from ..surgery.mask import masked_by
+from .candidate import Evaluate, Measured
+
+
+class OnBatches:
+    """Evaluates a model as if it were cut, on the first images of batches; nothing is cut.
+
+    Args:
+        model: comes back as it was.
+        structure: of it.
+        batches: (images (B, C, H, W), labels: B integers, ...), the same in every iteration.
+        dtype: that it computes in.
+        images: how many; None takes all.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        structure: Structure,
+        batches: Iterable[Sequence[Any]],
+        dtype: Precision | torch.dtype | None,
+        images: int | None = None,
+    ):
+        self._model, self._structure, self._batches = model, structure, batches
+        self._dtype: Precision | torch.dtype | None = dtype
+        self._images = images
+
+    def __call__(self, plan: Plan) -> Measured:
+        """What the model does behind the masks of a plan."""
+        digest = hashlib.blake2b(digest_size=16)
+        with masked_by(self._model, self._structure, plan):
+            found = evaluate(self._model, self._first(digest), dtype=self._dtype)
+        return Measured(found.top1, found.samples, found.loss, digest.hexdigest())
+
+    def _first(self, digest: Any) -> Iterator[tuple[Tensor, Tensor]]:
+        """The images to look at; a digest notes all labels, and the first image of each batch."""
+        seen = 0
+        for images, labels in checked("search", self._batches, self._model):
+            if self._images is not None:
+                images, labels = images[: self._images - seen], labels[: self._images - seen]
+            digest.update(as_bytes(labels))
+            digest.update(as_bytes(images[:1]))
+            yield images, labels
+            seen += len(labels)
+            if seen == self._images:
+                return
+        if not seen:
+            raise InvalidInput("search: validation must hold at least one image, got none")
+
+
+class Evaluations:
+    """What was measured, by the plan; kept in a file until the search is done.
+
+    Args:
+        path: of the file; None keeps nothing.
+        identity: what decides the numbers besides the plan; a file of another one is refused.
+
+    Raises:
+        RunFolderError: no file can be put there.
+        CheckpointRefused: the file is damaged, or of another search.
+    """
+
+    def __init__(self, path: Path | None, identity: dict[str, Any]):
+        self._known: dict[str, Measured] = {}
+        self._file = None
+        if path is not None:
+            self._file = Sealed(
+                path,
+                "search",
+                "evaluated candidates",
+                json.dumps(identity, sort_keys=True),
+                "model, dtype or number of images",
+            )
+            self._load(self._file)
+
+    def _load(self, file: Sealed) -> None:
+        found = file.read()
+        if found is not None:
+            with file.expecting(TypeError, AttributeError):
+                rows = parse_json(found[1]["measured"].encode())
+                self._known = {key: Measured(**row) for key, row in rows.items()}
+
+    def measure(self, plan: Plan, evaluate: Evaluate, which: str) -> Measured:
+        """What ``evaluate`` says of a plan, asked once.
+
+        Args:
+            plan: the candidate.
+            evaluate: measures it.
+            which: name of ``evaluate``.
+        """
+        text = json.dumps([which, plan.to_json()], sort_keys=True)
+        key = hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
+        if key not in self._known:
+            self._known[key] = evaluate(plan)
+            # of the unpruned model alone a search that is refused would leave a file
+            if self._file is not None and not plan.keeps_everything:
+                rows = {key: asdict(measured) for key, measured in self._known.items()}
+                self._file.write({}, {"measured": json.dumps(rows)})
+        return self._known[key]
+
+    def remove(self) -> None:
+        """Delete the file: the search is done."""
+        if self._file is not None:
+            self._file.remove()
