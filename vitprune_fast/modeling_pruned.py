@@ -55,10 +55,7 @@ class HalfBlock(nn.Module):
         self.chain, self.core = tuple(chain), core
         for name in self.chain:
             self.add_module(name, block.get_submodule(name))
-        kinds = inspect.signature(type(self.get_submodule(core)).forward).parameters.values()
-        names = [p.name for p in kinds if p.kind is p.POSITIONAL_OR_KEYWORD]
-        self._masks = tuple(names[2:])
-        self._takes_all = any(p.kind is p.VAR_KEYWORD for p in kinds)
+        self._takes = parameters_of(self.get_submodule(core))
         self.training = block.training
 
     @property
@@ -66,14 +63,33 @@ class HalfBlock(nn.Module):
         """Whether what the core puts out is normalised, and not what it reads."""
         return self.chain[0] == self.core
 
-    def forward(self, x: Tensor, *masks: Any, **named: Any) -> Tensor:
-        """``x`` (B, N, C) plus the branch; masks go to its core, as far as that takes them."""
-        y, masks = x, masks[: len(self._masks)]
-        taken = named if self._takes_all else {n: named[n] for n in self._masks if n in named}
+    def forward(self, x: Tensor, *args: Any, **named: Any) -> Tensor:
+        """``x`` (B, N, C) plus the branch; its core gets of the rest what it takes."""
+        y, (args, named) = x, taken(self._takes, args, named)
         for name in self.chain:
             part = getattr(self, name)
-            y = run_core(part, y, *masks, **taken) if name == self.core else part(y)
+            y = run_core(part, y, *args, **named) if name == self.core else part(y)
         return x + y
+
+
+# names of what a core takes besides the stream, and whether it takes any other by name
+Takes = tuple[tuple[str, ...], bool]
+
+
+def parameters_of(core: nn.Module) -> Takes:
+    """What the forward of an attention or MLP takes besides the stream."""
+    kinds = inspect.signature(type(core).forward).parameters.values()
+    names = [p.name for p in kinds if p.kind is p.POSITIONAL_OR_KEYWORD]
+    return tuple(names[2:]), any(p.kind is p.VAR_KEYWORD for p in kinds)
+
+
+def taken(
+    takes: Takes, args: tuple[Any, ...], named: Mapping[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Of what a block is called with besides the stream, what its core is called with."""
+    names, takes_all = takes
+    wanted = named if takes_all else [name for name in names if name in named]
+    return args[: len(names)], {name: named[name] for name in wanted}
 
 
 class Constant(nn.Module):
@@ -153,12 +169,12 @@ def check_plain_call(
         )
 
 
-def run_core(core: nn.Module, y: Tensor, *masks: Any, **named: Any) -> Tensor:
+def run_core(core: nn.Module, y: Tensor, *args: Any, **named: Any) -> Tensor:
     """What an attention or MLP of any library makes of ``y`` (B, N, C); (B, N, C)."""
     if isinstance(core, (nn.MultiheadAttention, SlimAttention)):
         # it takes queries, keys and values apart, and rounds otherwise with its weights asked
         return core(y, y, y, need_weights=False, **named)[0]
-    out = core(y, *masks, **named)
+    out = core(y, *args, **named)
     # attention of transformers hands its weights back as well
     return out[0] if isinstance(out, tuple) else out
 
