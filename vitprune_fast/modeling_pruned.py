@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import inspect
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from importlib import import_module
 from pathlib import Path
@@ -140,8 +140,52 @@ class SlimAttention(nn.Module):
         return attended(self, F.linear(query, self.in_proj_weight, self.in_proj_bias)), None
 
 
-# classes of this file that stand in the place of a library's, by the names a config gives them
-STAND_INS: dict[str, type[nn.Module]] = {cls.__name__: cls for cls in (SlimAttention,)}
+class SlimReductionAttention(nn.Module):
+    """Spatial-reduction attention of PVTv2 with heads, dims and a reduction of any width.
+
+    It has the parts of timm's module under their names. Queries and keys may have another width
+    than values, and what the reduction writes another one than the stream; the temperature is
+    stored.
+    """
+
+    def __init__(self, attention: nn.Module):
+        super().__init__()
+        stock: Any = attention
+        self.q, self.kv, self.proj = stock.q, stock.kv, stock.proj
+        self.attn_drop, self.proj_drop = stock.attn_drop, stock.proj_drop
+        # None where nothing is reduced, or not in this way
+        self.pool, self.sr, self.norm, self.act = stock.pool, stock.sr, stock.norm, stock.act
+        self.num_heads, self.scale, self.fused_attn = stock.num_heads, stock.scale, stock.fused_attn
+
+    @classmethod
+    def of(cls, attention: nn.Module) -> SlimReductionAttention:
+        """Take over the parts, hooks and temperature of ``attention``, whose sizes are others."""
+        slim = cls(attention)
+        slim.training = attention.training
+        vars(slim).update({name: own for name, own in vars(attention).items() if "_hook" in name})
+        return slim
+
+    def forward(self, x: Tensor, feat_size: Sequence[int]) -> Tensor:
+        """Attention of the tokens ``x`` (B, N, C) of a grid of ``feat_size`` rows and columns."""
+        read = x
+        if self.sr is not None:
+            grid = x.transpose(1, 2).unflatten(2, tuple(feat_size))
+            grid = self.sr(grid if self.pool is None else self.pool(grid))
+            read = self.norm(grid.flatten(2).transpose(1, 2))
+            read = read if self.act is None else self.act(read)
+        k, v = self.kv(read).split((self.q.out_features, self.proj.in_features), 2)
+        q, k, v = (t.unflatten(2, (self.num_heads, -1)).transpose(1, 2) for t in (self.q(x), k, v))
+        if self.fused_attn:
+            dropout = self.attn_drop.p if self.training else 0.0
+            out = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, scale=self.scale)
+        else:
+            out = self.attn_drop((q * self.scale @ k.transpose(2, 3)).softmax(-1)) @ v
+        return self.proj_drop(self.proj(out.transpose(1, 2).flatten(2)))
+
+
+# classes of this file that stand in the place of a library's, by the names a config gives them;
+# ``of`` makes one of what it takes the place of
+STAND_INS: dict[str, Any] = {cls.__name__: cls for cls in (SlimAttention, SlimReductionAttention)}
 
 
 def attended(attention: Any, qkv: Tensor) -> Tensor:
@@ -230,13 +274,17 @@ def swap(
 ) -> None:
     """Put a new module, of a qualified class or one of this file, in the place of another, on meta.
 
-    Whatever sizes its constructor asks for are 2: they will be those of the tensors.
+    One of this file takes over what stands there. Whatever sizes the constructor of another asks
+    for are 2: they will be those of the tensors.
     """
     with torch.device("meta"):
         if name == "Constant":
             _replace(model, path, Constant(torch.empty(0)))
             return
-        cls = STAND_INS.get(name) or find(name, known)
+        if name in STAND_INS:
+            _replace(model, path, STAND_INS[name].of(model.get_submodule(path)))
+            return
+        cls = find(name, known)
         asked = [p for p in inspect.signature(cls).parameters.values() if p.default is p.empty]
         sizes = [2 for p in asked if p.kind is p.POSITIONAL_OR_KEYWORD]
         _replace(model, path, cls(*sizes))
@@ -295,6 +343,9 @@ def refresh_sizes(module: Any) -> None:
     if isinstance(module, nn.Linear):
         module.out_features, module.in_features = module.weight.shape or (0, 0)
     elif isinstance(module, nn.Conv2d):
+        if 1 < module.groups == module.out_channels:
+            # a filter of its own for every channel
+            module.groups = len(module.weight)
         module.out_channels = len(module.weight)
         module.in_channels = module.weight.shape[1] * module.groups
     elif hasattr(module, "normalized_shape") and module.weight is not None:
