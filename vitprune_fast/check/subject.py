@@ -87,7 +87,7 @@ class Subject:
     def _left(self, want: Tensor, plan: Plan, width: int) -> Tensor:
         """Of what a model without classifier puts out, the channels that are left."""
         # of several streams the last comes out
-        for axis in self.structure.stream[-1].dim.axes:
+        for axis in (axis for write in self.structure.stream[-1:] for axis in write.dim.axes):
             if axis.size == want.shape[-1] and len(plan[axis.name]) == width:
                 return want[..., list(plan[axis.name])]
         return want
