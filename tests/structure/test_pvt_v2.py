@@ -104,6 +104,7 @@ def test_the_units_of_every_stage_and_of_what_reduces() -> None:
     [
         ("b0", {}),
         ("b2_li", TWO_STAGES),
+        ("b0", {**TWO_STAGES, "num_classes": 0, "global_pool": ""}),
         pytest.param("b1", {"qkv_bias": False}, marks=pytest.mark.slow),
         pytest.param("b2", {"drop_path_rate": 0.1}, marks=pytest.mark.slow),
         pytest.param("b2_li", {}, marks=pytest.mark.slow),
