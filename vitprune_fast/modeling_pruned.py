@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import inspect
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from importlib import import_module
 from pathlib import Path
@@ -55,10 +55,7 @@ class HalfBlock(nn.Module):
         self.chain, self.core = tuple(chain), core
         for name in self.chain:
             self.add_module(name, block.get_submodule(name))
-        kinds = inspect.signature(type(self.get_submodule(core)).forward).parameters.values()
-        names = [p.name for p in kinds if p.kind is p.POSITIONAL_OR_KEYWORD]
-        self._masks = tuple(names[2:])
-        self._takes_all = any(p.kind is p.VAR_KEYWORD for p in kinds)
+        self._takes = parameters_of(self.get_submodule(core))
         self.training = block.training
 
     @property
@@ -66,14 +63,33 @@ class HalfBlock(nn.Module):
         """Whether what the core puts out is normalised, and not what it reads."""
         return self.chain[0] == self.core
 
-    def forward(self, x: Tensor, *masks: Any, **named: Any) -> Tensor:
-        """``x`` (B, N, C) plus the branch; masks go to its core, as far as that takes them."""
-        y, masks = x, masks[: len(self._masks)]
-        taken = named if self._takes_all else {n: named[n] for n in self._masks if n in named}
+    def forward(self, x: Tensor, *args: Any, **named: Any) -> Tensor:
+        """``x`` (B, N, C) plus the branch; its core gets of the rest what it takes."""
+        y, (args, named) = x, taken(self._takes, args, named)
         for name in self.chain:
             part = getattr(self, name)
-            y = run_core(part, y, *masks, **taken) if name == self.core else part(y)
+            y = run_core(part, y, *args, **named) if name == self.core else part(y)
         return x + y
+
+
+# names of what a core takes besides the stream, and whether it takes any other by name
+Takes = tuple[tuple[str, ...], bool]
+
+
+def parameters_of(core: nn.Module) -> Takes:
+    """What the forward of an attention or MLP takes besides the stream."""
+    kinds = inspect.signature(type(core).forward).parameters.values()
+    names = [p.name for p in kinds if p.kind is p.POSITIONAL_OR_KEYWORD]
+    return tuple(names[2:]), any(p.kind is p.VAR_KEYWORD for p in kinds)
+
+
+def taken(
+    takes: Takes, args: tuple[Any, ...], named: Mapping[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Of what a block is called with besides the stream, what its core is called with."""
+    names, takes_all = takes
+    wanted = named if takes_all else [name for name in names if name in named]
+    return args[: len(names)], {name: named[name] for name in wanted}
 
 
 class Constant(nn.Module):
@@ -124,8 +140,52 @@ class SlimAttention(nn.Module):
         return attended(self, F.linear(query, self.in_proj_weight, self.in_proj_bias)), None
 
 
-# classes of this file that stand in the place of a library's, by the names a config gives them
-STAND_INS: dict[str, type[nn.Module]] = {cls.__name__: cls for cls in (SlimAttention,)}
+class SlimReductionAttention(nn.Module):
+    """Spatial-reduction attention of PVTv2 with heads, dims and a reduction of any width.
+
+    It has the parts of timm's module under their names. Queries and keys may have another width
+    than values, and what the reduction writes another one than the stream; the temperature is
+    stored.
+    """
+
+    def __init__(self, attention: nn.Module):
+        super().__init__()
+        stock: Any = attention
+        self.q, self.kv, self.proj = stock.q, stock.kv, stock.proj
+        self.attn_drop, self.proj_drop = stock.attn_drop, stock.proj_drop
+        # None where nothing is reduced, or not in this way
+        self.pool, self.sr, self.norm, self.act = stock.pool, stock.sr, stock.norm, stock.act
+        self.num_heads, self.scale, self.fused_attn = stock.num_heads, stock.scale, stock.fused_attn
+
+    @classmethod
+    def of(cls, attention: nn.Module) -> SlimReductionAttention:
+        """Take over the parts, hooks and temperature of ``attention``, whose sizes are others."""
+        slim = cls(attention)
+        slim.training = attention.training
+        vars(slim).update({name: own for name, own in vars(attention).items() if "_hook" in name})
+        return slim
+
+    def forward(self, x: Tensor, feat_size: Sequence[int]) -> Tensor:
+        """Attention of the tokens ``x`` (B, N, C) of a grid of ``feat_size`` rows and columns."""
+        read = x
+        if self.sr is not None:
+            grid = x.transpose(1, 2).unflatten(2, tuple(feat_size))
+            grid = self.sr(grid if self.pool is None else self.pool(grid))
+            read = self.norm(grid.flatten(2).transpose(1, 2))
+            read = read if self.act is None else self.act(read)
+        k, v = self.kv(read).split((self.q.out_features, self.proj.in_features), 2)
+        q, k, v = (t.unflatten(2, (self.num_heads, -1)).transpose(1, 2) for t in (self.q(x), k, v))
+        if self.fused_attn:
+            dropout = self.attn_drop.p if self.training else 0.0
+            out = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, scale=self.scale)
+        else:
+            out = self.attn_drop((q * self.scale @ k.transpose(2, 3)).softmax(-1)) @ v
+        return self.proj_drop(self.proj(out.transpose(1, 2).flatten(2)))
+
+
+# classes of this file that stand in the place of a library's, by the names a config gives them;
+# ``of`` makes one of what it takes the place of
+STAND_INS: dict[str, Any] = {cls.__name__: cls for cls in (SlimAttention, SlimReductionAttention)}
 
 
 def attended(attention: Any, qkv: Tensor) -> Tensor:
@@ -153,12 +213,12 @@ def check_plain_call(
         )
 
 
-def run_core(core: nn.Module, y: Tensor, *masks: Any, **named: Any) -> Tensor:
+def run_core(core: nn.Module, y: Tensor, *args: Any, **named: Any) -> Tensor:
     """What an attention or MLP of any library makes of ``y`` (B, N, C); (B, N, C)."""
     if isinstance(core, (nn.MultiheadAttention, SlimAttention)):
         # it takes queries, keys and values apart, and rounds otherwise with its weights asked
         return core(y, y, y, need_weights=False, **named)[0]
-    out = core(y, *masks, **named)
+    out = core(y, *args, **named)
     # attention of transformers hands its weights back as well
     return out[0] if isinstance(out, tuple) else out
 
@@ -214,13 +274,17 @@ def swap(
 ) -> None:
     """Put a new module, of a qualified class or one of this file, in the place of another, on meta.
 
-    Whatever sizes its constructor asks for are 2: they will be those of the tensors.
+    One of this file takes over what stands there. Whatever sizes the constructor of another asks
+    for are 2: they will be those of the tensors.
     """
     with torch.device("meta"):
         if name == "Constant":
             _replace(model, path, Constant(torch.empty(0)))
             return
-        cls = STAND_INS.get(name) or find(name, known)
+        if name in STAND_INS:
+            _replace(model, path, STAND_INS[name].of(model.get_submodule(path)))
+            return
+        cls = find(name, known)
         asked = [p for p in inspect.signature(cls).parameters.values() if p.default is p.empty]
         sizes = [2 for p in asked if p.kind is p.POSITIONAL_OR_KEYWORD]
         _replace(model, path, cls(*sizes))
@@ -279,6 +343,9 @@ def refresh_sizes(module: Any) -> None:
     if isinstance(module, nn.Linear):
         module.out_features, module.in_features = module.weight.shape or (0, 0)
     elif isinstance(module, nn.Conv2d):
+        if 1 < module.groups == module.out_channels:
+            # a filter of its own for every channel
+            module.groups = len(module.weight)
         module.out_channels = len(module.weight)
         module.in_channels = module.weight.shape[1] * module.groups
     elif hasattr(module, "normalized_shape") and module.weight is not None:

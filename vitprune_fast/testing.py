@@ -9,12 +9,13 @@ from typing import Any
 import torch
 from timm.layers import RmsNorm, SwiGLU, SwiGLUPacked
 from timm.models.deit import VisionTransformerDistilled
+from timm.models.pvt_v2 import PyramidVisionTransformerV2
 from timm.models.vision_transformer import ResPostBlock, VisionTransformer
 
 from .check.drawn import randomise
 from .structure import families
 
-__all__ = ["SMALL", "VITS", "random_images", "random_vit", "randomise"]
+__all__ = ["PVTS", "SMALL", "VITS", "random_images", "random_pvt", "random_vit", "randomise"]
 
 SMALL: dict[str, Any] = {
     "img_size": 16,
@@ -48,6 +49,23 @@ VITS: dict[str, Callable[..., VisionTransformer]] = {
     "deit_distilled": partial(VisionTransformerDistilled, **SMALL),
 }
 
+_pvt = partial(
+    PyramidVisionTransformerV2,
+    depths=(1, 1, 1, 1),
+    embed_dims=(4, 8, 20, 32),
+    num_heads=(1, 2, 5, 8),
+    mlp_ratios=(2, 2, 2, 2),
+    num_classes=5,
+)
+PVTS: dict[str, Callable[..., PyramidVisionTransformerV2]] = {
+    "b0": _pvt,
+    "b1": partial(_pvt, embed_dims=(8, 16, 40, 64)),
+    "b2": partial(_pvt, depths=(2, 1, 3, 1)),
+    "b2_li": partial(_pvt, linear=True, depths=(2, 1, 1, 1)),
+}
+# sides that no stride and no reduction divides
+PVT_IMAGE = (3, 53, 66)
+
 
 def random_vit(
     config: str = "plain", *, seed: int = 0, dtype: torch.dtype = torch.float64, **args: Any
@@ -64,6 +82,25 @@ def random_vit(
         The model in eval mode.
     """
     model = VITS[config](**args).to(dtype).eval()
+    return randomise(model, seed)
+
+
+def random_pvt(
+    config: str = "b0", *, seed: int = 0, dtype: torch.dtype = torch.float64, **args: Any
+) -> Any:
+    """One of ``PVTS`` with random weights everywhere, norms and biases included.
+
+    Args:
+        config: a key of ``PVTS``: the published model that this one is a small likeness of.
+        seed: of the weights.
+        dtype: of the model.
+        args: constructor arguments that override those of the configuration.
+
+    Returns:
+        The model in eval mode, which states images of ``PVT_IMAGE``.
+    """
+    model: Any = PVTS[config](**args).to(dtype).eval()
+    model.pretrained_cfg = {"input_size": PVT_IMAGE}
     return randomise(model, seed)
 
 

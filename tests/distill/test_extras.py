@@ -18,10 +18,15 @@ import vitprune_fast as vp
 from vitprune_fast import _extension, ops
 from vitprune_fast.data import ImageData, Loader, open_data
 from vitprune_fast.distill import DistillConfig, MaskSchedule, distill
-from vitprune_fast.distill.optim import as_trained, learning_rate, make_optimizer
+from vitprune_fast.distill.optim import (
+    as_trained,
+    checkpointing,
+    learning_rate,
+    make_optimizer,
+)
 from vitprune_fast.errors import InvalidInput, RunFolderError
 from vitprune_fast.scoring import fused
-from vitprune_fast.testing import random_images, random_vit
+from vitprune_fast.testing import random_images, random_pvt, random_vit
 
 PLAIN: dict[str, Any] = {"epochs": 1, "warmup_epochs": 0, "alpha": 0.0, "log_steps": 1}
 
@@ -169,6 +174,21 @@ def test_drop_path_is_set_for_the_training_alone() -> None:
         assert probabilities == pytest.approx([0, 0.2, 0.4])
         assert all(isinstance(block.drop_path1, DropPath) for block in model.blocks)
     assert [type(block.drop_path1) for block in model.blocks] == before
+
+
+def test_stages_are_set_one_after_the_other_and_put_back() -> None:
+    model = random_pvt(depths=(1, 1, 2, 1))
+    blocks = [block for stage in model.stages for block in stage.blocks]
+    model.set_grad_checkpointing()
+    config = DistillConfig(**PLAIN, drop_path=0.4, grad_checkpointing=True)
+    with as_trained(model, config, two_heads=False):
+        probabilities = [block.drop_path1.drop_prob for block in blocks]
+        assert probabilities == pytest.approx([0, 0.1, 0.2, 0.3, 0.4])
+    assert {type(block.drop_path1) for block in blocks} == {nn.Identity}
+    assert all(stage.grad_checkpointing for stage in model.stages)
+    with checkpointing(model, False):
+        assert not any(stage.grad_checkpointing for stage in model.stages)
+    assert all(stage.grad_checkpointing for stage in model.stages)
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])

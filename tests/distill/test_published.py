@@ -19,7 +19,7 @@ from vitprune_fast.distill import DistillConfig, distill
 from vitprune_fast.distill.average import EpochAverage
 from vitprune_fast.distill.optim import make_optimizer
 from vitprune_fast.errors import InvalidInput
-from vitprune_fast.testing import random_images, random_vit
+from vitprune_fast.testing import random_images, random_pvt, random_vit
 
 # nothing but the gradient of the labels, at one rate
 BARE: dict[str, Any] = {
@@ -135,6 +135,23 @@ def test_layers_decay_in_every_family_with_blocks() -> None:
             inside = {v for n, v in found.items() if block.format(number) in n}
             assert inside == {0.5 ** (3 - number)}
         assert {v for n, v in found.items() if n.startswith(final)} == {1.0}
+
+
+def test_layers_decay_from_stage_to_stage() -> None:
+    found = scales(random_pvt(depths=(1, 1, 2, 1)))
+    for path, scale in (
+        ("patch_embed.", 2**-6),
+        ("stages.0.blocks.0.", 2**-5),
+        ("stages.0.norm.", 2**-5),
+        ("stages.1.downsample.", 2**-5),
+        ("stages.2.blocks.0.", 2**-3),
+        ("stages.2.norm.", 2**-2),
+        ("stages.3.downsample.", 2**-2),
+        ("stages.3.blocks.0.", 2**-1),
+        ("stages.3.norm.", 1.0),
+        ("head.", 1.0),
+    ):
+        assert {v for n, v in found.items() if n.startswith(path)} == {scale}
 
 
 def test_blocks_that_are_gone_count_as_no_layer() -> None:

@@ -366,10 +366,11 @@ def test_the_stream_is_wide_whatever_its_first_writer_is() -> None:
     structure, modules = describe(model), dict(model.named_modules())
     one = Streamed(model, modules, structure, torch.bfloat16)
     with torch.no_grad():
-        x = one.stem(images_of(model, 2))
+        images = images_of(model, 2)
+        x = one.stem(images)
         assert x.dtype == torch.float32
-        assert one.output(structure.stream[1], x).dtype == torch.bfloat16
-        assert one.through(structure.stream[1:], x).dtype == torch.float32
+        assert one.output(structure.stream[1], x, images[:1]).dtype == torch.bfloat16
+        assert one.through(structure.stream[1:], x, images[:1]).dtype == torch.float32
 
 
 def test_a_sweep_in_fp32_is_the_default_on_a_cpu_bit_for_bit() -> None:

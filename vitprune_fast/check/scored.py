@@ -149,14 +149,13 @@ Entries = tuple[str, int, np.ndarray]
 
 def _entries(structure: Structure, axis: Axis) -> Iterator[Entries]:
     """Where tensors take units in: the queries' rows, or columns of the output projection."""
-    for attention in structure.attentions:
-        if attention.width == axis:
-            for name in attention.queries:
-                rows = structure.tensors[name][0]
+    if axis.kind == "qk_dim":
+        for name in (name for each in structure.attentions for name in each.queries):
+            rows = structure.tensors[name][0]
+            if axis in rows.axes:
                 owners = rows.owners(axis)
                 owners[rows.part(0).length() :] = -1
                 yield name, 0, owners
-            return
     for write in structure.writes():
         name = f"{write.projection}.weight"
         if write.inner is None or axis not in write.inner.axes:

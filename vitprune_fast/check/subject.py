@@ -84,12 +84,15 @@ class Subject:
         # written so that NaN is a difference
         return None if gap <= TOLERANCE else f"logits differ by {gap:.1e} of the largest"
 
-    def _left(self, want: Tensor, plan: Plan, width: int) -> Tensor:
+    def _left(self, want: Tensor, plan: Plan, got: Tensor) -> Tensor:
         """Of what a model without classifier puts out, the channels that are left."""
+        # those of a feature map come before its grid
+        dim = 1 if want.ndim == 4 else -1
         # of several streams the last comes out
-        for axis in reversed(self.structure.units("embed")):
-            if axis.size == want.shape[-1] and len(plan[axis.name]) == width:
-                return want[..., list(plan[axis.name])]
+        for axis in (axis for write in self.structure.stream[-1:] for axis in write.dim.axes):
+            kept = torch.tensor(plan[axis.name], dtype=torch.int64, device=want.device)
+            if (want.shape[dim], got.shape[dim]) == (axis.size, len(kept)):
+                return want.index_select(dim, kept)
         return want
 
     def broken(
@@ -104,7 +107,7 @@ class Subject:
                     if hasattr(module, "fused_attn"):
                         module.fused_attn = fused  # pyright: ignore[reportArgumentType]
                 got = self.logits(pruned)
-                if found := self.apart(got, self._left(want, plan, got.shape[-1])):
+                if found := self.apart(got, self._left(want, plan, got)):
                     return found
         except Exception as error:
             return sentence(error)

@@ -82,21 +82,12 @@ def _blocks_above(student: nn.Module) -> dict[int, int]:
     """Id of each parameter -> how many layers are above its own.
 
     As in BEiT: what comes before the blocks is the lowest layer, each block is one, and what comes
-    after them (final norm, heads) the highest.
+    after them (final norm, heads) the highest. What lies between two goes with the first of them.
     """
     # a compiled module has other names
     model = unwrap_model(student)
-    family = families.find(model)
     try:
-        blocks = (
-            block_names(model)
-            if family is None
-            else [
-                f"{path}.{name}"
-                for path in family.blocks(model)
-                for name, _ in model.get_submodule(path).named_children()
-            ]
-        )
+        blocks = _blocks_of(model) if families.find(model) else block_names(model)
     except InvalidInput:
         raise InvalidInput(
             "distill: layer_decay must be 1 for a student without blocks that follow one another, "
@@ -107,10 +98,21 @@ def _blocks_above(student: nn.Module) -> dict[int, int]:
         number = next((n for n, block in enumerate(blocks) if name.startswith(f"{block}.")), None)
         if number is not None:
             place = len(blocks) - number
-        elif place <= len(blocks):
+        elif place == 1:
+            # behind the last
             place = 0
         above[id(parameter)] = place
     return above
+
+
+def _blocks_of(model: nn.Module) -> list[str]:
+    """Paths of the blocks of a model of a known family, in order; none of another one."""
+    family = families.find(model)
+    return [
+        f"{path}.{name}"
+        for path in (family.blocks(model) if family else ())
+        for name, _ in model.get_submodule(path).named_children()
+    ]
 
 
 def learning_rate(step: int, steps_per_epoch: int, config: DistillConfig, peak: float) -> float:
@@ -141,7 +143,8 @@ def as_trained(model: nn.Module, config: DistillConfig, *, two_heads: bool) -> I
     """
     with ExitStack() as undo:
         if config.drop_path is not None:
-            blocks: Any = getattr(model, "blocks", ())
+            known = [model.get_submodule(path) for path in _blocks_of(model)]
+            blocks: Any = known or getattr(model, "blocks", ())
             kept = [
                 (block, name, module, config.drop_path * (i / max(len(blocks) - 1, 1)))
                 for i, block in enumerate(blocks)
@@ -173,7 +176,8 @@ def as_trained(model: nn.Module, config: DistillConfig, *, two_heads: bool) -> I
 @contextmanager
 def checkpointing(model: nn.Module, on: bool) -> Iterator[None]:
     """Switch activation checkpointing in a model that has it, and back after."""
-    before = getattr(model, "grad_checkpointing", False)
+    # stages have it each for itself
+    before = any(getattr(module, "grad_checkpointing", False) for module in model.modules())
     switch: Any = getattr(model, "set_grad_checkpointing", None) if before != on else None
     if switch is None:
         yield

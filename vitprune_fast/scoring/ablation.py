@@ -134,6 +134,8 @@ class Trial:
         start: the block the forward begins with; None begins with the images.
         places: where they are selected away, and the unit of every column there.
         late: they are all read within that block, so samples are stacked at the first place only.
+        by_grid: blocks hold convolutions, which take samples and candidates in one dimension
+            alone; what lies between blocks counts samples by the images, so these are repeated too.
         silent: modules whose output is zero, for a branch or block (one unit at a time).
     """
 
@@ -142,6 +144,7 @@ class Trial:
     start: int | None
     places: tuple[tuple[Place, Tensor], ...] = ()
     late: bool = False
+    by_grid: bool = False
     silent: tuple[str, ...] = ()
 
 
@@ -149,20 +152,25 @@ def _trials(
     model: nn.Module, structure: Structure, axis: Axis, blocks: list[str], candidates: int
 ) -> Iterator[Trial]:
     """All units of an axis, cut into forwards."""
+    by_grid = any(
+        structure.owner(work.module) and len(structure.tensors.get(f"{work.module}.weight", ())) > 2
+        for work in structure.work
+    )
     if held := structure.held(axis):
         outputs = {write.name: write.output for write in structure.writes()}
         for unit, names in enumerate(held):
             silent = tuple(outputs[name] for name in names)
             start = blocks.index(_block(structure, names[0]))
-            yield Trial(axis.name, [unit], start, silent=silent)
+            yield Trial(axis.name, [unit], start, by_grid=by_grid, silent=silent)
         return
     inside = (i for i, block in enumerate(blocks) if axis.name.startswith(f"{block}."))
     start = next(inside, None)
     places = tuple((place, place.owners(axis)) for place in structure.places(axis))
-    late = start is not None and any(place.at == "input" for place, _ in places)
+    is_read = any(place.at == "input" for place, _ in places)
+    late = start is not None and is_read and not by_grid
     for first in range(0, axis.size, candidates):
         units = list(range(first, min(first + candidates, axis.size)))
-        yield Trial(axis.name, units, start, places, late)
+        yield Trial(axis.name, units, start, places, late, by_grid)
 
 
 def _logits_without(
@@ -171,14 +179,14 @@ def _logits_without(
     """(candidates * samples, classes): the logits without each unit, candidate by candidate."""
     count, samples = len(trial.units), len(images)
     with Altered() as altered:
-        if trial.start is None or stream is None:
+        if stream is None or trial.by_grid:
             images = images.repeat(count, 1, 1, 1)
-        elif trial.late:
+        if trial.start is not None and stream is not None:
+            if trial.late:
+                altered.after(get(model, blocks[trial.start]), _flat)
+            else:
+                stream = stream.repeat(count, *(1,) * (stream.ndim - 1))
             _enter(model, blocks, trial.start, stream, altered)
-            altered.after(get(model, blocks[trial.start]), _flat)
-        else:
-            rows = stream.repeat(count, *(1,) * (stream.ndim - 1))
-            _enter(model, blocks, trial.start, rows, altered)
         units = torch.tensor(trial.units)[:, None]
         for place, owners in trial.places:
             lost = Lost((owners == units).to(images.device), samples, trial.late)

@@ -134,7 +134,7 @@ class Builder:
         self.structure.taps[axis.name] = Place(module, at, as_dim(dim), columns)
 
     def reader(self, axis: Axis, module: str, norm: str | None = None) -> None:
-        """``module`` reads the stream of width ``axis``, through ``norm`` where that is one."""
+        """``module`` reads what has the width ``axis``, through ``norm`` where that is one."""
         readers = self.structure.readers.setdefault(axis.name, [])
         if norm is not None and norm in self.structure.norms:
             readers.append(Place(norm, "norm", as_dim(axis)))
@@ -148,7 +148,7 @@ class Builder:
             self.structure.readers.setdefault(axis.name, []).append(place)
 
     def stem(self, embed: Axis, *bias: str) -> None:
-        """Open the residual stream of width ``embed``; adding to all of ``bias`` adds to tokens."""
+        """Begin a residual stream of width ``embed``; adding to all of ``bias`` adds to tokens."""
         self.structure.stream.append(Write("stem", as_dim(embed), bias))
 
     def branch(

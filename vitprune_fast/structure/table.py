@@ -20,6 +20,8 @@ from .terms import Terms
 class Write:
     """One write into a residual stream, in execution order: the stem, then each branch.
 
+    A model of stages has a stream for each, which begins with a stem of its own.
+
     A branch is ``x + drop(gain * projection(inner))`` of ``norm(x)``; where ``post_norm``, the norm
     stands behind the projection and nothing before it.
 
@@ -47,6 +49,11 @@ class Write:
     post_norm: bool = False
     gain: str | None = None
     drop: str = ""
+
+    @property
+    def is_stem(self) -> bool:
+        """Whether a stream begins here."""
+        return not self.kind
 
     @property
     def projected_bias(self) -> str:
@@ -88,7 +95,8 @@ class Attention:
         module: path of the module that has the temperature as ``.scale``.
         width: the axis of the dims of a query, where a path takes the temperature from their number
             or from ``.scale``; None where it is told apart from that, and so stays.
-        queries: tensors whose first part along dimension 0 makes up for another width.
+        queries: tensors whose first part along dimension 0 makes the queries, and makes up for
+            another width.
         key_bias: moves all logits of a query alike; None where there is none, or a norm is behind.
         value_bias: reaches the output projection as it is; None where there is none, or a norm or
             a gate stands between.
@@ -139,7 +147,8 @@ class Structure:
     work: list[Work] = field(default_factory=list)
     # axis -> where its units can be gated
     taps: dict[str, Place] = field(default_factory=dict)
-    # axis of a residual stream -> where it is read, by norms or as it is
+    # axis of a residual stream, or of another width across which norms run -> where it is read, by
+    # norms or as it is
     readers: dict[str, list[Place]] = field(default_factory=dict)
 
     def units(self, kind: str) -> list[Axis]:
@@ -189,7 +198,7 @@ class Structure:
                             yield left, right
 
     def writes(self) -> Iterator[Write]:
-        """The branches of the residual stream, without the stem."""
+        """The branches of the residual streams, without the stems."""
         return (write for write in self.stream if write.inner is not None)
 
     def held(self, axis: Axis) -> list[tuple[str, ...]]:

@@ -34,10 +34,11 @@ def activation(model: nn.Module, structure: Structure, axes: Sequence[Axis]) -> 
     head          mean_n ||O||_2 over the head's dims, O what proj reads (behind the inner norm)
     v_dim         mean_n |O|
     qk_dim        mean_n sqrt(q^2 + k^2), as the product takes them: behind a q/k norm, and summed
-                  over the heads where such a norm makes them share the dim
+                  over the heads where such a norm makes them share the dim; of fewer keys than
+                  queries sqrt((mean_n |q|)^2 + (mean_n |k|)^2)
     embed         mean over readers of mean_n |x|, x what a reader sees of the channel: LN(x) in
                   pre-norm blocks, the stream itself in post-norm ones, the pooled token(s) at the
-                  classifier
+                  classifier; a convolution between two stages is none of them
     attn_branch,  1 - mean_n cos(x_in, x_out), x the residual stream before and after
     mlp_branch,
     block
@@ -104,7 +105,8 @@ def _read_places(model: nn.Module, structure: Structure, axis: Axis) -> list[Pla
         if place.at == "input":
             # a gate and a value layer side by side read the same
             read.setdefault(structure.owner(place.module) or place.module, place)
-    made = [place for place in places if place.at == "norm"] or list(places)
+    norms = structure.readers.get(axis.name, places)
+    made = [place for place in norms if place.at == "norm"] or list(places)
     return list(read.values()) or made
 
 
@@ -137,6 +139,8 @@ def _measure_units(
         def after(_: nn.Module, __: Any, output: Tensor, place: Place = place) -> None:
             made.append(size(place, output))
             if len(made) == len(places):
+                if len({each.shape for each in made}) > 1:
+                    made[:] = [each.mean(1, keepdim=True) for each in made]
                 record(torch.linalg.vector_norm(torch.stack(made), dim=0).mean(1))
                 made.clear()
 

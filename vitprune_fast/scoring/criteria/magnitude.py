@@ -29,8 +29,10 @@ def magnitude(
     head       its rows of the query, key and value matrices (and of attention's gate)
     qk_dim     its row of the query and of the key matrix; of every head where a q/k norm shares it
     v_dim      its row of the value matrix (and of attention's gate)
-    neuron     its row of fc1; of the gate and of the value half or matrix in a gated MLP
-    embed      its row in everything that writes into the channel: patch embedding, proj, fc2
+    neuron     its row of fc1; of the gate and of the value half or matrix in a gated MLP; and its
+               filter where it has a depthwise one
+    embed      its row in everything that writes into the channel: patch embedding, proj, fc2; of
+               keys and values that are reduced in a width of their own, the reduction
     =========  =============================================================================
 
     ``group`` (p = 2) is taken over every weight that goes when the unit goes, the columns that read

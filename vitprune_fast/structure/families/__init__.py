@@ -90,6 +90,7 @@ class Family:
 _FAMILIES: dict[str, str | Family] = {
     "timm.models.vision_transformer.VisionTransformer": "timm_vit",
     "timm.models.deit.VisionTransformerDistilled": "timm_vit",
+    "timm.models.pvt_v2.PyramidVisionTransformerV2": "timm_pvt_v2",
     "transformers.models.vit.modeling_vit.ViTForImageClassification": "hf_vit",
     "transformers.models.deit.modeling_deit.DeiTForImageClassification": "hf_deit",
     "transformers.models.deit.modeling_deit.DeiTForImageClassificationWithTeacher": "hf_deit",

@@ -262,11 +262,11 @@ def construct(model: Any) -> ConstructorCall:
         "attn_drop_rate": attns[0].attn_drop.p if attns else 0.0,
         "drop_path_rate": max(rates, default=0.0),
         "weight_init": "skip",
-        "embed_norm_layer": _named(embed.norm) if has_norm(embed.norm) else None,
-        "norm_layer": _named(norms[-1]) if norms else None,
-        "act_layer": _named(mlps[0].act) if mlps else None,
+        "embed_norm_layer": named(embed.norm) if has_norm(embed.norm) else None,
+        "norm_layer": named(norms[-1]) if norms else None,
+        "act_layer": named(mlps[0].act) if mlps else None,
         "block_fn": {"class": qualified(ResPostBlock if post_norm else Block)},
-        "mlp_layer": _named(mlps[0]) if mlps else {"class": qualified(Mlp)},
+        "mlp_layer": named(mlps[0]) if mlps else {"class": qualified(Mlp)},
     }
     return {"class": qualified(type(model)), "args": args}
 
@@ -279,7 +279,7 @@ def _hidden(mlp: Any) -> int:
     return (mlp.fc1_g if isinstance(mlp, SwiGLU) else mlp.fc1).out_features
 
 
-def _named(module: Any) -> dict[str, Any]:
+def named(module: Any) -> dict[str, Any]:
     """A class as an argument, with what only its constructor can give a module."""
     kept = ("eps", "gate_last")
     options = {name: getattr(module, name) for name in kept if hasattr(module, name)}
@@ -308,12 +308,28 @@ def renumbered(model: Any, moved: Mapping[str, str]) -> None:
 
 def configs(model: Any) -> Iterator[tuple[dict[str, Any], nn.Module | None]]:
     """A config that timm itself may build the model from, then one that it cannot."""
+    entrypoint = _ENTRYPOINTS[type(model).__name__]
+    return configs_of(model, construct(model), images(model), entrypoint, "vit_pruned")
+
+
+def configs_of(
+    model: Any, call: ConstructorCall, shape: Shape, entrypoint: str, pruned: str
+) -> Iterator[tuple[dict[str, Any], nn.Module | None]]:
+    """What ``configs`` of a family of timm gives.
+
+    Args:
+        model: to be saved.
+        call: of its constructor.
+        shape: of its images.
+        entrypoint: timm's name for such a model, where it has none of its own.
+        pruned: what one is called that timm cannot build.
+    """
     args = {
         name: value
-        for name, value in construct(model)["args"].items()
+        for name, value in call["args"].items()
         if not (isinstance(value, dict) or name.endswith("_layer") or name in _LEFT_OUT)
     }
-    architecture = stated_config(model).get("architecture") or _ENTRYPOINTS[type(model).__name__]
+    architecture = stated_config(model).get("architecture") or entrypoint
     # an architecture may take fewer arguments than the class, and be of another class today
     with contextlib.suppress(AssertionError, RuntimeError, TypeError, ValueError):
         # create_model would fetch a name that is an address
@@ -321,14 +337,14 @@ def configs(model: Any) -> Iterator[tuple[dict[str, Any], nn.Module | None]]:
             raise ValueError(architecture)
         with torch.device("meta"):
             made = timm.create_model(architecture, **args)
-        config = _config(model, architecture, args)
+        config = _config(model, shape, architecture, args)
         config["pretrained_cfg"]["architecture"] = architecture
         yield config, made
-    yield _config(model, "vit_pruned", {}), None
+    yield _config(model, shape, pruned, {}), None
 
 
-def _config(model: Any, architecture: str, args: Mapping[str, Any]) -> dict[str, Any]:
-    known, shape = stated_config(model), images(model)
+def _config(model: Any, shape: Shape, architecture: str, args: Mapping[str, Any]) -> dict[str, Any]:
+    known = stated_config(model)
     return {
         "architecture": architecture,
         "num_classes": model.num_classes,

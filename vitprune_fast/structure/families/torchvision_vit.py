@@ -141,7 +141,13 @@ def _attention(t: Builder, path: str, embed: Axis, tokens: int) -> Inner:
     t.work(path, tokens * tokens, heads * qk)
     t.work(path, tokens * tokens, heads * v)
     t.attr(path, num_heads=heads)
-    t.attention(path, None, (), key_bias=("in_proj_bias", 1), value_bias=("in_proj_bias", 2))
+    t.attention(
+        path,
+        None,
+        ("in_proj_weight", "in_proj_bias"),
+        key_bias=("in_proj_bias", 1),
+        value_bias=("in_proj_bias", 2),
+    )
     t.tap(heads, f"{path}.out_proj", heads * v)
     t.tap(v, f"{path}.out_proj", heads * v)
     t.tap(qk, f"{path}.{PROJECTION}", heads * qk, "output", (0, queries))

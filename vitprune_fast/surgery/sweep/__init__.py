@@ -23,7 +23,7 @@ from ...structure.reading import Reading
 from ...structure.table import Write
 from ..moments import Cut
 from .images import Streams
-from .places import Fitter
+from .places import Fitter, running
 from .report import Fit, SweepReport
 from .resume import Progress
 from .streamed import Streamed
@@ -103,7 +103,7 @@ def sweep(
             return report
         fitter = Fitter(dense, small, cut, structure, reading, streams)
         # in the dtype of the weights, in which a difference is one of what is computed
-        writes = [place.write for place in fitter.places]
+        writes = running(structure, reading)
         _check_forward(Streamed(model, modules, structure), structure.stream[1:], streams.example)
         _check_forward(Streamed(cut.model, cut.modules, structure), writes, streams.example)
         identity = _identity(model, structure, reading, f"{streams.digest} {computed}")
@@ -154,7 +154,7 @@ def _identity(model: nn.Module, structure: Structure, reading: Reading, read: st
 def _check_forward(model: Streamed, writes: Sequence[Write], example: Tensor) -> None:
     """Refuse a model whose forward pass is more than its branches: that would be lost."""
     want = logits_of(model.model(example))
-    got = model.finish(model.through(writes, model.stem(example)), example)[0]
+    got = model.finish(model.through(writes, model.stem(example), example), example)[0]
     if not want.isfinite().all():
         raise InvalidInput(
             "prune: calibration must give finite logits, got others; look at the images and the "

@@ -24,11 +24,15 @@ MICRO_BATCH = 64
 
 @dataclass
 class Batch:
-    """The streams ``(B, N, C)`` of a few images, of the dense model and of the smaller one."""
+    """The streams ``(B, N, C)`` of a few images, of the dense model and of the smaller one.
+
+    ``image`` is one of them, ``(1, C, H, W)``: all have its size.
+    """
 
     dense: Tensor
     small: Tensor
     held_out: bool
+    image: Tensor
 
 
 class Streams:
@@ -94,7 +98,7 @@ class Streams:
         if images:
             together = torch.stack(images)
             dense, small = (model.stem(together) for model in self._models)
-            self.batches.append(Batch(dense, small, held_out))
+            self.batches.append(Batch(dense, small, held_out, together[:1].clone()))
             images.clear()
 
     def _too_few(self) -> str:

@@ -30,10 +30,17 @@ LARGEST_GROWTH = 100
 
 @dataclass(frozen=True)
 class Place:
-    """A branch that still writes, and what the dense model runs from it to the next that does."""
+    """A branch that still writes, and what the dense model runs from it to the next that does.
+
+    Args:
+        write: the branch.
+        until_next: it and what follows in its stream.
+        onward: what follows in other streams, from the stem of the next one on.
+    """
 
     write: Write
     until_next: tuple[Write, ...]
+    onward: tuple[Write, ...] = ()
 
 
 class Fitter:
@@ -66,22 +73,28 @@ class Fitter:
         self.changed: set[str] = set()
         self._dense, self._small, self._factors = dense, small, cut.factors
         self._structure, self._reading, self._batches = structure, reading, streams.batches
-        self._example = streams.example
         self._lead, self.places = places_of(structure, reading)
         self._agree = True
-        self._tokens = streams.count(held_out=False)[1]
-        self._per_image = streams.batches[0].dense.shape[1]
+        self._streams = streams
 
     def begin(self) -> None:
         """Bring the dense stream past branches that went before the first that is left."""
         for batch in self._batches:
-            batch.dense = self._dense.through(self._lead, batch.dense)
+            batch.dense = self._dense.through(self._lead, batch.dense, batch.image)
 
     def pass_by(self, place: Place) -> None:
         """Bring both streams past a place as it is."""
         for batch in self._batches:
-            batch.dense = self._dense.through(place.until_next, batch.dense)
-            batch.small = self._small.through([place.write], batch.small)
+            batch.dense = self._dense.through(place.until_next, batch.dense, batch.image)
+            batch.small = self._small.through([place.write], batch.small, batch.image)
+        self._go_onward(place)
+
+    def _go_onward(self, place: Place) -> None:
+        """Bring both streams on to the stream of the next place, where that is another one."""
+        stems = [write for write in place.onward if write.is_stem]
+        for batch in self._batches:
+            batch.dense = self._dense.through(place.onward, batch.dense, batch.image)
+            batch.small = self._small.through(stems, batch.small, batch.image)
 
     def fit(self, place: Place) -> list[Fit]:
         """Fit a branch, and bring both streams to where the next one reads."""
@@ -90,11 +103,13 @@ class Fitter:
             return []
         constant = isinstance(self._small.module(place.write.name), Constant)
         fits = [] if constant or self._streams_agree() else self._fit_reader(place.write)
-        return [*fits, self._fit_writer(place, constant=constant)]
+        fits.append(self._fit_writer(place, constant=constant))
+        self._go_onward(place)
+        return fits
 
     def fit_classifiers(self) -> list[Fit]:
         """Fit the maps after the last branch that put out logits."""
-        stream = self.places[-1].write.dim
+        stream = self._structure.stream[-1].dim
         return [
             self._fit_classifier(name.removesuffix(".weight"))
             for name, (rows, *columns) in self._structure.tensors.items()
@@ -128,7 +143,7 @@ class Fitter:
         if not names:
             return []
         biases = [f"{name.removesuffix('weight')}bias" for name in names]
-        samples = Samples("reader", self._tokens, self._batches[0].small.shape[-1], self._per_image)
+        samples = self._samples("reader", self._batches[0].small.shape[-1])
         some = samples.some
         for batch in self._batches:
             read = self._small.reading(write, some(batch.small))
@@ -146,34 +161,38 @@ class Fitter:
         )
         if found.ridge is not None:
             for name, bias in zip(names, biases, strict=True):
-                weight = self._rows_of(name)
-                self._put(name, weight @ found.weight)
+                # a convolution reads at several places, each by a matrix of its own
+                weight = self._rows_of(name).movedim(1, -1)
+                self._put(name, (weight @ found.weight).movedim(-1, 1))
                 if bias in self._structure.tensors:
-                    self._put(bias, self.tensors[bias].double() + weight @ found.bias)
+                    shift = (weight @ found.bias).reshape(len(weight), -1).sum(1)
+                    self._put(bias, self.tensors[bias].double() + shift)
         return [samples.row(write.name, found, tied)]
 
     def _fit_writer(self, place: Place, *, constant: bool) -> Fit:
         """Fit the output projection so that the stream comes out as the dense one does."""
         write = place.write
         columns = 0 if constant else self._small.module(write.projection).in_features
-        samples = Samples("writer", self._tokens, columns, self._per_image)
+        samples = self._samples("writer", columns)
         some, kept_features = samples.some, Kept()
         for batch in self._batches:
             kept = self._channels(write, batch.dense.shape[-1])
-            output = self._dense.output(write, batch.dense)
+            output = self._dense.output(write, batch.dense, batch.image)
             stream = batch.dense + self._dense.scaled(write, output)
-            batch.dense = self._dense.through(place.until_next[1:], stream)
+            batch.dense = self._dense.through(place.until_next[1:], stream, batch.image)
             # behind a norm only the output itself is linear in what is read
             target = some(output if write.post_norm else batch.dense)[:, kept]
             if not write.post_norm:
                 target = target - some(batch.small)
-            read = target[:, :0] if constant else self._small.features(write, batch.small)
+            read = target[:, :0]
+            if not constant:
+                read = self._small.features(write, batch.small, batch.image)
             samples.add(read if constant else some(read), target, held_out=batch.held_out)
             kept_features.append(read)
         found, reason = self._fit_projection(write, samples, constant=constant)
         for batch, features in zip(self._batches, kept_features, strict=True):
             if constant or features is None:
-                batch.small = self._small.through([write], batch.small)
+                batch.small = self._small.through([write], batch.small, batch.image)
             else:
                 output = self._small.projected(write, features)
                 batch.small = batch.small + self._small.scaled(write, output)
@@ -230,8 +249,8 @@ class Fitter:
         images = sum(len(batch.dense) for batch in self._batches if not batch.held_out)
         samples = Samples("classifier", images, self._batches[0].small.shape[-1])
         for batch in self._batches:
-            _, dense = self._dense.finish(batch.dense, self._example, [path])
-            _, small = self._small.finish(batch.small, self._example, [path])
+            _, dense = self._dense.finish(batch.dense, batch.image, [path])
+            _, small = self._small.finish(batch.small, batch.image, [path])
             read, answers = samples.some(small[path][0]), samples.some(dense[path][1])
             samples.add(read, answers, held_out=batch.held_out)
         weight_name, bias_name = f"{path}.weight", f"{path}.bias"
@@ -251,6 +270,11 @@ class Fitter:
             for name, value in zip(names, (found.weight, found.bias), strict=False):
                 self._put(name, value)
         return samples.row(path, found, tied)
+
+    def _samples(self, part: str, columns: int) -> Samples:
+        """For the tokens that the streams have at this place."""
+        tokens = self._streams.count(held_out=False)[1]
+        return Samples(part, tokens, columns, self._batches[0].dense.shape[1])
 
     def _put(self, name: str, value: Tensor) -> None:
         self.tensors[name].copy_(value)
@@ -292,12 +316,17 @@ class Fitter:
         return torch.from_numpy(kept).to(self._device) if len(kept) < width else slice(None)
 
     def _maps_of(self, write: Write) -> list[str]:
-        """The matrices with which a branch reads the stream."""
+        """The matrices and convolutions with which a branch reads the stream.
+
+        None of those that pad: a shift of what they read would not reach what they add.
+        """
         stream = write.dim
         return [
             name
             for name, layout in self._structure.tensors.items()
-            if name.startswith(f"{write.name}.") and layout[1:] == (stream,)
+            if name.startswith(f"{write.name}.")
+            and layout[1:2] == (stream,)
+            and not any(getattr(self._small.module(name.rpartition(".")[0]), "padding", ()))
         ]
 
     def _rows_of(self, name: str) -> Tensor:
@@ -306,9 +335,11 @@ class Fitter:
         if self.tensors[name].shape[1] == dense.shape[1]:
             return self.tensors[name].double()
         positions = torch.from_numpy(self._reading.gather(dim)).to(dense.device)
-        weight = dense[positions.clamp(min=0)].double() * (positions >= 0)[:, None]
-        factor = self._factors.get(name)
-        return weight if factor is None else weight * factor.to(weight.device)[:, None]
+        factor = (positions >= 0).double()
+        if name in self._factors:
+            factor *= self._factors[name].to(factor)
+        weight = dense[positions.clamp(min=0)].double()
+        return weight * factor.view(-1, *(1,) * (weight.ndim - 1))
 
     def _tied(self, *names: str) -> str:
         """Why a tensor may not be changed for one place; empty where it may."""
@@ -318,15 +349,27 @@ class Fitter:
         return ""
 
 
+def running(structure: Structure, reading: Reading) -> list[Write]:
+    """What is left of the streams, in order: their stems, and all branches that still write."""
+    return [
+        write
+        for write in structure.stream[1:]
+        if write.is_stem or reading.fates[write.name][0] in ("live", "constant")
+    ]
+
+
 def places_of(structure: Structure, reading: Reading) -> tuple[tuple[Write, ...], list[Place]]:
     """What the dense model runs before the first branch that still writes, and all of those."""
+    left = running(structure, reading)
     lead: tuple[Write, ...] = ()
     places: list[Place] = []
     for write in structure.stream[1:]:
-        if reading.fates[write.name][0] in ("live", "constant"):
+        if write in left and not write.is_stem:
             places.append(Place(write, (write,)))
-        elif places:
-            places[-1] = Place(places[-1].write, (*places[-1].until_next, write))
-        else:
+        elif not places:
             lead += (write,)
+        elif write.is_stem or places[-1].onward:
+            places[-1] = replace(places[-1], onward=(*places[-1].onward, write))
+        else:
+            places[-1] = replace(places[-1], until_next=(*places[-1].until_next, write))
     return lead, places

@@ -1,21 +1,23 @@
-"""A model taken apart at its residual stream: what comes before the branches, each, and after."""
+"""A model taken apart at its residual streams: what comes before branches, each, and after."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ...batches import logits_of
-from ...modeling_pruned import run_core
+from ...modeling_pruned import parameters_of, run_core, taken
 from ...modules.swap import Altered
 from ...precision import autocast, device_of
-from ...structure import Structure
+from ...structure import Dim, Structure
 from ...structure.table import Write
+
+# which function a block runs
+ForwardOf = Callable[[nn.Module], Callable[..., Tensor]]
 
 
 class _Reached(Exception):
@@ -24,6 +26,11 @@ class _Reached(Exception):
 
 class Streamed:
     """Runs a model branch by branch, as its table says: ``x + gain * core(norm(x))``.
+
+    Besides the stream blocks may be called with what depends on the size of the images, and between
+    two streams lies what the model does there. Both are found by running the model around its
+    blocks on ``image``, any one ``(1, C, H, W)`` of the size of those that the stream is of; what
+    it computes of it is not used.
 
     Args:
         model: in eval mode; left as it is.
@@ -41,13 +48,21 @@ class Streamed:
         dtype: torch.dtype | None = None,
     ):
         self.model, self._modules, self._dtype = model, modules, dtype
-        cores = {id(modules[write.name]) for write in structure.stream[1:] if write.name in modules}
+        # the stream that every branch writes to, of those that are left
+        streams = {
+            id(modules[write.name]): write.dim
+            for write in structure.stream
+            if not write.is_stem and write.name in modules
+        }
         # what holds a branch is a block, in the order in which they run
-        self._blocks = [
-            module
-            for module in model.modules()
-            if any(id(child) in cores for child in module.children())
-        ]
+        self._blocks: dict[nn.Module, Dim] = {}
+        self._block_of: dict[nn.Module, nn.Module] = {}
+        for module in model.modules():
+            for child in module.children():
+                if id(child) in streams:
+                    self._blocks[module] = streams[id(child)]
+                    self._block_of[child] = module
+        self._calls: dict[torch.Size, dict[nn.Module, tuple[Any, Any]]] = {}
 
     @property
     def has_blocks(self) -> bool:
@@ -60,20 +75,13 @@ class Streamed:
 
     def stem(self, images: Tensor) -> Tensor:
         """The stream ``(B, N, C)`` before the first branch."""
-
-        def seen(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-            raise _Reached(x)
-
-        with self._instead_of_blocks(lambda block: seen):
-            x = _seen(lambda: self._run(self.model, images))
-        # without position embeddings it is what autocast made of the patches
-        return x.to(torch.promote_types(x.dtype, images.dtype))
+        return self._entering(next(iter(self._blocks)), images)
 
     def reading(self, write: Write, x: Tensor) -> Tensor:
         """What the branch's maps read of the stream."""
         return x if write.post_norm else self._through(write.norm, x)
 
-    def features(self, write: Write, x: Tensor) -> Tensor:
+    def features(self, write: Write, x: Tensor, image: Tensor) -> Tensor:
         """What the output projection of the branch reads ``(B, N, K)``."""
 
         def seen(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
@@ -81,25 +89,29 @@ class Streamed:
 
         with Altered() as altered:
             altered.before(self._modules[write.projection], seen)
-            return _seen(lambda: self.output(write, x))
+            return _seen(lambda: self.output(write, x, image))
 
     def projected(self, write: Write, features: Tensor) -> Tensor:
         """What comes out of the branch for what its output projection reads."""
         return self._run(self._modules[write.projection], features)
 
-    def output(self, write: Write, x: Tensor) -> Tensor:
+    def output(self, write: Write, x: Tensor, image: Tensor) -> Tensor:
         """What comes out of the branch, before its gain."""
         core = self._modules[write.name]
-        return self._run(partial(run_core, core), self.reading(write, x))
+        args, named = taken(parameters_of(core), *self._called_with(self._block_of[core], image))
+        return self._run(lambda y: run_core(core, y, *args, **named), self.reading(write, x))
 
     def scaled(self, write: Write, output: Tensor) -> Tensor:
         """What an output of the branch adds to the stream: it times the gain, or its norm."""
         return self._through(write.norm if write.post_norm else write.scaling, output)
 
-    def through(self, writes: Iterable[Write], x: Tensor) -> Tensor:
-        """The stream after some branches."""
+    def through(self, writes: Iterable[Write], x: Tensor, image: Tensor) -> Tensor:
+        """The stream after some branches, and in the next one where a stem is among them."""
         for write in writes:
-            x = x + self.scaled(write, self.output(write, x))
+            if write.is_stem:
+                x = self._into(write.dim, x, image)
+            else:
+                x = x + self.scaled(write, self.output(write, x, image))
         return x
 
     def finish(
@@ -109,7 +121,7 @@ class Streamed:
 
         Args:
             x: the stream ``(B, N, C)``.
-            image: any image ``(1, C, H, W)`` the model takes; what it computes of it is not used.
+            image: see above.
             classifiers: module paths.
         """
         seen: dict[str, tuple[Tensor, Tensor]] = {}
@@ -120,16 +132,53 @@ class Streamed:
 
             return hook
 
-        first = self._blocks[0]
-
-        def given(block: nn.Module) -> Callable[..., Tensor]:
-            return lambda old, *args, **kwargs: x if block is first else old
-
-        with self._instead_of_blocks(given) as altered:
+        with self._instead_of_blocks(_giving(x, [*self._blocks][-1])) as altered:
             for path in classifiers:
                 altered.after(self._modules[path], note(path))
             said = self._run(self.model, image.expand(len(x), *image.shape[1:]))
             return logits_of(said), seen
+
+    def _into(self, stream: Dim, x: Tensor, image: Tensor) -> Tensor:
+        """From behind the last branch of one stream to before the first one of another.
+
+        What lies before and behind a stream without branches is passed on the way to the next that
+        has some.
+        """
+        blocks = [*self._blocks]
+        first = next((block for block in blocks if self._blocks[block] == stream), blocks[0])
+        if first is blocks[0]:
+            return x
+        given = _giving(x, blocks[blocks.index(first) - 1])
+        return self._entering(first, image.expand(len(x), *image.shape[1:]), given)
+
+    def _entering(
+        self, block: nn.Module, images: Tensor, forward_of: ForwardOf = lambda _: _pass
+    ) -> Tensor:
+        """What enters a block when those before it run another function."""
+
+        def seen(x: Tensor, *args: Any, **named: Any) -> Tensor:
+            raise _Reached(x)
+
+        with self._instead_of_blocks(lambda each: seen if each is block else forward_of(each)):
+            x = _seen(lambda: self._run(self.model, images))
+        # without position embeddings it is what autocast made of the patches
+        return x.to(torch.promote_types(x.dtype, images.dtype))
+
+    def _called_with(self, block: nn.Module, image: Tensor) -> tuple[Any, Any]:
+        """What a block is called with besides the stream, in order and by name."""
+        if image.shape not in self._calls:
+            calls = self._calls[image.shape] = {}
+
+            def noting(block: nn.Module) -> Callable[..., Tensor]:
+                def forward(x: Tensor, *args: Any, **named: Any) -> Tensor:
+                    calls[block] = args, named
+                    return x
+
+                return forward
+
+            with self._instead_of_blocks(noting):
+                self._run(self.model, image)
+        return self._calls[image.shape][block]
 
     def _through(self, path: str, x: Tensor) -> Tensor:
         module = self._modules.get(path) if path else None
@@ -140,12 +189,25 @@ class Streamed:
             return module(x)
 
     @contextmanager
-    def _instead_of_blocks(self, forward_of: Callable[[nn.Module], Any]) -> Iterator[Altered]:
+    def _instead_of_blocks(self, forward_of: ForwardOf) -> Iterator[Altered]:
         """Blocks run another function."""
         with Altered() as altered:
             for block in self._blocks:
                 altered.exchange(block, forward_of(block))
             yield altered
+
+
+def _pass(x: Tensor, *_: Any, **__: Any) -> Tensor:
+    return x
+
+
+def _giving(x: Tensor, last: nn.Module) -> ForwardOf:
+    """Blocks that hand on what they get, but for the last, which hands on ``x``."""
+
+    def given(old: Tensor, *_: Any, **__: Any) -> Tensor:
+        return x
+
+    return lambda block: given if block is last else _pass
 
 
 def _seen(run: Callable[[], Any]) -> Tensor:
