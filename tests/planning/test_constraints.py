@@ -20,12 +20,14 @@ from vitprune_fast.registry import names
 from vitprune_fast.scoring import Scores
 from vitprune_fast.structure import UNIT_KINDS, Axis, Structure, describe
 from vitprune_fast.surgery import prune
-from vitprune_fast.testing import random_vit
+from vitprune_fast.testing import random_pvt, random_vit
 
 MODEL = random_vit(depth=4, dtype=torch.float32)
 VIT = describe(MODEL)
-# q/k norms are shared by the heads, so their dims have no parent
-STRUCTURES = {"plain": VIT}
+STAGES = describe(random_pvt("b2"))
+STRUCTURES = {"plain": VIT, "stages": STAGES}
+# one of the blocks that are no ends
+INNER = {"plain": "blocks.1", "stages": "stages.2.blocks.1"}
 FULL = predict_cost(VIT)
 
 
@@ -69,7 +71,7 @@ shares = st.floats(0.3, 1.0)
     min_units=st.sampled_from([0, 1, 2]),
     step=st.sampled_from([1, 4]),
     bound=st.tuples(st.floats(0.0, 0.4), st.floats(0.6, 1.0)),
-    protect=st.sampled_from([(), ("blocks.1.mlp.*",), ("blocks.2",)]),
+    protected=st.sampled_from([None, "", ".mlp.*"]),
 )
 def test_invariants_of_plans(
     model: str,
@@ -83,9 +85,10 @@ def test_invariants_of_plans(
     min_units: int,
     step: int,
     bound: tuple[float, float],
-    protect: tuple[str, ...],
+    protected: str | None,
 ) -> None:
     structure = STRUCTURES[model]
+    protect = () if protected is None else (INNER[model] + protected,)
     options: dict[str, Any] = {
         "allocation": allocation,
         "normalization": normalization,
@@ -137,11 +140,14 @@ def test_invariants_of_plans(
                 # counts that no multiple reaches are rounded up
                 assert round(low * axis.size, 9) <= kept <= round(high * axis.size, 9)
         elif axis.kind in units and (axis.parent is None or first[axis.parent.name]):
-            assert min(rows(first, axis), default=min_units) >= min_units
-    assert {0, len(structure.blocks) - 1} <= {*first["blocks"]}
-    if protect:
-        kept_block = int(protect[0][7])
-        assert kept_block in first["blocks"]
+            assert min(rows(first, axis), default=min_units) >= min(min_units, axis.width)
+    paths = [*structure.blocks]
+    kept_blocks = {paths[unit] for unit in first["blocks"]}
+    assert {paths[0], paths[-1]} <= kept_blocks
+    assert {path.rpartition(".")[0] for path in kept_blocks} == {
+        path.rpartition(".")[0] for path in paths
+    }, "every stage keeps a block"
+    assert not protect or INNER[model] in kept_blocks
     if len(measures) == 1:
         more = made({measures[0]: max(share, larger)})
         assert more is not None
@@ -227,12 +233,20 @@ def test_bounds_hold_from_both_sides() -> None:
     assert len(made["blocks.1.attn.heads"]) <= 2
 
 
-def test_a_stage_keeps_a_block() -> None:
-    from vitprune_fast.planning.constraints import _best_of_stages
-
-    order = torch.tensor([0, 3, 1, 2]).numpy()
-    assert sorted(_best_of_stages(order, ["a", "a", "b", "b"])) == [1, 2]
-    assert _best_of_stages(order, ["a"] * 4) == []
+def test_every_stage_keeps_its_best_block() -> None:
+    values = {n: torch.ones(axis.size) for n, axis in STAGES.axes.items()}
+    values["blocks"] = torch.tensor([1.0, 2.0, 0.5, 3.0, 9.0, 4.0, 0.1])
+    scores = Scores(values, "kl", "mean", 1)
+    least = {"budget": {"keep": {"block": 4 / 7}}, "units": ["block"], "keep_ends": False}
+    assert plan(STAGES, scores, **least)["blocks"] == [1, 2, 4, 6]
+    with pytest.raises(
+        InfeasibleBudget, match=r"share of 'block' from 0.571 to 1.000 .*every stage"
+    ):
+        plan(STAGES, scores, {"keep": {"block": 0.4}}, units=["block"], keep_ends=False)
+    # nor do its branches all go, one kind after the other
+    branches = ["attn_branch", "mlp_branch"]
+    made = plan(STAGES, scores, {"keep": dict.fromkeys(branches, 5 / 7)}, units=branches)
+    assert {path.split(".")[1] for path in made.removed} == {"0", "2"}
 
 
 @pytest.mark.parametrize(

@@ -492,7 +492,9 @@ def test_scores_and_images_that_cannot_be_used() -> None:
 def test_bounds_and_minima_hold_for_every_candidate(mode: Any) -> None:
     options = {"min_units": {"head": 2}, "bounds": {"neuron": (0.5, 0.75)}}
     settings = {**MODES[mode], "tolerance": 0.05}
-    result = vp.search(STRUCTURE, SCORES, evaluate=true, mode=mode, plan_options=options, **settings)
+    result = vp.search(
+        STRUCTURE, SCORES, evaluate=true, mode=mode, plan_options=options, **settings
+    )
     cut = [each for each in result.table if not each.plan.keeps_everything]
     assert cut
     for candidate in cut:

@@ -14,7 +14,7 @@ from ..registry import named, names
 from ..scoring.scores import Scores
 from ..structure import Group, Structure, describe
 from .budget import Budget
-from .constraints import Bounds, Constraints, PerKind
+from .constraints import DEPTH_KINDS, Bounds, Constraints, PerKind
 from .cost import predict_cost
 from .normalization import NORMALIZATIONS, Normalization, normalised
 from .plan import Plan
@@ -224,7 +224,8 @@ def _check_shares(
             return _ends(each for each in freed if each.axis.name in names)[0]
 
         goal = round(share * total)
-        if least(usual) < fewest > goal or most < goal:
+        is_refused = kind in DEPTH_KINDS or least(usual) < fewest
+        if most < goal or (fewest > goal and is_refused):
             raise InfeasibleBudget(
                 f"plan: budget must keep a share of {kind!r} from {fewest / total:.3f} to "
                 f"{most / total:.3f} ({fewest:,} to {most:,} units), got {share:g}; "
@@ -267,5 +268,5 @@ def _binding(constraints: Constraints, least: Callable[[Constraints], int]) -> s
     without = {name: least(lax) for name, lax in constraints.relaxed()}
     name = min(without, key=without.__getitem__)
     if without[name] >= least(constraints):
-        return "no constraint alone stands in the way; score and cut more unit kinds"
+        return "no constraint alone stands in the way, every stage keeps a block; cut more kinds"
     return f"what binds most is {name}, without which the least would be {without[name]:,}"

@@ -74,14 +74,19 @@ class Constraints:
             for pattern in patterns:
                 if not any(fnmatchcase(each, pattern) for each in _all_names(structure)):
                     raise _matches_nothing(name, pattern, structure)
-        found = []
+        found, fixed = [], _one_of_each_stage(structure, rankings)
+        if self.keep_ends and structure.blocks:
+            blocks = [*structure.blocks.values()]
+            fixed |= {*blocks[0], *blocks[-1]}
         for group in structure.groups:
             ranking = rankings.get(group.first.name)
-            if ranking is not None and group.first.kind in self.units:
-                held = structure.held(group.first)
-                make = self._of_branches if held else self._of_units
-                ladder = make(structure, group, ranking)
-                found += [] if ladder is None else [ladder]
+            if ranking is None or group.first.kind not in self.units:
+                continue
+            if structure.held(group.first):
+                ladder = self._of_branches(structure, group, ranking, fixed)
+            else:
+                ladder = self._of_units(structure, group, ranking)
+            found += [] if ladder is None else [ladder]
         for key in self.bounds:
             if not any(_is_bound(key, axis) for ladder in found for axis in ladder.group.axes):
                 raise InvalidInput(
@@ -100,8 +105,9 @@ class Constraints:
         return Ladder(group, order, ranking[order].sum(0), self._rungs(group.first))
 
     def _of_branches(
-        self, structure: Structure, group: Group, ranking: np.ndarray
+        self, structure: Structure, group: Group, ranking: np.ndarray, fixed: Collection[str]
     ) -> Ladder | None:
+        """Of branches or blocks; those that hold one of the ``fixed`` branches stay."""
         axis = group.first
         held, homes = structure.held(axis), _homes(structure)
         paths = [*structure.blocks] if axis.kind == "block" else [name for (name,) in held]
@@ -110,27 +116,23 @@ class Constraints:
             above = (path, *homes.get(path, ()))
             inside = (*branches, *(each.name for each in structure.axes_in(branches)))
             stays[unit] = _any_matches((*above, *inside), self.protect)
-            stays[unit] |= not self._includes((*above, axis.name))
-        if self.keep_ends and structure.blocks:
-            branches = [*structure.blocks.values()]
-            ends = {*branches[0], *branches[-1]}
-            stays |= [not ends.isdisjoint(each) for each in held]
+            stays[unit] |= not self._includes((*above, axis.name)) or not {*fixed}.isdisjoint(
+                branches
+            )
         if stays.all():
             return None
+        # what stays stands behind all that may go
         order = ordered(ranking)[0]
-        # what stays stands behind all that may go, in every stage the best unit at least
-        blocks = [homes.get(path, (path,))[-1] for path in paths]
-        stays[_best_of_stages(order, [path.rpartition(".")[0] for path in blocks])] = True
         order = order[np.argsort(stays[order], kind="stable")]
-        rungs = [n for n in self._rungs(axis) if n >= stays.sum()]
-        return Ladder(group, order[None], ranking[order], tuple(rungs), held)
+        rungs = self._rungs(axis, int(stays.sum()))
+        return Ladder(group, order[None], ranking[order], rungs, held)
 
     def _includes(self, names: Iterable[str]) -> bool:
         return self.include is None or _any_matches(names, self.include)
 
-    def _rungs(self, axis: Axis) -> tuple[int, ...]:
-        """How many units, or units of each parent, may stay."""
-        least, most = _per_kind(self.min_units, axis, 1), axis.width
+    def _rungs(self, axis: Axis, fixed: int = 0) -> tuple[int, ...]:
+        """How many units, or units of each parent, may stay; so many have to."""
+        least, most = max(fixed, _per_kind(self.min_units, axis, 1)), axis.width
         step = _multiple(self.round_to, axis)
         for key, (low, high) in self.bounds.items():
             if _is_bound(key, axis):
@@ -240,10 +242,23 @@ def _homes(structure: Structure) -> dict[str, tuple[str, ...]]:
     return homes
 
 
-def _best_of_stages(order: np.ndarray, stages: Sequence[str]) -> list[int]:
-    """The last of every stage to go, where there are several stages, since none may be empty."""
-    last = {stages[unit]: unit for unit in order.tolist()}
-    return [*last.values()] if len(last) > 1 else []
+def _one_of_each_stage(structure: Structure, rankings: Mapping[str, np.ndarray]) -> set[str]:
+    """The branches of the best block of every stage, of a model with several: none may be empty.
+
+    A block is worth its score, or those of its branches.
+    """
+    worth = dict.fromkeys(structure.blocks, 0.0)
+    for name, ranking in rankings.items():
+        axis = structure.axes[name]
+        units = structure.held(axis) if axis.kind == "block" or "blocks" not in rankings else ()
+        for score, branches in zip(ranking.tolist(), units, strict=False):
+            for path, own in structure.blocks.items():
+                worth[path] += score * ({*branches} <= {*own})
+    stages: dict[str, list[str]] = {}
+    for path in structure.blocks:
+        stages.setdefault(path.rpartition(".")[0], []).append(path)
+    best = [max(paths, key=worth.__getitem__) for paths in stages.values()]
+    return {name for path in best for name in structure.blocks[path]} if len(stages) > 1 else set()
 
 
 def _matches_nothing(argument: str, pattern: str, structure: Structure) -> InvalidInput:
