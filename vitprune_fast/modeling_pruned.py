@@ -124,8 +124,112 @@ class SlimAttention(nn.Module):
         return attended(self, F.linear(query, self.in_proj_weight, self.in_proj_bias)), None
 
 
-# classes of this file that stand in the place of a library's, by the names a config gives them
-STAND_INS: dict[str, type[nn.Module]] = {cls.__name__: cls for cls in (SlimAttention,)}
+class _StandIn(nn.Module):
+    """Stands for a module of a library, with all that it holds."""
+
+    @classmethod
+    def of(cls, module: nn.Module) -> Any:
+        """Take over parameters, parts, hooks and attributes of ``module``."""
+        stand_in = cls()
+        vars(stand_in).update(vars(module))
+        return stand_in
+
+
+class SlimPackedAttention(_StandIn):
+    """Self attention of timm's ViT whose heads have other q/k dims than v dims.
+
+    ``head_dim`` counts the dims of a query, ``attn_dim`` those of the values of all heads.
+    """
+
+    def forward(
+        self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False
+    ) -> Tensor:
+        """Attention of ``x`` (B, N, C) to itself; (B, N, C).
+
+        Args:
+            x: tokens.
+            attn_mask: as ``F.scaled_dot_product_attention`` takes it.
+            is_causal: whether a token sees none behind it.
+        """
+        own: Any = self
+        values = own.proj.in_features
+        queries = (own.qkv.out_features - values) // 2
+        parts = own.qkv(x).split((queries, queries, values), -1)
+        q, k, v = (part.unflatten(-1, (own.num_heads, -1)).transpose(1, 2) for part in parts)
+        q, k = own.q_norm(q), own.k_norm(k)
+        if own.fused_attn:
+            dropout = own.attn_drop.p if own.training else 0.0
+            out = F.scaled_dot_product_attention(q, k, v, attn_mask, dropout, is_causal)
+        else:
+            out = own.attn_drop(_logits(q * own.scale, k, attn_mask, is_causal).softmax(-1)) @ v
+        out = own.norm(out.transpose(1, 2).flatten(2))
+        # timm's attention got gates after 1.0.23
+        if getattr(own, "gate", None) is not None:
+            out = out * own.gate(x).sigmoid()
+        return own.proj_drop(own.proj(out))
+
+
+class SlimSeparateAttention(_StandIn):
+    """Self attention of a ViT of transformers whose heads have other q/k dims than v dims.
+
+    ``head_dim`` counts the dims of a query.
+    """
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        attention_mask: Tensor | None = None,
+        output_attentions: bool | None = None,
+        **_: Any,
+    ) -> tuple[Tensor, None]:
+        """Attention of tokens (B, N, C) to themselves; (B, N, C), and None in place of weights.
+
+        Args:
+            hidden_states: the tokens.
+            attention_mask: as ``F.scaled_dot_product_attention`` takes it.
+            output_attentions: None is what the config says.
+
+        Raises:
+            ValueError: the weights are asked for.
+        """
+        own: Any = self
+        if own.config.output_attentions if output_attentions is None else output_attentions:
+            raise ValueError(
+                "attention: output_attentions must be off where heads have other q/k dims than v "
+                "dims, since transformers collects weights of its own classes alone"
+            )
+        q, k, v = (
+            project(hidden_states).unflatten(-1, (own.num_attention_heads, -1)).transpose(1, 2)
+            for project in (own.q_proj, own.k_proj, own.v_proj)
+        )
+        dropout = own.attention_dropout if own.training else 0.0
+        if own.config._attn_implementation == "eager":
+            logits = _logits(q * own.scaling, k, attention_mask)
+            # in this dtype it is there too
+            weights = logits.softmax(-1, dtype=torch.float32).to(q.dtype)
+            out = F.dropout(weights, dropout) @ v
+        else:
+            out = F.scaled_dot_product_attention(
+                q, k, v, attention_mask, dropout, scale=own.scaling
+            )
+        return own.o_proj(out.transpose(1, 2).flatten(2)), None
+
+
+# classes of this file that stand in the place of a library's, by the names a config gives them;
+# ``of`` makes one of what it takes the place of
+STAND_INS: dict[str, Any] = {
+    cls.__name__: cls for cls in (SlimAttention, SlimPackedAttention, SlimSeparateAttention)
+}
+
+
+def _logits(q: Tensor, k: Tensor, mask: Tensor | None, is_causal: bool = False) -> Tensor:
+    """What softmax is taken of, (B, H, N, N), for scaled queries and keys (B, H, N, K)."""
+    logits = q @ k.transpose(-2, -1)
+    if is_causal:
+        mask = torch.ones_like(logits, dtype=torch.bool).tril()
+    if mask is None:
+        return logits
+    return logits.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else logits + mask
 
 
 def attended(attention: Any, qkv: Tensor) -> Tensor:
@@ -214,13 +318,17 @@ def swap(
 ) -> None:
     """Put a new module, of a qualified class or one of this file, in the place of another, on meta.
 
-    Whatever sizes its constructor asks for are 2: they will be those of the tensors.
+    One of this file takes over what stands there. Whatever sizes the constructor of another asks
+    for are 2: they will be those of the tensors.
     """
     with torch.device("meta"):
         if name == "Constant":
             _replace(model, path, Constant(torch.empty(0)))
             return
-        cls = STAND_INS.get(name) or find(name, known)
+        if name in STAND_INS:
+            _replace(model, path, STAND_INS[name].of(model.get_submodule(path)))
+            return
+        cls = find(name, known)
         asked = [p for p in inspect.signature(cls).parameters.values() if p.default is p.empty]
         sizes = [2 for p in asked if p.kind is p.POSITIONAL_OR_KEYWORD]
         _replace(model, path, cls(*sizes))

@@ -150,7 +150,7 @@ Entries = tuple[str, int, np.ndarray]
 def _entries(structure: Structure, axis: Axis) -> Iterator[Entries]:
     """Where tensors take units in: the queries' rows, or columns of the output projection."""
     for attention in structure.attentions:
-        if attention.width == axis:
+        if attention.width is not None and axis in attention.width.axes:
             for name in attention.queries:
                 rows = structure.tensors[name][0]
                 owners = rows.owners(axis)
