@@ -137,26 +137,31 @@ OPTIONS: list[dict[str, Any]] = [
     {"qk_norm": True, "scale_norm": True},
     *[{"gated": True}] * ("gated" in inspect.signature(Attention).parameters),
 ]
-EYE = torch.eye(5, dtype=torch.bool)
-CALLS: list[dict[str, Any]] = [
-    {},
-    {"attn_mask": EYE | EYE.roll(1, 0)},
-    {"attn_mask": EYE.double()},
-    *[{"is_causal": True}] * ("is_causal" in inspect.signature(Attention.forward).parameters),
-]
+SEEN = torch.eye(5, dtype=torch.bool) | torch.eye(5, dtype=torch.bool).roll(1, 0)
+HIDDEN = torch.zeros(5, 5, dtype=torch.float64).masked_fill(~SEEN, -torch.inf)
+# what is said, and what means the same to timm: its unfused path took no boolean masks at first
+CALLS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "plain": ({}, {}),
+    "bool": ({"attn_mask": SEEN}, {"attn_mask": HIDDEN}),
+    "float": ({"attn_mask": SEEN.double()}, {"attn_mask": SEEN.double()}),
+    "causal": (
+        *({"is_causal": True}, {"attn_mask": torch.full((5, 5), -torch.inf).triu(1).double()}),
+    ),
+}
 
 
 @pytest.mark.parametrize("fused", [True, False])
-@pytest.mark.parametrize("call", CALLS, ids=["plain", "bool", "float", "causal"][: len(CALLS)])
+@pytest.mark.parametrize("call", CALLS)
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
 def test_with_as_many_dims_of_all_it_is_the_attention_of_timm(
-    options: dict[str, Any], call: dict[str, Any], fused: bool
+    options: dict[str, Any], call: str, fused: bool
 ) -> None:
     stock, x = _attention(**options), _tokens()
     stock.fused_attn = fused
     slim = SlimPackedAttention.of(copy.deepcopy(stock))
+    ours, theirs = CALLS[call]
     # the same operations on other strides
-    torch.testing.assert_close(slim(x, **call), stock(x, **call), rtol=0, atol=1e-12)
+    torch.testing.assert_close(slim(x, **ours), stock(x, **theirs), rtol=0, atol=1e-12)
     assert slim.state_dict().keys() == stock.state_dict().keys()
 
 

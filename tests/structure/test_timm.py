@@ -5,6 +5,8 @@ from __future__ import annotations
 import copy
 import inspect
 from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from types import MethodType
 from typing import Any
@@ -19,29 +21,47 @@ from vitprune_fast import modeling_pruned
 from vitprune_fast.modeling_pruned import SlimPackedAttention
 from vitprune_fast.testing import random_images, random_vit, randomise
 
-# what costs differ by, see `assert_dims_save_what_they_cost`: norms of q/k dims, norms of v dims
-COSTS: dict[str, tuple[dict[str, int], int, int]] = {
-    "plain": ({"tokens": 5}, 0, 0),
-    "layerscale-registers-no_embed_class": ({"tokens": 9}, 0, 0),
-    "pre_norm-avg-fc_norm-no_qkv_bias": ({"tokens": 5, "bias": 0}, 0, 0),
-    # four dims that all heads share, of two norms
-    "qk_norm": ({"tokens": 5}, 2 * 2 * 4, 0),
-    "qk_norm-rms": ({"tokens": 5}, 2 * 4, 0),
-    "scale_attn_norm-scale_mlp_norm": ({"tokens": 5}, 0, 2 * 12),
-    "deit_distilled": ({"tokens": 6}, 0, 0),
-}
-
 
 def gated_vit() -> Any:
     """With the gates that timm's attention has had since after 1.0.23."""
-    model = random_vit(depth=1)
+    model = random_vit()
+    options: dict[str, Any] = {"gated": True}
     for block in model.blocks:
-        options: dict[str, Any] = {"gated": True}
         block.attn = Attention(24, 3, qkv_bias=True, **options)
     return randomise(model.double().eval(), 0)
 
 
-GATED = [gated_vit] * ("gated" in inspect.signature(Attention).parameters)
+@dataclass(frozen=True)
+class Case:
+    """A model, and what `assert_dims_save_what_they_cost` has to know of it.
+
+    Args:
+        make: the model.
+        sizes: of its tokens and rows.
+        norms: parameters of norms that go with the q/k dims, and with the v dims, of a layer.
+    """
+
+    make: Callable[[], Any]
+    sizes: dict[str, int]
+    norms: dict[str, int] = field(default_factory=dict)
+
+
+CASES = {
+    "plain": Case(random_vit, {"tokens": 5}),
+    "registers": Case(partial(random_vit, "layerscale-registers-no_embed_class"), {"tokens": 9}),
+    "no_qkv_bias": Case(
+        partial(random_vit, "pre_norm-avg-fc_norm-no_qkv_bias"), {"tokens": 5, "bias": 0}
+    ),
+    # four dims that all heads share, of two norms
+    "qk_norm": Case(partial(random_vit, "qk_norm"), {"tokens": 5}, {"qk_dim": 2 * 2 * 4}),
+    "qk_norm-rms": Case(partial(random_vit, "qk_norm-rms"), {"tokens": 5}, {"qk_dim": 2 * 4}),
+    "inner norm": Case(
+        partial(random_vit, "scale_attn_norm-scale_mlp_norm"), {"tokens": 5}, {"v_dim": 2 * 12}
+    ),
+    "deit_distilled": Case(partial(random_vit, "deit_distilled"), {"tokens": 6}),
+}
+if "gated" in inspect.signature(Attention).parameters:
+    CASES["gated"] = Case(gated_vit, {"tokens": 5, "gate": 1})
 
 
 def two_widths(config: str = "plain", kind: str = "qk_dim", **options: Any) -> Any:
@@ -51,31 +71,25 @@ def two_widths(config: str = "plain", kind: str = "qk_dim", **options: Any) -> A
 
 
 @pytest.mark.parametrize("kind", ["qk_dim", "v_dim"])
-@pytest.mark.parametrize("config", COSTS)
-def test_dims_alone_save_what_they_cost(config: str, kind: str) -> None:
-    sizes, of_qk, of_v = COSTS[config]
-    norms = of_qk if kind == "qk_dim" else of_v
+@pytest.mark.parametrize("name", CASES)
+def test_dims_alone_save_what_they_cost(name: str, kind: str) -> None:
+    case = CASES[name]
     pruned = assert_dims_save_what_they_cost(
-        random_vit(config), kind, layers=3, norms=norms, **sizes
+        case.make(), kind, layers=3, norms=case.norms.get(kind, 0), **case.sizes
     )
     assert all(type(block.attn) is SlimPackedAttention for block in pruned.blocks)
 
 
-@pytest.mark.parametrize("make", GATED)
 @pytest.mark.parametrize("kind", ["qk_dim", "v_dim"])
-def test_dims_behind_a_gate_save_its_rows_too(kind: str, make: Callable[[], Any]) -> None:
-    pruned = assert_dims_save_what_they_cost(make(), kind, layers=1, tokens=5, gate=1)
-    report = vp.check_structure(pruned, plans=1)
-    assert report.ok, str(report)
-
-
 @pytest.mark.parametrize(
-    ("config", "kind"),
-    [("plain", "qk_dim"), ("qk_norm", "qk_dim"), ("scale_attn_norm-scale_mlp_norm", "v_dim")],
+    "name", [name for name in CASES if name in ("plain", "qk_norm", "inner norm", "gated")]
 )
-def test_a_model_of_two_widths_is_one_like_any_other(config: str, kind: str) -> None:
+def test_a_model_of_two_widths_is_one_like_any_other(name: str, kind: str) -> None:
     """It is described, scored, masked and pruned again."""
-    report = vp.check_structure(two_widths(config, kind, depth=1), plans=1)
+    model = CASES[name].make()
+    model.blocks = model.blocks[:1]
+    pruned = vp.prune(model, half_of_the_dims(vp.describe(model), kind))
+    report = vp.check_structure(pruned, plans=1)
     assert report.ok, str(report)
 
 

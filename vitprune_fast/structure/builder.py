@@ -98,7 +98,7 @@ class Builder:
                 self.structure.attrs[full] = as_dim(size)
 
     def box(self, *axes: Axis, unpaddable: tuple[Axis, ...] = ()) -> None:
-        """These axes are stored at one width, in all heads too.
+        """These axes, and all heads of each, are stored at the width of the widest.
 
         Narrower sets are filled with zero rows, except where a norm forbids.
         """
