@@ -152,10 +152,9 @@ class SlimPackedAttention(_StandIn):
             is_causal: whether a token sees none behind it.
         """
         own: Any = self
-        values = own.proj.in_features
-        queries = (own.qkv.out_features - values) // 2
-        parts = own.qkv(x).split((queries, queries, values), -1)
-        q, k, v = (part.unflatten(-1, (own.num_heads, -1)).transpose(1, 2) for part in parts)
+        qkv, queries = own.qkv(x), own.num_heads * own.head_dim
+        q, k, v = qkv.split((queries, queries, qkv.shape[-1] - 2 * queries), -1)
+        q, k, v = (t.unflatten(-1, (own.num_heads, -1)).transpose(1, 2) for t in (q, k, v))
         q, k = own.q_norm(q), own.k_norm(k)
         if own.fused_attn:
             dropout = own.attn_drop.p if own.training else 0.0
@@ -205,7 +204,7 @@ class SlimSeparateAttention(_StandIn):
         dropout = own.attention_dropout if own.training else 0.0
         if own.config._attn_implementation == "eager":
             logits = _logits(q * own.scaling, k, attention_mask)
-            # in this dtype it is there too
+            # transformers takes this softmax in float32 as well
             weights = logits.softmax(-1, dtype=torch.float32).to(q.dtype)
             out = F.dropout(weights, dropout) @ v
         else:
@@ -226,7 +225,7 @@ def _logits(q: Tensor, k: Tensor, mask: Tensor | None, is_causal: bool = False) 
     """What softmax is taken of, (B, H, N, N), for scaled queries and keys (B, H, N, K)."""
     logits = q @ k.transpose(-2, -1)
     if is_causal:
-        mask = torch.ones_like(logits, dtype=torch.bool).tril()
+        mask = torch.ones(logits.shape[-2:], dtype=torch.bool, device=q.device).tril()
     if mask is None:
         return logits
     return logits.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else logits + mask

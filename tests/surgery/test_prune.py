@@ -187,6 +187,20 @@ def test_zero_heads_and_zero_neurons(config: str) -> None:
             assert len(pruned.blocks) == 0
 
 
+def test_without_qk_dims_all_tokens_weigh_alike_and_without_v_dims_nothing_is_left() -> None:
+    model = random_vit()
+    structure, images = describe(model), random_images(model)
+    blind = assert_prunes_exactly(model, Plan.of(structure, {"blocks.1.attn.qk_dims": []}))
+    # one row of zeros for each head, since there is no softmax of nothing
+    assert blind.blocks[1].attn.head_dim == 1
+    assert blind.blocks[1].attn.attn_dim == 24
+    values, heads = (
+        Plan.of(structure, {f"blocks.1.attn.{axis}": []}) for axis in ("v_dims", "heads")
+    )
+    assert predict_cost(structure, values) == predict_cost(structure, heads)
+    assert gap(assert_prunes_exactly(model, values)(images), prune(model, heads)(images)) <= 1e-12
+
+
 def test_emptying_a_branch_is_not_removing_it() -> None:
     model = random_vit()
     structure, images = describe(model), random_images(model)
