@@ -110,10 +110,8 @@ def _queries(structure: Structure, axes: Sequence[Axis]) -> Iterator[tuple[str, 
                 f"the softmax of {home} follows {axis.name} through {', '.join(names)}, "
                 f"declared are {', '.join(known[0].queries) if known else 'none'}"
             )
-            yield (
-                said,
-                replace(structure, attentions=[*others, Attention(home, as_dim(axis), names)]),
-            )
+            added = Attention(home, as_dim(axis), names)
+            yield said, replace(structure, attentions=[*others, added])
 
 
 def _orders(structure: Structure, axes: Sequence[Axis]) -> Iterator[tuple[str, Structure]]:

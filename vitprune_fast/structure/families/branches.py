@@ -106,7 +106,7 @@ def attention_axes(
 
 
 def exchange(model: nn.Module, path: str, stand_in: Any) -> None:
-    """Put a stand-in of a module in its place, since that cannot have the sizes it should have.
+    """Put a stand-in in the place of a module whose class cannot have the sizes that are left.
 
     Raises:
         InvalidInput: it runs a forward of its own, which would be lost.
