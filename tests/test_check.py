@@ -85,8 +85,15 @@ def stem_beside_prefix(s: Structure) -> None:
     s.stream[0] = replace(s.stream[0], bias=("pos_embed",))
 
 
+def one_width(s: Structure) -> None:
+    """As of an attention that has one width for queries and values."""
+    values = {axis.name: axis for axis in s.units("v_dim")}
+    s.boxes[:] = [(qk, values[qk.name.replace("qk_", "v_")]) for qk in s.units("qk_dim")]
+
+
 def box_missing(s: Structure) -> None:
-    s.boxes[:] = [box for box in s.boxes if not box[0].name.startswith("blocks.1.")]
+    one_width(s)
+    del s.boxes[1]
 
 
 def scale_missing(s: Structure) -> None:
@@ -227,7 +234,7 @@ FAULTS: list[tuple[Callable[[Structure], None], str, list[tuple[str, str, str]]]
     ),
     (
         box_missing,
-        "plain",
+        "ours",
         [
             (
                 "masked is pruned",
@@ -300,8 +307,10 @@ FAULTS: list[tuple[Callable[[Structure], None], str, list[tuple[str, str, str]]]
 def test_what_is_wrong_is_caught_and_named(
     fault: Callable[[Structure], None], config: str, expected: list[tuple[str, str, str]]
 ) -> None:
-    model = tied() if config == "tied" else random_vit(config)
+    model = tied() if config == "tied" else random_vit("plain" if config == "ours" else config)
     structure = vp.describe(model)
+    # of no family, which would put another attention in
+    model = Ours(**SMALL) if config == "ours" else model
     fault(structure)
     report = vp.check_structure(model, structure, plans=1)
     assert not report.ok
@@ -319,7 +328,6 @@ def test_what_is_wrong_is_caught_and_named(
         "tensors",
         "attrs",
         "norms",
-        "boxes",
         "attentions",
         "stream",
         "blocks",
@@ -340,10 +348,33 @@ class Ours(VisionTransformer):
     """A model of a family of one's own, whose table is wrong."""
 
 
-def test_a_registered_family_is_judged_by_its_model_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def registered(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Families that are registered are so until the end of the test."""
     monkeypatch.setattr(families, "_FAMILIES", dict(families._FAMILIES))
     monkeypatch.setattr(families, "REGISTERED", {})
 
+
+@pytest.mark.usefixtures("registered")
+def test_queries_and_values_of_one_width_need_a_box() -> None:
+    """In a family whose attention cannot have two, and that puts no other in its place."""
+
+    def describe(model: Any, image: tuple[int, int] | None) -> Structure:
+        structure = timm_vit.describe(model, image)
+        one_width(structure)
+        return structure
+
+    family = replace(timm_vit.FAMILY, describe=describe, fitting=lambda model: None)
+    vp.register_family(Ours, family)
+    model = Ours(**SMALL)
+    assert vp.check_structure(model, plans=1).ok
+    structure = vp.describe(model)
+    structure.boxes.clear()
+    assert not vp.check_structure(model, structure, plans=1).ok
+
+
+@pytest.mark.usefixtures("registered")
+def test_a_registered_family_is_judged_by_its_model_alone() -> None:
     def describe(model: Any, image: tuple[int, int] | None) -> Structure:
         structure = timm_vit.describe(model, image)
         size_not_declared(structure)
@@ -362,10 +393,12 @@ def test_a_model_without_a_family_is_judged_by_its_table() -> None:
     model = Ours(**SMALL)
     with pytest.raises(vp.UnsupportedArchitecture):
         vp.check_structure(model)
-    report = vp.check_structure(model, vp.describe(random_vit()), plans=1)
+    structure = vp.describe(random_vit())
+    one_width(structure)
+    report = vp.check_structure(model, structure, plans=1)
     names = [check.name for check in report.checks]
     assert "masked is pruned" in names and "twice is once" not in names
-    # blocks without a branch are made by what a family says of them, all else goes without
+    # blocks without a branch, and attention of two widths, are made by what a family says of them
     assert {check.name for check in report.failures} == {"masked is pruned"}
     assert all("must be one of timm" in check.detail for check in report.failures)
 

@@ -1,17 +1,23 @@
-"""Half blocks compute the one branch they keep, whichever library the block is of."""
+"""What stands in the place of modules of libraries computes what they do, or the part it keeps."""
 
 from __future__ import annotations
 
 import copy
+import inspect
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
-from timm.models.vision_transformer import Block, ResPostBlock
+from timm.models.vision_transformer import Attention, Block, ResPostBlock
 from torch import Tensor, nn
 
-from vitprune_fast.modeling_pruned import Constant, HalfBlock
+from vitprune_fast.modeling_pruned import (
+    Constant,
+    HalfBlock,
+    SlimPackedAttention,
+    SlimSeparateAttention,
+)
 from vitprune_fast.testing import randomise
 
 D = 24
@@ -114,3 +120,81 @@ def test_a_core_that_takes_no_masks_is_given_none() -> None:
     assert torch.equal(half(x, None, attn_mask=None, is_causal=False), x + block.attn.bias)
     half = HalfBlock(block, ["mlp"], "mlp")
     assert torch.equal(half(x, None, attn_mask=x, is_causal=True), block.mlp(x))
+
+
+def _attention(**options: Any) -> Any:
+    module = Attention(D, 3, qkv_bias=True, norm_layer=nn.LayerNorm, **options)
+    return randomise(module, seed=0).double().eval()
+
+
+def _tokens() -> Tensor:
+    return torch.randn(2, 5, D, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+
+
+# of timm's attention, those that its installed version has
+OPTIONS: list[dict[str, Any]] = [
+    {},
+    {"qk_norm": True, "scale_norm": True},
+    *[{"gated": True}] * ("gated" in inspect.signature(Attention).parameters),
+]
+SEEN = torch.eye(5, dtype=torch.bool) | torch.eye(5, dtype=torch.bool).roll(1, 0)
+HIDDEN = torch.zeros(5, 5, dtype=torch.float64).masked_fill(~SEEN, -torch.inf)
+# what is said, and what means the same to timm: its unfused path took no boolean masks at first
+CALLS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "plain": ({}, {}),
+    "bool": ({"attn_mask": SEEN}, {"attn_mask": HIDDEN}),
+    "float": ({"attn_mask": SEEN.double()}, {"attn_mask": SEEN.double()}),
+    "causal": (
+        *({"is_causal": True}, {"attn_mask": torch.full((5, 5), -torch.inf).triu(1).double()}),
+    ),
+}
+
+
+@pytest.mark.parametrize("fused", [True, False])
+@pytest.mark.parametrize("call", CALLS)
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+def test_with_as_many_dims_of_all_it_is_the_attention_of_timm(
+    options: dict[str, Any], call: str, fused: bool
+) -> None:
+    stock, x = _attention(**options), _tokens()
+    stock.fused_attn = fused
+    slim = SlimPackedAttention.of(copy.deepcopy(stock))
+    ours, theirs = CALLS[call]
+    # the same operations on other strides
+    torch.testing.assert_close(slim(x, **ours), stock(x, **theirs), rtol=0, atol=1e-12)
+    assert slim.state_dict().keys() == stock.state_dict().keys()
+
+
+@pytest.mark.parametrize("fused", [True, False])
+def test_it_drops_weights_and_outputs_while_it_learns(fused: bool) -> None:
+    stock, x = _attention(attn_drop=0.5, proj_drop=0.5).train(), _tokens()
+    stock.fused_attn = fused
+    slim = SlimPackedAttention.of(stock)
+    results = []
+    for module in (stock, slim):
+        torch.manual_seed(0)
+        results.append(module(x))
+    torch.testing.assert_close(*results, rtol=0, atol=1e-12)
+    assert not torch.equal(slim(x), slim(x))
+
+
+@pytest.mark.parametrize("how", ["sdpa", "eager"])
+def test_with_as_many_dims_of_all_it_is_the_attention_of_transformers(how: str) -> None:
+    layer: Any = randomise(_vit_layer(), seed=0).double().eval()
+    stock, x = layer.attention, _tokens()
+    stock.config._attn_implementation = how
+    slim = SlimSeparateAttention.of(copy.deepcopy(stock))
+    for mask in (None, torch.eye(5, dtype=torch.float64)):
+        got, none = slim(x, mask, output_hidden_states=False)
+        # where it is not fused, softmax is taken in float32, and may round to its next number
+        limit = 1e-12 if how == "sdpa" else 1e-6
+        torch.testing.assert_close(got, stock(x, mask)[0], rtol=0, atol=limit)
+        assert none is None
+    stock.attention_dropout = slim.attention_dropout = 0.5
+    results = []
+    for module in (stock.train(), slim.train()):
+        torch.manual_seed(0)
+        results.append(module(x, None)[0])
+    torch.testing.assert_close(*results, rtol=0, atol=1e-6)
+    with pytest.raises(ValueError, match="output_attentions must be off"):
+        slim(x, output_attentions=True)

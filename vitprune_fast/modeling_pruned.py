@@ -140,52 +140,138 @@ class SlimAttention(nn.Module):
         return attended(self, F.linear(query, self.in_proj_weight, self.in_proj_bias)), None
 
 
-class SlimReductionAttention(nn.Module):
-    """Spatial-reduction attention of PVTv2 with heads, dims and a reduction of any width.
-
-    It has the parts of timm's module under their names. Queries and keys may have another width
-    than values, and what the reduction writes another one than the stream; the temperature is
-    stored.
-    """
-
-    def __init__(self, attention: nn.Module):
-        super().__init__()
-        stock: Any = attention
-        self.q, self.kv, self.proj = stock.q, stock.kv, stock.proj
-        self.attn_drop, self.proj_drop = stock.attn_drop, stock.proj_drop
-        # None where nothing is reduced, or not in this way
-        self.pool, self.sr, self.norm, self.act = stock.pool, stock.sr, stock.norm, stock.act
-        self.num_heads, self.scale, self.fused_attn = stock.num_heads, stock.scale, stock.fused_attn
+class _StandIn(nn.Module):
+    """Stands for a module of a library, with all that it holds."""
 
     @classmethod
-    def of(cls, attention: nn.Module) -> SlimReductionAttention:
-        """Take over the parts, hooks and temperature of ``attention``, whose sizes are others."""
-        slim = cls(attention)
-        slim.training = attention.training
-        vars(slim).update({name: own for name, own in vars(attention).items() if "_hook" in name})
-        return slim
+    def of(cls, module: nn.Module) -> Any:
+        """Take over parameters, parts, hooks and attributes of ``module``."""
+        stand_in = cls()
+        vars(stand_in).update(vars(module))
+        return stand_in
+
+
+class SlimPackedAttention(_StandIn):
+    """Self attention of timm's ViT whose heads have other q/k dims than v dims.
+
+    ``head_dim`` counts the dims of a query, ``attn_dim`` those of the values of all heads.
+    """
+
+    def forward(
+        self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False
+    ) -> Tensor:
+        """Attention of ``x`` (B, N, C) to itself; (B, N, C).
+
+        Args:
+            x: tokens.
+            attn_mask: as ``F.scaled_dot_product_attention`` takes it.
+            is_causal: whether a token sees none behind it.
+        """
+        own: Any = self
+        qkv, queries = own.qkv(x), own.num_heads * own.head_dim
+        q, k, v = qkv.split((queries, queries, qkv.shape[-1] - 2 * queries), -1)
+        q, k, v = (t.unflatten(-1, (own.num_heads, -1)).transpose(1, 2) for t in (q, k, v))
+        q, k = own.q_norm(q), own.k_norm(k)
+        if own.fused_attn:
+            dropout = own.attn_drop.p if own.training else 0.0
+            out = F.scaled_dot_product_attention(q, k, v, attn_mask, dropout, is_causal)
+        else:
+            out = own.attn_drop(_logits(q * own.scale, k, attn_mask, is_causal).softmax(-1)) @ v
+        out = own.norm(out.transpose(1, 2).flatten(2))
+        # timm's attention got gates after 1.0.23
+        if getattr(own, "gate", None) is not None:
+            out = out * own.gate(x).sigmoid()
+        return own.proj_drop(own.proj(out))
+
+
+class SlimSeparateAttention(_StandIn):
+    """Self attention of a ViT of transformers whose heads have other q/k dims than v dims.
+
+    ``head_dim`` counts the dims of a query.
+    """
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        attention_mask: Tensor | None = None,
+        output_attentions: bool | None = None,
+        **_: Any,
+    ) -> tuple[Tensor, None]:
+        """Attention of tokens (B, N, C) to themselves; (B, N, C), and None in place of weights.
+
+        Args:
+            hidden_states: the tokens.
+            attention_mask: as ``F.scaled_dot_product_attention`` takes it.
+            output_attentions: None is what the config says.
+
+        Raises:
+            ValueError: the weights are asked for.
+        """
+        own: Any = self
+        if own.config.output_attentions if output_attentions is None else output_attentions:
+            raise ValueError(
+                "attention: output_attentions must be off where heads have other q/k dims than v "
+                "dims, since transformers collects weights of its own classes alone"
+            )
+        q, k, v = (
+            project(hidden_states).unflatten(-1, (own.num_attention_heads, -1)).transpose(1, 2)
+            for project in (own.q_proj, own.k_proj, own.v_proj)
+        )
+        dropout = own.attention_dropout if own.training else 0.0
+        if own.config._attn_implementation == "eager":
+            logits = _logits(q * own.scaling, k, attention_mask)
+            # transformers takes this softmax in float32 as well
+            weights = logits.softmax(-1, dtype=torch.float32).to(q.dtype)
+            out = F.dropout(weights, dropout) @ v
+        else:
+            out = F.scaled_dot_product_attention(
+                q, k, v, attention_mask, dropout, scale=own.scaling
+            )
+        return own.o_proj(out.transpose(1, 2).flatten(2)), None
+
+
+class SlimReductionAttention(_StandIn):
+    """Spatial-reduction attention of PVTv2 with heads, dims and a reduction of any width.
+
+    Queries and keys may have another width than values, and what the reduction writes another one
+    than the stream; the temperature is stored.
+    """
 
     def forward(self, x: Tensor, feat_size: Sequence[int]) -> Tensor:
         """Attention of the tokens ``x`` (B, N, C) of a grid of ``feat_size`` rows and columns."""
+        own: Any = self
         read = x
-        if self.sr is not None:
+        if own.sr is not None:
             grid = x.transpose(1, 2).unflatten(2, tuple(feat_size))
-            grid = self.sr(grid if self.pool is None else self.pool(grid))
-            read = self.norm(grid.flatten(2).transpose(1, 2))
-            read = read if self.act is None else self.act(read)
-        k, v = self.kv(read).split((self.q.out_features, self.proj.in_features), 2)
-        q, k, v = (t.unflatten(2, (self.num_heads, -1)).transpose(1, 2) for t in (self.q(x), k, v))
-        if self.fused_attn:
-            dropout = self.attn_drop.p if self.training else 0.0
-            out = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, scale=self.scale)
+            grid = own.sr(grid if own.pool is None else own.pool(grid))
+            read = own.norm(grid.flatten(2).transpose(1, 2))
+            read = read if own.act is None else own.act(read)
+        k, v = own.kv(read).split((own.q.out_features, own.proj.in_features), 2)
+        q, k, v = (t.unflatten(2, (own.num_heads, -1)).transpose(1, 2) for t in (own.q(x), k, v))
+        if own.fused_attn:
+            dropout = own.attn_drop.p if own.training else 0.0
+            out = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, scale=own.scale)
         else:
-            out = self.attn_drop((q * self.scale @ k.transpose(2, 3)).softmax(-1)) @ v
-        return self.proj_drop(self.proj(out.transpose(1, 2).flatten(2)))
+            out = own.attn_drop((q * own.scale @ k.transpose(2, 3)).softmax(-1)) @ v
+        return own.proj_drop(own.proj(out.transpose(1, 2).flatten(2)))
 
 
 # classes of this file that stand in the place of a library's, by the names a config gives them;
 # ``of`` makes one of what it takes the place of
-STAND_INS: dict[str, Any] = {cls.__name__: cls for cls in (SlimAttention, SlimReductionAttention)}
+STAND_INS: dict[str, Any] = {
+    cls.__name__: cls
+    for cls in (SlimAttention, SlimPackedAttention, SlimSeparateAttention, SlimReductionAttention)
+}
+
+
+def _logits(q: Tensor, k: Tensor, mask: Tensor | None, is_causal: bool = False) -> Tensor:
+    """What softmax is taken of, (B, H, N, N), for scaled queries and keys (B, H, N, K)."""
+    logits = q @ k.transpose(-2, -1)
+    if is_causal:
+        mask = torch.ones(logits.shape[-2:], dtype=torch.bool, device=q.device).tril()
+    if mask is None:
+        return logits
+    return logits.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else logits + mask
 
 
 def attended(attention: Any, qkv: Tensor) -> Tensor:

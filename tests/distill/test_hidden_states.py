@@ -322,6 +322,20 @@ def test_blocks_out_of_range_are_refused(blocks: Any, sentence: str) -> None:
         HiddenStates(_model("vit_tiny_patch16_224"), blocks)
 
 
+def test_queries_and_values_of_two_widths_are_refused() -> None:
+    model = _model("vit_tiny_patch16_224")
+    axis = vp.describe(model).units("qk_dim")[1]
+    # as many rows as three times a width, which are no queries, keys and values of it
+    kept = [unit for unit in range(axis.size) if unit % axis.width < axis.width // 4]
+    pruned: Any = vp.prune(model, vp.Plan.of(vp.describe(model), {axis.name: kept}))
+    assert pruned.blocks[1].attn.qkv.out_features % 3 == 0
+    with pytest.raises(InvalidInput, match=r"blocks\.1 must have an attn\.qkv .* of one width"):
+        HiddenStates(pruned, (), qkv=(1,))
+    with HiddenStates(pruned, (1,), qkv=(0,)) as hidden:
+        pruned(_images(pruned))
+    assert len(hidden.qkv) == len(hidden.states) == 1
+
+
 def test_models_without_blocks_are_refused() -> None:
     with pytest.raises(InvalidInput, match=r"must have blocks, stages or layers.*got Linear"):
         HiddenStates(nn.Linear(2, 2), (0,))

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import vitprune_fast as vp
+from tests.structure.cuts import half_of_the_dims
 from vitprune_fast.distill import DistillConfig, MaskSchedule, attention, distill
 from vitprune_fast.distill.masks import MaskedStudent
 from vitprune_fast.errors import InvalidInput
@@ -231,9 +232,18 @@ class _Heads(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_masked_attention_computes_what_compact_attention_does(dtype: torch.dtype) -> None:
-    """Where it skips the dead heads, forward and backward."""
-    plan, results, live = half(describe(random_vit(dtype=dtype))), {}, []
+@pytest.mark.parametrize("narrow", [False, True], ids=["heads", "heads-and-qk-dims"])
+def test_masked_attention_computes_what_compact_attention_does(
+    narrow: bool, dtype: torch.dtype
+) -> None:
+    """Where it skips the dead heads, forward and backward; of two widths it multiplies them."""
+    structure = describe(random_vit(dtype=dtype))
+    plan, results, live = half(structure), {}, []
+    if narrow:
+        dims = half_of_the_dims(structure, "qk_dim")
+        plan = Plan.of(
+            structure, {**plan, **{a.name: dims[a.name] for a in structure.units("qk_dim")}}
+        )
     forms: tuple[Any, ...] = ("compact", "masked")
     for form in forms:
         model = random_vit(dtype=dtype)
@@ -248,7 +258,7 @@ def test_masked_attention_computes_what_compact_attention_does(dtype: torch.dtyp
         live.append(heads.live)
         results[form] = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
     # three heads in every block, of which two live
-    assert live == [[], [(2, 3)] * 3]
+    assert live == [[], [] if narrow else [(2, 3)] * 3]
     assert results["masked"].keys() == results["compact"].keys()
     # both sum the same products in other orders; the longest sum is over 3 * 5 rows
     largest = max(float(g.abs().max()) for g in results["compact"].values())

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torchvision.models import VisionTransformer
 
 import vitprune_fast as vp
+from tests.structure.cuts import half_of_the_dims
 from vitprune_fast.errors import InvalidInput, UnsupportedArchitecture
 from vitprune_fast.integrations.torch_pruning import TaylorImportance, repair
 from vitprune_fast.testing import VITS, random_images, random_vit, randomise
@@ -245,6 +246,20 @@ def test_qk_dims_are_added_to_v_dims() -> None:
     )
     got = importance(part)
     assert got is not None and torch.allclose(got, want[[2, 6, 9]], rtol=1e-6)
+
+
+def test_of_two_widths_v_dims_go_by_their_own_scores() -> None:
+    dense = random_vit()
+    model = vp.prune(dense, half_of_the_dims(vp.describe(dense), "qk_dim"))
+    importance = TaylorImportance(model, [batch_of(model)], units=("v_dim", "qk_dim", "neuron"))
+    pruner = tp.pruner.BasePruner(model, random_images(model, 1), importance=importance)
+    projection = model.blocks[1].attn.proj
+    group = pruner.DG.get_pruning_group(projection, tp.prune_linear_in_channels, list(range(24)))
+    want = importance.scores["blocks.1.attn.v_dims"]
+    got = importance(group)
+    assert got is not None and torch.allclose(got, want, rtol=1e-6)
+    with pytest.raises(UnsupportedArchitecture, match=r"attn must have as many rows .* 48 in all"):
+        repair(model, pruner)
 
 
 # which of the units Torch-Pruning itself leaves alone in these

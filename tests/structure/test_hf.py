@@ -16,11 +16,18 @@ from torch.nn import functional as F
 
 import vitprune_fast as vp
 from tests.plans import KINDS, draw_plan
-from tests.structure.cuts import assert_prunes, gap, says
+from tests.structure.cuts import (
+    assert_dims_save_what_they_cost,
+    assert_prunes,
+    gap,
+    half_of_the_dims,
+    says,
+)
+from vitprune_fast import modeling_pruned
 from vitprune_fast.batches import logits_of
 from vitprune_fast.distill import DistillConfig
 from vitprune_fast.errors import DamagedFile, InvalidInput, UnsupportedArchitecture
-from vitprune_fast.modeling_pruned import Constant
+from vitprune_fast.modeling_pruned import Constant, SlimSeparateAttention
 from vitprune_fast.planning import Plan
 from vitprune_fast.surgery.folds import fold_attention_biases
 
@@ -69,6 +76,50 @@ def test_the_table_of_a_pruned_model_has_the_sizes_of_the_plan(name: str) -> Non
     # one config for all modules, and another than that of the dense model
     assert layers_of(pruned)[1].attention.config is pruned.config
     assert model.config.hidden_size == 24
+
+
+TOKENS = {"vit": 5, "vit-eager": 5, "deit-teacher": 6, "dinov2-giant": 5, "dinov2-registers": 9}
+
+
+@pytest.mark.parametrize("kind", ["qk_dim", "v_dim"])
+@pytest.mark.parametrize("name", TOKENS)
+def test_dims_alone_save_what_they_cost(name: str, kind: str) -> None:
+    pruned = assert_dims_save_what_they_cost(model_of(name), kind, layers=2, tokens=TOKENS[name])
+    assert all(type(each.attention) is SlimSeparateAttention for each in layers_of(pruned))
+    # it has no word for two widths, and tells none that is wrong
+    assert not hasattr(pruned.config, "head_dim")
+
+
+@pytest.mark.parametrize(("name", "kind"), [("vit", "qk_dim"), ("dinov2-registers", "v_dim")])
+def test_a_model_of_two_widths_is_one_like_any_other(name: str, kind: str, tmp_path: Path) -> None:
+    model, (images, _) = model_of(name), batch_of(2)
+    pruned = vp.prune(model, half_of_the_dims(vp.describe(model), kind))
+    report = vp.check_structure(pruned, plans=1)
+    assert report.ok, str(report)
+    vp.save(pruned, tmp_path)
+    for again in (vp.load(tmp_path), modeling_pruned.load(tmp_path)):
+        assert torch.equal(says(again, images), says(pruned, images)) and str(again) == str(pruned)
+
+
+def test_a_model_of_two_widths_compiles_and_exports() -> None:
+    model, (images, _) = model_of(), batch_of(2)
+    pruned = vp.prune(model, half_of_the_dims(vp.describe(model), "qk_dim"))
+    compiled: Any = torch.compile(pruned, fullgraph=True, backend="aot_eager")
+    exported = torch.export.export(pruned, (images,)).module()
+    for other in (compiled, exported):
+        assert gap(says(other, images), says(pruned, images)) <= 1e-12
+
+
+def test_weights_of_attention_are_refused_where_they_would_be_lost() -> None:
+    model, (images, _) = model_of("vit-eager"), batch_of(2)
+    pruned: Any = vp.prune(model, half_of_the_dims(vp.describe(model), "v_dim"))
+    assert len(pruned(images, output_hidden_states=True).hidden_states) == 3
+    with pytest.raises(ValueError, match="attention: output_attentions must be off"):
+        pruned(images, output_attentions=True)
+    pruned.config.output_attentions = True
+    with pytest.raises(ValueError, match="attention: output_attentions must be off"):
+        pruned(images)
+    assert pruned(images, output_attentions=False).logits.isfinite().all()
 
 
 @pytest.mark.parametrize("name", SOME)
@@ -199,8 +250,6 @@ def test_transformers_opens_what_its_config_can_say(name: str, tmp_path: Path) -
 
 
 def test_a_ragged_model_is_opened_without_us(tmp_path: Path) -> None:
-    from vitprune_fast import modeling_pruned
-
     model, (images, _) = model_of("vit-eager", torch.float32), batch_of(2, torch.float32)
     plan = draw_plan(vp.describe(model), "mixture", random.Random(5))
     pruned = vp.prune(model, plan)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import random
 from pathlib import Path
+from types import MethodType
 from typing import Any
 
 import pytest
@@ -16,7 +17,13 @@ from torchvision.models import VisionTransformer
 
 import vitprune_fast as vp
 from tests.plans import KINDS, draw_plan
-from tests.structure.cuts import assert_prunes, gap, says
+from tests.structure.cuts import (
+    assert_dims_save_what_they_cost,
+    assert_prunes,
+    gap,
+    half_of_the_dims,
+    says,
+)
 from vitprune_fast import modeling_pruned
 from vitprune_fast.distill import DistillConfig
 from vitprune_fast.errors import InvalidInput, UnsupportedArchitecture
@@ -68,6 +75,21 @@ def test_a_plan_that_keeps_all_heads_and_dims_changes_no_attention() -> None:
     assert not slim_in(vp.prune(model, plan_of(model, neuron=[0, 2])))
     # two heads of 8 of a stream of 16 are what torch's attention can have
     assert not slim_in(vp.prune(model, plan_of(model, head=[0, 2], embed=[*range(16)])))
+
+
+@pytest.mark.parametrize("kind", ["qk_dim", "v_dim"])
+def test_dims_alone_save_what_they_cost(kind: str) -> None:
+    pruned = assert_dims_save_what_they_cost(model_of(), kind, layers=2, tokens=5)
+    report = vp.check_structure(pruned, plans=1)
+    assert report.ok and slim_in(pruned) == 2, str(report)
+
+
+def test_a_forward_of_its_own_has_no_place() -> None:
+    model = model_of()
+    attention = model.encoder.layers[0].self_attention
+    attention.forward = MethodType(lambda self, x, *_, **__: (x, None), attention)
+    with pytest.raises(InvalidInput, match="self_attention must run the forward of its class"):
+        vp.prune(model, half_of_the_dims(vp.describe(model), "qk_dim"))
 
 
 def test_dims_of_queries_alone_are_saved_and_can_be_pruned_again() -> None:

@@ -187,6 +187,20 @@ def test_zero_heads_and_zero_neurons(config: str) -> None:
             assert len(pruned.blocks) == 0
 
 
+def test_without_qk_dims_all_tokens_weigh_alike_and_without_v_dims_nothing_is_left() -> None:
+    model = random_vit()
+    structure, images = describe(model), random_images(model)
+    blind = assert_prunes_exactly(model, Plan.of(structure, {"blocks.1.attn.qk_dims": []}))
+    # one row of zeros for each head, since there is no softmax of nothing
+    assert blind.blocks[1].attn.head_dim == 1
+    assert blind.blocks[1].attn.attn_dim == 24
+    values, heads = (
+        Plan.of(structure, {f"blocks.1.attn.{axis}": []}) for axis in ("v_dims", "heads")
+    )
+    assert predict_cost(structure, values) == predict_cost(structure, heads)
+    assert gap(assert_prunes_exactly(model, values)(images), prune(model, heads)(images)) <= 1e-12
+
+
 def test_emptying_a_branch_is_not_removing_it() -> None:
     model = random_vit()
     structure, images = describe(model), random_images(model)
@@ -213,19 +227,23 @@ def test_softmax_scale_stays_that_of_the_original_head_dim() -> None:
     pruned = assert_prunes_exactly(model, Plan.of(structure, kept))
     assert pruned.blocks[0].attn.head_dim == 3
     assert pruned.blocks[0].attn.scale == 3**-0.5
+    alone = {name: units for name, units in kept.items() if name.endswith("qk_dims")}
+    other = assert_prunes_exactly(model, Plan.of(structure, alone))
+    assert [each.attn.scale for each in other.blocks] == [3**-0.5] * 3
 
 
 def test_ragged_head_dims_are_filled_and_the_waste_is_reported() -> None:
     model = random_vit()
     structure = describe(model)
     plan = Plan.of(structure, {"blocks.0.attn.v_dims": [0, 8, 9, 10, 11, 16]})
-    assert_prunes_exactly(model, plan)
-    predicted = predict_cost(structure, plan)
-    tokens, dims_lost = 5, 24 - 6
-    # v rows of qkv, proj columns and the products with the attention matrix
-    saved = dims_lost * (2 * tokens * 24 + tokens * tokens)
-    assert predicted.macs == predict_cost(structure).macs
-    assert predicted.macs - predicted.useful_macs == saved
+    pruned = assert_prunes_exactly(model, plan)
+    assert pruned.blocks[0].attn.proj.in_features == 3 * 4
+    # of one dim: a v row of qkv, a proj column and the product with the attention matrix
+    tokens = 5
+    each = 2 * tokens * 24 + tokens * tokens
+    full, predicted = predict_cost(structure), predict_cost(structure, plan)
+    assert full.macs - predicted.macs == (24 - 12) * each
+    assert predicted.macs - predicted.useful_macs == (12 - 6) * each
 
 
 def test_nan_in_a_pruned_unit_has_no_effect() -> None:

@@ -180,17 +180,26 @@ def tie(model: Any, first: str, *others: str) -> Any:
     return model
 
 
-def test_dims_stored_as_wide_as_tied_ones_are_the_same() -> None:
-    # the projection alone: its columns are as many as the wider of v dims and q/k dims
+def test_values_behind_a_tied_projection_are_the_same() -> None:
     names = [f"{each}.attn.proj.weight" for each in TIED]
     model = tie(random_vit(), *names)
     structure, untied, rng = describe(model), describe(random_vit()), random.Random(0)
+    with pytest.raises(InvalidInput, match=r"'blocks.2.attn.v_dims' must be those of 'blocks.0"):
+        Plan.of(structure, {"blocks.0.attn.v_dims": [0, 8, 16]})
     narrow = {f"{each}.attn.v_dims": [0, 8, 16] for each in TIED}
-    with pytest.raises(InvalidInput, match=r"'blocks.2.attn.qk_dims' must be those of 'blocks.0"):
-        Plan.of(structure, narrow | {"blocks.0.attn.qk_dims": [0, 1, 8, 9, 16, 17]})
-    for _ in range(4):
-        pruned = assert_prunes_exactly(model, alike(model, draw_plan(untied, "v_dim", rng)))
+    alone = Plan.of(structure, narrow | {"blocks.0.attn.qk_dims": [0, 1, 8, 9, 16, 17]})
+    for plan in (alone, *(alike(model, draw_plan(untied, "v_dim", rng)) for _ in range(4))):
+        pruned = assert_prunes_exactly(model, plan)
         assert get(pruned, names[0]) is get(pruned, names[1])
+
+
+def test_dims_stored_as_wide_as_tied_ones_are_the_same() -> None:
+    """Where queries and values have one width, columns of a projection are as many as both."""
+    structure = describe(tie(random_vit(), *(f"{each}.attn.proj.weight" for each in TIED)))
+    dims = ([structure.axes[f"{each}.attn.{d}"] for d in ("qk_dims", "v_dims")] for each in TIED)
+    structure.boxes[:] = map(tuple, dims)
+    with pytest.raises(InvalidInput, match=r"'blocks.2.attn.qk_dims' must be those of 'blocks.0"):
+        Plan.of(structure, {"blocks.0.attn.qk_dims": [0, 1, 8, 9, 16, 17]})
 
 
 def test_an_emptied_branch_leaves_what_another_shares() -> None:

@@ -44,7 +44,8 @@ def check_structure(
       channel, through which nothing passes, that is a finding too.
     * *cost of modules*: the table counts the MACs of every module as PyTorch does.
     * *masked is pruned*: max |difference of logits| <= 1e-12 max(1, max |logits|), for plans of
-      every unit kind, ragged and even, for emptied and removed branches, and for mixtures.
+      every unit kind, ragged and even, for attention without q/k dims, for emptied and removed
+      branches, and for mixtures.
     * *cost*: the predicted params and MACs of every plan are those counted on the pruned model.
     * *described again*: the family finds the sizes of the plan in the pruned model.
     * *twice is once*: a plan and then another one is the one plan that does both.

@@ -38,8 +38,13 @@ def drawn_plans(structure: Structure, seed: int, plans: int) -> list[tuple[str, 
         for number in range(plans)
         if not (plan := draw_plan(structure, kind, _rng(seed, kind, number))).keeps_everything
     ]
-    for kind in ("head", "neuron"):
-        groups = [group for group in structure.groups if group.first.kind == kind]
+    for kind in ("head", "neuron", "qk_dim"):
+        # dims that a norm reads across are there as long as their branch is
+        groups = [
+            group
+            for group in structure.groups
+            if group.first.kind == kind and not structure.unpaddable & {*group.names}
+        ]
         for said, emptied in ((f"no {kind} in one branch", groups[:1]), (f"no {kind}", groups)):
             kept = {name: () for group in emptied for name in group.names}
             if kept:

@@ -47,10 +47,12 @@ def declaration_faults(model: nn.Module, structure: Structure) -> Iterator[Fault
         first = value[0] if isinstance(value, (tuple, list)) and value else value
         if first != dim.length():
             yield path, f"is {value!r}, and is declared to be {dim.length()}"
-    boxed = {axis.name for box in structure.boxes for axis in box if len(box) > 1}
+    # heads may keep different numbers of dims, and what shares a box different numbers of units
+    filled = {axis.name for axis in structure.axes.values() if axis.parent is not None}
+    filled |= {axis.name for box in structure.boxes for axis in box if len(box) > 1}
     for path, dim in structure.norms.items():
         for axis in dim.axes:
-            if axis.name in boxed - structure.unpaddable:
+            if axis.name in filled - structure.unpaddable:
                 yield axis.name, f"may be filled with zeros, over which {path} takes statistics"
     for path, module in model.named_modules():
         weight, bias = (structure.tensors.get(f"{path}.{name}") for name in ("weight", "bias"))

@@ -96,8 +96,8 @@ def _boxes(structure: Structure, axes: Sequence[Axis]) -> Iterator[tuple[str, St
 def _queries(structure: Structure, axes: Sequence[Axis]) -> Iterator[tuple[str, Structure]]:
     """Tensors of one module that may carry the softmax scale of the width of an axis."""
     for axis in axes:
-        known = [each for each in structure.attentions if each.width == axis]
-        others = [each for each in structure.attentions if each.width != axis]
+        known = [each for each in structure.attentions if each.width and axis in each.width.axes]
+        others = [each for each in structure.attentions if each not in known]
         home = known[0].module if known else axis.name.rpartition(".")[0]
         modules: dict[str, list[str]] = {}
         for name, layout in structure.tensors.items():
@@ -110,7 +110,8 @@ def _queries(structure: Structure, axes: Sequence[Axis]) -> Iterator[tuple[str, 
                 f"the softmax of {home} follows {axis.name} through {', '.join(names)}, "
                 f"declared are {', '.join(known[0].queries) if known else 'none'}"
             )
-            yield said, replace(structure, attentions=[*others, Attention(home, axis, names)])
+            added = Attention(home, as_dim(axis), names)
+            yield said, replace(structure, attentions=[*others, added])
 
 
 def _orders(structure: Structure, axes: Sequence[Axis]) -> Iterator[tuple[str, Structure]]:

@@ -278,13 +278,13 @@ def block_names(model: nn.Module) -> list[str]:
 def _packed_qkv(model: nn.Module, block: str) -> str:
     """Path of the linear map of a block that gives q, k and v, equally wide."""
     path = f"{block}.attn.qkv"
-    try:
-        width = getattr(model.get_submodule(path), "out_features", 1)
-    except AttributeError:
-        width = 1
-    if width % 3:
+    attention: Any = getattr(model.get_submodule(block), "attn", None)
+    width = getattr(getattr(attention, "qkv", None), "out_features", 1)
+    # heads may have other q/k dims than v dims, which are those that the projection reads
+    values = getattr(getattr(attention, "proj", None), "in_features", width // 3)
+    if width != 3 * values:
         raise InvalidInput(
-            f"HiddenStates: {block} must have an attn.qkv that gives q, k and v, got "
+            f"HiddenStates: {block} must have an attn.qkv that gives q, k and v of one width, got "
             f"{type(model.get_submodule(block)).__name__} without one"
         )
     return path

@@ -23,8 +23,8 @@ class MacRatio:
 
     A polynomial in the sums over the units of each gated axis, differentiable. For openness of 0
     and 1 it is exactly what ``predict_cost`` gives for the pruned model, which is what ``cost``
-    counts. Head dims are stored at one width, that of the widest head: only those of that head get
-    a gradient.
+    counts. The q/k dims of all heads are stored at one width, that of the widest head, and so are
+    the v dims: only those of that head get a gradient.
 
     Args:
         structure: of the model.

@@ -197,6 +197,7 @@ class _Gate(_Shared):
         self.gates, self.axis, self.tap = gates, axis, tap
         self._live: tuple[Tensor, int, list[int]] | None = None
         self.group = tap.width(axis)
+        self._scattered = tap.is_scattered(axis)
 
     def value(self, training: bool) -> Tensor:
         return self.gates.value(self.axis.name, training)
@@ -204,7 +205,10 @@ class _Gate(_Shared):
     def multiplied(self, x: Tensor, training: bool) -> Tensor:
         part = self.tap.columns
         self.check(x.shape[-1] if part is None else part[1] - part[0])
-        return gate_columns(x, self.value(training), self.group, part)
+        value = self.value(training)
+        if self._scattered:
+            return gate_columns(x, self.tap.spread(self.axis, value), 1, part)
+        return gate_columns(x, value, self.group, part)
 
     def check(self, columns: int) -> None:
         """Refuse a model of other sizes than the gates were made for."""

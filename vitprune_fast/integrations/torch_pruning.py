@@ -18,6 +18,7 @@ from timm.models.vision_transformer import Attention
 from torch import Tensor, nn
 
 from ..errors import BackendUnavailable, InvalidInput, UnsupportedArchitecture
+from ..modeling_pruned import SlimPackedAttention
 from ..scoring import Scores, score
 from ..structure import Axis, Dim, Structure, describe
 from ..structure.paths import get, put
@@ -159,7 +160,12 @@ class _ScoredImportance(tp.importance.Importance):
             for axis in self.structure.axes.values()
             if axis.parent is not None and axis.parent.name == outer.name
         ]
-        dims = [self.scores.ranking(axis.name) for axis in children if axis.name in self.scores]
+        # where q/k dims and v dims differ in number, they do not go together
+        dims = [
+            self.scores.ranking(axis.name)
+            for axis in children
+            if axis.name in self.scores and axis.size == dim.length()
+        ]
         if not dims and outer.name not in self.scores:
             return None
         columns = self._columns.kept(layer, group._DG, type(self).__name__)
@@ -361,7 +367,7 @@ _HF = (
 
 
 def _kind_of(module: Any) -> Any:
-    if type(module) is Attention and module.qkv is not None:
+    if type(module) in (Attention, SlimPackedAttention) and module.qkv is not None:
         return _TIMM
     for kind in _HF:
         names = (kind.heads, kind.head_dim, kind.scale, kind.out, *kind.rows)
@@ -374,12 +380,12 @@ def _repair_attention(path: str, attention: Any, pruner: Any) -> None:
     kind = _kind_of(attention)
     layers = [get(attention, name) for name in kind.rows]
     heads, head_dim = get(attention, kind.heads), get(attention, kind.head_dim)
-    widths = {layer.out_features * len(layers) // 3 for layer in layers}
+    rows = sum(layer.out_features for layer in layers)
     width = get(attention, kind.out).in_features
-    if widths != {width}:
+    if rows != 3 * width:
         raise UnsupportedArchitecture(
             f"repair: {path} must have as many rows for q, k and v as {kind.out} has columns "
-            f"({width}), got {sorted(widths)}"
+            f"({width}), got {rows} in all"
         )
     if width == heads * head_dim:
         # Torch-Pruning counts heads as gone even where it then does not remove them (all of them,

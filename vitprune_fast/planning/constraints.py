@@ -102,7 +102,9 @@ class Constraints:
             return None
         rows = group.first.parent.size if group.first.parent else 1
         order = ordered(ranking, rows)
-        return Ladder(group, order, ranking[order].sum(0), self._rungs(group.first))
+        # without q/k dims one row of zeros would be stored all the same
+        fixed = 1 if group.first.kind == "qk_dim" else 0
+        return Ladder(group, order, ranking[order].sum(0), self._rungs(group.first, fixed))
 
     def _of_branches(
         self, structure: Structure, group: Group, ranking: np.ndarray, fixed: Collection[str]

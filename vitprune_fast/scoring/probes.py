@@ -8,6 +8,7 @@ so nothing below it is differentiated.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import reduce
 from typing import Any
 
@@ -68,18 +69,21 @@ def tap(
     group: int = 1,
     per_token: bool = False,
     part: tuple[int, int] | None = None,
+    regrouped: Callable[[Tensor], Tensor] | None = None,
 ) -> Tensor:
-    """``x`` itself; the probe gets ``sum_n x * dx`` over tokens and ``group`` adjacent columns.
+    """``x`` itself; the probe gets ``sum_n x * dx`` over tokens and ``group`` columns.
 
     Args:
         x: ``(B, ..., F)``; everything between is tokens.
         probe: ``(B, columns // group)``.
-        group: adjacent columns that make one unit.
+        group: columns that make one unit.
         per_token: add up magnitudes of the tokens' terms instead.
         part: the columns that count, ``[first, last)``; None takes all.
+        regrouped: puts the columns of a unit side by side; None where they are.
     """
     columns = slice(None) if part is None else slice(*part)
-    return _Tap.apply(x, probe, group, per_token, columns)  # pyright: ignore[reportReturnType]
+    how = group, per_token, columns, regrouped
+    return _Tap.apply(x, probe, *how)  # pyright: ignore[reportReturnType]
 
 
 def tap_norm(
@@ -110,10 +114,12 @@ class _Tap(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
-        (x,), (group, per_token, columns) = ctx.saved_tensors, ctx.how
+        (x,), (group, per_token, columns, regrouped) = ctx.saved_tensors, ctx.how
         x, grad = (as_tokens(each)[..., columns] for each in (x, grads[0]))
+        if regrouped is not None:
+            x, grad = regrouped(x), regrouped(grad)
         score = ops.taylor_score(x, grad, group, per_token=per_token)
-        return grads[0], score, None, None, None
+        return grads[0], score, None, None, None, None
 
 
 class _TapNorm(torch.autograd.Function):

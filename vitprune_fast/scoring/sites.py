@@ -19,6 +19,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -42,6 +43,7 @@ class Site:
         kind: unit kind it serves.
         size: numbers per sample.
         of_bias: whether it is the bias that is measured.
+        regrouped: puts the columns of a number side by side, where they are not.
     """
 
     key: str
@@ -49,6 +51,7 @@ class Site:
     kind: str
     size: int
     of_bias: bool = False
+    regrouped: Callable[[Tensor], Tensor] | None = None
 
     @property
     def module(self) -> str:
@@ -62,7 +65,7 @@ class Site:
 
     @property
     def group(self) -> int:
-        """Adjacent columns that make one number."""
+        """Columns that make one number."""
         return self.place.dim.length() // self.size
 
 
@@ -108,7 +111,9 @@ def sites_of(structure: Structure, axes: Sequence[Axis]) -> tuple[list[Site], di
 
 
 def _tap_site(structure: Structure, axis: Axis) -> Site:
-    return Site(axis.name, structure.taps[axis.name], axis.kind, axis.size)
+    place = structure.taps[axis.name]
+    regrouped = partial(place.side_by_side, axis) if place.is_scattered(axis) else None
+    return Site(axis.name, place, axis.kind, axis.size, regrouped=regrouped)
 
 
 def _reader_sites(structure: Structure, axis: Axis) -> list[Site]:

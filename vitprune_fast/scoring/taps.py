@@ -89,4 +89,4 @@ def _tapped(x: Tensor, site: Site, probes: Probes) -> Tensor:
             f"got {site.size} units of {site.group}"
         )
     probe = probes.leaf(site.key, x, site.size)
-    return tap(x, probe, site.group, probes.per_token, part)
+    return tap(x, probe, site.group, probes.per_token, part, site.regrouped)

@@ -98,14 +98,17 @@ class Builder:
                 self.structure.attrs[full] = as_dim(size)
 
     def box(self, *axes: Axis, unpaddable: tuple[Axis, ...] = ()) -> None:
-        """These axes share one stored width, filled with zero rows except where a norm forbids."""
+        """These axes, and all heads of each, are stored at the width of the widest.
+
+        Narrower sets are filled with zero rows, except where a norm forbids.
+        """
         self.structure.boxes.append(axes)
         self.structure.unpaddable |= {axis.name for axis in unpaddable}
 
     def attention(
         self,
         module: str,
-        width: Axis | None,
+        width: Axis | Dim | None,
         queries: Sequence[str] = (),
         *,
         key_bias: Rows | None = None,
@@ -120,7 +123,8 @@ class Builder:
             (f"{module}.{bias[0]}", bias[1]) if bias and self.has(f"{module}.{bias[0]}") else None
             for bias in (key_bias, value_bias)
         ]
-        self.structure.attentions.append(Attention(module, width, present, *rows))
+        dim = None if width is None else as_dim(width)
+        self.structure.attentions.append(Attention(module, dim, present, *rows))
 
     def tap(
         self,

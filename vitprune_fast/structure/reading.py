@@ -124,21 +124,17 @@ class Reading:
 
     def _share_width(self, box: tuple[Axis, ...]) -> None:
         width = self._units.shared([self.extent[axis.name] for axis in box])
-        if not self._units.exact:
-            self.extent |= {axis.name: width for axis in box}
-            return
-        if any(axis.parent is not None and not self.extent[axis.parent.name] for axis in box):
-            # no head is left to store anything
-            width = 0
+        self.extent |= {axis.name: width for axis in box}
         for axis in box:
-            unpaddable = axis.name in self.structure.unpaddable and width
-            if unpaddable and not self._units.fills(axis, width):
+            if axis.name not in self.structure.unpaddable or not self._units.exact:
+                continue
+            # of a branch that goes nothing is stored
+            if not self._units.fills(axis, width) and axis not in self.structure.axes_in(self.dead):
                 counts = self._units.of_kept_parents(axis)
                 raise InvalidInput(
                     f"prune: units kept of {axis.name!r} must be {width} in every head, "
                     f"because a norm reads across them, got {sorted(set(counts.tolist()))}"
                 )
-            self.extent[axis.name] = width
 
     def kept(self, axis: Axis) -> np.ndarray:
         """Kept unit numbers of an axis, int64, sorted."""
@@ -156,14 +152,10 @@ class Reading:
             axes = [factor for factor in part if isinstance(factor, Axis)]
             for axis in (axis for axis in axes if axis.parent is None):
                 inside = [each for each in axes if each.parent == axis]
-                count = count * (self._units.inside(axis, inside) if inside else self._alone(axis))
+                units = self._units
+                count = count * (units.inside(axis, inside) if inside else units.total(axis))
             total = total + count
         return total
-
-    def _alone(self, axis: Axis) -> Any:
-        """Units of an axis without parent; none where its box has no head left to store them."""
-        stored = self.extent[axis.name]
-        return 0 if isinstance(stored, int) and not stored else self._units.total(axis)
 
     def gather(self, dim: Dim) -> np.ndarray:
         """Old position of every new entry of a dimension, int64; -1 is a zero fill row."""

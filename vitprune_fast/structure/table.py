@@ -93,8 +93,8 @@ class Attention:
 
     Args:
         module: path of the module that has the temperature as ``.scale``.
-        width: the axis of the dims of a query, where a path takes the temperature from their number
-            or from ``.scale``; None where it is told apart from that, and so stays.
+        width: the dims of a query, where a path takes the temperature from their number or from
+            ``.scale``; None where it is told apart from that, and so stays.
         queries: tensors whose first part along dimension 0 makes the queries, and makes up for
             another width.
         key_bias: moves all logits of a query alike; None where there is none, or a norm is behind.
@@ -103,7 +103,7 @@ class Attention:
     """
 
     module: str
-    width: Axis | None
+    width: Dim | None
     queries: tuple[str, ...]
     key_bias: Rows | None = None
     value_bias: Rows | None = None

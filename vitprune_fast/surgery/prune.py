@@ -74,8 +74,9 @@ def prune(
 
     The logits equal those of the masked model (:func:`vitprune_fast.mask`) to rounding; a plan
     that keeps everything changes no bit of any tensor. The result is made of the stock modules of
-    its library; only a block that lost one branch becomes a ``HalfBlock``. Tied parameters stay
-    tied.
+    its library, but for what these cannot be: a block that lost one branch becomes a ``HalfBlock``,
+    and an attention whose heads keep other q/k dims than v dims has a class of its own. Tied
+    parameters stay tied.
 
     A branch that lost all its units computes a constant. It goes, and the constant is added to the
     last live writer of the residual stream before it. In training with drop path that constant is
@@ -125,7 +126,7 @@ def prune(
             zeros under a norm, a model computes by more than its classes (a function in place of a
             method, a hook that captured a part of it), ``calibration`` holds something else than
             images of this model, or ``dtype`` is unknown.
-        UnsupportedArchitecture: the model has no layout, or head dims go under a q/k norm without
+        UnsupportedArchitecture: the model has no layout, or q/k dims go under a q/k norm without
             weight, where the softmax scale has no place, or its forward pass does more than its
             branches, which a sweep cannot follow.
         SweepStopped: ``stop`` said so.
@@ -273,20 +274,20 @@ def _keep_softmax_scale(
     """
     if attention.width is None:
         return
-    width, old_width = reading.extent[attention.width.name], attention.width.width
+    width, old_width = reading.length(attention.width), attention.width.length()
     if width in (0, old_width) or attention.module in reading.dead:
         return
     if not attention.queries:
         raise UnsupportedArchitecture(
             f"prune: {attention.module} must have query weights or an affine q_norm to carry the "
-            "softmax scale when head dims go, got neither; keep all qk dims and v dims"
+            "softmax scale when q/k dims go, got neither; keep all q/k dims"
         )
     readers = {name for other in structure.attentions for name in other.queries}
     for name in attention.queries:
         if other := sorted(structure.names(name) - readers):
             raise UnsupportedArchitecture(
-                f"prune: {name} must be tied to queries alone to carry the softmax scale when head "
-                f"dims go, got a tie with {other[0]}; untie it, or keep all qk dims and v dims"
+                f"prune: {name} must be tied to queries alone to carry the softmax scale when q/k "
+                f"dims go, got a tie with {other[0]}; untie it, or keep all q/k dims"
             )
     factor = math.sqrt(width / old_width)
     put(cut.model, f"{attention.module}.scale", width**-0.5)

@@ -44,7 +44,7 @@ class SoftCompaction:
     Raises:
         InvalidInput: the plan belongs to another model or empties a branch whose bias is tied, or
             a master has no cast to ``dtype``, or the model computes by more than its classes.
-        UnsupportedArchitecture: the model has no layout, or head dims go where nothing can carry
+        UnsupportedArchitecture: the model has no layout, or q/k dims go where nothing can carry
             the softmax scale.
     """
 
@@ -85,7 +85,7 @@ class SoftCompaction:
     def refresh(self) -> nn.Module:
         """Cast the live entries of the masters into the copy, in one call.
 
-        Where head dims went, one more call picks the rows that are scaled before they are rounded.
+        Where q/k dims went, one more call picks the rows that are scaled before they are rounded.
         Backward comes before the next refresh: its graph needs the weights it was made with.
 
         Returns:

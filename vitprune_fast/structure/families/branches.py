@@ -4,11 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
+from torch import nn
+
+from ...errors import InvalidInput
 from ...modeling_pruned import Constant
 from ..axes import Axis, Dim
 from ..builder import Builder
-from ..paths import get
+from ..paths import get, put
 
 # what reaches the output projection of a branch, and the path of that projection
 Inner = tuple[Axis | Dim, str]
@@ -89,12 +93,31 @@ def describe_block(
         t.structure.blocks[path] = tuple(branches)
 
 
-def attention_axes(t: Builder, path: str, heads: int, head_dim: int) -> tuple[Axis, Axis, Axis]:
-    """Heads, and the q/k and v dims of each."""
+def attention_axes(
+    t: Builder, path: str, heads: int, queries: int, values: int
+) -> tuple[Axis, Axis, Axis]:
+    """Heads, and the q/k and v dims of each, of so many rows of queries and of values."""
     parent = t.axis(f"{path}.heads", heads, "head")
-    qk = t.axis(f"{path}.qk_dims", heads * head_dim, "qk_dim", parent)
-    v = t.axis(f"{path}.v_dims", heads * head_dim, "v_dim", parent)
+    qk = t.axis(f"{path}.qk_dims", queries, "qk_dim", parent)
+    v = t.axis(f"{path}.v_dims", values, "v_dim", parent)
+    t.box(qk)
+    t.box(v)
     return parent, qk, v
+
+
+def exchange(model: nn.Module, path: str, stand_in: Any) -> None:
+    """Put a stand-in in the place of a module whose class cannot have the sizes that are left.
+
+    Raises:
+        InvalidInput: it runs a forward of its own, which would be lost.
+    """
+    module = get(model, path)
+    if "forward" in vars(module):
+        raise InvalidInput(
+            f"prune: {path} must run the forward of its class where that cannot have the heads and "
+            "dims that are left, got one of its own; put it back, or keep all heads and dims"
+        )
+    put(model, path, stand_in.of(module))
 
 
 def all_alike(sizes: Iterable[int]) -> int | None:

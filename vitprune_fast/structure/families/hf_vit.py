@@ -17,13 +17,13 @@ import torch
 from torch import nn
 
 from ...errors import InvalidInput, UnsupportedArchitecture
-from ...modeling_pruned import HalfBlock, config_settings
+from ...modeling_pruned import HalfBlock, SlimSeparateAttention, config_settings
 from ..axes import Axis
 from ..builder import Builder
 from ..paths import get
 from ..table import Structure
 from . import ConstructorCall, Family, qualified
-from .branches import Inner, Part, all_alike, attention_axes
+from .branches import Inner, Part, all_alike, attention_axes, exchange
 from .branches import describe_block as describe_parts
 
 
@@ -165,17 +165,15 @@ def _describe_block(t: Builder, path: str, names: Names, embed: Axis, tokens: in
 
 
 def _attention(t: Builder, path: str, embed: Axis, tokens: int) -> Inner:
-    """Separate projections, one head_dim for q, k and v, and a temperature that is stored."""
+    """Separate projections, and a temperature that is stored; the stock class has one head_dim."""
     names = _names(t.model, path, _ATTENTIONS)
     q, k, v, out, count = (f"{path}.{name}" for name in names)
-    number = get(t.model, count)
-    sizes = (get(t.model, q).out_features // number, get(t.model, out).in_features // number)
-    if sizes[0] != sizes[1]:
+    sizes = get(t.model, q).out_features, get(t.model, out).in_features
+    if sizes[0] != sizes[1] and type(get(t.model, path)) is not SlimSeparateAttention:
         raise UnsupportedArchitecture(
-            f"describe: {path} must have heads of one width for q, k and v, got {sizes}"
+            f"describe: {path} must have as many rows of queries as of values, got {sizes}"
         )
-    heads, qk_dims, v_dims = attention_axes(t, path, number, sizes[0])
-    t.box(qk_dims, v_dims)
+    heads, qk_dims, v_dims = attention_axes(t, path, get(t.model, count), *sizes)
     for projection, dims in ((q, qk_dims), (k, qk_dims), (v, v_dims)):
         t.linear(projection, heads * dims, embed, tokens)
     t.linear(out, embed, heads * v_dims, tokens)
@@ -232,6 +230,15 @@ def halves(names: Names, block: Any, core: str) -> tuple[str, ...]:
     return (names.norms[number], core, *([gain] if gain else []), names.drop)
 
 
+def fitting(model: Any) -> None:
+    """Put a SlimSeparateAttention where the stock one cannot have the dims that are left."""
+    restate(model)
+    for path in _blocks(model):
+        core = get(model, f"{path}.attention")
+        if hasattr(core, "head_dim") and core.q_proj.out_features != core.o_proj.in_features:
+            exchange(model, f"{path}.attention", SlimSeparateAttention)
+
+
 def restate(model: Any) -> None:
     """Have the config say what holds for all blocks, as far as it has a word for it."""
     config, paths = model.config, _blocks(model)
@@ -250,7 +257,11 @@ def restate(model: Any) -> None:
         "hidden_size": width,
         "num_hidden_layers": len(paths),
         "num_attention_heads": all_alike(core.num_attention_heads for core in attentions),
-        "head_dim": all_alike(core.head_dim for core in attentions),
+        "head_dim": all_alike(
+            layer.out_features // max(core.num_attention_heads, 1)
+            for core in attentions
+            for layer in (core.q_proj, core.v_proj)
+        ),
         "intermediate_size": hidden,
         "mlp_ratio": None if hidden is None or hidden % width else hidden // width,
     }
@@ -285,7 +296,7 @@ def family_of(names: Names, *config_classes: str) -> Family:
         halves=partial(halves, names),
         swaps=config_classes,
         pairs=("attention",),
-        fitting=restate,
+        fitting=fitting,
         renumbered=lambda model, moved: restate(model),
         configs=configs,
     )

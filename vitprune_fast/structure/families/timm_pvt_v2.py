@@ -29,10 +29,10 @@ from ...modeling_pruned import HalfBlock, SlimReductionAttention
 from ...stated import image_shape
 from ..axes import Axis
 from ..builder import Builder
-from ..paths import get, put
+from ..paths import get
 from ..table import Structure
 from . import ConstructorCall, Family, qualified
-from .branches import Inner, Part, describe_block
+from .branches import Inner, Part, attention_axes, describe_block, exchange
 from .timm_vit import configs_of, has_norm, named
 
 ATTENTIONS = (Attention, SlimReductionAttention)
@@ -117,11 +117,9 @@ def _describe_blocks(t: Builder, path: str, embed: Axis, grid: Grid) -> None:
 def _attention(t: Builder, path: str, embed: Axis, tokens: int, *, grid: Grid) -> Inner:
     """Queries of all tokens; keys and values, side by side, of the reduced ones."""
     attn = _require(t, path, *ATTENTIONS)
-    heads = t.axis(f"{path}.heads", attn.num_heads, "head")
-    qk = t.axis(f"{path}.qk_dims", attn.q.out_features, "qk_dim", heads)
-    v = t.axis(f"{path}.v_dims", attn.proj.in_features, "v_dim", heads)
-    t.box(qk)
-    t.box(v)
+    heads, qk, v = attention_axes(
+        t, path, attn.num_heads, attn.q.out_features, attn.proj.in_features
+    )
     read, seen = embed, tokens
     if attn.sr is not None:
         pooled = grid if attn.pool is None else (attn.pool.output_size,) * 2
@@ -174,7 +172,7 @@ def fitting(model: nn.Module) -> None:
     """Put a SlimReductionAttention where timm's cannot have the sizes that are left."""
     for path, module in [*model.named_modules()]:
         if type(module) is Attention and module.proj.weight.numel() and not _fits(module):
-            put(model, path, SlimReductionAttention.of(module))
+            exchange(model, path, SlimReductionAttention)
 
 
 def _fits(attention: Any) -> bool:

@@ -16,17 +16,18 @@ from timm.models.vision_transformer import Attention, Block, ResPostBlock
 from torch import nn
 
 from ...errors import InvalidInput, UnsupportedArchitecture
-from ...modeling_pruned import HalfBlock
+from ...modeling_pruned import HalfBlock, SlimPackedAttention
 from ...stated import stated_config
 from ..axes import Axis
 from ..builder import Builder
 from ..paths import get
 from ..table import Structure
 from . import ConstructorCall, Family, Shape, qualified
-from .branches import Inner, Part
+from .branches import Inner, Part, exchange
 from .branches import describe_block as describe_parts
 
 BLOCKS = (Block, ResPostBlock, HalfBlock)
+ATTENTIONS = (Attention, SlimPackedAttention)
 
 
 def describe(model: Any, image: tuple[int, int] | None) -> Structure:
@@ -83,20 +84,22 @@ def describe_block(t: Builder, path: str, block: Any, embed: Axis, tokens: int) 
 
 
 def attention(t: Builder, path: str, embed: Axis, tokens: int) -> Inner:
-    """Fused qkv, one head_dim for q, k and v."""
+    """Fused qkv; the stock class has one head_dim for q, k and v."""
     attn: Any = get(t.model, path)
-    if type(attn) is not Attention or attn.qkv is None:
+    if type(attn) not in ATTENTIONS or attn.qkv is None:
         raise UnsupportedArchitecture(
             f"describe: {path} must be a timm Attention with fused qkv, got {type(attn).__name__}"
         )
+    queries, values = attn.num_heads * attn.head_dim, attn.proj.in_features
     heads = t.axis(f"{path}.heads", attn.num_heads, "head")
     # the weight of q_norm and k_norm is shared by the heads, so their dims go together
     shared = has_norm(attn.q_norm)
-    dims = attn.head_dim if shared else attn.num_heads * attn.head_dim
+    dims = attn.head_dim if shared else queries
     qk = t.axis(f"{path}.qk_dims", dims, "qk_dim", None if shared else heads)
-    v = t.axis(f"{path}.v_dims", attn.num_heads * attn.head_dim, "v_dim", heads)
+    v = t.axis(f"{path}.v_dims", values, "v_dim", heads)
     inner_norm = has_norm(attn.norm)
-    t.box(qk, v, unpaddable=(qk,) * shared + (v,) * inner_norm)
+    t.box(qk, unpaddable=(qk,) * shared)
+    t.box(v, unpaddable=(v,) * inner_norm)
     t.linear(f"{path}.qkv", heads * qk + heads * qk + heads * v, embed, tokens)
     t.work(path, tokens * tokens, heads * qk)
     t.work(path, tokens * tokens, heads * v)
@@ -118,7 +121,7 @@ def attention(t: Builder, path: str, embed: Axis, tokens: int) -> Inner:
     if shared:
         t.tap(qk, f"{path}.q_norm", qk, "output")
     else:
-        t.tap(qk, f"{path}.qkv", heads * qk, "output", (0, dims))
+        t.tap(qk, f"{path}.qkv", heads * qk, "output", (0, queries))
     t.tap(heads, f"{path}.proj", heads * v)
     t.tap(v, f"{path}.proj", heads * v)
     return heads * v, f"{path}.proj"
@@ -172,6 +175,17 @@ def image_size(model: Any) -> tuple[int, int]:
     return tuple(size)
 
 
+# pruning
+
+
+def fitting(model: nn.Module) -> None:
+    """Put a SlimPackedAttention where timm's cannot have the dims that are left."""
+    for path, module in [*model.named_modules()]:
+        # of an emptied one nothing is left, 0 rows of 0
+        if type(module) is Attention and module.qkv.out_features != 3 * module.proj.in_features:
+            exchange(model, path, SlimPackedAttention)
+
+
 # saving
 
 # what may stand in the place of a stock module: activations, norms, what an absent part is
@@ -217,7 +231,7 @@ _LEFT_OUT = ("weight_init", "drop_path_rate")
 def construct(model: Any) -> ConstructorCall:
     """The arguments of timm's VisionTransformer that decide which modules there are."""
     cores = [core for block in model.blocks for core in block.children()]
-    attns = [core for core in cores if type(core) is Attention]
+    attns = [core for core in cores if type(core) in ATTENTIONS]
     mlps = [core for core in cores if type(core) in (Mlp, GluMlp, SwiGLU)]
     outputs = [a.proj for a in attns] + [m.fc2 for m in mlps]
     norms = [m for m in model.modules() if has_norm(m)]
@@ -368,6 +382,7 @@ FAMILY = Family(
     blocks=lambda _: ("blocks",),
     halves=halves,
     swaps=SWAPS,
+    fitting=fitting,
     renumbered=renumbered,
     configs=configs,
 )

@@ -21,10 +21,10 @@ from ...modeling_pruned import HalfBlock, SlimAttention, attended, check_plain_c
 from ...modules.swap import exchange_forward
 from ..axes import Axis
 from ..builder import Builder
-from ..paths import get, put
+from ..paths import get
 from ..table import Structure
 from . import ConstructorCall, Family, Shape, qualified
-from .branches import Inner, Part
+from .branches import Inner, Part, attention_axes, exchange
 from .branches import describe_block as describe_parts
 
 # the packed projection of q, k and v as a module: it is a bare weight otherwise
@@ -128,11 +128,7 @@ def _attention(t: Builder, path: str, embed: Axis, tokens: int) -> Inner:
     rows: Tensor = get(t.model, f"{path}.in_proj_weight")
     inner, count = module.out_proj.in_features, module.num_heads
     queries = (len(rows) - inner) // 2
-    heads = t.axis(f"{path}.heads", count, "head")
-    qk = t.axis(f"{path}.qk_dims", queries, "qk_dim", heads)
-    v = t.axis(f"{path}.v_dims", inner, "v_dim", heads)
-    t.box(qk)
-    t.box(v)
+    heads, qk, v = attention_axes(t, path, count, queries, inner)
     packed = heads * qk + heads * qk + heads * v
     t.tensor(f"{path}.in_proj_weight", packed, embed)
     t.tensor(f"{path}.in_proj_bias", packed)
@@ -177,7 +173,7 @@ def fitting(model: nn.Module) -> None:
             width = module.out_proj.out_features
             heads = module.num_heads * module.head_dim
             if {heads, module.out_proj.in_features, len(module.in_proj_weight) // 3} != {width}:
-                put(model, path, SlimAttention.of(module))
+                exchange(model, path, SlimAttention)
             else:
                 module.embed_dim = module.kdim = module.vdim = width
 
