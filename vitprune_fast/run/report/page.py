@@ -193,7 +193,7 @@ def unit_facts(run: RunFolder, done: dict[str, dict[str, Any]]) -> Units:
         kinds.setdefault(axis["kind"], []).append(
             {
                 "kind": axis["kind"],
-                "block": ".".join(numbers) or "0",
+                "block": ".".join(numbers) or "all",
                 "size": axis["size"],
                 "units": list(plan[name]),
                 "scores": scores[name].tolist() if name in scores else [],
