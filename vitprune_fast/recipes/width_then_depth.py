@@ -3,7 +3,8 @@
 data  dense  [teacher]  score-1 plan-1 prune-1 sweep-1 distill-1  score plan prune sweep distill ...
 
 The way of DynaBERT (Hou et al. 2020, arXiv:2004.04037): the first half of the way to the budget is
-gone in width, the rest in depth, by what the loss rises without each block.
+gone in width, the rest in depth, by how far the output moves without each block. What the loss
+rises would be noise on images that the model fits.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ def steps(config: RunConfig) -> list[Step]:
     first = _settings(config, 1, width)
     second = _settings(config, 2, depth)
     # blocks are few enough to be left out one by one
-    second["score"] |= {"criterion": "loss", "reduction": None}
+    second["score"] |= {"criterion": "kl", "reduction": None}
     if config.rounds.epochs:
         first["distill"] = {"epochs": config.rounds.epochs}
     made, teachers = opened(config)
@@ -60,6 +61,11 @@ def _check(config: RunConfig) -> None:
         "round-masks": config.rounds.masks,
         "rounds of another number than 2": config.rounds.count != 2,
     }
+    if not {*config.plan.units} - {*_DEPTH}:
+        raise InvalidInput(
+            "run: cut-units must name a kind of width, such as neuron, for the recipe "
+            f"width-then-depth, got {', '.join(config.plan.units)}"
+        )
     if found := [name for name, given in clash.items() if given]:
         raise InvalidInput(
             f"run: {found[0]} must not be given with the recipe width-then-depth, which cuts twice"
