@@ -30,6 +30,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     model = timm.create_model(NAME, num_classes=2, **SMALL)
     vp.save(model, top / "dense")
     scores = vp.score(model, None, criterion="magnitude")
+    scores.save(top / "scores.safetensors")
     vp.plan(model, scores, budget=vp.Budget(macs=0.6)).save(top / "plan.json")
     return top
 
@@ -60,6 +61,28 @@ def test_without_images_it_is_a_plain_cut_and_says_so(prune: Any, tmp_path: Path
     wanted = vp.prune(vp.load("dense"), vp.Plan.load("plan.json")).state_dict()
     found = weights(tmp_path / "out")
     assert all(torch.equal(found[name], wanted[name]) for name in wanted)
+
+
+def test_scores_and_a_budget_stand_in_for_a_plan(
+    made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    monkeypatch.chdir(made)
+    words = ["prune", "--model", "dense", "--out", str(tmp_path / "out")]
+    budget = ["--macs", "0.7", "--cut-units", "neuron", "v_dim", "--bounds", "neuron=..0.5"]
+    assert main([*words, "--scores", "scores.safetensors", *budget]) == 0
+    dense, found = vp.load("dense"), vp.load(tmp_path / "out")
+    options: Any = {"units": ["neuron", "v_dim"], "bounds": {"neuron": (None, 0.5)}}
+    plan = vp.plan(dense, vp.Scores.load("scores.safetensors"), 0.7, **options)
+    wanted = vp.prune(dense, plan).state_dict()
+    assert all(torch.equal(value, wanted[name]) for name, value in found.state_dict().items())
+    capsys.readouterr()
+    for more, said in (
+        ([], "plan or scores must be given, got none"),
+        (["--scores", "scores.safetensors", "--plan", "plan.json"], "got plan and scores"),
+        (["--plan", "plan.json", "--macs", "0.5"], "scores must be given with macs, got a plan"),
+    ):
+        assert main([*words, *more]) == 2
+        assert said in capsys.readouterr().err
 
 
 def test_with_images_what_stays_is_refitted(prune: Any, tmp_path: Path) -> None:

@@ -7,12 +7,11 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Annotated, Any
 
-import tyro
 from tyro.conf import arg
 
 from vitprune_fast.cli.options import optional_data, parse, partial_of, required_model
 from vitprune_fast.config.model import ModelConfig
-from vitprune_fast.config.run import DataConfig, SweepConfig, Threads
+from vitprune_fast.config.run import DataConfig, PlanConfig, SweepConfig, Threads
 from vitprune_fast.errors import InvalidInput
 from vitprune_fast.precision import Precision
 
@@ -24,8 +23,11 @@ class Prune:
     With --data, what stays is then refitted on training images so that it makes up for what went.
     """
 
-    plan: Annotated[Path, arg(metavar="FILE")] = tyro.MISSING
+    plan: Annotated[Path | None, arg(metavar="FILE")] = None
     """Plan written by `vitprune-fast plan`."""
+    scores: Annotated[Path | None, arg(metavar="FILE")] = None
+    """In place of a plan, scores written by `vitprune-fast score`, to plan from within a budget."""
+    budget: Annotated[PlanConfig, arg(name="")] = field(default_factory=PlanConfig)
     out: Annotated[Path, arg(metavar="DIR")] = Path("pruned")
     """Folder for the pruned model."""
     model: Annotated[ModelConfig, arg(name="")] = field(default_factory=required_model)
@@ -54,6 +56,7 @@ def main(words: list[str]) -> None:
     from vitprune_fast.saved_models import check_folder, check_savable
 
     _check_data(options)
+    _check_plan(options)
     check_folder(options.out)
     opened = None
     if options.data.source:
@@ -68,11 +71,11 @@ def main(words: list[str]) -> None:
     with applied(opened.setting.profile if opened else choose_profile("cpu", options.threads)):
         model = opened.model if opened else open_weights(options.model, options.seed)
         check_savable(model)
-        plan = vp.Plan.load(options.plan)
+        plan, assumed = _planned(options, model)
         print_assumptions(
-            {**opened.assumptions, **_about_images(options, opened)}
+            {**assumed, **opened.assumptions, **_about_images(options, opened)}
             if opened
-            else about_weights(options.model, options.seed, model)
+            else {**assumed, **about_weights(options.model, options.seed, model)}
         )
         pruned, proofs = checks.prune_and_prove(model, plan, checks.random_images(model))
         checks.require("prune", proofs)
@@ -116,6 +119,41 @@ def _check_data(options: Prune) -> None:
         )
 
 
+def _check_plan(options: Prune) -> None:
+    """Refuses a plan and what to plan from, neither, and a budget for a plan that there is."""
+    given = [name for name in ("plan", "scores") if getattr(options, name) is not None]
+    if len(given) != 1:
+        raise InvalidInput(
+            f"prune: plan or scores must be given, got {' and '.join(given) or 'none'}; add --plan "
+            "FILE, or --scores FILE and a budget"
+        )
+    unset = PlanConfig()
+    asked = [
+        each.name.replace("_", "-")
+        for each in fields(unset)
+        if getattr(options.budget, each.name) != getattr(unset, each.name)
+    ]
+    if options.plan is not None and asked:
+        raise InvalidInput(
+            f"prune: scores must be given with {', '.join(asked)}, got a plan, which says already "
+            "what stays"
+        )
+
+
+def _planned(options: Prune, model: Any) -> tuple[Any, dict[str, str]]:
+    """The plan of a file, or one within the budget; and what that assumes."""
+    import vitprune_fast as vp
+    from vitprune_fast.run import actions
+    from vitprune_fast.run.assumptions import about_budget, about_scores
+
+    if options.scores is None:
+        assert options.plan is not None
+        return vp.Plan.load(options.plan), {}
+    scores = vp.Scores.load(options.scores)
+    assumed = {**about_scores(scores), **about_budget(options.budget)}
+    return actions.plan(model, scores, options.budget), assumed
+
+
 def _about_images(options: Prune, opened: Any) -> dict[str, str]:
     """What is assumed of the images to refit on; those of a run's test are refused."""
     from vitprune_fast.run import actions
@@ -126,7 +164,9 @@ def _about_images(options: Prune, opened: Any) -> dict[str, str]:
         return {}
     images = actions.calibration(opened.data, options.sweep, opened.setting).images
     unknown = refuse_test_images(
-        opened.data, images.ids.tolist(), [Path(options.model.name), options.plan]
+        opened.data,
+        images.ids.tolist(),
+        [Path(options.model.name), options.plan or options.scores or Path()],
     )
     return {
         **about_calibration(options.sweep, opened.data),
