@@ -289,7 +289,7 @@ def test_what_cannot_be_met_is_named(budget: Any, options: dict, message: str) -
         ({"protect": ["blocks.9.*"]}, "protect must match axes, branches or blocks .* 'blocks.9"),
         ({"include": ["block.0"]}, "include must match .* got 'block.0', which matches none"),
         ({"protect": "blocks.0.*"}, "protect must be a list of patterns, got 'blocks.0"),
-        ({"protect": ["*"]}, "must leave units to cut, got patterns that keep all"),
+        ({"protect": ["*"]}, "keep_ends must leave units to cut, got none that may go"),
         ({"bounds": {"neuron": (0.9, 0.5)}}, "bounds must leave 'blocks.0.mlp.neurons' a number"),
         ({"bounds": {"neuron": 0.5}}, r"bounds of 'neuron' must be \(least, most\) .* got 0.5"),
         ({"bounds": {"neuron": (1.5, None)}}, "as shares between 0.0 and 1.0"),

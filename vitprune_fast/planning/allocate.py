@@ -118,7 +118,7 @@ def plan(
     ladders = constraints.ladders(structure, rankings)
     if not ladders:
         raise InvalidInput(
-            "plan: protect and include must leave units to cut, got patterns that keep all"
+            "plan: protect, include and keep_ends must leave units to cut, got none that may go"
         )
     if unscored := (budget.keep or {}).keys() - {ladder.axis.kind for ladder in ladders}:
         raise InvalidInput(

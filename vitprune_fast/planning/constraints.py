@@ -74,7 +74,8 @@ class Constraints:
             for pattern in patterns:
                 if not any(fnmatchcase(each, pattern) for each in _all_names(structure)):
                     raise _matches_nothing(name, pattern, structure)
-        found, fixed = [], _one_of_each_stage(structure, rankings)
+        found, homes = [], _homes(structure)
+        fixed = _one_of_each_stage(structure, rankings)
         if self.keep_ends and structure.blocks:
             blocks = [*structure.blocks.values()]
             fixed |= {*blocks[0], *blocks[-1]}
@@ -83,9 +84,9 @@ class Constraints:
             if ranking is None or group.first.kind not in self.units:
                 continue
             if structure.held(group.first):
-                ladder = self._of_branches(structure, group, ranking, fixed)
+                ladder = self._of_branches(structure, group, ranking, homes, fixed)
             else:
-                ladder = self._of_units(structure, group, ranking)
+                ladder = self._of_units(group, ranking, homes)
             found += [] if ladder is None else [ladder]
         for key in self.bounds:
             if not any(_is_bound(key, axis) for ladder in found for axis in ladder.group.axes):
@@ -95,8 +96,7 @@ class Constraints:
                 )
         return found
 
-    def _of_units(self, structure: Structure, group: Group, ranking: np.ndarray) -> Ladder | None:
-        homes = _homes(structure)
+    def _of_units(self, group: Group, ranking: np.ndarray, homes: Homes) -> Ladder | None:
         names = [name for axis in group.names for name in (axis, *homes.get(axis, ()))]
         if _any_matches(names, self.protect) or not self._includes(names):
             return None
@@ -107,19 +107,25 @@ class Constraints:
         return Ladder(group, order, ranking[order].sum(0), self._rungs(group.first, fixed))
 
     def _of_branches(
-        self, structure: Structure, group: Group, ranking: np.ndarray, fixed: Collection[str]
+        self,
+        structure: Structure,
+        group: Group,
+        ranking: np.ndarray,
+        homes: Homes,
+        fixed: set[str],
     ) -> Ladder | None:
         """Of branches or blocks; those that hold one of the ``fixed`` branches stay."""
         axis = group.first
-        held, homes = structure.held(axis), _homes(structure)
+        held = structure.held(axis)
         paths = [*structure.blocks] if axis.kind == "block" else [name for (name,) in held]
         stays = np.zeros(axis.size, dtype=bool)
         for unit, (path, branches) in enumerate(zip(paths, held, strict=True)):
             above = (path, *homes.get(path, ()))
             inside = (*branches, *(each.name for each in structure.axes_in(branches)))
-            stays[unit] = _any_matches((*above, *inside), self.protect)
-            stays[unit] |= not self._includes((*above, axis.name)) or not {*fixed}.isdisjoint(
-                branches
+            stays[unit] = (
+                not fixed.isdisjoint(branches)
+                or _any_matches((*above, *inside), self.protect)
+                or not self._includes((*above, axis.name))
             )
         if stays.all():
             return None
@@ -232,15 +238,20 @@ def _all_names(structure: Structure) -> list[str]:
     return [*structure.axes, *structure.blocks, *(write.name for write in structure.writes())]
 
 
-def _homes(structure: Structure) -> dict[str, tuple[str, ...]]:
-    """Axis or branch -> paths of what holds it, the block last."""
-    homes: dict[str, tuple[str, ...]] = {}
+# axis or branch -> paths of what holds it, the block last
+Homes = Mapping[str, tuple[str, ...]]
+
+
+def _homes(structure: Structure) -> Homes:
     blocks = {name: path for path, held in structure.blocks.items() for name in held}
-    for write in structure.writes():
-        # one that lost its other branch is no unit of blocks any more
-        homes[write.name] = (blocks.get(write.name, write.name.rpartition(".")[0]),)
-        for axis in structure.axes_in((write.name,)):
-            homes[axis.name] = (write.name, *homes[write.name])
+    # one that lost its other branch is no unit of blocks any more
+    homes: dict[str, tuple[str, ...]] = {
+        write.name: (blocks.get(write.name, write.name.rpartition(".")[0]),)
+        for write in structure.writes()
+    }
+    for name in structure.axes:
+        if (owner := structure.owner(name)) and owner[0] in homes:
+            homes[name] = (owner[0], *homes[owner[0]])
     return homes
 
 
