@@ -64,8 +64,9 @@ class SoftCompaction:
         )
         #: the dense copy: a plain model, with parameters of its own
         self.model: nn.Module = cut.model
-        # rows of the copy that stand for rows of the master times a factor (softmax scale)
-        self._factors = cut.factors
+        # rows of the copy that stand for rows of the master times a factor (softmax scale), where
+        # the master is: every step needs them
+        self._factors = {n: cut.factors[n].to(master) for n, master in jobs if n in cut.factors}
         if tied := sorted(name for name in cut.constants if structure.is_tied(name)):
             raise InvalidInput(
                 f"SoftCompaction: plan must keep units of branches with tied parameters, got one "
@@ -131,7 +132,7 @@ class SoftCompaction:
             master.grad = gradient if master.grad is None else master.grad.add_(gradient)
 
     def _rows(self, name: str, like: Tensor) -> Tensor:
-        return self._factors[name].to(like).view(-1, *(1,) * (like.ndim - 1))
+        return self._factors[name].view(-1, *(1,) * (like.ndim - 1))
 
 
 def _cast(name: str, tensor: Tensor, dtype: torch.dtype | None) -> torch.dtype | None:
