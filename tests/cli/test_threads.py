@@ -27,8 +27,8 @@ COMMANDS = {
     "eval": "eval --model dense --data digits --split validation",
     "bench": "bench --model dense --batch-sizes 1 --seconds 0.01",
     "report": "report run",
-    "search": "search --model dense --data digits --score-samples 8 --no-rescore --images 60 "
-    "--tolerance 0.05 --evaluations 3 --out searched",
+    "search": "search --model dense --data digits --score-samples 8 --mode equal-macs --macs 0.8 "
+    "--evaluations 2 --out searched",
     "doctor": "doctor",
 }
 

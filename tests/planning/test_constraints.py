@@ -6,6 +6,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -274,7 +275,10 @@ def test_every_stage_keeps_its_best_block() -> None:
             {"bounds": {"neuron": (None, 0.5)}},
             "share of 'neuron' from 0.010 to 0.500",
         ),
-        ({"macs": 0.3, "keep": {"head": 1.0, "neuron": 1.0}}, {}, "at least"),
+        ({"macs": 0.3, "keep": {"head": 1.0, "neuron": 1.0}}, {}, "binds most is keep, without"),
+        (0.2, {"min_units": 10**6}, "what binds most is min_units"),
+        (0.2, {"bounds": {"neuron": (1.0, None)}}, "what binds most is bounds"),
+        (0.5, {"units": ["head"]}, "what binds most is min_units"),
     ],
 )
 def test_what_cannot_be_met_is_named(budget: Any, options: dict, message: str) -> None:
@@ -289,7 +293,7 @@ def test_what_cannot_be_met_is_named(budget: Any, options: dict, message: str) -
         ({"protect": ["blocks.9.*"]}, "protect must match axes, branches or blocks .* 'blocks.9"),
         ({"include": ["block.0"]}, "include must match .* got 'block.0', which matches none"),
         ({"protect": "blocks.0.*"}, "protect must be a list of patterns, got 'blocks.0"),
-        ({"protect": ["*"]}, "keep_ends must leave units to cut, got none that may go"),
+        ({"protect": ["*"]}, "keep_ends must leave units to cut, got none of head, neuron"),
         ({"bounds": {"neuron": (0.9, 0.5)}}, "bounds must leave 'blocks.0.mlp.neurons' a number"),
         ({"bounds": {"neuron": 0.5}}, r"bounds of 'neuron' must be \(least, most\) .* got 0.5"),
         ({"bounds": {"neuron": (1.5, None)}}, "as shares between 0.0 and 1.0"),
@@ -298,6 +302,10 @@ def test_what_cannot_be_met_is_named(budget: Any, options: dict, message: str) -
         ({"units": ["neurons"]}, "units must be a list of kinds among"),
         ({"units": "neuron"}, "units must be a list of kinds among"),
         ({"units": []}, "units must be a list of kinds among"),
+        ({"units": [["head"]]}, "units must be a list of kinds among"),
+        ({"bounds": [1]}, "bounds must map unit kinds or patterns"),
+        ({"bounds": {3: (0, 1)}}, "bounds must map unit kinds or patterns"),
+        ({"units": ["block"], "protect": ["blocks.[12]"]}, "keep_ends must leave units to cut"),
     ],
 )
 def test_constraints_that_say_nothing_possible_are_refused(options: dict, message: str) -> None:
@@ -310,3 +318,37 @@ def test_multiples_of_blocks_are_not_meant_by_one_number() -> None:
     assert len(made["blocks"]) < 4
     assert {len(made[axis.name]) % 8 for axis in VIT.units("neuron")} == {0}
     assert {*DEPTH_KINDS} < {*UNIT_KINDS}
+
+
+def test_what_means_nothing_or_the_same_is_taken() -> None:
+    half = plan(VIT, SCORES, 0.5)
+    kinds = (kind for kind in ("head", "neuron"))
+    assert plan(VIT, SCORES, 0.5, units=kinds, protect=None) == half  # pyright: ignore
+    numbers: Any = {"neuron": (np.float32(0.5), np.int64(90))}
+    made = plan(VIT, SCORES, 0.6, bounds=numbers, min_units={"head": np.int64(1)})  # pyright: ignore
+    assert all(48 <= len(made[axis.name]) <= 90 for axis in VIT.units("neuron"))
+
+
+def test_an_axis_of_branches_or_blocks_can_be_protected() -> None:
+    free: Any = {"units": ["block", "neuron"], "keep_ends": False}
+    assert len(plan(VIT, SCORES, 0.5, **free)["blocks"]) < 4
+    assert len(plan(VIT, SCORES, 0.5, protect=["blocks"], **free)["blocks"]) == 4
+
+
+def test_bounds_hold_by_any_name_of_tied_axes() -> None:
+    model: Any = random_vit(depth=2)
+    model.blocks[1].mlp.fc1.weight = model.blocks[0].mlp.fc1.weight
+    model.blocks[1].mlp.fc2.weight = model.blocks[0].mlp.fc2.weight
+    structure = describe(model)
+    scores = random_scores(structure)
+    for number in range(2):
+        bounds = {f"blocks.{number}.mlp.neurons": (0.9, None)}
+        made = plan(structure, scores, {"keep": {"neuron": 1.0}}, bounds=bounds)
+        assert len(made["blocks.0.mlp.neurons"]) >= 87
+        with pytest.raises(InfeasibleBudget, match=r"from 0.906 to 1.000"):
+            plan(structure, scores, {"keep": {"neuron": 0.5}}, bounds=bounds)
+
+
+def test_a_channel_stays_always() -> None:
+    made = plan(VIT, SCORES, {"keep": {"embed": 0.0}}, units=["embed"], min_units=0)
+    assert len(made["embed"]) == 1

@@ -64,6 +64,12 @@ def way(name: str, out: Path) -> RunConfig:
     return replace(TINY, out=out, **changes)
 
 
+def width_then_depth(**plan: Any) -> dict[str, Any]:
+    """Changes that ask for the recipe, with these settings of its plans."""
+    rounds = RoundConfig(2)
+    return {"recipe": "width-then-depth", "rounds": rounds, "plan": PlanConfig(**plan)}
+
+
 @pytest.fixture(scope="module", params=SMALLER)
 def finished(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
@@ -167,6 +173,15 @@ def test_shares_of_units_fall_along_the_way(masks: bool) -> None:
     assert shares == ([0.75, 0.5] if masks else [0.75, pytest.approx(2 / 3)])
 
 
+def test_kinds_may_go_altogether_in_rounds() -> None:
+    config = RunConfig(plan=PlanConfig(keep={"head": 0.0}), rounds=RoundConfig(3))
+    shares = [toward(config, number)["plan"]["keep"]["head"] for number in (1, 2, 3)]
+    assert shares == [0.0, 0.0, 0.0]
+    for wrong in ("abc", -1, 1.5, True):
+        with pytest.raises(InvalidInput, match=r"shares in \[0, 1\], got head="):
+            PlanConfig(keep={"head": wrong})
+
+
 def check_that_what_stays_was_trained(out: Path) -> None:
     dense, gated = (vp.load(out / name).state_dict() for name in ("dense", "gated"))
     kept = vp.Plan.load(out / "plan.json")["blocks.0.mlp.neurons"]
@@ -197,6 +212,25 @@ def check_that_what_stays_was_trained(out: Path) -> None:
             {"masks": MaskConfig(0.5), "rounds": RoundConfig(2)},
             "rounds must not be given with mask-macs",
         ),
+        (
+            {"rounds": RoundConfig(2), "plan": PlanConfig(bounds={"neuron": "0.5.."})},
+            "bounds must be in units with rounds",
+        ),
+        (
+            {"rounds": RoundConfig(2), "plan": PlanConfig(units=("block",), protect=("blocks.1",))},
+            "must name no numbers of blocks with rounds that cut blocks",
+        ),
+        (
+            {"rounds": RoundConfig(2, 1, masks=True), "plan": PlanConfig(units=("block",))},
+            "cut-units must be kinds of width with round-masks",
+        ),
+        (width_then_depth(units=("block",)), "cut-units must name a kind of width"),
+        (width_then_depth(bounds={"blocks.0.*": "0.5.."}), "bounds must be of kinds"),
+        (width_then_depth(keep={"head": 0.5}), "keep must name kinds of width and of depth"),
+        (
+            {**width_then_depth(), "rounds": RoundConfig(3)},
+            "rounds must be 2 for the recipe width-then-depth, got 3",
+        ),
     ],
 )
 def test_what_does_not_go_together_is_refused(changes: dict, sentence: str, tmp_path: Path) -> None:
@@ -215,6 +249,15 @@ def test_what_does_not_go_together_is_refused(changes: dict, sentence: str, tmp_
         ({"masks": MaskConfig(1.5)}, r"macs must be a share in .* got 1\.5"),
         ({"score": ScoreConfig(units=("head", "neurons"))}, "units must be among .* got 'neurons'"),
         ({"plan": PlanConfig(macs=0.0)}, r"macs must be a share in \(0, 1\]"),
+        (
+            width_then_depth(include=("*.mlp.neurons",)),
+            "protect, include and keep_ends must leave units to cut",
+        ),
+        # what no scores could meet
+        ({"plan": PlanConfig(macs=0.001)}, "budget must allow at least"),
+        ({"plan": PlanConfig(keep={"embed": 0.5})}, "scores must cover the unit kinds .* 'embed'"),
+        ({"plan": PlanConfig(normalization="foo")}, "normalization must be one of"),
+        ({"plan": PlanConfig(protect=("*",))}, "must leave units to cut"),
         ({"recipe": "one-shot", "masks": MaskConfig(0.5)}, "mask-macs must not be given with the"),
         (
             {"gates": GateConfig("l1"), "plan": PlanConfig(allocation="uniform")},

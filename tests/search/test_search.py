@@ -347,8 +347,8 @@ def test_killed_at_any_evaluation_it_ends_with_the_same_result(mode: Any, tmp_pa
             STRUCTURE, SCORES, evaluate=dying(true, -1, rest), checkpoint=file, **options
         )
         assert plain(resumed) == plain(whole) and not file.exists()
-        # none was evaluated twice, but for the unpruned model on its own
-        assert len(asked) + len(rest) == len(whole.table) + (at == 1)
+        # none was evaluated twice, but for the unpruned model, which tells other images apart
+        assert len(asked) + len(rest) == len(whole.table) + (at > 0)
 
 
 def test_killed_many_times_in_a_row(tmp_path: Path) -> None:
@@ -357,7 +357,8 @@ def test_killed_many_times_in_a_row(tmp_path: Path) -> None:
         with pytest.raises(Killed):
             vp.search(STRUCTURE, SCORES, evaluate=dying(true, at, asked), checkpoint=file)
     resumed = vp.search(STRUCTURE, SCORES, evaluate=true, checkpoint=file)
-    assert len({*asked}) == len(asked) == 8
+    once = [plan for plan in asked if not plan.keeps_everything]
+    assert len({*once}) == len(once)
     assert plain(resumed) == plain(vp.search(STRUCTURE, SCORES, evaluate=true))
 
 
@@ -375,7 +376,7 @@ def test_a_checkpoint_is_of_one_model_and_of_its_images(tmp_path: Path) -> None:
     other = random_vit(dtype=torch.float32, depth=2, num_heads=12, embed_dim=24, seed=1)
     with pytest.raises(CheckpointRefused, match="must be of this work, got one of another model"):
         vp.search(other, SCORES, BATCHES, **options)
-    with pytest.raises(vp.InvalidInput, match="delete the checkpoint if it is of other images"):
+    with pytest.raises(vp.InvalidInput, match="or delete the checkpoint"):
         vp.search(MODEL, SCORES, data(61), **options)
     brighter = [(images + 0.1, labels) for images, labels in BATCHES]
     with pytest.raises(vp.InvalidInput, match="got others than before"):
@@ -501,3 +502,46 @@ def test_bounds_and_minima_hold_for_every_candidate(mode: Any) -> None:
         for axis in (*STRUCTURE.units("head"), *STRUCTURE.units("neuron")):
             kept = len(candidate.plan[axis.name])
             assert kept >= 2 if axis.kind == "head" else 48 <= kept <= 72
+
+
+def test_the_baseline_is_the_model_as_it_is_whatever_bounds_there_are() -> None:
+    options = {"bounds": {"neuron": (None, 0.5)}}
+    settings: Any = {"mode": "grid", "values": (0, 0.5), "tolerance": 0.1}
+    result = vp.search(STRUCTURE, SCORES, evaluate=true, plan_options=options, **settings)
+    assert result.baseline.plan == EVERYTHING and result.baseline.top1 == DENSE
+    assert result.table[1].kept["neuron"] == TOTAL["neuron"] / 2
+
+
+def test_a_finished_checkpoint_notices_other_images(tmp_path: Path) -> None:
+    file = tmp_path / "search.safetensors"
+    settings: Any = {"mode": "grid", "values": (0, 0.3), "tolerance": 0.5, "checkpoint": file}
+    told = []
+
+    def stop(event: dict[str, Any]) -> None:
+        told.append(event)
+        if len(told) == 4:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        vp.search(MODEL, SCORES, BATCHES, on_event=stop, **settings)
+    others = [(images, (labels + 1) % 5) for images, labels in BATCHES]
+    with pytest.raises(vp.VitpruneError, match="must give the same images in the same order"):
+        vp.search(MODEL, SCORES, others, **{**settings, "tolerance": 0.01})
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"values": None}, "values must be a list of shares, got None"),
+        ({"values": "abc"}, "values must be a list of shares, got 'abc'"),
+        ({"tolerance": "a"}, "tolerance must be above 0, got 'a'"),
+        ({"rounds": 2.5}, "rounds must be a whole number, got 2.5"),
+        ({"evaluate": lambda plan: 0.5}, "evaluate must give a Measured, got 0.5"),
+        ({"plan_options": {"budget": 0.5}}, "plan_options must map names among"),
+        ({"plan_options": {"units": ["embed"]}}, "plan_options must map names among"),
+        ({"plan_options": [1]}, "plan_options must map names among"),
+    ],
+)
+def test_arguments_of_other_types_are_refused(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(vp.VitpruneError, match=message):
+        vp.search(STRUCTURE, SCORES, **{"evaluate": true, **settings})

@@ -93,7 +93,7 @@ def main(words: list[str]) -> None:
         },
     )
     _draw(result, options.out / "search.png")
-    ratios = ", ".join(f"{ratio:.1%} of the {kind}s" for kind, ratio in result.ratios.items())
+    ratios = ", ".join(f"{ratio:.1%} ({kind})" for kind, ratio in result.ratios.items())
     print(
         f"{options.out}: without {ratios} {result.macs:,} of {result.baseline.macs:,} MACs, "
         f"top-1 {result.baseline.top1:.2%} -> {result.top1:.2%} on {result.chosen.images:,} "

@@ -44,9 +44,17 @@ def check(where: str, settings: Any) -> None:
         value = getattr(settings, name)
         if value == math.inf:
             raise InvalidInput(f"{where}: {shown} must be finite, got inf")
-        if rule and not (optional and value is None) and not rule.holds(value):
+        if rule and not (optional and value is None) and not _holds(rule, value):
             words = f"unset or {rule.words}" if optional else rule.words
             raise InvalidInput(f"{where}: {shown} must be {words}, got {reprlib.repr(value)}")
+
+
+def _holds(rule: Rule, value: Any) -> bool:
+    try:
+        return rule.holds(value)
+    # text is not above a number
+    except TypeError:
+        return False
 
 
 @cache

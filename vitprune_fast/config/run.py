@@ -204,7 +204,7 @@ class PlanConfig:
     """Units every layer keeps at least, or by kind: head=1 neuron=0; 0 allows emptied layers."""
     round_to: Annotated[_PerKind | None, _per_kind(1)] = None
     """Keep a multiple of this many neurons, or by kind: neuron=64 embed=16; unset: 8 in layers of
-    more than 256, as the matrix products of GPUs want."""
+    more than 256 and of dims in heads of more than 31, as GPUs want."""
     bounds: Pairs = field(default_factory=dict)
     """LEAST..MOST that layers keep, as shares or units, by kind or by name: neuron=0.25..0.9
     'blocks.0.*=0.5..'"""
@@ -221,6 +221,15 @@ class PlanConfig:
 
     def __post_init__(self) -> None:
         check("plan", self)
+        for kind, share in self.keep.items():
+            if (
+                isinstance(share, bool)
+                or not isinstance(share, (int, float))
+                or not 0 <= share <= 1
+            ):
+                raise InvalidInput(
+                    f"plan: keep must map unit kinds to shares in [0, 1], got {kind}={share!r}"
+                )
 
     def budget(self) -> dict[str, Any]:
         """The budget asked for, as keywords of `vp.Budget`."""
@@ -416,6 +425,11 @@ class RoundConfig:
             raise InvalidInput(
                 f"run: round-epochs must come with rounds of at least 2, got {self.epochs} epochs "
                 "and 1 round; --rounds 2 makes two"
+            )
+        if self.along != "factor" and self.count == 1:
+            raise InvalidInput(
+                f"run: round-shape must come with rounds of at least 2, got {self.along} and 1 "
+                "round; --rounds 2 makes two"
             )
         if self.masks and not self.epochs:
             raise InvalidInput(

@@ -19,8 +19,12 @@ from vitprune_fast.errors import DamagedFile, InvalidInput
 from vitprune_fast.saved_models import load
 
 
-def skeleton(config: ModelConfig) -> nn.Module:
+def skeleton(config: ModelConfig, classes: int | None = None) -> nn.Module:
     """The model without memory for its weights: enough to read sizes and check the family.
+
+    Args:
+        config: as for ``open_model``.
+        classes: as there.
 
     Raises:
         InvalidInput: unknown name (near matches are shown) or arguments it does not take.
@@ -28,6 +32,8 @@ def skeleton(config: ModelConfig) -> nn.Module:
     if config.origin == "saved":
         return open_model(config)
     with torch.device("meta"):
+        if config.checkpoint is None and classes is not None:
+            return _create(config, **{"num_classes": classes, **config.args})
         return _create(config, **_head_of_checkpoint(config))
 
 

@@ -12,9 +12,9 @@ from torch import nn
 from ..errors import InfeasibleBudget, InvalidInput
 from ..registry import named, names
 from ..scoring.scores import Scores
-from ..structure import Group, Structure, describe
+from ..structure import DEPTH_KINDS, Group, Structure, describe
 from .budget import Budget
-from .constraints import DEPTH_KINDS, Bounds, Constraints, PerKind
+from .constraints import Bounds, Constraints, PerKind, has_stages
 from .cost import predict_cost
 from .normalization import NORMALIZATIONS, Normalization, normalised
 from .plan import Plan
@@ -68,8 +68,8 @@ def plan(
             sum of squares of all units of the axis that score at least as much (Lee et al. 2021);
             ``latency`` subtracts ``latency_weight * latency_saved[axis]`` after ``l2_per_layer``
             (Yang et al. 2023).
-        min_units: at least so many units stay in every axis, or by kind ``{"head": 0}``; of dims,
-            in every head.
+        min_units: at least so many units stay in every axis whose branch stays, or by kind
+            ``{"head": 0}``; of dims, in every head. One channel stays always.
         round_to: kept counts are multiples of this (not those of branches and blocks), or by kind
             ``{"neuron": 64}``; an axis with fewer units than that is kept whole. Default: 8 for
             neurons and embedding channels of an axis of more than 256, and for dims of heads of
@@ -79,8 +79,8 @@ def plan(
         latency_saved: axis name -> seconds saved by one unit of it, for ``latency``.
         latency_weight: score per second, for ``latency``.
         bounds: unit kind, or pattern of axis names such as ``"blocks.0.*"`` -> (least, most) that
-            every such axis keeps, as shares (``0.25``) or in units (``64``; of dims, in every
-            head); None is no bound. Where several hold, the narrowest does.
+            every such axis keeps while its branch stays, as shares (``0.25``) or in units (``64``;
+            of dims, in every head); None is no bound. Where several hold, the narrowest does.
         protect: patterns of axes, branches and blocks that stay whole, with all that is in them
             (``"blocks.0.attn"``); a branch or a block that holds such an axis stays, too.
         include: patterns of the only ones that may go or lose units; None is all.
@@ -113,13 +113,17 @@ def plan(
         raise InvalidInput(
             f"plan: normalization must be one of {', '.join(NORMALIZATIONS)}, got {normalization!r}"
         )
-    constraints = Constraints(units, min_units, round_to, bounds or {}, protect, include, keep_ends)
+    constraints = Constraints(
+        tuple(units) if not isinstance(units, str) else units,
+        min_units,
+        round_to,
+        {} if bounds is None else bounds,
+        () if protect is None else protect,
+        include,
+        keep_ends,
+    )
     rankings = _rankings(structure, scores, constraints)
     ladders = constraints.ladders(structure, rankings)
-    if not ladders:
-        raise InvalidInput(
-            "plan: protect, include and keep_ends must leave units to cut, got none that may go"
-        )
     if unscored := (budget.keep or {}).keys() - {ladder.axis.kind for ladder in ladders}:
         raise InvalidInput(
             f"plan: scores must cover the unit kinds of the budget, got none of {min(unscored)!r} "
@@ -139,7 +143,7 @@ def plan(
         limits = budget.limits(predict_cost(structure))
         problem = Problem(structure, ladders, values, limits)
         if not problem.fits(problem.smallest):
-            raise _infeasible(problem, constraints, rankings)
+            raise _infeasible(problem, constraints, rankings, budget.keep or {})
         counts = allocate(problem)
     return Plan.of(
         structure,
@@ -229,7 +233,7 @@ def _check_shares(
             raise InfeasibleBudget(
                 f"plan: budget must keep a share of {kind!r} from {fewest / total:.3f} to "
                 f"{most / total:.3f} ({fewest:,} to {most:,} units), got {share:g}; "
-                f"{_binding(constraints, least)}"
+                f"{_binding(structure, constraints, least)}"
             )
 
 
@@ -240,33 +244,43 @@ def _ends(ladders: Iterable[Ladder]) -> tuple[int, int]:
 
 
 def _infeasible(
-    problem: Problem, constraints: Constraints, rankings: Mapping[str, np.ndarray]
+    problem: Problem,
+    constraints: Constraints,
+    rankings: Mapping[str, np.ndarray],
+    keep: Mapping[str, float],
 ) -> InfeasibleBudget:
     """Names the smallest plan there is, and what stands in the way of smaller ones."""
-    smallest, whole = problem.costs(problem.smallest), predict_cost(problem.structure)
+    structure, whole = problem.structure, predict_cost(problem.structure)
+    smallest = problem.costs(problem.smallest)
     measure = max(smallest, key=lambda name: smallest[name] / problem.limits[name])
-    settled = {each.axis.name: each for each in problem.ladders if len(each.rungs) == 1}
+    kept = {each.axis.name: each for each in problem.ladders if each.axis.kind in keep}
 
-    def least(lax: Constraints) -> int:
-        freed = lax.ladders(problem.structure, rankings)
-        ladders = [settled.get(each.axis.name, each) for each in freed]
-        return replace(problem, ladders=ladders).costs([each.rungs[-1] for each in ladders])[
-            measure
-        ]
+    def least(lax: Constraints, settled: Mapping[str, Ladder] = kept) -> int:
+        freed = lax.ladders(structure, rankings)
+        free = replace(problem, ladders=[settled.get(each.axis.name, each) for each in freed])
+        return free.costs(free.smallest)[measure]
 
     def shown(cost: int) -> str:
         return f"{cost:,} {measure} ({cost / getattr(whole, measure):.3f} of the model)"
 
+    without_keep = {"keep": least(constraints, {})} if keep else {}
     return InfeasibleBudget(
-        f"plan: budget must allow at least {shown(smallest[measure])}, the smallest plan, "
-        f"got {shown(problem.limits[measure])}; {_binding(constraints, least)}"
+        f"plan: budget must allow at least {shown(smallest[measure])}, the smallest plan, got "
+        f"{shown(problem.limits[measure])}; {_binding(structure, constraints, least, without_keep)}"
     )
 
 
-def _binding(constraints: Constraints, least: Callable[[Constraints], int]) -> str:
+def _binding(
+    structure: Structure,
+    constraints: Constraints,
+    least: Callable[[Constraints], int],
+    others: Mapping[str, int] | None = None,
+) -> str:
     """Which constraint stands most in the way, by what would be the least without it."""
-    without = {name: least(lax) for name, lax in constraints.relaxed()}
+    without = {name: least(lax) for name, lax in constraints.relaxed()} | {**(others or {})}
     name = min(without, key=without.__getitem__)
-    if without[name] >= least(constraints):
-        return "no constraint alone stands in the way, every stage keeps a block; cut more kinds"
-    return f"what binds most is {name}, without which the least would be {without[name]:,}"
+    if without[name] < least(constraints):
+        return f"what binds most is {name}, without which the least would be {without[name]:,}"
+    by_stages = has_stages(structure) and not {*DEPTH_KINDS}.isdisjoint(constraints.units)
+    also = ", and every stage keeps a block" if by_stages else ""
+    return f"no constraint alone stands in the way{also}; score and cut more unit kinds"

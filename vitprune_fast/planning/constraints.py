@@ -11,12 +11,12 @@ from typing import Any
 import numpy as np
 
 from ..errors import InvalidInput
-from ..structure import UNIT_KINDS, Axis, Group, Structure
+from ..structure import DEPTH_KINDS, UNIT_KINDS, Axis, Group, Structure
+from .budget import NUMBER, WHOLE
 from .problem import Ladder, ordered
 
 PerKind = int | Mapping[str, int]
 Bounds = Mapping[str, Sequence[float | int | None]]
-DEPTH_KINDS = ("attn_branch", "mlp_branch", "block")
 # what GPUs want in 16 bits (ADR 15): rows of 16 bytes, in axes in which such steps are fine enough
 _ALIGNED_UNITS = 8
 _ALIGNED_ABOVE = {"neuron": 256, "embed": 256, "qk_dim": 31, "v_dim": 31}
@@ -35,7 +35,11 @@ class Constraints:
     keep_ends: bool = True
 
     def __post_init__(self) -> None:
-        if isinstance(self.units, str) or not self.units or not {*self.units} <= {*UNIT_KINDS}:
+        if (
+            isinstance(self.units, str)
+            or not self.units
+            or any(kind not in UNIT_KINDS for kind in self.units)
+        ):
             raise InvalidInput(
                 f"plan: units must be a list of kinds among {', '.join(UNIT_KINDS)}, "
                 f"got {self.units!r}"
@@ -46,6 +50,11 @@ class Constraints:
             patterns = getattr(self, name)
             if isinstance(patterns, str) or not all(isinstance(p, str) for p in patterns or ()):
                 raise InvalidInput(f"plan: {name} must be a list of patterns, got {patterns!r}")
+        if not isinstance(self.bounds, Mapping) or not all(isinstance(k, str) for k in self.bounds):
+            raise InvalidInput(
+                "plan: bounds must map unit kinds or patterns to (least, most), got "
+                f"{self.bounds!r}"
+            )
         for key, pair in self.bounds.items():
             _check_bound(key, pair)
 
@@ -88,6 +97,11 @@ class Constraints:
             else:
                 ladder = self._of_units(group, ranking, homes)
             found += [] if ladder is None else [ladder]
+        if not found:
+            raise InvalidInput(
+                "plan: protect, include and keep_ends must leave units to cut, got none of "
+                f"{', '.join(self.units)} that may go"
+            )
         for key in self.bounds:
             if not any(_is_bound(key, axis) for ladder in found for axis in ladder.group.axes):
                 raise InvalidInput(
@@ -103,8 +117,9 @@ class Constraints:
         rows = group.first.parent.size if group.first.parent else 1
         order = ordered(ranking, rows)
         # without q/k dims one row of zeros would be stored all the same
-        fixed = 1 if group.first.kind == "qk_dim" else 0
-        return Ladder(group, order, ranking[order].sum(0), self._rungs(group.first, fixed))
+        # and no model runs without channels
+        fixed = 1 if group.first.kind in ("qk_dim", "embed") else 0
+        return Ladder(group, order, ranking[order].sum(0), self._rungs(group, fixed))
 
     def _of_branches(
         self,
@@ -124,7 +139,7 @@ class Constraints:
             inside = (*branches, *(each.name for each in structure.axes_in(branches)))
             stays[unit] = (
                 not fixed.isdisjoint(branches)
-                or _any_matches((*above, *inside), self.protect)
+                or _any_matches((*above, *inside, axis.name), self.protect)
                 or not self._includes((*above, axis.name))
             )
         if stays.all():
@@ -132,18 +147,19 @@ class Constraints:
         # what stays stands behind all that may go
         order = ordered(ranking)[0]
         order = order[np.argsort(stays[order], kind="stable")]
-        rungs = self._rungs(axis, int(stays.sum()))
+        rungs = self._rungs(group, int(stays.sum()))
         return Ladder(group, order[None], ranking[order], rungs, held)
 
     def _includes(self, names: Iterable[str]) -> bool:
         return self.include is None or _any_matches(names, self.include)
 
-    def _rungs(self, axis: Axis, fixed: int = 0) -> tuple[int, ...]:
+    def _rungs(self, group: Group, fixed: int) -> tuple[int, ...]:
         """How many units, or units of each parent, may stay; so many have to."""
+        axis = group.first
         least, most = max(fixed, _per_kind(self.min_units, axis, 1)), axis.width
         step = _multiple(self.round_to, axis)
         for key, (low, high) in self.bounds.items():
-            if _is_bound(key, axis):
+            if any(_is_bound(key, each) for each in group.axes):
                 least = max(least, _units(low, axis.width, math.ceil, 0))
                 most = min(most, _units(high, axis.width, math.floor, axis.width))
         least = min(axis.width, math.ceil(least / step) * step)
@@ -176,7 +192,7 @@ def _check_per_kind(argument: str, value: Any, least: int) -> None:
         )
     numbers = [*value.values()] if isinstance(value, Mapping) else [value]
     for number in [] if value is None else numbers:
-        if type(number) is not int or number < least:
+        if isinstance(number, bool) or not isinstance(number, WHOLE) or number < least:
             raise InvalidInput(
                 f"plan: {argument} must be a whole number >= {least}, got {number!r}"
             )
@@ -194,9 +210,9 @@ def _check_bound(key: str, pair: Any) -> None:
 
 
 def _is_end(end: Any) -> bool:
-    if isinstance(end, bool) or not isinstance(end, (int, float)):
+    if isinstance(end, bool) or not isinstance(end, NUMBER):
         return False
-    return end >= 0 and (isinstance(end, int) or end <= 1)
+    return bool(end >= 0 and (isinstance(end, WHOLE) or end <= 1))
 
 
 def _units(end: float | int | None, width: int, rounded: Any, default: int) -> int:
@@ -204,7 +220,7 @@ def _units(end: float | int | None, width: int, rounded: Any, default: int) -> i
     if end is None:
         return default
     # a share such as .3 of 10 is no more than 3, whatever its product rounds to
-    return end if isinstance(end, int) else rounded(round(end * width, 9))
+    return int(end) if isinstance(end, WHOLE) else rounded(round(float(end) * width, 9))
 
 
 def _is_bound(key: str, axis: Axis) -> bool:
@@ -221,6 +237,11 @@ def _multiple(value: PerKind | None, axis: Axis) -> int:
     """Steps of an axis; one number for all kinds is not meant for branches and blocks."""
     is_deep = axis.kind in DEPTH_KINDS and not isinstance(value, Mapping)
     return 1 if is_deep else _per_kind(value, axis, _aligned(axis))
+
+
+def has_stages(structure: Structure) -> bool:
+    """Whether blocks lie in several containers, none of which may be empty."""
+    return len({path.rpartition(".")[0] for path in structure.blocks}) > 1
 
 
 def _aligned(axis: Axis) -> int:

@@ -9,11 +9,14 @@ data  dense  [teacher]  score  plan  prune  sweep  distill  evaluate  report
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 from vitprune_fast.config.run import RoundConfig, RunConfig, part_way
+from vitprune_fast.errors import InvalidInput
 from vitprune_fast.run import steps as do
 from vitprune_fast.run.step import REPORT, SUMMARY, Recipe, Step
+from vitprune_fast.structure import DEPTH_KINDS
 
 
 def steps(config: RunConfig) -> list[Step]:
@@ -68,6 +71,7 @@ def chosen(config: RunConfig, teachers: dict[str, str]) -> tuple[list[Step], dic
         gates = Step("gates", do.learn_gates, {"dense": "dense", **teachers}, into, shared=True)
         made, models = smaller(config, "gated")
         return [gates, *made], models
+    _check_rounds(config)
     made, models, model = [], {}, "dense"
     for number in range(1, config.rounds.count):
         end, settings = f"-{number}", toward(config, number)
@@ -103,12 +107,39 @@ def toward(config: RunConfig, number: int) -> Settings:
         return {}
     plan: dict[str, Any] = {"toward": number / rounds.count, "along": rounds.along}
     if config.plan.keep:
-        plan["keep"] = {
-            kind: _left(share, number, rounds)
-            / (1 if rounds.masks else _left(share, number - 1, rounds))
-            for kind, share in config.plan.keep.items()
-        }
+        plan["keep"] = {}
+        for kind, share in config.plan.keep.items():
+            before = 1.0 if rounds.masks else _left(share, number - 1, rounds)
+            # what is gone has nothing left to keep
+            plan["keep"][kind] = _left(share, number, rounds) / before if before else 0.0
     return {"plan": plan}
+
+
+def _check_rounds(config: RunConfig) -> None:
+    """Refuses what would mean something else in a later round than in the first."""
+    rounds, plan = config.rounds, config.plan
+    if rounds.count == 1:
+        return
+    is_deep = not {*plan.units}.isdisjoint(DEPTH_KINDS)
+    if rounds.masks and is_deep:
+        raise InvalidInput(
+            "run: cut-units must be kinds of width with round-masks, since what is left out is "
+            f"units of blocks that stay, got {', '.join(plan.units)}"
+        )
+    if rounds.masks:
+        return
+    ends = [end for pair in plan.constraints()["bounds"].values() for end in pair]
+    if any(isinstance(end, float) for end in ends):
+        raise InvalidInput(
+            "run: bounds must be in units with rounds, each of which would take shares of what the "
+            f"one before left, got {plan.bounds}; give numbers, or --round-masks"
+        )
+    patterns = [*plan.protect, *plan.include, *plan.bounds]
+    if is_deep and any(re.search(r"\d", pattern) for pattern in patterns):
+        raise InvalidInput(
+            "run: protect, include and bounds must name no numbers of blocks with rounds that cut "
+            f"blocks, which get others then, got {', '.join(patterns)}; cut them in one round"
+        )
 
 
 def _about(part: str, settings: Settings | None) -> Settings:

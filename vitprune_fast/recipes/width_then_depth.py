@@ -15,15 +15,14 @@ from vitprune_fast.config.run import RunConfig
 from vitprune_fast.errors import InvalidInput
 from vitprune_fast.recipes.standard import judged, opened, scored, smaller, taught, toward
 from vitprune_fast.run.step import Recipe, Step
-
-_DEPTH = ("attn_branch", "mlp_branch", "block")
+from vitprune_fast.structure import DEPTH_KINDS
 
 
 def steps(config: RunConfig) -> list[Step]:
     """Two rounds of the standard steps; kinds of depth are cut in the second alone."""
     _check(config)
-    width = [kind for kind in config.plan.units if kind not in _DEPTH]
-    depth = [kind for kind in config.plan.units if kind in _DEPTH] or ["block"]
+    width = [kind for kind in config.plan.units if kind not in DEPTH_KINDS]
+    depth = [kind for kind in config.plan.units if kind in DEPTH_KINDS] or ["block"]
     first = _settings(config, 1, width)
     second = _settings(config, 2, depth)
     # blocks are few enough to be left out one by one
@@ -48,28 +47,42 @@ def steps(config: RunConfig) -> list[Step]:
 
 
 def _settings(config: RunConfig, number: int, kinds: list[str]) -> dict[str, dict[str, Any]]:
-    """Of one of the rounds, which cuts these kinds alone."""
+    """Of one of the rounds, which cuts these kinds alone, within their own bounds."""
     plan = toward(config, number).get("plan", {})
-    keep = {kind: share for kind, share in config.plan.keep.items() if kind in kinds}
-    return {"plan": {**plan, "units": kinds, "keep": keep}, "score": {"units": kinds}}
+    own = {
+        name: {kind: value for kind, value in getattr(config.plan, name).items() if kind in kinds}
+        for name in ("keep", "bounds")
+    }
+    return {"plan": {**plan, "units": kinds, **own}, "score": {"units": kinds}}
 
 
 def _check(config: RunConfig) -> None:
-    clash = {
-        "gates": config.gates.kind != "none",
-        "mask-macs": config.masks.macs is not None,
-        "round-masks": config.rounds.masks,
-        "rounds of another number than 2": config.rounds.count != 2,
+    """Refuses what does not go with two rounds, each of other kinds."""
+    plan, rounds = config.plan, config.rounds
+    sides = [{*plan.units} - {*DEPTH_KINDS}, ({*plan.units} & {*DEPTH_KINDS}) or {"block"}]
+    by_cost = plan.macs is not None or plan.params is not None
+    rules = {
+        "gates": (config.gates.kind == "none", "be none", config.gates.kind),
+        "mask-macs": (config.masks.macs is None, "be unset", config.masks.macs),
+        "round-masks": (not rounds.masks, "be off", "on"),
+        "rounds": (rounds.count == 2, "be 2", rounds.count),
+        "cut-units": (bool(sides[0]), "name a kind of width, such as neuron", plan.units),
+        "keep": (
+            not plan.keep or by_cost or all(side & plan.keep.keys() for side in sides),
+            "name kinds of width and of depth where neither macs nor params are given",
+            plan.keep,
+        ),
+        "bounds": (
+            plan.bounds.keys() <= sides[0] | sides[1],
+            "be of kinds, since each round cuts others",
+            plan.bounds,
+        ),
     }
-    if not {*config.plan.units} - {*_DEPTH}:
-        raise InvalidInput(
-            "run: cut-units must name a kind of width, such as neuron, for the recipe "
-            f"width-then-depth, got {', '.join(config.plan.units)}"
-        )
-    if found := [name for name, given in clash.items() if given]:
-        raise InvalidInput(
-            f"run: {found[0]} must not be given with the recipe width-then-depth, which cuts twice"
-        )
+    for name, (holds, rule, got) in rules.items():
+        if not holds:
+            raise InvalidInput(
+                f"run: {name} must {rule} for the recipe width-then-depth, got {got}"
+            )
 
 
 RECIPE = Recipe("width-then-depth", steps, {"rounds": {"count": 2}})

@@ -7,18 +7,19 @@ import platform
 import shutil
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from typing import Any
 
 import timm
+import torch
 from torch import nn
 
 from vitprune_fast import files, planning
 from vitprune_fast.config.run import RunConfig
 from vitprune_fast.config.yamlfile import from_plain, to_plain, to_yaml
 from vitprune_fast.data import ImageData
-from vitprune_fast.errors import InvalidInput, StageFailed
+from vitprune_fast.errors import InfeasibleBudget, InvalidInput, StageFailed
 from vitprune_fast.models.open import skeleton
 from vitprune_fast.planning.constraints import Constraints
 from vitprune_fast.run import actions, assumptions
@@ -29,12 +30,13 @@ from vitprune_fast.run.job import Job
 from vitprune_fast.run.outputs import refuse_overwriting
 from vitprune_fast.run.profile import Profile, applied, choose_profile, versions
 from vitprune_fast.run.step import REPORT, SUMMARY, Recipe, RunStopped, Step, check_steps, made_by
+from vitprune_fast.run.steps.plan import plan as plan_step
 from vitprune_fast.run.tensorboard import Board
 from vitprune_fast.run.together import Together, own_device, together
 from vitprune_fast.run.training import mask_schedule
 from vitprune_fast.saved_models import check_savable
-from vitprune_fast.scoring import scored_axes
-from vitprune_fast.structure import describe
+from vitprune_fast.scoring import Scores, scored_axes
+from vitprune_fast.structure import DEPTH_KINDS, describe
 
 # fields that say where and how to run, not what to compute
 _NOT_IDENTITY = ("out", "quiet", "tensorboard", "allow_config_change", "latency_seconds")
@@ -70,6 +72,9 @@ def execute(
             data = data or open_model_data(config.data, dense, config.model)
             if config.has_weights:
                 check_fit(dense, data)
+            else:
+                dense = skeleton(config.model, len(data.classes))
+            check_plans(config, steps, dense)
             check_splits(data)
             resumed = processes.by_first(
                 lambda: _begin(
@@ -136,9 +141,7 @@ def check_inputs(config: RunConfig, data: ImageData | None = None) -> nn.Module:
     refuse_overwriting("run", config, {"out": config.out}, more={"data": root}, resumes=True)
     model = skeleton(replace(config.model, pretrained=False))
     check_savable(model)
-    structure = describe(model)
-    scored_axes(structure, config.scoring.units)
-    Constraints(**config.plan.constraints()).check(structure)
+    scored_axes(describe(model), config.scoring.units)
     if config.model.checkpoint and not config.model.checkpoint.is_file():
         raise InvalidInput(
             f"run: checkpoint must be a file, got {config.model.checkpoint} (no such file)"
@@ -149,6 +152,23 @@ def check_inputs(config: RunConfig, data: ImageData | None = None) -> nn.Module:
             "--pretrained, or --train-dense to train it here first"
         )
     return model
+
+
+def check_plans(config: RunConfig, steps: Sequence[Step], dense: nn.Module) -> None:
+    """Refuses, before any work, constraints and budgets that no scores could meet."""
+    structure = describe(dense)
+    for step in (step for step in steps if step.function is plan_step):
+        own = from_plain(dict(step.settings), config).plan
+        Constraints(**own.constraints()).check(structure)
+        if step.inputs["model"] != "dense":
+            continue
+        flat = {a.name: torch.zeros(a.size) for kind in own.units for a in structure.units(kind)}
+        try:
+            actions.plan(dense, Scores(flat, "none", "mean", 0), own)
+        except InfeasibleBudget:
+            # which branches go, and what that saves, is not known yet
+            if {*DEPTH_KINDS}.isdisjoint(own.units):
+                raise
 
 
 def check_splits(data: ImageData) -> None:

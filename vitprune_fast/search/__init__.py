@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from inspect import signature
 from pathlib import Path
 from typing import Any, Literal
 
@@ -13,7 +14,7 @@ from torch import nn
 
 from ..config.search import SearchConfig
 from ..errors import InfeasibleBudget, InvalidInput
-from ..planning import Budget, Plan, predict_cost
+from ..planning import Budget, Plan, plan, predict_cost
 from ..precision import Precision
 from ..scoring.scores import Scores
 from ..sealed import fingerprint
@@ -120,6 +121,19 @@ def search(
             iteration, or too few evaluations for the mode.
         CheckpointRefused: the checkpoint is damaged, or of another search.
     """
+    if isinstance(values, str) or not isinstance(values, Iterable):
+        raise InvalidInput(f"search: values must be a list of shares, got {values!r}")
+    for name, number in (("rounds", rounds), ("images", images), ("evaluations", evaluations)):
+        if number is not None and type(number) is not int:
+            raise InvalidInput(f"search: {name} must be a whole number, got {number!r}")
+    own = {*signature(plan).parameters} - {"model", "scores", "budget", "units"}
+    if plan_options is not None and not (
+        isinstance(plan_options, Mapping) and plan_options.keys() <= own
+    ):
+        raise InvalidInput(
+            f"search: plan_options must map names among {', '.join(sorted(own))}, "
+            f"got {plan_options!r}"
+        )
     config = SearchConfig(
         mode=mode,
         tolerance=tolerance,
@@ -213,10 +227,10 @@ def _found(
     config: SearchConfig, tried: Candidates, evaluate: Evaluate | None, limit: int | None
 ) -> SearchResult:
     """Tries candidates, and checks on all images what comes out of them."""
-    baseline = dense = tried.measure(tried.units, "unpruned")
+    baseline = dense = tried.unpruned()
     if evaluate is not None and (config.images or 0) < baseline.images:
         tried.evaluate = evaluate
-        dense = tried.measure(tried.units, "unpruned")
+        dense = tried.unpruned()
     if config.mode == "equal-macs":
         assert limit is not None
         best = equal_macs(tried, limit, _worth_by(config.objective))[-1]

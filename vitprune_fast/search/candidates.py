@@ -13,7 +13,7 @@ from ..planning.constraints import Constraints
 from ..scoring.scores import Scores
 from ..structure import Axis, Structure
 from .candidate import Candidate, Evaluate
-from .evaluations import Evaluations
+from .evaluations import Evaluations, other_images
 from .strategies import Counts, Spent
 
 OnEvent = Callable[[dict[str, Any]], None]
@@ -88,6 +88,11 @@ class Candidates:
         made, cost = self._planned(counts)
         return self._measured(made, cost, step, needed, self.evaluate)
 
+    def unpruned(self) -> Candidate:
+        """The model as it is, whatever bounds there are."""
+        whole, cost = Plan.of(self._structure), predict_cost(self._structure)
+        return self._measured(whole, cost, "unpruned", None, self.evaluate)
+
     def check(self, candidate: Candidate, step: str, needed: float | None = None) -> Candidate:
         """A candidate, evaluated on all images; there is always an evaluation left for that."""
         cost = predict_cost(self._structure, candidate.plan)
@@ -133,11 +138,7 @@ class Candidates:
                 self._spent += 1
             measured = self._evaluations.measure(plan, evaluate, which)
             if self._seen.setdefault(which, measured.seen) != measured.seen:
-                raise InvalidInput(
-                    "search: validation must give the same images in the same order every time, "
-                    "got others than before; turn shuffling off, or delete the checkpoint if it "
-                    "is of other images"
-                )
+                raise other_images()
             kept = {k: sum(len(plan[a.name]) for a in axes) for k, axes in self._axes.items()}
             feasible = needed is None or measured.top1 >= needed
             sign = ">=" if feasible else "<"

@@ -70,6 +70,15 @@ class OnBatches:
             raise InvalidInput("search: validation must hold at least one image, got none")
 
 
+def other_images() -> InvalidInput:
+    """What is said of images that differ between two evaluations."""
+    return InvalidInput(
+        "search: validation must give the same images in the same order every time, got others "
+        "than before; give those that the search began with, with its seed, or delete the "
+        "checkpoint"
+    )
+
+
 class Evaluations:
     """What was measured, by the plan; kept in a file until the search is done.
 
@@ -112,8 +121,14 @@ class Evaluations:
         """
         text = json.dumps([which, plan.to_json()], sort_keys=True)
         key = hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
-        if key not in self._known:
-            self._known[key] = evaluate(plan)
+        # the unpruned model always, so that other images are noticed
+        if key not in self._known or plan.keeps_everything:
+            found = evaluate(plan)
+            if not isinstance(found, Measured):
+                raise InvalidInput(f"search: evaluate must give a Measured, got {found!r:.80}")
+            before = self._known.setdefault(key, found)
+            if before.seen != found.seen:
+                raise other_images()
             # of the unpruned model alone a search that is refused would leave a file
             if self._file is not None and not plan.keeps_everything:
                 rows = {key: asdict(measured) for key, measured in self._known.items()}

@@ -6,11 +6,12 @@ from torch import nn
 
 from ..errors import InvalidInput
 from . import families
-from .axes import UNIT_KINDS, Axis, Dim, Group
+from .axes import DEPTH_KINDS, UNIT_KINDS, Axis, Dim, Group
 from .families import Family, register_family
 from .table import Structure
 
 __all__ = [
+    "DEPTH_KINDS",
     "UNIT_KINDS",
     "Axis",
     "Dim",

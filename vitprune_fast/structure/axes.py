@@ -23,6 +23,8 @@ UNIT_KINDS = (
     "mlp_branch",
     "block",
 )
+# of which a unit is a branch, or a block of them
+DEPTH_KINDS = UNIT_KINDS[-3:]
 
 
 class _Algebra:

@@ -39,7 +39,7 @@ def test_every_candidate_is_a_dot_in_its_place(monkeypatch: pytest.MonkeyPatch) 
     assert hollow == [not each.feasible for each in TABLE]
     legend = axes.get_legend()
     assert legend is not None and [text.get_text() for text in legend.get_texts()] == [
-        *("chosen", "heads and neurons cut", "heads cut", "neurons cut", "nothing cut"),
+        *("chosen", "head and neuron cut", "head cut", "neuron cut", "nothing cut"),
     ]
     # what is cut alike has the colour of its line in the legend
     assert drawn[3].get_color() == drawn[4].get_color()

@@ -50,4 +50,4 @@ def _cut(candidate: Candidate) -> tuple[str, str]:
         return "nothing cut", figures.BEFORE
     colours: Any = figures.KINDS
     colour = colours[kinds[0]] if len(kinds) == 1 else figures.LINES[2]
-    return " and ".join(f"{kind}s" for kind in kinds) + " cut", colour
+    return " and ".join(kinds) + " cut", colour
