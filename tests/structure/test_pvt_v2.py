@@ -15,6 +15,7 @@ from timm.layers import RmsNorm
 from timm.models._features import FeatureGetterNet, FeatureListNet
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torchvision.ops import FeaturePyramidNetwork
 
 import vitprune_fast as vp
 from tests.plans import KINDS, draw_plan
@@ -270,6 +271,12 @@ def test_features_have_the_channels_that_are_left_at_any_size() -> None:
         for net in nets:
             assert net.feature_info.channels() == counts
             assert all(map(torch.equal, net(images), got))
+        # a detector builds its lateral convolutions of these numbers
+        pyramid = FeaturePyramidNetwork(counts, 16).double()
+        levels = pyramid({str(stage): found for stage, found in enumerate(nets[1](images))})
+    assert [tuple(level.shape[1:]) for level in levels.values()] == [
+        (16, *found.shape[2:]) for found in got
+    ]
 
 
 def test_timm_alone_opens_what_its_constructor_can_make(tmp_path: Path) -> None:
