@@ -281,6 +281,8 @@ def _one_of_each_stage(structure: Structure, rankings: Mapping[str, np.ndarray])
 
     A block is worth its score, or those of its branches.
     """
+    if not has_stages(structure):
+        return set()
     worth = dict.fromkeys(structure.blocks, 0.0)
     for name, ranking in rankings.items():
         axis = structure.axes[name]
@@ -292,7 +294,7 @@ def _one_of_each_stage(structure: Structure, rankings: Mapping[str, np.ndarray])
     for path in structure.blocks:
         stages.setdefault(path.rpartition(".")[0], []).append(path)
     best = [max(paths, key=worth.__getitem__) for paths in stages.values()]
-    return {name for path in best for name in structure.blocks[path]} if len(stages) > 1 else set()
+    return {name for path in best for name in structure.blocks[path]}
 
 
 def _matches_nothing(argument: str, pattern: str, structure: Structure) -> InvalidInput:

@@ -63,9 +63,9 @@ def _drops(
 
 def _means(ranked: np.ndarray, rungs: Sequence[int]) -> np.ndarray:
     """Mean value of the units that each step takes."""
+    if rungs == tuple(range(rungs[0], rungs[-1] - 1, -1)):
+        return ranked[len(ranked) - rungs[0] : len(ranked) - rungs[-1]]
     ends = [len(ranked) - rung for rung in rungs]
-    if ends == [*range(ends[0], ends[-1] + 1)]:
-        return ranked[ends[0] : ends[-1]]
     return np.array([ranked[a:b].mean() for a, b in pairwise(ends)])
 
 
