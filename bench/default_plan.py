@@ -142,6 +142,11 @@ class Subject:
         rounded = {name: round(value.item(), 5) for name, value in numbers.items()}
         return {"correct": int(hits.sum()), "dense": int(whole.sum()), "of": count, **rounded}
 
+    def qualities(self, plan: vp.Plan, half: bool | None = None) -> dict[str, Any]:
+        """Quality right after the cut and after the sweep."""
+        states = ("cut", "swept")
+        return {state: self.quality(self.pruned(plan, state), half) for state in states}
+
     def combination(self, done: list[dict], macs: float, *chosen: str) -> dict[str, Any]:
         """What a plan leaves of the model, right after the cut and after the sweep."""
         try:
@@ -169,9 +174,7 @@ class Subject:
 
     def check(self, macs: float, *chosen: str) -> dict[str, Any]:
         """The same in fp32."""
-        plan = self.plan(macs, *chosen)
-        states = ("cut", "swept")
-        return {state: self.quality(self.pruned(plan, state), half=False) for state in states}
+        return self.qualities(self.plan(macs, *chosen), half=False)
 
     def latency(self, macs: float, *chosen: str) -> dict[str, Any]:
         """Milliseconds of a forward pass of the dense and the pruned model, on one thread."""
@@ -236,6 +239,26 @@ def measured(subject: Subject, done: list[dict], job: dict[str, Any]) -> dict[st
 def read(path: Path) -> list[dict]:
     """All that was measured so far, by whichever process."""
     return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def measured_on_tuned(
+    about: str | None, name: str, model: str, rows: Callable[[Subject], list[dict[str, Any]]]
+) -> None:
+    """Measure rows on one of the tuned models on one thread, and write them down.
+
+    Args:
+        about: what ``--help`` says.
+        name: of the study.
+        model: of LEARNT.
+        rows: what is measured of it.
+    """
+    parser = argparse.ArgumentParser(description=about)
+    parser.add_argument("--work", type=Path, default=WORK)
+    work = parser.parse_args().work
+    torch.set_num_threads(1)
+    keep_freed_memory()
+    found = rows(Subject(work, model))
+    study.write(name, model=f"ViT-S/14 tuned to photographs ({model}) at 84 px", rows=found)
 
 
 def main() -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import numpy as np
@@ -82,7 +82,7 @@ class Budget:
             return value
         if isinstance(value, NUMBER) and not isinstance(value, bool):
             return cls(macs=value)
-        names = ("macs", "params", "keep")
+        names = tuple(each.name for each in fields(cls))
         if isinstance(value, Mapping) and value.keys() <= {*names}:
             return cls(**value)
         raise InvalidInput(
