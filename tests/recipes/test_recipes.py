@@ -40,7 +40,7 @@ SMALLER = {
     "masks": "distill prune",
     "rounds": "score-1 plan-1 prune-1 sweep-1 distill-1 score plan prune sweep distill",
     "masked rounds": "score-1 plan-1 distill-1 score plan prune sweep distill",
-    "width-then-depth": "score-1 plan-1 prune-1 sweep-1 distill-1 score plan prune sweep distill",
+    "width-depth": "score-1 plan-1 prune-1 sweep-1 distill-1 score plan prune sweep distill",
     "teachers": "teacher-1 score plan prune sweep distill",
 }
 
@@ -54,8 +54,8 @@ def way(name: str, out: Path) -> RunConfig:
         "masks": {"masks": MaskConfig(0.6, every=1)},
         "rounds": {"rounds": RoundConfig(2, 1), "plan": PlanConfig(macs=0.49)},
         "masked rounds": {"rounds": RoundConfig(2, 1, "cubic", masks=True)},
-        "width-then-depth": {
-            "recipe": "width-then-depth",
+        "width-depth": {
+            "recipe": "width-depth",
             "rounds": RoundConfig(2, 1),
             "plan": PlanConfig(macs=0.4, keep_ends=False),
         },
@@ -64,10 +64,10 @@ def way(name: str, out: Path) -> RunConfig:
     return replace(TINY, out=out, **changes)
 
 
-def width_then_depth(**plan: Any) -> dict[str, Any]:
+def width_depth(**plan: Any) -> dict[str, Any]:
     """Changes that ask for the recipe, with these settings of its plans."""
     rounds = RoundConfig(2)
-    return {"recipe": "width-then-depth", "rounds": rounds, "plan": PlanConfig(**plan)}
+    return {"recipe": "width-depth", "rounds": rounds, "plan": PlanConfig(**plan)}
 
 
 @pytest.fixture(scope="module", params=SMALLER)
@@ -91,7 +91,7 @@ def test_its_steps_make_the_model_smaller(finished: tuple[str, Path, dict]) -> N
     steps = ["data", "dense", *SMALLER[name].split(), "evaluate", "report"]
     assert summary["steps"] == steps and summary["recipe"] == way(name, out).recipe
     share = summary["after"]["macs"] / summary["before"]["macs"]
-    assert share <= {"one-shot": 0.5, "teachers": 0.5, "rounds": 0.49, "width-then-depth": 0.4}.get(
+    assert share <= {"one-shot": 0.5, "teachers": 0.5, "rounds": 0.49, "width-depth": 0.4}.get(
         name, 0.6
     )
     # the model that is handed back is the last one made
@@ -198,7 +198,7 @@ def check_that_what_stays_was_trained(out: Path) -> None:
     [
         (
             {"recipe": "two-shot"},
-            r"recipe must be one of one-shot, standard, width-then-depth, got 'two-shot'",
+            r"recipe must be one of fast, kd-cnn, one-shot, standard, width-depth, got 'two-shot'",
         ),
         (
             {"gates": GateConfig("l1"), "masks": MaskConfig(0.5)},
@@ -224,12 +224,12 @@ def check_that_what_stays_was_trained(out: Path) -> None:
             {"rounds": RoundConfig(2, 1, masks=True), "plan": PlanConfig(units=("block",))},
             "cut-units must be kinds of width with round-masks",
         ),
-        (width_then_depth(units=("block",)), "cut-units must name a kind of width"),
-        (width_then_depth(bounds={"blocks.0.*": "0.5.."}), "bounds must be of kinds"),
-        (width_then_depth(keep={"head": 0.5}), "keep must name kinds of width and of depth"),
+        (width_depth(units=("block",)), "cut-units must name a kind of width"),
+        (width_depth(bounds={"blocks.0.*": "0.5.."}), "bounds must be of kinds"),
+        (width_depth(keep={"head": 0.5}), "keep must name kinds of width and of depth"),
         (
-            {**width_then_depth(), "rounds": RoundConfig(3)},
-            "rounds must be 2 for the recipe width-then-depth, got 3",
+            {**width_depth(), "rounds": RoundConfig(3)},
+            "rounds must be 2 for the recipe width-depth, got 3",
         ),
     ],
 )
@@ -250,7 +250,7 @@ def test_what_does_not_go_together_is_refused(changes: dict, sentence: str, tmp_
         ({"score": ScoreConfig(units=("head", "neurons"))}, "units must be among .* got 'neurons'"),
         ({"plan": PlanConfig(macs=0.0)}, r"macs must be a share in \(0, 1\]"),
         (
-            width_then_depth(include=("*.mlp.neurons",)),
+            width_depth(include=("*.mlp.neurons",)),
             "protect, include and keep_ends must leave units to cut",
         ),
         # what no scores could meet
@@ -383,5 +383,5 @@ def test_a_list_that_cannot_be_done_is_refused(
 
 
 def test_every_recipe_has_its_name() -> None:
-    assert names() == ["one-shot", "standard", "width-then-depth"]
+    assert names() == ["fast", "kd-cnn", "one-shot", "standard", "width-depth"]
     assert [named(name).name for name in names()] == names()

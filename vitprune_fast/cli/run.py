@@ -10,6 +10,7 @@ from vitprune_fast.cli.options import PresetFlags, parse
 from vitprune_fast.config.model import ModelConfig
 from vitprune_fast.config.run import RunConfig
 from vitprune_fast.config.yamlfile import read_yaml
+from vitprune_fast.recipes.by_name import DEFAULT
 from vitprune_fast.recipes.presets import preset
 
 
@@ -20,12 +21,12 @@ def _default(chosen: Namespace) -> RunConfig:
     return replace(options, model=ModelConfig()) if chosen.model else options
 
 
-def _recipe(chosen: Namespace) -> str | None:
-    """The recipe whose settings come before those of the file and the flags; None: no settings."""
-    if chosen.recipe is not None or chosen.config is None:
-        return chosen.recipe
-    named = read_yaml(Path(chosen.config)).get("recipe")
-    return named if isinstance(named, str) and named != RunConfig().recipe else None
+def _recipe(chosen: Namespace) -> str:
+    """The recipe whose settings come before those of the file and the flags."""
+    if chosen.recipe is None and chosen.config is not None:
+        named = read_yaml(Path(chosen.config)).get("recipe")
+        return named if isinstance(named, str) else DEFAULT
+    return chosen.recipe or DEFAULT
 
 
 def main(words: list[str]) -> None:

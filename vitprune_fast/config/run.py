@@ -449,8 +449,9 @@ class RunConfig:
     """
 
     recipe: Annotated[str, arg(metavar="NAME")] = "standard"
-    """List of steps: `standard`; `one-shot`, which trains nothing after the cut; or
-    `width-then-depth`, which cuts blocks after heads and neurons."""
+    """List of steps with settings: `fast`; `one-shot`, which trains nothing after the cut;
+    `standard`, which the flags alone choose; or a published method: `kd-cnn`, `width-depth`,
+    `manifold`, `manifold-full`, `auto-ratio`, `fixed-ratio`, `unified`."""
     out: Annotated[Path, arg(metavar="DIR")] = Path("runs/digits")
     """Run folder: everything the run makes, and what it needs to resume."""
     model: Annotated[ModelConfig, arg(name="")] = field(default_factory=ModelConfig)

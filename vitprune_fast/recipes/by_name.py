@@ -10,6 +10,9 @@ from vitprune_fast.errors import InvalidInput
 if TYPE_CHECKING:
     from vitprune_fast.run.step import Recipe
 
+DEFAULT = "fast"
+"""What `run` does where no recipe is named."""
+
 _FOLDER = "recipes"
 _NO_RECIPES = ("by_name", "presets", "start")
 

@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING
 
 from vitprune_fast.config.distill import DistillConfig
 from vitprune_fast.config.model import ModelConfig
-from vitprune_fast.config.run import DataConfig, RunConfig, ScoreConfig
+from vitprune_fast.config.run import DataConfig, RunConfig, ScoreConfig, SweepConfig
 from vitprune_fast.config.yamlfile import from_plain
 from vitprune_fast.errors import InvalidInput
-from vitprune_fast.recipes.by_name import named
+from vitprune_fast.recipes.by_name import DEFAULT, named
 
 if TYPE_CHECKING:
     from vitprune_fast.run.step import Recipe
@@ -54,18 +54,83 @@ IMAGES = RunConfig(
 )
 """A folder of images and a trained model."""
 
-PRESETS = {"digits": DIGITS, "images": IMAGES}
+SMOKE = replace(
+    DIGITS,
+    out=Path("runs/smoke"),
+    model=replace(DIGITS.model, args={**DIGITS.model.args, "embed_dim": 32}),
+    score=ScoreConfig(samples=256),
+    sweep=SweepConfig(images=512),
+    dense=DistillConfig(epochs=30, lr=4e-3, warmup_epochs=1),
+    distill=DistillConfig(epochs=4, warmup_epochs=1, keep="best"),
+    latency_seconds=0.1,
+)
+"""Every step of a recipe on the digits in less than a minute, to see that it runs."""
+
+CIFAR = RunConfig(
+    out=Path("runs/cifar"),
+    model=ModelConfig(name="deit_small_patch16_224", pretrained=True),
+    data=DataConfig(source="hfds:cifar10", batch_size=128, crop_scale=0.5),
+    score=ScoreConfig(samples=2048),
+    train_dense=True,
+    dense=DistillConfig(epochs=10, lr=1e-4, warmup_epochs=1),
+    distill=DistillConfig(epochs=100, lr=5e-4, lr_batch=512, keep="best"),
+)
+"""CIFAR, enlarged to the size of a model of ImageNet, which learns its classes first."""
+
+IMAGENET = RunConfig(
+    out=Path("runs/imagenet"),
+    model=ModelConfig(name="deit_base_patch16_224", pretrained=True),
+    data=DataConfig(
+        source="folder:PATH",
+        batch_size=128,
+        crop_scale=0.08,
+        policy="rand-m9-mstd0.5-inc1",
+        repeats=3,
+    ),
+    score=ScoreConfig(samples=5000),
+    distill=DistillConfig(
+        epochs=310,
+        lr=5e-4,
+        lr_batch=512,
+        min_lr=1e-5,
+        warmup_epochs=5,
+        warmup_lr=1e-6,
+        cooldown_epochs=10,
+        mixup=0.8,
+        cutmix=1.0,
+        label_smoothing=0.1,
+        erase=0.25,
+        ema=0.99996,
+        clip_norm=0.0,
+    ),
+)
+"""ImageNet and the training of DeiT (Touvron et al. 2021, arXiv:2012.12877, table 9)."""
+
+PRESETS = {
+    "digits": DIGITS,
+    "smoke": SMOKE,
+    "images": IMAGES,
+    "cifar": CIFAR,
+    "imagenet": IMAGENET,
+}
 
 
-def preset(name: str, recipe: Recipe | str | None = None) -> RunConfig:
-    """The configuration of this name, with the settings of a recipe; None is that of the preset.
+def preset(name: str, recipe: Recipe | str = DEFAULT) -> RunConfig:
+    """The configuration of this name, with the settings that a recipe has for it.
+
+    Args:
+        name: a preset, or one with a variant that the recipe has, such as ``imagenet-vit-s``.
+        recipe: a recipe or its name.
 
     Raises:
         InvalidInput: there is no such preset or recipe.
     """
-    if name not in PRESETS:
-        raise InvalidInput(f"run: preset must be one of {', '.join(PRESETS)}, got {name!r}")
-    if recipe is None:
-        return replace(PRESETS[name])
     found = named(recipe) if isinstance(recipe, str) else recipe
-    return from_plain({**found.settings, "recipe": found.name}, PRESETS[name])
+    base, variant, _ = name.partition("-")
+    if base not in PRESETS or (variant and name not in found.presets):
+        known = [*PRESETS, *(own for own in found.presets if own not in PRESETS)]
+        raise InvalidInput(f"run: preset must be one of {', '.join(known)}, got {name!r}")
+    config = from_plain({**found.settings, "recipe": found.name}, PRESETS[base])
+    for own in dict.fromkeys((base, name)):
+        config = from_plain(dict(found.presets.get(own, {})), config)
+    return config

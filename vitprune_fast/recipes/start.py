@@ -8,7 +8,7 @@ from typing import Any
 
 from vitprune_fast.config.run import RunConfig
 from vitprune_fast.data import ImageData
-from vitprune_fast.recipes.by_name import named
+from vitprune_fast.recipes.by_name import DEFAULT, named
 from vitprune_fast.recipes.presets import preset
 from vitprune_fast.run.actions import OnEvent
 from vitprune_fast.run.chain import execute
@@ -34,7 +34,7 @@ def run(
     Args:
         config: the settings, or the name of a preset.
         recipe: a list of steps or its name, with its settings where `config` is a preset's name;
-            None is the one that the settings name.
+            None is the one that the settings name, and `fast` for a preset's name.
         data: an opened data set to use instead of `config.data.source`.
         on_event: called with a dict for every step and epoch, in the first process.
         stop: asked after every step of a training and of the run; True ends it with a checkpoint.
@@ -53,7 +53,7 @@ def run(
         RunStopped: `stop` said so.
     """
     if isinstance(config, str):
-        config = preset(config, recipe)
+        config = preset(config, DEFAULT if recipe is None else recipe)
     if recipe is None:
         recipe = config.recipe
     if isinstance(recipe, str):

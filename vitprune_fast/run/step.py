@@ -70,11 +70,14 @@ class Recipe:
         steps: the list, for a configuration.
         settings: where the configuration that it starts from differs from the preset's, as in a
             YAML file; a user's file and flags win.
+        presets: preset -> settings for that preset alone; or PRESET-VARIANT -> settings on top of
+            those for the preset, which makes a preset of that name.
     """
 
     name: str
     steps: Callable[[RunConfig], Sequence[Step]]
     settings: Mapping[str, Any] = field(default_factory=dict)
+    presets: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
 
 def check_steps(recipe: str, steps: Sequence[Step]) -> None:

@@ -80,9 +80,7 @@ def _check(config: RunConfig) -> None:
     }
     for name, (holds, rule, got) in rules.items():
         if not holds:
-            raise InvalidInput(
-                f"run: {name} must {rule} for the recipe width-then-depth, got {got}"
-            )
+            raise InvalidInput(f"run: {name} must {rule} for the recipe width-depth, got {got}")
 
 
-RECIPE = Recipe("width-then-depth", steps, {"rounds": {"count": 2}})
+RECIPE = Recipe("width-depth", steps, {"rounds": {"count": 2}})
