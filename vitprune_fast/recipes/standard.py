@@ -105,7 +105,7 @@ def toward(config: RunConfig, number: int) -> Settings:
     rounds = config.rounds
     if rounds.count == 1:
         return {}
-    plan: dict[str, Any] = {"toward": number / rounds.count, "along": rounds.along}
+    plan: dict[str, Any] = {"toward": rounds.gone(number), "along": rounds.along}
     if config.plan.keep:
         plan["keep"] = {}
         for kind, share in config.plan.keep.items():
@@ -148,7 +148,7 @@ def _about(part: str, settings: Settings | None) -> Settings:
 
 
 def _left(share: float, number: int, rounds: RoundConfig) -> float:
-    return part_way(share, number / rounds.count, rounds.along)
+    return part_way(share, rounds.gone(number), rounds.along)
 
 
 def scored(model: str, end: str = "", settings: Settings | None = None) -> list[Step]:
@@ -184,14 +184,25 @@ def taught(
     end: str = "",
     settings: Settings | None = None,
     plan: str | None = None,
+    whole: str = "dense",
+    cut: str | None = None,
 ) -> Step:
-    """Teaches a model; with a plan, what it keeps of the model."""
-    read = {"student": student, "dense": "dense", **teachers}
+    """Teaches a model.
+
+    Args:
+        student: that is taught.
+        teachers: files by role.
+        end: of the names that the step makes.
+        settings: of the round.
+        plan: of what is taught, where units are left out instead of cut.
+        whole: teaches where no other teacher is named.
+        cut: the plan that made the student of it.
+    """
+    read = {"student": student, "dense": whole, **teachers}
     into, more = {"model": f"model{end}"}, _about("distill", settings)
-    if plan is None:
-        return Step(f"distill{end}", do.distill, read, into, more, shared=True)
-    read["plan"] = plan
-    return Step(f"distill{end}", do.distill_behind_mask, read, into, more, shared=True)
+    step = do.distill if plan is None else do.distill_behind_mask
+    read |= {"plan": plan} if plan else {"cut": cut} if cut else {}
+    return Step(f"distill{end}", step, read, into, more, shared=True)
 
 
 def smaller(

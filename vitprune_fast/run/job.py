@@ -160,14 +160,16 @@ class Job:
             for number, name in enumerate(config.teachers.names)
         ]
 
-    def training_facts(self, result: DistillResult, *, teachers: bool = False) -> dict[str, Any]:
-        """What a record says of a training, and of its teachers."""
+    def training_facts(
+        self, result: DistillResult, *, teachers: bool = False, dense: str = "dense"
+    ) -> dict[str, Any]:
+        """What a record says of a training, and of its teachers, of which ``dense`` is `self`."""
         epochs = len(result.history)
         return {
             "epochs": epochs,
             "skipped_steps": result.skipped_steps,
             "start": result.start,
-            **({"teachers": training.described(self.config)} if teachers else {}),
+            **({"teachers": training.described(self.config, dense)} if teachers else {}),
             "text": f"{epochs} epoch{'s' * (epochs != 1)}",
         }
 

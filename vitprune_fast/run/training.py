@@ -212,20 +212,25 @@ def _levelled(scores: Scores) -> dict[str, Tensor]:
     return {name: value / value.mean().clamp(min=1e-30) for name, value in scores.items()}
 
 
-def described(config: RunConfig) -> list[dict[str, str]]:
-    """Name and kind of each teacher of a run: `self` (the dense model), `vit` or `cnn`."""
+def described(config: RunConfig, dense: str = "dense") -> list[dict[str, str]]:
+    """Name and kind of each teacher of a training: `self` (the dense model), `vit` or `cnn`.
+
+    Args:
+        config: names the teachers.
+        dense: the folder of what is `self` among them; a model that was made on the way is called
+            by its folder.
+    """
     if not config.distill.needs_teacher:
         return []
+    own = {"name": "self", "kind": "self"} if dense == "dense" else {"name": dense, "kind": "vit"}
     teachers = config.teachers
     return [
-        {"name": short, "kind": _kind_of(name)}
+        own if name == "self" else {"name": short, "kind": _kind_of(name)}
         for name, short in zip(teachers.names, teachers.short_names, strict=True)
-    ] or [{"name": "self", "kind": "self"}]
+    ] or [own]
 
 
 def _kind_of(name: str) -> str:
-    if name == "self":
-        return name
     try:
         describe(skeleton(ModelConfig(name=name)))
     except UnsupportedArchitecture:
