@@ -43,9 +43,13 @@ def image_channels(model: Any) -> int | None:
 def image_shape(model: Any) -> tuple[int | None, int | None, int | None]:
     """(channels, height, width) of the images a model was made for; None where nothing says so."""
     channels, height, width = stated_config(model).get("input_size") or (None, None, None)
-    made_for, _ = _made_for(model)
-    height, width = made_for or (height, width)
+    height, width = built_for(model) or (height, width)
     return image_channels(model) or channels, height, width
+
+
+def built_for(model: Any) -> tuple[int, int] | None:
+    """(height, width) of images by which a model sized its parts; None where none has a size."""
+    return _made_for(model)[0]
 
 
 def fixed_size(model: Any) -> tuple[int, int] | None:

@@ -62,3 +62,14 @@ class ModelConfig:
         if self.checkpoint is not None:
             return "checkpoint"
         return "pretrained" if self.pretrained else "random"
+
+
+@dataclass(frozen=True)
+class StudentConfig:
+    """A fresh model to teach, in a recipe that cuts none out of the dense model."""
+
+    name: Annotated[str, arg(name="student", metavar="NAME")] = ""
+    """Model name of timm; it gets random weights, and the data's classes, channels and image size.
+    Unset: none."""
+    args: Annotated[Pairs, arg(name="student-args")] = field(default_factory=dict)
+    """Arguments for its constructor, as in model-args."""

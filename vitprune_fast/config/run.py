@@ -13,7 +13,7 @@ from tyro.conf import Suppress, arg
 from tyro.constructors import PrimitiveConstructorSpec
 
 from vitprune_fast.config.distill import DistillConfig
-from vitprune_fast.config.model import ModelConfig, Pairs, parse_pairs
+from vitprune_fast.config.model import ModelConfig, Pairs, StudentConfig, parse_pairs
 from vitprune_fast.config.rules import (
     NonNegative,
     NonNegativeInt,
@@ -478,6 +478,7 @@ class RunConfig:
     gates: Annotated[GateConfig, arg(name="")] = field(default_factory=GateConfig)
     masks: Annotated[MaskConfig, arg(name="")] = field(default_factory=MaskConfig)
     teachers: Annotated[TeacherConfig, arg(name="")] = field(default_factory=TeacherConfig)
+    student: Annotated[StudentConfig, arg(name="")] = field(default_factory=StudentConfig)
     train_dense: bool = False
     """Train the dense model here first, unless its weights are given."""
     dense: DistillConfig = field(default_factory=lambda: DistillConfig(lr=1e-3))

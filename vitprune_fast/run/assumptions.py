@@ -77,6 +77,13 @@ def about_test_images(config: ModelConfig, data: ImageData) -> dict[str, str]:
     }
 
 
+def about_student(config: RunConfig) -> dict[str, str]:
+    """Says what a fresh student starts from, where there is one."""
+    if not config.student.name:
+        return {}
+    return {"student": f"{config.student.name} starts from random weights (seed {config.seed})"}
+
+
 def about_share(gates: GateConfig, masks: MaskConfig) -> dict[str, str]:
     """Says what learned gates or masks cut to, where there are some."""
     share, flag = (masks.macs, "mask-macs") if gates.kind == "none" else (gates.macs, "gate-macs")
@@ -112,7 +119,11 @@ def of_run(config: RunConfig, steps: Sequence[Step], data: ImageData, model: Any
         **about_data(data),
         **not_followed(model, config.model, data),
         **about_test_images(config.model, data),
-        **(about_share(config.gates, config.masks) or about_budget(config.plan)),
+        **(
+            about_student(config)
+            or about_share(config.gates, config.masks)
+            or about_budget(config.plan)
+        ),
         **(about_calibration(config.sweep, data) if sweeps or not config.sweep.compensate else {}),
     }
 

@@ -22,15 +22,16 @@ from vitprune_fast.data import ImageData
 from vitprune_fast.errors import InfeasibleBudget, InvalidInput, StageFailed
 from vitprune_fast.models.open import skeleton
 from vitprune_fast.planning.constraints import Constraints
-from vitprune_fast.run import actions, assumptions
+from vitprune_fast.run import actions, assumptions, checks
 from vitprune_fast.run.actions import OnEvent
 from vitprune_fast.run.folder import Metrics, RunFolder, read_metrics
-from vitprune_fast.run.inputs import check_fit, open_model_data
+from vitprune_fast.run.inputs import check_fit, open_model_data, student_config
 from vitprune_fast.run.job import Job
 from vitprune_fast.run.outputs import refuse_overwriting
 from vitprune_fast.run.profile import Profile, applied, choose_profile, versions
 from vitprune_fast.run.step import REPORT, SUMMARY, Recipe, RunStopped, Step, check_steps, made_by
 from vitprune_fast.run.steps.plan import plan as plan_step
+from vitprune_fast.run.steps.student import student as student_step
 from vitprune_fast.run.tensorboard import Board
 from vitprune_fast.run.together import Together, own_device, together
 from vitprune_fast.run.training import mask_schedule
@@ -75,6 +76,7 @@ def execute(
             else:
                 dense = skeleton(config.model, len(data.classes))
             check_plans(config, steps, dense)
+            check_student(config, steps, dense, data)
             check_splits(data)
             resumed = processes.by_first(
                 lambda: _begin(
@@ -169,6 +171,28 @@ def check_plans(config: RunConfig, steps: Sequence[Step], dense: nn.Module) -> N
             # which branches go, and what that saves, is not known yet
             if {*DEPTH_KINDS}.isdisjoint(own.units):
                 raise
+
+
+def check_student(
+    config: RunConfig, steps: Sequence[Step], dense: nn.Module, data: ImageData
+) -> None:
+    """Refuses, before any work, a fresh student that no step teaches or that is not smaller."""
+    if all(step.function is not student_step for step in steps):
+        if config.student.name:
+            raise InvalidInput(
+                "run: student must come with a recipe that teaches a fresh model, got "
+                f"{config.student.name} with the recipe {config.recipe}"
+            )
+        return
+    student = skeleton(student_config(config.student, data))
+    check_fit(student, data)
+    check_savable(student)
+    smaller = checks.fewer_macs(student, dense)
+    if not smaller.holds:
+        raise InvalidInput(
+            "run: student must cost fewer MACs than the dense model, got "
+            f"{smaller.measured}; choose a smaller one, or give --student-args"
+        )
 
 
 def check_splits(data: ImageData) -> None:

@@ -83,6 +83,12 @@ def same_cost(predicted: Any, counted: Any) -> Check:
     )
 
 
+def fewer_macs(student: nn.Module, dense: nn.Module) -> Check:
+    """The student costs fewer multiply-accumulates than the dense model."""
+    own, whole = planning.cost(student).macs, planning.cost(dense).macs
+    return Check("student costs fewer MACs", own < whole, f"{own:,} of the dense model's {whole:,}")
+
+
 def within_budget(counted: Any, limits: Mapping[str, int]) -> list[Check]:
     """The built model meets the budget that was asked for (shares of units are no limits)."""
     return [

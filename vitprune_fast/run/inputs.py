@@ -5,20 +5,21 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Any
 
+import timm
 from torch import nn
 
 from vitprune_fast.batches import classes_of
-from vitprune_fast.config.model import ModelConfig
+from vitprune_fast.config.model import ModelConfig, StudentConfig
 from vitprune_fast.config.run import DataConfig
 from vitprune_fast.data import INTERPOLATIONS, ImageData, open_data
 from vitprune_fast.errors import InvalidInput
-from vitprune_fast.models.open import open_model
+from vitprune_fast.models.open import open_model, skeleton
 from vitprune_fast.precision import Precision
 from vitprune_fast.randomness import seeded
 from vitprune_fast.run.actions import Setting
 from vitprune_fast.run.assumptions import about_data, about_weights, not_followed
 from vitprune_fast.run.profile import choose_profile
-from vitprune_fast.stated import caveats, patch_size, stated_config
+from vitprune_fast.stated import built_for, caveats, patch_size, stated_config
 from vitprune_fast.structure import describe
 
 
@@ -129,10 +130,28 @@ def check_fit(model: Any, data: ImageData) -> None:
         )
 
 
-def open_weights(config: ModelConfig, seed: int, classes: int | None = None) -> nn.Module:
-    """The model of `open_model`; weights that nothing provides are drawn from the seed."""
-    with seeded(seed, "init"):
+def open_weights(
+    config: ModelConfig, seed: int, classes: int | None = None, purpose: str = "init"
+) -> nn.Module:
+    """The model of `open_model`; weights that nothing provides are drawn from seed and purpose."""
+    with seeded(seed, purpose):
         return open_model(config, classes)
+
+
+def student_config(config: StudentConfig, data: ImageData) -> ModelConfig:
+    """A fresh student with classes and channels of the data, and its image size where it has one.
+
+    Raises:
+        InvalidInput: it is no model of timm, or does not take the arguments.
+    """
+    if not timm.is_model(config.name):
+        raise InvalidInput(
+            f"run: student must be a model of timm, got {config.name!r}; give --student NAME"
+        )
+    args = {"num_classes": len(data.classes), "in_chans": data.channels, **config.args}
+    if "img_size" not in args and built_for(skeleton(ModelConfig(config.name, args))):
+        args["img_size"] = data.image_size
+    return ModelConfig(config.name, args)
 
 
 def open_both(

@@ -17,5 +17,6 @@ from vitprune_fast.run.steps.plan import plan as plan
 from vitprune_fast.run.steps.prune import prune as prune
 from vitprune_fast.run.steps.report import report as report
 from vitprune_fast.run.steps.score import score as score
+from vitprune_fast.run.steps.student import student as student
 from vitprune_fast.run.steps.sweep import sweep as sweep
 from vitprune_fast.run.steps.teacher import teacher as teacher
