@@ -415,12 +415,12 @@ class RoundConfig:
     along: Annotated[Way, arg(name="round-shape")] = "factor"
     """How budgets fall from round to round: by one `factor`, by equal amounts (`linear`), or fast
     at first (`cubic`)."""
-    way: Annotated[tuple[float, ...], arg(name="round-way", metavar="SHARE ...")] = ()
-    """How much of the way to the budget is gone after each round but the last, rising in (0, 1);
-    unset: equal parts."""
     masks: Annotated[bool, arg(name="round-masks")] = False
     """Leave units out of the teaching instead of cutting them, so that they can come back in a
     later round, and cut once, in the last."""
+    way: Annotated[tuple[float, ...], arg(name="round-way", metavar="SHARE ...")] = ()
+    """How much of the way to the budget is gone after each round but the last, rising in (0, 1);
+    unset: equal parts."""
 
     def gone(self, number: int) -> float:
         """Which share of the way to the budget is gone after a round, counted from 1; 0 before."""
@@ -443,8 +443,8 @@ class RoundConfig:
         ends = [0.0, *self.way, 1.0]
         if self.way and (len(ends) != self.count + 1 or ends != sorted({*ends})):
             raise InvalidInput(
-                f"run: round-way must be {self.count - 1} rising numbers in (0, 1), one for each of "
-                f"the {self.count} rounds but the last, got {list(self.way)}"
+                f"run: round-way must be {self.count - 1} rising numbers in (0, 1), one for each "
+                f"of the {self.count} rounds but the last, got {list(self.way)}"
             )
         if self.masks and not self.epochs:
             raise InvalidInput(

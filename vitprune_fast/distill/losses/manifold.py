@@ -9,6 +9,8 @@ width.
 
 from __future__ import annotations
 
+from abc import abstractmethod
+
 import torch
 from torch import Tensor, nn
 
@@ -22,13 +24,10 @@ INTRA, INTER, RANDOM = 4.0, 0.1, 0.2
 """The published weights of the three parts."""
 
 
-class Manifold(OfBlocks):
-    """The decoupled loss as published, averaged over the compared pairs of blocks.
+class Similarities(OfBlocks):
+    """A loss on the similarities of tokens, averaged over the compared pairs of blocks.
 
-    ``(1 / pairs) * sum_pairs (4 * L_intra + 0.1 * L_inter + 0.2 * L_random)``, with new random rows
-    for each pair and step. In a batch of one image the inter-image part is left out, as it is 0
-    whatever the student does. Published for blocks 0-3 and 8-11 of DeiT with 0-3 and 20-23 of
-    CaiT-S24, and 192 rows.
+    Published for blocks 0-3 and 8-11 of DeiT with 0-3 and 20-23 of CaiT-S24.
     """
 
     ends = 4
@@ -39,14 +38,26 @@ class Manifold(OfBlocks):
 
     def __call__(self, both: Comparison) -> Tensor:
         pairs = both.states(self.pairs)
-        total = torch.zeros((), device=pairs[0][0].device)
-        for student, teacher in pairs:
-            total = total + INTRA * manifold_intra(student, teacher)
-            if len(student) > 1:
-                total = total + INTER * manifold_inter(student, teacher)
-            drawn = manifold_random(student, teacher, both.generator, self.num_rows)
-            total = total + RANDOM * drawn
-        return total / len(pairs)
+        return torch.stack([self.of(*pair, both.generator) for pair in pairs]).mean()
+
+    @abstractmethod
+    def of(self, student: Tensor, teacher: Tensor, generator: torch.Generator) -> Tensor:
+        """The loss of one pair of states ``(B, N, D)`` and ``(B, N, E)``."""
+
+
+class Manifold(Similarities):
+    """The decoupled loss as published: ``4 * L_intra + 0.1 * L_inter + 0.2 * L_random``.
+
+    With new random rows for each pair and step, of which 192 are published. In a batch of one image
+    the inter-image part is left out, as it is 0 whatever the student does. ``manifold_intra``,
+    ``manifold_inter`` and ``manifold_random`` are its parts.
+    """
+
+    def of(self, student: Tensor, teacher: Tensor, generator: torch.Generator) -> Tensor:
+        total = INTRA * manifold_intra(student, teacher)
+        if len(student) > 1:
+            total = total + INTER * manifold_inter(student, teacher)
+        return total + RANDOM * manifold_random(student, teacher, generator, self.num_rows)
 
 
 def manifold_intra(student_BND: Tensor, teacher_BNE: Tensor) -> Tensor:
