@@ -1,6 +1,6 @@
 # For everybody:  make prune   the environment, then the main job on the embedded digits
 #                 make test    the quick tests, no GPU needed
-# Developers:     make test-slow lint ext bench kernels gpu-package gpu clean
+# Developers:     make test-slow lint ext bench evidence kernels gpu-package gpu clean
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -10,7 +10,7 @@ WITH_TOOLKIT = CUDA_HOME="$$($(BIN)/python vitprune_fast/_toolkit.py)"; export C
 	if [ -z "$$CUDA_HOME" ]; then VITPRUNE_WITH_CUDA="$${VITPRUNE_WITH_CUDA:-0}"; export VITPRUNE_WITH_CUDA; fi;
 PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q
 
-.PHONY: prune test test-slow oldest oldest-installed lint ext bench kernels gpu gpu-package clean
+.PHONY: prune test test-slow oldest oldest-installed lint ext bench evidence kernels gpu gpu-package clean
 .DELETE_ON_ERROR:
 
 prune: $(VENV)/.package
@@ -41,6 +41,10 @@ ext: $(VENV)/.package
 bench: $(VENV)/.package
 	$(PYTEST) bench -m "not gpu" -p no:xdist
 	$(BIN)/python bench/table.py
+
+# what recipes keep, beside others: docs/results/. It ends after BUDGET_S seconds, and goes on there
+evidence: $(VENV)/.package
+	BUDGET_S="$(BUDGET_S)" $(BIN)/python -m bench.evidence
 
 # the machine code of every Triton kernel: compiled ahead of time, no GPU needed
 kernels: $(VENV)/.package

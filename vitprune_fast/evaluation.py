@@ -128,6 +128,11 @@ def evaluate_beside(
     return [counts.result() for counts in (first, *rest)]
 
 
+def standard_error(top1: float, images: int) -> float:
+    """Of a share of right answers: ``sqrt(p (1 - p) / n)``."""
+    return math.sqrt(top1 * (1 - top1) / images)
+
+
 def wilson(count: int, samples: int) -> tuple[float, float]:
     """The 95 % interval of a share of which ``count`` of ``samples`` were seen.
 

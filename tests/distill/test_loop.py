@@ -635,6 +635,30 @@ def test_keep_best_never_returns_less_than_it_was_given(
     assert events[0] == {**place, **result.start} and len(events.of("start")) == 1
 
 
+def test_one_se_returns_the_last_epoch_that_noise_cannot_tell_from_the_best(
+    data: ImageData,
+) -> None:
+    config = DistillConfig(epochs=6, lr=2e-2, warmup_epochs=0, keep="one-se")
+    model = _vit()
+    result = distill(model, None, _train(data), _val(data), config)
+    scores = [entry["val_top1"] for entry in result.history]
+    images = len(data.split("validation"))
+    share = (max(scores) * images + 1) / (images + 2)
+    least = max(scores) - (share * (1 - share) / images) ** 0.5
+    last = max(epoch for epoch, top1 in enumerate(scores) if top1 >= least)
+    assert evaluate(model, _val(data)).top1 == scores[last]
+    assert result.best_top1 == max(scores) and min(scores) < least
+
+
+def test_one_se_returns_what_was_given_where_training_ruins_it(data: ImageData) -> None:
+    model = _vit()
+    distill(model, None, _train(data), None, DistillConfig(epochs=5, lr=2e-2, warmup_epochs=0))
+    before = _weights(model)
+    config = DistillConfig(epochs=1, lr=10.0, min_lr=0.0, warmup_epochs=0, keep="one-se")
+    result = distill(model, None, _train(data), _val(data), config)
+    assert result.best_epoch is None and _same(_weights(model), before)
+
+
 def test_without_keep_best_the_start_is_not_looked_at(data: ImageData) -> None:
     events = _Events()
     config = DistillConfig(epochs=1, lr=1e-9, min_lr=0.0)
@@ -663,7 +687,7 @@ def test_validation_images_decide_nothing_by_default(data: ImageData) -> None:
         ({"alpha": 1.5}, r"alpha must be in \[0, 1\], got 1.5"),
         ({"temperature": 0}, "temperature must be above 0, got 0"),
         ({"label_smoothing": 1.0}, r"label_smoothing must be in \[0, 1\)"),
-        ({"keep": "first"}, "keep must be one of last, best, got .first"),
+        ({"keep": "first"}, "keep must be one of last, best, one-se, got .first"),
         ({"clip_norm": -1}, "clip_norm must be at least 0"),
     ],
 )

@@ -39,3 +39,11 @@ def test_the_best_epoch_is_the_earliest_of_equals() -> None:
     assert (progress.best_epoch, progress.best_top1) == (2, 0.7)
     progress.forget_best()
     assert progress.note_best(4, 0.1) and progress.best_epoch == 4
+
+
+def test_a_later_epoch_may_lack_the_noise() -> None:
+    progress = Progress()
+    seen = (0.5, 0.46, 0.44, 0.7, 0.64, 0.66)
+    kept = [progress.note_best(epoch, top1, 0.05) for epoch, top1 in enumerate(seen)]
+    assert kept == [True, True, False, True, False, True]
+    assert (progress.best_epoch, progress.best_top1) == (3, 0.7)

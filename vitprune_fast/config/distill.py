@@ -135,10 +135,12 @@ class DistillConfig:
     """Peak learning rate at which the multipliers of a gate budget rise."""
     seed: int = 0
     """Of dropout, drop-path, mixing and whatever else draws numbers inside a step."""
-    keep: Literal["last", "best"] = "last"
-    """Which weights come back: those of the last epoch, or those with the best top-1 on the
+    keep: Literal["last", "best", "one-se"] = "last"
+    """Which weights come back: those of the last epoch; those with the `best` top-1 on the
     validation images, be it the student's as it was given or of an epoch (the earliest of equals;
-    with masks among the epochs that ended with the last ones)."""
+    with masks among the epochs that ended with the last ones); or by `one-se` the last of those
+    whose top-1 is at most one standard error below the best, so that few images do not throw
+    away what was learnt."""
     max_bad_steps: NonNegativeInt = 10
     """More steps with a non-finite loss or gradient in a row end the run."""
     checkpoint_steps: NonNegativeInt = 0
@@ -185,6 +187,11 @@ class DistillConfig:
                     f"DistillConfig: {name} must be one finite number of at least 0 per loss "
                     f"({', '.join(self.loss)}), got {list(weights)}"
                 )
+
+    @property
+    def chooses(self) -> bool:
+        """Whether validation images decide which weights come back."""
+        return self.keep != "last"
 
     @property
     def mixes(self) -> bool:

@@ -24,7 +24,7 @@ from vitprune_fast.distill.tally import Outcome
 from vitprune_fast.distill.teachers import Teacher, TeacherSet
 from vitprune_fast.distill.throughput import Throughput
 from vitprune_fast.errors import InvalidInput, StageFailed
-from vitprune_fast.evaluation import evaluate
+from vitprune_fast.evaluation import evaluate, standard_error
 from vitprune_fast.gates import BudgetLoss, Gates
 from vitprune_fast.modules.behaviour import check_behaviour
 from vitprune_fast.modules.modes import keeping_modes
@@ -49,7 +49,7 @@ class DistillResult:
             (None without a teacher), skipped, and with validation images val_top1, val_loss,
             val_agreement.
         best_epoch: epoch of the best validation top-1, the earliest of equals, with ``masks`` among
-            those that ended with the last ones; None where, with ``keep="best"``, no epoch was
+            those that ended with the last ones; None where, unless ``keep="last"``, no epoch was
             better than the student as it was given, and without validation images.
         best_top1: that top-1, a share.
         skipped_steps: steps left out for a non-finite loss or gradient.
@@ -57,7 +57,7 @@ class DistillResult:
         plan: the units that are live in the end, with ``masks``: ``prune(model, plan)`` computes
             what was trained. None without.
         start: what was found before the first step: where ``lr`` is unset peak_lr, and distance,
-            reach and size, which it was chosen by (see ``rate.State``); with ``keep="best"``
+            reach and size, which it was chosen by (see ``rate.State``); unless ``keep="last"``
             val_top1, val_loss and val_agreement of the student as it was given.
     """
 
@@ -115,9 +115,10 @@ def distill(
         train: (images ``(B, C, H, W)`` floating, labels: B integers, ...) with a length, read once
             per epoch, and no further than its length; images go to the device and dtype of each
             model. Where ``lr`` is unset, its first images are read once more before.
-        val: as above, read again after every epoch; it decides only with ``keep="best"``, which
-            reads it before the first step too: what comes back is never worse on it than what was
-            given (with ``masks`` that change: than the first epoch that ended with the last ones).
+        val: as above, read again after every epoch; it decides only with ``keep="best"`` and
+            ``"one-se"``, which read it before the first step too: what comes back is never worse on
+            it than what was given (with ``masks`` that change: than the first epoch that ended with
+            the last ones), or by one standard error at most.
         config: the settings.
         gates: attached to the student by ``gates.attach``; they learn too, with their penalty.
         gate_budget: holds the gates' multiply-accumulates down.
@@ -135,15 +136,15 @@ def distill(
 
     Raises:
         InvalidInput: no training batches or none of that form, nothing to train or in float16,
-            ``keep="best"`` without ``val``, gates with masks, ``ema`` or ``keep="best"``,
-            masks of a student that computes by more than its classes, or outputs that do not fit
-            each other.
+            ``keep`` other than ``"last"`` without ``val`` or with gates, gates with masks or with
+            ``ema``, masks of a student that computes by more than its classes, or outputs that do
+            not fit each other.
         RunFolderError: the checkpoint is of another config or model, or cannot be written.
         StageFailed: more than ``max_bad_steps`` steps in a row were not finite, found at a
             read.
     """
     check_single_label("distill", student)
-    if config.keep == "best" and val is None:
+    if config.chooses and val is None:
         raise InvalidInput("distill: val must be given to keep the best epoch, got None")
     if masks is not None and gates is not None:
         raise InvalidInput("distill: gates must be None with masks, got both; fold the gates first")
@@ -151,7 +152,7 @@ def distill(
         check_behaviour(student, "distill")
     if gate_budget is not None and gates is None:
         raise InvalidInput("distill: gates must be given with a gate_budget, got None")
-    if gates is not None and (config.ema or config.keep == "best"):
+    if gates is not None and (config.ema or config.chooses):
         raise InvalidInput(
             "distill: ema must be 0 and keep `last` with gates, whose values are those of the last "
             f"step, got {config.ema} and `{config.keep}`"
@@ -193,7 +194,7 @@ class _Run(TrainingState):
             epoch, start = divmod(self.progress.step, self.stream.steps_per_epoch)
             if not self._epoch(epoch, start):
                 return self._result(finished=False)
-        if self.config.keep == "best":
+        if self.config.chooses:
             self.student.load_state_dict(self.best)
         elif self.average is not None:
             self.student.load_state_dict(self.average.module.state_dict())
@@ -215,7 +216,7 @@ class _Run(TrainingState):
         alone = self.masked is None and self.gates is None
         if self.config.lr is None and self.config.optimizer == "adamw" and alone:
             found |= self._rate()
-        if self.config.keep == "best":
+        if self.config.chooses:
             found |= self._validated(None)
         self.progress.start = found
         if found:
@@ -431,7 +432,12 @@ class _Run(TrainingState):
         # the teacher answers in its own
         with computing_in(dtype if is_half(dtype) else None, student):
             seen = evaluate(student, self.val, self._agrees_with())
-        if self.progress.note_best(epoch, seen.top1) and self.config.keep == "best":
+        noise = 0.0
+        if self.config.keep == "one-se":
+            right = max(seen.top1, self.progress.best_top1 or 0.0) * seen.samples
+            # as if one more had been right and one more wrong: none wrong is no proof of no noise
+            noise = standard_error((right + 1) / (seen.samples + 2), seen.samples)
+        if self.progress.note_best(epoch, seen.top1, noise) and self.config.chooses:
             kept = self.student if self.average is None else self.average.module
             self.best = {n: t.clone() for n, t in kept.state_dict().items()}
         return {"val_top1": seen.top1, "val_loss": seen.loss, "val_agreement": seen.agreement}

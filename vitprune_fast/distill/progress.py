@@ -61,12 +61,22 @@ class Progress:
         self.epoch_sums, self.epoch_steps, self.epoch_skipped = {}, 0, 0
         return entry
 
-    def note_best(self, epoch: int | None, top1: float) -> bool:
-        """Remember an epoch (None for the start) if none before was as good; says whether."""
-        if self.best_top1 is not None and top1 <= self.best_top1:
-            return False
-        self.best_epoch, self.best_top1 = epoch, top1
-        return True
+    def note_best(self, epoch: int | None, top1: float, noise: float = 0.0) -> bool:
+        """Remember an epoch (None for the start) if none before was as good.
+
+        Args:
+            epoch: its number.
+            top1: on the validation images.
+            noise: that a later epoch may lack.
+
+        Returns:
+            Whether its weights are to be kept: it is the best, or lacks less than the noise.
+        """
+        best = self.best_top1
+        if best is None or top1 > best:
+            self.best_epoch, self.best_top1 = epoch, top1
+            return True
+        return noise > 0 and best - noise <= top1
 
     def forget_best(self) -> None:
         """Let any epoch be the best of those to come."""

@@ -53,7 +53,7 @@ RECIPE = Recipe(
                 "keep": _keep(_OF_PVTV2, 0.5),
                 "round_to": {"qk_dim": 1, "v_dim": 1, "neuron": 1},
             },
-            "distill": {"loss": ["features"], "alpha": 0.5},
+            "distill": {"loss": ["features"]},
         },
         "imagenet": {
             "data": {"policy": "", "repeats": 1, "batch_size": 32},
@@ -86,7 +86,7 @@ RECIPE = Recipe(
                 "units": _OF_PVTV2,
                 "keep": _keep(_OF_PVTV2, 0.5),
             },
-            "distill": {"loss": ["features"], "alpha": 0.5},
+            "distill": {"loss": ["features"]},
         },
         "imagenet-pvtv2-b1": {
             "model": {"name": "pvt_v2_b2"},
@@ -94,7 +94,7 @@ RECIPE = Recipe(
                 "units": ["block"],
                 "keep": {"block": 0.5},
             },
-            "distill": {"loss": ["features"], "alpha": 0.5},
+            "distill": {"loss": ["features"]},
         },
     },
 )

@@ -14,6 +14,7 @@ from torch import nn
 
 from ..config.search import SearchConfig
 from ..errors import InfeasibleBudget, InvalidInput
+from ..evaluation import standard_error
 from ..planning import Budget, Plan, plan, predict_cost
 from ..precision import Precision
 from ..scoring.scores import Scores
@@ -23,7 +24,7 @@ from ..surgery.mask import masked_by
 from .candidate import Candidate, Evaluate, Measured
 from .candidates import Candidates, OnEvent
 from .evaluations import Evaluations, OnBatches
-from .noise import check_images, standard_error
+from .noise import check_images
 from .result import SearchResult
 from .strategies import Iterative, by_cost, equal_macs, grid
 

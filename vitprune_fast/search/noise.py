@@ -7,11 +7,6 @@ import math
 from ..errors import InvalidInput
 
 
-def standard_error(top1: float, images: int) -> float:
-    """Of a share of right answers: ``sqrt(p (1 - p) / n)``."""
-    return math.sqrt(top1 * (1 - top1) / images)
-
-
 def images_needed(top1: float, tolerance: float) -> int:
     """The fewest images on which a loss of ``tolerance`` is not smaller than the noise.
 

@@ -1,0 +1,1 @@
+"""What recipes keep of a model, beside others and beside training from scratch: `make evidence`."""
