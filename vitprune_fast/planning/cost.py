@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.nn.modules.module import register_module_forward_pre_hook
 from torch.utils.flop_counter import FlopCounterMode, flop_registry, sdpa_flop_count
 
 from ..errors import InvalidInput
@@ -76,12 +77,26 @@ def _counted(run: Callable[[], Any]) -> FlopCounterMode:
     # without gradients torch's own attention may run as one operation that no counter looks into
     fast = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
+    detaching = register_module_forward_pre_hook(_detached)
     try:
         with torch.no_grad(), counter:
             run()
     finally:
+        detaching.remove()
         torch.backends.mha.set_fastpath_enabled(fast)
     return counter
+
+
+def _detached(_: nn.Module, inputs: tuple[Any, ...]) -> Any:
+    """What a module gets, as what needs no gradient where none is taken.
+
+    There a view of a parameter says that it needs one, and the counter finds nothing that made it.
+    """
+    if torch.is_grad_enabled():
+        return None
+    # all others stay what they are: attention may ask whether its inputs are one tensor
+    views = [isinstance(x, Tensor) and x.requires_grad for x in inputs]
+    return tuple(x.detach() if view else x for x, view in zip(inputs, views, strict=True))
 
 
 def _uncounted() -> dict[Any, Any]:
