@@ -378,7 +378,9 @@ def _note_modules(spec: dict[str, Any], model: nn.Module, family: Family) -> Non
             spec["swaps"][path] = name
             modeling_pruned.swap(stock, path, name, known)
     for path, module in stock.named_modules():
-        for name, parameter in module._parameters.items() if path in theirs else ():
+        # a half block has taken over what it needs
+        whole = path in theirs and path not in spec["halves"]
+        for name, parameter in module._parameters.items() if whole else ():
             if parameter is not None and getattr(theirs[path], name, None) is None:
                 spec["attributes"][f"{path}.{name}" if path else name] = None
 

@@ -75,7 +75,7 @@ def _names_of_nothing(model: nn.Module, structure: Structure) -> Iterator[Fault]
     modules = {"": "", **{path: "" for path, _ in model.named_modules()}}
     for write in structure.writes():
         for path in (write.name, write.projection, *write.helpers):
-            if path not in modules:
+            if path not in modules and path not in structure.tensors:
                 yield path, f"is named by the branch {write.name}, and is no module"
     for where, paths in (
         ("norms", structure.norms),

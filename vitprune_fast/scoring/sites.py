@@ -8,7 +8,7 @@ qk_dim                  sum_n q x dq; the same as sum_n k x dk
 embed                   removal with statistics over the channels kept, summed over all readers of
                         the stream: sum_n y x dy plus what the norm's statistics do
 attn_branch,            sum over the inner units' gates + bias . sum_n d(output of the projection);
-mlp_branch              sum_n y x dy behind a post-norm
+mlp_branch              sum_n y x dy behind a post-norm, or where there are no such units
 block                   sum over its branches
 ======================  =========================================================================
 
@@ -125,15 +125,11 @@ def _reader_sites(structure: Structure, axis: Axis) -> list[Site]:
 
 def _branch_sites(structure: Structure, branch: str, kind: str) -> list[Site]:
     write = next(write for write in structure.writes() if write.name == branch)
-    if write.post_norm:
-        # behind a norm the projection is no longer linear in the gate: measure what is written
-        return [Site(f"{branch}@write", Place(write.norm, "output", write.dim), kind, 1)]
     inner = [name for name, place in structure.taps.items() if place.module == write.projection]
-    if not inner:
-        raise InvalidInput(
-            f"score: structure must have units at the input of {write.projection}, where those of "
-            f"{branch} are measured, got none"
-        )
+    if write.post_norm or not inner:
+        # behind a norm the projection is no longer linear in the gate: measure what is written
+        written = write.norm if write.post_norm else write.projection
+        return [Site(f"{branch}@write", Place(written, "output", write.dim), kind, 1)]
     sites = [_tap_site(structure, structure.axes[inner[0]])]
     if write.projected_bias in structure.tensors:
         output = Place(write.projection, "output", write.dim)

@@ -179,6 +179,8 @@ class Reading:
         # for every position so far, which unit of each axis it lies in
         inside: dict[str, np.ndarray] = {}
         stride = product.length()
+        if not stride:
+            return positions[:0]
         for factor in product.parts[0]:
             if isinstance(factor, int):
                 stride //= factor

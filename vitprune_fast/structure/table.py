@@ -72,14 +72,21 @@ class Write:
 
     @property
     def scaling(self) -> str:
-        """Path of the module that multiplies by the gain; empty where there is none."""
-        return self.gain.rpartition(".")[0] if self.gain else ""
+        """Path of the module that multiplies by the gain; empty where there is none.
+
+        That of a gain that the block itself multiplies with is none: it does more.
+        """
+        holder = self.gain.rpartition(".")[0] if self.gain else ""
+        return "" if self.name.startswith(f"{holder}.") else holder
 
     @property
     def helpers(self) -> tuple[str, ...]:
-        """Paths of what is removed with the branch and lies outside: norm, gain, drop path."""
+        """Paths of what is removed with the branch and lies outside: norm, gain, drop path.
+
+        A gain is the module that multiplies by it, or a tensor of the block.
+        """
         own = f"{self.name}."
-        paths = (self.norm, self.scaling, self.drop)
+        paths = (self.norm, self.scaling or self.gain, self.drop)
         return tuple(path for path in paths if path and not f"{path}.".startswith(own))
 
 

@@ -156,8 +156,10 @@ def _measure_branch(model: nn.Module, write: Write, record: Record, altered: Alt
         stream.append(inputs[0])
 
     def after(_: nn.Module, __: Any, output: Tensor) -> None:
-        x = stream.pop()
-        record(_turn(x, x + output))
+        # a block may have one drop path for both of its branches
+        if stream:
+            x = stream.pop()
+            record(_turn(x, x + output))
 
     altered.before(first, before)
     altered.after(drop, after)

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from ...errors import InvalidInput
+from ...errors import InvalidInput, UnsupportedArchitecture
 from ...modeling_pruned import Constant
 from ..axes import Axis, Dim
 from ..builder import Builder
@@ -91,6 +91,21 @@ def describe_block(
             t.reader(embed, core, norm)
     if branches and not constant:
         t.structure.blocks[path] = tuple(branches)
+
+
+def require(t: Builder, path: str, *classes: type) -> Any:
+    """The module at ``path``, which has to be of one of the classes; subclasses are others.
+
+    Raises:
+        UnsupportedArchitecture: it is not.
+    """
+    module = get(t.model, path)
+    if type(module) not in classes:
+        raise UnsupportedArchitecture(
+            f"describe: {path} must be one of {', '.join(c.__name__ for c in classes)}, "
+            f"got {type(module).__name__}"
+        )
+    return module
 
 
 def attention_axes(

@@ -32,7 +32,7 @@ from ..builder import Builder
 from ..paths import get
 from ..table import Structure
 from . import ConstructorCall, Family, qualified
-from .branches import Inner, Part, attention_axes, describe_block, exchange
+from .branches import Inner, Part, attention_axes, describe_block, exchange, require
 from .timm_vit import configs_of, has_norm, named
 
 ATTENTIONS = (Attention, SlimReductionAttention)
@@ -49,8 +49,8 @@ def describe(model: Any, image: Grid | None) -> Structure:
     for number, stage in enumerate(model.stages):
         path = f"stages.{number}"
         embedding = f"{path}.downsample" if number else "patch_embed"
-        _require(t, path, PyramidVisionTransformerStage)
-        _require(t, embedding, OverlapPatchEmbed)
+        require(t, path, PyramidVisionTransformerStage)
+        require(t, embedding, OverlapPatchEmbed)
         if not has_norm(stage.norm):
             raise UnsupportedArchitecture(
                 f"describe: {path}.norm must be a norm, got {type(stage.norm).__name__}"
@@ -94,29 +94,19 @@ def _behind(conv: Any, grid: Grid) -> Grid:
     return rows, columns
 
 
-def _require(t: Builder, path: str, *classes: type) -> Any:
-    module = get(t.model, path)
-    if type(module) not in classes:
-        raise UnsupportedArchitecture(
-            f"describe: {path} must be one of {', '.join(c.__name__ for c in classes)}, "
-            f"got {type(module).__name__}"
-        )
-    return module
-
-
 def _describe_blocks(t: Builder, path: str, embed: Axis, grid: Grid) -> None:
     parts = (
         Part("attn", "attn_branch", "norm1", partial(_attention, grid=grid), drop="drop_path1"),
         Part("mlp", "mlp_branch", "norm2", _mlp, drop="drop_path2"),
     )
     for name, _ in get(t.model, path).named_children():
-        _require(t, f"{path}.{name}", Block, HalfBlock)
+        require(t, f"{path}.{name}", Block, HalfBlock)
         describe_block(t, f"{path}.{name}", parts, embed, math.prod(grid))
 
 
 def _attention(t: Builder, path: str, embed: Axis, tokens: int, *, grid: Grid) -> Inner:
     """Queries of all tokens; keys and values, side by side, of the reduced ones."""
-    attn = _require(t, path, *ATTENTIONS)
+    attn = require(t, path, *ATTENTIONS)
     heads, qk, v = attention_axes(
         t, path, attn.num_heads, attn.q.out_features, attn.proj.in_features
     )
@@ -156,7 +146,7 @@ def _attention(t: Builder, path: str, embed: Axis, tokens: int, *, grid: Grid) -
 
 def _mlp(t: Builder, path: str, embed: Axis, tokens: int) -> Inner:
     """A neuron has a filter of its own over the grid between its row and its column."""
-    mlp = _require(t, path, MlpWithDepthwiseConv)
+    mlp = require(t, path, MlpWithDepthwiseConv)
     neurons = t.axis(f"{path}.neurons", mlp.fc2.in_features, "neuron")
     t.linear(f"{path}.fc1", neurons, embed, tokens)
     t.linear(f"{path}.dwconv", neurons, 1, tokens)

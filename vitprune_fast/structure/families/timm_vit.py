@@ -239,7 +239,7 @@ def construct(model: Any) -> ConstructorCall:
     rates = [m.drop_prob for m in model.modules() if isinstance(m, DropPath)]
     embed, width = model.patch_embed, model.embed_dim
     heads = attns[0].num_heads if attns else 1
-    hidden = _hidden(mlps[0]) if mlps else width
+    hidden = hidden_width(mlps[0]) if mlps else width
     post_norm = any(map(_is_post_norm, model.blocks))
     args = {
         "img_size": list(embed.img_size or embed.patch_size),
@@ -289,7 +289,8 @@ def _is_post_norm(block: Any) -> bool:
     return isinstance(block, ResPostBlock) or getattr(block, "post_norm", False)
 
 
-def _hidden(mlp: Any) -> int:
+def hidden_width(mlp: Any) -> int:
+    """What the constructor of an MLP is told: of a packed gate it has both halves."""
     return (mlp.fc1_g if isinstance(mlp, SwiGLU) else mlp.fc1).out_features
 
 

@@ -108,7 +108,10 @@ class Fitter:
         return fits
 
     def fit_classifiers(self) -> list[Fit]:
-        """Fit the maps after the last branch that put out logits."""
+        """Fit the maps after the last branch of which no output went.
+
+        They are the classifiers, and in a CaiT, before them, those of its class attention.
+        """
         stream = self._structure.stream[-1].dim
         return [
             self._fit_classifier(name.removesuffix(".weight"))

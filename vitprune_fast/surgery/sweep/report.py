@@ -18,7 +18,8 @@ class Fit:
     Attributes:
         place: path of the branch or the classifier in the dense model.
         part: `reader` (what the maps of a branch read), `writer` (what the stream is after it) or
-            `classifier`.
+            `classifier` (what a map after the last branch puts out: logits, and the queries, keys
+            and values of class attention).
         before: error on the images that were fitted to, without this fit.
         after: with it.
         held_out: with it, on images that were not fitted to.

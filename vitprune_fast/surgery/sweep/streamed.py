@@ -103,6 +103,9 @@ class Streamed:
 
     def scaled(self, write: Write, output: Tensor) -> Tensor:
         """What an output of the branch adds to the stream: it times the gain, or its norm."""
+        if write.gain and not write.scaling:
+            block, _, name = write.gain.rpartition(".")
+            return output * getattr(self._modules[block], name)
         return self._through(write.norm if write.post_norm else write.scaling, output)
 
     def through(self, writes: Iterable[Write], x: Tensor, image: Tensor) -> Tensor:
