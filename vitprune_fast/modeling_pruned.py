@@ -40,7 +40,7 @@ class HalfBlock(nn.Module):
     """What is left of a transformer block that lost one of its two branches.
 
     ``x + drop(gain(core(norm(x))))`` or ``x + drop(norm(core(x)))``, under the names that the parts
-    have in the block.
+    have in the block. A gain may be a parameter of the block itself, which is then multiplied with.
     """
 
     def __init__(self, block: nn.Module, chain: Iterable[str], core: str):
@@ -54,7 +54,7 @@ class HalfBlock(nn.Module):
         super().__init__()
         self.chain, self.core = tuple(chain), core
         for name in self.chain:
-            self.add_module(name, block.get_submodule(name))
+            setattr(self, name, getattr(block, name))
         self._takes = parameters_of(self.get_submodule(core))
         self.training = block.training
 
@@ -68,7 +68,10 @@ class HalfBlock(nn.Module):
         y, (args, named) = x, taken(self._takes, args, named)
         for name in self.chain:
             part = getattr(self, name)
-            y = run_core(part, y, *args, **named) if name == self.core else part(y)
+            if isinstance(part, Tensor):
+                y = part * y
+            else:
+                y = run_core(part, y, *args, **named) if name == self.core else part(y)
         return x + y
 
 
@@ -256,11 +259,48 @@ class SlimReductionAttention(_StandIn):
         return own.proj_drop(own.proj(out.transpose(1, 2).flatten(2)))
 
 
+class SlimTalkingAttention(_StandIn):
+    """Talking-heads attention of CaiT in a stream of another width than its heads have together."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Attention of ``x`` (B, N, C) to itself; (B, N, C)."""
+        own: Any = self
+        heads = own.qkv(x).unflatten(2, (3, own.num_heads, -1))
+        q, k, v = heads.permute(2, 0, 3, 1, 4)
+        logits = (q * own.scale @ k.transpose(2, 3)).permute(0, 2, 3, 1)
+        weights = own.proj_w(own.proj_l(logits).softmax(2)).permute(0, 3, 1, 2)
+        out = own.attn_drop(weights) @ v
+        return own.proj_drop(own.proj(out.transpose(1, 2).flatten(2)))
+
+
+class SlimClassAttention(_StandIn):
+    """Class attention of CaiT in a stream of another width than its heads have together."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Attention of the first token of ``x`` (B, N, C) to all of them; (B, 1, C)."""
+        own: Any = self
+        projected = (own.q(x[:, :1]), own.k(x), own.v(x))
+        q, k, v = (t.unflatten(2, (own.num_heads, -1)).transpose(1, 2) for t in projected)
+        if own.fused_attn:
+            dropout = own.attn_drop.p if own.training else 0.0
+            out = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, scale=own.scale)
+        else:
+            out = own.attn_drop((q * own.scale @ k.transpose(2, 3)).softmax(-1)) @ v
+        return own.proj_drop(own.proj(out.transpose(1, 2).flatten(2)))
+
+
 # classes of this file that stand in the place of a library's, by the names a config gives them;
 # ``of`` makes one of what it takes the place of
 STAND_INS: dict[str, Any] = {
     cls.__name__: cls
-    for cls in (SlimAttention, SlimPackedAttention, SlimSeparateAttention, SlimReductionAttention)
+    for cls in (
+        SlimAttention,
+        SlimPackedAttention,
+        SlimSeparateAttention,
+        SlimReductionAttention,
+        SlimTalkingAttention,
+        SlimClassAttention,
+    )
 }
 
 

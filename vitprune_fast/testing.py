@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from timm.layers import RmsNorm, SwiGLU, SwiGLUPacked
+from timm.models.cait import Cait
 from timm.models.deit import VisionTransformerDistilled
 from timm.models.pvt_v2 import PyramidVisionTransformerV2
 from timm.models.vision_transformer import ResPostBlock, VisionTransformer
@@ -15,7 +16,16 @@ from timm.models.vision_transformer import ResPostBlock, VisionTransformer
 from .check.drawn import randomise
 from .structure import families
 
-__all__ = ["PVTS", "SMALL", "VITS", "random_images", "random_pvt", "random_vit", "randomise"]
+__all__ = [
+    "PVTS",
+    "SMALL",
+    "VITS",
+    "random_cait",
+    "random_images",
+    "random_pvt",
+    "random_vit",
+    "randomise",
+]
 
 SMALL: dict[str, Any] = {
     "img_size": 16,
@@ -102,6 +112,20 @@ def random_pvt(
     model: Any = PVTS[config](**args).to(dtype).eval()
     model.pretrained_cfg = {"input_size": PVT_IMAGE}
     return randomise(model, seed)
+
+
+def random_cait(*, seed: int = 0, dtype: torch.dtype = torch.float64, **args: Any) -> Any:
+    """A CaiT of the sizes of ``SMALL`` with random weights everywhere, LayerScale included.
+
+    Args:
+        seed: of the weights.
+        dtype: of the model.
+        args: constructor arguments that override those sizes.
+
+    Returns:
+        The model in eval mode.
+    """
+    return randomise(Cait(**(SMALL | args)).to(dtype).eval(), seed)
 
 
 def random_images(model: Any, batch: int = 2, *, seed: int = 0) -> torch.Tensor:

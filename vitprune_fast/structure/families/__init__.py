@@ -58,7 +58,7 @@ class Family:
             not say.
         blocks: ``model -> paths`` of the modules that hold its blocks.
         halves: ``(block, core) -> names`` of the parts of the branch around ``core``, itself among
-            them, in the order in which they run.
+            them, in the order in which they run: modules, and gains that are parameters.
         swaps: what may stand in the place of a stock module or be given to the constructor:
             qualified names of classes, or of modules all of whose classes may.
         pairs: names of cores that hand back a pair, of which the first is what the branch writes.
@@ -90,6 +90,7 @@ class Family:
 _FAMILIES: dict[str, str | Family] = {
     "timm.models.vision_transformer.VisionTransformer": "timm_vit",
     "timm.models.deit.VisionTransformerDistilled": "timm_vit",
+    "timm.models.cait.Cait": "timm_cait",
     "timm.models.pvt_v2.PyramidVisionTransformerV2": "timm_pvt_v2",
     "transformers.models.vit.modeling_vit.ViTForImageClassification": "hf_vit",
     "transformers.models.deit.modeling_deit.DeiTForImageClassification": "hf_deit",

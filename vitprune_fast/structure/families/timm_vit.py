@@ -33,13 +33,7 @@ ATTENTIONS = (Attention, SlimPackedAttention)
 def describe(model: Any, image: tuple[int, int] | None) -> Structure:
     """The table of a ViT whose input is ``image`` (height, width); None is its own size."""
     height, width = image or image_size(model)
-    rows, columns = model.patch_embed.dynamic_feat_size((height, width))
-    num_patches = rows * columns
-    if num_patches == 0:
-        patch = " x ".join(map(str, model.patch_embed.patch_size))
-        raise InvalidInput(
-            f"describe: input_size must be at least one patch ({patch}), got {height} x {width}"
-        )
+    num_patches = patches_in(model, height, width)
     tokens = num_patches + model.num_prefix_tokens
     pooled = tokens if model.global_pool == "" else 1
 
@@ -173,6 +167,17 @@ def image_size(model: Any) -> tuple[int, int]:
             "describe: input_size must be given for a model without a fixed image size, got None"
         )
     return tuple(size)
+
+
+def patches_in(model: Any, height: int, width: int) -> int:
+    """How many patches an image has; InvalidInput where there are none."""
+    rows, columns = model.patch_embed.dynamic_feat_size((height, width))
+    if rows * columns == 0:
+        patch = " x ".join(map(str, model.patch_embed.patch_size))
+        raise InvalidInput(
+            f"describe: input_size must be at least one patch ({patch}), got {height} x {width}"
+        )
+    return rows * columns
 
 
 # pruning
