@@ -12,12 +12,15 @@ import torch
 
 import vitprune_fast as vp
 from tests.run.conftest import TINY
-from vitprune_fast.config.model import StudentConfig
+from vitprune_fast.config.model import ModelConfig, StudentConfig
 from vitprune_fast.config.run import RunConfig
+from vitprune_fast.data import open_data
 from vitprune_fast.errors import InvalidInput
 from vitprune_fast.recipes.standard import judged, opened
 from vitprune_fast.recipes.start import run
 from vitprune_fast.run import steps as do
+from vitprune_fast.run.folder import read_metrics
+from vitprune_fast.run.inputs import open_weights, student_config
 
 SMALLER = StudentConfig(
     "vit_tiny_patch16_224", {"patch_size": 4, "embed_dim": 12, "depth": 1, "num_heads": 3}
@@ -39,27 +42,42 @@ RECIPE = vp.Recipe("fresh", steps)
 
 
 def test_a_fresh_student_fits_the_data_and_is_taught(tmp_path: Path) -> None:
-    weights: list[bytes] = []
     # the best of two epochs may be the student as it was
-    taught = replace(TINY, student=SMALLER, distill=replace(TINY.distill, keep="last"))
-    for name, seed in (("run", 0), ("again", 0), ("other", 1)):
-        config = replace(taught, out=tmp_path / name, seed=seed)
-        summary = run(config, recipe=RECIPE)
-        weights.append((config.out / "student" / "model.safetensors").read_bytes())
-    assert weights[0] == weights[1] != weights[2]
-
-    model: Any = vp.load(tmp_path / "run" / "student")
+    last = replace(TINY.distill, keep="last")
+    config = replace(TINY, student=SMALLER, distill=last, out=tmp_path / "run")
+    summary = run(config, recipe=RECIPE)
+    model: Any = vp.load(config.out / "student")
     with torch.no_grad():
         assert model(torch.zeros(2, 1, 8, 8)).shape == (2, 10)
+    data = open_data("digits", image_size=(8, 8), channels=1)
+    for seed in (0, 1):
+        drawn: Any = open_weights(student_config(SMALLER, data), seed, purpose="student init")
+        assert torch.equal(drawn.head.weight, model.head.weight) == (seed == 0)
+    after: Any = vp.load(config.out / "model")
+    assert not torch.equal(after.head.weight, model.head.weight)
+
     cost, row = vp.cost(model), summary["fresh"]
     assert (cost.params, cost.macs) == (row["params"], row["macs"])
     assert row["macs"] == summary["after"]["macs"] < summary["before"]["macs"]
-    assert (tmp_path / "other" / "model" / "model.safetensors").read_bytes() != weights[2]
     assert {check["stage"] for check in summary["checks"]} >= {"student", "distill"}
-    assert "starts from random weights (seed 1)" in summary["assumptions"]["student"]
+    assert "starts from random weights (seed 0)" in summary["assumptions"]["student"]
     assert "budget" not in summary["assumptions"]
     record = json.loads((tmp_path / "run" / "stages" / "student.json").read_text())
     assert record["facts"]["cost"] == {"params": cost.params, "macs": cost.macs}
+
+
+def test_a_cait_teaches_a_deit_by_the_manifold_of_its_tokens(tmp_path: Path) -> None:
+    """Hao et al. 2022, arXiv:2107.01378: without its class token, and with no heads to be cut."""
+    args = {"img_size": 8, "patch_size": 2, "in_chans": 1, "embed_dim": 24, "num_heads": 3}
+    teacher = ModelConfig("cait_s24_224", {**args, "depth": 2})
+    student = StudentConfig("deit_tiny_patch16_224", {**args, "embed_dim": 12, "depth": 1})
+    schedule = replace(TINY.distill, epochs=1, loss=("soft", "manifold"))
+    config = replace(TINY, model=teacher, student=student, distill=schedule, out=tmp_path / "run")
+    summary = run(config, recipe=RECIPE)
+    assert summary["after"]["macs"] < summary["before"]["macs"]
+    lines = read_metrics(tmp_path / "run" / "metrics.jsonl")
+    (epoch,) = (e for e in lines if (e["stage"], e["event"]) == ("distill", "epoch"))
+    assert epoch["manifold"] > 0
 
 
 @pytest.mark.parametrize(

@@ -143,7 +143,9 @@ def check_inputs(config: RunConfig, data: ImageData | None = None) -> nn.Module:
     refuse_overwriting("run", config, {"out": config.out}, more={"data": root}, resumes=True)
     model = skeleton(replace(config.model, pretrained=False))
     check_savable(model)
-    scored_axes(describe(model), config.scoring.units)
+    # the teacher of a fresh student need not have the units that are cut by default
+    if not config.student.name:
+        scored_axes(describe(model), config.scoring.units)
     if config.model.checkpoint and not config.model.checkpoint.is_file():
         raise InvalidInput(
             f"run: checkpoint must be a file, got {config.model.checkpoint} (no such file)"
