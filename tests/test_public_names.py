@@ -28,6 +28,7 @@ BUILT = {
     "cost": "model input_size",
     "predict_cost": "structure plan",
     "latency": "model batch_size input_size",
+    "peak_memory_bytes": "model batch_size input_size device",
     "evaluate": "model batches",
     "planning.latency.latencies": "models batch_size seconds",
     "save": "model folder",

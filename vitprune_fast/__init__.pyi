@@ -29,6 +29,7 @@ from .planning import Latency as Latency
 from .planning import Plan as Plan
 from .planning import cost as cost
 from .planning import latency as latency
+from .planning import peak_memory_bytes as peak_memory_bytes
 from .planning import plan as plan
 from .planning import predict_cost as predict_cost
 from .recipes.start import run as run

@@ -36,6 +36,20 @@ def keeping_modes(*models: nn.Module | None) -> Iterator[None]:
                 module.training = mode
 
 
+@contextmanager
+def attention_in_parts() -> Iterator[None]:
+    """Have torch's own attention call the operations it is made of, so that modes see them.
+
+    Without gradients it may run as one operation that no mode looks into.
+    """
+    fast = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fast)
+
+
 def compiled(model: nn.Module, backend: bool | str = True) -> Any:
     """Compile a model for itself, with the hooks that it has when it first runs."""
     options: dict[str, Any] = {} if backend is True else {"backend": backend}

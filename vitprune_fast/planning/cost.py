@@ -12,7 +12,7 @@ from torch.nn.modules.module import register_module_forward_pre_hook
 from torch.utils.flop_counter import FlopCounterMode, flop_registry, sdpa_flop_count
 
 from ..errors import InvalidInput
-from ..modules.modes import evaluating
+from ..modules.modes import attention_in_parts, evaluating
 from ..ops.gated_attention import registered_op
 from ..structure import Structure, describe
 from ..structure.reading import Reading
@@ -74,16 +74,12 @@ def count_macs_by_module(model: nn.Module, run: Callable[[], Any]) -> dict[str, 
 
 def _counted(run: Callable[[], Any]) -> FlopCounterMode:
     counter = FlopCounterMode(display=False, custom_mapping=_uncounted())
-    # without gradients torch's own attention may run as one operation that no counter looks into
-    fast = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)
     detaching = register_module_forward_pre_hook(_detached)
     try:
-        with torch.no_grad(), counter:
+        with torch.no_grad(), attention_in_parts(), counter:
             run()
     finally:
         detaching.remove()
-        torch.backends.mha.set_fastpath_enabled(fast)
     return counter
 
 

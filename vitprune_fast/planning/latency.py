@@ -150,7 +150,7 @@ def latencies(
     dtypes = [resolve("latency", dtype, target) for target in targets]
     inputs = []
     for model, target, computed in zip(models, targets, dtypes, strict=True):
-        shape = (batch_size, *_image_shape(model, input_size))
+        shape = (batch_size, *image_shape("latency", model, input_size))
         images = torch.rand(shape, generator=torch.Generator().manual_seed(0)) * 2 - 1
         inputs.append(images.to(target, computed or dtype_of(model)))
     contestants = list(zip(models, inputs, strict=True))
@@ -186,10 +186,19 @@ def _time(model: Callable[[torch.Tensor], object], images: torch.Tensor) -> floa
     return measure(lambda: model(images), images.device, clock=time.perf_counter)
 
 
-def _image_shape(
-    model: nn.Module, input_size: int | tuple[int, ...] | None
+def image_shape(
+    function: str, model: nn.Module, input_size: int | tuple[int, ...] | None
 ) -> tuple[int, int, int]:
-    """Complete (channels, height, width) with what a model says of itself."""
+    """Complete (channels, height, width) with what a model says of itself.
+
+    Args:
+        function: the caller's name, for the error sentence.
+        model: of any family, or of none.
+        input_size: side, (height, width) or (channels, height, width); None is what the model says.
+
+    Raises:
+        InvalidInput: the input size cannot be told.
+    """
     said = families.stated_shape(model)
     config = stated_config(model).get("input_size") or (3,)
     size: Any = input_size or (config[1:] if None in said else said[1:])
@@ -197,7 +206,7 @@ def _image_shape(
     shape = (said[0] or config[0], *shape) if len(shape) == 2 else shape
     if len(shape) != 3 or min(shape) < 1:
         raise InvalidInput(
-            "latency: input_size must be a side, (height, width) or (channels, height, width), "
+            f"{function}: input_size must be a side, (height, width) or (channels, height, width), "
             f"got {input_size!r} for a model that does not state its own"
         )
     return (shape[0], shape[1], shape[2])
