@@ -23,6 +23,7 @@ HALF = {
     "latency_waited": None,
     "latency_ms_batch64": 20.0,
     "images_per_s": 3200.0,
+    "peak_memory_bytes": 4_000_000,
 }
 SUMMARY = {
     "models": {"before": "dense", "cut": "pruned", "swept": "swept", "after": "model"},
@@ -37,6 +38,7 @@ SUMMARY = {
         "top1": 0.975,
         "latency_ms": 1.0,
         "images_per_s": 6400.0,
+        "peak_memory_bytes": 3_000_000,
         "agreement": 0.99,
     },
 }
@@ -176,6 +178,7 @@ def test_the_table_shows_before_after_and_change() -> None:
     assert "2.00x faster" in rows["latency, batch 1 (ms)"]
     assert "99.00%" in rows["agreement with dense"]
     assert "2.00x" in rows["images/s, batch 64"]
+    assert all(text in rows["peak memory, batch 1 (MB)"] for text in ("4.00", "3.00", "75.0%"))
 
 
 def test_the_last_line_says_what_each_step_did() -> None:

@@ -67,6 +67,17 @@ def test_a_run_leaves_everything_that_is_promised(finished: Path) -> None:
         assert row["images_per_s"] == pytest.approx(64e3 / row["latency_ms_batch64"])
     assert 0 <= summary["after"]["agreement"] <= 1
     assert summary["after"]["macs"] <= 0.5 * summary["before"]["macs"]
+    assert summary["depth"] == [2, 2] and summary["teachers"] == [{"name": "self", "kind": "self"}]
+    plan = vp.Plan.load(finished / "plan.json")
+    heads, neurons = (
+        sum(len(plan[f"blocks.{n}.{units}"]) for n in range(2))
+        for units in ("attn.heads", "mlp.neurons")
+    )
+    assert summary["ratios"] == {
+        **dict.fromkeys(("head", "qk_dim", "v_dim"), (6 - heads) / 6),
+        "neuron": (192 - neurons) / 192,
+        **dict.fromkeys(("embed", "attn_branch", "mlp_branch", "block"), 0.0),
+    }
     assert summary["split_hashes"].keys() == {"train", "validation", "test"}
     assert {"torch", "timm", "vitprune_fast"} <= summary["versions"].keys()
     assert summary["seed"] == 0
@@ -87,6 +98,11 @@ def test_the_saved_models_are_those_in_the_table(finished: Path) -> None:
     for step, (cost, answer) in answers.items():
         row = summary[step]
         assert (cost.params, cost.macs) == (row["params"], row["macs"])
+        weights = finished / summary["models"][step] / "model.safetensors"
+        assert row["file_bytes"] == len(weights.read_bytes()) and row["depth"] == 2
+        model = vp.load(weights.parent)
+        peaks = [vp.peak_memory_bytes(model, size) for size in (1, 64)]
+        assert [row["peak_memory_bytes"], row["peak_memory_bytes_batch64"]] == peaks
         assert int((answer == labels).sum()) == row["top1_count"]
         if step != "before":
             same = int((answer == answers["before"][1]).sum())

@@ -42,9 +42,10 @@ def run(
 
     Returns:
         The contents of `summary.json`: "before", "cut", "swept" and "after" (None for what the
-        recipe does not make) and any others that it makes, with params, macs, top1 (fraction), its
-        95 % interval, latency_ms (batch 1, median) and images_per_s, plus recipe, steps, teachers,
-        seed, split hashes, versions, checks.
+        recipe does not make) and any others that it makes, with params, macs, depth, file_bytes,
+        peak_memory_bytes, top1 (fraction), its 95 % interval, latency_ms (batch 1, median) and
+        images_per_s, plus ratios (unit kind -> share that is gone), recipe, steps, teachers, seed,
+        split hashes, versions, checks.
 
     Raises:
         InvalidInput: an argument, the data or the checkpoint cannot be used.

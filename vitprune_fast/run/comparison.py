@@ -38,6 +38,16 @@ def comparison(before: dict[str, Any], after: dict[str, Any]) -> list[Row]:
             f"{after['images_per_s']:,.0f}",
             f"{after['images_per_s'] / before['images_per_s']:.2f}x",
         ),
+        _megabytes("peak memory, batch 1 (MB)", before, after, "peak_memory_bytes"),
+    ]
+
+
+def further(before: dict[str, Any], after: dict[str, Any]) -> list[Row]:
+    """More rows of that table, for pages."""
+    return [
+        _megabytes("peak memory, batch 64 (MB)", before, after, "peak_memory_bytes_batch64"),
+        _megabytes("weights file (MB)", before, after, "file_bytes"),
+        _smaller("blocks", before["depth"], after["depth"], "d"),
     ]
 
 
@@ -74,6 +84,10 @@ def between(summary: dict[str, Any]) -> list[Row]:
 def arrow(summary: dict[str, Any]) -> str:
     """The accuracy from step to step in one line."""
     return " -> ".join(f"{model} {top1}" for model, top1, *_ in steps(summary))
+
+
+def _megabytes(title: str, before: dict[str, Any], after: dict[str, Any], key: str) -> Row:
+    return _smaller(title, before[key] / 1e6, after[key] / 1e6, ",.2f")
 
 
 def _smaller(title: str, before: float, after: float, style: str) -> Row:

@@ -1,8 +1,8 @@
-"""The rows of `summary.json`: one model each."""
+"""The rows of `summary.json`, one model each, and what went between the first and the last."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import nn
@@ -10,9 +10,11 @@ from torch import nn
 from vitprune_fast import planning
 from vitprune_fast.evaluation import wilson
 from vitprune_fast.run.checks import Check
+from vitprune_fast.run.step import Facts
+from vitprune_fast.structure import UNIT_KINDS, Structure, describe
 
 BATCH_SIZES = (1, 64)
-"""Batch sizes at which latency is measured; the second one gives the throughput."""
+"""Batch sizes at which latency and memory are measured; the second one gives the throughput."""
 
 ALWAYS = ("before", "cut", "swept", "after")
 """Rows that every summary has; None where a run has no such model."""
@@ -31,6 +33,8 @@ def rows(
     models: Mapping[str, nn.Module],
     found: Mapping[str, Any],
     timed: Mapping[str, list[Any]],
+    memory: Mapping[str, Sequence[int]],
+    stored: Mapping[str, int],
 ) -> dict[str, dict[str, Any] | None]:
     """What the summary says of each model.
 
@@ -39,13 +43,20 @@ def rows(
         found: row -> its `Evaluation`.
         timed: row -> latencies at `BATCH_SIZES`, of `to_time`. Another row has the times of the one
             of its size, the last of them, and says so in `latency_of`.
+        memory: row -> peak memory of a forward pass at `BATCH_SIZES`, in bytes.
+        stored: row -> bytes of the file of its weights.
     """
     of_size = {_size(models[name]): name for name in timed}
     made = {}
     for name, model in models.items():
         measured = name if name in timed else of_size[_size(model)]
+        single, batch = memory[name]
         made[name] = {
             **dict(zip(("params", "macs"), _size(model), strict=True)),
+            "depth": describe(model).depth,
+            "file_bytes": stored[name],
+            "peak_memory_bytes": single,
+            "peak_memory_bytes_batch64": batch,
             **_counts(found[name]),
             **_times(timed[measured]),
             **({} if measured == name else {"latency_of": measured}),
@@ -55,6 +66,37 @@ def rows(
 
 def _size(model: nn.Module) -> tuple[int, int]:
     return planning.cost(model).params, planning.cost(model).macs
+
+
+def ratios(before: Structure, after: Structure) -> dict[str, float]:
+    """What share of the units of each kind is gone; negative where there are more.
+
+    Units of branches and blocks that are gone count as gone, and a block that only puts out a
+    constant does. Dims of heads that keep different numbers of them count as they are stored, at
+    the width of the widest.
+
+    Args:
+        before: its kinds are told, in the order of `UNIT_KINDS`.
+        after: a cut of that model, or another one.
+    """
+    return {
+        kind: (total - _units(after, kind)) / total
+        for kind in UNIT_KINDS
+        if (total := _units(before, kind))
+    }
+
+
+def _units(structure: Structure, kind: str) -> int:
+    # a block that cannot go whole, since a constant stays in it, is there all the same
+    if kind == "block":
+        return structure.depth
+    return sum(axis.size for axis in structure.units(kind))
+
+
+def teachers(facts: Mapping[str, Facts]) -> list[dict[str, str]]:
+    """The different teachers of all steps, in order."""
+    named = [teacher for each in facts.values() for teacher in each.get("teachers", [])]
+    return [teacher for number, teacher in enumerate(named) if teacher not in named[:number]]
 
 
 def seen_whole(found: Mapping[str, Any], wanted: int) -> list[Check]:

@@ -149,6 +149,8 @@ class Structure:
     stream: list[Write] = field(default_factory=list)
     # block path -> the branches it holds, in order
     blocks: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    # blocks that compute anything: also those that are no unit, since a constant stays in them
+    depth: int = 0
     # branch axis -> the branch each of its units stands for
     branches: dict[str, tuple[str, ...]] = field(default_factory=dict)
     work: list[Work] = field(default_factory=list)

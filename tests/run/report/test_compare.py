@@ -47,6 +47,8 @@ def test_the_page_has_one_table_and_overlaid_curves(two: tuple[Path, Path], tmp_
             assert f"{json.loads((folder / 'summary.json').read_text())[step]['top1']:.2%}" in words
         for value in (f"{after['macs']:,}", f"{after['top1']:.2%}", f"{after['latency_ms']:.2f}"):
             assert value in words
+        assert f"{after['file_bytes'] / 1e6:.2f}" in words
+        assert f"{after['peak_memory_bytes'] / 1e6:.2f}" in words
     assert "33% of the multiply-accumulates" in words
     assert "config.plan.macs unset 0.33" in words and "config.seed" not in words
     # loss and validation top-1 of both trainings, each with both runs in it

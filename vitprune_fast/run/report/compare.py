@@ -10,7 +10,7 @@ from typing import Any
 
 from vitprune_fast import files
 from vitprune_fast.errors import InvalidInput
-from vitprune_fast.run.comparison import between, comparison
+from vitprune_fast.run.comparison import between, comparison, further
 from vitprune_fast.run.folder import RunFolder, leaves, read_metrics
 from vitprune_fast.run.report import figures
 from vitprune_fast.run.report.page import (
@@ -75,10 +75,10 @@ def names_of(folders: Sequence[Path]) -> list[str]:
 
 def table(summaries: Sequence[dict[str, Any]]) -> list[tuple[str, list[tuple[str, str]]]]:
     """Rows (heading, one (value after, change from the run's own dense model) per run)."""
-    columns = [
-        [*comparison(summary["before"], summary["after"]), *between(summary)]
-        for summary in summaries
-    ]
+    columns = []
+    for summary in summaries:
+        ends = summary["before"], summary["after"]
+        columns.append([*comparison(*ends), *further(*ends), *between(summary)])
     return [
         (rows[0][0], [(after, change) for _, _, after, change in rows])
         for rows in zip(*columns, strict=True)

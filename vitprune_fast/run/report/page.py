@@ -16,7 +16,7 @@ from vitprune_fast import files
 from vitprune_fast.errors import DamagedFile, RunFolderError
 from vitprune_fast.planning import Plan
 from vitprune_fast.planning.waiting import load_warning
-from vitprune_fast.run.comparison import comparison, heading, steps
+from vitprune_fast.run.comparison import comparison, further, heading, steps
 from vitprune_fast.run.folder import RunFolder, read_metrics
 from vitprune_fast.run.report import figures
 from vitprune_fast.run.report.refit import refit_facts
@@ -29,6 +29,9 @@ KIND_NAMES = {
     "qk_dim": "query and key dims",
     "v_dim": "value dims",
     "embed": "embedding channels",
+    "attn_branch": "attention branches",
+    "mlp_branch": "MLP branches",
+    "block": "blocks",
 }
 
 TRAININGS = {
@@ -82,6 +85,7 @@ def render(run: RunFolder) -> str:
     """The page as text."""
     record = run.record()
     summary = files.read_json(run / "summary.json")
+    before, after = summary["before"], summary["after"]
     done = facts_of(run, summary)
     config = record["identity"]["config"]
     return template("page.html.j2").render(
@@ -92,9 +96,10 @@ def render(run: RunFolder) -> str:
         command=shlex.join(record.get("command", [])),
         record=record,
         summary=summary,
-        before=summary["before"],
-        after=summary["after"],
-        rows=comparison(summary["before"], summary["after"]),
+        before=before,
+        after=after,
+        rows=[*comparison(before, after), *further(before, after)],
+        gone={name_of(kind): share for kind, share in summary["ratios"].items()},
         steps=steps(summary),
         accuracy=accuracy_figure(summary),
         sweep=refit_facts(run, fits) if (fits := last_fact(done, "fits")) else None,
@@ -107,7 +112,7 @@ def render(run: RunFolder) -> str:
         most_points=figures.MOST_POINTS,
         curves=overlaid_curves([("", figures.AFTER, read_metrics(run / "metrics.jsonl"))]),
         costs=cost_figure(summary),
-        load_warning=load_warning(summary["before"]["latency_waited"]),
+        load_warning=load_warning(before["latency_waited"]),
         weights=weights_text(summary["weights"]),
     )
 

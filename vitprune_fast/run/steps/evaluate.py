@@ -6,11 +6,13 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
+from vitprune_fast.planning import peak_memory_bytes
 from vitprune_fast.run import actions, assumptions, checks, summary
 from vitprune_fast.run.comparison import arrow
 from vitprune_fast.run.job import Job
 from vitprune_fast.run.profile import versions
 from vitprune_fast.run.step import Facts, Step
+from vitprune_fast.structure import describe
 
 _SKIPPED = {"skipped_steps": "training steps", "skipped": "scored images"}
 
@@ -39,15 +41,27 @@ def evaluate(job: Job, *, summary_file: str, before: str, after: str, **between:
         seconds=job.config.latency_seconds,
         dtype=job.profile.dtype,
     )
+    memory = {
+        row: [
+            peak_memory_bytes(model, size, dtype=job.profile.dtype) for size in summary.BATCH_SIZES
+        ]
+        for row, model in loaded.items()
+    }
+    stored = {
+        row: (job.folder / name / "model.safetensors").stat().st_size for row, name in names.items()
+    }
+    first, last = describe(loaded["before"]), describe(loaded["after"])
     done = job.steps[: job.steps.index(job.step)]
     facts = {step.name: job.facts(step.name) for step in done}
     whole = {
-        **summary.rows(loaded, found, dict(zip(timed, times, strict=True))),
+        **summary.rows(loaded, found, dict(zip(timed, times, strict=True)), memory, stored),
+        "depth": [first.depth, last.depth],
+        "ratios": summary.ratios(first, last),
         "recipe": job.recipe,
         "steps": [step.name for step in job.steps],
         "models": names,
         "made_by": {row: _maker(done, name) for row, name in names.items()},
-        "teachers": _first(facts, "teachers", []),
+        "teachers": summary.teachers(facts),
         "seed": job.config.seed,
         "data": assumptions.data_facts(job.data),
         "weights": {
