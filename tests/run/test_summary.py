@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -113,6 +114,12 @@ def test_another_model_may_have_more_of_a_kind() -> None:
         "neuron": (288 - 240) / 288,
         "embed": -6 / 24,
     }
+
+
+def test_only_kinds_of_the_dense_model_are_told() -> None:
+    structure = vp.describe(random_vit())
+    before = replace(structure, axes={name: structure.axes[name] for name in ("embed",)})
+    assert ratios(before, structure) == {"embed": 0.0}
 
 
 def test_every_teacher_is_named_once() -> None:

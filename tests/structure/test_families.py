@@ -126,6 +126,7 @@ def test_a_family_of_ones_own_is_pruned_and_saved(tmp_path: Path) -> None:
     batch = (images, torch.tensor([0, 1, 2, 0]))
     report = vp.check_structure(model)
     assert report.ok, str(report)
+    assert vp.describe(model).depth == 4
     scores = vp.score(model, [batch], units=("neuron",))
     assert len(scores) == 8 and all(torch.count_nonzero(each) for each in scores.values())
     kept = {

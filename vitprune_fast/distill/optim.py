@@ -108,11 +108,7 @@ def _blocks_above(student: nn.Module) -> dict[int, int]:
 def _blocks_of(model: nn.Module) -> list[str]:
     """Paths of the blocks of a model of a known family, in order; none of another one."""
     family = families.find(model)
-    return [
-        f"{path}.{name}"
-        for path in (family.blocks(model) if family else ())
-        for name, _ in model.get_submodule(path).named_children()
-    ]
+    return family.block_paths(model) if family else []
 
 
 def learning_rate(step: int, steps_per_epoch: int, config: DistillConfig, peak: float) -> float:

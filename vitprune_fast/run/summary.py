@@ -82,7 +82,7 @@ def ratios(before: Structure, after: Structure) -> dict[str, float]:
     return {
         kind: (total - _units(after, kind)) / total
         for kind in UNIT_KINDS
-        if (total := _units(before, kind))
+        if before.units(kind) and (total := _units(before, kind))
     }
 
 

@@ -39,7 +39,13 @@ def describe(model: nn.Module, input_size: int | tuple[int, ...] | None = None) 
         InvalidInput: ``input_size`` has another form, or smaller images than one patch.
     """
     family = families.of(model)
-    return family.describe(model, None if input_size is None else _image(input_size))
+    structure = family.describe(model, None if input_size is None else _image(input_size))
+    computing = [write.name for write in structure.writes()]
+    structure.depth = sum(
+        any(name.startswith(f"{block}.") for name in computing)
+        for block in family.block_paths(model)
+    )
+    return structure
 
 
 def _image(input_size: int | tuple[int, ...]) -> tuple[int, int]:

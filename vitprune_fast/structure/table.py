@@ -149,7 +149,7 @@ class Structure:
     stream: list[Write] = field(default_factory=list)
     # block path -> the branches it holds, in order
     blocks: dict[str, tuple[str, ...]] = field(default_factory=dict)
-    # blocks that compute anything: also those that are no unit, since a constant stays in them
+    # blocks with a branch that computes something, units or not; counted for every family alike
     depth: int = 0
     # branch axis -> the branch each of its units stands for
     branches: dict[str, tuple[str, ...]] = field(default_factory=dict)

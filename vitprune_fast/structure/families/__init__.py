@@ -85,6 +85,14 @@ class Family:
     renumbered: Callable[[Any, Mapping[str, str]], None] = _no_renumbering
     configs: Callable[[Any], Iterable[tuple[dict[str, Any], nn.Module | None]]] = _own_config
 
+    def block_paths(self, model: nn.Module) -> list[str]:
+        """The paths of the blocks of a model, in order."""
+        return [
+            f"{path}.{name}"
+            for path in self.blocks(model)
+            for name, _ in model.get_submodule(path).named_children()
+        ]
+
 
 # class -> file of its family in this folder, or the family itself
 _FAMILIES: dict[str, str | Family] = {

@@ -89,7 +89,6 @@ def describe_block(
             t.writer_norm(embed, norm)
         else:
             t.reader(embed, core, norm)
-    t.structure.depth += bool(branches)
     if branches and not constant:
         t.structure.blocks[path] = tuple(branches)
 
