@@ -35,7 +35,11 @@ def evaluated(
 
 
 @pytest.mark.parametrize(
-    "loss", ["soft", "soft_deit", "soft_sum", "hidden", "features", "manifold", "manifold_full"]
+    "loss",
+    [
+        *("soft", "soft_deit", "soft_sum", "hidden", "features"),
+        *("manifold", "manifold_intra", "manifold_inter", "manifold_random", "manifold_full"),
+    ],
 )
 @pytest.mark.parametrize("config", ["plain", "layerscale-registers-no_embed_class"])
 def test_an_equal_teacher_teaches_nothing(loss: str, config: str) -> None:
