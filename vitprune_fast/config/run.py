@@ -532,8 +532,7 @@ class RunConfig:
         ]
         clash += ["rounds"] if self.rounds.count > 1 else []
         if clash:
-            raise InvalidInput(
-                f"run: {clash[0]} must not be given with {name}, got both; "
-                f"{'gate-macs' if gated else name} says how much stays"
-            )
+            amount = f"{'gate-macs' if gated else name} says how much stays"
+            fix = "--recipe standard has none" if clash[0] == "rounds" else amount
+            raise InvalidInput(f"run: {clash[0]} must not be given with {name}, got both; {fix}")
         return {"macs": self.gates.macs if gated else self.masks.macs}

@@ -124,7 +124,8 @@ def _check_rounds(config: RunConfig) -> None:
     if rounds.masks and is_deep:
         raise InvalidInput(
             "run: cut-units must be kinds of width with round-masks, since what is left out is "
-            f"units of blocks that stay, got {', '.join(plan.units)}"
+            f"units of blocks that stay, got {', '.join(plan.units)}; --recipe standard and "
+            "width-depth cut blocks"
         )
     if rounds.masks:
         return
