@@ -140,7 +140,7 @@ def test_without_matplotlib_there_is_no_picture(
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == sorted(FILES[:2])
 
 
-def test_units_options_and_scoring_can_be_chosen(search: Any) -> None:
+def test_units_options_and_scoring_can_be_chosen(search: Any, trained: Path) -> None:
     words = ("--units", "neuron", "--allocation", "uniform", "--images", "100", "--no-rescore")
     assert search(*MODES["iterative"], *words, "--criterion", "magnitude")[0] == 0
     found = json.loads(Path("out/search.json").read_text())
@@ -148,6 +148,15 @@ def test_units_options_and_scoring_can_be_chosen(search: Any) -> None:
     assert {row["images"] for row in found["table"]} == {100, 179}
     kept = vp.Plan.load("out/plan.json")
     assert len({len(kept[name]) for name in kept if name.endswith("neurons")}) == 1
+    # what a plan takes, every candidate takes
+    words = ("--protect", "blocks.0.*", "--round-to", "neuron=16", "--bounds", "head=2..")
+    assert search(*MODES["grid"], *words)[0] == 0
+    kept, whole = vp.Plan.load("out/plan.json"), vp.Plan.of(vp.describe(vp.load(trained)))
+    assert all(kept[name] == whole[name] for name in whole if name.startswith("blocks.0"))
+    found = json.loads(Path("out/search.json").read_text())
+    assert {row["kept"]["neuron"] % 16 for row in found["table"]} == {0}
+    assert min(row["kept"]["head"] for row in found["table"]) >= 2 + 3
+    assert found["plan"]["round_to"] == {"neuron": 16}
 
 
 @pytest.mark.parametrize(
@@ -159,8 +168,9 @@ def test_units_options_and_scoring_can_be_chosen(search: Any) -> None:
         (("--tolerance", "0.001"), " images for a tolerance of 0.001 at a top-1 of "),
         (("--evaluations", "1"), "search: evaluations must be at least 3 for iterative"),
         (("--units", "heads"), "score: units must be among head, qk_dim"),
+        (("--protect", "block.0"), "plan: protect must match "),
     ],
-    ids=["tolerance", "no-cost", "small-cost", "few-images", "evaluations", "kind"],
+    ids=["tolerance", "no-cost", "small-cost", "few-images", "evaluations", "kind", "pattern"],
 )
 def test_bad_input_is_one_sentence(
     words: tuple[str, ...], sentence: str, search: Any, tmp_path: Path

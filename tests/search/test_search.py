@@ -16,6 +16,7 @@ from torch import nn
 import vitprune_fast as vp
 from vitprune_fast import Measured
 from vitprune_fast.sealed import CheckpointRefused
+from vitprune_fast.search import SearchStopped
 from vitprune_fast.search.noise import images_needed
 from vitprune_fast.surgery.mask import masked_by
 from vitprune_fast.testing import random_vit
@@ -57,6 +58,7 @@ MODES: dict[str, dict[str, Any]] = {
     "iterative": {"rounds": 1},
     "grid": {"values": (0, 0.3, 0.6)},
     "equal-macs": {"macs": 0.6},
+    "fixed": {"step": 0.1},
 }
 each_mode = pytest.mark.parametrize("mode", MODES)
 
@@ -175,6 +177,54 @@ def test_few_images_leave_a_margin_of_one_standard_error() -> None:
             evaluate_all=lambda plan: Measured(DENSE, MANY),
         )
         assert (result.ratios["head"] == 0.5) is feasible
+
+
+def test_one_ratio_is_the_largest_that_the_tolerance_allows() -> None:
+    # 144 neurons: of 12 heads each half goes with every twelfth part
+    result = vp.search(STRUCTURE, SCORES, evaluate=true, mode="fixed", step=1 / 12)
+    loss = [0.13 * (n / 12) ** 2 for n in range(12)]
+    share = max(n for n in range(12) if loss[n] <= 0.005) / 12
+    assert result.ratios == pytest.approx({"head": share, "neuron": share})
+    assert {c.step for c in result.table} == {"unpruned", "one ratio"}
+    # 12 steps by bisection, and the one after the lowest that was refused
+    assert len(result.table) <= 1 + 2 + math.ceil(math.log2(12))
+    assert result.refused == sum(not c.feasible for c in result.table) > 0
+
+
+def test_one_ratio_within_a_cost_is_evaluated_once() -> None:
+    asked: list[vp.Plan] = []
+    options: Any = {"mode": "fixed", "macs": 0.6, "evaluate": dying(true, -1, asked)}
+    result = vp.search(STRUCTURE, SCORES, **options)
+    assert [c.step for c in result.table] == ["unpruned", "one ratio"] and len(asked) == 2
+    # a head more or less
+    assert abs(result.ratios["head"] - result.ratios["neuron"]) <= 1 / TOTAL["head"]
+    whole = result.baseline.macs
+    head, neuron = (
+        whole
+        - vp.predict_cost(
+            STRUCTURE, vp.plan(STRUCTURE, SCORES, {"keep": {kind: 1 - 1 / total}}, units=[kind])
+        ).macs
+        for kind, total in TOTAL.items()
+    )
+    # a thousandth less would cost too much, as far as it is a unit
+    assert 0 <= 0.6 * whole - result.macs <= head + neuron
+    # the tolerance has no say, and no noise is too much
+    low = vp.search(STRUCTURE, SCORES, **{**options, "evaluate": lambda plan: Measured(0.1, 10)})
+    assert low.plan == result.plan
+    with pytest.raises(vp.InfeasibleBudget, match="macs must be at least"):
+        vp.search(STRUCTURE, SCORES, **{**options, "macs": 0.01})
+
+
+@pytest.mark.parametrize("mode", ["iterative", "fixed"])
+def test_what_was_taken_back_is_counted(mode: Any) -> None:
+    def on_some(plan: vp.Plan) -> Measured:
+        return Measured(DENSE - 0.4 * (DENSE - true(plan).top1), 20_000)
+
+    result = vp.search(STRUCTURE, SCORES, mode=mode, evaluate=on_some, evaluate_all=true)
+    checks = [c for c in result.table if c.step == "check on all images"]
+    assert result.taken_back == len(checks) - 1 > 0
+    assert result.refused == sum(not c.feasible for c in result.table) - result.taken_back > 0
+    assert result.top1 >= DENSE - 0.005
 
 
 # on a model
@@ -351,6 +401,23 @@ def test_killed_at_any_evaluation_it_ends_with_the_same_result(mode: Any, tmp_pa
         assert len(asked) + len(rest) == len(whole.table) + (at > 0)
 
 
+def test_asked_to_stop_it_goes_on_from_there(tmp_path: Path) -> None:
+    asked: list[vp.Plan] = []
+    options: Any = {"mode": "fixed", "checkpoint": tmp_path / "kept.safetensors"}
+    with pytest.raises(SearchStopped):
+        vp.search(
+            STRUCTURE,
+            SCORES,
+            evaluate=dying(true, -1, asked),
+            stop=lambda: len(asked) == 4,
+            **options,
+        )
+    resumed = vp.search(STRUCTURE, SCORES, evaluate=dying(true, -1, asked), **options)
+    # the unpruned model alone is evaluated again
+    assert len(asked) == len(resumed.table) + 1 and not options["checkpoint"].exists()
+    assert plain(resumed) == plain(vp.search(STRUCTURE, SCORES, evaluate=true, mode="fixed"))
+
+
 def test_killed_many_times_in_a_row(tmp_path: Path) -> None:
     file, asked = tmp_path / "kept.safetensors", list[vp.Plan]()
     for at in range(2, 9):
@@ -431,7 +498,10 @@ def test_a_tolerance_is_at_least_an_image_and_a_standard_error(
     [
         ({"tolerance": 0.0}, "tolerance must be above 0, got 0.0"),
         ({"tolerance": -1}, "tolerance must be above 0, got -1"),
-        ({"mode": "random"}, "mode must be one of iterative, grid, equal-macs, got 'random'"),
+        (
+            {"mode": "random"},
+            "mode must be one of iterative, grid, equal-macs, fixed, got 'random'",
+        ),
         ({"mode": "equal-macs"}, "macs must be given for equal-macs, got None"),
         ({"mode": "grid", "macs": 0.5}, "macs must be unset for grid, got 0.5"),
         ({"mode": "grid", "values": (0, 1)}, "values must be different shares in \\[0, 1\\), got"),

@@ -20,6 +20,8 @@ from vitprune_fast.search.strategies import (
     bisected,
     by_cost,
     equal_macs,
+    fixed,
+    fixed_within,
     grid,
     most_within,
     peak,
@@ -140,6 +142,35 @@ def test_rounds_find_what_the_grid_finds_with_fewer_evaluations(
     )
     assert found.macs <= best.macs
     assert len(on_grid.found) == 100 and len(in_rounds.found) <= 60
+
+
+@pytest.mark.parametrize("tolerance", [0.005, 0.01])
+@pytest.mark.parametrize("name", CURVES)
+def test_one_ratio_is_the_largest_of_all_that_hold(name: str, tolerance: float) -> None:
+    trials = OnCurve(CURVES[name])
+    fixed(trials, STEP, DENSE - tolerance)
+    every = ({k: round((1 - n / 100) * size) for k, size in UNITS.items()} for n in range(100))
+    wanted = min(trials.macs(c) for c in every if trials.top1(c) >= DENSE - tolerance)
+    found = by_cost([trials.measure(UNITS, "unpruned"), *trials.found.values()], DENSE - tolerance)
+    assert found[-1].macs == wanted
+    assert len(trials.found) <= 1 + 2 + math.ceil(math.log2(1 / STEP))
+
+
+@pytest.mark.parametrize("share", [0.2, 0.45, 0.7, 1.0])
+def test_one_ratio_within_a_cost_is_the_smallest(share: float) -> None:
+    trials, limit = OnCurve(CURVES["squares"]), round(1e9 * share)
+    counts = fixed_within(trials, limit)
+    left = {kind: counts[kind] / size for kind, size in UNITS.items()}
+    assert abs(left["head"] - left["neuron"]) <= 1 / UNITS["head"]
+    assert trials.macs(counts) <= limit and not trials.found
+    more = {kind: round((left["neuron"] + 0.001) * size) for kind, size in UNITS.items()}
+    assert trials.macs(more) > limit or share == 1.0
+
+
+def test_one_ratio_is_the_best_so_far_when_evaluations_are_spent() -> None:
+    trials = OnCurve(CURVES["squares"], most=3)
+    fixed(trials, STEP, DENSE - 0.01)
+    assert len(trials.found) == 3 and by_cost(trials.found.values(), DENSE - 0.01)
 
 
 @given(threshold=st.floats(0, 1), tolerance=st.floats(0.001, 0.1))

@@ -13,7 +13,13 @@ from tyro.conf import arg
 
 from vitprune_fast.cli.options import parse, partial_of, required_data, required_model
 from vitprune_fast.config.model import ModelConfig
-from vitprune_fast.config.run import Computed, DataConfig, ScoreConfig, Threads
+from vitprune_fast.config.run import (
+    Computed,
+    ConstraintConfig,
+    DataConfig,
+    ScoreConfig,
+    Threads,
+)
 from vitprune_fast.config.search import SearchConfig
 from vitprune_fast.config.yamlfile import to_plain
 
@@ -31,6 +37,7 @@ class Search:
     model: Annotated[ModelConfig, arg(name="")] = field(default_factory=required_model)
     data: Annotated[DataConfig, arg(name="")] = field(default_factory=required_data)
     search: Annotated[SearchConfig, arg(name="")] = field(default_factory=SearchConfig)
+    plan: Annotated[ConstraintConfig, arg(name="")] = field(default_factory=ConstraintConfig)
     score: Annotated[ScoreConfig, arg(name="")] = field(default_factory=ScoreConfig)
     seed: Annotated[int, arg(metavar="N")] = 0
     """Chooses which training images are scored, and the order of the validation images."""
@@ -48,6 +55,7 @@ def main(words: list[str]) -> None:
     from vitprune_fast.run import actions
     from vitprune_fast.run.inputs import open_both
     from vitprune_fast.run.profile import applied
+    from vitprune_fast.search.result import table_of
 
     # found out before the work whose result goes there
     files.probe_folder(options.out)
@@ -72,11 +80,14 @@ def main(words: list[str]) -> None:
                 opened.data,
                 options.score,
                 options.search,
+                options.plan,
                 opened.setting,
                 checkpoint=partial_of(options.out),
                 on_event=on_event,
             )
-    print_table(result.headings, result.rows)
+    found = result.to_json()
+    headings, *rows = table_of(found)
+    print_table(headings, rows)
     files.make_folder(options.out)
     result.plan.save(options.out / "plan.json")
     files.write_json(
@@ -86,13 +97,14 @@ def main(words: list[str]) -> None:
             "model": to_plain(options.model),
             "data": to_plain(options.data),
             "search": to_plain(options.search),
+            "plan": to_plain(options.plan),
             "score": to_plain(options.score),
             "seed": options.seed,
             "dtype": opened.setting.profile.dtype,
-            **result.to_json(),
+            **found,
         },
     )
-    _draw(result, options.out / "search.png")
+    _draw(found, options.out / "search.png")
     ratios = ", ".join(f"{ratio:.1%} ({kind})" for kind, ratio in result.ratios.items())
     print(
         f"{options.out}: without {ratios} {result.macs:,} of {result.baseline.macs:,} MACs, "
@@ -115,7 +127,7 @@ def _stage(display: Any, name: str) -> Iterator[Callable[[dict[str, Any]], None]
     display({**event, "state": "done", "seconds": time.perf_counter() - started})
 
 
-def _draw(result: Any, path: Path) -> None:
+def _draw(found: dict[str, Any], path: Path) -> None:
     """Draws the candidates, where what draws is installed."""
     from vitprune_fast import files
 
@@ -126,4 +138,4 @@ def _draw(result: Any, path: Path) -> None:
             raise
         print(f"no picture: it needs {error.name}; install vitprune_fast[report]")
         return
-    files.write_bytes(path, search_picture(result))
+    files.write_bytes(path, search_picture(found))

@@ -15,6 +15,7 @@ from tyro.constructors import PrimitiveConstructorSpec
 from vitprune_fast.config.distill import DistillConfig
 from vitprune_fast.config.model import ModelConfig, Pairs, StudentConfig, parse_pairs
 from vitprune_fast.config.rules import (
+    Amount,
     NonNegative,
     NonNegativeInt,
     PositiveInt,
@@ -23,11 +24,11 @@ from vitprune_fast.config.rules import (
     Share,
     check,
 )
+from vitprune_fast.config.search import SearchConfig
 from vitprune_fast.errors import InvalidInput
 from vitprune_fast.precision import Precision
 from vitprune_fast.registry import described, names
 
-Amount = Annotated[float | None, arg(metavar="SHARE|NUMBER")]
 Count = Annotated[int | None, arg(metavar="N")]
 Threads = Annotated[
     int | None,
@@ -181,7 +182,7 @@ def part_way(share: float, gone: float, along: Way) -> float:
 
 
 @dataclass(frozen=True)
-class PlanConfig:
+class BudgetConfig:
     """What the smaller model may cost; half of the MACs when no budget is given."""
 
     macs: Amount = None
@@ -192,11 +193,18 @@ class PlanConfig:
     keep: Pairs = field(default_factory=dict)
     """Share of units to keep per kind, e.g. head=0.5 neuron=0.7; other kinds meet the budgets in
     MACs and parameters, or are kept whole where none is given."""
-    units: Annotated[tuple[str, ...], arg(name="cut-units", metavar="KIND ...")] = (
-        "head",
-        "neuron",
-    )
-    """Unit kinds to cut: head, qk_dim, v_dim, neuron, embed, attn_branch, mlp_branch, block."""
+
+    def budget(self) -> dict[str, Any]:
+        """The budget asked for, as keywords of `vp.Budget`."""
+        values = {"macs": self.macs, "params": self.params, "keep": self.keep}
+        given = {name: value for name, value in values.items() if value not in (None, {})}
+        return given or {"macs": 0.5}
+
+
+@dataclass(frozen=True)
+class ConstraintConfig:
+    """Which units a plan takes, whatever its budget."""
+
     allocation: Allocation = "global"
     normalization: Annotated[str | None, arg(metavar="NAME")] = None
     """How scores of different blocks are made comparable; unset: the planner's default."""
@@ -214,28 +222,9 @@ class PlanConfig:
     """The only layers, branches and blocks that may lose units; unset: all."""
     keep_ends: bool = True
     """The first and the last block stay where blocks or branches are cut."""
-    toward: Annotated[PositiveShare, Suppress] = 1.0
-    """How much of the way to the budget is gone: rounds stop earlier."""
-    along: Annotated[Way, Suppress] = "factor"
-    """Which way that is, see `part_way`."""
 
     def __post_init__(self) -> None:
         check("plan", self)
-        for kind, share in self.keep.items():
-            if (
-                isinstance(share, bool)
-                or not isinstance(share, (int, float))
-                or not 0 <= share <= 1
-            ):
-                raise InvalidInput(
-                    f"plan: keep must map unit kinds to shares in [0, 1], got {kind}={share!r}"
-                )
-
-    def budget(self) -> dict[str, Any]:
-        """The budget asked for, as keywords of `vp.Budget`."""
-        values = {"macs": self.macs, "params": self.params, "keep": self.keep}
-        given = {name: value for name, value in values.items() if value not in (None, {})}
-        return given or {"macs": 0.5}
 
     def counts(self) -> dict[str, Any]:
         """How many units a layer may keep, as keywords of `vp.plan`."""
@@ -245,15 +234,47 @@ class PlanConfig:
         return {"min_units": self.min_units, "round_to": multiple}
 
     def constraints(self) -> dict[str, Any]:
-        """What may go, as keywords of `vp.plan`."""
+        """What may go of the kinds that are cut, as keywords of `vp.plan`."""
         return {
             **self.counts(),
-            "units": self.units,
             "bounds": {key: _ends_of(key, value) for key, value in self.bounds.items()},
             "protect": self.protect,
             "include": self.include or None,
             "keep_ends": self.keep_ends,
         }
+
+    def choice(self) -> dict[str, Any]:
+        """All of it, as keywords of `vp.plan`."""
+        chosen = {"allocation": self.allocation, "normalization": self.normalization}
+        return {**chosen, **self.constraints()}
+
+
+# of several bases the last one's fields come first
+@dataclass(frozen=True)
+class PlanConfig(ConstraintConfig, BudgetConfig):
+    """What the smaller model may cost, half of the MACs when no budget is given; and what goes."""
+
+    units: Annotated[tuple[str, ...], arg(name="cut-units", metavar="KIND ...")] = (
+        "head",
+        "neuron",
+    )
+    """Unit kinds to cut: head, qk_dim, v_dim, neuron, embed, attn_branch, mlp_branch, block."""
+    toward: Annotated[PositiveShare, Suppress] = 1.0
+    """How much of the way to the budget is gone: rounds stop earlier."""
+    along: Annotated[Way, Suppress] = "factor"
+    """Which way that is, see `part_way`."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for kind, share in self.keep.items():
+            if (
+                isinstance(share, bool)
+                or not isinstance(share, (int, float))
+                or not 0 <= share <= 1
+            ):
+                raise InvalidInput(
+                    f"plan: keep must map unit kinds to shares in [0, 1], got {kind}={share!r}"
+                )
 
 
 def _ends_of(key: str, value: Any) -> Any:
@@ -473,6 +494,8 @@ class RunConfig:
     data: Annotated[DataConfig, arg(name="")] = field(default_factory=DataConfig)
     score: Annotated[ScoreConfig, arg(name="")] = field(default_factory=ScoreConfig)
     plan: Annotated[PlanConfig, arg(name="")] = field(default_factory=PlanConfig)
+    search: SearchConfig = field(default_factory=SearchConfig)
+    """How `auto-ratio` and `fixed-ratio` find their ratios, in place of a budget."""
     sweep: Annotated[SweepConfig, arg(name="")] = field(default_factory=SweepConfig)
     rounds: Annotated[RoundConfig, arg(name="")] = field(default_factory=RoundConfig)
     gates: Annotated[GateConfig, arg(name="")] = field(default_factory=GateConfig)

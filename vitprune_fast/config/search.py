@@ -8,13 +8,13 @@ from typing import Annotated, Literal
 from tyro.conf import arg
 
 from vitprune_fast.config.rules import (
+    Amount,
     Positive,
     PositiveInt,
     PositiveShare,
     Rule,
     check,
 )
-from vitprune_fast.config.run import Allocation, Amount
 from vitprune_fast.errors import InvalidInput
 
 Values = Annotated[
@@ -32,21 +32,23 @@ Values = Annotated[
 class SearchConfig:
     """How separate pruning ratios are searched for."""
 
-    mode: Literal["iterative", "grid", "equal-macs"] = "iterative"
+    mode: Literal["iterative", "grid", "equal-macs", "fixed"] = "iterative"
     """`grid`: every pair of ratios; `iterative`: cuts in rounds, by bisection; `equal-macs`: the
-    best pair of one cost."""
+    best pair of one cost; `fixed`: one ratio for all kinds, by bisection."""
     tolerance: Positive = 0.005
-    """Accuracy that may be lost on the validation images, 0.005 for half a point; `equal-macs` has
-    none."""
+    """Accuracy that may be lost on the validation images, 0.005 for half a point; where `macs` says
+    how far to go, `equal-macs` and `fixed` have none."""
     macs: Amount = None
-    """For `equal-macs`, the multiply-accumulates of all candidates, as a share up to 1 or a number;
-    `iterative` stops there; unset: it goes on to the tolerance."""
+    """Multiply-accumulates, as a share up to 1 or a number: what all candidates of `equal-macs`
+    have, what `fixed` meets with the smallest ratio, where `iterative` stops; unset: as far as the
+    tolerance allows."""
     values: Values = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
     """Ratios of `grid`: shares of the units of a kind that go."""
     rounds: PositiveInt = 4
     """Of `iterative`; each may lose an equal part of the tolerance more."""
     step: PositiveShare = 0.01
-    """Smallest cut of `iterative`, as a share of the units left of a kind; one unit at least."""
+    """Smallest cut of `iterative`, as a share of the units left of a kind, one unit at least; the
+    ratio of `fixed` is a multiple of it."""
     round_cut: PositiveShare = 0.5
     """Largest cut of a kind in a round of `iterative`, as a share of the units left."""
     objective: Literal["top1", "loss"] = "top1"
@@ -57,7 +59,11 @@ class SearchConfig:
     """Most candidates to evaluate; unset: what the mode takes."""
     rescore: bool = True
     """Score what is left again after every cut of `iterative`."""
-    allocation: Allocation = "global"
+
+    @property
+    def by_cost(self) -> bool:
+        """Whether `macs` alone says how far to go, and not the tolerance."""
+        return self.mode == "equal-macs" or (self.mode == "fixed" and self.macs is not None)
 
     def __post_init__(self) -> None:
         check("search", self)
@@ -65,7 +71,7 @@ class SearchConfig:
             "macs": (
                 (self.macs is not None, "be given for equal-macs")
                 if self.mode == "equal-macs"
-                else (self.macs is None or self.mode == "iterative", "be unset for grid")
+                else (self.macs is None or self.mode != "grid", "be unset for grid")
             ),
             "objective": (
                 self.objective == "top1" or self.mode == "equal-macs",

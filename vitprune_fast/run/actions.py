@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from vitprune_fast import evaluation, planning, scoring, surgery
 from vitprune_fast.config.distill import DistillConfig
 from vitprune_fast.config.run import (
+    ConstraintConfig,
     DataConfig,
     PlanConfig,
     ScoreConfig,
@@ -211,16 +212,14 @@ def plan(
 ) -> Any:
     """The `Plan` that meets the configured budget; shares of a cost are those of `dense`."""
     budget: dict[str, Any] = config.budget()
-    chosen: Any = config.normalization
     if dense is not None or config.toward < 1:
         budget |= limits(config, dense or planning.cost(model))
     return planning.plan(
         model,
         scores,
         planning.Budget(**budget),
-        allocation=config.allocation,
-        normalization=chosen,
-        **config.constraints(),
+        units=config.units,
+        **config.choice(),
     )
 
 
@@ -230,42 +229,53 @@ def search(
     data: ImageData,
     scoring_config: ScoreConfig,
     config: SearchConfig,
+    constraints: ConstraintConfig,
     setting: Setting,
     *,
+    units: Sequence[str] | None = None,
     checkpoint: Path | None = None,
     on_event: OnEvent | None = None,
+    stop: Callable[[], bool] | None = None,
 ) -> SearchResult:
     """The ratios that are found on the validation split, which is read in a seeded order.
 
     Args:
         model: is moved to the setting's device.
-        scores: of the model; their unit kinds are searched.
+        scores: of the model.
         data: `validation` is evaluated on; `train` is read to score again.
         scoring_config: how it is scored again.
         config: the mode and its settings.
+        constraints: what candidates take.
         setting: seed, device, dtype, loader processes, batch size.
+        units: the kinds that are searched; None is all that have scores.
         checkpoint: where evaluated candidates are kept; a killed search goes on from there.
         on_event: called with every candidate.
+        stop: asked after every candidate, and while it is scored again; True ends the search.
+
+    Raises:
+        SearchStopped: `stop` said so; or ScoringStopped.
     """
     axes, validation = describe(model).axes, data.split("validation")
     order = torch.randperm(len(validation), generator=generator(setting.seed, "search"))
     chosen = validation.ids[order].tolist()
     images = Images(data.source, validation.name, chosen, data.mean, data.std)
-    asked = {
-        each.name: getattr(config, each.name)
-        for each in fields(config)
-        if each.name not in ("rescore", "allocation")
-    }
+    asked = {each.name: getattr(config, each.name) for each in fields(config)}
+    rescored = asked.pop("rescore")
+
+    def again(cut: nn.Module) -> Any:
+        return score(cut, data, scoring_config, setting, stop=stop)
+
     return search_ratios(
         model.to(setting.profile.device),
         scores,
         Loader(images, setting.images.batch_size, workers=setting.profile.workers),
-        units=[*dict.fromkeys(axes[name].kind for name in scores)],
-        scorer=(lambda cut: score(cut, data, scoring_config, setting)) if config.rescore else None,
+        units=units or [*dict.fromkeys(axes[name].kind for name in scores)],
+        scorer=again if rescored else None,
         dtype=setting.profile.dtype,
-        plan_options={"allocation": config.allocation},
+        plan_options=constraints.choice(),
         checkpoint=checkpoint,
         on_event=on_event,
+        stop=stop,
         **asked,
     )
 

@@ -163,7 +163,7 @@ def check_plans(config: RunConfig, steps: Sequence[Step], dense: nn.Module) -> N
     structure = describe(dense)
     for step in (step for step in steps if step.function is plan_step):
         own = from_plain(dict(step.settings), config).plan
-        Constraints(**own.constraints()).check(structure)
+        Constraints(own.units, **own.constraints()).check(structure)
         if step.inputs["model"] != "dense":
             continue
         flat = {a.name: torch.zeros(a.size) for kind in own.units for a in structure.units(kind)}

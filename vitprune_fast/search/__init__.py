@@ -17,18 +17,19 @@ from ..errors import InfeasibleBudget, InvalidInput
 from ..evaluation import standard_error
 from ..planning import Budget, Plan, plan, predict_cost
 from ..precision import Precision
+from ..ranks import Ranks
 from ..scoring.scores import Scores
 from ..sealed import fingerprint
 from ..structure import Structure, describe
 from ..surgery.mask import masked_by
 from .candidate import Candidate, Evaluate, Measured
-from .candidates import Candidates, OnEvent
+from .candidates import Candidates, OnEvent, SearchStopped
 from .evaluations import Evaluations, OnBatches
 from .noise import check_images
-from .result import SearchResult
-from .strategies import Iterative, by_cost, equal_macs, grid
+from .result import CHECK, SearchResult
+from .strategies import ONE_RATIO, Iterative, by_cost, equal_macs, fixed, fixed_within, grid
 
-__all__ = ["Candidate", "Measured", "SearchResult", "search"]
+__all__ = ["Candidate", "Measured", "SearchResult", "SearchStopped", "search"]
 
 # ten evaluations tell 143 counts of the kind that is free apart
 _PER_LINE = 10
@@ -39,7 +40,7 @@ def search(
     scores: Scores,
     validation: Iterable[Sequence[Any]] | None = None,
     *,
-    mode: Literal["iterative", "grid", "equal-macs"] = "iterative",
+    mode: Literal["iterative", "grid", "equal-macs", "fixed"] = "iterative",
     units: Sequence[str] = ("head", "neuron"),
     tolerance: float = 0.005,
     macs: float | int | None = None,
@@ -57,6 +58,7 @@ def search(
     plan_options: Mapping[str, Any] | None = None,
     checkpoint: str | Path | None = None,
     on_event: OnEvent | None = None,
+    stop: Callable[[], bool] | None = None,
 ) -> SearchResult:
     """Find how many units of each kind may go, by evaluating the model behind masks.
 
@@ -70,12 +72,15 @@ def search(
       is scored again, as it is then, where a ``scorer`` is given.
     * ``equal-macs``: all candidates have the ``macs`` given, first with one ratio for all kinds;
       chosen is the most accurate.
+    * ``fixed``: one ratio for all kinds, by bisection the largest that the tolerance allows; where
+      ``macs`` is given, the smallest that meets it, evaluated once.
 
-    Of all candidates of ``grid`` and ``iterative`` that is chosen which has the fewest
+    Of all candidates of ``grid``, ``iterative`` and ``fixed`` that is chosen which has the fewest
     multiply-accumulates, and a top-1 of at least the unpruned model's less the tolerance. With
     fewer ``images`` than there are, one standard error less passes as well; then it has to pass on
-    all of them without that, and if it does not, the next cheapest has to. Where ``macs`` is given
-    to ``iterative``, all that have so few are equally cheap, and the most accurate is chosen.
+    all of them without that, and if it does not, the next cheapest has to, or of ``fixed`` a ratio
+    that is a step smaller. Where ``macs`` is given to ``iterative``, all that have so few are
+    equally cheap, and the most accurate is chosen.
 
     Args:
         model: a supported model, which comes back as it was; its Structure alone where ``evaluate``
@@ -89,10 +94,12 @@ def search(
         tolerance: top-1 that may be lost, 0.005 for half a point. Where one standard error of so
             many images is larger, the search is refused (``search/noise.py`` has the rule).
         macs: multiply-accumulates of one image, a share up to 1.0 or a number, as for ``Budget``:
-            what all candidates of ``equal-macs`` have at most, and where ``iterative`` stops.
+            what candidates of ``equal-macs`` and ``fixed`` have at most, and where ``iterative``
+            stops.
         values: ratios of ``grid``, shares in [0, 1) of the units of a kind that go.
         rounds: of ``iterative``.
-        step: smallest cut of ``iterative``, a share of the units left of a kind; one unit at least.
+        step: smallest cut of ``iterative``, a share of the units left of a kind, one unit at least;
+            the ratio of ``fixed`` is a multiple of it.
         round_cut: largest cut of one kind in a round of ``iterative``, a share of the units left.
         objective: what is best in ``equal-macs``: ``top1``, by loss among equals, or the mean
             cross-entropy ``loss``, which is less noisy.
@@ -100,7 +107,8 @@ def search(
         evaluations: most candidates to evaluate besides the unpruned model and the final checks;
             ``iterative`` stops there with what it has. None is what the mode takes: all
             combinations of ``grid``, for ``iterative`` ``rounds * kinds * (1 +
-            ceil(log2(round_cut / step)))``, for ``equal-macs`` 11, and 10 for each kind beyond two.
+            ceil(log2(round_cut / step)))``, for ``fixed`` ``2 + ceil(log2(1 / step))``, for
+            ``equal-macs`` 11, and 10 for each kind beyond two.
         scorer: gives scores of the model, which is behind masks then.
         evaluate: measures the model as if it were cut by a plan, instead of ``validation``.
         evaluate_all: the same on more images, for what is checked in the end; None is ``evaluate``.
@@ -110,6 +118,9 @@ def search(
             call goes on from it, and it is gone at the end.
         on_event: told of every candidate: ``{"event": "search", "step": its number, "steps": most,
             "candidate": what it is tried for, "share": of the MACs, "top1": ...}``.
+        stop: asked after every candidate, where this process works alone; True ends the search.
+
+    Where torch.distributed is initialised, all processes call, and get the same.
 
     Returns:
         The plan, its ratios, cost and accuracy, and the table of all candidates. The same inputs
@@ -121,6 +132,7 @@ def search(
             another model, there are no images, too few for the tolerance, or other ones in another
             iteration, or too few evaluations for the mode.
         CheckpointRefused: the checkpoint is damaged, or of another search.
+        SearchStopped: ``stop`` said so.
     """
     if isinstance(values, str) or not isinstance(values, Iterable):
         raise InvalidInput(f"search: values must be a list of shares, got {values!r}")
@@ -191,6 +203,7 @@ def search(
         _most(config, len(units)),
         on_event,
         None if scorer is None else rescore,
+        stop if Ranks.current().world == 1 else None,
     )
     whole = predict_cost(structure)
     limit = None if macs is None else Budget(macs=macs).limits(whole)["macs"]
@@ -212,6 +225,7 @@ def _most(config: SearchConfig, kinds: int) -> int:
         "grid": (len(config.values) ** kinds, 0),
         # a probe of each kind, and a cut
         "iterative": (kinds + 1, config.rounds * kinds * cut),
+        "fixed": (1, 2 + math.ceil(math.log2(1 / config.step))),
         # one ratio for all, and a line of each kind that is free
         "equal-macs": (kinds, 1 + _PER_LINE * (kinds - 1)),
     }[config.mode]
@@ -229,13 +243,16 @@ def _found(
 ) -> SearchResult:
     """Tries candidates, and checks on all images what comes out of them."""
     baseline = dense = tried.unpruned()
+    if config.mode == "fixed" and limit is not None:
+        chosen = tried.measure(fixed_within(tried, limit), ONE_RATIO)
+        return SearchResult(config.mode, chosen, baseline, tuple(tried.table))
     if evaluate is not None and (config.images or 0) < baseline.images:
         tried.evaluate = evaluate
         dense = tried.unpruned()
     if config.mode == "equal-macs":
         assert limit is not None
         best = equal_macs(tried, limit, _worth_by(config.objective))[-1]
-        chosen = tried.check(best, "check on all images")
+        chosen = tried.check(best.plan, CHECK)
         return SearchResult(config.mode, chosen, baseline, tuple(tried.table))
     for each in (baseline, dense):
         check_images(each.top1, each.images, config.tolerance)
@@ -243,17 +260,21 @@ def _found(
     tolerance = config.tolerance + 1e-12
     margin = 0.0 if dense is baseline else standard_error(dense.top1, dense.images)
     enough = dense.top1 - tolerance - margin
-    if config.mode == "grid":
-        grid(tried, config.values, enough)
+    if config.mode == "fixed":
+        ratios = fixed(tried, config.step, enough)
+        cheapest_last = [baseline.plan, *(tried.planned(counts) for counts in ratios)]
     else:
-        rounds = Iterative(tolerance, margin, config.rounds, config.step, config.round_cut, limit)
-        rounds.run(tried, dense)
-    cheapest_last = by_cost(tried.table[tried.table.index(dense) :], enough, limit)
+        if config.mode == "grid":
+            grid(tried, config.values, enough)
+        else:
+            steps = (config.rounds, config.step, config.round_cut)
+            Iterative(tolerance, margin, *steps, limit).run(tried, dense)
+        found = by_cost(tried.table[tried.table.index(dense) :], enough, limit)
+        cheapest_last = [each.plan for each in found]
     needed = baseline.top1 - tolerance
-    chosen = tried.check(cheapest_last.pop(), "check on all images", needed)
-    while chosen.top1 < needed:
-        # a step back, in the end to the unpruned model
-        chosen = tried.check(cheapest_last.pop(), "check on all images", needed)
+    # step by step back, in the end to the unpruned model
+    checked = (tried.check(plan, CHECK, needed) for plan in reversed(cheapest_last))
+    chosen = next(each for each in checked if each.top1 >= needed)
     return SearchResult(config.mode, replace(chosen, feasible=True), baseline, tuple(tried.table))
 
 

@@ -19,6 +19,10 @@ from .strategies import Counts, Spent
 OnEvent = Callable[[dict[str, Any]], None]
 
 
+class SearchStopped(Exception):
+    """A search was asked to stop and did; the same call goes on from its checkpoint."""
+
+
 class Candidates:
     """The candidates of a search, each evaluated once.
 
@@ -32,6 +36,7 @@ class Candidates:
         most: evaluations that may be made, not counting those of the unpruned model and of checks.
         on_event: told every candidate.
         rescore: gives scores of the model as it is cut by a plan; None keeps those there are.
+        stop: asked after every candidate; True ends the search.
 
     Attributes:
         units: kind -> how many units it has in axes with scores.
@@ -54,6 +59,7 @@ class Candidates:
         most: int,
         on_event: OnEvent | None = None,
         rescore: Callable[[Plan], Scores] | None = None,
+        stop: Callable[[], bool] | None = None,
     ):
         self._structure, self._scores = structure, scores
         self._axes = _axes_by_kind(structure, scores, units)
@@ -62,7 +68,7 @@ class Candidates:
         self._evaluations, self._evaluate_all = evaluations, evaluate_all
         self.evaluate = evaluate_all
         self._most, self._spent = most, 0
-        self._on_event, self._rescore = on_event, rescore
+        self._on_event, self._rescore, self._stop = on_event, rescore, stop
         self._cut_to: Plan | None = None
         self._is_rescored = True
         self._plans: dict[tuple[int, ...], tuple[Plan, Cost]] = {}
@@ -93,10 +99,14 @@ class Candidates:
         whole, cost = Plan.of(self._structure), predict_cost(self._structure)
         return self._measured(whole, cost, "unpruned", None, self.evaluate)
 
-    def check(self, candidate: Candidate, step: str, needed: float | None = None) -> Candidate:
-        """A candidate, evaluated on all images; there is always an evaluation left for that."""
-        cost = predict_cost(self._structure, candidate.plan)
-        return self._measured(candidate.plan, cost, step, needed, self._evaluate_all)
+    def planned(self, counts: Counts) -> Plan:
+        """Which units stay of such counts; costs no evaluation."""
+        return self._planned(counts)[0]
+
+    def check(self, plan: Plan, step: str, needed: float | None = None) -> Candidate:
+        """A plan, evaluated on all images; there is always an evaluation left for that."""
+        cost = predict_cost(self._structure, plan)
+        return self._measured(plan, cost, step, needed, self._evaluate_all)
 
     def commit(self, candidate: Candidate) -> None:
         """Later candidates are cut further than this one, by the scores of what is left of it."""
@@ -169,6 +179,8 @@ class Candidates:
                         "top1": measured.top1,
                     }
                 )
+            if self._stop is not None and self._stop():
+                raise SearchStopped
         return self._found[which, plan]
 
 

@@ -1,11 +1,16 @@
-"""Measures candidates: a model behind masks, on batches; each once, also over several calls."""
+"""Measures candidates: a model behind masks, on batches; each once, also over several calls.
+
+Where several processes search, each evaluates all images, and what the first one found holds: they
+have to go on with the same candidates, whatever their devices round differently.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +23,7 @@ from ..evaluation import evaluate
 from ..files import parse_json
 from ..planning.plan import Plan
 from ..precision import Precision
+from ..ranks import Ranks
 from ..sealed import Sealed, as_bytes
 from ..structure import Structure
 from ..surgery.mask import masked_by
@@ -93,7 +99,7 @@ class Evaluations:
 
     def __init__(self, path: Path | None, identity: dict[str, Any]):
         self._known: dict[str, Measured] = {}
-        self._file = None
+        self._file, self._ranks = None, Ranks.current()
         if path is not None:
             self._file = Sealed(
                 path,
@@ -130,12 +136,21 @@ class Evaluations:
             if before.seen != found.seen:
                 raise other_images()
             # of the unpruned model alone a search that is refused would leave a file
-            if self._file is not None and not plan.keeps_everything:
+            if self._file is not None and self._ranks.is_first and not plan.keeps_everything:
                 rows = {key: asdict(measured) for key, measured in self._known.items()}
                 self._file.write({}, {"measured": json.dumps(rows)})
-        return self._known[key]
+        return self._as_first(self._known[key])
+
+    def _as_first(self, found: Measured) -> Measured:
+        """With the numbers of the first process, in all."""
+        if self._ranks.world == 1:
+            return found
+        loss = math.nan if found.loss is None else found.loss
+        numbers = torch.tensor([found.top1, loss], dtype=torch.float64, device=self._ranks.device)
+        top1, loss = self._ranks.gather(numbers)[0].tolist()
+        return replace(found, top1=top1, loss=None if math.isnan(loss) else loss)
 
     def remove(self) -> None:
         """Delete the file: the search is done."""
-        if self._file is not None:
+        if self._file is not None and self._ranks.is_first:
             self._file.remove()

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from ..planning.plan import Plan
 from .candidate import Candidate
+
+CHECK = "check on all images"
+"""What candidates are tried for that passed on a part of the images."""
 
 
 @dataclass(frozen=True)
@@ -14,7 +18,7 @@ class SearchResult:
     """The plan that was chosen, and every candidate.
 
     Attributes:
-        mode: ``iterative``, ``grid`` or ``equal-macs``.
+        mode: ``iterative``, ``grid``, ``equal-macs`` or ``fixed``.
         chosen: measured on all validation images.
         baseline: the unpruned model, measured on all validation images.
         table: all candidates in the order in which they were evaluated.
@@ -46,28 +50,17 @@ class SearchResult:
         return self.chosen.top1
 
     @property
-    def headings(self) -> tuple[str, ...]:
-        """Of the columns of :attr:`rows`."""
-        return ("candidate", *self.chosen.ratios, "MACs", "top-1", "images", "feasible")
+    def refused(self) -> int:
+        """How many cuts lost too much where they were tried."""
+        return sum(not each.feasible for each in self.table if each.step != CHECK)
 
     @property
-    def rows(self) -> list[tuple[str, ...]]:
-        """A line of text for every candidate, and what was chosen at the end."""
-        chosen = replace(self.chosen, step="chosen")
-        return [self._row(candidate) for candidate in (*self.table, chosen)]
-
-    def _row(self, candidate: Candidate) -> tuple[str, ...]:
-        return (
-            candidate.step,
-            *(f"{ratio:.1%}" for ratio in candidate.ratios.values()),
-            f"{candidate.macs / self.baseline.macs:.1%}",
-            f"{candidate.top1:.2%}",
-            f"{candidate.images:,}",
-            "yes" if candidate.feasible else "no",
-        )
+    def taken_back(self) -> int:
+        """How many cuts passed on a part of the images, and then did not on all of them."""
+        return sum(not each.feasible for each in self.table if each.step == CHECK)
 
     def __str__(self) -> str:
-        lines = [self.headings, *self.rows]
+        lines = table_of(self.to_json())
         widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
         return "\n".join(
             "  ".join([line[0].ljust(widths[0]), *map(str.rjust, line[1:], widths[1:])])
@@ -82,3 +75,26 @@ class SearchResult:
             "chosen": self.chosen.to_json(),
             "table": [each.to_json() for each in self.table],
         }
+
+
+def table_of(found: Mapping[str, Any]) -> list[tuple[str, ...]]:
+    """Headings, a line for every candidate, and what was chosen at the end.
+
+    Args:
+        found: a result as ``SearchResult.to_json`` gives it.
+    """
+    chosen = {**found["chosen"], "step": "chosen"}
+    return [
+        ("candidate", *chosen["ratios"], "MACs", "top-1", "images", "feasible"),
+        *(
+            (
+                each["step"],
+                *(f"{ratio:.1%}" for ratio in each["ratios"].values()),
+                f"{each['macs'] / found['baseline']['macs']:.1%}",
+                f"{each['top1']:.2%}",
+                f"{each['images']:,}",
+                "yes" if each["feasible"] else "no",
+            )
+            for each in (*found["table"], chosen)
+        ),
+    ]

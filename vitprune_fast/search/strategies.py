@@ -1,4 +1,4 @@
-"""Which candidates to try: a grid, cuts in rounds by bisection, or all of one cost.
+"""Which candidates to try: a grid, cuts in rounds by bisection, one ratio, or all of one cost.
 
 A strategy knows how many units of every kind there are and what counts of them cost, and asks for
 measurements. Nothing here knows of models, masks or files.
@@ -10,6 +10,7 @@ for, and in the better form by iterative pruning and binary search. The rest is 
 
 from __future__ import annotations
 
+import contextlib
 import math
 from bisect import bisect_left
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -24,6 +25,8 @@ Counts = Mapping[str, int]
 
 PROBED = 0.05
 """Share of the units that are left which a probe cuts."""
+ONE_RATIO = "one ratio"
+"""What candidates with the same ratio for all kinds are tried for."""
 
 
 class Spent(Exception):
@@ -74,9 +77,50 @@ def grid(trials: Trials, values: Sequence[float], needed: float) -> None:
         needed: top-1 of a feasible candidate.
     """
     for ratios in product(values, repeat=len(trials.units)):
-        pairs = zip(trials.units.items(), ratios, strict=True)
-        counts = {kind: round((1 - ratio) * units) for (kind, units), ratio in pairs}
-        trials.measure(counts, "grid", needed)
+        trials.measure(_without(trials.units, ratios), "grid", needed)
+
+
+def fixed(trials: Trials, step: float, needed: float) -> list[Counts]:
+    """Cut all kinds by the largest common ratio that is found to hold, by bisection.
+
+    Args:
+        trials: evaluates candidates.
+        step: ratios are multiples of it, below 1.
+        needed: top-1 of a feasible candidate.
+
+    Returns:
+        What all ratios up to that one leave, the least of them last.
+    """
+    held, most = 0, math.ceil(1 / step) - 1
+
+    def left(steps: int) -> Counts:
+        return _without(trials.units, [steps * step] * len(trials.units))
+
+    def holds(steps: int) -> bool:
+        nonlocal held
+        if trials.measure(left(steps), ONE_RATIO, needed).top1 < needed:
+            return False
+        held = max(held, steps)
+        return True
+
+    with contextlib.suppress(Spent):
+        bisected(holds, most, (most + 1) // 2)
+    return [left(steps) for steps in range(held + 1)]
+
+
+def fixed_within(trials: Trials, limit: int) -> Counts:
+    """What the smallest common ratio, in thousandths, leaves within a cost."""
+
+    def left(thousandths: int) -> Counts:
+        return _without(trials.units, [1 - thousandths / 1000] * len(trials.units))
+
+    return left(most_within(lambda n: trials.macs(left(n)), 1000, limit))
+
+
+def _without(units: Counts, ratios: Sequence[float]) -> Counts:
+    """What stays when these shares of the units go."""
+    pairs = zip(units.items(), ratios, strict=True)
+    return {kind: round((1 - ratio) * size) for (kind, size), ratio in pairs}
 
 
 def by_cost(
@@ -247,14 +291,10 @@ def equal_macs(trials: Trials, limit: int, worth: Callable[[Candidate], Any]) ->
     def most_of(kind: str, counts: Counts) -> int:
         return most_within(lambda n: trials.macs({**counts, kind: n}), units[kind], limit)
 
-    def at_share(thousandths: int) -> Counts:
-        return {kind: size * thousandths // 1000 for kind, size in units.items()}
-
     def measure(counts: Counts, step: str) -> Candidate:
         return trials.measure({**counts, follower: most_of(follower, counts)}, step)
 
-    share = most_within(lambda n: trials.macs(at_share(n)), 1000, limit)
-    tried = [measure(at_share(share), "one ratio")]
+    tried = [measure(fixed_within(trials, limit), ONE_RATIO)]
 
     def line(kind: str, kinds_left: int) -> None:
         """Try counts of one kind between where the kind that follows has all and has none."""

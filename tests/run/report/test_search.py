@@ -30,7 +30,7 @@ RESULT = SearchResult("grid", CHOSEN, DENSE, TABLE)
 def test_every_candidate_is_a_dot_in_its_place(monkeypatch: pytest.MonkeyPatch) -> None:
     axes = Figure().add_subplot()
     monkeypatch.setattr(figures, "picture", lambda height, draw: draw(axes))
-    search_picture(RESULT)
+    search_picture(RESULT.to_json())
     drawn = [line for line in axes.get_lines() if np.size(line.get_xdata()) == 1]
     *dots, star = [tuple(np.ravel(line.get_xydata())) for line in drawn]
     assert dots == [(each.macs / 1000, each.top1) for each in TABLE]
@@ -47,4 +47,4 @@ def test_every_candidate_is_a_dot_in_its_place(monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_it_is_a_png_file() -> None:
-    assert search_picture(RESULT).startswith(b"\x89PNG\r\n\x1a\n")
+    assert search_picture(RESULT.to_json()).startswith(b"\x89PNG\r\n\x1a\n")
