@@ -14,6 +14,7 @@ from vitprune_fast.config.run import (
     RunConfig,
     SweepConfig,
 )
+from vitprune_fast.config.search import SearchConfig
 from vitprune_fast.data import INTERPOLATIONS, ImageData
 from vitprune_fast.run.step import Step
 from vitprune_fast.stated import caveats, stated_config
@@ -97,6 +98,16 @@ def about_budget(config: PlanConfig) -> dict[str, str]:
     return {"budget": "half of the MACs, the default, since none was given (--macs 0.5)"}
 
 
+def about_search(config: SearchConfig) -> dict[str, str]:
+    """How far a search goes."""
+    lost = f"at most {config.tolerance:g} of top-1 on validation images (--search.tolerance)"
+    if config.macs is None:
+        return {"budget": f"whatever loses {lost}"}
+    share = f"{config.macs:.0%} of the" if config.macs <= 1 else f"{config.macs:,.0f}"
+    goal = f"{share} MACs (--search.macs)"
+    return {"budget": goal if config.by_cost else f"{goal}, or what loses {lost}"}
+
+
 def about_calibration(config: SweepConfig, data: ImageData) -> dict[str, str]:
     """Says so where nothing is refitted, or on few images although there are more."""
     there = len(data.split_ids["train"])
@@ -112,7 +123,7 @@ def about_calibration(config: SweepConfig, data: ImageData) -> dict[str, str]:
 
 def of_run(config: RunConfig, steps: Sequence[Step], data: ImageData, model: Any) -> dict[str, str]:
     """Topic -> what a run assumes about its data and its dense model."""
-    sweeps = any(step.function.__name__ == "sweep" for step in steps)
+    done = {step.function.__name__ for step in steps}
     return {
         # weights that come from nowhere are trained by the run before anything else
         **(about_weights(config.model, config.seed, model) if config.has_weights else {}),
@@ -120,11 +131,17 @@ def of_run(config: RunConfig, steps: Sequence[Step], data: ImageData, model: Any
         **not_followed(model, config.model, data),
         **about_test_images(config.model, data),
         **(
-            about_student(config)
+            about_search(config.search)
+            if "search" in done
+            else about_student(config)
             or about_share(config.gates, config.masks)
             or about_budget(config.plan)
         ),
-        **(about_calibration(config.sweep, data) if sweeps or not config.sweep.compensate else {}),
+        **(
+            about_calibration(config.sweep, data)
+            if "sweep" in done or not config.sweep.compensate
+            else {}
+        ),
     }
 
 

@@ -31,6 +31,7 @@ from vitprune_fast.run.outputs import refuse_overwriting
 from vitprune_fast.run.profile import Profile, applied, choose_profile, versions
 from vitprune_fast.run.step import REPORT, SUMMARY, Recipe, RunStopped, Step, check_steps, made_by
 from vitprune_fast.run.steps.plan import plan as plan_step
+from vitprune_fast.run.steps.search import search as search_step
 from vitprune_fast.run.steps.student import student as student_step
 from vitprune_fast.run.tensorboard import Board
 from vitprune_fast.run.together import Together, own_device, together
@@ -161,7 +162,7 @@ def check_inputs(config: RunConfig, data: ImageData | None = None) -> nn.Module:
 def check_plans(config: RunConfig, steps: Sequence[Step], dense: nn.Module) -> None:
     """Refuses, before any work, constraints and budgets that no scores could meet."""
     structure = describe(dense)
-    for step in (step for step in steps if step.function is plan_step):
+    for step in (step for step in steps if step.function in (plan_step, search_step)):
         own = from_plain(dict(step.settings), config).plan
         Constraints(own.units, **own.constraints()).check(structure)
         if step.inputs["model"] != "dense":

@@ -27,6 +27,7 @@ from vitprune_fast.run.tensorboard import Board
 from vitprune_fast.saved_models import load, save
 from vitprune_fast.scoring import ScoringStopped
 from vitprune_fast.sealed import CheckpointRefused
+from vitprune_fast.search import SearchStopped
 from vitprune_fast.surgery import SweepStopped
 
 SET_ASIDE = "set_aside.json"
@@ -229,7 +230,9 @@ class Job:
                 self.board.add(event)
         self.on_event({**event, "epochs": epochs})
 
-    def resumable(self, what: str, file: str, work: Callable[..., Any], *arguments: Any) -> Any:
+    def resumable(
+        self, what: str, file: str, work: Callable[..., Any], *arguments: Any, **more: Any
+    ) -> Any:
         """What `work` returns; a checkpoint that it refuses is deleted, and it starts over.
 
         Args:
@@ -237,12 +240,14 @@ class Job:
             file: its checkpoint, among those of the step.
             work: takes the arguments, and `checkpoint`, `on_event` and `stop`.
             arguments: of it.
+            more: arguments of it by name.
 
         Raises:
             RunStopped: it was asked to stop.
         """
         checkpoint, name = self.checkpoints / file, self.step.name
         options: dict[str, Any] = {
+            **more,
             "checkpoint": checkpoint,
             "on_event": lambda event: self.on_event({**event, "stage": name}),
             "stop": self.stop,
@@ -255,5 +260,5 @@ class Job:
                 self.note(f"{what} starts over: {error}")
                 checkpoint.unlink(missing_ok=True)
                 return work(*arguments, **options)
-        except (ScoringStopped, SweepStopped):
+        except (ScoringStopped, SearchStopped, SweepStopped):
             raise RunStopped from None

@@ -20,6 +20,7 @@ from vitprune_fast.run.comparison import comparison, further, heading, steps
 from vitprune_fast.run.folder import RunFolder, read_metrics
 from vitprune_fast.run.report import figures
 from vitprune_fast.run.report.refit import refit_facts
+from vitprune_fast.run.report.search import search_facts
 from vitprune_fast.run.step import SUMMARY
 from vitprune_fast.scoring import Scores
 
@@ -102,6 +103,7 @@ def render(run: RunFolder) -> str:
         gone={name_of(kind): share for kind, share in summary["ratios"].items()},
         steps=steps(summary),
         accuracy=accuracy_figure(summary),
+        search=search_facts(run, found) if (found := last_fact(done, "search")) else None,
         sweep=refit_facts(run, fits) if (fits := last_fact(done, "fits")) else None,
         done=done,
         split_sizes=last_fact(done, "split_sizes"),

@@ -17,6 +17,7 @@ from vitprune_fast.run.steps.plan import plan as plan
 from vitprune_fast.run.steps.prune import prune as prune
 from vitprune_fast.run.steps.report import report as report
 from vitprune_fast.run.steps.score import score as score
+from vitprune_fast.run.steps.search import search as search
 from vitprune_fast.run.steps.student import student as student
 from vitprune_fast.run.steps.sweep import sweep as sweep
 from vitprune_fast.run.steps.teacher import teacher as teacher
