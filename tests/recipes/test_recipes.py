@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from tests.run.conftest import TINY, Recorder, undrawn
 from tests.run.same import assert_same_files, summary_without_times
 from vitprune_fast.config.model import StudentConfig
 from vitprune_fast.config.run import (
+    DataConfig,
     GateConfig,
     MaskConfig,
     PlanConfig,
@@ -26,15 +28,22 @@ from vitprune_fast.config.run import (
     Way,
     part_way,
 )
+from vitprune_fast.config.search import SearchConfig
 from vitprune_fast.errors import InvalidInput, RunFolderError, StageFailed
 from vitprune_fast.recipes.by_name import named, names
+from vitprune_fast.recipes.presets import preset
 from vitprune_fast.recipes.standard import toward
-from vitprune_fast.recipes.start import run
+from vitprune_fast.recipes.start import RunStopped, run
 from vitprune_fast.run.report import figures
 
 # timm's smallest CNN
 CNN = "test_resnet"
 MANIFOLD = ("soft", "manifold_intra", "manifold_inter", "manifold_random")
+# enough to lose something by a cut
+LEARNT = {
+    "data": DataConfig(batch_size=64),
+    "dense": replace(TINY.dense, epochs=10, lr=1e-2),
+}
 # the steps between the dense model and the evaluation
 SMALLER = {
     "one-shot": "score plan prune sweep",
@@ -48,6 +57,8 @@ SMALLER = {
     "unified": "score plan prune distill",
     "manifold": "student distill",
     "manifold-full": "score plan prune sweep distill",
+    "auto-ratio": "score search prune distill",
+    "fixed-ratio": "score search prune sweep distill",
 }
 
 
@@ -83,6 +94,17 @@ def way(name: str, out: Path) -> RunConfig:
             "distill": replace(TINY.distill, loss=("manifold_full",)),
         },
         "teachers": {"teachers": TeacherConfig(("self", CNN), pretrained=False, epochs=1, size=32)},
+        "auto-ratio": {
+            "recipe": "auto-ratio",
+            **LEARNT,
+            # few images let through what all of them refuse
+            "search": SearchConfig(tolerance=0.1, images=32, step=0.05, rounds=2, round_cut=0.9),
+            "sweep": SweepConfig(compensate=False),
+        },
+        "fixed-ratio": {
+            "recipe": "fixed-ratio",
+            "search": SearchConfig("fixed", macs=0.6),
+        },
     }[name]
     return replace(TINY, out=out, **changes)
 
@@ -114,8 +136,8 @@ def test_its_steps_make_the_model_smaller(finished: tuple[str, Path, dict]) -> N
     steps = ["data", "dense", *SMALLER[name].split(), "evaluate", "report"]
     assert summary["steps"] == steps and summary["recipe"] == way(name, out).recipe
     share = summary["after"]["macs"] / summary["before"]["macs"]
-    by_gates_or_masks = {"gates": 0.6, "fixed gates": 0.6, "masks": 0.6}
-    assert share <= {"rounds": 0.49, "width-depth": 0.4, **by_gates_or_masks}.get(name, 0.5)
+    others = {"gates": 0.6, "fixed gates": 0.6, "masks": 0.6, "fixed-ratio": 0.6}
+    assert share <= {"rounds": 0.49, "width-depth": 0.4, "auto-ratio": 0.95, **others}.get(name, 0.5)
     # the model that is handed back is the last one made
     last = {"one-shot": "swept"}.get(name, "model")
     cost = vp.cost(vp.load(out / last))
@@ -126,6 +148,18 @@ def test_its_steps_make_the_model_smaller(finished: tuple[str, Path, dict]) -> N
         assert summary["teachers"] == kinds
     if name == "fixed gates":
         check_that_what_stays_was_trained(out)
+    if name == "auto-ratio":
+        check_that_ratios_differ_and_cuts_were_undone(out)
+    if name == "fixed-ratio":
+        facts = facts_of(out, "search")
+        # up to half of one of six heads, and half of one of 192 neurons
+        assert abs(facts["ratios"]["head"] - facts["ratios"]["neuron"]) <= 0.5 / 6 + 0.5 / 192
+        assert (facts["candidates"], summary["assumptions"]["budget"]) == (
+            2,
+            "60% of the MACs (--search.macs)",
+        )
+        claims = [check["name"] for check in facts_of(out, "prune")["checks"]]
+        assert "macs are within the budget" in claims
 
 
 def test_killed_at_any_step_it_ends_with_the_same_bits(
@@ -204,6 +238,103 @@ def test_kinds_may_go_altogether_in_rounds() -> None:
             PlanConfig(keep={"head": wrong})
 
 
+def facts_of(out: Path, step: str) -> dict[str, Any]:
+    """What a finished step recorded."""
+    return json.loads((out / "stages" / f"{step}.json").read_text())["facts"]
+
+
+def check_that_ratios_differ_and_cuts_were_undone(out: Path) -> None:
+    facts, found = facts_of(out, "search"), json.loads((out / "search.json").read_text())
+    ratios, plan = facts["ratios"], vp.Plan.load(out / "plan.json")
+    assert ratios == found["chosen"]["ratios"] and ratios["head"] != ratios["neuron"]
+    dense = vp.describe(vp.load(out / "dense"))
+    for kind, ratio in ratios.items():
+        axes = dense.units(kind)
+        left = sum(len(plan[axis.name]) for axis in axes) / sum(axis.size for axis in axes)
+        assert 1 - left == pytest.approx(ratio)
+    # in the rounds, and in the end on all images
+    assert facts["undone"]["refused"] > 0 and facts["undone"]["final check"] > 0
+    # which are those of the validation split, and lose no more than was allowed
+    assert found["chosen"]["images"] == facts_of(out, "data")["split_sizes"]["validation"]
+    assert found["baseline"]["top1"] - found["chosen"]["top1"] <= 0.1 + 1e-12
+    assert facts["checks"][0]["holds"] and facts["candidates"] == len(found["table"])
+    # the page shows all of them
+    page = (out / "report.html").read_text()
+    assert "The search for ratios" in page and "<td>chosen</td>" in page
+    assert page.count("<td>check on all images</td>") == facts["undone"]["final check"] + 1
+
+
+@pytest.mark.parametrize("finished", ["auto-ratio"], indirect=True)
+@pytest.mark.parametrize("how", ["killed", "stopped"])
+def test_it_goes_on_inside_the_search(
+    how: str, finished: tuple[str, Path, dict], tmp_path: Path
+) -> None:
+    name, out, _ = finished
+    config, seen = way(name, tmp_path / "run"), []
+
+    class Killed(BaseException):
+        pass
+
+    def at(event: dict[str, Any]) -> None:
+        if event["event"] == "search":
+            seen.append(event["top1"])
+            if how == "killed" and len(seen) == 7:
+                raise Killed
+
+    shutil.copytree(out, config.out)
+    (config.out / "plan.json").unlink()
+    with pytest.raises(Killed if how == "killed" else RunStopped):
+        run(config, on_event=at, stop=lambda: len(seen) == 7)
+    assert (config.out / "checkpoints" / "search" / "candidates.safetensors").is_file()
+    summary = run(config, on_event=at)
+    # all are told again, whether they were evaluated before or not
+    assert len(seen) == 7 + facts_of(out, "search")["candidates"]
+    assert_same_files(out, config.out)
+    assert summary["steps"] and summary_without_times(out) == summary_without_times(config.out)
+
+
+@pytest.mark.parametrize(
+    ("search", "goal", "limit"),
+    [
+        (SearchConfig(), 1.0, 1.0),
+        # where the tolerance ends it earlier, the model costs more
+        (SearchConfig(macs=0.6), 0.6, 1.0),
+        (SearchConfig("equal-macs", macs=0.6), 0.6, 0.6),
+        (SearchConfig("fixed"), 1.0, 1.0),
+        (SearchConfig("fixed", macs=0.6), 0.6, 0.6),
+    ],
+)
+def test_what_a_search_must_reach_is_checked(
+    search: SearchConfig, goal: float, limit: float
+) -> None:
+    steps = {s.name: s for s in named("auto-ratio").steps(RunConfig(search=search))}
+    assert steps["search"].settings == {"plan": {"macs": goal}}
+    assert steps["prune"].settings == {"plan": {"macs": limit}}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("recipe", ["auto-ratio", "fixed-ratio"])
+def test_the_preset_smoke_cuts(recipe: str, tmp_path: Path) -> None:
+    summary = run(replace(preset("smoke", recipe), out=tmp_path / "run"))
+    facts = facts_of(tmp_path / "run", "search")
+    assert min(facts["ratios"].values()) > 0.1 and facts["undone"]["refused"] > 0
+    assert summary["after"]["macs"] < 0.8 * summary["before"]["macs"]
+    # it is taught to be better than right after the cut
+    assert summary["after"]["top1"] > summary["cut"]["top1"]
+    if recipe == "auto-ratio":
+        assert facts["undone"]["final check"] > 0
+
+
+@pytest.mark.parametrize("recipe", ["auto-ratio", "fixed-ratio"])
+def test_presets_say_how_far_a_search_goes(recipe: str) -> None:
+    mode = {"auto-ratio": "iterative", "fixed-ratio": "fixed"}[recipe]
+    images = {"digits": None, "smoke": 32, "cifar": 5000, "imagenet": 5000}
+    for name, count in images.items():
+        config = preset(name, recipe)
+        assert (config.search.mode, config.search.images) == (mode, count)
+        assert not config.sweep.compensate
+
+
 def check_that_what_stays_was_trained(out: Path) -> None:
     dense, gated = (vp.load(out / name).state_dict() for name in ("dense", "gated"))
     kept = vp.Plan.load(out / "plan.json")["blocks.0.mlp.neurons"]
@@ -220,7 +351,7 @@ def check_that_what_stays_was_trained(out: Path) -> None:
     [
         (
             {"recipe": "two-shot"},
-            r"recipe must be one of .*fast.*, got 'two-shot'",
+            f"recipe must be one of {', '.join(names())}, got 'two-shot'",
         ),
         (
             {"gates": GateConfig("l1"), "masks": MaskConfig(0.5)},
@@ -253,6 +384,14 @@ def check_that_what_stays_was_trained(out: Path) -> None:
             {**width_depth(), "rounds": RoundConfig(3)},
             "rounds must be 2 for the recipe width-depth, got 3",
         ),
+        (
+            {"recipe": "auto-ratio", "plan": PlanConfig(macs=0.4)},
+            "macs must not be given with the recipe auto-ratio, .* --search.tolerance or --search",
+        ),
+        (
+            {"recipe": "fixed-ratio", "rounds": RoundConfig(2)},
+            "rounds must not be given with the recipe fixed-ratio",
+        ),
     ],
 )
 def test_what_does_not_go_together_is_refused(changes: dict, sentence: str, tmp_path: Path) -> None:
@@ -276,6 +415,14 @@ def test_what_does_not_go_together_is_refused(changes: dict, sentence: str, tmp_
             "protect, include and keep_ends must leave units to cut",
         ),
         # what no scores could meet
+        (
+            {"recipe": "auto-ratio", "search": SearchConfig(macs=0.001)},
+            "budget must allow at least",
+        ),
+        (
+            {"recipe": "auto-ratio", "plan": PlanConfig(bounds={"embed": "0.5.."})},
+            "bounds must be of axes that are cut, got 'embed'",
+        ),
         ({"plan": PlanConfig(macs=0.001)}, "budget must allow at least"),
         ({"plan": PlanConfig(keep={"embed": 0.5})}, "scores must cover the unit kinds .* 'embed'"),
         ({"plan": PlanConfig(normalization="foo")}, "normalization must be one of"),
