@@ -419,6 +419,7 @@ def test_what_does_not_go_together_is_refused(changes: dict, sentence: str, tmp_
             {"recipe": "auto-ratio", "search": SearchConfig(macs=0.001)},
             "budget must allow at least",
         ),
+        ({"recipe": "fixed-ratio", "search": SearchConfig("fixed", macs=0.0)}, "macs must be a"),
         (
             {"recipe": "auto-ratio", "plan": PlanConfig(bounds={"embed": "0.5.."})},
             "bounds must be of axes that are cut, got 'embed'",

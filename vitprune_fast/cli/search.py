@@ -93,7 +93,6 @@ def main(words: list[str]) -> None:
     files.write_json(
         options.out / "search.json",
         {
-            "format": "vitprune_fast.search",
             "model": to_plain(options.model),
             "data": to_plain(options.data),
             "search": to_plain(options.search),

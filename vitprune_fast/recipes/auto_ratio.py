@@ -21,17 +21,18 @@ def steps(config: RunConfig) -> list[Step]:
     _check(config)
     made, teachers = opened(config)
     score, _ = scored("dense")
+    goal = 1.0 if config.search.macs is None else config.search.macs
     search = Step(
         "search",
         do.search,
         {"model": "dense", "scores": "scores.safetensors"},
         {"plan": "plan.json", "search": "search.json"},
         # a goal without which no candidate could be is refused before any work
-        {"plan": {"macs": config.search.macs or 1.0}},
+        {"plan": {"macs": goal}},
         shared=True,
     )
     # up to a tolerance any cost is right
-    limit = config.search.macs if config.search.by_cost else 1.0
+    limit = goal if config.search.by_cost else 1.0
     cuts, models = smaller(config, "dense", settings={"plan": {"macs": limit}})
     last = [*models.values()][-1]
     rows = {"before": "dense", **models, "after": "model"}
@@ -58,7 +59,7 @@ PRESETS = {
     "digits": {"search": {"tolerance": 0.03}},
     # so few images let through what all of them refuse
     "smoke": {"search": {"tolerance": 0.1, "images": 32}},
-    # trained like CP-ViT, with which the paper compares: 10,000 steps
+    # trained like CP-ViT, with which the paper compares: about 10,000 steps, 1,000 of warm-up
     "cifar": {
         "data": {"batch_size": 64},
         "search": {"tolerance": 0.005, "images": 5000},

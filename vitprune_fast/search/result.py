@@ -70,6 +70,7 @@ class SearchResult:
     def to_json(self) -> dict[str, Any]:
         """Plain values: all but the plan, which has a file of its own."""
         return {
+            "format": "vitprune_fast.search",
             "mode": self.mode,
             "baseline": self.baseline.to_json(),
             "chosen": self.chosen.to_json(),
