@@ -137,7 +137,9 @@ def test_its_steps_make_the_model_smaller(finished: tuple[str, Path, dict]) -> N
     assert summary["steps"] == steps and summary["recipe"] == way(name, out).recipe
     share = summary["after"]["macs"] / summary["before"]["macs"]
     others = {"gates": 0.6, "fixed gates": 0.6, "masks": 0.6, "fixed-ratio": 0.6}
-    assert share <= {"rounds": 0.49, "width-depth": 0.4, "auto-ratio": 0.95, **others}.get(name, 0.5)
+    assert share <= {"rounds": 0.49, "width-depth": 0.4, "auto-ratio": 0.95, **others}.get(
+        name, 0.5
+    )
     # the model that is handed back is the last one made
     last = {"one-shot": "swept"}.get(name, "model")
     cost = vp.cost(vp.load(out / last))

@@ -28,6 +28,7 @@ def parse_pairs(words: list[str]) -> dict[str, Any]:
     return pairs
 
 
+Amount = Annotated[float | None, arg(metavar="SHARE|NUMBER")]
 Pairs = Annotated[
     dict[str, Any],
     PrimitiveConstructorSpec(

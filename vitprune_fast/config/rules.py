@@ -1,4 +1,4 @@
-"""Types of settings, the rules that stand at them, and the check of all settings of a dataclass."""
+"""Rules that stand at the type of a setting, and the check of all settings of a dataclass."""
 
 from __future__ import annotations
 
@@ -9,8 +9,6 @@ from dataclasses import dataclass
 from functools import cache
 from types import UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
-
-from tyro.conf import arg
 
 from vitprune_fast.errors import InvalidInput
 
@@ -29,7 +27,6 @@ Positive = Annotated[float, Rule("above 0", lambda value: value > 0)]
 NonNegative = Annotated[float, Rule("at least 0", lambda value: value >= 0)]
 Share = Annotated[float, Rule("in [0, 1]", lambda value: 0 <= value <= 1)]
 PositiveShare = Annotated[float, Rule("in (0, 1]", lambda value: 0 < value <= 1)]
-Amount = Annotated[float | None, arg(metavar="SHARE|NUMBER")]
 ShareBelowOne = Annotated[float, Rule("in [0, 1)", lambda value: 0 <= value < 1)]
 
 

@@ -13,9 +13,8 @@ from tyro.conf import Suppress, arg
 from tyro.constructors import PrimitiveConstructorSpec
 
 from vitprune_fast.config.distill import DistillConfig
-from vitprune_fast.config.model import ModelConfig, Pairs, StudentConfig, parse_pairs
+from vitprune_fast.config.model import Amount, ModelConfig, Pairs, StudentConfig, parse_pairs
 from vitprune_fast.config.rules import (
-    Amount,
     NonNegative,
     NonNegativeInt,
     PositiveInt,

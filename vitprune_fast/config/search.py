@@ -7,8 +7,8 @@ from typing import Annotated, Literal
 
 from tyro.conf import arg
 
+from vitprune_fast.config.model import Amount
 from vitprune_fast.config.rules import (
-    Amount,
     Positive,
     PositiveInt,
     PositiveShare,

@@ -181,7 +181,7 @@ def score(
         model.to(setting.profile.device),
         first_samples(loader.epoch(0), config.samples),
         criterion=config.criterion,
-        units="all" if config.units == ("all",) else config.units or ("head", "neuron"),
+        units=config.units or ("head", "neuron"),
         reduction=config.reduction,
         seed=derive_seed(setting.seed, "score labels"),
         draws=config.draws,

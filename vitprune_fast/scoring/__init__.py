@@ -300,7 +300,7 @@ def scored_axes(structure: Structure, units: Sequence[str] | str) -> list[Axis]:
     Raises:
         InvalidInput: the model has none of the units.
     """
-    if units == "all":
+    if units in ("all", ("all",)):
         units = [kind for kind in UNIT_KINDS if structure.units(kind)]
     if isinstance(units, Iterable) and not isinstance(units, str):
         units = tuple(units)
