@@ -214,6 +214,13 @@ def test_tensors_round_trip(tmp_path: Path) -> None:
     assert torch.equal(safetensors.torch.load_file(path)["odd"], _TENSORS["odd"])
 
 
+def test_no_tensors_round_trip(tmp_path: Path) -> None:
+    for metadata in ({}, {"a": "b"}):
+        files.write_tensors(tmp_path / "x.safetensors", {}, metadata)
+        assert files.read_tensors(tmp_path / "x.safetensors") == {}
+        assert files.read_metadata(tmp_path / "x.safetensors") == metadata
+
+
 def test_read_tensors_own_their_aligned_memory(tmp_path: Path) -> None:
     path = tmp_path / "value.safetensors"
     files.write_tensors(path, {"a": torch.zeros(3, dtype=torch.int8), "b": torch.zeros(5)})

@@ -288,7 +288,9 @@ def write_tensors(
         metadata: strings kept in the header.
     """
     plain = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
-    data = safetensors.torch.save(plain, dict(metadata or {}))
+    # of nothing at all the library would write a header that is no JSON
+    about = dict(metadata or {}) if plain or metadata else None
+    data = safetensors.torch.save(plain, about)
     # the library writes the metadata in the random order of a hash map
     length = int.from_bytes(data[:8], "little")
     header = json.dumps(
