@@ -125,6 +125,25 @@ def test_a_budget_ranks_gates_of_all_axes_together() -> None:
         assert plan["blocks.0.attn.heads"] == [1, 2]
 
 
+def test_a_budget_moves_learned_thresholds_together() -> None:
+    model = random_vit()
+    gates = vp.gates.attach(model, kind="ste", thresholds="learned")
+    with gates, torch.no_grad():
+        for number, (name, axis) in enumerate(gates.axes.items()):
+            gates.score(name).copy_(torch.randn(axis.size))
+            # other shares in every axis, each a little below a whole number of units
+            kept = (1 + number % 3 if axis.kind == "head" else 20 + 10 * number) - 0.3
+            gates.threshold(name).copy_(torch.logit(torch.tensor(kept / axis.size)))
+        settled = vp.gates.to_plan(model, gates)
+        macs = vp.predict_cost(gates.structure, settled).macs
+        assert vp.gates.to_plan(model, gates, vp.Budget(macs=macs)) == settled
+        more = vp.gates.to_plan(model, gates, vp.Budget(macs=round(1.3 * macs)))
+        for name in gates.axes:
+            assert {*settled[name]} <= {*more[name]}
+        neurons = [name for name, axis in gates.axes.items() if axis.kind == "neuron"]
+        assert all(len(more[name]) > len(settled[name]) for name in neurons)
+
+
 def test_bad_input_is_refused() -> None:
     model = random_vit()
     gates = vp.gates.attach(model, GATED_UNITS)

@@ -130,7 +130,11 @@ class DistillConfig:
     manifold_rows: Annotated[int, Rule("at least 2", lambda rows: rows >= 2)] = 192
     """Tokens drawn for the random part of `manifold`."""
     gate_lr: Positive | None = None
-    """Peak learning rate of gates; unset: five times lr."""
+    """Peak learning rate of gates; unset: five times lr, or as much as brings them to any budget in
+    the steps there are."""
+    gate_threshold_lr: Positive | None = None
+    """Peak learning rate of learned thresholds of gates; unset: that of the gates, or as much as
+    brings them to any budget in the steps there are."""
     gate_budget_lr: Positive = 0.1
     """Peak learning rate at which the multipliers of a gate budget rise."""
     seed: int = 0

@@ -39,6 +39,22 @@ _LARGEST_STEP, _LEAST_STEP = 1.0, 1e-7
 _ROUNDS = 3
 
 
+GATES_GO = 4
+"""How many times the way to its end a gate may go in a training."""
+
+
+def gate_rate(way: float, steps: int) -> float:
+    """Least peak rate at which gates get where they may have to go, however few the steps.
+
+    Adam moves by about the rate per step, of which a cosine leaves half on average.
+
+    Args:
+        way: from where a gate starts to its end.
+        steps: of the training.
+    """
+    return 2 * GATES_GO * way / steps
+
+
 @dataclass(frozen=True)
 class State:
     """How far a student is from what it learns, and how fast it would move there.

@@ -17,7 +17,7 @@ from vitprune_fast.distill.masks import MaskedStudent, MaskSchedule
 from vitprune_fast.distill.objective import Objective, images_like
 from vitprune_fast.distill.optim import is_fused, make_optimizer
 from vitprune_fast.distill.progress import Event, Progress
-from vitprune_fast.distill.rate import LARGEST
+from vitprune_fast.distill.rate import LARGEST, gate_rate
 from vitprune_fast.distill.stream import Stream
 from vitprune_fast.distill.tally import Tally
 from vitprune_fast.distill.task import DistillTask
@@ -29,7 +29,7 @@ from vitprune_fast.distill.training_checkpoints import (
     write_checkpoint,
 )
 from vitprune_fast.errors import InvalidInput, RunFolderError
-from vitprune_fast.gates import BudgetLoss, Gates
+from vitprune_fast.gates import BudgetLoss, Gates, kinds
 from vitprune_fast.planning import Plan
 from vitprune_fast.ranks import Ranks
 
@@ -115,8 +115,11 @@ class TrainingState:
         """Parameters trained besides the student's, with their own learning rates."""
         config, groups = self.config, []
         if self.gates is not None:
-            rate = 5 * self.peak if config.gate_lr is None else config.gate_lr
-            groups += self.gates.parameter_groups(lr=rate)
+            least = gate_rate(kinds.WAY[self.gates.kind], self.stream.steps)
+            rate = config.gate_lr or max(5 * self.peak, least)
+            least = gate_rate(kinds.WAY_OF_THRESHOLD, self.stream.steps)
+            of_thresholds = config.gate_threshold_lr or max(rate, least)
+            groups += self.gates.parameter_groups(lr=rate, threshold_lr=of_thresholds)
         if "gate_budget" in self.task.extras:
             budget: Any = self.task.extras["gate_budget"]
             groups += budget.parameter_groups(lr=config.gate_budget_lr)

@@ -14,7 +14,7 @@ from ..planning.budget import Budget
 from ..scoring.scores import Scores
 from ..structure import Axis, Structure, describe
 from ..surgery import fold_gates
-from . import hooks
+from . import hooks, kinds
 from .module import Gates
 
 
@@ -33,7 +33,9 @@ def to_plan(
     Without a budget the units stay whose gate is above ``threshold`` in magnitude: for ``ste`` and
     ``hard_concrete`` the gates settle it. With one the units are ranked by their gates (by the
     scores behind them for ``ste`` and ``hard_concrete``), all axes together as they are, and the
-    lowest go until the budget is met. Of axes that share tied parameters a unit stays where any of
+    lowest go until the budget is met. With learned thresholds that rank is by how much lower the
+    threshold of its axis would have to be for a unit to go, so that all thresholds move together
+    until the budget is met. Of axes that share tied parameters a unit stays where any of
     their gates keeps it.
 
     Args:
@@ -91,6 +93,8 @@ def _above(gates: Gates, threshold: float, min_units: int) -> Plan:
 
 def _ranking(gates: Gates, axis: str) -> Tensor:
     score = gates.score(axis).detach()
+    if gates.thresholds:
+        return kinds.headroom(score, gates.threshold(axis).detach())
     return score if gates.kind in ("ste", "hard_concrete") else score.abs()
 
 

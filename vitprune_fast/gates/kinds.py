@@ -15,6 +15,9 @@ KINDS = ("l1", "ste", "hard_concrete", "fixed")
 TEMPERATURE, LOW, HIGH = 2 / 3, -0.1, 1.1
 # what a score starts as: a gate that is 1, exactly, in evaluation
 INITIAL_SCORE = {"l1": 1.0, "ste": 1.0, "hard_concrete": 2.5, "fixed": 1.0}
+# how far a score goes until its gate is closed, and a threshold until half of its axis is
+WAY = {"l1": 1.0, "ste": 1.0, "hard_concrete": 4.0, "fixed": 0.0}
+WAY_OF_THRESHOLD = 10.0
 # sigmoid(10) of the units stay: all of any axis below 22,000 units
 INITIAL_THRESHOLD = 10.0
 # logistic noise of a draw nearer to 0 or 1 would not be finite
@@ -45,6 +48,15 @@ def top_share(score_U: Tensor, threshold: Tensor, multiple: int = 1) -> Tensor:
     return _TopShare.apply(score_U, threshold, multiple)  # pyright: ignore[reportReturnType]
 
 
+def headroom(score_U: Tensor, threshold: Tensor) -> Tensor:
+    """How far the threshold of :func:`top_share` may fall until a unit goes, (U,), to half a unit.
+
+    Below 0 for units that are gone. Larger scores have more, and of equal ones the lower numbers.
+    """
+    share = (_ranks(score_U) + 0.5) / len(score_U)
+    return threshold - torch.logit(share)
+
+
 def hard_concrete(log_alpha_U: Tensor, noise_U: Tensor | None = None) -> Tensor:
     """Gates in [0, 1], with both ends reached: a stretched and cut concrete variable.
 
@@ -71,6 +83,11 @@ def logistic_noise(size: int, seed: int, draw: int, axis: str) -> Tensor:
     source = generator(seed, "gates", draw, axis)
     uniform = torch.rand(size, generator=source, dtype=torch.float64)
     return torch.logit(uniform, eps=_NEAREST)
+
+
+def _ranks(score_U: Tensor) -> Tensor:
+    """How many units are better, (U,) int64; of equal ones the lower numbers are."""
+    return score_U.argsort(descending=True, stable=True).argsort()
 
 
 def saturated(score_U: Tensor) -> Tensor:
@@ -101,8 +118,7 @@ class _TopShare(torch.autograd.Function):
         count = torch.ceil(torch.sigmoid(threshold) * size)
         if multiple > 1:
             count = (torch.round(count / multiple) * multiple).clamp(min=multiple)
-        rank = score.argsort(descending=True, stable=True).argsort()
-        gate = (rank < count).to(score.dtype).where(~score.isnan(), score)
+        gate = (_ranks(score) < count).to(score.dtype).where(~score.isnan(), score)
         ctx.save_for_backward(gate)
         return gate
 

@@ -87,6 +87,10 @@ class Gates(nn.Module):
         """What is trained, (units,): larger means keep (by magnitude for ``l1``)."""
         return self.scores[_key(axis)]
 
+    def threshold(self, axis: str) -> Tensor:
+        """The learned threshold of one axis, 0-dimensional: ``sigmoid`` of it is what stays."""
+        return self.thresholds[_key(axis)]
+
     def value(self, axis: str, training: bool = False) -> Tensor:
         """The gates of one axis, (units,); at random for ``hard_concrete`` in training."""
         score = self.score(axis)
@@ -94,7 +98,7 @@ class Gates(nn.Module):
             noise = self.get_buffer(f"noise/{_key(axis)}") if training else None
             return kinds.hard_concrete(score, noise)
         if self.kind == "ste" and self.thresholds:
-            return kinds.top_share(score, self.thresholds[_key(axis)], self.round_to)
+            return kinds.top_share(score, self.threshold(axis), self.round_to)
         if self.kind == "ste":
             return kinds.at_least(score, self.get_buffer(f"least_{self.axes[axis].kind}"))
         return score
