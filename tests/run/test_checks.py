@@ -35,3 +35,17 @@ def test_a_wrongly_pruned_model_is_found_in_every_dtype(dtype: torch.dtype) -> N
     images = checks.random_images(model)
     assert checks.masked_equals_pruned(model, vp.prune(model, right), right, images).holds
     assert not checks.masked_equals_pruned(model, wrong, right, images).holds
+
+
+def test_gates_may_fall_short_of_their_goal_by_a_hundredth_of_the_way() -> None:
+    assert checks.reached(1.0, 0.505, 0.5).holds and checks.reached(1.0, 0.3, 0.5).holds
+    assert not checks.reached(1.0, 0.506, 0.5).holds
+    # what is there from the start has no way to go
+    assert not checks.reached(0.5, 0.501, 0.5).holds
+
+
+def test_a_teacher_that_changed_is_named() -> None:
+    before = {"self": "a", "cnn": "b"}
+    assert checks.untouched(before, dict(before)).holds
+    found = checks.untouched(before, {"self": "a", "cnn": "c"})
+    assert not found.holds and found.measured == "cnn: changed"

@@ -11,11 +11,12 @@ import torch
 from vitprune_fast.config.run import DataConfig, GateConfig, MaskConfig, TeacherConfig
 from vitprune_fast.data import open_data
 from vitprune_fast.distill import DistillConfig
+from vitprune_fast.distill.loop import DistillResult
 from vitprune_fast.errors import InvalidInput
 from vitprune_fast.run import actions
 from vitprune_fast.run.actions import Setting
 from vitprune_fast.run.profile import choose_profile
-from vitprune_fast.run.training import Trainings, teach
+from vitprune_fast.run.training import Trainings, learn_gates, teach
 from vitprune_fast.testing import random_vit
 
 
@@ -33,9 +34,16 @@ def seen(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, tuple[int, ...]]]:
     return trainings
 
 
-def taught(
-    *names: str, loss: str = "soft", masks: float | None = None, size: int | None = None
-) -> None:
+def digits() -> tuple[Any, Setting]:
+    """Images of eight pixels a side, and how they are read."""
+    return (
+        open_data("digits", image_size=8, channels=1),
+        Setting(0, choose_profile("cpu"), DataConfig(augment=False, batch_size=32)),
+    )
+
+
+def small_vit() -> Any:
+    """One that takes them."""
     sizes: dict[str, Any] = {
         "img_size": 8,
         "patch_size": 4,
@@ -43,13 +51,16 @@ def taught(
         "num_classes": 10,
         "depth": 2,
     }
+    return random_vit(dtype=torch.float32, **sizes)
+
+
+def taught(
+    *names: str, loss: str = "soft", masks: float | None = None, size: int | None = None
+) -> None:
     teach(
-        random_vit(dtype=torch.float32, **sizes),
+        small_vit(),
         DistillConfig(loss=(loss,)),
-        Trainings(
-            open_data("digits", image_size=8, channels=1),
-            Setting(0, choose_profile("cpu"), DataConfig(augment=False, batch_size=32)),
-        ),
+        Trainings(*digits()),
         teachers=TeacherConfig(names, pretrained=False, size=size),
         gates=GateConfig(),
         masks=MaskConfig(masks),
@@ -81,3 +92,20 @@ def test_what_cannot_be_is_said_before_a_teacher_is_trained(
     with pytest.raises(InvalidInput, match=sentence):
         taught(*names, **options)
     assert not seen
+
+
+@pytest.mark.parametrize("budget", [False, True])
+def test_thresholds_are_learned_where_a_budget_holds_them_down(budget: bool) -> None:
+    data, setting = digits()
+
+    def train(student: Any, _: Any, config: Any, *, gates: Any, gate_budget: Any) -> DistillResult:
+        assert bool(gates.thresholds) == budget == (gate_budget is not None)
+        return DistillResult(student, [], None, None, 0)
+
+    config = GateConfig("ste", macs=0.6, budget=budget)
+    gated = learn_gates(
+        small_vit(), None, DistillConfig(), train, config, data=data, setting=setting
+    )
+    # nothing learned, so that thresholds are open still, and a share is what it was
+    assert gated.start == gated.end and (gated.end == 1) == budget
+    assert gated.result.plan is not None and gated.goal == pytest.approx(0.6, abs=1e-3)

@@ -324,6 +324,11 @@ class TeacherConfig:
     """Weights of several teachers; unset: 1 each."""
     pretrained: Annotated[bool, arg(name="teacher-pretrained")] = True
     """A teacher of timm starts from its own weights, downloaded."""
+    checkpoints: Annotated[Pairs, arg(metavar="NAME=FILE ...", name="teacher-checkpoint")] = field(
+        default_factory=dict
+    )
+    """Weights for teachers of timm that were trained on the data as the student sees it:
+    .safetensors, or a torch file without code."""
     epochs: Annotated[PositiveInt, arg(metavar="N", name="teacher-epochs")] = 30
     """For a teacher that is trained first."""
     lr: Annotated[float, arg(name="teacher-lr")] = 1e-3
@@ -345,6 +350,17 @@ class TeacherConfig:
                 f"distill: teacher-weights must be one number per teacher ({len(self.names)}), "
                 f"got {list(self.weights)}"
             )
+        for name, file in self.checkpoints.items():
+            of_timm = name in self.names and self.is_of_timm(name)
+            if not of_timm or not isinstance(file, (str, Path)):
+                raise InvalidInput(
+                    "distill: teacher-checkpoint must be a file for a teacher that is a model of "
+                    f"timm, got {name}={file}"
+                )
+
+    def checkpoint(self, name: str) -> Path | None:
+        """The file with the weights of a teacher, where one was given."""
+        return Path(self.checkpoints[name]) if name in self.checkpoints else None
 
     @staticmethod
     def is_of_timm(name: str) -> bool:
@@ -380,7 +396,8 @@ class GateConfig:
         "none"
     )
     """`l1`: a factor per unit, held down by its size; `ste`: 0 or 1 with straight-through
-    gradients; `hard_concrete`: at random in [0, 1]; `fixed`: 0 or 1 by scores at the start, while
+    gradients, by thresholds that keep gate-macs of the units, or with gate-budget are learned for
+    every layer; `hard_concrete`: at random in [0, 1]; `fixed`: 0 or 1 by scores at the start, while
     the weights alone learn."""
     units: Annotated[tuple[str, ...], arg(name="gate-units")] = ("head", "neuron")
     """Unit kinds that get gates."""
@@ -400,6 +417,11 @@ class GateConfig:
             raise InvalidInput(
                 f"distill: gate-units must be head, neuron or both, got {self.units}"
             )
+
+    @property
+    def settles(self) -> bool:
+        """Whether the gates themselves are driven to say what goes, down to `macs`."""
+        return self.budget and self.kind in ("ste", "hard_concrete")
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
+from pathlib import Path
 from typing import Any
 
 import timm
@@ -139,6 +140,9 @@ def check_inputs(config: RunConfig, data: ImageData | None = None) -> nn.Module:
             raise InvalidInput(
                 f"run: teacher must be `self`, a saved folder or a model of timm, got {name!r}"
             )
+    for file in config.teachers.checkpoints.values():
+        if not Path(file).is_file():
+            raise InvalidInput(f"run: teacher-checkpoint must be a file, got {file} (no such file)")
     # images that were opened by the caller lie somewhere too
     root = getattr(data and data.source, "root", None)
     refuse_overwriting("run", config, {"out": config.out}, more={"data": root}, resumes=True)
@@ -223,6 +227,10 @@ def identity_of(
     plain["data"].pop("workers")
     if config.model.checkpoint:
         plain["model"]["checkpoint"] = f"sha256:{files.sha256(config.model.checkpoint)}"
+    plain["teachers"]["checkpoints"] = {
+        name: f"sha256:{files.sha256(Path(file))}"
+        for name, file in config.teachers.checkpoints.items()
+    }
     return {
         "config": plain,
         "steps": {step.name: step.wiring for step in steps},

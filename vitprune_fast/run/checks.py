@@ -29,6 +29,11 @@ make sqrt(48) / 2 = 3.5 eps of that; 8 is twice as much.
 """
 
 
+SHORT_OF_GOAL = 0.01
+"""Share of the way to their budget that learned gates may fall short of, on either side of which
+the last small steps leave them."""
+
+
 @dataclass(frozen=True)
 class Check:
     """One claim, whether it holds, and what was measured."""
@@ -99,6 +104,24 @@ def within_budget(counted: Any, limits: Mapping[str, int]) -> list[Check]:
         )
         for measure, limit in limits.items()
     ]
+
+
+def reached(start: float, end: float, goal: float) -> Check:
+    """Learned gates came down from one share of the multiply-accumulates to their goal."""
+    holds = end <= goal + max(start - goal, 0) * SHORT_OF_GOAL
+    measured = f"{start:.1%} of the MACs at first, {end:.1%} in the end, goal {goal:.1%}"
+    advice = "" if holds else ", which more gate-epochs or a larger gate-lr come nearer to"
+    return Check("gates reach the budget", holds, measured + advice)
+
+
+def untouched(before: Mapping[str, str], after: Mapping[str, str]) -> Check:
+    """The weights of all teachers, by name, are what they were before the training."""
+    changed = [name for name, weights in before.items() if after[name] != weights]
+    return Check(
+        "teachers are untouched",
+        not changed,
+        f"{', '.join(changed or before)}: {'changed' if changed else 'same weights'}",
+    )
 
 
 def masked_equals_pruned(dense: nn.Module, pruned: nn.Module, plan: Any, images: Tensor) -> Check:

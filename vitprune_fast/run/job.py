@@ -26,7 +26,7 @@ from vitprune_fast.run.step import RunStopped, Step
 from vitprune_fast.run.tensorboard import Board
 from vitprune_fast.saved_models import load, save
 from vitprune_fast.scoring import ScoringStopped
-from vitprune_fast.sealed import CheckpointRefused
+from vitprune_fast.sealed import CheckpointRefused, fingerprint
 from vitprune_fast.search import SearchStopped
 from vitprune_fast.surgery import SweepStopped
 
@@ -52,6 +52,7 @@ class Job:
         ranks: the processes that do the run together.
         board: gets the curves too, or None.
         step: the current one.
+        proofs: what trainings of the step were checked for, until `keep` records it.
     """
 
     config: RunConfig
@@ -68,6 +69,7 @@ class Job:
     board: Board | None = None
     step: Step = field(init=False)
     cut_back: set[str] = field(default_factory=set)
+    proofs: list[checks.Check] = field(default_factory=list)
 
     @property
     def setting(self) -> Setting:
@@ -112,9 +114,11 @@ class Job:
             StageFailed: one of them does not hold.
         """
         model = model.to(self.profile.device).eval()
+        earlier, self.proofs = self.proofs, []
         if not self.ranks.is_first:
             return []
-        proofs = [checks.finite(model, self.images)] if proofs is None else [*proofs]
+        own = [checks.finite(model, self.images)] if proofs is None else proofs
+        proofs = [*earlier, *own]
         with self.folder.replacing(name) as fresh:
             save(model, fresh)
         proofs.append(checks.reloads(model, self.folder / name, self.images))
@@ -155,6 +159,7 @@ class Job:
                 dense=whole,
                 weights=self.folder / trained[f"teacher_{number}"]
                 if config.teachers.is_of_timm(name)
+                and name not in config.teachers.checkpoints
                 and must_learn(name, classes, pretrained=config.teachers.pretrained)
                 else None,
             )
@@ -197,6 +202,7 @@ class Job:
         Raises:
             RunStopped: it was asked to stop, and wrote a checkpoint.
         """
+        weights = _fingerprints(teacher)
         result = actions.train(
             student,
             teacher,
@@ -211,6 +217,8 @@ class Job:
         )
         if not result.finished:
             raise RunStopped
+        if weights:
+            self.proofs.append(checks.untouched(weights, _fingerprints(teacher)))
         return result
 
     def _tell(self, event: dict[str, Any], epochs: int) -> None:
@@ -262,3 +270,9 @@ class Job:
                 return work(*arguments, **options)
         except (ScoringStopped, SearchStopped, SweepStopped):
             raise RunStopped from None
+
+
+def _fingerprints(teacher: nn.Module | Sequence[nn.Module] | None) -> dict[str, str]:
+    """Fingerprint of the weights of every teacher, by its name."""
+    several = [teacher] if isinstance(teacher, nn.Module) else teacher or ()
+    return {getattr(each, "name", "self"): fingerprint(each) for each in several}

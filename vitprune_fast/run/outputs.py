@@ -69,6 +69,7 @@ def _inputs(options: Any, skip: Collection[str] = ()) -> Iterator[tuple[str, Pat
             yield from _existing("model", [value.name])
         elif isinstance(value, TeacherConfig):
             yield from _existing("teacher", value.names)
+            yield from _existing("teacher-checkpoint", value.checkpoints.values())
         elif isinstance(value, DataConfig):
             yield from _existing("data", [value.source.partition(":")[2]])
         if dataclasses.is_dataclass(value):

@@ -42,6 +42,23 @@ Train = Callable[..., DistillResult]
 
 
 @dataclass(frozen=True)
+class Gated:
+    """A model that learned with gates, which are folded in, and what they came to.
+
+    Attributes:
+        result: of the training; its `plan` is which units stay.
+        start: multiply-accumulates under the gates before it, as a share of the model's.
+        end: the same after it.
+        goal: the share that is to be left.
+    """
+
+    result: DistillResult
+    start: float
+    end: float
+    goal: float
+
+
+@dataclass(frozen=True)
 class Trainings:
     """Runs one training after another on the same data, each with a folder of its own.
 
@@ -139,8 +156,8 @@ def teach(
             data=trainings.data,
             setting=trainings.setting,
         )
-        assert gated.plan is not None
-        student = prune(student, gated.plan)
+        assert gated.result.plan is not None
+        student = prune(student, gated.result.plan)
     result = trainings("distill", student, taught_by, config, masks=schedule)
     return result.model if result.plan is None else prune(result.model, result.plan)
 
@@ -167,8 +184,8 @@ def learn_gates(
     setting: Setting,
     score: ScoreConfig | None = None,
     cut: PlanConfig | None = None,
-) -> DistillResult:
-    """Learns gates together with the weights, and folds them in; `plan` is which units stay.
+) -> Gated:
+    """Learns gates together with the weights, and folds them in.
 
     Args:
         student: trained in place; in the end it computes without gates what it computed with them.
@@ -194,17 +211,22 @@ def learn_gates(
         student,
         gates.units,
         gates.kind,
-        keep=gates.macs if gates.kind == "ste" else None,
+        keep=gates.macs if gates.kind == "ste" and not gates.budget else None,
+        thresholds="learned" if gates.kind == "ste" and gates.budget else "global",
         init=start,
         penalty=gates.penalty,
         seed=derive_seed(config.seed, "gates"),
     )
     own = replace(config, epochs=gates.epochs, keep="last", ema=0.0, cooldown_epochs=0.0)
-    budget = BudgetLoss(attached, gates.macs) if gates.budget else None
-    result = train(student, teachers, own, gates=attached, gate_budget=budget)
+    budget = BudgetLoss(attached, gates.macs)
+    before = budget.ratio().item()
+    result = train(
+        student, teachers, own, gates=attached, gate_budget=budget if gates.budget else None
+    )
+    after = budget.ratio().item()
     chosen = start if isinstance(start, Plan) else to_plan(student, attached, target, **counts)
     fold(student, attached)
-    return replace(result, plan=chosen)
+    return Gated(replace(result, plan=chosen), before, after, budget.limit)
 
 
 def _levelled(scores: Scores) -> dict[str, Tensor]:
@@ -260,7 +282,7 @@ def open_teacher(
         data: the images that the student gets.
         setting: the seed of first weights, and where it answers.
         dense: what `self` is; None is the student.
-        weights: what a model of timm learned here earlier.
+        weights: what a model of timm without a checkpoint learned here earlier.
         train: trains a model of timm that does not know the classes; takes it and `config`.
 
     Raises:
@@ -273,7 +295,7 @@ def open_teacher(
             name,
             dense if name == "self" and dense is not None else student,
             pretrained=teachers.pretrained,
-            checkpoint=weights,
+            checkpoint=teachers.checkpoint(name) or weights,
             logits=config.learns_logits,
             size=teachers.size,
             train=train and partial(train, config=own),

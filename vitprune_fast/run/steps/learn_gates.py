@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from vitprune_fast.run import training
+from vitprune_fast.run import checks, training
 from vitprune_fast.run.job import Job
 from vitprune_fast.run.step import Facts
 from vitprune_fast.run.steps.plan import keep_planned
@@ -11,7 +11,7 @@ from vitprune_fast.run.steps.plan import keep_planned
 def learn_gates(job: Job, *, dense: str, model: str, plan: str, **teachers: str) -> Facts:
     """Trains gates together with the weights; leaves the model with folded gates, and the plan."""
     config, student = job.config, job.load(dense)
-    result = training.learn_gates(
+    gated = training.learn_gates(
         student,
         job.teachers(student, dense, teachers),
         config.distill,
@@ -22,4 +22,9 @@ def learn_gates(job: Job, *, dense: str, model: str, plan: str, **teachers: str)
         score=config.score,
         cut=config.plan,
     )
-    return keep_planned(job, result, config.gates.units, model=model, plan=plan)
+    if config.gates.settles:
+        job.proofs.append(checks.reached(gated.start, gated.end, gated.goal))
+    macs = {"start": gated.start, "end": gated.end, "goal": gated.goal}
+    kept = keep_planned(job, gated.result, config.gates.units, model=model, plan=plan)
+    text = f"{kept['text']}, {gated.end:.1%} of the MACs under the gates"
+    return {**kept, "gate_macs": macs, "text": text}
