@@ -66,8 +66,8 @@ def tasks() -> Iterator[Task]:
         yield from (Task("ratios", arm, 1.0, seed) for arm in RATIOS)
 
 
-def work_on(task: Task, work: Path) -> float:
-    """Does a run, on one thread; seconds of the processor."""
+def work_on(place: int, work: Path) -> float:
+    """Does the run at that place among ``tasks``, on one thread; seconds of the processor."""
     import torch
 
     from vitprune_fast.config.yamlfile import from_plain
@@ -75,7 +75,8 @@ def work_on(task: Task, work: Path) -> float:
     from vitprune_fast.recipes.start import run
 
     torch.set_num_threads(1)
-    started = time.process_time()
+    # a process of its own makes the tasks itself: settings are functions, which do not travel
+    task, started = [*tasks()][place], time.process_time()
     config = preset("digits", task.arm.recipe)
     needed = [each.folder(work) for each in task.needs()]
     if needed:
@@ -97,7 +98,8 @@ def is_done(task: Task, work: Path) -> bool:
 
 def work_off(work: Path, jobs: int, until: float) -> bool:
     """Does what is not done, so many at a time; whether all of it is."""
-    left = [task for task in tasks() if not is_done(task, work)]
+    places = {task: place for place, task in enumerate(tasks())}
+    left = [task for task in places if not is_done(task, work)]
     running: dict[Future[float], Task] = {}
     with ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) as pool:
         while (left and time.time() < until) or running:
@@ -105,7 +107,7 @@ def work_off(work: Path, jobs: int, until: float) -> bool:
             while ready and len(running) < jobs and time.time() < until:
                 task = ready.pop(0)
                 left.remove(task)
-                running[pool.submit(work_on, task, work)] = task
+                running[pool.submit(work_on, places[task], work)] = task
             finished, _ = wait(running, return_when=FIRST_COMPLETED)
             for future in finished:
                 task = running.pop(future)

@@ -59,6 +59,7 @@ SMALLER = {
     "manifold-full": "score plan prune sweep distill",
     "auto-ratio": "score search prune distill",
     "fixed-ratio": "score search prune sweep distill",
+    "kd-cnn": "teacher-0 gates prune distill",
 }
 
 
@@ -104,6 +105,15 @@ def way(name: str, out: Path) -> RunConfig:
         "fixed-ratio": {
             "recipe": "fixed-ratio",
             "search": SearchConfig("fixed", macs=0.6),
+        },
+        "kd-cnn": {
+            "recipe": "kd-cnn",
+            "model": replace(TINY.model, name="deit_tiny_distilled_patch16_224"),
+            "teachers": TeacherConfig((CNN,), pretrained=False, epochs=1, size=16),
+            # whose noise is drawn in every step
+            "gates": GateConfig("hard_concrete", macs=0.6, epochs=4, budget=True),
+            "sweep": replace(TINY.sweep, compensate=False),
+            "distill": replace(TINY.distill, loss=("hard",)),
         },
     }[name]
     return replace(TINY, out=out, **changes)
