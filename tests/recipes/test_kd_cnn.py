@@ -143,9 +143,12 @@ def test_the_file_of_a_teacher_belongs_to_the_run(start: Path, tmp_path: Path) -
 @pytest.mark.parametrize(
     ("checkpoints", "sentence"),
     [
-        ({"resnet18": "cnn.pth"}, "must be a file for a teacher that is a model of timm, got resn"),
-        ({"self": "cnn.pth"}, "must be a file for a teacher that is a model of timm, got self="),
-        ({CNN: 5}, f"must be a file for a teacher that is a model of timm, got {CNN}=5"),
+        (
+            {"resnet18": "cnn.pth"},
+            "must be NAME=FILE for teachers that are models of timm, got resn",
+        ),
+        ({"self": "cnn.pth"}, "must be NAME=FILE for teachers that are models of timm, got self="),
+        ({CNN: 5}, f"must be NAME=FILE for teachers that are models of timm, got {CNN}=5"),
     ],
 )
 def test_a_file_is_for_a_teacher_of_timm(checkpoints: dict[str, Any], sentence: str) -> None:
@@ -158,7 +161,7 @@ def test_a_file_is_for_a_teacher_of_timm(checkpoints: dict[str, Any], sentence: 
     [
         ({"gates": {"kind": "none"}}, "gates must be l1, ste or hard_concrete"),
         ({"gates": {"kind": "fixed"}}, "gates must be l1, ste or hard_concrete"),
-        ({"teachers": {"names": [], "checkpoints": {}}}, "teacher must be given"),
+        ({"teachers": {"names": [], "checkpoints": {}}}, "teacher must name a model"),
         ({"distill": {"alpha": 0.0}}, r"alpha must be above 0 for the recipe kd-cnn, got 0\.0"),
         (
             {"teachers": {"checkpoints": {CNN: "nowhere.pth"}}},

@@ -354,8 +354,8 @@ class TeacherConfig:
             of_timm = name in self.names and self.is_of_timm(name)
             if not of_timm or not isinstance(file, (str, Path)):
                 raise InvalidInput(
-                    "distill: teacher-checkpoint must be a file for a teacher that is a model of "
-                    f"timm, got {name}={file}"
+                    "distill: teacher-checkpoint must be NAME=FILE for teachers that are models of "
+                    f"timm, got {name}={file}; name it with --teacher as well"
                 )
 
     def checkpoint(self, name: str) -> Path | None:
@@ -396,8 +396,8 @@ class GateConfig:
         "none"
     )
     """`l1`: a factor per unit, held down by its size; `ste`: 0 or 1 with straight-through
-    gradients, by thresholds that keep gate-macs of the units, or with gate-budget are learned for
-    every layer; `hard_concrete`: at random in [0, 1]; `fixed`: 0 or 1 by scores at the start, while
+    gradients, by thresholds that keep gate-macs of the units, or that every layer learns with
+    gate-budget; `hard_concrete`: at random in [0, 1]; `fixed`: 0 or 1 by scores at the start, while
     the weights alone learn."""
     units: Annotated[tuple[str, ...], arg(name="gate-units")] = ("head", "neuron")
     """Unit kinds that get gates."""

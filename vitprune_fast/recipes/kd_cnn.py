@@ -23,7 +23,7 @@ def steps(config: RunConfig) -> list[Step]:
             "be l1, ste or hard_concrete, which learn,",
             gates.kind,
         ),
-        "teacher": (bool(config.teachers.names), "be given", "none"),
+        "teacher": (bool(config.teachers.names), "name a model of timm or a folder", "none"),
         "alpha": (distill.needs_teacher, "be above 0", distill.alpha),
     }
     for name, (holds, rule, got) in rules.items():
@@ -59,7 +59,7 @@ RECIPE = Recipe(
                     "weight_init": "jax",
                 },
             },
-            "dense": {"epochs": 12},
+            "dense": {"epochs": 16},
             "teachers": {**_SMALL_CNN, "epochs": 4},
             "gates": {"epochs": 4},
         },
