@@ -25,6 +25,7 @@ PAGES = {
     "score-a-torchvision-vit.md": 2,
     "score-for-torch-nn-prune.md": 2,
     "use-the-ops-alone.md": 4,
+    "recipes/kd-cnn.md": 0,
 }
 
 

@@ -39,7 +39,7 @@ RECIPE = Recipe(
     "kd-cnn",
     steps,
     {
-        "gates": {"kind": "l1", "budget": True, "epochs": 30},
+        "gates": {"kind": "hard_concrete", "budget": True, "epochs": 30},
         # its weights of ImageNet, tuned to other classes where the data has others
         "teachers": {"names": ["regnety_040"], "epochs": 10, "lr": 1e-4},
         "sweep": {"compensate": False},
