@@ -135,8 +135,9 @@ class DistillConfig:
     gate_threshold_lr: Positive | None = None
     """Peak learning rate of learned thresholds of gates; unset: that of the gates, or as much as
     brings them to any budget in the steps there are."""
-    gate_budget_lr: Positive = 0.1
-    """Peak learning rate at which the multipliers of a gate budget rise."""
+    gate_budget_lr: Positive | None = None
+    """Peak learning rate at which the multipliers of a gate budget rise; unset: 0.1, or as much as
+    makes them outweigh the other losses in the steps there are."""
     seed: int = 0
     """Of dropout, drop-path, mixing and whatever else draws numbers inside a step."""
     keep: Literal["last", "best", "one-se"] = "last"

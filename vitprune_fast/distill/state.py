@@ -122,7 +122,8 @@ class TrainingState:
             groups += self.gates.parameter_groups(lr=rate, threshold_lr=of_thresholds)
         if "gate_budget" in self.task.extras:
             budget: Any = self.task.extras["gate_budget"]
-            groups += budget.parameter_groups(lr=config.gate_budget_lr)
+            least = gate_rate(kinds.WAY_OF_MULTIPLIER, self.stream.steps)
+            groups += budget.parameter_groups(lr=config.gate_budget_lr or max(0.1, least))
         for group in groups:
             group["lr_scale"] = group.pop("lr") / self.peak
         projectors = list(self.task.objective.projectors.parameters())

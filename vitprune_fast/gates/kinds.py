@@ -18,6 +18,8 @@ INITIAL_SCORE = {"l1": 1.0, "ste": 1.0, "hard_concrete": 2.5, "fixed": 1.0}
 # how far a score goes until its gate is closed, and a threshold until half of its axis is
 WAY = {"l1": 1.0, "ste": 1.0, "hard_concrete": 4.0, "fixed": 0.0}
 WAY_OF_THRESHOLD = 10.0
+# nats for the whole model's multiply-accumulates, by which gates fall against what they are worth
+WAY_OF_MULTIPLIER = 6.0
 # sigmoid(10) of the units stay: all of any axis below 22,000 units
 INITIAL_THRESHOLD = 10.0
 # logistic noise of a draw nearer to 0 or 1 would not be finite

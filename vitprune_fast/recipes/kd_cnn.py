@@ -61,7 +61,7 @@ RECIPE = Recipe(
             },
             "dense": {"epochs": 16},
             "teachers": {**_SMALL_CNN, "epochs": 4},
-            "gates": {"epochs": 4},
+            "gates": {"epochs": 6},
         },
         "digits": {"teachers": _SMALL_CNN, "gates": {"epochs": 15}},
         "imagenet": {
