@@ -20,7 +20,7 @@ from vitprune_fast.run.step import Recipe, Step
 
 SEEDS = (0, 1, 2, 3, 4)
 SHARES = (0.5, 0.25)
-EPOCHS, DENSE_EPOCHS, STUDENT_EPOCHS = 30, 150, 60
+EPOCHS, DENSE_EPOCHS, STUDENT_EPOCHS = 30, 150, 40
 OURS, PEER = "fast", "torch-pruning, all widths"
 # on the way to the share in width, so that whole blocks are left to the rest
 _IN_WIDTH = {0.5: 0.6, 0.25: 0.52}
@@ -197,7 +197,7 @@ def _within(mode: str, tolerance: float, share: float) -> Settings:
 
 
 RATIOS = tuple(
-    Arm(f"{recipe}, {tolerance}", recipe, partial(_within, mode, tolerance), 5)
+    Arm(f"{recipe}, {tolerance}", recipe, partial(_within, mode, tolerance))
     for tolerance in TOLERANCES
     for recipe, mode in (("fixed-ratio", "fixed"), ("auto-ratio", "iterative"))
 )

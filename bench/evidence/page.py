@@ -32,7 +32,7 @@ model, measured in turns on one thread.
 """
 LOSSES_TEXT = """## Losses for a fresh student
 
-One fresh student of about a quarter of the multiply-accumulates, one teacher, the same images (60
+One fresh student of about a quarter of the multiply-accumulates, one teacher, the same images (40
 epochs).
 """
 RATIOS_TEXT = """## One ratio against separate ratios, at equal accuracy
