@@ -90,7 +90,8 @@ def _cut(dense: Any, batches: list[Any], ratio: float, *, inside: bool) -> nn.Mo
         batches[0][0][:1],
         importance=tp.importance.GroupTaylorImportance(),
         pruning_ratio=ratio,
-        head_pruning_ratio=ratio,
+        # a layer that is to lose all its heads keeps them all
+        head_pruning_ratio=min(ratio, 1 - 1 / model.blocks[0].attn.num_heads),
         num_heads={block.attn.qkv: block.attn.num_heads for block in model.blocks},
         prune_num_heads=True,
         prune_head_dims=False,

@@ -524,7 +524,8 @@ class RunConfig:
     teachers: Annotated[TeacherConfig, arg(name="")] = field(default_factory=TeacherConfig)
     student: Annotated[StudentConfig, arg(name="")] = field(default_factory=StudentConfig)
     train_dense: bool = False
-    """Train the dense model here first, unless its weights are given."""
+    """Train the dense model here first, unless its weights are given; those that timm has for it
+    learn the data, where they know other classes."""
     dense: DistillConfig = field(default_factory=lambda: DistillConfig(lr=1e-3))
     """How the dense model is trained, if it is (its teacher settings mean nothing)."""
     distill: DistillConfig = field(default_factory=DistillConfig)
@@ -553,7 +554,7 @@ class RunConfig:
 
     @property
     def has_weights(self) -> bool:
-        """Whether the dense model comes trained."""
+        """Whether the dense model comes with weights."""
         return self.model.origin != "random"
 
     def budget(self) -> dict[str, Any]:

@@ -26,7 +26,7 @@ from vitprune_fast.planning.constraints import Constraints
 from vitprune_fast.run import actions, assumptions, checks
 from vitprune_fast.run.actions import OnEvent
 from vitprune_fast.run.folder import Metrics, RunFolder, read_metrics
-from vitprune_fast.run.inputs import check_fit, open_model_data, student_config
+from vitprune_fast.run.inputs import check_fit, open_model_data, student_config, trains_dense
 from vitprune_fast.run.job import Job
 from vitprune_fast.run.outputs import refuse_overwriting
 from vitprune_fast.run.profile import Profile, applied, choose_profile, versions
@@ -73,10 +73,11 @@ def execute(
         owned = folder.claim() if first else contextlib.nullcontext()
         with _claimed(owned, processes), applied(profile):
             data = data or open_model_data(config.data, dense, config.model)
-            if config.has_weights:
-                check_fit(dense, data)
+            if trains_dense(config, data):
+                unfilled = replace(config.model, pretrained=False)
+                dense = skeleton(unfilled, len(data.classes))
             else:
-                dense = skeleton(config.model, len(data.classes))
+                check_fit(dense, data)
             check_plans(config, steps, dense)
             check_student(config, steps, dense, data)
             check_splits(data)

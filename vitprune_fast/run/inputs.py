@@ -10,8 +10,9 @@ from torch import nn
 
 from vitprune_fast.batches import classes_of
 from vitprune_fast.config.model import ModelConfig, StudentConfig
-from vitprune_fast.config.run import DataConfig
+from vitprune_fast.config.run import DataConfig, RunConfig
 from vitprune_fast.data import INTERPOLATIONS, ImageData, open_data
+from vitprune_fast.distill.teachers import must_learn
 from vitprune_fast.errors import InvalidInput
 from vitprune_fast.models.open import open_model, skeleton
 from vitprune_fast.precision import Precision
@@ -119,7 +120,8 @@ def check_fit(model: Any, data: ImageData) -> None:
     if classes_of(model) != classes:
         raise InvalidInput(
             f"model: the head must have {classes} classes like {data.name}, got "
-            f"{classes_of(model)}; build it with num_classes={classes}"
+            f"{classes_of(model)}; build it with num_classes={classes}, or teach it those "
+            "of the data (--train-dense with --pretrained, or distill)"
         )
     # models of other libraries take images of one size, of which they say no patch
     (height, width), patch = data.image_size, patch_size(model) or (1, 1)
@@ -128,6 +130,17 @@ def check_fit(model: Any, data: ImageData) -> None:
             f"data: images must be at least one patch, {patch[0]} x {patch[1]} pixels, got "
             f"{height} x {width}; give the model a larger img_size"
         )
+
+
+def trains_dense(config: RunConfig, data: ImageData) -> bool:
+    """Whether the dense model learns the data in the run before it is cut.
+
+    It does without weights, and with those of its name in timm that know other classes.
+    """
+    if not config.has_weights:
+        return True
+    named = config.train_dense and config.model.origin == "pretrained"
+    return named and must_learn(config.model.name, len(data.classes), pretrained=True)
 
 
 def open_weights(

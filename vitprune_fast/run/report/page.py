@@ -162,7 +162,8 @@ def weights_text(weights: dict[str, Any]) -> str:
         "checkpoint": f"the checkpoint {weights['source']}",
         "pretrained": f"downloaded by timm for {weights['source']}",
     }
-    return words[weights["origin"]]
+    learnt = ", then trained by this run on the train split" if weights.get("tuned") else ""
+    return words[weights["origin"]] + learnt
 
 
 def facts_of(run: RunFolder, summary: dict[str, Any]) -> dict[str, dict[str, Any]]:

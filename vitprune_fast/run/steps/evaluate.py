@@ -9,6 +9,7 @@ from typing import Any
 from vitprune_fast.planning import peak_memory_bytes
 from vitprune_fast.run import actions, assumptions, checks, summary
 from vitprune_fast.run.comparison import arrow
+from vitprune_fast.run.inputs import trains_dense
 from vitprune_fast.run.job import Job
 from vitprune_fast.run.profile import versions
 from vitprune_fast.run.step import Facts, Step
@@ -67,6 +68,7 @@ def evaluate(job: Job, *, summary_file: str, before: str, after: str, **between:
         "weights": {
             "origin": job.config.model.origin if job.config.has_weights else "trained here",
             "source": _first(facts, "source", job.config.model.name),
+            "tuned": job.config.has_weights and trains_dense(job.config, job.data),
         },
         "assumptions": assumptions.of_run(job.config, job.steps, job.data, job.skeleton),
         "split_hashes": dict(job.data.split_hashes),
