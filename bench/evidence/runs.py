@@ -97,22 +97,26 @@ def is_done(task: Task, work: Path) -> bool:
 
 
 def work_off(work: Path, jobs: int, until: float) -> bool:
-    """Does what is not done, so many at a time; whether all of it is."""
+    """Does what is not done, so many at a time; whether all of it is. What fails is left out."""
     places = {task: place for place, task in enumerate(tasks())}
     left = [task for task in places if not is_done(task, work)]
     running: dict[Future[float], Task] = {}
+    failed = False
     with ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) as pool:
-        while (left and time.time() < until) or running:
+        while True:
             ready = [task for task in left if all(is_done(needed, work) for needed in task.needs())]
             while ready and len(running) < jobs and time.time() < until:
                 task = ready.pop(0)
                 left.remove(task)
                 running[pool.submit(work_on, places[task], work)] = task
+            if not running:
+                return not left and not failed
             finished, _ = wait(running, return_when=FIRST_COMPLETED)
             for future in finished:
-                task = running.pop(future)
-                print(f"{task.folder(work)}: {future.result():.0f} s, {len(left)} left", flush=True)
-    return not left
+                task, error = running.pop(future), future.exception()
+                failed |= error is not None
+                said = f"{future.result():.0f} s" if error is None else f"FAILED, {error!r}"
+                print(f"{task.folder(work)}: {said}, {len(left)} left", flush=True)
 
 
 def collected(work: Path) -> list[dict[str, Any]]:
