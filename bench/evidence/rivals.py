@@ -79,6 +79,7 @@ def _cut(dense: Any, batches: list[Any], ratio: float, *, inside: bool) -> nn.Mo
     from vitprune_fast.integrations.torch_pruning import repair
 
     model = copy.deepcopy(dense).requires_grad_(True)
+    heads = model.blocks[0].attn.num_heads
     for images, labels, *_ in batches:
         F.cross_entropy(model(images), labels).backward()
     ignored = [model.head]
@@ -90,8 +91,8 @@ def _cut(dense: Any, batches: list[Any], ratio: float, *, inside: bool) -> nn.Mo
         batches[0][0][:1],
         importance=tp.importance.GroupTaylorImportance(),
         pruning_ratio=ratio,
-        # a layer that is to lose all its heads keeps them all
-        head_pruning_ratio=min(ratio, 1 - 1 / model.blocks[0].attn.num_heads),
+        # whole heads, rounded to more of them; a layer that is to lose all would keep all
+        head_pruning_ratio=min(int(ratio * heads), heads - 1) / heads,
         num_heads={block.attn.qkv: block.attn.num_heads for block in model.blocks},
         prune_num_heads=True,
         prune_head_dims=False,
