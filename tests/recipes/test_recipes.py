@@ -324,19 +324,6 @@ def test_what_a_search_must_reach_is_checked(
     assert steps["prune"].settings == {"plan": {"macs": limit}}
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("recipe", ["auto-ratio", "fixed-ratio"])
-def test_the_preset_smoke_cuts(recipe: str, tmp_path: Path) -> None:
-    summary = run(replace(preset("smoke", recipe), out=tmp_path / "run"))
-    facts = facts_of(tmp_path / "run", "search")
-    assert min(facts["ratios"].values()) > 0.1 and facts["undone"]["refused"] > 0
-    assert summary["after"]["macs"] < 0.8 * summary["before"]["macs"]
-    # it is taught to be better than right after the cut
-    assert summary["after"]["top1"] > summary["cut"]["top1"]
-    if recipe == "auto-ratio":
-        assert facts["undone"]["final check"] > 0
-
-
 @pytest.mark.parametrize("recipe", ["auto-ratio", "fixed-ratio"])
 def test_presets_say_how_far_a_search_goes(recipe: str) -> None:
     mode = {"auto-ratio": "iterative", "fixed-ratio": "fixed"}[recipe]
