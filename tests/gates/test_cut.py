@@ -176,3 +176,21 @@ def gates_of(model: Any) -> vp.gates.Gates:
     """Gates that were taken off again."""
     with vp.gates.attach(model) as gates:
         return gates
+
+
+@pytest.mark.parametrize("config", ["plain", "swiglu_packed-layerscale", "deit_distilled"])
+def test_a_silenced_model_is_the_masked_one(config: str) -> None:
+    model = random_vit(config)
+    images, structure = random_images(model), vp.describe(model)
+    kept = {
+        axis.name: range(0, axis.size, 2)
+        for kind in ("head", "neuron")
+        for axis in structure.units(kind)
+    }
+    plan = vp.Plan.of(structure, kept)
+    with torch.no_grad():
+        with vp.mask(model, plan):
+            wanted = model(images)
+        assert not torch.allclose(model(images), wanted, rtol=1e-3)
+        vp.gates.silence(model, plan)
+        assert torch.allclose(model(images), wanted, rtol=0, atol=1e-12)

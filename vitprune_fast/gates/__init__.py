@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from .attachment import attach, detach
 from .budget import BudgetLoss
-from .cut import fold, to_plan
+from .cut import fold, silence, to_plan
 from .kinds import KINDS
 from .module import GATED_UNITS, Gates
 
@@ -21,5 +21,6 @@ __all__ = [
     "attach",
     "detach",
     "fold",
+    "silence",
     "to_plan",
 ]

@@ -15,7 +15,7 @@ from ..scoring.scores import Scores
 from ..structure import Axis, Structure, describe
 from ..surgery import fold_gates
 from . import hooks, kinds
-from .module import Gates
+from .module import GATED_UNITS, Gates
 
 
 @torch.no_grad()
@@ -127,3 +127,22 @@ def fold(model: nn.Module, gates: Gates) -> None:
         fold_gates(model, {name: value.detach() for name, value in gates.values().items()})
     if attached is not None:
         gates.detach(model)
+
+
+def silence(model: nn.Module, plan: Plan) -> None:
+    """Write into the weights, in place, that units which a plan leaves out contribute nothing.
+
+    The model then computes what it does behind the plan (:func:`vitprune_fast.mask`), but for units
+    that no gate can close (embedding channels, branches and blocks), which stay as they are, and
+    for norms over units (``qk_norm``), whose statistics these still enter.
+
+    Args:
+        model: that the plan was made for.
+        plan: says which units stay.
+    """
+    values = {}
+    for axis in (axis for kind in GATED_UNITS for axis in describe(model).units(kind)):
+        if len(plan[axis.name]) < axis.size:
+            values[axis.name] = torch.zeros(axis.size)
+            values[axis.name][plan[axis.name]] = 1.0
+    fold_gates(model, values)

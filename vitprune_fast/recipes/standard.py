@@ -89,7 +89,8 @@ def chosen(config: RunConfig, teachers: dict[str, str]) -> tuple[list[Step], dic
             made.append(taught(model, teachers, end, settings))
             model = models[f"taught{end}"] = f"model{end}"
     settings = toward(config, config.rounds.count)
-    cuts, found = smaller(config, model, settings=settings)
+    behind = f"plan-{config.rounds.count - 1}.json" if config.rounds.masks else None
+    cuts, found = smaller(config, model, settings=settings, behind=behind)
     return [*made, *scored(model, settings=settings), *cuts], {**models, **found}
 
 
@@ -207,14 +208,27 @@ def taught(
 
 
 def smaller(
-    config: RunConfig, model: str, end: str = "", settings: Settings | None = None
+    config: RunConfig,
+    model: str,
+    end: str = "",
+    settings: Settings | None = None,
+    behind: str | None = None,
 ) -> tuple[list[Step], dict[str, str]]:
-    """Cuts a model, and refits what stays unless that is turned off."""
+    """Cuts a model, and refits what stays unless that is turned off.
+
+    Args:
+        config: whether that is refitted.
+        model: that is cut.
+        end: of the names that the steps make.
+        settings: of the round.
+        behind: the plan that the model was taught behind, which is what it is refitted to.
+    """
     plan = f"plan{end}.json"
     made, models = [cut(model, plan, f"pruned{end}", end, settings)], {f"cut{end}": f"pruned{end}"}
     if config.sweep.compensate:
         into = {"swept": f"swept{end}", "fits": f"sweep{end}.json"}
-        made.append(Step(f"sweep{end}", do.sweep, {"model": model, "plan": plan}, into))
+        read = {"model": model, "plan": plan, **({"behind": behind} if behind else {})}
+        made.append(Step(f"sweep{end}", do.sweep, read, into))
         models[f"swept{end}"] = f"swept{end}"
     return made, models
 
