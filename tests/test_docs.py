@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import re
+import shlex
 import warnings
 from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from vitprune_fast import ops
+from vitprune_fast.cli.main import main
+from vitprune_fast.config.run import RunConfig
+from vitprune_fast.config.yamlfile import from_plain
+from vitprune_fast.recipes.by_name import named
 
 DOCS = Path(__file__).parent.parent / "docs"
 PAGES = {
@@ -17,7 +23,6 @@ PAGES = {
     "choose-what-goes.md": 3,
     "learn-gates.md": 4,
     "make-up-for-what-goes.md": 3,
-    "recipes/auto-ratio.md": 0,
     "search-ratios.md": 3,
     "score-with-torch-pruning.md": 3,
     "teach-what-is-left.md": 4,
@@ -25,15 +30,45 @@ PAGES = {
     "score-a-torchvision-vit.md": 2,
     "score-for-torch-nn-prune.md": 2,
     "use-the-ops-alone.md": 4,
-    "recipes/kd-cnn.md": 0,
+    **{
+        f"recipes/{name}.md": 0
+        for name in (
+            *("README", "auto-ratio", "fast", "kd-cnn", "manifold", "unified", "width-depth"),
+        )
+    },
 }
 
 
 def blocks(page: str) -> list[str]:
     text = (DOCS / page).read_text(encoding="utf-8")
     found = re.findall(r"```(\w*)\n(.*?)```", text, re.DOTALL)
-    assert all(language == "python" for language, _ in found), "every block must be run"
-    return [code for _, code in found]
+    assert all(language in ("python", "bash") for language, _ in found), "every block must be run"
+    return [code for language, code in found if language == "python"]
+
+
+def commands() -> list[str]:
+    """Those of the pages of recipes, which take a data set to run."""
+    found = []
+    for page in (DOCS / "recipes").glob("*.md"):
+        text = page.read_text(encoding="utf-8").replace("\\\n", " ")
+        for block in re.findall(r"```bash\n(.*?)```", text, re.DOTALL):
+            lines = [line.partition("#")[0].strip() for line in block.splitlines()]
+            found += [line for line in lines if "vitprune" in line]
+    return sorted({*found})
+
+
+@pytest.mark.parametrize("command", commands())
+def test_commands_of_recipes_are_accepted(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    words = shlex.split(command)[1:]
+    if "vitprune_fast.cli.main" in words:
+        words = words[words.index("vitprune_fast.cli.main") + 1 :]
+    with pytest.raises(SystemExit) as ended:
+        main([*words, "--print-config"])
+    assert ended.value.code == 0
+    printed = yaml.safe_load(capsys.readouterr().out)
+    recipe = words[words.index("--recipe") + 1] if "--recipe" in words else "fast"
+    config = from_plain(printed, RunConfig())
+    assert config.recipe == recipe and named(recipe).steps(config)
 
 
 @pytest.mark.parametrize("page", PAGES)

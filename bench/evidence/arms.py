@@ -64,7 +64,7 @@ def _by_gates(share: float) -> Settings:
 
 
 def _width_depth(share: float) -> Settings:
-    way = {"count": 2, "epochs": EPOCHS // 2, "way": [_IN_WIDTH[share]]}
+    way = {"count": 2, "epochs": EPOCHS // 2, "split": [_IN_WIDTH[share]]}
     return {"plan": {"macs": share, "params": None}, "rounds": way}
 
 

@@ -21,14 +21,14 @@ INTRODUCTION = """# Recipes beside each other
 
 Written by `make evidence` from the committed JSON; not edited by hand. The digits of `make
 prune`, 599 test images, which no run saw before its end. All arms start from the same dense model
-of a seed, see as many images after it (30 epochs, in one training or in several) and choose their
-checkpoint on validation images. *Cut* and *swept* are before any training after the cut; models
-on the way of recipes with several cuts are not shown. Differences are paired by seed; ± is half
-of the 95 % interval of Student's t over the seeds. Torch-Pruning 1.6.1 cuts by its Taylor
-importance with one ratio, found by bisection, once over all widths and once inside of branches
-(its script's `--bottleneck`); it is taught as `fast` is. A model *from scratch* has the shape
-that `fast` found, and sees the images of the dense model too. Times are ratios to the dense
-model, measured in turns on one thread.
+of a seed, see as many images after it (30 epochs, in one training or in several; `one-shot` none,
+and the CNN of `kd-cnn` its own before) and choose their checkpoint on validation images. *Cut*
+and *swept* are before any training after the cut; models on the way of recipes with several cuts
+are not shown. Differences are paired by seed; ± is half of the 95 % interval of Student's t over
+the seeds. Torch-Pruning 1.6.1 cuts by its Taylor importance with one ratio, found by bisection,
+once over all widths and once inside of branches (its script's `--bottleneck`); it is taught as
+`fast` is. A model *from scratch* has the shape that `fast` found, and sees the images of the
+dense model too. Times are ratios to the dense model, measured in turns on one thread.
 """
 LOSSES_TEXT = """## Losses for a fresh student
 
@@ -82,11 +82,12 @@ def arms_table(lines: Sequence[Line], latency: Sequence[Line], share: float) -> 
     mine = [line for line in lines if line["table"] == "arms" and line["share"] == share]
     ms = {each["arm"]: each["ms"] for each in latency if each["share"] == share}
     peer = top1s(mine, PEER, share)
+    # all begin with one architecture
+    dense = next(line["rows"]["before"]["macs"] for line in mine if line["arm"] == OURS)
     rows = []
     for arm in dict.fromkeys(line["arm"] for line in mine):
         found = top1s(mine, arm, share)
         after = [line["rows"]["after"] for line in mine if line["arm"] == arm]
-        before = [line["rows"]["before"] for line in mine if line["arm"] == arm]
         parts = [top1s(mine, arm, share, row) for row in ("cut", "swept")]
         cells = [f"{100 * statistics.fmean(p.values()):.1f}" if p else "-" for p in parts]
         against = difference(found, peer)
@@ -99,13 +100,11 @@ def arms_table(lines: Sequence[Line], latency: Sequence[Line], share: float) -> 
         def of(name: str, rows: list[Any] = after) -> float:
             return statistics.fmean(row[name] for row in rows)
 
-        dense = of("macs", before) if "scratch" not in arm else None
-        macs = f"{of('macs'):,.0f}" if dense is None else f"{of('macs') / dense:.1%}"
         rows.append(
             (
                 statistics.fmean(found.values()),
                 f"| {arm} | {len(found)} | {' | '.join(cells)} | {mean_text([*found.values()])} "
-                f"| {against_text} | {macs} | {of('params') / 1e3:,.0f} "
+                f"| {against_text} | {of('macs') / dense:.1%} | {of('params') / 1e3:,.0f} "
                 f"| {of('file_bytes') / 1e3:,.0f} | {of('peak_memory_bytes') / 1e3:,.0f} "
                 f"| {times} |",
             )
@@ -215,8 +214,10 @@ def text(content: dict[str, Any]) -> str:
 
 def newest() -> dict[str, Any]:
     """What the newest committed measurement found."""
-    *_, path = sorted(study.RESULTS.glob("[0-9]*_evidence.json"))
-    return json.loads(path.read_text())
+    found = sorted(study.RESULTS.glob("[0-9]*_evidence.json"))
+    if not found:
+        raise SystemExit(f"error: no results in {study.RESULTS}; run `make evidence` first")
+    return json.loads(found[-1].read_text())
 
 
 def write() -> None:

@@ -92,7 +92,7 @@ def work_on(place: int, work: Path) -> float:
 
 
 def is_done(task: Task, work: Path) -> bool:
-    """Whether its summary is there, which is written at the end."""
+    """Whether its page is there, which is drawn at the end."""
     return (task.folder(work) / "report.html").is_file()
 
 

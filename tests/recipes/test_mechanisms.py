@@ -171,7 +171,6 @@ def test_it_does_what_it_is_for(
     assert summary["depth"] == [summary[row]["depth"] for row in ("before", "after")]
     for row, folder in (("before", "dense"), ("after", summary["models"]["after"])):
         assert vp.cost(vp.load(out / folder)).macs == summary[row]["macs"]
-    assert all(check["holds"] for check in summary["checks"])
     MECHANISMS[recipe](out, summary)
 
 

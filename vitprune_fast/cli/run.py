@@ -10,6 +10,7 @@ from vitprune_fast.cli.options import PresetFlags, parse
 from vitprune_fast.config.model import ModelConfig
 from vitprune_fast.config.run import RunConfig
 from vitprune_fast.config.yamlfile import read_yaml
+from vitprune_fast.errors import InvalidInput
 from vitprune_fast.recipes.by_name import DEFAULT
 from vitprune_fast.recipes.presets import preset
 
@@ -23,10 +24,15 @@ def _default(chosen: Namespace) -> RunConfig:
 
 def _recipe(chosen: Namespace) -> str:
     """The recipe whose settings come before those of the file and the flags."""
-    if chosen.recipe is None and chosen.config is not None:
-        named = read_yaml(Path(chosen.config)).get("recipe")
-        return named if isinstance(named, str) else DEFAULT
-    return chosen.recipe or DEFAULT
+    named = None if chosen.config is None else read_yaml(Path(chosen.config)).get("recipe")
+    if not isinstance(named, str):
+        return chosen.recipe or DEFAULT
+    if chosen.recipe not in (None, named):
+        raise InvalidInput(
+            f"run: recipe must be {named} with {chosen.config}, whose settings are those of that "
+            f"recipe, got {chosen.recipe}; take the line `recipe` out of the file for its own"
+        )
+    return named
 
 
 def main(words: list[str]) -> None:

@@ -124,11 +124,11 @@ class DistillConfig:
     temperature: Positive = 2.0
     """Softens both sides of soft losses."""
     layers: tuple[tuple[int, int], ...] = ()
-    """Pairs of (student block, teacher block) for `hidden`, `manifold` and `relation`; unset: for
-    `manifold` the first and last four (all where there are fewer), for others every block, spread
-    over the teacher's."""
+    """Pairs of (student block, teacher block) for `hidden`, `relation` and all that begin with
+    `manifold`; unset: for these the first and last four (all where there are fewer), for the others
+    every block, spread over the teacher's."""
     manifold_rows: Annotated[int, Rule("at least 2", lambda rows: rows >= 2)] = 192
-    """Tokens drawn for the random part of `manifold`."""
+    """Tokens drawn for `manifold_random`, the random part of `manifold`."""
     gate_lr: Positive | None = None
     """Peak learning rate of gates; unset: five times lr, or as much as brings them to any budget in
     the steps there are."""

@@ -460,33 +460,33 @@ class RoundConfig:
     masks: Annotated[bool, arg(name="round-masks")] = False
     """Leave units out of the teaching instead of cutting them, so that they can come back in a
     later round, and cut once, in the last."""
-    way: Annotated[tuple[float, ...], arg(name="round-way", metavar="SHARE ...")] = ()
+    split: Annotated[tuple[float, ...], arg(name="round-split", metavar="SHARE ...")] = ()
     """How much of the way to the budget is gone after each round but the last, rising in (0, 1);
     unset: equal parts."""
 
     def gone(self, number: int) -> float:
         """Which share of the way to the budget is gone after a round, counted from 1; 0 before."""
-        if not self.way:
+        if not self.split:
             return number / self.count
-        return (0.0, *self.way, 1.0)[number]
+        return (0.0, *self.split, 1.0)[number]
 
     def __post_init__(self) -> None:
         check("run", self)
         if self.epochs and self.count == 1:
             raise InvalidInput(
                 f"run: round-epochs must come with rounds of at least 2, got {self.epochs} epochs "
-                "and 1 round; --rounds 2 makes two"
+                "and 1 round; --rounds 2 makes two, --recipe standard has neither"
             )
         if self.along != "factor" and self.count == 1:
             raise InvalidInput(
                 f"run: round-shape must come with rounds of at least 2, got {self.along} and 1 "
                 "round; --rounds 2 makes two"
             )
-        ends = [0.0, *self.way, 1.0]
-        if self.way and (len(ends) != self.count + 1 or ends != sorted({*ends})):
+        ends = [0.0, *self.split, 1.0]
+        if self.split and (len(ends) != self.count + 1 or ends != sorted({*ends})):
             raise InvalidInput(
-                f"run: round-way must be {self.count - 1} rising numbers in (0, 1), one for each "
-                f"of the {self.count} rounds but the last, got {list(self.way)}"
+                f"run: round-split must be {self.count - 1} rising numbers in (0, 1), one for each "
+                f"of the {self.count} rounds but the last, got {list(self.split)}"
             )
         if self.masks and not self.epochs:
             raise InvalidInput(
@@ -499,10 +499,11 @@ class RoundConfig:
 class RunConfig:
     """Prune a Vision Transformer and distil what is left: the whole chain in one folder.
 
-    The recipe says which steps that takes. `standard`: data, dense, score, plan, prune, sweep,
-    distill, evaluate, report, or other steps in between with --gates, --mask-macs or --rounds. The
-    same command on the same folder resumes after the last finished step, inside training at the
-    last checkpoint.
+    The recipe says which steps that takes, and brings settings. `fast`, the default, leaves units
+    out in rounds while the rest learns, cuts once, refits what stays and teaches it. `standard`:
+    data, dense, score, plan, prune, sweep, distill, evaluate, report, or other steps in between
+    with --gates, --mask-macs or --rounds. The same command on the same folder resumes after the
+    last finished step, inside training at the last checkpoint.
     """
 
     recipe: Annotated[str, arg(metavar="NAME")] = "standard"

@@ -9,9 +9,17 @@ but the settings.
 
 from __future__ import annotations
 
-from vitprune_fast.config.run import BudgetConfig, RunConfig
-from vitprune_fast.errors import InvalidInput
-from vitprune_fast.recipes.standard import judged, opened, scored, smaller, taught
+from vitprune_fast.config.run import RunConfig
+from vitprune_fast.gates import GATED_UNITS
+from vitprune_fast.recipes.standard import (
+    is_unset,
+    judged,
+    opened,
+    require,
+    scored,
+    smaller,
+    taught,
+)
 from vitprune_fast.run import steps as do
 from vitprune_fast.run.step import Recipe, Step
 
@@ -40,19 +48,26 @@ def steps(config: RunConfig) -> list[Step]:
 
 
 def _check(config: RunConfig) -> None:
-    """Refuses other ways to say what goes."""
-    plan, unset = config.plan, BudgetConfig()
-    given = {
-        **{name: getattr(plan, name) != getattr(unset, name) for name in vars(unset)},
-        "gates": config.gates.kind != "none",
-        "mask-macs": config.masks.macs is not None,
-        "rounds": config.rounds.count > 1,
+    """Refuses other ways to say what goes, and another search than that of the recipe."""
+    mode, fixed = config.search.mode, config.recipe == "fixed-ratio"
+    kinds = {*config.plan.units} - {*GATED_UNITS}
+    rules = {
+        **is_unset(
+            config,
+            "not be given, since --search.tolerance or --search.macs says how far the search goes,",
+        ),
+        "search.mode": (
+            (mode == "fixed") == fixed,
+            "be fixed" if fixed else "be iterative, equal-macs or grid",
+            mode,
+        ),
+        "search.rescore": (
+            fixed or not config.search.rescore or not kinds or mode != "iterative",
+            "be off (--search.no-rescore) where units are cut that cannot be scored behind masks,",
+            ", ".join(sorted(kinds)),
+        ),
     }
-    for name in (name for name, is_given in given.items() if is_given):
-        raise InvalidInput(
-            f"run: {name} must not be given with the recipe {config.recipe}, which searches for "
-            "what goes; --search.tolerance or --search.macs says how far"
-        )
+    require(config.recipe, rules)
 
 
 PRESETS = {

@@ -9,7 +9,6 @@ which only the abstract is public; docs/recipes/kd-cnn.md says what is ours.
 from __future__ import annotations
 
 from vitprune_fast.config.run import RunConfig
-from vitprune_fast.errors import InvalidInput
 from vitprune_fast.recipes import standard
 from vitprune_fast.run.step import Recipe, Step
 
@@ -26,9 +25,7 @@ def steps(config: RunConfig) -> list[Step]:
         "teacher": (bool(config.teachers.names), "name a model of timm or a folder", "none"),
         "alpha": (distill.needs_teacher, "be above 0", distill.alpha),
     }
-    for name, (holds, rule, got) in rules.items():
-        if not holds:
-            raise InvalidInput(f"run: {name} must {rule} for the recipe kd-cnn, got {got}")
+    standard.require("kd-cnn", rules)
     return standard.steps(config)
 
 

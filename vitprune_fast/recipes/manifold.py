@@ -15,15 +15,20 @@ from typing import Any
 
 from vitprune_fast.config.run import RunConfig
 from vitprune_fast.recipes import standard
-from vitprune_fast.recipes.standard import judged, opened, taught
+from vitprune_fast.recipes.standard import is_unset, judged, opened, require, taught
 from vitprune_fast.run import steps as do
 from vitprune_fast.run.step import Recipe, Step
 
 
 def steps(config: RunConfig) -> list[Step]:
     """A fresh student in place of a cut, or the standard steps."""
+    losses = config.distill.loss
+    named = any(loss.rpartition(":")[2].startswith("manifold") for loss in losses)
+    require(config.recipe, {"distill.loss": (named, "hold one of manifold", losses)})
     if not config.student.name:
         return standard.steps(config)
+    nothing = "not be given with a fresh student, since nothing is cut (--student '' cuts),"
+    require(config.recipe, is_unset(config, nothing))
     made, teachers = opened(config)
     return [
         *made,

@@ -1,4 +1,4 @@
-"""The default: score, plan, cut, refit, teach; or learned gates, masks while training, rounds.
+"""Score, plan, cut, refit, teach; or learned gates, masks while training, rounds, by flags.
 
 data  dense  [teacher]  score  plan  prune  sweep  distill  evaluate  report
 --gates              ...  gates        prune  sweep  distill  ...
@@ -12,7 +12,7 @@ from __future__ import annotations
 import re
 from typing import Any
 
-from vitprune_fast.config.run import RoundConfig, RunConfig, part_way
+from vitprune_fast.config.run import BudgetConfig, RoundConfig, RunConfig, part_way
 from vitprune_fast.errors import InvalidInput
 from vitprune_fast.run import steps as do
 from vitprune_fast.run.step import REPORT, SUMMARY, Recipe, Step
@@ -114,6 +114,34 @@ def toward(config: RunConfig, number: int) -> Settings:
             # what is gone has nothing left to keep
             plan["keep"][kind] = _left(share, number, rounds) / before if before else 0.0
     return {"plan": plan}
+
+
+Rules = dict[str, tuple[bool, str, Any]]
+"""Flag without dashes -> whether what it says holds, what it must do, and what it is."""
+
+
+def require(recipe: str, rules: Rules) -> None:
+    """Refuses what does not go with a recipe.
+
+    Raises:
+        InvalidInput: naming the flag.
+    """
+    for name, (holds, rule, got) in rules.items():
+        if not holds:
+            shown = ", ".join(got) if isinstance(got, tuple) else got
+            raise InvalidInput(f"run: {name} must {rule} for the recipe {recipe}, got {shown}")
+
+
+def is_unset(config: RunConfig, rule: str) -> Rules:
+    """Rules for a recipe that has another way to say what goes."""
+    plan, unset = config.plan, BudgetConfig()
+    given = {name: getattr(plan, name) for name in vars(unset)}
+    return {
+        **{name: (value == getattr(unset, name), rule, value) for name, value in given.items()},
+        "gates": (config.gates.kind == "none", rule, config.gates.kind),
+        "mask-macs": (config.masks.macs is None, rule, config.masks.macs),
+        "rounds": (config.rounds.count == 1, rule, config.rounds.count),
+    }
 
 
 def _check_rounds(config: RunConfig) -> None:

@@ -11,8 +11,18 @@ smaller standard model. Scores are the second order of that divergence, by one b
 
 from __future__ import annotations
 
-from vitprune_fast.recipes.standard import steps
-from vitprune_fast.run.step import Recipe
+from vitprune_fast.config.run import RunConfig
+from vitprune_fast.recipes import standard
+from vitprune_fast.run.step import Recipe, Step
+
+
+def steps(config: RunConfig) -> list[Step]:
+    """The standard steps; every layer keeps the same share."""
+    allocation = config.plan.allocation
+    rules = {"allocation": (allocation == "uniform", "be uniform", allocation)}
+    standard.require("unified", rules)
+    return standard.steps(config)
+
 
 _COMPONENTS = ["head", "neuron", "embed", "block"]
 # a PVTv2 is made narrower inside its heads, of which the first stage has one

@@ -17,8 +17,15 @@ from __future__ import annotations
 from typing import Any
 
 from vitprune_fast.config.run import RunConfig
-from vitprune_fast.errors import InvalidInput
-from vitprune_fast.recipes.standard import judged, opened, scored, smaller, taught, toward
+from vitprune_fast.recipes.standard import (
+    judged,
+    opened,
+    require,
+    scored,
+    smaller,
+    taught,
+    toward,
+)
 from vitprune_fast.run.step import Recipe, Step
 from vitprune_fast.structure import DEPTH_KINDS
 
@@ -83,13 +90,11 @@ def _check(config: RunConfig) -> None:
             plan.bounds,
         ),
     }
-    for name, (holds, rule, got) in rules.items():
-        if not holds:
-            raise InvalidInput(f"run: {name} must {rule} for the recipe width-depth, got {got}")
+    require("width-depth", rules)
 
 
 _LOSS = {"loss": ["soft", "hidden"], "alpha": 0.9, "temperature": 4.0}
-_VIT = "augreg_in21k_ft_in1k"
+_WEIGHTS = "augreg_in21k_ft_in1k"
 
 RECIPE = Recipe(
     "width-depth",
@@ -98,7 +103,7 @@ RECIPE = Recipe(
         "score": {"reduction": "abs"},
         # ten of twelve blocks, and as much in width, see docs/recipes/width-depth.md
         "plan": {"macs": 0.7, "params": 0.7, "allocation": "uniform"},
-        "rounds": {"count": 2, "epochs": 100, "way": [0.53]},
+        "rounds": {"count": 2, "epochs": 100, "split": [0.53]},
         "sweep": {"compensate": False},
         "distill": {"epochs": 100, **_LOSS},
     },
@@ -106,15 +111,14 @@ RECIPE = Recipe(
         "digits": {"rounds": {"epochs": 15}, "distill": {"epochs": 15}},
         "smoke": {
             "plan": {"macs": 0.5, "params": None},
-            "rounds": {"epochs": 4, "way": [0.6]},
+            "rounds": {"epochs": 4, "split": [0.6]},
             "distill": {"epochs": 4},
         },
         "images": {"rounds": {"epochs": 10}, "distill": {"epochs": 10}},
-        "cifar": {},
-        "cifar-vit-s": {"model": {"name": f"vit_small_patch16_224.{_VIT}"}},
-        "cifar-vit-b": {"model": {"name": f"vit_base_patch16_224.{_VIT}"}},
+        "cifar-vit-s": {"model": {"name": f"vit_small_patch16_224.{_WEIGHTS}"}},
+        "cifar-vit-b": {"model": {"name": f"vit_base_patch16_224.{_WEIGHTS}"}},
         "imagenet": {"distill": {"alpha": 1.0, "temperature": 1.0}},
-        "imagenet-vit-s": {"model": {"name": f"vit_small_patch16_224.{_VIT}"}},
-        "imagenet-vit-b": {"model": {"name": f"vit_base_patch16_224.{_VIT}"}},
+        "imagenet-vit-s": {"model": {"name": f"vit_small_patch16_224.{_WEIGHTS}"}},
+        "imagenet-vit-b": {"model": {"name": f"vit_base_patch16_224.{_WEIGHTS}"}},
     },
 )

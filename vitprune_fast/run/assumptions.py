@@ -112,7 +112,7 @@ def about_calibration(config: SweepConfig, data: ImageData) -> dict[str, str]:
     """Says so where nothing is refitted, or on few images although there are more."""
     there = len(data.split_ids["train"])
     if not config.compensate:
-        return {"sweep": "left out (--no-compensate): what stays is as it was cut"}
+        return {"sweep": "left out (--compensate adds it): what stays is as it was cut"}
     if config.images >= min(LEAST_CALIBRATION, there):
         return {}
     return {

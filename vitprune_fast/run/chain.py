@@ -69,6 +69,9 @@ def execute(
         tell({"event": "profile", "profile": str(profile)})
         steps = tuple(recipe.steps(config))
         check_steps(recipe.name, steps)
+        for step in steps:
+            # settings that do not go together are refused now, not when the step is done
+            from_plain(dict(step.settings), config)
         dense = check_inputs(config, data)
         owned = folder.claim() if first else contextlib.nullcontext()
         with _claimed(owned, processes), applied(profile):
@@ -99,6 +102,9 @@ def execute(
             if first:
                 files.write_text(folder / "config.yaml", to_yaml(config))
             metrics = Metrics(folder / "metrics.jsonl")
+            if first and config.allow_config_change:
+                told = {line["stage"] for line in read_metrics(metrics.path)}
+                metrics.cut(sorted(told - {step.name for step in steps}))
             with contextlib.closing(board) if board else contextlib.nullcontext():
                 job = Job(
                     config,
@@ -151,7 +157,8 @@ def check_inputs(config: RunConfig, data: ImageData | None = None) -> nn.Module:
     check_savable(model)
     # the teacher of a fresh student need not have the units that are cut by default
     if not config.student.name:
-        scored_axes(describe(model), config.scoring.units)
+        gated = config.gates.kind != "none"
+        scored_axes(describe(model), config.gates.units if gated else config.scoring.units)
     if config.model.checkpoint and not config.model.checkpoint.is_file():
         raise InvalidInput(
             f"run: checkpoint must be a file, got {config.model.checkpoint} (no such file)"
@@ -169,6 +176,7 @@ def check_plans(config: RunConfig, steps: Sequence[Step], dense: nn.Module) -> N
     structure = describe(dense)
     for step in (step for step in steps if step.function in (plan_step, search_step)):
         own = from_plain(dict(step.settings), config).plan
+        scored_axes(structure, own.units)
         Constraints(own.units, **own.constraints()).check(structure)
         if step.inputs["model"] != "dense":
             continue
@@ -177,7 +185,8 @@ def check_plans(config: RunConfig, steps: Sequence[Step], dense: nn.Module) -> N
             actions.plan(dense, Scores(flat, "none", "mean", 0), own)
         except InfeasibleBudget:
             # which branches go, and what that saves, is not known yet
-            if {*DEPTH_KINDS}.isdisjoint(own.units):
+            by_cost = own.macs is not None or own.params is not None or not own.keep
+            if {*DEPTH_KINDS}.isdisjoint(own.units) or not by_cost:
                 raise
 
 

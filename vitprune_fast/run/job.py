@@ -137,15 +137,19 @@ class Job:
             files.write_json(path, value)
 
     def teachers(self, student: nn.Module, dense: str, trained: Mapping[str, str]) -> Any:
-        """The teachers of a student: those that are named, or the dense model.
+        """The teachers of a student: those that are named, or the dense model; None if none is
+        asked.
 
         Args:
             student: as it will be trained.
             dense: folder of the dense model, which is `self` among the names.
             trained: `teacher_0` and so on -> weights that a step `teacher` left.
         """
-        config, whole = self.config, self.load(dense)
-        if not (config.teachers.names and config.distill.needs_teacher):
+        config = self.config
+        if not config.distill.needs_teacher:
+            return None
+        whole = self.load(dense)
+        if not config.teachers.names:
             return whole
         classes = classes_of(student)
         return [

@@ -76,13 +76,17 @@ def ratios(before: Structure, after: Structure) -> dict[str, float]:
     the width of the widest.
 
     Args:
-        before: its kinds are told, in the order of `UNIT_KINDS`.
+        before: its kinds are told, in the order of `UNIT_KINDS`, but for those that are no units of
+            ``after`` by its family.
         after: a cut of that model, or another one.
     """
     return {
         kind: (total - _units(after, kind)) / total
         for kind in UNIT_KINDS
-        if before.units(kind) and (total := _units(before, kind))
+        if before.units(kind)
+        and (total := _units(before, kind))
+        # of another family that has no such units, though it may have such parts
+        and (after.units(kind) or after.family == before.family)
     }
 
 

@@ -253,10 +253,13 @@ def described(config: RunConfig, dense: str = "dense") -> list[dict[str, str]]:
 
 
 def _kind_of(name: str) -> str:
+    model = skeleton(ModelConfig(name=name))
     try:
-        describe(skeleton(ModelConfig(name=name)))
+        describe(model)
     except UnsupportedArchitecture:
-        return "cnn"
+        # of a family that cannot be cut here
+        parts = (type(module).__name__.lower() for module in model.modules())
+        return "vit" if any("attn" in part or "attention" in part for part in parts) else "cnn"
     return "vit"
 
 

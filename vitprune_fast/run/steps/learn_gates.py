@@ -25,6 +25,11 @@ def learn_gates(job: Job, *, dense: str, model: str, plan: str, **teachers: str)
     if config.gates.settles:
         job.proofs.append(checks.reached(gated.start, gated.end, gated.goal))
     macs = {"start": gated.start, "end": gated.end, "goal": gated.goal}
+    if gated.end < 0.8 * gated.goal:
+        job.note(
+            f"gates left {gated.end:.1%} of the MACs where {gated.goal:.1%} were asked for: what "
+            "the cut keeps besides starts from nothing; --gate-epochs gives them more time"
+        )
     kept = keep_planned(job, gated.result, config.gates.units, model=model, plan=plan)
     text = f"{kept['text']}, {gated.end:.1%} of the MACs under the gates"
     return {**kept, "gate_macs": macs, "text": text}
