@@ -1,7 +1,7 @@
 """What is compared: an arm is a recipe with settings, on the dense model of a seed.
 
 All arms see as many images after the dense model is made: those of 30 epochs, in one training or in
-several. Models from scratch also see those of the dense model.
+several. Models from scratch, and fresh students, also see as many as the dense model did.
 """
 
 from __future__ import annotations
@@ -73,6 +73,11 @@ def student(share: float) -> Settings:
     width, heads = _STUDENTS[share]
     args = {**preset("digits", "manifold").student.args, "embed_dim": width, "num_heads": heads}
     return {"student": {"args": args}}
+
+
+def _fresh(share: float) -> Settings:
+    # it has everything to learn, as models from scratch have
+    return {**student(share), "distill": {"epochs": DENSE_EPOCHS + EPOCHS}}
 
 
 def _cut_instead(share: float) -> Settings:
@@ -150,7 +155,7 @@ ARMS = (
         "auto-ratio",
         lambda share: {"search": {"mode": "equal-macs", "macs": share}},
     ),
-    Arm("manifold, fresh student", "manifold", student),
+    Arm("manifold, fresh student", "manifold", _fresh),
     Arm(
         "from scratch, distilled",
         _from_scratch("from-scratch-distilled", loss=_LOSS),

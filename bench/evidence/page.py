@@ -27,8 +27,8 @@ and *swept* are before any training after the cut; models on the way of recipes 
 are not shown. Differences are paired by seed; ± is half of the 95 % interval of Student's t over
 the seeds. Torch-Pruning 1.6.1 cuts by its Taylor importance with one ratio, found by bisection,
 once over all widths and once inside of branches (its script's `--bottleneck`); it is taught as
-`fast` is. A model *from scratch* has the shape that `fast` found, and sees the images of the
-dense model too. Times are ratios to the dense model, measured in turns on one thread.
+`fast` is. A model *from scratch* has the shape that `fast` found; it and a fresh student see
+as many images as the dense model did besides. Times are ratios to the dense model, measured in turns on one thread.
 """
 LOSSES_TEXT = """## Losses for a fresh student
 

@@ -569,7 +569,7 @@ def test_a_run_without_the_sweep_says_so_and_is_whole(tiny: RunConfig) -> None:
     summary = run(config, on_event=recorder)
     assert recorder.stages("done") == [name for name in STAGES if name != "sweep"]
     said = [e["text"] for e in recorder.events if e.get("topic") == "sweep"]
-    assert said == ["left out (--no-compensate): what stays is as it was cut"]
+    assert said == ["left out (--compensate adds it): what stays is as it was cut"]
     assert summary["swept"] is None and summary["cut"]["latency_of"] == "after"
     assert not (tiny.out / "swept").exists() and not (tiny.out / "sweep.json").exists()
     assert said[0] in (tiny.out / "report.html").read_text()

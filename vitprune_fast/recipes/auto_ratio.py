@@ -54,7 +54,7 @@ def _check(config: RunConfig) -> None:
     rules = {
         **is_unset(
             config,
-            "not be given, since --search.tolerance or --search.macs says how far the search goes,",
+            "not be given (--search.tolerance or --search.macs says how far the search goes)",
         ),
         "search.mode": (
             (mode == "fixed") == fixed,
@@ -63,7 +63,7 @@ def _check(config: RunConfig) -> None:
         ),
         "search.rescore": (
             fixed or not config.search.rescore or not kinds or mode != "iterative",
-            "be off (--search.no-rescore) where units are cut that cannot be scored behind masks,",
+            "be off where units are cut that cannot be scored behind masks (--search.no-rescore)",
             ", ".join(sorted(kinds)),
         ),
     }

@@ -27,7 +27,7 @@ def steps(config: RunConfig) -> list[Step]:
     require(config.recipe, {"distill.loss": (named, "hold one of manifold", losses)})
     if not config.student.name:
         return standard.steps(config)
-    nothing = "not be given with a fresh student, since nothing is cut (--student '' cuts),"
+    nothing = "not be given (a fresh student is not cut; --student '' cuts the dense model)"
     require(config.recipe, is_unset(config, nothing))
     made, teachers = opened(config)
     return [
