@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from bench import table
+from bench.evidence import page
 
 
 def record(op: str, case: str, form: str, min_us: float, device: str = "cpu", **more) -> dict:
@@ -25,6 +26,15 @@ def test_tables_are_made_from_the_committed_files() -> None:
     page = table.page()
     assert (table.RESULTS / "README.md").read_text() == page
     assert page.count("| gather_all |") >= 3 and page.count("| taylor_score |") >= 3
+
+
+def test_the_page_of_the_recipes_is_made_from_the_committed_file() -> None:
+    """`python -m bench.evidence --table-only` puts this right."""
+    made = page.text(page.newest())
+    assert (page.FOLDER / "README.md").read_text() == made
+    assert made.count("| fast |") == 2 and made.count("| torch-pruning") == 4
+    for share in (50, 25):
+        assert (page.FOLDER / page.PLOT.format(share=share)).stat().st_size > 10_000
 
 
 def test_readme_shows_the_newest_results() -> None:

@@ -27,8 +27,9 @@ and *swept* are before any training after the cut; models on the way of recipes 
 are not shown. Differences are paired by seed; ± is half of the 95 % interval of Student's t over
 the seeds. Torch-Pruning 1.6.1 cuts by its Taylor importance with one ratio, found by bisection,
 once over all widths and once inside of branches (its script's `--bottleneck`); it is taught as
-`fast` is. A model *from scratch* has the shape that `fast` found; it and a fresh student see
-as many images as the dense model did besides. Times are ratios to the dense model, measured in turns on one thread.
+`fast` is. A model *from scratch* has the shape that `fast` found; it and a fresh student see as
+many images as the dense model did besides. Times are ratios to the dense model, measured in turns
+on one thread.
 """
 LOSSES_TEXT = """## Losses for a fresh student
 
@@ -59,7 +60,9 @@ def interval(values: Sequence[float]) -> float:
 
 
 def mean_text(values: Sequence[float]) -> str:
-    """A mean of shares in per cent, with its interval."""
+    """A mean of shares in per cent, with its interval; of one value that alone."""
+    if len(values) == 1:
+        return f"{100 * values[0]:.2f}"
     return f"{100 * statistics.fmean(values):.2f} ± {100 * interval(values):.2f}"
 
 
