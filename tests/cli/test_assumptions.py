@@ -82,7 +82,17 @@ def test_a_run_says_which_folder_or_share_became_what(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     photographs(Path("photos"), *parts, count=20)
-    words = ["run", *checkpoint, "--data", "folder:photos", *TRAINING, "--threads", "1"]
+    words = [
+        "run",
+        "--recipe",
+        "standard",
+        *checkpoint,
+        "--data",
+        "folder:photos",
+        *TRAINING,
+        "--threads",
+        "1",
+    ]
     lines = said(capsys, *words, "--out", "run")
     assert lines["splits"] == f"train: {train}; validation: {validation}; test: {test}"
     summary = files.read_json("run/summary.json")
@@ -109,7 +119,17 @@ def test_what_was_said_is_not_assumed(
 ) -> None:
     photographs(Path("photos"), count=20)
     statistics = ("--mean", ".1", ".2", ".3", "--std", "1", "1", "1", "--crop-share", "0.8")
-    words = ["run", *checkpoint, "--data", "folder:photos", *TRAINING, "--threads", "1"]
+    words = [
+        "run",
+        "--recipe",
+        "standard",
+        *checkpoint,
+        "--data",
+        "folder:photos",
+        *TRAINING,
+        "--threads",
+        "1",
+    ]
     words += ["--macs", "0.6", *statistics, "--interpolation", "bilinear", "--out", "run"]
     lines = said(capsys, *words)
     assert "budget" not in lines

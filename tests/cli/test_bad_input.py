@@ -133,8 +133,14 @@ def test_constraints_that_nothing_can_meet(sentence: Callable[..., str]) -> None
         (("--bounds", "neuron=half"), "bounds must look like neuron=LEAST..MOST, got neuron=half"),
         (("--bounds", "neuron=0.9..0.5"), "bounds must leave 'blocks.0.mlp.neurons' a number"),
         (("--cut-units", "neurons"), "units must be among head, qk_dim"),
-        (("--round-masks", "--rounds", "2"), "round-masks must come with round-epochs"),
-        (("--round-shape", "cubic"), "round-shape must come with rounds of at least 2"),
+        (
+            ("--recipe", "standard", "--round-masks", "--rounds", "2"),
+            "round-masks must come with round-epochs",
+        ),
+        (
+            ("--recipe", "standard", "--round-shape", "cubic"),
+            "round-shape must come with rounds of at least 2",
+        ),
     ):
         assert said in sentence("run", *typed)
 

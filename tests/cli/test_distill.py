@@ -176,7 +176,16 @@ def test_dead_heads_are_skipped_where_masked_attention_runs(
 def test_a_run_under_masks_skips_dead_heads(
     dense: Path, tmp_path: Path, heads: list, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    command = ["run", "--model", str(dense), *MASKS, "--attention", "masked"]
+    command = [
+        "run",
+        "--recipe",
+        "standard",
+        "--model",
+        str(dense),
+        *MASKS,
+        "--attention",
+        "masked",
+    ]
     more = ["--distill.epochs", "2", "--distill.warmup-epochs", "0", "--threads", "1"]
     assert main([*command, *more, "--data", "digits", "--out", str(tmp_path / "run")]) == 0
     assert any(live < whole for live, whole in heads)
@@ -200,6 +209,7 @@ def test_fixed_gates_skip_dead_heads(
     epochs = ["--epochs", "1", "--warmup-epochs", "0", "--alpha", "0", "--log-steps", "1"]
     if verb == "run":
         epochs = [w.replace("--", "--distill.", 1) for w in epochs] + ["--threads", "1"]
+        epochs += ["--recipe", "standard"]
     command = [verb, "--model", str(dense), "--data", "digits", *gates, *epochs]
     status = main([*command, "--out", str(tmp_path / "out")])
     said = capsys.readouterr()

@@ -130,7 +130,7 @@ TINY = [
     *("--model-args", "img_size=8", "patch_size=4", "in_chans=1", "embed_dim=24", "depth=2"),
     *("num_heads=3", "--dense.epochs", "1", "--distill.epochs", "1", "--distill.warmup-epochs"),
     *("0", "--score-samples", "100", "--calibration-images", "64", "--threads", "1"),
-    *("--latency-seconds", "0.01"),
+    *("--latency-seconds", "0.01", "--recipe", "standard"),
 ]
 
 

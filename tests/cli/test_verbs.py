@@ -27,7 +27,7 @@ TRAINING = [
 ]
 TINY = [
     *("--model-args", "img_size=8", "patch_size=4", "in_chans=1", "embed_dim=24", "depth=2"),
-    *("num_heads=3", *TRAINING),
+    *("num_heads=3", *TRAINING, "--recipe", "standard"),
 ]
 
 

@@ -53,6 +53,7 @@ def evaluate(job: Job, *, summary_file: str, before: str, after: str, **between:
     }
     first, last = describe(loaded["before"]), describe(loaded["after"])
     done = job.steps[: job.steps.index(job.step)]
+    tuned = job.config.has_weights and trains_dense(job.config, job.data)
     facts = {step.name: job.facts(step.name) for step in done}
     whole = {
         **summary.rows(loaded, found, dict(zip(timed, times, strict=True)), memory, stored),
@@ -68,7 +69,7 @@ def evaluate(job: Job, *, summary_file: str, before: str, after: str, **between:
         "weights": {
             "origin": job.config.model.origin if job.config.has_weights else "trained here",
             "source": _first(facts, "source", job.config.model.name),
-            "tuned": job.config.has_weights and trains_dense(job.config, job.data),
+            **({"tuned": True} if tuned else {}),
         },
         "assumptions": assumptions.of_run(job.config, job.steps, job.data, job.skeleton),
         "split_hashes": dict(job.data.split_hashes),
