@@ -63,6 +63,7 @@ PROFILED = ("attention_score", "gated_unit", "norm_score", "gather_all")
 GPU_FILES = (
     "tests/scoring/test_gpu.py",
     "tests/planning/test_latency.py",
+    "tests/planning/test_memory.py",
     "tests/distill/test_teachers.py",
     "tests/distill/test_mixing.py",
 )
