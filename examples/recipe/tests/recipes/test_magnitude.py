@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 from tests.run.conftest import TINY, command
@@ -17,8 +18,8 @@ def test_its_settings_come_before_the_users() -> None:
 
 
 def test_the_smallest_weights_go(tmp_path: Path) -> None:
-    words = command(TINY, tmp_path / "run")
-    assert main([*words, "--recipe", "magnitude", "--criterion", "magnitude"]) == 0
+    words = command(replace(TINY, recipe="magnitude"), tmp_path / "run")
+    assert main([*words, "--criterion", "magnitude"]) == 0
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
     assert summary["recipe"] == "magnitude" and summary["teachers"] == []
     assert summary["steps"][2:5] == ["score", "plan", "prune"]
