@@ -233,6 +233,16 @@ class SlimSeparateAttention(_StandIn):
         return own.o_proj(out.transpose(1, 2).flatten(2)), None
 
 
+def _attended(own: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """What an attention of timm puts out for ``q`` (B, H, N, D), ``k`` and ``v``; (B, N, C)."""
+    if own.fused_attn:
+        dropout = own.attn_drop.p if own.training else 0.0
+        out = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, scale=own.scale)
+    else:
+        out = own.attn_drop((q * own.scale @ k.transpose(2, 3)).softmax(-1)) @ v
+    return own.proj_drop(own.proj(out.transpose(1, 2).flatten(2)))
+
+
 class SlimReductionAttention(_StandIn):
     """Spatial-reduction attention of PVTv2 with heads, dims and a reduction of any width.
 
@@ -251,12 +261,7 @@ class SlimReductionAttention(_StandIn):
             read = read if own.act is None else own.act(read)
         k, v = own.kv(read).split((own.q.out_features, own.proj.in_features), 2)
         q, k, v = (t.unflatten(2, (own.num_heads, -1)).transpose(1, 2) for t in (own.q(x), k, v))
-        if own.fused_attn:
-            dropout = own.attn_drop.p if own.training else 0.0
-            out = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, scale=own.scale)
-        else:
-            out = own.attn_drop((q * own.scale @ k.transpose(2, 3)).softmax(-1)) @ v
-        return own.proj_drop(own.proj(out.transpose(1, 2).flatten(2)))
+        return _attended(own, q, k, v)
 
 
 class SlimTalkingAttention(_StandIn):
@@ -281,12 +286,7 @@ class SlimClassAttention(_StandIn):
         own: Any = self
         projected = (own.q(x[:, :1]), own.k(x), own.v(x))
         q, k, v = (t.unflatten(2, (own.num_heads, -1)).transpose(1, 2) for t in projected)
-        if own.fused_attn:
-            dropout = own.attn_drop.p if own.training else 0.0
-            out = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, scale=own.scale)
-        else:
-            out = own.attn_drop((q * own.scale @ k.transpose(2, 3)).softmax(-1)) @ v
-        return own.proj_drop(own.proj(out.transpose(1, 2).flatten(2)))
+        return _attended(own, q, k, v)
 
 
 # classes of this file that stand in the place of a library's, by the names a config gives them;
