@@ -31,6 +31,24 @@ once over all widths and once inside of branches (its script's `--bottleneck`); 
 many images as the dense model did besides. Times are ratios to the dense model, measured in turns
 on one thread.
 """
+CLAIMS_TEXT = """## What holds
+
+A claim *holds* where the whole interval of the difference is on its side, and *does not hold* where
+the whole of it is on the other; else these seeds *cannot tell*. Differences are points of top-1, or
+of the dense model's multiply-accumulates.
+"""
+# of arms: the claim, whose it is, the arm, what it is compared with
+CLAIMS = (
+    (f"`{OURS}` is above Torch-Pruning Taylor", "ours", OURS, PEER),
+    (f"`{OURS}` is above a new model of its shape", "ours", OURS, "from scratch, distilled"),
+    (f"`{OURS}` is above one cut", "ours", OURS, "manifold, cut"),
+    (f"`{OURS}` is above random cuts", "ours", OURS, "random"),
+    ("`kd-cnn` is above random cuts", "Xu et al.", "kd-cnn", "random"),
+    ("`width-depth` is above random cuts", "Zheng et al.", "width-depth", "random"),
+    ("`unified` is above random cuts", "Yu and Wu", "unified", "random"),
+    ("`auto-ratio` is above random cuts", "Feng et al.", "auto-ratio", "random"),
+    ("`auto-ratio` is above `fixed-ratio`", "Feng et al.", "auto-ratio", "fixed-ratio"),
+)
 LOSSES_TEXT = """## Losses for a fresh student
 
 One fresh student of about a quarter of the multiply-accumulates, one teacher, the same images (40
@@ -120,6 +138,62 @@ def arms_table(lines: Sequence[Line], latency: Sequence[Line], share: float) -> 
     return [*head, *(text for _, text in sorted(rows, key=lambda row: -row[0])), ""]
 
 
+def verdict(values: Sequence[float]) -> str:
+    """A mean difference, and what it says about the claim that it is above 0."""
+    mean, half = statistics.fmean(values), interval(values)
+    said = "holds" if mean > half else "does not hold" if mean < -half else "cannot tell"
+    return f"{mean_text(values)}, {said}"
+
+
+def macs_left(lines: Sequence[Line], arm: str) -> dict[int, float]:
+    """Seed -> share of the multiply-accumulates that an arm has left."""
+    return {
+        line["seed"]: line["rows"]["after"]["macs"] / line["rows"]["before"]["macs"]
+        for line in lines
+        if line["arm"] == arm
+    }
+
+
+def claims(lines: Sequence[Line]) -> list[str]:
+    """One item per claim, with what was measured of it."""
+    arms, students, ratios = (
+        [line for line in lines if line["table"] == table]
+        for table in ("arms", "students", "ratios")
+    )
+    found: list[tuple[str, str, dict[str, list[float]]]] = []
+    for claim, whose, ours, theirs in CLAIMS:
+        pairs = {
+            f"at {share:.0%}": difference(top1s(arms, ours, share), top1s(arms, theirs, share))
+            for share in SHARES
+        }
+        found.append((claim, whose, pairs))
+    by_tolerance = {
+        f"within {tolerance:.0%}": difference(
+            macs_left(ratios, f"fixed-ratio, {tolerance}"),
+            macs_left(ratios, f"auto-ratio, {tolerance}"),
+        )
+        for tolerance in TOLERANCES
+    }
+    found.append(("`auto-ratio` leaves less than `fixed-ratio`", "Feng et al.", by_tolerance))
+    share = min(SHARES)
+    for ours, whose, others in (
+        ("manifold", "Jia, Hao et al.", ("soft", "hard", "soft, hidden", "soft, relation")),
+        ("manifold-full", "ours", ("soft", "manifold")),
+    ):
+        mine = top1s(students, ours, share)
+        pairs = {
+            f"than {other}": difference(mine, top1s(students, other, share)) for other in others
+        }
+        found.append((f"`{ours}` teaches a fresh student better", whose, pairs))
+    return [
+        f"- {claim} ({whose}): "
+        + "; ".join(f"{label} {verdict(each)}" for label, each in pairs.items() if len(each) > 1)
+        + "."
+        for claim, whose, pairs in found
+        if any(len(each) > 1 for each in pairs.values())
+    ]
+
+
 def losses_table(lines: Sequence[Line]) -> list[str]:
     """One line per set of losses, beside the soft one."""
     mine = [line for line in lines if line["table"] == "students"]
@@ -149,10 +223,7 @@ def ratios_table(lines: Sequence[Line]) -> list[str]:
             own = [line for line in mine if line["arm"] == f"{recipe}, {tolerance}"]
             if not own:
                 continue
-            left[recipe] = {
-                line["seed"]: line["rows"]["after"]["macs"] / line["rows"]["before"]["macs"]
-                for line in own
-            }
+            left[recipe] = macs_left(own, f"{recipe}, {tolerance}")
             gone = [
                 f"{statistics.fmean(line['ratios'][kind] for line in own):.1%}"
                 for kind in ("head", "neuron")
@@ -206,6 +277,9 @@ def text(content: dict[str, Any]) -> str:
         INTRODUCTION,
         f"`{content['command']}`, commit {content['commit']}, {content['date']}, "
         f"{content['device']}, torch {versions['torch']}.{state}\n",
+        CLAIMS_TEXT,
+        *claims(lines),
+        "",
     ]
     for share in SHARES:
         name = PLOT.format(share=round(100 * share))

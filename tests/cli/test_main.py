@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -119,6 +120,29 @@ def test_data_chooses_the_preset(capsys: pytest.CaptureFixture[str]) -> None:
     assert photographs["train_dense"] is False
 
 
+def test_a_budget_comes_instead_of_all_of_the_presets(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    words = ("--recipe", "unified", "--preset", "smoke")
+    unset = {"macs": None, "params": None, "keep": {}}
+    whole = {"head": 0.5, "neuron": 0.5, "embed": 0.5, "block": 0.5}
+
+    def budget(*more: str) -> dict[str, Any]:
+        plan = yaml.safe_load(printed(capsys, *words, *more))["plan"]
+        return {name: plan[name] for name in unset}
+
+    assert budget() == {**unset, "keep": whole}
+    assert budget("--macs", "0.4") == {**unset, "macs": 0.4}
+    assert budget("--keep", "head=0.25") == {**unset, "keep": {"head": 0.25}}
+    path = tmp_path / "run.yaml"
+    path.write_text("plan: {params: 0.3}", encoding="utf-8")
+    assert budget("--config", str(path)) == {**unset, "params": 0.3}
+    # what the file and the flags ask for holds together
+    assert budget("--config", str(path), "--macs", "0.4") == {**unset, "macs": 0.4, "params": 0.3}
+    path.write_text("plan: {allocation: uniform}", encoding="utf-8")
+    assert budget("--config", str(path)) == {**unset, "keep": whole}
+
+
 def test_flags_given_in_words_reach_the_model(capsys: pytest.CaptureFixture[str]) -> None:
     words = ("--model-args", "img_size=32", "patch_size=[4,4]")
     assert yaml.safe_load(printed(capsys, *words))["model"]["args"] == {
@@ -132,7 +156,8 @@ def test_a_model_asked_for_by_name_takes_no_arguments_of_the_preset() -> None:
 
     from vitprune_fast.cli.run import _default
 
-    unset = {"preset": None, "recipe": None, "data": None, "config": None, "model": None}
+    choosing = ("preset", "recipe", "data", "config", "model", "macs", "params", "keep")
+    unset = dict.fromkeys(choosing)
     assert _default(Namespace(**unset)).model.args["embed_dim"] == 64
     assert _default(Namespace(**{**unset, "model": "folder"})).model.args == {}
     assert _default(Namespace(**{**unset, "data": "tar:photos.tar"})).data.source != "digits"

@@ -16,6 +16,7 @@ from tests.run.conftest import TINY, Recorder
 from tests.run.same import MEASURED, assert_same_run, summary_without_times
 from vitprune_fast import sealed
 from vitprune_fast.config.run import PlanConfig, RunConfig
+from vitprune_fast.config.yamlfile import from_plain
 from vitprune_fast.data import ImageData, open_data
 from vitprune_fast.errors import InvalidInput, RunFolderError, StageFailed
 from vitprune_fast.recipes.start import RunStopped, run
@@ -622,4 +623,20 @@ def test_test_images_among_those_that_are_learnt_from_are_refused(
     sentence = f"the {split} split of digits must not hold images of its test split, got 1"
     with pytest.raises(InvalidInput, match=sentence):
         run(tiny, data=other)
+    assert not (tiny.out / "run.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("part", "sentence"),
+    [
+        ({"search": {"macs": 0.3}}, r"search must not be set .* got macs=0.3; --recipe auto-ratio"),
+        ({"gates": {"macs": 0.3, "epochs": 2}}, "gates must not be set .* got macs=0.3, epochs=2;"),
+        ({"masks": {"every": 5}}, "masks must not be set for the recipe standard, .* got every=5"),
+    ],
+)
+def test_settings_that_no_step_reads_are_refused_before_any_work(
+    part: dict[str, Any], sentence: str, tiny: RunConfig
+) -> None:
+    with pytest.raises(InvalidInput, match=sentence):
+        run(from_plain(part, tiny))
     assert not (tiny.out / "run.json").exists()

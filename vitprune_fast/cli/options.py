@@ -73,7 +73,7 @@ def parse(
         verb: for the usage line.
         words: the command line after the verb.
         default: gives the default options; it sees the words that choose them (`config`,
-            `preset`, `recipe`, `data`, `model`; None where not given).
+            `preset`, `recipe`, `data`, `model`, `macs`, `params`, `keep`; None where not given).
         flags: which of the choosing words this verb takes.
         outputs: option -> what the verb will write.
 
@@ -82,7 +82,7 @@ def parse(
         InvalidInput: an option is out of range, or an output would destroy an input.
     """
     early = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    for name in ("config", "preset", "recipe", "data", "model"):
+    for name in ("config", "preset", "recipe", "data", "model", "macs", "params", "keep"):
         early.add_argument(f"--{name}", nargs="?")
     chosen, _ = early.parse_known_args(list(words))
     options = default(chosen)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from argparse import Namespace
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from vitprune_fast.cli.options import PresetFlags, parse
 from vitprune_fast.config.model import ModelConfig
-from vitprune_fast.config.run import RunConfig
+from vitprune_fast.config.run import BudgetConfig, RunConfig
 from vitprune_fast.config.yamlfile import read_yaml
 from vitprune_fast.errors import InvalidInput
 from vitprune_fast.recipes.by_name import DEFAULT
@@ -17,14 +19,22 @@ from vitprune_fast.recipes.presets import preset
 
 def _default(chosen: Namespace) -> RunConfig:
     digits = chosen.data in (None, "digits")
-    options = preset(chosen.preset or ("digits" if digits else "images"), _recipe(chosen))
+    in_file = {} if chosen.config is None else read_yaml(Path(chosen.config))
+    recipe = _recipe(chosen, in_file)
+    options = preset(chosen.preset or ("digits" if digits else "images"), recipe)
+    no_budget, plan = vars(BudgetConfig()), in_file.get("plan")
+    asked = [name for name in no_budget if getattr(chosen, name) is not None]
+    # what is no mapping is refused where the file is read for good
+    if asked or (isinstance(plan, Mapping) and not no_budget.keys().isdisjoint(plan)):
+        # a budget that is asked for comes instead of all of the preset's
+        options = replace(options, plan=replace(options.plan, **no_budget))
     # the arguments of a preset belong to its own model, not to one that was asked for by name
     return replace(options, model=ModelConfig()) if chosen.model else options
 
 
-def _recipe(chosen: Namespace) -> str:
+def _recipe(chosen: Namespace, in_file: Mapping[str, Any]) -> str:
     """The recipe whose settings come before those of the file and the flags."""
-    named = None if chosen.config is None else read_yaml(Path(chosen.config)).get("recipe")
+    named = in_file.get("recipe")
     if not isinstance(named, str):
         return chosen.recipe or DEFAULT
     if chosen.recipe not in (None, named):

@@ -31,6 +31,8 @@ from vitprune_fast.run.job import Job
 from vitprune_fast.run.outputs import refuse_overwriting
 from vitprune_fast.run.profile import Profile, applied, choose_profile, versions
 from vitprune_fast.run.step import REPORT, SUMMARY, Recipe, RunStopped, Step, check_steps, made_by
+from vitprune_fast.run.steps.distill_masked import distill_masked as distill_masked_step
+from vitprune_fast.run.steps.learn_gates import learn_gates as learn_gates_step
 from vitprune_fast.run.steps.plan import plan as plan_step
 from vitprune_fast.run.steps.search import search as search_step
 from vitprune_fast.run.steps.student import student as student_step
@@ -69,6 +71,7 @@ def execute(
         tell({"event": "profile", "profile": str(profile)})
         steps = tuple(recipe.steps(config))
         check_steps(recipe.name, steps)
+        check_read(config, steps)
         for step in steps:
             # settings that do not go together are refused now, not when the step is done
             from_plain(dict(step.settings), config)
@@ -169,6 +172,29 @@ def check_inputs(config: RunConfig, data: ImageData | None = None) -> nn.Module:
             "--pretrained, or --train-dense to train it here first"
         )
     return model
+
+
+# part of the configuration -> the step that reads it, and who has one
+_READ_BY = {
+    "gates": (learn_gates_step, "--recipe kd-cnn, or --gates with --recipe standard"),
+    "masks": (distill_masked_step, "--mask-macs with --recipe standard"),
+    "search": (search_step, "--recipe auto-ratio or fixed-ratio"),
+}
+
+
+def check_read(config: RunConfig, steps: Sequence[Step]) -> None:
+    """Refuses settings that no step of the recipe reads; one of the caller's own may read any."""
+    done = [step.function for step in steps]
+    if any(not function.__module__.startswith("vitprune_fast.") for function in done):
+        return
+    for part, (function, fix) in _READ_BY.items():
+        own, unset = vars(getattr(config, part)), vars(getattr(RunConfig(), part))
+        changed = [f"{name}={value}" for name, value in own.items() if value != unset[name]]
+        if changed and function not in done:
+            raise InvalidInput(
+                f"run: {part} must not be set for the recipe {config.recipe}, which has no such "
+                f"step, got {', '.join(changed)}; {fix} has one"
+            )
 
 
 def check_plans(config: RunConfig, steps: Sequence[Step], dense: nn.Module) -> None:
