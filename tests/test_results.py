@@ -8,7 +8,12 @@ from pathlib import Path
 import pytest
 
 from bench import table
-from bench.evidence import page
+from bench.evidence import arms, page
+from vitprune_fast.config.yamlfile import from_plain
+from vitprune_fast.recipes.by_name import named
+from vitprune_fast.recipes.presets import preset
+from vitprune_fast.run.chain import check_inputs, check_read
+from vitprune_fast.run.step import check_steps
 
 
 def record(op: str, case: str, form: str, min_us: float, device: str = "cpu", **more) -> dict:
@@ -190,3 +195,17 @@ def test_a_claim_compares_the_same_seeds_at_the_same_budget() -> None:
         "- `auto-ratio` leaves less than `fixed-ratio` (Feng et al.): within 2% "
     )
     assert cost.endswith(": within 2% 20.00 ± 0.00, holds.")
+
+
+@pytest.mark.parametrize("share", arms.SHARES)
+@pytest.mark.parametrize(
+    "arm", [*arms.ARMS, *arms.STUDENTS, *arms.RATIOS], ids=lambda arm: arm.name
+)
+def test_every_arm_of_the_evidence_can_be_run(arm: arms.Arm, share: float) -> None:
+    """Its recipe takes its settings: one refused after an hour of runs is a hole in a table."""
+    recipe = named(arm.recipe) if isinstance(arm.recipe, str) else arm.recipe
+    config = from_plain(dict(arm.settings(share)), preset("digits", recipe))
+    steps = tuple(recipe.steps(config))
+    check_steps(recipe.name, steps)
+    check_read(config, steps)
+    check_inputs(config)
