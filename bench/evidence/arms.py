@@ -41,14 +41,12 @@ class Arm:
         name: as the table has it.
         recipe: a recipe or its name.
         settings: by the share of the multiply-accumulates that stays.
-        seeds: how many of ``SEEDS``.
         shape_of: the arm whose model is the shape of this one's, made before it.
     """
 
     name: str
     recipe: Recipe | str
     settings: Callable[[float], Settings]
-    seeds: int = 3
     shape_of: str = ""
 
 
@@ -131,13 +129,12 @@ def _from_scratch(name: str, **distill: Any) -> Recipe:
 _LOSS = list(preset("digits", OURS).distill.loss)
 
 ARMS = (
-    Arm(OURS, OURS, _macs, 5),
-    Arm(PEER, _rival("torch-pruning", partial(_by, rivals.torch_pruned)), _macs, 5),
+    Arm(OURS, OURS, _macs),
+    Arm(PEER, _rival("torch-pruning", partial(_by, rivals.torch_pruned)), _macs),
     Arm(
         "torch-pruning, heads and neurons",
         _rival("torch-pruning-inside", partial(_by, rivals.torch_pruned_inside)),
         _macs,
-        5,
     ),
     Arm("random", _rival("random", _at_random), _macs),
     Arm(

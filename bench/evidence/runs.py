@@ -24,7 +24,7 @@ from bench.evidence import page
 from bench.evidence.arms import ARMS, RATIOS, SEEDS, SHARES, STUDENTS, Arm, dense_of
 
 WORK = Path("runs/evidence")
-DENSE = Arm("dense", "one-shot", lambda share: {}, len(SEEDS))
+DENSE = Arm("dense", "one-shot", lambda share: {})
 # of a student's budget
 SMALL = min(SHARES)
 
@@ -55,15 +55,10 @@ class Task:
 def tasks() -> Iterator[Task]:
     """All of them, the most telling first."""
     yield from (Task("dense", DENSE, 0.5, seed) for seed in SEEDS)
-    many = [arm for arm in ARMS if arm.seeds == len(SEEDS)]
-    for arms in (many, [arm for arm in ARMS if arm not in many]):
-        for share in reversed(SHARES):
-            for seed in range(arms[0].seeds):
-                yield from (Task("arms", arm, share, seed) for arm in arms)
-    for seed in range(STUDENTS[0].seeds):
-        yield from (Task("students", arm, SMALL, seed) for arm in STUDENTS)
-    for seed in range(RATIOS[0].seeds):
-        yield from (Task("ratios", arm, 1.0, seed) for arm in RATIOS)
+    for share in reversed(SHARES):
+        yield from (Task("arms", arm, share, seed) for seed in SEEDS for arm in ARMS)
+    for table, arms, share in (("students", STUDENTS, SMALL), ("ratios", RATIOS, 1.0)):
+        yield from (Task(table, arm, share, seed) for seed in SEEDS for arm in arms)
 
 
 def work_on(place: int, work: Path) -> float:

@@ -10,6 +10,7 @@ import pytest
 import yaml
 
 from vitprune_fast.cli.main import VERBS, main
+from vitprune_fast.cli.options import CHOOSING
 from vitprune_fast.config.yamlfile import to_plain
 from vitprune_fast.recipes.presets import preset
 
@@ -143,6 +144,23 @@ def test_a_budget_comes_instead_of_all_of_the_presets(
     assert budget("--config", str(path)) == {**unset, "keep": whole}
 
 
+def test_losses_come_instead_of_the_presets_and_their_weights(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    def weighed(*more: str) -> tuple[list[str], list[float]]:
+        words = ("--recipe", "width-depth", *more)
+        distill = yaml.safe_load(printed(capsys, *words))["distill"]
+        return distill["loss"], distill["loss_weights"]
+
+    assert weighed() == (["soft", "hidden"], [1.0, 0.1])
+    assert weighed("--distill.loss", "soft") == (["soft"], [])
+    path = tmp_path / "run.yaml"
+    path.write_text("distill: {loss: [manifold]}", encoding="utf-8")
+    assert weighed("--config", str(path)) == (["manifold"], [])
+    words = ("--distill.loss", "soft", "manifold", "--distill.loss-weights", "1", "2")
+    assert weighed(*words) == (["soft", "manifold"], [1.0, 2.0])
+
+
 def test_flags_given_in_words_reach_the_model(capsys: pytest.CaptureFixture[str]) -> None:
     words = ("--model-args", "img_size=32", "patch_size=[4,4]")
     assert yaml.safe_load(printed(capsys, *words))["model"]["args"] == {
@@ -156,8 +174,7 @@ def test_a_model_asked_for_by_name_takes_no_arguments_of_the_preset() -> None:
 
     from vitprune_fast.cli.run import _default
 
-    choosing = ("preset", "recipe", "data", "config", "model", "macs", "params", "keep")
-    unset = dict.fromkeys(choosing)
+    unset = dict.fromkeys(CHOOSING)
     assert _default(Namespace(**unset)).model.args["embed_dim"] == 64
     assert _default(Namespace(**{**unset, "model": "folder"})).model.args == {}
     assert _default(Namespace(**{**unset, "data": "tar:photos.tar"})).data.source != "digits"

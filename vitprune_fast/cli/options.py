@@ -60,6 +60,13 @@ def partial_of(out: Path) -> Path:
     return out.parent / f"{out.name.removesuffix('.safetensors')}.partial.safetensors"
 
 
+# options that others have their defaults from
+CHOOSING = (
+    *("config", "preset", "recipe", "data", "model"),
+    *("macs", "params", "keep", "distill.loss"),
+)
+
+
 def parse(
     verb: str,
     words: Sequence[str],
@@ -72,8 +79,8 @@ def parse(
     Args:
         verb: for the usage line.
         words: the command line after the verb.
-        default: gives the default options; it sees the words that choose them (`config`,
-            `preset`, `recipe`, `data`, `model`, `macs`, `params`, `keep`; None where not given).
+        default: gives the default options; it sees the words that choose them (`CHOOSING`;
+            None where not given).
         flags: which of the choosing words this verb takes.
         outputs: option -> what the verb will write.
 
@@ -82,7 +89,7 @@ def parse(
         InvalidInput: an option is out of range, or an output would destroy an input.
     """
     early = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    for name in ("config", "preset", "recipe", "data", "model", "macs", "params", "keep"):
+    for name in CHOOSING:
         early.add_argument(f"--{name}", nargs="?")
     chosen, _ = early.parse_known_args(list(words))
     options = default(chosen)

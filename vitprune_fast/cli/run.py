@@ -16,18 +16,24 @@ from vitprune_fast.errors import InvalidInput
 from vitprune_fast.recipes.by_name import DEFAULT
 from vitprune_fast.recipes.presets import preset
 
+# what is asked for comes instead of these settings of a preset, not in addition to them
+_INSTEAD: dict[str, tuple[tuple[str, ...], dict[str, Any]]] = {
+    "plan": (("macs", "params", "keep"), vars(BudgetConfig())),
+    "distill": (("distill.loss",), {"loss_weights": (), "loss_weights_end": ()}),
+}
+
 
 def _default(chosen: Namespace) -> RunConfig:
     digits = chosen.data in (None, "digits")
     in_file = {} if chosen.config is None else read_yaml(Path(chosen.config))
     recipe = _recipe(chosen, in_file)
     options = preset(chosen.preset or ("digits" if digits else "images"), recipe)
-    no_budget, plan = vars(BudgetConfig()), in_file.get("plan")
-    asked = [name for name in no_budget if getattr(chosen, name) is not None]
-    # what is no mapping is refused where the file is read for good
-    if asked or (isinstance(plan, Mapping) and not no_budget.keys().isdisjoint(plan)):
-        # a budget that is asked for comes instead of all of the preset's
-        options = replace(options, plan=replace(options.plan, **no_budget))
+    for part, (flags, unset) in _INSTEAD.items():
+        given = in_file.get(part)
+        # what is no mapping is refused where the file is read for good
+        names = given.keys() if isinstance(given, Mapping) else ()
+        if any(getattr(chosen, flag) is not None or flag.split(".")[-1] in names for flag in flags):
+            options = replace(options, **{part: replace(getattr(options, part), **unset)})
     # the arguments of a preset belong to its own model, not to one that was asked for by name
     return replace(options, model=ModelConfig()) if chosen.model else options
 

@@ -93,7 +93,12 @@ def _check(config: RunConfig) -> None:
     require("width-depth", rules)
 
 
-_LOSS = {"loss": ["soft", "hidden"], "alpha": 0.9, "temperature": 4.0}
+_LOSS = {
+    "loss": ["soft", "hidden"],
+    "loss_weights": [1.0, 0.1],
+    "alpha": 0.9,
+    "temperature": 4.0,
+}
 _WEIGHTS = "augreg_in21k_ft_in1k"
 
 RECIPE = Recipe(
