@@ -10,7 +10,6 @@ import pytest
 import yaml
 
 from vitprune_fast.cli.main import VERBS, main
-from vitprune_fast.cli.options import CHOOSING
 from vitprune_fast.config.yamlfile import to_plain
 from vitprune_fast.recipes.presets import preset
 
@@ -138,8 +137,14 @@ def test_a_budget_comes_instead_of_all_of_the_presets(
     path = tmp_path / "run.yaml"
     path.write_text("plan: {params: 0.3}", encoding="utf-8")
     assert budget("--config", str(path)) == {**unset, "params": 0.3}
-    # what the file and the flags ask for holds together
-    assert budget("--config", str(path), "--macs", "0.4") == {**unset, "macs": 0.4, "params": 0.3}
+    # a flag comes instead of the file's as well
+    assert budget("--config", str(path), "--macs", "0.4") == {**unset, "macs": 0.4}
+    both = ("--macs", "0.4", "--params", "0.3")
+    assert budget(*both) == {**unset, "macs": 0.4, "params": 0.3}
+    # what unsets one asks for no other
+    assert budget("--macs", "None") == {**unset, "keep": whole}
+    path.write_text("plan: {macs: null}", encoding="utf-8")
+    assert budget("--config", str(path)) == {**unset, "keep": whole}
     path.write_text("plan: {allocation: uniform}", encoding="utf-8")
     assert budget("--config", str(path)) == {**unset, "keep": whole}
 
@@ -174,7 +179,7 @@ def test_a_model_asked_for_by_name_takes_no_arguments_of_the_preset() -> None:
 
     from vitprune_fast.cli.run import _default
 
-    unset = dict.fromkeys(CHOOSING)
+    unset = {"preset": None, "recipe": None, "data": None, "model": None, "in_file": {}}
     assert _default(Namespace(**unset)).model.args["embed_dim"] == 64
     assert _default(Namespace(**{**unset, "model": "folder"})).model.args == {}
     assert _default(Namespace(**{**unset, "data": "tar:photos.tar"})).data.source != "digits"

@@ -629,9 +629,20 @@ def test_test_images_among_those_that_are_learnt_from_are_refused(
 @pytest.mark.parametrize(
     ("part", "sentence"),
     [
-        ({"search": {"macs": 0.3}}, r"search must not be set .* got macs=0.3; --recipe auto-ratio"),
-        ({"gates": {"macs": 0.3, "epochs": 2}}, "gates must not be set .* got macs=0.3, epochs=2;"),
-        ({"masks": {"every": 5}}, "masks must not be set for the recipe standard, .* got every=5"),
+        (
+            {"search": {"macs": 0.3}},
+            "search must be .* got search.macs=0.3; take --recipe auto",
+        ),
+        (
+            {"gates": {"macs": 0.3, "epochs": 2}},
+            "gates must .* got gates.macs=0.3, gates.epo",
+        ),
+        ({"masks": {"every": 5}}, "masks must be left as it is for the recipe standard, .*every=5"),
+        # the better sentence comes first
+        (
+            {"gates": {"kind": "ste"}, "masks": {"macs": 0.5}},
+            "mask-macs must not be given with gates, got both",
+        ),
     ],
 )
 def test_settings_that_no_step_reads_are_refused_before_any_work(

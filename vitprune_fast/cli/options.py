@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import inspect
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, make_dataclass
+from dataclasses import dataclass, field, make_dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
@@ -14,7 +14,7 @@ from tyro.conf import arg
 
 from vitprune_fast.config.model import ModelConfig
 from vitprune_fast.config.run import DataConfig
-from vitprune_fast.config.yamlfile import from_yaml, to_yaml
+from vitprune_fast.config.yamlfile import from_plain, read_yaml, to_yaml
 from vitprune_fast.run.outputs import refuse_overwriting
 
 T = TypeVar("T")
@@ -60,11 +60,41 @@ def partial_of(out: Path) -> Path:
     return out.parent / f"{out.name.removesuffix('.safetensors')}.partial.safetensors"
 
 
+# part -> what asks for something, and the settings that this comes instead of
+_INSTEAD = {
+    "plan": (("macs", "params", "keep"), ("macs", "params", "keep")),
+    "distill": (("loss",), ("loss_weights", "loss_weights_end")),
+}
 # options that others have their defaults from
-CHOOSING = (
-    *("config", "preset", "recipe", "data", "model"),
-    *("macs", "params", "keep", "distill.loss"),
+_CHOOSING = (
+    "config",
+    "preset",
+    "recipe",
+    "data",
+    "model",
+    "macs",
+    "params",
+    "keep",
+    "distill.loss",
 )
+
+
+def _makes_room(options: T, asked: Callable[[str, str], Any]) -> T:
+    """Unsets what comes from elsewhere where something else is asked for instead.
+
+    Args:
+        options: of a verb.
+        asked: the value that is asked for, by part and field; what unsets a field asks for nothing.
+    """
+    for part, (asking, others) in _INSTEAD.items():
+        own: Any = getattr(options, part, None)
+        # the plan of the verb search has no budget
+        has_them = all(hasattr(own, name) for name in others)
+        if has_them and any(asked(part, name) not in (None, "None", {}) for name in asking):
+            unset = type(own)()
+            own = replace(own, **{name: getattr(unset, name) for name in others})
+            options = replace(options, **{part: own})  # pyright: ignore[reportArgumentType]
+    return options
 
 
 def parse(
@@ -79,8 +109,8 @@ def parse(
     Args:
         verb: for the usage line.
         words: the command line after the verb.
-        default: gives the default options; it sees the words that choose them (`CHOOSING`;
-            None where not given).
+        default: gives the default options; it sees the words that choose them (`config`,
+            `preset`, `recipe`, `data`, `model`; None where not given) and, as `in_file`, the file.
         flags: which of the choosing words this verb takes.
         outputs: option -> what the verb will write.
 
@@ -89,12 +119,22 @@ def parse(
         InvalidInput: an option is out of range, or an output would destroy an input.
     """
     early = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    for name in CHOOSING:
+    for name in _CHOOSING:
         early.add_argument(f"--{name}", nargs="?")
     chosen, _ = early.parse_known_args(list(words))
-    options = default(chosen)
-    if chosen.config:
-        options = from_yaml(Path(chosen.config), options)
+    # read once: a pipe has nothing left for a second time
+    chosen.in_file = read_yaml(Path(chosen.config)) if chosen.config else {}
+
+    def in_file(part: str, name: str) -> Any:
+        given = chosen.in_file.get(part)
+        # what is no mapping is refused below
+        return given.get(name) if isinstance(given, Mapping) else None
+
+    def in_words(part: str, name: str) -> Any:
+        return getattr(chosen, name if part == "plan" else f"{part}.{name}")
+
+    options = from_plain(chosen.in_file, _makes_room(default(chosen), in_file))
+    options = _makes_room(options, in_words)
     wrapper = make_dataclass(
         "Options",
         [

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
 import platform
 import shutil
 import sys
@@ -71,11 +72,11 @@ def execute(
         tell({"event": "profile", "profile": str(profile)})
         steps = tuple(recipe.steps(config))
         check_steps(recipe.name, steps)
-        check_read(config, steps)
         for step in steps:
             # settings that do not go together are refused now, not when the step is done
             from_plain(dict(step.settings), config)
         dense = check_inputs(config, data)
+        check_read(config, steps)
         owned = folder.claim() if first else contextlib.nullcontext()
         with _claimed(owned, processes), applied(profile):
             data = data or open_model_data(config.data, dense, config.model)
@@ -174,26 +175,31 @@ def check_inputs(config: RunConfig, data: ImageData | None = None) -> nn.Module:
     return model
 
 
-# part of the configuration -> the step that reads it, and who has one
+# part of the configuration -> the step that reads it, and what has one
 _READ_BY = {
-    "gates": (learn_gates_step, "--recipe kd-cnn, or --gates with --recipe standard"),
-    "masks": (distill_masked_step, "--mask-macs with --recipe standard"),
+    "gates": (learn_gates_step, "--recipe kd-cnn, or --recipe standard with --gates"),
+    "masks": (distill_masked_step, "--recipe standard with --mask-macs"),
     "search": (search_step, "--recipe auto-ratio or fixed-ratio"),
 }
 
 
 def check_read(config: RunConfig, steps: Sequence[Step]) -> None:
     """Refuses settings that no step of the recipe reads; one of the caller's own may read any."""
-    done = [step.function for step in steps]
-    if any(not function.__module__.startswith("vitprune_fast.") for function in done):
+    # a wrapper reads what the step in it reads
+    done = [inspect.unwrap(step.function) for step in steps]
+    if any(not (function.__module__ or "").startswith("vitprune_fast.") for function in done):
         return
+    given, unset = to_plain(config), to_plain(RunConfig())
     for part, (function, fix) in _READ_BY.items():
-        own, unset = vars(getattr(config, part)), vars(getattr(RunConfig(), part))
-        changed = [f"{name}={value}" for name, value in own.items() if value != unset[name]]
+        changed = [
+            f"{part}.{name}={value}"
+            for name, value in given[part].items()
+            if value != unset[part][name]
+        ]
         if changed and function not in done:
             raise InvalidInput(
-                f"run: {part} must not be set for the recipe {config.recipe}, which has no such "
-                f"step, got {', '.join(changed)}; {fix} has one"
+                f"run: {part} must be left as it is for the recipe {config.recipe}, none of whose "
+                f"steps reads it, got {', '.join(changed)}; take {fix}"
             )
 
 
