@@ -172,5 +172,6 @@ def main() -> None:
         finished = work_off(options.work, options.jobs, until)
         times = {"latency": timed(options.work)} if finished else {}
         lines = collected(options.work)
-        study.write("evidence", complete=finished, lines=lines, **times)
+        model = f"the dense models of the digits, seeds {SEEDS[0]} to {SEEDS[-1]}"
+        study.write("evidence", model=model, complete=finished, lines=lines, **times)
     page.write()
