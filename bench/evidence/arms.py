@@ -14,10 +14,8 @@ from typing import Any
 
 from bench.evidence import rivals
 from vitprune_fast.config.run import RunConfig
-from vitprune_fast.recipes import standard
-from vitprune_fast.recipes.by_name import named
+from vitprune_fast.recipes import manifold, standard
 from vitprune_fast.recipes.presets import preset
-from vitprune_fast.run import steps as do
 from vitprune_fast.run.step import Recipe, Step
 
 SEEDS = (0, 1, 2, 3, 4)
@@ -188,16 +186,7 @@ def taught_by(losses: Settings, share: float) -> Settings:
     return {**student(share), "distill": {"epochs": STUDENT_EPOCHS, **losses}}
 
 
-def _fresh_student(config: RunConfig) -> list[Step]:
-    """As `manifold` has it, by any loss."""
-    made, teachers = standard.opened(config)
-    fresh = Step("student", do.student, {"dense": "dense"}, {"model": "student"})
-    rows = standard.judged({"before": "dense", "after": "model"})
-    return [*made, fresh, standard.taught("student", teachers), *rows]
-
-
-_MANIFOLD = named("manifold")
-_STUDENT = Recipe("fresh-student", _fresh_student, _MANIFOLD.settings, _MANIFOLD.presets)
+_STUDENT = replace(manifold.RECIPE, name="fresh-student", steps=manifold.taught_afresh)
 
 STUDENTS = tuple(Arm(name, _STUDENT, partial(taught_by, losses)) for name, losses in LOSSES.items())
 

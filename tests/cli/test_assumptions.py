@@ -22,6 +22,7 @@ from vitprune_fast.data import open_data
 SIZES = {**SMALL, "num_classes": 2}
 MODEL = words(SIZES)
 TRAINING = ["--distill.epochs", "1", "--distill.warmup-epochs", "0", "--latency-seconds", "0.01"]
+RUN = ["run", "--recipe", "standard", "--data", "folder:photos", *TRAINING, "--threads", "1"]
 
 
 @pytest.fixture(autouse=True)
@@ -82,18 +83,7 @@ def test_a_run_says_which_folder_or_share_became_what(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     photographs(Path("photos"), *parts, count=20)
-    words = [
-        "run",
-        "--recipe",
-        "standard",
-        *checkpoint,
-        "--data",
-        "folder:photos",
-        *TRAINING,
-        "--threads",
-        "1",
-    ]
-    lines = said(capsys, *words, "--out", "run")
+    lines = said(capsys, *RUN, *checkpoint, "--out", "run")
     assert lines["splits"] == f"train: {train}; validation: {validation}; test: {test}"
     summary = files.read_json("run/summary.json")
     splits = summary["data"]["splits"]
@@ -119,19 +109,8 @@ def test_what_was_said_is_not_assumed(
 ) -> None:
     photographs(Path("photos"), count=20)
     statistics = ("--mean", ".1", ".2", ".3", "--std", "1", "1", "1", "--crop-share", "0.8")
-    words = [
-        "run",
-        "--recipe",
-        "standard",
-        *checkpoint,
-        "--data",
-        "folder:photos",
-        *TRAINING,
-        "--threads",
-        "1",
-    ]
-    words += ["--macs", "0.6", *statistics, "--interpolation", "bilinear", "--out", "run"]
-    lines = said(capsys, *words)
+    words = [*RUN, *checkpoint, "--macs", "0.6", *statistics, "--interpolation", "bilinear"]
+    lines = said(capsys, *words, "--out", "run")
     assert "budget" not in lines
     assert lines["pixels"] == (
         "mean 0.1 0.2 0.3, std 1 1 1, crop_share 0.8, interpolation bilinear (given)"

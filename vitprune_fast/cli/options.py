@@ -61,36 +61,27 @@ def partial_of(out: Path) -> Path:
 
 
 # part -> what asks for something, and the settings that this comes instead of
+_BUDGET = ("macs", "params", "keep")
 _INSTEAD = {
-    "plan": (("macs", "params", "keep"), ("macs", "params", "keep")),
+    "plan": (_BUDGET, _BUDGET),
     "distill": (("loss",), ("loss_weights", "loss_weights_end")),
 }
-# options that others have their defaults from
-_CHOOSING = (
-    "config",
-    "preset",
-    "recipe",
-    "data",
-    "model",
-    "macs",
-    "params",
-    "keep",
-    "distill.loss",
-)
 
 
-def _makes_room(options: T, asked: Callable[[str, str], Any]) -> T:
+def _makes_room(options: T, asked: Mapping[str, Any]) -> T:
     """Unsets what comes from elsewhere where something else is asked for instead.
 
     Args:
         options: of a verb.
-        asked: the value that is asked for, by part and field; what unsets a field asks for nothing.
+        asked: what is asked for, as in a YAML file; what unsets a field asks for nothing.
     """
     for part, (asking, others) in _INSTEAD.items():
         own: Any = getattr(options, part, None)
-        # the plan of the verb search has no budget
-        has_them = all(hasattr(own, name) for name in others)
-        if has_them and any(asked(part, name) not in (None, "None", {}) for name in asking):
+        given = asked.get(part)
+        # the plan of the verb search has no budget; what is no mapping is refused when it is read
+        if not isinstance(given, Mapping) or not all(hasattr(own, name) for name in others):
+            continue
+        if any(given.get(name) not in (None, "None", {}) for name in asking):
             unset = type(own)()
             own = replace(own, **{name: getattr(unset, name) for name in others})
             options = replace(options, **{part: own})  # pyright: ignore[reportArgumentType]
@@ -119,21 +110,16 @@ def parse(
         InvalidInput: an option is out of range, or an output would destroy an input.
     """
     early = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    for name in _CHOOSING:
+    for name in ("config", "preset", "recipe", "data", "model", *_BUDGET, "distill.loss"):
         early.add_argument(f"--{name}", nargs="?")
     chosen, _ = early.parse_known_args(list(words))
     # read once: a pipe has nothing left for a second time
     chosen.in_file = read_yaml(Path(chosen.config)) if chosen.config else {}
-
-    def in_file(part: str, name: str) -> Any:
-        given = chosen.in_file.get(part)
-        # what is no mapping is refused below
-        return given.get(name) if isinstance(given, Mapping) else None
-
-    def in_words(part: str, name: str) -> Any:
-        return getattr(chosen, name if part == "plan" else f"{part}.{name}")
-
-    options = from_plain(chosen.in_file, _makes_room(default(chosen), in_file))
+    options = from_plain(chosen.in_file, _makes_room(default(chosen), chosen.in_file))
+    in_words = {
+        "plan": {name: getattr(chosen, name) for name in _BUDGET},
+        "distill": {"loss": getattr(chosen, "distill.loss")},
+    }
     options = _makes_room(options, in_words)
     wrapper = make_dataclass(
         "Options",

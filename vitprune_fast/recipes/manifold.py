@@ -29,6 +29,11 @@ def steps(config: RunConfig) -> list[Step]:
         return standard.steps(config)
     nothing = "not be given (a fresh student is not cut; --student '' cuts the dense model)"
     require(config.recipe, is_unset(config, nothing))
+    return taught_afresh(config)
+
+
+def taught_afresh(config: RunConfig) -> list[Step]:
+    """The steps that teach a fresh student, by whatever losses."""
     made, teachers = opened(config)
     return [
         *made,

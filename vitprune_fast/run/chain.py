@@ -25,6 +25,7 @@ from vitprune_fast.errors import InfeasibleBudget, InvalidInput, StageFailed
 from vitprune_fast.models.open import skeleton
 from vitprune_fast.planning.constraints import Constraints
 from vitprune_fast.run import actions, assumptions, checks
+from vitprune_fast.run import steps as do
 from vitprune_fast.run.actions import OnEvent
 from vitprune_fast.run.folder import Metrics, RunFolder, read_metrics
 from vitprune_fast.run.inputs import check_fit, open_model_data, student_config, trains_dense
@@ -32,11 +33,6 @@ from vitprune_fast.run.job import Job
 from vitprune_fast.run.outputs import refuse_overwriting
 from vitprune_fast.run.profile import Profile, applied, choose_profile, versions
 from vitprune_fast.run.step import REPORT, SUMMARY, Recipe, RunStopped, Step, check_steps, made_by
-from vitprune_fast.run.steps.distill_masked import distill_masked as distill_masked_step
-from vitprune_fast.run.steps.learn_gates import learn_gates as learn_gates_step
-from vitprune_fast.run.steps.plan import plan as plan_step
-from vitprune_fast.run.steps.search import search as search_step
-from vitprune_fast.run.steps.student import student as student_step
 from vitprune_fast.run.tensorboard import Board
 from vitprune_fast.run.together import Together, own_device, together
 from vitprune_fast.run.training import mask_schedule
@@ -177,9 +173,9 @@ def check_inputs(config: RunConfig, data: ImageData | None = None) -> nn.Module:
 
 # part of the configuration -> the step that reads it, and what has one
 _READ_BY = {
-    "gates": (learn_gates_step, "--recipe kd-cnn, or --recipe standard with --gates"),
-    "masks": (distill_masked_step, "--recipe standard with --mask-macs"),
-    "search": (search_step, "--recipe auto-ratio or fixed-ratio"),
+    "gates": (do.learn_gates, "--recipe kd-cnn, or --recipe standard with --gates"),
+    "masks": (do.distill_masked, "--recipe standard with --mask-macs"),
+    "search": (do.search, "--recipe auto-ratio or fixed-ratio"),
 }
 
 
@@ -206,7 +202,7 @@ def check_read(config: RunConfig, steps: Sequence[Step]) -> None:
 def check_plans(config: RunConfig, steps: Sequence[Step], dense: nn.Module) -> None:
     """Refuses, before any work, constraints and budgets that no scores could meet."""
     structure = describe(dense)
-    for step in (step for step in steps if step.function in (plan_step, search_step)):
+    for step in (step for step in steps if step.function in (do.plan, do.search)):
         own = from_plain(dict(step.settings), config).plan
         scored_axes(structure, own.units)
         Constraints(own.units, **own.constraints()).check(structure)
@@ -226,7 +222,7 @@ def check_student(
     config: RunConfig, steps: Sequence[Step], dense: nn.Module, data: ImageData
 ) -> None:
     """Refuses, before any work, a fresh student that no step teaches or that is not smaller."""
-    if all(step.function is not student_step for step in steps):
+    if all(step.function is not do.student for step in steps):
         if config.student.name:
             raise InvalidInput(
                 "run: student must come with a recipe that teaches a fresh model, got "
