@@ -155,7 +155,7 @@ def score_spread(axes_facts: Sequence[dict[str, Any]], title: str) -> str:
         axes.set_yticks(range(len(axes_facts)), [str(axis["block"]) for axis in axes_facts])
         axes.set_ylim(len(axes_facts) - 0.4, -0.6)
         axes.set_ylabel("block")
-        axes.set_xlabel(f"score of a {axes_facts[0]['kind']} (larger matters more)")
+        axes.set_xlabel(f"score per {axes_facts[0]['kind']} (larger matters more)")
         axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=2, markerscale=1.2)
         axes.grid(axis="x")
 
