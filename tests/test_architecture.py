@@ -16,8 +16,8 @@ PAGE = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
 # what every room may import
 GROUND = (
     *("errors", "_version", "_toolkit", "_host", "_extension", "wide", "_checks", "randomness"),
-    *("stated", "registry", "hardware", "files", "sealed", "transfer", "batches", "precision"),
-    *("ranks", "timing", "config"),
+    *("stated", "registry", "hardware", "files", "sealed", "transfer", "precision", "ranks"),
+    *("batches", "timing", "config"),
 )
 # the flow: a room imports rooms that stand before it, and none that stands after it
 ORDER = (

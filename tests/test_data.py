@@ -587,16 +587,6 @@ def _decode(path: Path, channels: int = 3) -> Image.Image:
 # bad files
 
 
-def test_losing_a_class_is_an_error(tmp_path: Path) -> None:
-    _save_images(tmp_path / "a", 20)
-    _save_images(tmp_path / "b", 20)
-    data = _photo_data(tmp_path)
-    for path in (tmp_path / "b").iterdir():
-        path.write_bytes(b"")
-    with pytest.raises(InvalidInput, match=r"every class of .* must have a training image.*b"):
-        data.without(data.find_bad_images(), max_bad=1.0)
-
-
 # bad input
 
 

@@ -3,13 +3,78 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
 
 from vitprune_fast.errors import InvalidInput
+from vitprune_fast.ranks import Ranks
 from vitprune_fast.stated import misfit
+
+# images, labels, ids
+Batch = tuple[Tensor, Tensor, Tensor]
+
+
+@runtime_checkable
+class Numbered(Protocol):
+    """Batches that can be read one by one, so that each process reads its own; `data.Loader`."""
+
+    def __len__(self) -> int: ...
+
+    def read(self, epoch: int, numbers: Sequence[int], device: torch.device) -> Iterator[Batch]:
+        """Some batches of an epoch, and no others.
+
+        Yields:
+            Images ``(B, C, H, W)`` on the device, labels ``(B,)`` and ids ``(B,)`` int64 on the
+            CPU. Where an image could not be read its pixels are NaN and its id is -1.
+        """
+        ...
+
+    def labels(self, epoch: int, number: int) -> Tensor:
+        """The labels of a batch, none of whose images is read for it."""
+        ...
+
+    def first(self, count: int) -> Numbered:
+        """The first samples of epoch 0 alone, in the same batches."""
+        ...
+
+    def share(self, ranks: Ranks) -> None:
+        """Make the images that any process could not read known to all; all of them call."""
+        ...
+
+
+def readable(batch: Batch) -> Batch:
+    """A batch of :class:`Numbered` without the images that could not be read."""
+    images, labels, ids = batch
+    there = ids >= 0
+    if there.all():
+        return batch
+    return images[there.to(images.device)], labels[there], ids[there]
+
+
+def own(
+    function: str, batches: Any, ranks: Ranks, device: torch.device, *models: nn.Module | None
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """The images and labels of this process' batches; of batches without numbers, all.
+
+    Args:
+        function: the caller's name, for the error sentence.
+        batches: yields (images, labels, ...).
+        ranks: the processes that share them.
+        device: where images are wanted; those of batches without numbers come where they are.
+        models: that will see the images; None is nobody.
+
+    Raises:
+        InvalidInput: as :func:`checked`.
+    """
+    if not isinstance(batches, Numbered):
+        yield from checked(function, batches, *models)
+        return
+    for batch in batches.read(0, ranks.share_of(len(batches)), device):
+        images, labels = unpack(function, readable(batch), *models)
+        if len(labels):
+            yield images, labels
 
 
 def checked(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -11,10 +12,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vitprune_fast.batches import as_input, check_logits, check_single_label, checked, logits_of
+from vitprune_fast.batches import (
+    Numbered,
+    as_input,
+    check_logits,
+    check_single_label,
+    logits_of,
+    own,
+)
 from vitprune_fast.errors import InvalidInput
 from vitprune_fast.modules.modes import evaluating
 from vitprune_fast.precision import Precision, computing_in, device_of, resolve
+from vitprune_fast.ranks import Ranks
 
 
 @dataclass(frozen=True)
@@ -65,6 +74,7 @@ def evaluate(
     teacher: nn.Module | None = None,
     *,
     dtype: Precision | torch.dtype | None = None,
+    ranks: Ranks | None = None,
 ) -> Evaluation:
     """Run a model over labelled images; both models come back in the modes they had.
 
@@ -76,23 +86,30 @@ def evaluate(
         dtype: that both compute in, by copies of their weights (see ``precision.py``): ``auto`` is
             bfloat16 on a GPU that has it and float32 elsewhere; None is as each model is. Logits
             are compared and losses taken in float32 at least.
+        ranks: the processes that share batches with numbers, such as those of a `data.Loader`: each
+            reads its own, and all call and get the counts of all. None is this one alone; of other
+            batches every process counts all.
 
     Returns:
-        The counts; they do not depend on how the samples are batched, up to the rounding of logits.
+        The counts, without images that could not be read; they do not depend on how the samples are
+        batched, up to the rounding of logits.
 
     Raises:
         InvalidInput: no samples, a batch or logits of another form, a label outside the classes,
             another number of classes in the teacher, or an unknown ``dtype``.
     """
-    counts = _Counts(agrees=teacher is not None)
-    computed = resolve("evaluate", dtype, device_of(model))
+    counts, device = _Counts(agrees=teacher is not None), device_of(model)
+    ranks = ranks if ranks and isinstance(batches, Numbered) else Ranks()
+    computed = resolve("evaluate", dtype, device)
     with evaluating(model, teacher), computing_in(computed, model, teacher):
         check_single_label("evaluate", model)
-        for images, labels in checked("evaluate", batches, model, teacher):
+        for images, labels in own("evaluate", batches, ranks, device, model, teacher):
             logits = _logits(model, images)
             other = None if teacher is None else _logits(teacher, images)
             counts.add(logits, labels, other)
-    return counts.result()
+    if isinstance(batches, Numbered):
+        batches.share(ranks)
+    return counts.result(ranks)
 
 
 def evaluate_beside(
@@ -101,6 +118,7 @@ def evaluate_beside(
     batches: Iterable[Sequence[Any]],
     *,
     dtype: Precision | torch.dtype | None = None,
+    ranks: Ranks | None = None,
 ) -> list[Evaluation]:
     """Run several models over the same images, each of which is read once.
 
@@ -109,6 +127,7 @@ def evaluate_beside(
         others: on the same device, with the same classes.
         batches: as :func:`evaluate` takes them.
         dtype: as above.
+        ranks: as above.
 
     Returns:
         That of ``dense``, then that of each other model: what ``evaluate`` gives for it with
@@ -118,14 +137,18 @@ def evaluate_beside(
         InvalidInput: as ``evaluate``.
     """
     first, rest = _Counts(agrees=False), [_Counts(agrees=True) for _ in others]
-    computed = resolve("evaluate", dtype, device_of(dense))
+    device = device_of(dense)
+    ranks = ranks if ranks and isinstance(batches, Numbered) else Ranks()
+    computed = resolve("evaluate", dtype, device)
     with evaluating(dense, *others), computing_in(computed, dense, *others):
-        for images, labels in checked("evaluate", batches, dense, *others):
+        for images, labels in own("evaluate", batches, ranks, device, dense, *others):
             wanted = _logits(dense, images)
             first.add(wanted, labels)
             for counts, model in zip(rest, others, strict=True):
                 counts.add(_logits(model, images), labels, wanted)
-    return [counts.result() for counts in (first, *rest)]
+    if isinstance(batches, Numbered):
+        batches.share(ranks)
+    return [counts.result(ranks) for counts in (first, *rest)]
 
 
 def standard_error(top1: float, images: int) -> float:
@@ -181,17 +204,22 @@ class _Counts:
             both = finite & other.isfinite().all(1)
             self.agreement += int(((ranked[:, 0] == _ranked(other)[:, 0]) & both).sum())
 
-    def result(self) -> Evaluation:
-        if self.samples == 0:
+    def result(self, ranks: Ranks) -> Evaluation:
+        """The counts of all processes, which call together."""
+        mine = [self.samples, self.top1, self.top5, self.agreement, self.nonfinite]
+        parts = [json.loads(text) for text in ranks.texts(json.dumps([mine, self.losses]))]
+        counts = [sum(column) for column in zip(*(part[0] for part in parts), strict=True)]
+        samples, top1, top5, agreement, nonfinite = counts
+        if samples == 0:
             raise InvalidInput("evaluate: batches must hold at least one sample, got none")
         return Evaluation(
-            samples=self.samples,
-            top1_count=self.top1,
-            top5_count=self.top5,
-            agreement_count=self.agreement if self.agrees else None,
-            # exact, so that another batch size gives the same sum
-            loss_sum=math.fsum(self.losses),
-            nonfinite_count=self.nonfinite,
+            samples=samples,
+            top1_count=top1,
+            top5_count=top5,
+            agreement_count=agreement if self.agrees else None,
+            # exact, so that other batches and other processes give the same sum
+            loss_sum=math.fsum(loss for part in parts for loss in part[1]),
+            nonfinite_count=nonfinite,
         )
 
 

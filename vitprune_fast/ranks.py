@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -39,6 +41,10 @@ class Ranks:
         """Whether this process does the micro-batch of that number."""
         return number % self.world == self.rank
 
+    def share_of(self, count: int, start: int = 0) -> range:
+        """The numbers from ``start`` rounds of all processes on that this process does."""
+        return range(start * self.world + self.rank, count, self.world)
+
     def gather(self, value: Tensor) -> list[Tensor]:
         """The value of every process, by rank; all of them call, with one shape and dtype.
 
@@ -48,6 +54,42 @@ class Ranks:
         parts = [torch.empty_like(value) for _ in range(self.world)]
         dist.all_gather(parts, value, group=self._group)
         return parts
+
+    def texts(self, text: str) -> list[str]:
+        """The text of every process, by rank; all of them call."""
+        if self.world == 1:
+            return [text]
+        content = torch.tensor([*text.encode()], dtype=torch.uint8, device=self.device)
+        counts = self.gather(torch.tensor([len(content)], device=self.device))
+        sizes = [int(count) for count in counts]
+        padded = content.new_zeros(max(sizes))
+        padded[: len(content)] = content
+        found = zip(self.gather(padded), sizes, strict=True)
+        return [bytes(part[:size].tolist()).decode() for part, size in found]
+
+    def sent_by(
+        self, rank: int, tensors: Sequence[Tensor] | None, device: torch.device
+    ) -> tuple[Tensor, ...]:
+        """Tensors of one process, the first of them on a device and the others on the CPU.
+
+        Args:
+            rank: whose.
+            tensors: there; None elsewhere. All processes call.
+            device: of the first.
+        """
+        if self.world == 1:
+            assert tensors is not None
+            return tuple(tensors)
+        said = [[[*t.shape], str(t.dtype).removeprefix("torch.")] for t in tensors or ()]
+        shapes = json.loads(self.texts(json.dumps(said))[rank])
+        parts = []
+        for number, (shape, dtype) in enumerate(shapes):
+            part = torch.empty(shape, dtype=getattr(torch, dtype), device=self.device)
+            if tensors is not None:
+                part.copy_(tensors[number])
+            dist.broadcast(part, group=self._group, group_src=rank)
+            parts.append(part.to("cpu" if number else device))
+        return tuple(parts)
 
     @property
     def device(self) -> torch.device:

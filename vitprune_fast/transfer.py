@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from typing import TypeVar
+
 import torch
 from torch import Tensor
+
+Batch = TypeVar("Batch", bound=tuple)
 
 
 def sent(tensor: Tensor, device: torch.device) -> Tensor:
@@ -19,3 +24,32 @@ def sent(tensor: Tensor, device: torch.device) -> Tensor:
 def pins(device: torch.device) -> bool:
     """Whether copies to a device come out of pinned memory."""
     return device.type == "cuda"
+
+
+def ahead(batches: Iterator[Batch], device: torch.device) -> Iterator[Batch]:
+    """Batches whose first tensor is on a device; a GPU copies the next while one is worked on.
+
+    Args:
+        batches: tuples that begin with a tensor on the CPU.
+        device: where it goes.
+    """
+    if not pins(device):
+        for first, *rest in batches:
+            yield (first.to(device), *rest)  # type: ignore[misc]
+        return
+    aside = torch.cuda.Stream(device)
+
+    def started() -> tuple | None:
+        batch = next(batches, None)
+        with torch.cuda.stream(aside):
+            return batch and (sent(batch[0], device), *batch[1:])
+
+    coming = started()
+    while coming is not None:
+        batch, coming = coming, None
+        current = torch.cuda.current_stream(device)
+        current.wait_stream(aside)
+        # its memory may be given away when whoever works on it is done, not before
+        batch[0].record_stream(current)
+        coming = started()
+        yield batch  # type: ignore[misc]

@@ -11,9 +11,9 @@ from torch import nn
 
 from vitprune_fast import planning
 from vitprune_fast.data import Loader
-from vitprune_fast.randomness import derive_seed, generator, seeded
+from vitprune_fast.randomness import generator, seeded
 from vitprune_fast.run import checks
-from vitprune_fast.run.actions import first_samples
+from vitprune_fast.run.actions import scored_images
 from vitprune_fast.run.inputs import remember_normalisation
 from vitprune_fast.run.job import Job
 from vitprune_fast.run.step import Facts
@@ -68,9 +68,8 @@ def _torch_pruned(job: Job, model: str, pruned: str, *, inside: bool) -> Facts:
 def _scoring_batches(job: Job) -> list[Any]:
     """The images that our scores read, in their order."""
     config = job.config.score
-    seed = derive_seed(job.config.seed, "score")
-    loader = Loader(job.data.split("train"), config.batch_size, shuffle=True, seed=seed)
-    return list(first_samples(loader.epoch(0), config.samples))
+    images = scored_images(job.data, config, job.config.seed)
+    return list(Loader(images, config.batch_size))
 
 
 def _cut(dense: Any, batches: list[Any], ratio: float, *, inside: bool) -> nn.Module:

@@ -36,19 +36,19 @@ def chosen(data: ImageData, images: int, setting: Setting = SETTING) -> list[int
 
 def test_the_sweep_gets_training_images_in_an_order_of_its_own(data: ImageData) -> None:
     twenty = chosen(data, 20)
-    assert len(set(twenty)) == 20 and set(twenty) <= set(data.split_ids["train"])
+    assert len(set(twenty)) == 20 and set(twenty) <= set(data.split_ids["train"].tolist())
     assert twenty != sorted(twenty)
     # fewer are the first of more, whatever the batch
     assert chosen(data, 9, replace(SETTING, images=DataConfig(batch_size=64))) == twenty[:9]
     assert chosen(data, 20, replace(SETTING, seed=4)) != twenty
     everything = chosen(data, 5000)
-    assert sorted(everything) == data.split_ids["train"] and everything[:20] == twenty
+    assert sorted(everything) == data.split_ids["train"].tolist() and everything[:20] == twenty
 
 
 def test_the_images_are_not_changed_at_random(data: ImageData) -> None:
     loader = calibration(data, SweepConfig(images=7), SETTING)
     images, _, ids = next(iter(loader))
-    rows = torch.tensor([data.split_ids["train"].index(sample) for sample in ids.tolist()])
+    rows = torch.tensor([data.split_ids["train"].tolist().index(sample) for sample in ids.tolist()])
     assert torch.equal(images, data.split("train").batch(rows)[0])
     # every pass gives the same
     assert torch.equal(images, next(iter(loader))[0])

@@ -18,6 +18,7 @@ from vitprune_fast import sealed
 from vitprune_fast.config.run import PlanConfig, RunConfig
 from vitprune_fast.config.yamlfile import from_plain
 from vitprune_fast.data import ImageData, open_data
+from vitprune_fast.data.images import Read
 from vitprune_fast.errors import InvalidInput, RunFolderError, StageFailed
 from vitprune_fast.recipes.start import RunStopped, run
 from vitprune_fast.run import actions, chain, checks
@@ -286,7 +287,7 @@ def test_a_resumed_run_reads_the_images_in_the_same_order(tmp_path: Path) -> Non
     """Killed in its third epoch and in its fourth: the samples that follow are the same."""
     config = replace(TINY, dense=replace(TINY.dense, epochs=5), out=tmp_path / "run")
     data = open_data("digits", image_size=(8, 8), channels=1)
-    split_of = {sample: name for name, ids in data.split_ids.items() for sample in ids}
+    split_of = {sample: name for name, ids in data.split_ids.items() for sample in ids.tolist()}
 
     def read(config: RunConfig, recorder: Recorder) -> list[tuple[int, ...]]:
         source = Ordered(data, split_of)
@@ -387,12 +388,12 @@ class Watched:
         self.classes = data.source.classes
         self.split_of = split_of
         self.stage = "none"
-        self.read: dict[str, Counter[str]] = {}
+        self.seen: dict[str, Counter[str]] = {}
 
-    def pixels(self, ids: torch.Tensor, *rest: Any) -> torch.Tensor:
-        counts = self.read.setdefault(self.stage, Counter())
+    def read(self, ids: torch.Tensor, *rest: Any) -> Read:
+        counts = self.seen.setdefault(self.stage, Counter())
         counts.update(self.split_of[int(sample)] for sample in ids)
-        return self.inner.pixels(ids, *rest)
+        return self.inner.read(ids, *rest)
 
     def __call__(self, event: dict[str, Any]) -> None:
         if event["event"] == "stage" and event["state"] == "start":
@@ -406,16 +407,16 @@ class Ordered(Watched):
         super().__init__(data, split_of)
         self.ids: dict[str, list[tuple[int, ...]]] = {}
 
-    def pixels(self, ids: torch.Tensor, *rest: Any) -> torch.Tensor:
+    def read(self, ids: torch.Tensor, *rest: Any) -> Read:
         self.ids.setdefault(self.stage, []).append(tuple(ids.tolist()))
-        return super().pixels(ids, *rest)
+        return super().read(ids, *rest)
 
 
 @pytest.mark.parametrize("keep", ["last", "best"])
 def test_selection_never_reads_the_test_images(keep: Any, tiny: RunConfig) -> None:
     """The stages not named here read no image (the images a check looks at are read once)."""
     data = open_data("digits", image_size=(8, 8), channels=1)
-    split_of = {sample: name for name, ids in data.split_ids.items() for sample in ids}
+    split_of = {sample: name for name, ids in data.split_ids.items() for sample in ids.tolist()}
     source = Watched(data, split_of)
     config = replace(tiny, distill=replace(tiny.distill, keep=keep))
     run(config, data=replace(data, source=source), on_event=source)
@@ -426,12 +427,11 @@ def test_selection_never_reads_the_test_images(keep: Any, tiny: RunConfig) -> No
         "distill": {"train", "validation"},
         "evaluate": {"test"},
     }
-    assert {stage: set(counts) for stage, counts in source.read.items()} == allowed
+    assert {stage: set(counts) for stage, counts in source.seen.items()} == allowed
     # every test image is read once, for all models
-    assert source.read["evaluate"]["test"] == len(data.split("test"))
-    assert source.read["sweep"]["train"] % TINY.sweep.images == 0
-    # the second batch of 64 is read whole and cut short
-    assert source.read["score"]["train"] == 128
+    assert source.seen["evaluate"]["test"] == len(data.split("test"))
+    assert source.seen["sweep"]["train"] % TINY.sweep.images == 0
+    assert source.seen["score"]["train"] == 100
     record = json.loads((tiny.out / "stages" / "score.json").read_text())
     assert record["facts"]["samples"] == TINY.score.samples == 100
 
@@ -618,7 +618,7 @@ def test_test_images_among_those_that_are_learnt_from_are_refused(
     split: str, tiny: RunConfig
 ) -> None:
     data = open_data("digits", image_size=(8, 8), channels=1)
-    mixed = [*data.split_ids[split], data.split_ids["test"][3]]
+    mixed = torch.cat([data.split_ids[split], data.split_ids["test"][3:4]])
     other = replace(data, split_ids={**data.split_ids, split: mixed})
     sentence = f"the {split} split of digits must not hold images of its test split, got 1"
     with pytest.raises(InvalidInput, match=sentence):

@@ -165,7 +165,7 @@ def _about_images(options: Prune, opened: Any) -> dict[str, str]:
     images = actions.calibration(opened.data, options.sweep, opened.setting).images
     unknown = refuse_test_images(
         opened.data,
-        images.ids.tolist(),
+        images.ids,
         [Path(options.model.name), options.plan or options.scores or Path()],
     )
     return {

@@ -5,24 +5,28 @@ Scoring and training read train, choices read validation, only the before/after 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
+from vitprune_fast.batches import Batch
 from vitprune_fast.data.augment import Affine, Augment, RandomCrop
+from vitprune_fast.data.cache import Cache
 from vitprune_fast.data.digits import SPLIT_ORIGINS, Digits
 from vitprune_fast.data.folder import Folder
 from vitprune_fast.data.hub import Hub
-from vitprune_fast.data.images import Images, Source, check_normalisation
-from vitprune_fast.data.loader import Batch, Loader
+from vitprune_fast.data.images import Images, Normalisation, Source, check_normalisation
+from vitprune_fast.data.loader import Loader
 from vitprune_fast.data.photographs import INTERPOLATIONS
-from vitprune_fast.data.quarantine import BadImage, find_bad_images
+from vitprune_fast.data.set_aside import BadImage, SetAside
 from vitprune_fast.data.shards import Shards
 from vitprune_fast.data.splits import SPLIT_SEED, split_hash
 from vitprune_fast.data.tar import Tar
-from vitprune_fast.errors import InvalidInput, StageFailed
+from vitprune_fast.errors import InvalidInput
 
 __all__ = [
     "Affine",
@@ -59,7 +63,7 @@ class ImageData:
             folder or share became ``train``, ``validation`` and ``test``, in words.
         augmentation: what training on this data uses unless told otherwise.
         split_hashes: SHA-256 of each split's ids, labels and names.
-        set_aside: the unreadable images that were taken out.
+        set_aside: the images that could not be read when they were needed, so far.
     """
 
     name: str
@@ -73,8 +77,9 @@ class ImageData:
     origins: Mapping[str, str] = field(repr=False)
     augmentation: Augment
     source: Source = field(repr=False)
-    split_ids: dict[str, list[int]] = field(repr=False)
-    set_aside: tuple[BadImage, ...] = ()
+    split_ids: dict[str, Tensor] = field(repr=False)
+    set_aside: SetAside = field(repr=False)
+    cache: Cache = field(default_factory=Cache, repr=False)
 
     def split(self, name: str) -> Images:
         """Return the ``train``, ``validation`` or ``test`` images."""
@@ -82,53 +87,17 @@ class ImageData:
             raise InvalidInput(
                 f"split: name must be one of {', '.join(self.split_ids)}, got {name!r}"
             )
-        return Images(self.source, name, self.split_ids[name], self.mean, self.std)
+        normalisation = Normalisation(self.mean, self.std)
+        ids = self.split_ids[name]
+        return Images(self.source, name, ids, normalisation, self.set_aside, self.cache)
 
-    @property
+    @cached_property
     def split_hashes(self) -> dict[str, str]:
-        labels, names = self.source.labels, self.source.names
+        labels, names = self.source.labels.tolist(), self.source.names
         return {
-            split: split_hash((sample, labels[sample], names[sample]) for sample in ids)
+            split: split_hash((sample, labels[sample], names[sample]) for sample in ids.tolist())
             for split, ids in self.split_ids.items()
         }
-
-    def find_bad_images(self, *, workers: int = 0) -> list[BadImage]:
-        """Decode every image once and list those that cannot be read, in the order of their ids.
-
-        Args:
-            workers: processes that decode; the list does not depend on it.
-        """
-        return find_bad_images(self.source, self.split_ids, workers)
-
-    def without(self, bad: Sequence[BadImage], *, max_bad: float = 0.01) -> ImageData:
-        """Return the data without these images; no other image takes their place.
-
-        Args:
-            bad: as ``find_bad_images`` lists them.
-            max_bad: largest share of all images that may be set aside.
-
-        Raises:
-            StageFailed: more than ``max_bad`` are bad.
-            InvalidInput: a split, or a class of the training part, is left without images.
-        """
-        if not bad:
-            return self
-        total = sum(map(len, self.split_ids.values()))
-        if len(bad) > max_bad * total:
-            shown = "; ".join(f"{each.name} ({each.reason})" for each in bad[:3])
-            raise StageFailed(
-                f"data: at most {max_bad:.2%} of {total} images may be unreadable, got "
-                f"{len(bad)}: {shown}{' ...' if len(bad) > 3 else ''}; repair or remove them, or "
-                "raise max_bad"
-            )
-        gone = {each.id for each in bad}
-        rest = {
-            split: [sample for sample in ids if sample not in gone]
-            for split, ids in self.split_ids.items()
-        }
-        data = replace(self, split_ids=rest, set_aside=(*self.set_aside, *bad))
-        _check_splits(data)
-        return data
 
 
 def open_data(
@@ -141,6 +110,7 @@ def open_data(
     std: tuple[float, ...] | None = None,
     crop_share: float | None = None,
     interpolation: str | None = None,
+    max_bad: float = 0.01,
 ) -> ImageData:
     """Open a data set with its three splits.
 
@@ -163,6 +133,7 @@ def open_data(
             for photographs only; default: 1.
         interpolation: how photographs are resized: ``nearest``, ``bilinear``, ``bicubic`` (the
             default) or ``lanczos``.
+        max_bad: largest share of all images that may turn out to be unreadable.
 
     Raises:
         InvalidInput: the spec is unknown, or the folder is missing, empty, has one class, an empty
@@ -241,6 +212,7 @@ def open_data(
         augmentation=augmentation,
         source=source,
         split_ids={name: source.splits[name] for name in ("train", "validation", "test")},
+        set_aside=SetAside(sum(map(len, source.splits.values())), max_bad),
     )
     _check_splits(data)
     return data
@@ -248,12 +220,12 @@ def open_data(
 
 def _check_splits(data: ImageData) -> None:
     for split, ids in data.split_ids.items():
-        if not ids:
+        if not len(ids):
             raise InvalidInput(
                 f"open_data: {data.name} must have enough images for train, validation and test, "
                 f"got none for {split}; add images or a {split} folder"
             )
-    present = {data.source.labels[sample] for sample in data.split_ids["train"]}
+    present = {*data.source.labels[data.split_ids["train"]].unique().tolist()}
     lost = [name for label, name in enumerate(data.classes) if label not in present]
     if lost:
         raise InvalidInput(

@@ -10,6 +10,8 @@ import torch
 import torch.nn.functional as F
 
 from vitprune_fast.data.augment import Augment, RandomCrop
+from vitprune_fast.data.images import Read
+from vitprune_fast.data.names import Names
 from vitprune_fast.errors import DamagedFile, InvalidInput
 from vitprune_fast.files import read_json
 
@@ -31,9 +33,10 @@ class Digits:
 
     def __init__(self, image_size: tuple[int, int], channels: int) -> None:
         pixels, labels = load_digits()
-        self.splits = committed_splits(pixels, labels)
-        self.names = [str(index) for index in range(len(labels))]
-        self.labels = labels.tolist()
+        splits = committed_splits(pixels, labels)
+        self.splits = {name: torch.tensor(samples) for name, samples in splits.items()}
+        self.names = Names(str(index) for index in range(len(labels)))
+        self.labels = torch.from_numpy(labels)
         self.classes = tuple(str(digit) for digit in range(10))
         images = torch.from_numpy(pixels)[:, None].float() / 16
         self.interpolation = "none" if image_size == (8, 8) else "bilinear"
@@ -41,12 +44,12 @@ class Digits:
             images = F.interpolate(images, image_size, mode="bilinear", align_corners=False)
         self.images = images.expand(-1, channels, -1, -1)
 
-    def pixels(self, ids: torch.Tensor, augment: Augment | None, draws: np.ndarray) -> torch.Tensor:
-        """Return ``(B, C, H, W)`` fp32 in ``[0, 1]``."""
+    def read(self, ids: torch.Tensor, augment: Augment | None, draws: np.ndarray) -> Read:
+        """Return ``(B, C, H, W)`` fp32 in ``[0, 1]``; all of them can be read."""
         images = self.images[ids]
         if isinstance(augment, RandomCrop):
             raise InvalidInput("Loader: augment must be None or Affine for the digits")
-        return augment(images, draws) if augment else images
+        return Read(augment(images, draws) if augment else images, {})
 
 
 def load_digits() -> tuple[np.ndarray, np.ndarray]:

@@ -18,7 +18,8 @@ class Folder(Photographs):
 
     def open(self, sample: int) -> BinaryIO:
         """Open the file of one image."""
-        return open(self.path(sample), "rb")
+        # a pipe would have its reader wait for a writer
+        return open(self.path(sample), "rb", opener=_at_once)
 
     def path(self, sample: int) -> str:
         """Where an image lies."""
@@ -50,6 +51,10 @@ class Folder(Photographs):
         prefix = os.path.join(self.root, "")
         names = [path.removeprefix(prefix) for path, _ in reader.samples]
         return Part(str(folder), classes, names, [label for _, label in reader.samples])
+
+
+def _at_once(path: str, flags: int) -> int:
+    return os.open(path, flags | getattr(os, "O_NONBLOCK", 0))
 
 
 def _check_class_folders(folder: Path) -> None:

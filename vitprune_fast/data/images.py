@@ -1,70 +1,142 @@
-"""One split of a data set: which samples, and how a batch of them is made."""
+"""One split of a data set: which samples, and how a batch of them is read."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from typing import Protocol
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from vitprune_fast.data.augment import Augment
-from vitprune_fast.errors import InvalidInput
+from vitprune_fast.data.cache import Cache
+from vitprune_fast.data.names import Names
+from vitprune_fast.data.set_aside import BadImage, SetAside
+from vitprune_fast.errors import DamagedFile, InvalidInput
 from vitprune_fast.randomness import derive_seed, uniforms
+
+
+class Read(NamedTuple):
+    """What was read of some samples.
+
+    Attributes:
+        pixels: ``(B, H, W, C)`` uint8, or ``(B, C, H, W)`` fp32 in ``[0, 1]``; 0 where an image
+            could not be read.
+        bad: place in the batch -> why that image could not be read.
+    """
+
+    pixels: Tensor
+    bad: dict[int, str]
 
 
 class Source(Protocol):
     """All samples of a data set; a sample's id is its place in these lists."""
 
-    names: list[str]
-    labels: list[int]
+    names: Names
+    # (n,) int64
+    labels: Tensor
     classes: tuple[str, ...]
 
-    def pixels(self, ids: torch.Tensor, augment: Augment | None, draws: np.ndarray) -> torch.Tensor:
-        """Return ``(B, C, H, W)`` fp32 in ``[0, 1]``; sample b depends on id and draws b only."""
+    def read(self, ids: Tensor, augment: Augment | None, draws: np.ndarray) -> Read:
+        """Read samples ``(B,)``; sample b depends on id and row b of the numbers only."""
         ...
 
 
-class Images:
-    """A map-style split.
+@dataclass(frozen=True)
+class Normalisation:
+    """How pixels become a model's input.
 
     Attributes:
-        name: ``train``, ``validation`` or ``test``.
-        ids: ``(n,)`` int64, each sample's number in the whole data set; of a whole split ascending.
-        labels: ``(n,)`` int64, in ``[0, len(classes))``.
         mean: per channel, subtracted from pixels in ``[0, 1]``.
         std: per channel, divides.
     """
 
-    def __init__(
-        self,
-        source: Source,
-        name: str,
-        ids: Sequence[int],
-        mean: tuple[float, ...],
-        std: tuple[float, ...],
-    ) -> None:
-        self.source = source
-        self.name = name
-        self.ids = torch.tensor(ids, dtype=torch.int64)
-        self.labels = torch.tensor([source.labels[sample] for sample in ids], dtype=torch.int64)
-        self.mean = mean
-        self.std = std
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+    def __call__(self, pixels: Tensor) -> Tensor:
+        """``(B, C, H, W)`` fp32 of pixels as :class:`Read` has them, on their device.
+
+        A division, a difference and a division: the same bits on every device, which one scale and
+        one bias would not give.
+        """
+        if pixels.dtype == torch.uint8:
+            pixels = pixels.permute(0, 3, 1, 2).contiguous().float().div_(255)
+        mean, std = (
+            torch.tensor(values, device=pixels.device).view(-1, 1, 1)
+            for values in (self.mean, self.std)
+        )
+        return (pixels - mean).div_(std)
+
+
+@dataclass(frozen=True)
+class Reader:
+    """Reads samples of a split; all that a loader process needs."""
+
+    source: Source
+    seed: int = 0
+    augment: Augment | None = None
+
+    def __call__(self, ids: Tensor, epoch: int = 0, copies: Tensor | None = None) -> Read:
+        """Read samples ``(B,)`` as an epoch shows them; ``copies`` says which copy each row is."""
+        return self.source.read(ids, self.augment, self._draws(ids.numpy(), epoch, copies))
+
+    def _draws(self, ids: np.ndarray, epoch: int, copies: Tensor | None) -> np.ndarray:
+        """(B, draws) numbers, those of the first copy being those of an image without copies."""
+        count = self.augment.draws if self.augment else 0
+        draws = uniforms(derive_seed(self.seed, "augment", epoch), ids, count)
+        for copy in [] if copies is None else sorted({*copies.tolist()} - {0}):
+            own = (copies == copy).numpy()
+            seed = derive_seed(self.seed, "augment", epoch, copy)
+            draws[own] = uniforms(seed, ids[own], count)
+        return draws
+
+
+@dataclass(frozen=True)
+class Images:
+    """A map-style split.
+
+    Attributes:
+        source: of the images.
+        name: ``train``, ``validation`` or ``test``.
+        ids: ``(n,)`` int64, each sample's number in the whole data set; of a whole split ascending.
+        normalisation: of their pixels.
+        set_aside: is told which cannot be read.
+        cache: keeps views that are looked at again.
+    """
+
+    source: Source = field(repr=False)
+    name: str
+    ids: Tensor = field(repr=False)
+    normalisation: Normalisation
+    set_aside: SetAside = field(repr=False)
+    cache: Cache = field(repr=False)
+
+    @property
+    def labels(self) -> Tensor:
+        """``(n,)`` int64, in ``[0, len(classes))``."""
+        return self.source.labels[self.ids]
 
     def __len__(self) -> int:
         return len(self.ids)
 
+    def some(self, rows: Tensor) -> Images:
+        """The samples at places ``(m,)`` of this split, in that order."""
+        return replace(self, ids=self.ids[rows])
+
     def batch(
         self,
-        rows: torch.Tensor,
+        rows: Tensor,
         epoch: int = 0,
         *,
         augment: Augment | None = None,
         seed: int = 0,
-        copies: torch.Tensor | None = None,
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Make one batch.
+        copies: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Make one batch of images that can all be read.
 
         Args:
             rows: ``(B,)`` int64 places in this split.
@@ -76,27 +148,23 @@ class Images:
 
         Returns:
             Normalised images ``(B, C, H, W)`` fp32, labels ``(B,)`` int64, ids ``(B,)`` int64.
+
+        Raises:
+            DamagedFile: one of them cannot be read.
         """
         ids = self.ids[rows]
-        draws = self._draws(ids.numpy(), epoch, augment, seed, copies)
-        pixels = self.source.pixels(ids, augment, draws)
-        mean = torch.tensor(self.mean).view(-1, 1, 1)
-        std = torch.tensor(self.std).view(-1, 1, 1)
-        return (pixels - mean) / std, self.labels[rows], ids
+        pixels, bad = Reader(self.source, seed, augment)(ids, epoch, copies)
+        for found in self.named(ids, bad):
+            raise DamagedFile(f"decode: image must be readable, got {found.name}: {found.reason}")
+        return self.normalisation(pixels), self.source.labels[ids], ids
 
-    @staticmethod
-    def _draws(
-        ids: np.ndarray, epoch: int, augment: Augment | None, seed: int, copies: torch.Tensor | None
-    ) -> np.ndarray:
-        """(B, draws) numbers, those of the first copy being those of an image without copies."""
-        count = augment.draws if augment else 0
-        draws = uniforms(derive_seed(seed, "augment", epoch), ids, count)
-        for copy in [] if copies is None else sorted({*copies.tolist()} - {0}):
-            own = (copies == copy).numpy()
-            draws[own] = uniforms(derive_seed(seed, "augment", epoch, copy), ids[own], count)
-        return draws
+    def named(self, ids: Tensor, bad: Mapping[int, str]) -> list[BadImage]:
+        """What is said of places in a batch of samples ``(B,)`` that could not be read."""
+        samples = {int(ids[row]): reason for row, reason in bad.items()}
+        names = self.source.names
+        return [BadImage(id, self.name, names[id], reason) for id, reason in samples.items()]
 
-    def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
         """Return one image as evaluation sees it, ``(C, H, W)`` fp32, and its label."""
         images, labels, _ = self.batch(torch.tensor([range(len(self))[index]]))
         return images[0], int(labels[0])

@@ -3,21 +3,35 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+import weakref
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import torch
+from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from vitprune_fast.batches import Batch, readable
 from vitprune_fast.data.augment import Augment
-from vitprune_fast.data.images import Images
-from vitprune_fast.errors import InvalidInput, VitpruneError
+from vitprune_fast.data.images import Images, Read, Reader
+from vitprune_fast.errors import InvalidInput, StageFailed, VitpruneError
 from vitprune_fast.randomness import generator
+from vitprune_fast.ranks import Ranks
+from vitprune_fast.transfer import ahead
 
-Batch = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+CPU = torch.device("cpu")
+
+# epoch and number of a batch
+Key = tuple[int, int]
 
 
 class Loader:
     """Iterates over a split; the same batches for any number of workers, from any start.
+
+    An image is read when its batch is, by whoever asks for that batch. One that cannot be read is
+    counted in ``images.set_aside``, and no other moves to its place: the other images of its batch
+    come without it, and all other batches are what they would have been.
 
     Args:
         images: the split.
@@ -26,17 +40,20 @@ class Loader:
             otherwise as listed.
         augment: how training changes each image; None for evaluation and scoring.
         seed: the run's seed.
-        workers: processes that prepare batches; 0 prepares them in the caller's.
+        workers: processes that prepare batches; 0 prepares them in the caller's. They start with
+            the first batch, and end with the loader or when :meth:`close` is called.
         repeats: how often an image comes, each time augmented again, next to its copies; an epoch
             stays as long, with so many times fewer images, others in each (Hoffer et al., "Augment
             your batch", CVPR 2020, arXiv:1901.09335; DeiT has 3).
         processes: how many take turns in the batches. Copies of an image then go to as many of
             them, as in DeiT, whose epochs are rounded down to 256 images besides.
+        keep: photographs are kept as they were decoded, for all loaders of the same data that do
+            so; without ``augment`` only.
 
     Raises:
         InvalidInput: ``batch_size``, ``repeats`` or ``processes`` is below 1, ``workers`` below 0,
             ``repeats`` above 1 in a fixed order, of which every epoch would see the same few
-            images, or there are no images.
+            images, ``keep`` with ``augment``, or there are no images.
     """
 
     def __init__(
@@ -50,6 +67,7 @@ class Loader:
         workers: int = 0,
         repeats: int = 1,
         processes: int = 1,
+        keep: bool = False,
     ) -> None:
         counts = {"batch_size": batch_size, "repeats": repeats, "processes": processes}
         for name, count in counts.items():
@@ -62,6 +80,8 @@ class Loader:
                 f"Loader: repeats must be 1 without shuffle, which brings the other images, got "
                 f"{repeats}"
             )
+        if keep and augment is not None:
+            raise InvalidInput("Loader: keep must be False with augment, got True")
         self.images = images
         self.repeats = repeats
         self.processes = processes
@@ -70,8 +90,12 @@ class Loader:
         self.augment = augment
         self.seed = seed
         self.workers = workers
+        self.keep = keep
         if len(self) == 0:
             raise InvalidInput(f"Loader: images must be at least one, got none in {images.name}")
+        order = Order(len(images), batch_size, seed if shuffle else None, repeats, processes)
+        self._batches = _Batches(Reader(images.source, seed, augment), images.ids, order)
+        self._pool: _Pool | None = None
 
     def __len__(self) -> int:
         return math.ceil(len(self.images) / self.batch_size)
@@ -86,69 +110,217 @@ class Loader:
             epoch: from 0.
             start: the number of batches to leave out; the rest is what it would have been.
         """
-        batches = _EpochBatches(self, epoch)
-        remaining = range(start, len(self))
-        if self.workers == 0:
-            for index in remaining:
-                yield _unwrap(batches[index])
-            return
-        loader = DataLoader(
-            batches,
-            batch_size=None,
-            sampler=remaining,
-            num_workers=min(self.workers, max(len(remaining), 1)),
-            # without it a seed for the workers is taken from the global generator
-            generator=generator(self.seed, "workers", epoch),
-        )
-        for batch in loader:
-            yield _unwrap(batch)
+        for batch in self.read(epoch, range(start, len(self))):
+            yield readable(batch)
+
+    def read(
+        self, epoch: int, numbers: Sequence[int], device: torch.device = CPU
+    ) -> Iterator[Batch]:
+        """Yield some batches of an epoch, and read no others; see :class:`batches.Numbered`."""
+        cached = [n for n in numbers if self.keep and self.images.cache.holds(self._ids(epoch, n))]
+        there = {*cached}
+        missing = iter(self._fetched([(epoch, n) for n in numbers if n not in there]))
+
+        def pixels() -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+            for number in numbers:
+                ids = self._ids(epoch, number)
+                if number in there:
+                    shown, found = self.images.cache.take(ids)
+                else:
+                    shown, found = self._received(ids, next(missing))
+                yield shown, self.images.source.labels[ids], found
+
+        for shown, labels, found in ahead(pixels(), device):
+            images = self.images.normalisation(shown)
+            if (found < 0).any():
+                images[(found < 0).to(device)] = math.nan
+            yield images, labels, found
+
+    def labels(self, epoch: int, number: int) -> Tensor:
+        """The labels ``(B,)`` of a batch, none of whose images is read for it."""
+        return self.images.source.labels[self._ids(epoch, number)]
+
+    def first(self, count: int) -> Loader:
+        """The first samples of epoch 0 alone, in the same batches, as they are without augment."""
+        rows = self._batches.order.rows(0)[:count]
+        options = {"workers": self.workers, "keep": self.augment is None}
+        return Loader(self.images.some(rows), self.batch_size, **options)
+
+    def share(self, ranks: Ranks) -> None:
+        """Make the images that any process could not read known to all; all of them call.
+
+        Raises:
+            StageFailed: together there are too many.
+        """
+        self.images.set_aside.share(ranks)
+
+    def close(self) -> None:
+        """End the loader processes; they start again when they are needed."""
+        if self._pool is not None:
+            self._pool.close()
+            self._pool = None
+
+    def _ids(self, epoch: int, number: int) -> Tensor:
+        return self._batches.of(epoch, number)[0]
+
+    def _received(self, ids: Tensor, read: Read | VitpruneError) -> tuple[Tensor, Tensor]:
+        """Pixels, and ids that are -1 where an image could not be read."""
+        if isinstance(read, VitpruneError):
+            raise read
+        self.images.set_aside.add(self.images.named(ids, read.bad))
+        found = ids.clone()
+        found[[*read.bad]] = -1
+        if self.keep:
+            self.images.cache.put(ids, read.pixels, found)
+        return read.pixels, found
+
+    def _fetched(self, keys: list[Key]) -> Iterable[Read | VitpruneError]:
+        """What was read of batches, by processes of the pool where there are some."""
+        if not self.workers or not keys:
+            return map(self._batches.__getitem__, keys)
+        if self._pool is None:
+            self._pool = _Pool(self._batches, min(self.workers, len(self)), self.seed)
+        elif self._pool.busy:
+            # two iterations at once: the second has processes of its own
+            return _Pool(self._batches, min(self.workers, len(keys)), self.seed).fetch(keys)
+        return self._pool.fetch(keys)
 
 
-class _EpochBatches(Dataset):
-    """The batches of one epoch by number; what a worker process gets."""
+@dataclass
+class Order:
+    """Which rows of a split make which batch; see :class:`Loader`.
 
-    def __init__(self, loader: Loader, epoch: int) -> None:
-        count = len(loader.images)
-        self.order = torch.arange(count)
-        if loader.shuffle:
-            self.order = torch.randperm(count, generator=generator(loader.seed, "order", epoch))
-        self.copies: torch.Tensor | None = None
-        if loader.repeats > 1:
-            self.copies = torch.arange(count) % loader.repeats
-            self.order = self.order.repeat_interleave(loader.repeats)[:count]
-        self.loader = loader
-        self.epoch = epoch
+    Args:
+        images: of the split.
+        batch_size: rows of a batch.
+        seed: of the permutations; None takes the rows as they are.
+        repeats: copies of an image.
+        processes: that copies go to.
+    """
 
-    def __len__(self) -> int:
-        return len(self.loader)
+    images: int
+    batch_size: int
+    seed: int | None
+    repeats: int
+    processes: int
 
-    def _part(self, index: int) -> slice:
-        """Places of a batch in the order of the epoch."""
-        size, turns = self.loader.batch_size, self.loader.processes
-        first = index // turns * turns * size
-        if self.copies is None or first + turns * size > len(self.order):
-            return slice(index * size, (index + 1) * size)
+    def __post_init__(self) -> None:
+        # the last epoch that was asked for
+        self._rows: tuple[int, Tensor] | None = None
+
+    def rows(self, epoch: int) -> Tensor:
+        """The rows of an epoch in order, each ``repeats`` times."""
+        if self._rows is None or self._rows[0] != epoch:
+            rows = torch.arange(self.images)
+            if self.seed is not None:
+                rows = torch.randperm(self.images, generator=generator(self.seed, "order", epoch))
+            if self.repeats > 1:
+                rows = rows.repeat_interleave(self.repeats)[: self.images]
+            self._rows = epoch, rows
+        return self._rows[1]
+
+    def part(self, number: int) -> slice:
+        """Places of a batch in the order of an epoch."""
+        size, turns = self.batch_size, self.processes
+        first = number // turns * turns * size
+        if self.repeats == 1 or first + turns * size > self.images:
+            return slice(number * size, (number + 1) * size)
         # neighbours go to batches of different processes
-        return slice(first + index % turns, first + turns * size, turns)
+        return slice(first + number % turns, first + turns * size, turns)
 
-    def __getitem__(self, index: int) -> Batch | VitpruneError:
-        loader = self.loader
-        part = self._part(index)
+
+@dataclass
+class _Batches(Dataset):
+    """Reads batches by epoch and number; what a loader process gets."""
+
+    reader: Reader
+    ids: Tensor
+    order: Order
+
+    def of(self, epoch: int, number: int) -> tuple[Tensor, Tensor | None]:
+        """Ids of the samples of a batch, and which copy each is where there are several."""
+        part = self.order.part(number)
+        copies = None
+        if self.order.repeats > 1:
+            copies = torch.arange(self.order.images)[part] % self.order.repeats
+        return self.ids[self.order.rows(epoch)[part]], copies
+
+    def __getitem__(self, key: Key) -> Read | VitpruneError:
+        epoch, number = key
+        ids, copies = self.of(epoch, number)
         try:
-            return loader.images.batch(
-                self.order[part],
-                self.epoch,
-                augment=loader.augment,
-                seed=loader.seed,
-                copies=None if self.copies is None else self.copies[part],
-            )
+            return self.reader(ids, epoch, copies)
         # raised here it would come out of a worker as a page of traceback
         except VitpruneError as error:
             return error
 
 
-def _unwrap(batch: Batch | list | VitpruneError) -> Batch:
-    if isinstance(batch, VitpruneError):
-        raise batch
-    images, labels, ids = batch
-    return images, labels, ids
+class _Pool:
+    """Processes that read batches by their keys, epoch after epoch.
+
+    Args:
+        batches: what each process gets.
+        workers: how many.
+        seed: torch draws one for the processes, which nothing here reads, from it.
+    """
+
+    def __init__(self, batches: _Batches, workers: int, seed: int) -> None:
+        self._keys: list[Key] = []
+        # whether an iteration goes on
+        self.busy = False
+        self._loader = DataLoader(
+            batches,
+            batch_size=None,
+            sampler=_Latest(self),
+            num_workers=workers,
+            persistent_workers=True,
+            # without it a seed for the workers is taken from the global generator
+            generator=generator(seed, "workers"),
+        )
+
+    @property
+    def keys(self) -> list[Key]:
+        """Of the batches that are read now."""
+        return self._keys
+
+    def fetch(self, keys: list[Key]) -> Iterator[Read | VitpruneError]:
+        """What was read of batches, in their order.
+
+        Raises:
+            StageFailed: a process was ended from outside.
+        """
+        self._keys, self.busy = keys, True
+        try:
+            yield from self._loader
+        except RuntimeError as error:
+            if "DataLoader worker" not in str(error):
+                raise
+            self.close()
+            raise StageFailed(
+                "data: processes that read images must live, got one that the system ended, "
+                "perhaps for want of memory; give fewer --workers, or 0 to read in this process "
+                f"({str(error).partition('.')[0]})"
+            ) from None
+        finally:
+            self.busy = False
+
+    def close(self) -> None:
+        """End the processes."""
+        # torch ends them when nobody holds their iterator any more, which an error may do for long
+        iterator: Any = self._loader._iterator
+        if iterator is not None:
+            iterator._shutdown_workers()
+        self._loader._iterator = None
+
+
+class _Latest:
+    """The keys of a pool, which its processes ask for anew in every iteration."""
+
+    def __init__(self, pool: _Pool) -> None:
+        self._pool = weakref.proxy(pool)
+
+    def __iter__(self) -> Iterator[Key]:
+        return iter(self._pool.keys)
+
+    def __len__(self) -> int:
+        return len(self._pool.keys)

@@ -14,8 +14,10 @@ from PIL import Image
 
 from vitprune_fast.data.augment import Affine, Augment, RandomCrop
 from vitprune_fast.data.decode import decode
+from vitprune_fast.data.images import Read
+from vitprune_fast.data.names import Names
 from vitprune_fast.data.splits import stratified
-from vitprune_fast.errors import InvalidInput
+from vitprune_fast.errors import DamagedFile, InvalidInput
 
 SHARES = {"test": 0.2, "validation": 0.1}
 INTERPOLATIONS = {
@@ -38,8 +40,8 @@ class Part:
 
     where: str
     classes: tuple[str, ...]
-    names: list[str]
-    labels: list[int]
+    names: Sequence[str]
+    labels: Sequence[int]
 
 
 class Photographs(ABC):
@@ -74,13 +76,15 @@ class Photographs(ABC):
         self.seed = seed
         self.crop_share = crop_share
         self.resampling = INTERPOLATIONS[interpolation]
-        # relative to the root, as plain text: a data set may have millions
-        self.names: list[str] = []
-        self.labels: list[int] = []
+        # relative to the root
+        self.names = Names()
+        self.labels = torch.empty(0, dtype=torch.int64)
         self.classes: tuple[str, ...] = ()
         # split -> which folder or share it is, for people
         self.split_origins: dict[str, str] = {}
-        self.splits = self._cut(self._parts())
+        self.splits = {
+            split: torch.as_tensor(samples) for split, samples in self._cut(self._parts()).items()
+        }
 
     @abstractmethod
     def _parts(self) -> Mapping[str, Part]:
@@ -94,20 +98,21 @@ class Photographs(ABC):
     def path(self, sample: int) -> str:
         """Where an image lies, for people."""
 
-    def pixels(self, ids: torch.Tensor, augment: Augment | None, draws: np.ndarray) -> torch.Tensor:
-        """Return ``(B, C, H, W)`` fp32 in ``[0, 1]``.
-
-        Raises:
-            DamagedFile: an image cannot be read; the message names it.
-        """
-        images = [
-            self._view(self.image(sample), augment, draw)
-            for sample, draw in zip(ids.tolist(), draws, strict=True)
-        ]
-        height, width = self.image_size
-        pixels = torch.from_numpy(np.stack(images)).view(-1, height, width, self.channels)
-        pixels = pixels.permute(0, 3, 1, 2).float() / 255
-        return augment(pixels, draws) if isinstance(augment, Affine) else pixels.contiguous()
+    def read(self, ids: torch.Tensor, augment: Augment | None, draws: np.ndarray) -> Read:
+        """Return ``(B, H, W, C)`` uint8, or ``(B, C, H, W)`` fp32 that ``Affine`` moved."""
+        pixels = np.zeros((len(ids), *self.image_size, self.channels), np.uint8)
+        bad = {}
+        for row, (sample, draw) in enumerate(zip(ids.tolist(), draws, strict=True)):
+            try:
+                view = self._view(self.image(sample), augment, draw)
+            except DamagedFile as error:
+                bad[row] = str(error).partition(f"{self.path(sample)}: ")[2] or str(error)
+            else:
+                pixels[row] = np.asarray(view).reshape(pixels.shape[1:])
+        read = torch.from_numpy(pixels)
+        if isinstance(augment, Affine):
+            read = augment(read.permute(0, 3, 1, 2).float() / 255, draws)
+        return Read(read, bad)
 
     def image(self, sample: int) -> Image.Image:
         """Decode one whole image."""
@@ -125,7 +130,7 @@ class Photographs(ABC):
         window = (left, top, left + wide, top + high)
         return np.asarray(image.resize((width, height), self.resampling, box=window))
 
-    def _cut(self, parts: Mapping[str, Part]) -> dict[str, list[int]]:
+    def _cut(self, parts: Mapping[str, Part]) -> dict[str, Sequence[int]]:
         if "train" not in parts:
             (only,) = parts.values()
             return self._derived(self._add(only), SHARES, only.where)
@@ -133,7 +138,7 @@ class Photographs(ABC):
             raise InvalidInput(
                 f"open_data: {self.root} must have one validation part, got val and validation"
             )
-        splits = {}
+        splits: dict[str, Sequence[int]] = {}
         for name, part in parts.items():
             split, origin = _HELD_OUT.get(name, name), part.where
             if split == "validation" and len(parts) == 2:
@@ -146,17 +151,17 @@ class Photographs(ABC):
 
     def _derived(
         self, samples: Sequence[int], shares: Mapping[str, float], where: str
-    ) -> dict[str, list[int]]:
+    ) -> dict[str, Sequence[int]]:
         """Cut ``shares`` out of ``samples``; names and a fixed seed decide, see ``stratified``."""
         for split, share in shares.items():
             self.split_origins[split] = f"{share:.0%} of {where}"
         self.split_origins["train"] = f"the rest of {where}" if shares else where
         names = [self.names[sample] for sample in samples]
-        labels = [self.labels[sample] for sample in samples]
+        labels = self.labels[torch.as_tensor(samples)].tolist()
         chosen = stratified(names, labels, shares, self.seed)
         return {split: [samples[index] for index in part] for split, part in chosen.items()}
 
-    def _add(self, part: Part) -> list[int]:
+    def _add(self, part: Part) -> range:
         """Append the images of one part and return their ids."""
         if "" in part.classes:
             raise InvalidInput(
@@ -178,6 +183,8 @@ class Photographs(ABC):
             )
         first = len(self.names)
         number = {name: label for label, name in enumerate(self.classes)}
-        self.names += part.names
-        self.labels += [number[part.classes[label]] for label in part.labels]
-        return list(range(first, len(self.names)))
+        # label of the part -> label of the data set
+        labels = torch.tensor([number[name] for name in part.classes])
+        self.names = Names.joined(self.names, Names(part.names))
+        self.labels = torch.cat([self.labels, labels[torch.as_tensor(part.labels)]])
+        return range(first, len(self.names))

@@ -104,8 +104,9 @@ def distill(
 
     Where torch.distributed is initialised, its processes share the work: process r takes batches r,
     r + world, ... of the stream, gradients are averaged (by DistributedDataParallel, but with
-    ``masks`` by one all-reduce per step), the first process writes checkpoints into a folder that
-    all of them read, and every one validates on all of ``val``.
+    ``masks`` by one all-reduce per step), and the first process writes checkpoints into a folder
+    that all of them read. Of a ``data.Loader`` no process reads the batches of another, and they
+    share ``val`` as well; another ``val`` every one of them reads whole.
 
     Args:
         student: maps images to logits ``(B, C)``; its modes come back as they were.
@@ -263,6 +264,7 @@ class _Run(TrainingState):
             stopping = looks and self._any(asked) if shared else asked
             if stopping or due:
                 self._look()
+                self.stream.share()
                 self.save(epoch)
             if stopping:
                 return False
@@ -431,7 +433,7 @@ class _Run(TrainingState):
         student, dtype = self._evaluated(), getattr(torch, self.config.dtype)
         # the teacher answers in its own
         with computing_in(dtype if is_half(dtype) else None, student):
-            seen = evaluate(student, self.val, self._agrees_with())
+            seen = evaluate(student, self.val, self._agrees_with(), ranks=self.ranks)
         noise = 0.0
         if self.config.keep == "one-se":
             right = max(seen.top1, self.progress.best_top1 or 0.0) * seen.samples

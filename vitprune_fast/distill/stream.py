@@ -5,16 +5,17 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from functools import cached_property
-from itertools import islice
+from itertools import accumulate, islice
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from vitprune_fast.batches import classes_of, unpack
+from vitprune_fast.batches import Batch, Numbered, classes_of, readable, unpack
 from vitprune_fast.config.distill import DistillConfig
 from vitprune_fast.distill.mixing import Mixing
 from vitprune_fast.errors import InvalidInput
+from vitprune_fast.precision import device_of
 from vitprune_fast.randomness import seeded
 from vitprune_fast.ranks import Ranks
 from vitprune_fast.transfer import sent
@@ -27,7 +28,8 @@ class Stream:
     """This process' micro-batches, each at a place that depends on the seed and its number alone.
 
     Args:
-        train: has a length and ``epoch(number, first_batch)``, or is an iterable with a length.
+        train: a `data.Loader`, of which each process reads its own batches; or has a length and
+            ``epoch(number, first_batch)``; or is an iterable with a length.
         student: takes the images.
         config: how many micro-batches make a step, and what is mixed and erased.
         ranks: the processes that share them.
@@ -90,8 +92,12 @@ class Stream:
 
     def samples(self, epoch: int, count: int) -> list[tuple[Tensor, Tensor]]:
         """The first samples of an epoch, in batches, as all processes see them."""
+        if isinstance(self.train, Numbered):
+            found = self._exchanged(self.train, epoch, count)
+        else:
+            found = (batch for _, batch in _numbered(self.train, self._config.seed, epoch, 0))
         batches: list[tuple[Tensor, Tensor]] = []
-        for _, batch in _numbered(self.train, self._config.seed, epoch, 0):
+        for batch in found:
             images, labels = unpack("distill", batch, self._student)
             batches.append((images[:count], labels[:count]))
             count -= len(images)
@@ -113,12 +119,39 @@ class Stream:
     def _own(self, epoch: int, first: int) -> Iterator[MicroBatch]:
         """This process' micro-batches of an epoch, from its own number ``first`` on."""
         world, count = self._ranks.world, self._per_epoch * self._ranks.world
+        if isinstance(self.train, Numbered):
+            numbers = self._ranks.share_of(count, first)
+            read = self.train.read(epoch, numbers, device_of(self._student))
+            for number, batch in zip(numbers, read, strict=True):
+                # of a batch that cannot be read at all the step is left out and counted
+                some = bool((batch[2] >= 0).any())
+                images, labels = unpack(
+                    "distill", readable(batch) if some else batch, self._student
+                )
+                yield epoch * count + number, images, labels
+            return
         for number, batch in _numbered(self.train, self._config.seed, epoch, first * world):
             if number >= count:
                 return
             if self._ranks.owns(number):
                 images, labels = unpack("distill", batch, self._student)
                 yield epoch * count + number, images, labels
+
+    def share(self) -> None:
+        """Make the images that any process could not read known to all; all of them call."""
+        if isinstance(self.train, Numbered):
+            self.train.share(self._ranks)
+
+    def _exchanged(self, train: Numbered, epoch: int, count: int) -> Iterator[Batch]:
+        """Batches of an epoch up to so many samples, each read by the process whose it is."""
+        sizes = accumulate(len(train.labels(epoch, k)) for k in range(len(train)))
+        last = next((k for k, size in enumerate(sizes) if size >= count), len(train) - 1)
+        device = device_of(self._student)
+        read = train.read(epoch, self._ranks.share_of(last + 1), device)
+        for k in range(last + 1):
+            batch = next(read) if self._ranks.owns(k) else None
+            images, labels, ids = self._ranks.sent_by(k % self._ranks.world, batch, device)
+            yield readable((images, labels, ids))
 
 
 def _numbered(train: Any, seed: int, epoch: int, start: int) -> Iterator[tuple[int, Any]]:

@@ -43,7 +43,7 @@ def opened(config: RunConfig, *, taught: bool = True) -> tuple[list[Step], dict[
         taught: whether any step asks them.
     """
     made = [
-        Step("data", do.data, outputs={"set_aside": "set_aside.json"}),
+        Step("data", do.data),
         Step("dense", do.dense, outputs={"model": "dense"}, shared=True),
     ]
     teachers = {}

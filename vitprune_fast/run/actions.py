@@ -7,7 +7,8 @@ of a checkpoint and the search read `validation`, and the evaluations alone read
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
+from contextlib import closing
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -97,25 +98,33 @@ def train(
         repeats=setting.images.repeats,
         processes=Ranks.current().world,
     )
-    validation = Loader(
-        data.split("validation"), setting.images.batch_size, workers=setting.profile.workers
-    )
+    validation = _fixed(data.split("validation"), setting)
     dtype = setting.profile.dtype if config.dtype == "auto" else config.dtype
     half = resolve("distill", dtype, setting.profile.device)
     several = [teacher] if isinstance(teacher, nn.Module) else teacher
-    return distill(
-        student.to(setting.profile.device),
-        several and [_answering(each.to(setting.profile.device).eval(), half) for each in several],
-        train_loader,
-        validation,
-        replace(config, seed=seed, dtype=dtype),
-        gates=gates,
-        gate_budget=gate_budget,
-        masks=masks,
-        checkpoint_dir=checkpoint_dir,
-        on_event=on_event,
-        stop=stop,
-    )
+    with closing(train_loader), closing(validation):
+        return distill(
+            student.to(setting.profile.device),
+            several
+            and [_answering(each.to(setting.profile.device).eval(), half) for each in several],
+            train_loader,
+            validation,
+            replace(config, seed=seed, dtype=dtype),
+            gates=gates,
+            gate_budget=gate_budget,
+            masks=masks,
+            checkpoint_dir=checkpoint_dir,
+            on_event=on_event,
+            stop=stop,
+        )
+
+
+def _fixed(
+    images: Images, setting: Setting, batch_size: int | None = None, *, keep: bool = True
+) -> Loader:
+    """Images as they are, in their order; kept where they are looked at again."""
+    size = batch_size or setting.images.batch_size
+    return Loader(images, size, workers=setting.profile.workers, keep=keep)
 
 
 def _answering(teacher: nn.Module, dtype: torch.dtype | None) -> nn.Module:
@@ -169,42 +178,31 @@ def score(
     Raises:
         ScoringStopped: `stop` said so.
     """
-    total = min(config.samples, len(data.split("train")))
-    loader = Loader(
-        data.split("train"),
-        config.batch_size,
-        shuffle=True,
-        seed=derive_seed(setting.seed, "score"),
-        workers=setting.profile.workers,
-    )
-    return scoring.score(
-        model.to(setting.profile.device),
-        first_samples(loader.epoch(0), config.samples),
-        criterion=config.criterion,
-        units=config.units or ("head", "neuron"),
-        reduction=config.reduction,
-        seed=derive_seed(setting.seed, "score labels"),
-        draws=config.draws,
-        candidates=config.candidates,
-        loss_scale=config.loss_scale,
-        cuda_graph="auto" if config.cuda_graph == "auto" else config.cuda_graph == "always",
-        dtype=setting.profile.dtype,
-        checkpoint=checkpoint,
-        on_event=on_event and (lambda event: on_event({**event, "steps": total})),
-        stop=stop,
-    )
+    images = scored_images(data, config, setting.seed)
+    with closing(_fixed(images, setting, config.batch_size)) as loader:
+        return scoring.score(
+            model.to(setting.profile.device),
+            loader,
+            criterion=config.criterion,
+            units=config.units or ("head", "neuron"),
+            reduction=config.reduction,
+            seed=derive_seed(setting.seed, "score labels"),
+            draws=config.draws,
+            candidates=config.candidates,
+            loss_scale=config.loss_scale,
+            cuda_graph="auto" if config.cuda_graph == "auto" else config.cuda_graph == "always",
+            dtype=setting.profile.dtype,
+            checkpoint=checkpoint,
+            on_event=on_event and (lambda event: on_event({**event, "steps": len(images)})),
+            stop=stop,
+        )
 
 
-def first_samples(batches: Iterator[tuple[Tensor, ...]], count: int) -> Iterator[tuple]:
-    """The batches up to exactly `count` samples; the last one may be cut short."""
-    left = count
-    for batch in batches:
-        if left < len(batch[0]):
-            batch = tuple(part[:left] for part in batch)
-        left -= len(batch[0])
-        yield batch
-        if left == 0:
-            return
+def scored_images(data: ImageData, config: ScoreConfig, seed: int) -> Images:
+    """The training images that are scored on, in the order of the stream."""
+    train, own = data.split("train"), derive_seed(seed, "score")
+    order = torch.randperm(len(train), generator=generator(own, "order", 0))
+    return train.some(order[: config.samples])
 
 
 def plan(
@@ -257,27 +255,26 @@ def search(
     """
     axes, validation = describe(model).axes, data.split("validation")
     order = torch.randperm(len(validation), generator=generator(setting.seed, "search"))
-    chosen = validation.ids[order].tolist()
-    images = Images(data.source, validation.name, chosen, data.mean, data.std)
     asked = {each.name: getattr(config, each.name) for each in fields(config)}
     rescored = asked.pop("rescore")
 
     def again(cut: nn.Module) -> Any:
         return score(cut, data, scoring_config, setting, stop=stop)
 
-    return search_ratios(
-        model.to(setting.profile.device),
-        scores,
-        Loader(images, setting.images.batch_size, workers=setting.profile.workers),
-        units=units or [*dict.fromkeys(axes[name].kind for name in scores)],
-        scorer=again if rescored else None,
-        dtype=setting.profile.dtype,
-        plan_options=constraints.choice(),
-        checkpoint=checkpoint,
-        on_event=on_event,
-        stop=stop,
-        **asked,
-    )
+    with closing(_fixed(validation.some(order), setting)) as loader:
+        return search_ratios(
+            model.to(setting.profile.device),
+            scores,
+            loader,
+            units=units or [*dict.fromkeys(axes[name].kind for name in scores)],
+            scorer=again if rescored else None,
+            dtype=setting.profile.dtype,
+            plan_options=constraints.choice(),
+            checkpoint=checkpoint,
+            on_event=on_event,
+            stop=stop,
+            **asked,
+        )
 
 
 def limits(config: PlanConfig, dense: planning.Cost) -> dict[str, int]:
@@ -308,9 +305,7 @@ def calibration(data: ImageData, config: SweepConfig, setting: Setting) -> Loade
             "images, or refit nothing (--no-compensate)"
         )
     order = torch.randperm(len(train), generator=generator(setting.seed, "calibration"))
-    chosen = train.ids[order[: config.images]].tolist()
-    images = Images(data.source, train.name, chosen, data.mean, data.std)
-    return Loader(images, setting.images.batch_size, workers=setting.profile.workers)
+    return _fixed(train.some(order[: config.images]), setting)
 
 
 def sweep(
@@ -340,13 +335,13 @@ def sweep(
         InvalidInput: too few images, or what `vp.prune` refuses.
         SweepStopped: as said.
     """
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), closing(calibration(data, config, setting)) as images:
         # they stand in the report as well, and are printed from there
         warnings.filterwarnings("ignore", "prune: ")
         model, report = surgery.prune(
             dense.to(setting.profile.device),
             plan,
-            calibration=calibration(data, config, setting),
+            calibration=images,
             report=True,
             checkpoint=checkpoint,
             dtype=setting.profile.dtype,
@@ -358,8 +353,7 @@ def sweep(
 
 def probe_images(data: ImageData, count: int = 8) -> Tensor:
     """A few training images (count, C, H, W) on which a step checks its own result."""
-    batches = iter(Loader(data.split("train"), count))
-    return next(batches)[0]
+    return next(Loader(data.split("train"), count).epoch(0))[0]
 
 
 def evaluate(
@@ -367,8 +361,8 @@ def evaluate(
 ) -> list[Any]:
     """`Evaluation` of each model on a split that is read once; agreement is with the first."""
     dense, *others = (model.to(setting.profile.device) for model in models)
-    loader = Loader(data.split(split), setting.images.batch_size, workers=setting.profile.workers)
-    return evaluation.evaluate_beside(dense, others, loader, dtype=setting.profile.dtype)
+    with closing(_fixed(data.split(split), setting, keep=False)) as loader:
+        return evaluation.evaluate_beside(dense, others, loader, dtype=setting.profile.dtype)
 
 
 def measure(

@@ -242,9 +242,8 @@ def check_student(
 
 def check_splits(data: ImageData) -> None:
     """Refuses images of the test split in the training and validation splits."""
-    tested = set(data.split_ids["test"])
     for name in ("train", "validation"):
-        shared = len(tested.intersection(data.split_ids[name]))
+        shared = int(torch.isin(data.split_ids[name], data.split_ids["test"]).sum())
         if shared:
             raise InvalidInput(
                 f"run: the {name} split of {data.name} must not hold images of its test split, "

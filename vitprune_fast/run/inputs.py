@@ -66,7 +66,11 @@ def open_model_data(config: DataConfig, model: Any, weights: ModelConfig) -> Ima
     if config.source == "digits":
         known = {name: known[name] for name in ("mean", "std") if name in known}
     data = open_data(
-        config.source, image_size=(height, width), channels=channels, **{**given, **known}
+        config.source,
+        image_size=(height, width),
+        channels=channels,
+        max_bad=config.max_bad,
+        **{**given, **known},
     )
     stated_by = "of the saved model" if weights.origin == "saved" else f"timm's for {weights.name}"
     origin = caveats(model).get("pixels", stated_by)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -44,7 +44,7 @@ class Job:
         steps: all of them, in order.
         skeleton: the dense model without its weights.
         folder: of the run; steps read and write by name in it.
-        source: the images, with those that cannot be read.
+        data: the images; it knows which could not be read so far.
         profile: where to compute.
         metrics: the curves.
         on_event: called with every event.
@@ -60,7 +60,7 @@ class Job:
     steps: tuple[Step, ...]
     skeleton: nn.Module
     folder: RunFolder
-    source: ImageData
+    data: ImageData
     profile: Profile
     metrics: Metrics
     on_event: OnEvent
@@ -76,12 +76,18 @@ class Job:
         """Seed, device, loader processes and the like."""
         return Setting(self.config.seed, self.profile, self.config.data)
 
-    @cached_property
-    def data(self) -> ImageData:
-        """The images without the unreadable ones that were set aside."""
-        listed = files.read_json(self.folder / SET_ASIDE)["images"]
-        bad = [BadImage(**image) for image in listed]
-        return self.source.without(bad, max_bad=self.config.data.max_bad)
+    def __post_init__(self) -> None:
+        """Take up what an earlier attempt found unreadable, and write down what this one does."""
+        aside, path = self.data.set_aside, self.folder / SET_ASIDE
+        if path.is_file():
+            aside.add(BadImage(**image) for image in files.read_json(path)["images"])
+        if self.ranks.is_first:
+            aside.on_change = lambda: self._list(aside)
+            if not path.is_file():
+                self._list(aside)
+
+    def _list(self, aside: Sequence[BadImage]) -> None:
+        self.write(SET_ASIDE, {"images": [asdict(image) for image in aside]})
 
     @cached_property
     def images(self) -> Any:

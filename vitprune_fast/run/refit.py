@@ -8,6 +8,8 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+from torch import Tensor
+
 from vitprune_fast.data import ImageData, open_data
 from vitprune_fast.errors import InvalidInput, VitpruneError
 from vitprune_fast.run.folder import RunFolder
@@ -46,7 +48,7 @@ def left_out_lines(report: Any) -> list[str]:
     return lines
 
 
-def refuse_test_images(data: ImageData, chosen: Iterable[int], places: Iterable[Path]) -> str:
+def refuse_test_images(data: ImageData, chosen: Tensor, places: Iterable[Path]) -> str:
     """Refuses images that are tested on by the run whose model or plan is used.
 
     The train split of the same data holds none of them, but the folder of the test images can be
@@ -86,7 +88,9 @@ def refuse_test_images(data: ImageData, chosen: Iterable[int], places: Iterable[
     return unknown
 
 
-def _places(data: ImageData, samples: Iterable[int]) -> set[str]:
+def _places(data: ImageData, samples: Tensor) -> set[str]:
     """Paths of images; none for those that come with a package."""
     path = getattr(data.source, "path", None)
-    return set() if path is None else {os.path.realpath(path(sample)) for sample in samples}
+    return (
+        set() if path is None else {os.path.realpath(path(sample)) for sample in samples.tolist()}
+    )

@@ -11,7 +11,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor, nn
 
-from ..batches import check_single_label, checked, classes_of
+from ..batches import Numbered, check_single_label, checked, classes_of
 from ..errors import InvalidInput
 from ..precision import Precision, computing_in, device_of, is_half, name_of, resolve
 from ..ranks import Ranks
@@ -198,13 +198,21 @@ def score(
     def compared() -> dict[str, Any]:
         """How the dtype ranks the units of the first samples compared with float32."""
         nonlocal source
-        first, source = split_off(checked("score", source, model))
+        numbered = isinstance(source, Numbered)
+        first, source = split_off(source if numbered else checked("score", source, model))
         found = [Accumulator(axis_sizes, chosen, combine=kind.combined) for _ in range(2)]
         for sums, each in zip(found, (torch.float32, computed), strict=True):
             with measuring(each, replayed=False) as score_batch:
                 refuse = refuse_overflow if each is torch.float16 else None
                 stream.run(
-                    score_batch, model, first, sums, micro_batch=micro_batch, on_overflow=refuse
+                    score_batch,
+                    model,
+                    first,
+                    sums,
+                    micro_batch=micro_batch,
+                    # others would all see all of the first samples
+                    ranks=Ranks.current() if numbered else None,
+                    on_overflow=refuse,
                 )
         if not all(int(sums.counts[0]) for sums in found):
             return {}

@@ -8,14 +8,18 @@ from typing import Any
 
 from torch import Tensor
 
+from ..batches import Numbered
 from .scores import Scores
 
 # so many batches, and so many samples of them
 BATCHES, SAMPLES = 2, 64
 
 
-def split_off(batches: Iterable[Any]) -> tuple[list[tuple[Tensor, Tensor]], Iterable[Any]]:
+def split_off(batches: Iterable[Any]) -> tuple[Any, Any]:
     """The first samples of checked batches (images, labels), and all batches again."""
+    if isinstance(batches, Numbered):
+        few = range(min(BATCHES, len(batches)))
+        return batches.first(min(SAMPLES, sum(len(batches.labels(0, k)) for k in few))), batches
     stream, taken = iter(batches), []
     for batch in stream:
         taken.append(batch)

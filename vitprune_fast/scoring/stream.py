@@ -10,13 +10,15 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import accumulate, pairwise
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..batches import checked
+from ..batches import Numbered, checked, unpack
 from ..errors import NotEnoughMemory
+from ..precision import device_of
 from ..ranks import Ranks
 from .exchange import agree_on_done, exchange
 from .resume import Checkpoint
@@ -62,7 +64,8 @@ def run(
     Args:
         score_batch: gives the rows of some samples.
         model: the images must suit it.
-        batches: yields (images, labels, ...); every process must be given the same stream.
+        batches: yields (images, labels, ...); every process must be given the same stream; of
+            batches with numbers, such as those of a `data.Loader`, it reads its own.
         accumulator: takes the sums.
         micro_batch: samples at once; None takes the batches as they come.
         ranks: the processes that share the work; None is this one alone.
@@ -80,10 +83,12 @@ def run(
     ranks = ranks or Ranks()
     pace = _Pace(on_event)
     limit = [micro_batch or 0]
-    stream = micro_batches(model, batches, micro_batch)
+    done = 0
     if checkpoint is not None:
         done = checkpoint.load(accumulator)
         agree_on_done(ranks, done)
+    stream = micro_batches(model, batches, micro_batch, ranks, done)
+    if checkpoint is not None:
         stream = checkpoint.skip(stream, done)
     width = sum(accumulator.axes.values())
     for pieces in rounds(stream, ranks):
@@ -99,7 +104,7 @@ def run(
                     on_overflow(lost)
             return partial
 
-        lengths = [len(piece.labels) for piece in pieces]
+        lengths, left_out = [len(piece.labels) for piece in pieces], 0
         for partial in exchange(
             ranks,
             None if mine is None else compute,
@@ -109,6 +114,9 @@ def run(
             accumulator.rows is not None,
         ):
             accumulator.add(partial)
+            left_out += int(partial.counts[1])
+        if left_out and isinstance(batches, Numbered):
+            batches.share(ranks)
         pace.tell(pieces[-1].first + lengths[-1])
         if checkpoint is not None and ranks.is_first:
             checkpoint.keep(accumulator, pieces)
@@ -121,17 +129,55 @@ def run(
 
 
 def micro_batches(
-    model: nn.Module, batches: Iterable[Sequence[Any]], size: int | None
+    model: nn.Module,
+    batches: Iterable[Sequence[Any]],
+    size: int | None,
+    ranks: Ranks | None = None,
+    done: int = 0,
 ) -> Iterator[MicroBatch]:
-    """The stream in pieces of at most ``size`` samples, cut inside batches only."""
+    """The stream in pieces of at most ``size`` samples, cut inside batches only.
+
+    Of batches with numbers only those are read that hold a piece from number ``done`` on of this
+    process; other pieces come without images. One that cannot be read is NaN, and keeps its place.
+    """
+    ranks = ranks or Ranks()
+    if not isinstance(batches, Numbered):
+        found = checked("score", batches, model)
+        pairs = ((labels, images) for images, labels in found)
+    else:
+        pairs = _with_own_images(model, batches, size, ranks, done)
     number = first = 0
-    for images, labels in checked("score", batches, model):
-        step = size or max(len(labels), 1)
-        for start in range(0, len(labels), step):
-            part = slice(start, start + step)
+    for labels, images in pairs:
+        for part in _parts(labels, size):
             yield MicroBatch(number, first, images[part], labels[part])
             number += 1
             first += len(labels[part])
+
+
+def _with_own_images(
+    model: nn.Module, batches: Numbered, size: int | None, ranks: Ranks, done: int
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Labels and images of every batch, the latter of those with a piece that is to be done."""
+    labels = [batches.labels(0, k) for k in range(len(batches))]
+    starts = accumulate((len(_parts(each, size)) for each in labels), initial=0)
+    own = {
+        k
+        for k, (start, end) in enumerate(pairwise(starts))
+        if any(ranks.owns(number) for number in range(max(start, done), end))
+    }
+    read = batches.read(0, sorted(own), device_of(model))
+    for k, each in enumerate(labels):
+        if k in own:
+            images, each = unpack("score", next(read), model)
+            yield each, images
+        else:
+            yield each, torch.empty(0)
+
+
+def _parts(labels: Tensor, size: int | None) -> list[slice]:
+    """Where a batch is cut."""
+    step = size or max(len(labels), 1)
+    return [slice(start, start + step) for start in range(0, len(labels), step)]
 
 
 def rounds(stream: Iterator[MicroBatch], ranks: Ranks) -> Iterator[list[MicroBatch]]:

@@ -97,7 +97,7 @@ def test_what_was_set_aside_is_said(folder: Path, tmp_path: Path) -> None:
     summary["set_aside"] = {"unreadable images": 3, "training steps (distill)": 2}
     (copy / "summary.json").write_text(json.dumps(summary))
     text = write_report(copy).read_text()
-    assert "3 unreadable images set aside before anything else" in text
+    assert "3 unreadable images left out wherever they were met" in text
     assert "2 training steps (distill) left out: not finite" in text
     assert "Nothing:" in (folder / "report.html").read_text()
 

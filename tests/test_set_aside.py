@@ -1,4 +1,4 @@
-"""Unreadable images: each one found, no other accused, none replaced, all of them counted."""
+"""Unreadable images: found when they are needed, none replaced, each counted once."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import io
 import json
 import multiprocessing
 import os
+import signal
 import struct
 import tempfile
 import zlib
@@ -21,8 +22,10 @@ import torch
 from PIL import Image
 
 from tests.run.conftest import TINY
+from tests.unreadable import unreadable
 from vitprune_fast.config.run import DataConfig
-from vitprune_fast.data import BadImage, ImageData, Loader, open_data
+from vitprune_fast.data import BadImage, Batch, ImageData, Loader, open_data
+from vitprune_fast.data.folder import Folder
 from vitprune_fast.errors import DamagedFile, InvalidInput, StageFailed
 from vitprune_fast.recipes.start import run
 
@@ -136,8 +139,9 @@ def _unprivileged(function: Callable[..., Any], *arguments: Any) -> Any:
         return pool.submit(function, *arguments).result()
 
 
-def _find_bad(data: ImageData, workers: int) -> list[BadImage]:
-    return data.find_bad_images(workers=workers)
+def _unread(root: Path, workers: int) -> list[BadImage]:
+    data = open_data(f"folder:{root}", image_size=16, channels=3, max_bad=0.2)
+    return unreadable(data, workers)
 
 
 def _attempt(root: Path) -> str:
@@ -149,11 +153,11 @@ def _attempt(root: Path) -> str:
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_quarantine_is_exact(photos: Path, workers: int) -> None:
+def test_what_cannot_be_read_is_found_and_nothing_else(photos: Path, workers: int) -> None:
     wanted = {f"cat/{name}" for name in _add_bad_files(photos / "cat")}
     good = _add_odd_good_files(photos / "dog")
-    data = _open(photos)
-    bad = _unprivileged(_find_bad, data, workers)
+    assert len(_open(photos).source.names) == 60 + good + len(wanted)
+    bad = _unprivileged(_unread, photos, workers)
     assert {each.name for each in bad} == wanted and len(bad) == len(wanted)
     assert bad == sorted(bad, key=lambda each: each.id)
     reasons = {Path(each.name).name: each.reason for each in bad}
@@ -163,41 +167,90 @@ def test_quarantine_is_exact(photos: Path, workers: int) -> None:
     assert reasons["dangling.jpg"] == "No such file or directory"
     assert "truncated" in reasons["truncated.jpg"]
 
-    clean = data.without(bad, max_bad=0.2)
-    assert clean.set_aside == tuple(bad) and clean.find_bad_images() == []
-    total = 0
-    for split in SPLITS:
-        before, after = data.split_ids[split], clean.split_ids[split]
-        gone = {each.id for each in bad if each.split == split}
-        # nothing takes the place of what went
-        assert after == [sample for sample in before if sample not in gone]
-        loaded = [ids for _, _, ids in Loader(clean.split(split), 5, workers=workers)]
-        assert torch.cat(loaded).tolist() == after
-        total += len(after)
-    assert total == 60 + good
-    assert clean.split_hashes["train"] != data.split_hashes["train"]
+
+def test_a_pipe_or_a_device_is_no_image_and_nobody_waits_for_it(photos: Path) -> None:
+    os.mkfifo(photos / "cat" / "pipe.jpg")
+    (photos / "cat" / "zero.jpg").symlink_to("/dev/zero")
+    bad = _unread(photos, 0)
+    assert [each.name for each in bad] == ["cat/pipe.jpg", "cat/zero.jpg"]
 
 
-def test_too_many_bad_images_stop_the_run(photos: Path) -> None:
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_hole_moves_nothing(photos: Path, workers: int) -> None:
+    def batches(data: ImageData, **options: Any) -> list[Batch]:
+        loader = Loader(data.split("train"), 5, shuffle=True, workers=workers, **options)
+        return [*loader.epoch(1)]
+
+    whole = batches(_open(photos))
+    gone = whole[2][2][3]
+    data = open_data(f"folder:{photos}", image_size=16, channels=3, max_bad=0.1)
+    (photos / data.source.names[int(gone)]).write_bytes(b"")
+    kept = batches(data)
+    assert [len(labels) for _, labels, _ in kept] == [5, 5, 4, *[5] * (len(whole) - 4), 2]
+    for (images, labels, ids), (x, y, found) in zip(whole, kept, strict=True):
+        rest = ids != gone
+        assert torch.equal(images[rest], x) and torch.equal(labels[rest], y)
+        assert torch.equal(ids[rest], found)
+    # met again, it is counted once
+    assert [each.id for each in data.set_aside] == [int(gone)]
+    batches(data)
+    assert len(data.set_aside) == 1
+
+
+def test_what_is_kept_is_read_once_also_what_cannot_be_read(
+    photos: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = open_data(f"folder:{photos}", image_size=16, channels=3, max_bad=0.1)
+    (photos / data.source.names[int(data.split_ids["train"][7])]).write_bytes(b"")
+    images = data.split("train").some(torch.arange(20))
+    opened: list[int] = []
+    honest = Folder.open
+
+    def noted(self: Folder, sample: int) -> Any:
+        opened.append(sample)
+        return honest(self, sample)
+
+    monkeypatch.setattr(Folder, "open", noted)
+    first = [*Loader(images, 8, keep=True)]
+    assert len(opened) == 20
+    # other batches of the same images
+    again = [*Loader(images.some(torch.arange(19, -1, -1)), 6, keep=True)]
+    assert len(opened) == 20
+    assert torch.equal(
+        torch.cat([x for x, _, _ in again]).flip(0), torch.cat([x for x, _, _ in first])
+    )
+    assert sum(len(ids) for _, _, ids in again) == 19
+
+
+def test_too_many_bad_images_end_the_reading(photos: Path) -> None:
     (photos / "cat" / "text.jpg").write_text("no")
-    data = _open(photos)
-    bad = data.find_bad_images()
     with pytest.raises(StageFailed, match=r"at most 1\.00% of 61 images .* got 1: cat/text.jpg"):
-        data.without(bad)
-    assert len(data.without(bad, max_bad=1 / 61).set_aside) == 1
-    assert data.without([]) is data
+        unreadable(_open(photos))
+    data = open_data(f"folder:{photos}", image_size=16, channels=3, max_bad=1 / 61)
+    assert len(unreadable(data)) == 1
 
 
-@pytest.mark.parametrize("workers", [0, 1])
-def test_an_unreadable_image_is_named_and_never_replaced(photos: Path, workers: int) -> None:
+def test_an_unreadable_image_is_named_where_it_was_asked_for(photos: Path) -> None:
     data = _open(photos)
-    sample = data.split_ids["validation"][1]
+    sample = int(data.split_ids["validation"][1])
     (photos / data.source.names[sample]).write_bytes(b"")
     with pytest.raises(DamagedFile) as caught:
-        list(Loader(data.split("validation"), 3, workers=workers))
+        data.split("validation")[1]
     message = str(caught.value)
-    assert message.startswith(f"decode: image must be readable, got {photos}")
+    assert message.startswith("decode: image must be readable, got ")
     assert data.source.names[sample] in message and "\n" not in message
+
+
+def test_a_reader_that_the_system_ends_is_said(photos: Path) -> None:
+    loader = Loader(_open(photos).split("train"), 2, workers=2)
+    batches = iter(loader)
+    next(batches)
+    for child in multiprocessing.active_children():
+        os.kill(child.pid or 0, signal.SIGKILL)
+    with pytest.raises(StageFailed, match="data: processes that read images must live, got one"):
+        list(batches)
+    # and it can be started again
+    assert sum(len(ids) for _, _, ids in loader) == len(loader.images)
 
 
 def test_a_folder_that_cannot_be_listed_is_an_error(photos: Path) -> None:
@@ -240,6 +293,6 @@ def test_the_run_counts_what_it_set_aside(photos: Path, tmp_path: Path) -> None:
     assert "2 unreadable images" in page or "unreadable images: 2" in page
 
     strict = replace(config, out=tmp_path / "strict", data=replace(data, max_bad=0.01))
-    with pytest.raises(StageFailed, match=r"at most 1\.00% of 62 images may be unreadable, got 2"):
+    with pytest.raises(StageFailed, match=r"at most 1\.00% of 62 images may be unreadable, got 1"):
         run(strict)
     assert not (strict.out / "scores.safetensors").exists()
