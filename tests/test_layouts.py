@@ -266,9 +266,24 @@ def test_class_folders_stay_class_folders(table: Callable[[Path], None], tmp_pat
         _save(tmp_path / "val" / wnid / f"{VAL.format(number)}.JPEG", wnid)
     hashes = _open(tmp_path).split_hashes
     table(tmp_path)
-    (tmp_path / "train.csv").write_text("filename,label\n")
+    (tmp_path / "train.csv").write_text(f"filename,label\nmine.jpg,{WNIDS[0]}\n")
     data = _open(tmp_path)
     assert data.split_hashes == hashes and len(data.split("test")) == 12
+
+
+def test_other_tables_do_not_make_mini_imagenet(tmp_path: Path) -> None:
+    _train(tmp_path)
+    hashes = _open(tmp_path).split_hashes
+    (tmp_path / "train.csv").write_text("filename,label\ncat/1.jpg,cat\n")
+    assert _open(tmp_path).split_hashes == hashes
+
+
+def test_train_alone_is_cut_as_any_class_folders(tmp_path: Path) -> None:
+    _train(tmp_path / "train")
+    (tmp_path / "ILSVRC2012_img_train.tar").touch()
+    for wnid in WNIDS:
+        (tmp_path / "train" / f"{wnid}.tar").touch()
+    assert [len(_open(tmp_path).split(name)) for name in SPLITS] == [28, 4, 8]
 
 
 def test_a_val_of_tiny_imagenet_that_was_sorted_is_read(tmp_path: Path) -> None:
@@ -277,9 +292,13 @@ def test_a_val_of_tiny_imagenet_that_was_sorted_is_read(tmp_path: Path) -> None:
         (root / "val" / wnid).mkdir(exist_ok=True)
         name = f"val_{number}.JPEG"
         (root / "val" / "images" / name).rename(root / "val" / wnid / name)
+    with pytest.raises(InvalidInput, match=r"must hold images, got none in .*val/images; fill it"):
+        _open(root)
+    # whether or not the table is still there
     (root / "val" / "images").rmdir()
-    (root / "val" / "val_annotations.txt").unlink()
     data = _open(root)
+    (root / "val" / "val_annotations.txt").unlink()
+    assert _open(root).split_hashes == data.split_hashes
     assert data.classes == SORTED and len(data.split("test")) == 12
 
 
@@ -477,6 +496,8 @@ REFUSED: dict[Callable[[Path], Path], list[tuple[Callable[[Path], Any], str]]] =
         ),
         (_both_cifars, "must be one data set, got cifar-10 and cifar-100; name a folder"),
         (lambda root: (root / "cifar-100-binary").mkdir(), "files of CIFAR, got none; unpack"),
+        (_write("ILSVRC2012_img_train.tar", b""), "must hold train with a folder per class, got"),
+        (_write("ILSVRC2012_val_00000001.JPEG", b""), "must hold train with a folder per class"),
         (_write("cifar-10-binary.tar.gz", b""), "must hold cifar-10-batches-bin, got .*unpack it"),
         (_write("cifar-10-python.tar.gz", b""), "never opened; take cifar-10-binary.tar.gz"),
         (_write("cifar-100-python/train", PICKLE), "opened; take cifar-100-binary.tar.gz"),

@@ -211,8 +211,10 @@ def open_data(
         otherwise = "the digits are shown whole"
     elif kind in PHOTOGRAPHS and path:
         crop_share, interpolation = crop_share or 1.0, interpolation or "bicubic"
-        made, root = recognised(Path(path)) if kind == "folder" else (PHOTOGRAPHS[kind], Path(path))
-        source = made(root, size, channels, seed, crop_share, interpolation)
+        reader, root = PHOTOGRAPHS[kind], Path(path)
+        if reader is Folder:
+            reader, root = recognised(root)
+        source = reader(root, size, channels, seed, crop_share, interpolation)
         split_origins = source.split_origins
         defaults, otherwise = "of ImageNet, the default", "the default"
         luma = torch.tensor([0.299, 0.587, 0.114])

@@ -27,6 +27,14 @@ from vitprune_fast.errors import BackendUnavailable, DamagedFile, InvalidInput
 KAGGLE_TREE, KAGGLE_TABLE = Path("ILSVRC/Data/CLS-LOC"), "LOC_val_solution.csv"
 DEVKIT = "ILSVRC2012_devkit_t12"
 GROUND_TRUTH = "ILSVRC2012_validation_ground_truth.txt"
+# what there is next to train wherever val was not sorted into class folders, or not unpacked
+SIGNS = (
+    KAGGLE_TABLE,
+    f"{DEVKIT}*",
+    "ILSVRC2012_img_val*",
+    "ILSVRC2012_val_*",
+    "val/ILSVRC2012_val_*",
+)
 # many times the size of the one that is shipped
 MAX_META_BYTES = 1 << 23
 _IMAGE = "ILSVRC2012_val_{:08}"
@@ -36,9 +44,9 @@ def _home(root: Path) -> Path | None:
     for inner in (KAGGLE_TREE, KAGGLE_TREE.relative_to("ILSVRC")):
         if (root / inner).is_dir():
             return root / inner
-    own = _in_kaggle_tree(root) or any(root.glob("ILSVRC2012_*")) or (root / KAGGLE_TABLE).is_file()
-    flat = any(root.glob("val/ILSVRC2012_val_*"))
-    return root if own or flat or _packed_classes(root / "train") else None
+    signed = _in_kaggle_tree(root) or any(any(root.glob(sign)) for sign in SIGNS)
+    lacks_train = not (root / "train").is_dir() and any(root.glob("ILSVRC2012_img_train*"))
+    return root if signed or lacks_train or _packed_classes(root / "train") else None
 
 
 def _in_kaggle_tree(root: Path) -> bool:

@@ -11,6 +11,8 @@ Validation is cut from the rest as everywhere.
 
 from __future__ import annotations
 
+import re
+from contextlib import suppress
 from pathlib import Path
 
 from vitprune_fast.data.archive import natural_key
@@ -22,7 +24,8 @@ from vitprune_fast.data.splits import stratified
 from vitprune_fast.errors import InvalidInput
 
 TABLES = ("train.csv", "val.csv", "test.csv")
-HEADER = ["filename", "label"]
+# the first two lines of a table
+_BEGINS = re.compile(rb"(\xef\xbb\xbf)?filename,label\s+[^,\n]+,n\d{8}\s")
 TEST_SHARE = 1 / 6
 PICKLES = "mini-imagenet-cache-*.pkl"
 
@@ -36,13 +39,11 @@ def _home(root: Path) -> Path | None:
 
 
 def _tables(place: Path) -> list[Path]:
-    """Those that are there, by their first line."""
+    """Those that are there, by what they begin with."""
     found = []
     for table in (place / name for name in TABLES):
-        if table.is_file():
-            with open(table, "rb") as file:
-                first = file.readline(100).decode("utf-8-sig", "replace")
-            if first.strip().split(",") == HEADER:
+        with suppress(OSError), open(table, "rb") as file:
+            if _BEGINS.match(file.read(1000)):
                 found.append(table)
     return found
 

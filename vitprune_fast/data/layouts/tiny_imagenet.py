@@ -42,18 +42,15 @@ class TinyImageNet(Folder):
                 )
         train = self._listed(self.root / "train", by_top=True)
         check_same(train.classes, wnids, self.root / "train", table)
-        val = self.root / "val"
-        labelled = (val / "images").is_dir() or (val / ANNOTATIONS).is_file()
-        return {
-            "train": train,
-            "val": self._val(train) if labelled else self._listed(val, by_top=True),
-        }
+        return {"train": train, "val": self._val(train)}
 
     def _val(self, train: Part) -> Part:
         val = self.root / "val"
         folder, table = val / "images", val / ANNOTATIONS
-        listed = list(rows(table, "\t", 2))
         found = images_in(folder)
+        if not found and any(each.is_dir() and each != folder for each in val.iterdir()):
+            return self._listed(val, by_top=True)
+        listed = list(rows(table, "\t", 2))
         check_same(found, [row[0] for row in listed], folder, table)
         check_listed({row[1] for row in listed}, train.classes, table, self.root / WNIDS)
         number = {wnid: label for label, wnid in enumerate(train.classes)}
