@@ -94,7 +94,7 @@ def test_a_saved_table_is_cut_like_a_flat_folder(tmp_path: Path) -> None:
     assert data.split_hashes == _open(tmp_path / "set").split_hashes
 
 
-@pytest.mark.parametrize("validation", ["val", "validation"])
+@pytest.mark.parametrize("validation", ["val", "valid", "validation"])
 def test_saved_splits_are_kept(tmp_path: Path, validation: str) -> None:
     parts = {"test": _table(6, first=90), "train": _table(), validation: _table(8, first=60)}
     data = _saved(tmp_path / "set", _dict(**parts, extra=_table(4)))
@@ -130,6 +130,18 @@ def test_a_test_split_without_labels_is_left_out(tmp_path: Path) -> None:
 def test_labels_may_be_plain_integers(tmp_path: Path) -> None:
     table = _table(36, labels=[n % 3 for n in range(36)], label=Value("int32"))
     assert _saved(tmp_path / "set", table).classes == ("0", "1", "2")
+
+
+def test_columns_may_be_called_as_cifar_calls_them(tmp_path: Path) -> None:
+    table = _table(40).rename_columns({"image": "img", "label": "fine_label"})
+    coarse = _table(40, labels=[n % 5 for n in range(40)], label=ClassLabel(names=list("abcde")))
+    table = table.add_column("coarse_label", coarse["label"])
+    data, plain = _saved(tmp_path / "set", table), _saved(tmp_path / "plain", _table(40))
+    assert data.classes == tuple(CLASSES) and data.split_hashes == plain.split_hashes
+    assert _same(_stream(data, 0), _stream(plain, 0))
+    # the usual names come first
+    both = table.add_column("label", [n % 4 // 2 for n in range(40)])
+    assert _saved(tmp_path / "both", both).source.labels.tolist() == [n % 4 // 2 for n in range(40)]
 
 
 def test_a_selection_keeps_its_own_rows(tmp_path: Path) -> None:
@@ -213,7 +225,7 @@ def test_bad_images_are_set_aside(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 
 
 def _no_image(path: Path) -> None:
-    _table().rename_column("image", "img").save_to_disk(str(path))
+    _table().rename_column("image", "photo").save_to_disk(str(path))
 
 
 def _words(path: Path) -> None:
@@ -276,7 +288,7 @@ def _nothing(path: Path) -> None:
 @pytest.mark.parametrize(
     ("make", "kind", "sentence"),
     [
-        (_no_image, InvalidInput, "must have the columns image and label, got img, label"),
+        (_no_image, InvalidInput, "must have the columns image or img and .*, got photo, label;"),
         (_words, InvalidInput, "must be a ClassLabel or integers, got Value"),
         (_no_train, InvalidInput, "must have a split train, got test"),
         (_numbers_for_images, InvalidInput, "the column image of .* must hold images"),

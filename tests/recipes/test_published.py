@@ -38,17 +38,18 @@ def flat(plain: dict[str, Any], before: str = "") -> dict[str, Any]:
     return found
 
 
+BASES = ("cifar", "tiny-imagenet", "mini-imagenet", "imagenet")
 PRESETS = [
     (name, recipe)
     for recipe in names()
-    for name in dict.fromkeys(("cifar", "imagenet", *named(recipe).presets))
-    if name.partition("-")[0] in ("cifar", "imagenet")
+    for name in dict.fromkeys((*BASES, *named(recipe).presets))
+    if name.startswith(BASES)
 ]
 
 
 def stated(name: str, recipe: str) -> dict[str, Any]:
     """What the table says of a preset; what is said of it alone comes last."""
-    base = name.partition("-")[0]
+    base = next(each for each in BASES if name.startswith(each))
     order = [(base, ALL), (ALL, recipe), (base, recipe), (name, recipe)]
     return {
         row["setting"]: json.loads(row["value"])
@@ -68,7 +69,7 @@ def test_a_preset_is_what_the_table_says(name: str, recipe: str) -> None:
 
 def test_every_line_is_of_a_preset_and_says_where_it_is_from() -> None:
     places = {(name, recipe) for name, recipe in PRESETS}
-    known = {*places, *((ALL, r) for _, r in places), ("cifar", ALL), ("imagenet", ALL)}
+    known = {*places, *((ALL, r) for _, r in places), *((base, ALL) for base in BASES)}
     for row in rows():
         assert (row["preset"], row["recipe"]) in known, row
         # a paper or its code by a year or an identifier, an abstract, or us

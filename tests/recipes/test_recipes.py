@@ -327,10 +327,17 @@ def test_what_a_search_must_reach_is_checked(
     assert steps["prune"].settings == {"plan": {"macs": limit}}
 
 
+@pytest.mark.parametrize("name", ["tiny", "imagenets", "imagenet-", "tiny-imagenet-vit-s", ""])
+def test_other_presets_are_refused(name: str) -> None:
+    with pytest.raises(InvalidInput, match=rf"be one of .*mini-imagenet, .*, got '{name}'"):
+        preset(name, "width-depth")
+
+
 @pytest.mark.parametrize("recipe", ["auto-ratio", "fixed-ratio"])
 def test_presets_say_how_far_a_search_goes(recipe: str) -> None:
     mode = {"auto-ratio": "iterative", "fixed-ratio": "fixed"}[recipe]
-    images = {"digits": None, "smoke": 32, "cifar": 5000, "imagenet": 5000}
+    photographs = ("cifar", "tiny-imagenet", "mini-imagenet", "imagenet")
+    images = {"digits": None, "smoke": 32, **dict.fromkeys(photographs, 5000)}
     for name, count in images.items():
         config = preset(name, recipe)
         assert (config.search.mode, config.search.images) == (mode, count)

@@ -11,11 +11,14 @@ import torch
 import vitprune_fast as vp
 from vitprune_fast.config.run import PlanConfig
 from vitprune_fast.config.yamlfile import from_plain
-from vitprune_fast.recipes.by_name import named
+from vitprune_fast.recipes.by_name import named, names
 from vitprune_fast.recipes.presets import preset
 from vitprune_fast.run import actions
 from vitprune_fast.run.steps.plan import plan as plan_step
 from vitprune_fast.scoring import Scores
+
+# presets with the side of their images and the number of patches
+SMALL_IMAGES = [("tiny-imagenet", 64, 64), ("mini-imagenet", 84, 49)]
 
 
 def planned(model: Any, config: PlanConfig, dense: Any = None) -> vp.Plan:
@@ -24,6 +27,22 @@ def planned(model: Any, config: PlanConfig, dense: Any = None) -> vp.Plan:
     axes = [axis for kind in config.units for axis in structure.units(kind)]
     drawn = {axis.name: 1 + torch.rand(axis.size, generator=draw) for axis in axes}
     return actions.plan(model, Scores(drawn, "random", "mean", 0), config, dense=dense)
+
+
+@pytest.mark.parametrize(("name", "size", "tokens"), SMALL_IMAGES)
+@pytest.mark.parametrize("recipe", names())
+def test_small_images_have_models_of_their_size(
+    recipe: str, name: str, size: int, tokens: int
+) -> None:
+    config = preset(name, recipe)
+    assert named(recipe).steps(config) and not config.model.pretrained
+    assert not config.teachers.names or not config.teachers.pretrained
+    for which in (config.model, config.student):
+        if which.name:
+            with torch.device("meta"):
+                model: Any = timm.create_model(which.name, **which.args)
+            assert model.patch_embed.img_size == (size, size)
+            assert model.patch_embed.num_patches == tokens
 
 
 @pytest.mark.parametrize(("name", "heads"), [("imagenet-vit-s", 5), ("imagenet-vit-b", 10)])

@@ -35,9 +35,9 @@ class PresetFlags(FileFlags):
     """Where the options come from."""
 
     preset: Annotated[str | None, arg(metavar="NAME")] = None
-    """Settings to start from: `digits`, `smoke` (the same in less than a minute), `images`, `cifar`
-    or `imagenet`, or a variant that the recipe has; unset: `images` when --data names other images,
-    else `digits`."""
+    """Settings to start from: `digits`, `smoke` (the same in less than a minute), `images`,
+    `cifar`, `tiny-imagenet`, `mini-imagenet` or `imagenet`, or a variant that the recipe has;
+    unset: `images` when --data names other images, else `digits`."""
 
 
 def required_model() -> ModelConfig:

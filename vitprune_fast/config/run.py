@@ -69,9 +69,10 @@ class DataConfig:
         str,
         arg(name="data", metavar="digits|folder:PATH|tar:PATH|wds:PATH|hfds:NAME"),
     ] = "digits"
-    """`digits` (1,797 real 8x8 images, embedded), `folder:PATH` (a folder per class), `tar:PATH`
-    (such folders in a tar), `wds:PATH` (webdataset shards) or `hfds:NAME` (a data set of the
-    Hugging Face hub, or the path of a saved one)."""
+    """`digits` (1,797 real 8x8 images, embedded), `folder:PATH` (a folder per class; or ImageNet,
+    Tiny-ImageNet, Mini-ImageNet or CIFAR as they are shipped), `tar:PATH` (class folders in a tar),
+    `wds:PATH` (webdataset shards) or `hfds:NAME` (a data set of the Hugging Face hub, or the path
+    of a saved one)."""
     batch_size: Annotated[int, arg(metavar="N")] = 64
     """Images per training step."""
     augment: bool = True

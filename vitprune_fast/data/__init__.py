@@ -20,6 +20,7 @@ from vitprune_fast.data.digits import SPLIT_ORIGINS, Digits
 from vitprune_fast.data.folder import Folder
 from vitprune_fast.data.hub import Hub
 from vitprune_fast.data.images import Images, Normalisation, Source, check_normalisation
+from vitprune_fast.data.layouts import recognised
 from vitprune_fast.data.loader import Loader
 from vitprune_fast.data.photographs import INTERPOLATIONS
 from vitprune_fast.data.set_aside import BadImage, SetAside
@@ -116,13 +117,15 @@ def open_data(
 
     Args:
         spec: ``digits``, the 1,797 images of scikit-learn, or ``folder:PATH``, class folders:
-            ``PATH/<class>/...``, or ``PATH/train/<class>/...`` with ``val`` or ``validation`` and
-            ``test`` next to ``train``. ``tar:PATH`` is a plain tar of such folders, or a folder
-            with ``train.tar`` and so on. ``wds:PATH`` is a webdataset shard or a folder of them
-            whose names tell the split. ``hfds:NAME`` is a data set of the Hugging Face hub, or a
-            folder written by its ``save_to_disk``, with columns ``image`` and ``label``. Splits
-            that are not there are cut from the others: test takes 20 % of a flat folder,
-            validation 10 %. A single held-out part is the test split, whatever its name.
+            ``PATH/<class>/...``, or ``PATH/train/<class>/...`` with ``val``, ``valid`` or
+            ``validation`` and ``test`` next to ``train``; or a data set as its authors ship it,
+            recognised by its tables (``docs/data-sets.md``). ``tar:PATH`` is a plain tar of class
+            folders, or a folder with ``train.tar`` and so on. ``wds:PATH`` is a webdataset shard or
+            a folder of them whose names tell the split. ``hfds:NAME`` is a data set of the Hugging
+            Face hub, or a folder written by its ``save_to_disk``, with columns ``image`` or ``img``
+            and ``label`` or ``fine_label``. Splits that are not there are cut from the others: test
+            takes 20 % of a flat folder, validation 10 %. A single held-out part is the test split,
+            whatever its name.
         image_size: height and width of the model's input, in pixels.
         channels: 3, or 1 for grey.
         seed: of the splits cut from a folder; those of the digits are committed.
@@ -137,9 +140,10 @@ def open_data(
 
     Raises:
         InvalidInput: the spec is unknown, or the folder is missing, empty, has one class, an empty
-            class, images outside classes, or too few images for three splits.
-        DamagedFile: scikit-learn's digits are not those of the committed splits, or an archive is
-            truncated, damaged, or holds links or names that leave it.
+            class, images outside classes, too few images for three splits, images that its own
+            tables do not list, or lacks what they list.
+        DamagedFile: scikit-learn's digits are not those of the committed splits, or an archive or
+            a table is truncated, damaged, or holds links or names that leave it.
         BackendUnavailable: the package that a spec needs is not installed.
     """
     height, width = (image_size, image_size) if isinstance(image_size, int) else image_size
@@ -178,7 +182,10 @@ def open_data(
         otherwise = "the digits are shown whole"
     elif kind in PHOTOGRAPHS and path:
         crop_share, interpolation = crop_share or 1.0, interpolation or "bicubic"
-        source = PHOTOGRAPHS[kind](Path(path), size, channels, seed, crop_share, interpolation)
+        reader, root = PHOTOGRAPHS[kind], Path(path)
+        if reader is Folder:
+            reader, root = recognised(root)
+        source = reader(root, size, channels, seed, crop_share, interpolation)
         split_origins = source.split_origins
         defaults, otherwise = "of ImageNet, the default", "the default"
         luma = torch.tensor([0.299, 0.587, 0.114])

@@ -1,4 +1,4 @@
-"""Photographs in class folders, listed by timm's reader."""
+"""Photographs in class folders: the classes, names and order that timm's reader gives them."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import BinaryIO
 
 from timm.data.readers.img_extensions import get_img_extensions
-from timm.data.readers.reader_image_folder import ReaderImageFolder
 
+from vitprune_fast.data.archive import natural_key
 from vitprune_fast.data.photographs import PARTS, Part, Photographs
 from vitprune_fast.errors import InvalidInput
 
@@ -33,60 +33,64 @@ class Folder(Photographs):
             return {"": self._listed(root)}
         return {name: self._listed(root / name) for name in PARTS if (root / name).is_dir()}
 
-    def _listed(self, folder: Path) -> Part:
-        _check_class_folders(folder)
-        try:
-            reader = ReaderImageFolder(str(folder))
-        except RuntimeError:
+    def _listed(self, folder: Path, *, by_top: bool = False) -> Part:
+        """List class folders in one walk, which follows links.
+
+        timm's reader would drop a class without images and number the rest anew, and never end on
+        links in a circle; both are refused.
+
+        Args:
+            folder: what holds the class folders.
+            by_top: name a class after the folder right below ``folder``, not after the one that
+                holds the image.
+        """
+        suffixes = get_img_extensions(as_set=True)
+        prefix = os.path.join(self.root, "")
+        names: list[str] = []
+        class_of: dict[str, str] = {}
+        tops: set[str] = set()
+        filled: set[str] = set()
+        for place, inner, files in os.walk(folder, followlinks=True, onerror=_refuse_unreadable):
+            _refuse_circles(place, inner, folder)
+            below = Path(place).relative_to(folder).parts
+            if not below:
+                tops = {each for each in inner if not each.startswith(".")}
+            images = [each for each in files if os.path.splitext(each)[1].lower() in suffixes]
+            if images:
+                short = os.path.join(place, "").removeprefix(prefix)
+                class_of[short] = below[0 if by_top else -1] if below else ""
+                filled |= {*below[:1]}
+                names += [short + image for image in images]
+        for empty in sorted(tops - filled):
+            raise InvalidInput(
+                f"open_data: every class folder must hold images, got none in {folder / empty}; "
+                "fill it or remove it"
+            )
+        if not names:
             raise InvalidInput(
                 f"open_data: {folder} must hold images (.jpg, .jpeg, .png) in class folders, "
                 "got none"
-            ) from None
-        except ValueError as error:
-            # the reader sorts names by their numbers and takes a superscript for one
-            raise InvalidInput(
-                f"open_data: names in {folder} must have plain digits, got {error}; rename the file"
-            ) from None
-        classes = tuple(sorted(reader.class_to_idx, key=reader.class_to_idx.__getitem__))
-        prefix = os.path.join(self.root, "")
-        names = [path.removeprefix(prefix) for path, _ in reader.samples]
-        return Part(str(folder), classes, names, [label for _, label in reader.samples])
+            )
+        names.sort(key=natural_key)
+        number = {each: n for n, each in enumerate(sorted({*class_of.values()}, key=natural_key))}
+        labels = [number[class_of[name[: name.rfind(os.sep) + 1]]] for name in names]
+        return Part(str(folder), tuple(number), names, labels)
 
 
 def _at_once(path: str, flags: int) -> int:
     return os.open(path, flags | getattr(os, "O_NONBLOCK", 0))
 
 
-def _check_class_folders(folder: Path) -> None:
-    """Refuse a class folder without images: the reader would drop it and renumber the rest."""
-    for each in sorted(folder.iterdir()):
-        if each.is_dir() and not each.name.startswith(".") and not _has_images(each):
-            raise InvalidInput(
-                f"open_data: every class folder must hold images, got none in {each}; "
-                "fill it or remove it"
-            )
-
-
-def _has_images(top: Path) -> bool:
-    """Whether the reader will find images; refuses what it would silently skip or never end on."""
-    suffixes = get_img_extensions(as_set=True)
-    found = False
-    # like the reader, which follows links
-    for folder, inner, names in os.walk(top, followlinks=True, onerror=_refuse_unreadable):
-        found = found or any(Path(name).suffix.lower() in suffixes for name in names)
-        for path in (os.path.join(folder, name) for name in inner):
-            if os.path.islink(path) and _above(path, folder, top):
+def _refuse_circles(place: str, inner: list[str], top: Path) -> None:
+    """Refuse links from ``place`` to a folder on the way to it."""
+    for link in (os.path.join(place, name) for name in inner):
+        if os.path.islink(link):
+            walked = (Path(place), *Path(place).parents)
+            inside = [each.resolve() for each in walked if each.is_relative_to(top)]
+            if Path(link).resolve() in {up for each in inside for up in (each, *each.parents)}:
                 raise InvalidInput(
-                    f"open_data: links must not lead in a circle, got {path}; remove it"
+                    f"open_data: links must not lead in a circle, got {link}; remove it"
                 )
-    return found
-
-
-def _above(link: str, folder: str, top: Path) -> bool:
-    """Whether ``link``, found in ``folder``, leads to a folder on the way to it."""
-    walked = [Path(folder), *(each for each in Path(folder).parents if each.is_relative_to(top))]
-    way = {place for each in walked for place in (each.resolve(), *each.resolve().parents)}
-    return Path(link).resolve() in way
 
 
 def _refuse_unreadable(error: OSError) -> None:

@@ -15,18 +15,19 @@ from vitprune_fast.data.shards import MAX_CLASSES
 from vitprune_fast.errors import BackendUnavailable, DamagedFile, InvalidInput, VitpruneError
 from vitprune_fast.files import inside, read_json
 
-# what timm's reader takes unless told otherwise
-IMAGE, LABEL = "image", "label"
+# what timm's reader takes unless told otherwise, and what CIFAR calls them
+IMAGE, LABEL = ("image", "img"), ("label", "fine_label")
 _MAX_REASON = 300
 
 
 class Hub(Photographs):
     """A folder written by ``save_to_disk``, or whatever ``datasets.load_dataset`` opens by name.
 
-    The columns are ``image`` and ``label``, as for timm's reader. Classes are the names of the
-    ``ClassLabel``, or the numbers from 0 where labels are plain integers. The parts are ``train``,
-    ``val`` or ``validation``, and ``test``; a held-out part whose labels are all -1 or empty has
-    none to measure with and is left out. A sample is called by its part and its row.
+    The columns are ``image`` and ``label``, as for timm's reader, else ``img`` and ``fine_label``.
+    Classes are the names of the ``ClassLabel``, or the numbers from 0 where labels are plain
+    integers. The parts are ``train``, ``val``, ``valid`` or ``validation``, and ``test``; a part
+    held out whose labels are all -1 or empty has none to measure with and is left out. A sample is
+    called by its part and its row.
 
     timm's reader cannot open saved folders and decides on one split before it has seen which ones
     there are, so the library is called as timm calls it: no code of the data set is ever run.
@@ -38,8 +39,8 @@ class Hub(Photographs):
     def open(self, sample: int) -> BinaryIO:
         """Open the undecoded file of one image: its bytes in the table, or a file next to it."""
         part = bisect_right(self._starts, sample) - 1
-        image = self._tables[part][sample - self._starts[part]][IMAGE] or {}
-        content, path = image.get("bytes"), image.get("path")
+        (image,) = self._tables[part][sample - self._starts[part]].values()
+        content, path = (image or {}).get("bytes"), (image or {}).get("path")
         if content is not None:
             if len(content) > MAX_IMAGE_BYTES:
                 raise ValueError(f"{len(content)} bytes, more than {MAX_IMAGE_BYTES}")
@@ -70,14 +71,16 @@ class Hub(Photographs):
         self._tables, self._starts = [], []
         found = _load(self.root)
         if "train" not in found and set(found) != {""}:
-            raise InvalidInput(
-                f"open_data: {self.root} must have a split train, "
-                f"got {', '.join(sorted(found)) or 'none of train, val, validation, test'}"
-            )
+            got = ", ".join(sorted(found)) or f"none of {', '.join(PARTS)}"
+            raise InvalidInput(f"open_data: {self.root} must have a split train, got {got}")
         where = {name: f"{self.root} ({name})" if name else str(self.root) for name in found}
-        features = {name: _label_feature(table, where[name]) for name, table in found.items()}
+        columns = {name: _columns(table, where[name]) for name, table in found.items()}
+        features = {
+            name: _label_feature(table, columns[name][1], where[name])
+            for name, table in found.items()
+        }
         labels = {
-            name: _labels(table, where[name], held_out=name in PARTS[1:])
+            name: _labels(table, columns[name][1], where[name], held_out=name in PARTS[1:])
             for name, table in found.items()
         }
         count = max(max(listed, default=0) for listed in labels.values()) + 1
@@ -93,7 +96,7 @@ class Hub(Photographs):
                 )
             rows = [f"{name}/{row}" if name else str(row) for row in range(len(listed))]
             parts[name] = Part(where[name], tuple(classes), rows, listed)
-            self._tables.append(_undecoded(found[name], where[name]))
+            self._tables.append(_undecoded(found[name], columns[name][0], where[name]))
             self._starts.append(start)
             start += len(listed)
         return parts
@@ -157,15 +160,23 @@ def _load_saved(folder: Path) -> Any:
     return datasets.Dataset.load_from_disk(str(folder))
 
 
-def _label_feature(table: Any, where: str) -> Any:
-    """The type of the labels; refuses a table without both columns."""
-    missing = [name for name in (IMAGE, LABEL) if name not in table.column_names]
-    if missing:
+def _columns(table: Any, where: str) -> tuple[str, str]:
+    """The names of the columns with images and with labels."""
+    found = [
+        next((name for name in names if name in table.column_names), "") for names in (IMAGE, LABEL)
+    ]
+    if not all(found):
         raise InvalidInput(
-            f"open_data: {where} must have the columns {IMAGE} and {LABEL}, "
-            f"got {', '.join(table.column_names)}; rename_column and save_to_disk make it so"
+            f"open_data: {where} must have the columns {' or '.join(IMAGE)} and "
+            f"{' or '.join(LABEL)}, got {', '.join(table.column_names)}; rename_column and "
+            "save_to_disk make it so"
         )
-    feature = table.features[LABEL]
+    return found[0], found[1]
+
+
+def _label_feature(table: Any, name: str, where: str) -> Any:
+    """The type of the labels."""
+    feature = table.features[name]
     whole = str(getattr(feature, "dtype", "")).startswith(("int", "uint"))
     if not hasattr(feature, "names") and not whole:
         raise InvalidInput(
@@ -175,10 +186,10 @@ def _label_feature(table: Any, where: str) -> Any:
     return feature
 
 
-def _labels(table: Any, where: str, *, held_out: bool) -> list[int]:
+def _labels(table: Any, name: str, where: str, *, held_out: bool) -> list[int]:
     """One label per row, or none for a held-out part without labels."""
-    column = _checked(table, LABEL, where)
-    labels: Sequence[int | None] = column[:][LABEL]
+    column = _checked(table, name, where)
+    labels: Sequence[int | None] = column[:][name]
     if not labels:
         raise InvalidInput(f"open_data: {where} must hold images, got none")
     # the hub marks a label that is kept back as -1
@@ -193,18 +204,18 @@ def _labels(table: Any, where: str, *, held_out: bool) -> list[int]:
     return known
 
 
-def _undecoded(table: Any, where: str) -> Any:
+def _undecoded(table: Any, name: str, where: str) -> Any:
     """The images alone, as files: decoding is ours."""
     import datasets
 
     try:
-        images = _checked(table, IMAGE, where)
-        return images.cast_column(IMAGE, datasets.Image(decode=False))
+        images = _checked(table, name, where)
+        return images.cast_column(name, datasets.Image(decode=False))
     except VitpruneError:
         raise
     except Exception as error:  # arrow's and the library's own kinds
         raise InvalidInput(
-            f"open_data: the column {IMAGE} of {where} must hold images, got {_reason(error)}"
+            f"open_data: the column {name} of {where} must hold images, got {_reason(error)}"
         ) from None
 
 

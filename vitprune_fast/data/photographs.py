@@ -23,7 +23,7 @@ SHARES = {"test": 0.2, "validation": 0.1}
 INTERPOLATIONS = {
     name: Image.Resampling[name.upper()] for name in ("nearest", "bilinear", "bicubic", "lanczos")
 }
-_HELD_OUT = {"val": "validation", "validation": "validation", "test": "test"}
+_HELD_OUT = {**dict.fromkeys(("val", "valid", "validation"), "validation"), "test": "test"}
 PARTS = ("train", *_HELD_OUT)
 
 
@@ -134,9 +134,10 @@ class Photographs(ABC):
         if "train" not in parts:
             (only,) = parts.values()
             return self._derived(self._add(only), SHARES, only.where)
-        if {"val", "validation"} <= parts.keys():
+        several = [name for name in parts if _HELD_OUT.get(name) == "validation"]
+        if len(several) > 1:
             raise InvalidInput(
-                f"open_data: {self.root} must have one validation part, got val and validation"
+                f"open_data: {self.root} must have one validation part, got {' and '.join(several)}"
             )
         splits: dict[str, Sequence[int]] = {}
         for name, part in parts.items():

@@ -14,8 +14,8 @@ class Tar(Archives):
     """A plain tar that holds ``<class>/...``, or ``train/<class>/...`` with held-out folders.
 
     All of it may lie in one folder more. ROOT may also be a folder with ``train.tar``, and
-    ``val.tar`` or ``validation.tar`` and ``test.tar`` next to it. As with timm's readers, a class
-    is named after the folder that holds the image.
+    ``val.tar``, ``valid.tar`` or ``validation.tar`` and ``test.tar`` next to it. As with timm's
+    readers, a class is named after the folder that holds the image.
     """
 
     def _parts(self) -> dict[str, Part]:

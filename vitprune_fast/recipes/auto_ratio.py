@@ -87,6 +87,8 @@ PRESETS = {
             "warmup_epochs": 1.4,
         },
     },
+    "tiny-imagenet": {"search": {"tolerance": 0.01, "images": 5000}},
+    "mini-imagenet": {"search": {"tolerance": 0.01, "images": 5000}},
     "imagenet": {"search": {"tolerance": 0.01, "images": 5000}},
 }
 

@@ -13,6 +13,9 @@ from __future__ import annotations
 from vitprune_fast.recipes.standard import steps
 from vitprune_fast.run.step import Recipe
 
+# three rounds, and what follows the cut
+_HUNDRED_EPOCHS = {"rounds": {"epochs": 15}, "distill": {"epochs": 55}}
+
 RECIPE = Recipe(
     "fast",
     steps,
@@ -25,7 +28,9 @@ RECIPE = Recipe(
         "digits": {"distill": {"epochs": 15}},
         "smoke": {"rounds": {"count": 3, "epochs": 1}, "distill": {"epochs": 2}},
         "images": {"rounds": {"epochs": 2}, "distill": {"epochs": 6}},
-        "cifar": {"rounds": {"epochs": 15}, "distill": {"epochs": 55}},
+        "cifar": _HUNDRED_EPOCHS,
+        "tiny-imagenet": _HUNDRED_EPOCHS,
+        "mini-imagenet": _HUNDRED_EPOCHS,
         "imagenet": {"rounds": {"epochs": 30}, "distill": {"epochs": 220}},
     },
 )

@@ -31,6 +31,8 @@ def steps(config: RunConfig) -> list[Step]:
 
 # 8x8 pixels are few for the strides of a CNN; this one is right more often than the dense model
 _SMALL_CNN = {"names": ["test_resnet"], "pretrained": False, "size": 32, "epochs": 30, "lr": 2e-3}
+# where weights of ImageNet have seen the images
+_FRESH_CNN = {"pretrained": False, "epochs": 100, "lr": 1e-3}
 
 RECIPE = Recipe(
     "kd-cnn",
@@ -61,6 +63,8 @@ RECIPE = Recipe(
             "gates": {"epochs": 6},
         },
         "digits": {"teachers": _SMALL_CNN, "gates": {"epochs": 15}},
+        "tiny-imagenet": {"teachers": _FRESH_CNN},
+        "mini-imagenet": {"teachers": _FRESH_CNN},
         "imagenet": {
             "model": {"name": "deit_base_distilled_patch16_224"},
             "teachers": {"names": ["regnety_160.deit_in1k"]},

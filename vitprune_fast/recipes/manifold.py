@@ -52,6 +52,7 @@ def _small_vit(width: int) -> dict[str, Any]:
     return {"student": {"name": name, "args": {**args, **own}}, "distill": {"lr": 2e-3}}
 
 
+_TINY = "deit_tiny_patch16_224"
 _TERMS = ["manifold_intra", "manifold_inter", "manifold_random"]
 # of the student and of the teacher, which is twice as deep
 _PAIRS = [[0, 0], [1, 1], [2, 2], [3, 3], [8, 20], [9, 21], [10, 22], [11, 23]]
@@ -63,10 +64,12 @@ RECIPE = Recipe(
     {
         "digits": _small_vit(32),
         "smoke": _small_vit(16),
-        "cifar": {"student": {"name": "deit_tiny_patch16_224"}},
+        "cifar": {"student": {"name": _TINY}},
+        "tiny-imagenet": {"student": {"name": _TINY, "args": {"img_size": 64, "patch_size": 8}}},
+        "mini-imagenet": {"student": {"name": _TINY, "args": {"img_size": 84, "patch_size": 12}}},
         "imagenet": {
             "model": {"name": "cait_s24_224.fb_dist_in1k"},
-            "student": {"name": "deit_tiny_patch16_224"},
+            "student": {"name": _TINY},
             "distill": {"layers": _PAIRS, "drop_path": 0.0},
         },
     },
