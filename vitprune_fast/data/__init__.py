@@ -17,8 +17,8 @@ from vitprune_fast.data.folder import Folder
 from vitprune_fast.data.hub import Hub
 from vitprune_fast.data.images import Images, Source, check_normalisation
 from vitprune_fast.data.loader import Batch, Loader
-from vitprune_fast.data.photographs import INTERPOLATIONS
 from vitprune_fast.data.quarantine import BadImage, find_bad_images
+from vitprune_fast.data.resize import INTERPOLATIONS
 from vitprune_fast.data.shards import Shards
 from vitprune_fast.data.splits import SPLIT_SEED, split_hash
 from vitprune_fast.data.tar import Tar

@@ -14,13 +14,11 @@ from PIL import Image
 
 from vitprune_fast.data.augment import Affine, Augment, RandomCrop
 from vitprune_fast.data.decode import decode
+from vitprune_fast.data.resize import INTERPOLATIONS
 from vitprune_fast.data.splits import stratified
 from vitprune_fast.errors import InvalidInput
 
 SHARES = {"test": 0.2, "validation": 0.1}
-INTERPOLATIONS = {
-    name: Image.Resampling[name.upper()] for name in ("nearest", "bilinear", "bicubic", "lanczos")
-}
 _HELD_OUT = {"val": "validation", "validation": "validation", "test": "test"}
 PARTS = ("train", *_HELD_OUT)
 
