@@ -107,12 +107,13 @@ class Photographs(ABC):
         pixels = pixels.permute(0, 3, 1, 2).float() / 255
         return augment(pixels, draws) if isinstance(augment, Affine) else pixels.contiguous()
 
-    def image(self, sample: int) -> Image.Image:
-        """Decode one whole image."""
+    def image(self, sample: int) -> np.ndarray:
+        """Decode one whole image: ``(H, W, C)`` uint8, see ``decode``."""
         return decode(lambda: self.open(sample), self.path(sample), channels=self.channels)
 
-    def _view(self, image: Image.Image, augment: Augment | None, draw: np.ndarray) -> np.ndarray:
+    def _view(self, pixels: np.ndarray, augment: Augment | None, draw: np.ndarray) -> np.ndarray:
         """Cut a window and resize it to the model's input: random, or the centre to evaluate."""
+        image = Image.fromarray(pixels[:, :, 0] if self.channels == 1 else pixels)
         if isinstance(augment, RandomCrop):
             return np.asarray(augment.view(image, self.image_size, self.resampling, draw))
         height, width = self.image_size
