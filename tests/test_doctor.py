@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 
 import torch
 
@@ -32,6 +33,13 @@ def test_doctor_says_what_a_forced_backend_does(monkeypatch):
     gather = [choice for choice in report.backends if choice.op == "gather_all"]
     assert {choice.backend for choice in gather} == {"none"}
     assert all("there is no Triton kernel of this op" in choice.why for choice in gather)
+
+
+def test_doctor_says_what_decodes_photographs(monkeypatch):
+    assert doctor().tools["JPEG decoder"].startswith("simplejpeg")
+    # "is it installed?" is answered with no
+    monkeypatch.setitem(sys.modules, "simplejpeg", None)
+    assert doctor().tools["JPEG decoder"].startswith("Pillow: the package simplejpeg")
 
 
 def test_doctor_names_a_toolkit_of_another_cuda(monkeypatch, tmp_path):

@@ -195,7 +195,7 @@ def test_pixels_are_those_of_the_files(tmp_path: Path) -> None:
     upright.save(buffer, "jpeg", exif=exif)
     images = [{"bytes": buffer.getvalue(), "path": None}] * 24
     data = _saved(tmp_path / "set", _table(images=images))
-    assert data.source.image(0).size == (20, 8)  # type: ignore[attr-defined]
+    assert data.source.image(0).shape == (8, 20, 3)  # type: ignore[attr-defined]
 
 
 def test_bad_images_are_set_aside(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

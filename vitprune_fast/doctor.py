@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.metadata
+import importlib.util
 import os
 import platform
 import re
@@ -19,7 +20,10 @@ from vitprune_fast._version import __version__
 from vitprune_fast.hardware import processor
 from vitprune_fast.ops import Choice, backends
 
-_PACKAGES = ("torch", "torchvision", "timm", "triton", "numpy", "safetensors")
+_PACKAGES = (
+    *("torch", "torchvision", "timm", "triton", "numpy", "safetensors"),
+    *("pillow", "simplejpeg"),
+)
 _SETTINGS = (
     "VITPRUNE_BACKEND",
     "TRITON_INTERPRET",
@@ -38,7 +42,7 @@ class Report:
     Args:
         versions: of this package, Python and the packages it stands on; "absent" without one.
         devices: processor and GPUs in words.
-        tools: compilers, nvcc and the CUDA toolkit: where, or why not.
+        tools: compilers, nvcc and the CUDA toolkit: where, or why not; what decodes JPEGs.
         native: state of the native code and what it was built with.
         settings: environment variables that change what runs.
         backends: for each op and kind of device, what runs and why.
@@ -144,7 +148,14 @@ def _tools() -> dict[str, str]:
         "ninja": _version_line("ninja"),
         "nvcc": _version_line(str(home / "bin" / "nvcc")) if home else "not found",
         "CUDA toolkit": str(home) if home else "none with bin/nvcc and include/cuda_runtime.h",
+        "JPEG decoder": _jpeg_decoder(),
     }
+
+
+def _jpeg_decoder() -> str:
+    if importlib.util.find_spec("simplejpeg") is None:
+        return "Pillow: the package simplejpeg, which is faster, is not installed"
+    return "simplejpeg, and Pillow for what it does not take"
 
 
 def _native() -> dict[str, str]:

@@ -22,7 +22,7 @@ from vitprune_fast.data.hub import Hub
 from vitprune_fast.data.images import Images, Normalisation, Source, check_normalisation
 from vitprune_fast.data.layouts import recognised
 from vitprune_fast.data.loader import Loader
-from vitprune_fast.data.photographs import INTERPOLATIONS
+from vitprune_fast.data.resize import INTERPOLATIONS
 from vitprune_fast.data.set_aside import BadImage, SetAside
 from vitprune_fast.data.shards import Shards
 from vitprune_fast.data.splits import SPLIT_SEED, split_hash

@@ -16,13 +16,11 @@ from vitprune_fast.data.augment import Affine, Augment, RandomCrop
 from vitprune_fast.data.decode import decode
 from vitprune_fast.data.images import Read
 from vitprune_fast.data.names import Names
+from vitprune_fast.data.resize import INTERPOLATIONS
 from vitprune_fast.data.splits import stratified
 from vitprune_fast.errors import DamagedFile, InvalidInput
 
 SHARES = {"test": 0.2, "validation": 0.1}
-INTERPOLATIONS = {
-    name: Image.Resampling[name.upper()] for name in ("nearest", "bilinear", "bicubic", "lanczos")
-}
 _HELD_OUT = {**dict.fromkeys(("val", "valid", "validation"), "validation"), "test": "test"}
 PARTS = ("train", *_HELD_OUT)
 
@@ -114,12 +112,13 @@ class Photographs(ABC):
             read = augment(read.permute(0, 3, 1, 2).float() / 255, draws)
         return Read(read, bad)
 
-    def image(self, sample: int) -> Image.Image:
-        """Decode one whole image."""
+    def image(self, sample: int) -> np.ndarray:
+        """Decode one whole image: ``(H, W, C)`` uint8, see ``decode``."""
         return decode(lambda: self.open(sample), self.path(sample), channels=self.channels)
 
-    def _view(self, image: Image.Image, augment: Augment | None, draw: np.ndarray) -> np.ndarray:
+    def _view(self, pixels: np.ndarray, augment: Augment | None, draw: np.ndarray) -> np.ndarray:
         """Cut a window and resize it to the model's input: random, or the centre to evaluate."""
+        image = Image.fromarray(pixels[:, :, 0] if self.channels == 1 else pixels)
         if isinstance(augment, RandomCrop):
             return np.asarray(augment.view(image, self.image_size, self.resampling, draw))
         height, width = self.image_size
