@@ -26,7 +26,7 @@ from vitprune_fast.data import (
     digits,
     open_data,
 )
-from vitprune_fast.data.splits import stratified
+from vitprune_fast.data.splits import stratified, validation_counts
 from vitprune_fast.errors import DamagedFile, InvalidInput
 from vitprune_fast.files import read_json
 from vitprune_fast.run.inputs import check_fit
@@ -154,6 +154,52 @@ def test_split_folders(tmp_path: Path, held_out: list[str], own: set[str]) -> No
         outside = [name for name in names[split] if not name.startswith("train/")]
         assert len(outside) == (len(names[split]) if split in own else 0)
         assert names[split]
+
+
+def test_large_sets_give_validation_no_more_than_it_needs() -> None:
+    # ImageNet, CIFAR-10, Tiny-ImageNet, and classes of which some are small
+    for classes, size, enough in ((1000, 1300, 10), (10, 5000, 500), (200, 500, 25)):
+        counts, _ = validation_counts(dict.fromkeys(range(classes), size), None)
+        assert set(counts.values()) == {enough}
+    sizes = {label: 5 * label for label in range(1, 1001)}
+    counts, words = validation_counts(sizes, None)
+    assert all(counts[label] == min(round(0.5 * label), 10) for label in sizes)
+    assert words == "10%, at most 10 images a class,"
+
+
+@given(
+    st.dictionaries(st.integers(0, 9), st.integers(1, 50), min_size=1),
+    st.integers(1, 500),
+)
+def test_a_number_of_images_is_spread_by_size(sizes: dict[int, int], wanted: int) -> None:
+    wanted = min(wanted, sum(sizes.values()))
+    counts, _ = validation_counts(sizes, wanted)
+    assert sum(counts.values()) == wanted
+    for label, size in sizes.items():
+        assert abs(counts[label] - wanted * size / sum(sizes.values())) < 1
+
+
+def test_validation_is_as_large_as_said(photos: Path) -> None:
+    plain, more = _photo_data(photos), _photo_data(photos, validation=0.25)
+    assert [len(more.split(name)) for name in SPLITS] == [33, 15, 12]
+    assert more.origins["validation"] == f"25% of {photos}"
+    # the order in which images are taken does not depend on how many there are
+    assert {*plain.split_ids["validation"]} < {*more.split_ids["validation"]}
+    assert plain.split_hashes["test"] == more.split_hashes["test"]
+    seven = _photo_data(photos, validation=7)
+    assert torch.bincount(seven.split("validation").labels).tolist() == [3, 2, 2]
+    assert seven.origins["validation"] == f"7 images of {photos}"
+    with pytest.raises(InvalidInput, match=r"every class of .* an image to train on, got 58 of"):
+        _photo_data(photos, validation=58)
+
+
+def test_a_validation_part_of_its_own_is_taken_whole(tmp_path: Path) -> None:
+    for part in ("train", "val", "test"):
+        for name in ("a", "b"):
+            _save_images(tmp_path / part / name, 10)
+    assert _photo_data(tmp_path).own_splits == {*SPLITS}
+    with pytest.raises(InvalidInput, match="which has a validation part of its own, got 5"):
+        _photo_data(tmp_path, validation=5)
 
 
 def test_split_hashes_change_with_names_and_labels(photos: Path) -> None:
@@ -690,7 +736,13 @@ def test_bad_folders_are_one_sentence(
         ),
         ("digits", {"channels": 2}, "channels must be 1 or 3, got 2"),
         ("digits", {"image_size": 0}, "image_size must be at least 1 pixel, got 0"),
-        ("digits", {"crop_share": 0.0}, r"crop_share must be in \(0, 1\], got 0.0"),
+        ("digits", {"crop_share": 0.0}, "crop_share must be at least 0.01, got 0.0"),
+        ("digits", {"crop_share": math.nan}, "crop_share must be at least 0.01, got nan"),
+        ("digits", {"crop_mode": "fit"}, "crop_mode must be center, squash, border, got 'fit'"),
+        ("digits", {"validation": 0}, r"validation must be a share in \(0, 1\) or a whole"),
+        ("digits", {"validation": 1.5}, "a whole number of images, got 1.5"),
+        ("digits", {"validation": math.inf}, "a whole number of images, got inf"),
+        ("digits", {"validation": 100}, "validation must be unset for the digits, .*, got 100"),
         ("digits", {"mean": (0.5, 0.5, 0.5)}, "mean must have 1 finite numbers"),
         ("digits", {"mean": (math.nan,)}, r"mean must have 1 finite numbers, got \(nan,\)"),
         ("digits", {"std": (math.inf,)}, "std must have 1 positive finite numbers"),

@@ -47,6 +47,15 @@ def image_shape(model: Any) -> tuple[int | None, int | None, int | None]:
     return image_channels(model) or channels, height, width
 
 
+def published_size(model: Any) -> tuple[int, int] | None:
+    """(height, width) of the images its published accuracy is of, where that is said apart.
+
+    The model need not be built for them.
+    """
+    size = stated_config(model).get("test_input_size")
+    return None if size is None else (int(size[-2]), int(size[-1]))
+
+
 def built_for(model: Any) -> tuple[int, int] | None:
     """(height, width) of images by which a model sized its parts; None where none has a size."""
     return _made_for(model)[0]

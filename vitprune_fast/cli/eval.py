@@ -35,15 +35,16 @@ def main(words: list[str]) -> None:
     from vitprune_fast.cli.display import print_assumptions
     from vitprune_fast.models.open import open_model
     from vitprune_fast.run import actions
-    from vitprune_fast.run.assumptions import about_test_images
+    from vitprune_fast.run.assumptions import about_size, about_test_images
     from vitprune_fast.run.inputs import open_both
     from vitprune_fast.run.profile import applied
 
     opened = open_both(
         options.model, options.data, 0, options.device, options.threads, options.dtype
     )
+    size = about_size(options.model, opened.model, opened.data)
     unknown = about_test_images(options.model, opened.data) if options.split == "test" else {}
-    print_assumptions({**opened.assumptions, **unknown})
+    print_assumptions({**opened.assumptions, **size, **unknown})
     teachers = [open_model(ModelConfig(name=str(options.teacher)))] if options.teacher else []
     models = [*teachers, opened.model]
     with applied(opened.setting.profile):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,10 +15,11 @@ from PIL import Image
 
 from vitprune_fast.data.augment import Affine, Augment, RandomCrop
 from vitprune_fast.data.decode import decode
-from vitprune_fast.data.splits import stratified
+from vitprune_fast.data.evaluation_view import evaluation_view, show
+from vitprune_fast.data.splits import in_words, stratified, validation_counts
 from vitprune_fast.errors import InvalidInput
 
-SHARES = {"test": 0.2, "validation": 0.1}
+TEST_SHARE = 0.2
 INTERPOLATIONS = {
     name: Image.Resampling[name.upper()] for name in ("nearest", "bilinear", "bicubic", "lanczos")
 }
@@ -50,12 +52,18 @@ class Photographs(ABC):
         image_size: (height, width) of the model's input in pixels.
         channels: 3, or 1 for grey.
         seed: of the splits that the data set does not bring.
-        crop_share: share of the shorter side that the centre window of evaluation covers.
+        validation: how much is cut out for that split, see ``open_data``.
+        crop_share: as for ``evaluation_view``.
+        crop_mode: as there.
+        fill: per channel, what evaluation shows around a photograph that leaves a border.
         interpolation: how images are resized, one of ``INTERPOLATIONS``.
+
+    Attributes:
+        own_splits: those that the data set brings, and which are not cut out of others.
 
     Raises:
         InvalidInput: nothing is there, or no classes, one class, an empty one, or one that the
-            training part lacks.
+            training part lacks; or ``validation`` is given and cannot be had.
         DamagedFile: an archive cannot be trusted.
     """
 
@@ -64,15 +72,22 @@ class Photographs(ABC):
         root: Path,
         image_size: tuple[int, int],
         channels: int,
+        *,
         seed: int,
+        validation: float | None,
         crop_share: float,
+        crop_mode: str,
+        fill: tuple[int, ...],
         interpolation: str,
     ) -> None:
         self.root = root
         self.image_size = image_size
         self.channels = channels
         self.seed = seed
+        self.validation = validation
         self.crop_share = crop_share
+        self.crop_mode = crop_mode
+        self.fill = fill
         self.resampling = INTERPOLATIONS[interpolation]
         # relative to the root, as plain text: a data set may have millions
         self.names: list[str] = []
@@ -80,6 +95,7 @@ class Photographs(ABC):
         self.classes: tuple[str, ...] = ()
         # split -> which folder or share it is, for people
         self.split_origins: dict[str, str] = {}
+        self.own_splits: frozenset[str] = frozenset()
         self.splits = self._cut(self._parts())
 
     @abstractmethod
@@ -114,21 +130,18 @@ class Photographs(ABC):
         return decode(lambda: self.open(sample), self.path(sample), channels=self.channels)
 
     def _view(self, image: Image.Image, augment: Augment | None, draw: np.ndarray) -> np.ndarray:
-        """Cut a window and resize it to the model's input: random, or the centre to evaluate."""
+        """Show a photograph in the size of the model's input: at random, or as evaluation does."""
         if isinstance(augment, RandomCrop):
             return np.asarray(augment.view(image, self.image_size, self.resampling, draw))
-        height, width = self.image_size
-        # the largest window of the input's shape, shrunk by crop_share
-        share = min(image.width / width, image.height / height) * self.crop_share
-        wide, high = width * share, height * share
-        left, top = (image.width - wide) / 2, (image.height - high) / 2
-        window = (left, top, left + wide, top + high)
-        return np.asarray(image.resize((width, height), self.resampling, box=window))
+        view = evaluation_view(
+            image.size, self.image_size, self.crop_share, self.crop_mode, self.fill
+        )
+        return np.asarray(show(image, view, self.resampling))
 
     def _cut(self, parts: Mapping[str, Part]) -> dict[str, list[int]]:
         if "train" not in parts:
             (only,) = parts.values()
-            return self._derived(self._add(only), SHARES, only.where)
+            return self._derived(self._add(only), ("test", "validation"), only.where)
         if {"val", "validation"} <= parts.keys():
             raise InvalidInput(
                 f"open_data: {self.root} must have one validation part, got val and validation"
@@ -141,19 +154,37 @@ class Photographs(ABC):
                 split, origin = "test", f"{part.where}, the only part held out"
             splits[split] = self._add(part)
             self.split_origins[split] = origin
-        missing = {split: share for split, share in SHARES.items() if split not in splits}
+        if self.validation is not None and "validation" in splits:
+            raise InvalidInput(
+                f"open_data: validation must be unset for {self.root}, which has a validation part "
+                f"of its own, got {self.validation:g}"
+            )
+        self.own_splits = frozenset(splits)
+        missing = [split for split in ("test", "validation") if split not in splits]
         return {**splits, **self._derived(splits["train"], missing, parts["train"].where)}
 
     def _derived(
-        self, samples: Sequence[int], shares: Mapping[str, float], where: str
+        self, samples: Sequence[int], missing: Sequence[str], where: str
     ) -> dict[str, list[int]]:
-        """Cut ``shares`` out of ``samples``; names and a fixed seed decide, see ``stratified``."""
-        for split, share in shares.items():
-            self.split_origins[split] = f"{share:.0%} of {where}"
-        self.split_origins["train"] = f"the rest of {where}" if shares else where
+        """Cut splits out of ``samples``; names and a fixed seed decide, see ``stratified``."""
         names = [self.names[sample] for sample in samples]
         labels = [self.labels[sample] for sample in samples]
-        chosen = stratified(names, labels, shares, self.seed)
+        sizes = Counter(labels)
+        amounts: dict[str, float | Mapping[int, int]] = {}
+        for split in missing:
+            if split == "test":
+                amounts[split], words = TEST_SHARE, in_words(TEST_SHARE)
+            else:
+                amounts[split], words = validation_counts(sizes, self.validation)
+            self.split_origins[split] = f"{words} of {where}"
+        self.split_origins["train"] = f"the rest of {where}" if missing else where
+        chosen = stratified(names, labels, amounts, self.seed)
+        wanted = self.validation or 0
+        if 1 <= wanted != len(chosen["validation"]):
+            raise InvalidInput(
+                f"open_data: validation must leave every class of {where} an image to train on, "
+                f"got {wanted:g} of its {len(samples):,} images; take fewer"
+            )
         return {split: [samples[index] for index in part] for split, part in chosen.items()}
 
     def _add(self, part: Part) -> list[int]:

@@ -10,8 +10,8 @@ class View:
     """A window of a resized photograph.
 
     Attributes:
-        box: (left, top, right, bottom) of what is resized, in pixels of the upright photograph; need
-            not be whole numbers.
+        box: (left, top, right, bottom) of what is resized, in pixels of the upright photograph;
+            need not be whole numbers.
         resized: (width, height) that the box is resized to, in pixels.
         window: (left, top, width, height) of what is shown of that, in its pixels; where it begins
             or ends outside, ``border`` says what is seen there.

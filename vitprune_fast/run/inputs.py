@@ -11,7 +11,7 @@ from torch import nn
 from vitprune_fast.batches import classes_of
 from vitprune_fast.config.model import ModelConfig, StudentConfig
 from vitprune_fast.config.run import DataConfig, RunConfig
-from vitprune_fast.data import INTERPOLATIONS, ImageData, open_data
+from vitprune_fast.data import CROP_MODES, INTERPOLATIONS, ImageData, open_data
 from vitprune_fast.distill.teachers import must_learn
 from vitprune_fast.errors import InvalidInput
 from vitprune_fast.models.open import open_model, skeleton
@@ -20,7 +20,13 @@ from vitprune_fast.randomness import seeded
 from vitprune_fast.run.actions import Setting
 from vitprune_fast.run.assumptions import about_data, about_weights, not_followed
 from vitprune_fast.run.profile import choose_profile
-from vitprune_fast.stated import built_for, caveats, patch_size, stated_config
+from vitprune_fast.stated import (
+    built_for,
+    caveats,
+    patch_size,
+    published_size,
+    stated_config,
+)
 from vitprune_fast.structure import describe
 
 
@@ -45,6 +51,7 @@ _STATISTICS = {
     "mean": "mean",
     "std": "std",
     "crop_share": "crop_pct",
+    "crop_mode": "crop_mode",
     "interpolation": "interpolation",
 }
 """How pixels become a model's input: our names and timm's."""
@@ -59,33 +66,42 @@ def open_model_data(config: DataConfig, model: Any, weights: ModelConfig) -> Ima
         weights: where the model comes from.
     """
     channels, height, width = describe(model).input_size
-    own = {} if weights.origin == "random" else _own_statistics(model, channels)
+    random = weights.origin == "random"
+    own = {} if random else _own_statistics(model, (channels, height, width))
     given = {name: getattr(config, name) for name in _STATISTICS}
     known = {name: value for name, value in own.items() if given[name] is None}
     # the digits are shown whole and as they are
     if config.source == "digits":
         known = {name: known[name] for name in ("mean", "std") if name in known}
     data = open_data(
-        config.source, image_size=(height, width), channels=channels, **{**given, **known}
+        config.source,
+        image_size=(height, width),
+        channels=channels,
+        validation=config.validation,
+        **{**given, **known},
     )
     stated_by = "of the saved model" if weights.origin == "saved" else f"timm's for {weights.name}"
     origin = caveats(model).get("pixels", stated_by)
     return replace(data, origins={**data.origins, **dict.fromkeys(known, origin)})
 
 
-def _own_statistics(model: Any, channels: int) -> dict[str, Any]:
-    """What a trained model says of its own input, as far as we support it."""
+def _own_statistics(model: Any, shape: tuple[int, int, int]) -> dict[str, Any]:
+    """What a trained model says of its own input of this (C, H, W), as far as we support it."""
     stated = stated_config(model)
+    if published_size(model) == shape[1:]:
+        stated |= {"crop_pct": stated.get("test_crop_pct") or stated.get("crop_pct")}
     own = {name: stated[key] for name, key in _STATISTICS.items() if stated.get(key) is not None}
     for name in ("mean", "std"):
         if name in own:
             own[name] = tuple(own[name])
     # a configuration made for colour says nothing about grey images
-    if {len(own.get("mean", ())), len(own.get("std", ()))} != {channels}:
-        own = {name: value for name, value in own.items() if name not in ("mean", "std")}
-    if own.get("interpolation") not in INTERPOLATIONS:
-        own.pop("interpolation", None)
-    return own
+    of_channels = {len(own.get("mean", ())), len(own.get("std", ()))} == {shape[0]}
+    follows = {
+        **{"mean": of_channels, "std": of_channels},
+        "crop_mode": own.get("crop_mode") in CROP_MODES,
+        "interpolation": own.get("interpolation") in INTERPOLATIONS,
+    }
+    return {name: value for name, value in own.items() if follows.get(name, True)}
 
 
 def remember_normalisation(model: Any, data: ImageData, *, trained: bool) -> None:
@@ -95,14 +111,14 @@ def remember_normalisation(model: Any, data: ImageData, *, trained: bool) -> Non
     was given is no guess.
     """
     stated = stated_config(model)
-    stated.pop("interpolation", None)
+    replaced = ("interpolation", "test_input_size", "test_crop_pct")
     model.pretrained_cfg = {
-        **stated,
+        **{name: value for name, value in stated.items() if name not in replaced},
         "input_size": (data.channels, *data.image_size),
         "mean": data.mean,
         "std": data.std,
         "crop_pct": data.crop_share,
-        "crop_mode": "center",
+        "crop_mode": data.crop_mode,
         "num_classes": len(data.classes),
         **({"interpolation": data.interpolation} if data.interpolation in INTERPOLATIONS else {}),
     }
