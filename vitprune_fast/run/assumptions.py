@@ -16,8 +16,15 @@ from vitprune_fast.config.run import (
 )
 from vitprune_fast.config.search import SearchConfig
 from vitprune_fast.data import CROP_MODES, INTERPOLATIONS, ImageData
+from vitprune_fast.data.class_order import told_alike
 from vitprune_fast.run.step import Step
-from vitprune_fast.stated import built_for, caveats, published_size, stated_config
+from vitprune_fast.stated import (
+    built_for,
+    caveats,
+    class_names,
+    published_size,
+    stated_config,
+)
 
 SPLITS = ("train", "validation", "test")
 
@@ -49,6 +56,23 @@ def about_data(data: ImageData) -> dict[str, str]:
         by_origin.setdefault(data.origins[name], []).append(f"{name} {_text(value)}")
     pixels = (f"{', '.join(named)} ({origin})" for origin, named in by_origin.items())
     return {"splits": "; ".join(splits), "pixels": "; ".join(pixels)}
+
+
+def about_classes(model: Any, data: ImageData) -> dict[str, str]:
+    """Says so where a head names its classes, but not as the data does."""
+    head = class_names(model)
+    if head is None or told_classes(model, data) is not None:
+        return {}
+    return {
+        "classes": f"the model's head calls them otherwise ({head[0]}, ...) than the data does "
+        f"({data.classes[0]}, ...), so whether their order is the same is not known"
+    }
+
+
+def told_classes(model: Any, data: ImageData) -> tuple[Sequence[str], Sequence[str]] | None:
+    """Names of the head's classes and of the data's that can be compared label by label."""
+    head = class_names(model)
+    return None if head is None else told_alike(head, data.classes)
 
 
 def not_followed(model: Any, weights: ModelConfig, data: ImageData) -> dict[str, str]:
@@ -142,6 +166,7 @@ def of_run(config: RunConfig, steps: Sequence[Step], data: ImageData, model: Any
         # weights that come from nowhere are trained by the run before anything else
         **(about_weights(config.model, config.seed, model) if config.has_weights else {}),
         **about_data(data),
+        **about_classes(model, data),
         **not_followed(model, config.model, data),
         **about_size(config.model, model, data),
         **about_test_images(config.model, data),

@@ -18,11 +18,18 @@ from vitprune_fast.models.open import open_model, skeleton
 from vitprune_fast.precision import Precision
 from vitprune_fast.randomness import seeded
 from vitprune_fast.run.actions import Setting
-from vitprune_fast.run.assumptions import about_data, about_weights, not_followed
+from vitprune_fast.run.assumptions import (
+    about_classes,
+    about_data,
+    about_weights,
+    not_followed,
+    told_classes,
+)
 from vitprune_fast.run.profile import choose_profile
 from vitprune_fast.stated import (
     built_for,
     caveats,
+    name_classes,
     patch_size,
     published_size,
     stated_config,
@@ -124,6 +131,7 @@ def remember_normalisation(model: Any, data: ImageData, *, trained: bool) -> Non
     }
     kept = caveats(model)
     if trained:
+        name_classes(model, data.classes)
         kept = {}
     elif data.origins["mean"] == "given":
         kept.pop("pixels", None)
@@ -131,7 +139,10 @@ def remember_normalisation(model: Any, data: ImageData, *, trained: bool) -> Non
 
 
 def check_fit(model: Any, data: ImageData) -> None:
-    """Refuses a head or a patch size that does not fit the data (InvalidInput)."""
+    """Refuses a head or a patch size that does not fit the data (InvalidInput).
+
+    A head that names its classes must have those of the data, in their order.
+    """
     classes = len(data.classes)
     if classes_of(model) != classes:
         raise InvalidInput(
@@ -139,6 +150,7 @@ def check_fit(model: Any, data: ImageData) -> None:
             f"{classes_of(model)}; build it with num_classes={classes}, or teach it those "
             "of the data (--train-dense with --pretrained, or distill)"
         )
+    check_order(model, data)
     # models of other libraries take images of one size, of which they say no patch
     (height, width), patch = data.image_size, patch_size(model) or (1, 1)
     if height < patch[0] or width < patch[1]:
@@ -146,6 +158,20 @@ def check_fit(model: Any, data: ImageData) -> None:
             f"data: images must be at least one patch, {patch[0]} x {patch[1]} pixels, got "
             f"{height} x {width}; give the model a larger img_size"
         )
+
+
+def check_order(model: Any, data: ImageData) -> None:
+    """Refuses classes in another order than the head's, as far as both can be told (InvalidInput).
+
+    Outputs and labels are matched by their numbers, so right answers would count as wrong.
+    """
+    for label, (ours, own) in enumerate(zip(*(told_classes(model, data) or ((), ())), strict=True)):
+        if ours != own:
+            raise InvalidInput(
+                f"data: classes must be in the order of the model's head, got {own!r} where the "
+                f"head has {ours!r} (label {label}); take the data that it was trained on, or name "
+                "the classes so that they sort like that"
+            )
 
 
 def trains_dense(config: RunConfig, data: ImageData) -> bool:
@@ -204,6 +230,7 @@ def open_both(
     assumptions = {
         **about_weights(model_config, seed, model),
         **about_data(data),
+        **about_classes(model, data),
         **not_followed(model, model_config, data),
     }
     return Opened(model, data, Setting(seed, profile, data_config), assumptions)
