@@ -98,6 +98,7 @@ setup(
         "vitprune_fast": [
             "py.typed",
             "*.pyi",
+            "data/*.csv",
             "splits/*.json",
             "distill/*.json",
             "run/report/*.j2",

@@ -32,7 +32,8 @@ from vitprune_fast.data import (
 from vitprune_fast.data.archive import natural_key
 from vitprune_fast.data.decode import decode
 from vitprune_fast.data.folder import Folder
-from vitprune_fast.data.splits import stratified
+from vitprune_fast.data.resize import show
+from vitprune_fast.data.splits import stratified, validation_counts
 from vitprune_fast.errors import DamagedFile, InvalidInput
 from vitprune_fast.files import read_json
 from vitprune_fast.run.inputs import check_fit
@@ -161,6 +162,52 @@ def test_split_folders(tmp_path: Path, held_out: list[str], own: set[str]) -> No
         outside = [name for name in names[split] if not name.startswith("train/")]
         assert len(outside) == (len(names[split]) if split in own else 0)
         assert names[split]
+
+
+def test_large_sets_give_validation_no_more_than_it_needs() -> None:
+    # ImageNet, CIFAR-10, Tiny-ImageNet, and classes of which some are small
+    for classes, size, enough in ((1000, 1300, 10), (10, 5000, 500), (200, 500, 25)):
+        counts, _ = validation_counts(dict.fromkeys(range(classes), size), None)
+        assert set(counts.values()) == {enough}
+    sizes = {label: 5 * label for label in range(1, 1001)}
+    counts, words = validation_counts(sizes, None)
+    assert all(counts[label] == min(round(0.5 * label), 10) for label in sizes)
+    assert words == "10%, at most 10 images a class,"
+
+
+@given(
+    st.dictionaries(st.integers(0, 9), st.integers(1, 50), min_size=1),
+    st.integers(1, 500),
+)
+def test_a_number_of_images_is_spread_by_size(sizes: dict[int, int], wanted: int) -> None:
+    wanted = min(wanted, sum(sizes.values()))
+    counts, _ = validation_counts(sizes, wanted)
+    assert sum(counts.values()) == wanted
+    for label, size in sizes.items():
+        assert abs(counts[label] - wanted * size / sum(sizes.values())) < 1
+
+
+def test_validation_is_as_large_as_said(photos: Path) -> None:
+    plain, more = _photo_data(photos), _photo_data(photos, validation=0.25)
+    assert [len(more.split(name)) for name in SPLITS] == [33, 15, 12]
+    assert more.origins["validation"] == f"25% of {photos}"
+    # the order in which images are taken does not depend on how many there are
+    assert {*plain.split_ids["validation"]} < {*more.split_ids["validation"]}
+    assert plain.split_hashes["test"] == more.split_hashes["test"]
+    seven = _photo_data(photos, validation=7)
+    assert torch.bincount(seven.split("validation").labels).tolist() == [3, 2, 2]
+    assert seven.origins["validation"] == f"7 images of {photos}"
+    with pytest.raises(InvalidInput, match=r"every class of .* an image to train on, got 58 of"):
+        _photo_data(photos, validation=58)
+
+
+def test_a_validation_part_of_its_own_is_taken_whole(tmp_path: Path) -> None:
+    for part in ("train", "val", "test"):
+        for name in ("a", "b"):
+            _save_images(tmp_path / part / name, 10)
+    assert _photo_data(tmp_path).own_splits == {*SPLITS}
+    with pytest.raises(InvalidInput, match="which has a validation part of its own, got 5"):
+        _photo_data(tmp_path, validation=5)
 
 
 def test_split_hashes_change_with_names_and_labels(photos: Path) -> None:
@@ -419,12 +466,12 @@ def test_windows_are_as_small_as_said() -> None:
 
 def _views(image: np.ndarray, count: int, size: int = 16, **options: Any) -> list[np.ndarray]:
     crop = RandomCrop(**options)
-    draws = np.random.default_rng(0).random((count, 6))
-    photograph = Image.fromarray(image)
-    return [
-        np.asarray(crop.view(photograph, (size, size), Image.Resampling.BICUBIC, draw))
-        for draw in draws
-    ]
+    views = []
+    for draw in np.random.default_rng(0).random((count, 6)):
+        view, mirrored = crop.view((image.shape[1], image.shape[0]), (size, size), draw)
+        shown = crop.changed(show(image, view, "bicubic"), draw)
+        views.append(shown[:, ::-1] if mirrored else shown)
+    return views
 
 
 def test_a_simple_crop_shows_the_resized_photograph_and_its_mirrored_border() -> None:
@@ -439,8 +486,8 @@ def test_a_simple_crop_shows_the_resized_photograph_and_its_mirrored_border() ->
     views = _views(image, 400, simple=True, flip=0.0)
     tops, lefts = zip(*(windows[view.tobytes()] for view in views), strict=True)
     assert {*tops} == {*range(9)} and {*lefts} == {*range(17)}
-    small, grey = _views(image[::2, ::2], 1, simple=True), _views(image[:, :, 0], 1, simple=True)
-    assert small[0].shape == (16, 16, 3) and grey[0].shape == (16, 16)
+    small, grey = _views(image[::2, ::2], 1, simple=True), _views(image[:, :, :1], 1, simple=True)
+    assert small[0].shape == (16, 16, 3) and grey[0].shape == (16, 16, 1)
 
 
 def test_three_augment_makes_a_third_each_grey_solarised_or_blurred() -> None:
@@ -724,7 +771,13 @@ def test_bad_folders_are_one_sentence(
         ),
         ("digits", {"channels": 2}, "channels must be 1 or 3, got 2"),
         ("digits", {"image_size": 0}, "image_size must be at least 1 pixel, got 0"),
-        ("digits", {"crop_share": 0.0}, r"crop_share must be in \(0, 1\], got 0.0"),
+        ("digits", {"crop_share": 0.0}, "crop_share must be at least 0.01, got 0.0"),
+        ("digits", {"crop_share": math.nan}, "crop_share must be at least 0.01, got nan"),
+        ("digits", {"crop_mode": "fit"}, "crop_mode must be center, squash, border, got 'fit'"),
+        ("digits", {"validation": 0}, r"validation must be a share in \(0, 1\) or a whole"),
+        ("digits", {"validation": 1.5}, "a whole number of images, got 1.5"),
+        ("digits", {"validation": math.inf}, "a whole number of images, got inf"),
+        ("digits", {"validation": 100}, "validation must be unset for the digits, .*, got 100"),
         ("digits", {"mean": (0.5, 0.5, 0.5)}, "mean must have 1 finite numbers"),
         ("digits", {"mean": (math.nan,)}, r"mean must have 1 finite numbers, got \(nan,\)"),
         ("digits", {"std": (math.inf,)}, "std must have 1 positive finite numbers"),

@@ -47,6 +47,42 @@ def image_shape(model: Any) -> tuple[int | None, int | None, int | None]:
     return image_channels(model) or channels, height, width
 
 
+def class_names(model: Any) -> tuple[str, ...] | None:
+    """What the outputs of a model are called, in their order; None where nothing says so.
+
+    Timm has ``label_names``, transformers ``id2label``, which by default only numbers them.
+    """
+    names: Any = stated_config(model).get("label_names")
+    if names is None:
+        by_number = getattr(getattr(model, "config", None), "id2label", None) or {}
+        names = [by_number.get(number) for number in range(len(by_number))]
+        if names == [f"LABEL_{number}" for number in range(len(names))]:
+            return None
+    known = isinstance(names, (list, tuple)) and all(isinstance(name, str) for name in names)
+    return tuple(names) if known and names else None
+
+
+def name_classes(model: Any, names: Sequence[str]) -> None:
+    """Note in a model what its outputs are called, where timm and transformers do."""
+    stated = stated_config(model)
+    # of other classes
+    stated.pop("label_descriptions", None)
+    model.pretrained_cfg = {**stated, "label_names": list(names)}
+    config: Any = getattr(model, "config", None)
+    if hasattr(config, "id2label"):
+        config.id2label = dict(enumerate(names))
+        config.label2id = {name: number for number, name in enumerate(names)}
+
+
+def published_size(model: Any) -> tuple[int, int] | None:
+    """(height, width) of the images its published accuracy is of, where that is said apart.
+
+    The model need not be built for them.
+    """
+    size = stated_config(model).get("test_input_size")
+    return None if size is None else (int(size[-2]), int(size[-1]))
+
+
 def built_for(model: Any) -> tuple[int, int] | None:
     """(height, width) of images by which a model sized its parts; None where none has a size."""
     return _made_for(model)[0]

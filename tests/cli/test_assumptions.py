@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,9 @@ import vitprune_fast as vp
 from tests.small import NAME, SMALL, photographs, words
 from vitprune_fast import files
 from vitprune_fast.cli.main import main
+from vitprune_fast.config.model import ModelConfig
 from vitprune_fast.data import open_data
+from vitprune_fast.run.assumptions import about_size
 
 SIZES = {**SMALL, "num_classes": 2}
 MODEL = words(SIZES)
@@ -109,16 +112,19 @@ def test_what_was_said_is_not_assumed(
 ) -> None:
     photographs(Path("photos"), count=20)
     statistics = ("--mean", ".1", ".2", ".3", "--std", "1", "1", "1", "--crop-share", "0.8")
-    words = [*RUN, *checkpoint, "--macs", "0.6", *statistics, "--interpolation", "bilinear"]
+    statistics += ("--crop-mode", "border", "--interpolation", "bilinear")
+    words = [*RUN, *checkpoint, "--macs", "0.6", *statistics]
     lines = said(capsys, *words, "--out", "run")
     assert "budget" not in lines
     assert lines["pixels"] == (
-        "mean 0.1 0.2 0.3, std 1 1 1, crop_share 0.8, interpolation bilinear (given)"
+        "mean 0.1 0.2 0.3, std 1 1 1, crop_share 0.8, crop_mode border, interpolation bilinear "
+        "(given)"
     )
     # the model carries them from here on, and says so
     lines = said(capsys, "eval", "--model", "run/model", "--data", "folder:photos")
     assert lines["pixels"] == (
-        "mean 0.1 0.2 0.3, std 1 1 1, crop_share 0.8, interpolation bilinear (of the saved model)"
+        "mean 0.1 0.2 0.3, std 1 1 1, crop_share 0.8, crop_mode border, interpolation bilinear "
+        "(of the saved model)"
     )
     assert "whether run/model was trained on images of the test split" in lines["unknown"]
     lines = said(
@@ -223,7 +229,9 @@ def test_a_saved_model_says_how_its_images_are_prepared(heads: list[int]) -> Non
 
 
 @pytest.mark.parametrize(
-    ("option", "value"), [("crop_share", 0.5), ("interpolation", "bicubic")], ids=str
+    ("option", "value"),
+    [("crop_share", 0.5), ("crop_mode", "center"), ("interpolation", "bicubic")],
+    ids=str,
 )
 def test_the_digits_take_no_settings_of_photographs(option: str, value: Any) -> None:
     options: Any = {option: value}
@@ -246,7 +254,7 @@ def test_distil_saves_the_pixel_statistics_it_trained_with(
     training = ("--teacher", "self", "--epochs", "1", "--warmup-epochs", "0")
     trained = said(
         *(capsys, "distill", "--model", "pruned", *data, *training, *statistics),
-        *("--interpolation", "nearest", "--out", "taught"),
+        *("--crop-mode", "squash", "--interpolation", "nearest", "--out", "taught"),
     )
     used = said(capsys, "eval", "--model", "taught", *data)
     assert used["pixels"] == trained["pixels"].replace("(given)", "(of the saved model)")
@@ -257,13 +265,41 @@ def test_a_way_to_prepare_images_that_is_not_ours_is_named(
 ) -> None:
     photographs(Path("photos"), count=20)
     model = untrained()
-    model.pretrained_cfg |= {"crop_mode": "squash", "interpolation": "random"}
+    model.pretrained_cfg |= {"crop_mode": "fit", "interpolation": "random"}
     vp.save(model, "odd")
     lines = said(capsys, "eval", "--model", "odd", "--data", "folder:photos")
-    assert "crop_mode squash" in lines["caution"] and "interpolation random" in lines["caution"]
+    assert lines["caution"] == (
+        "the model asks for crop_mode fit (ours is center) and interpolation random (ours is "
+        "bicubic)"
+    )
     words = ("--teacher", "self", "--epochs", "1", "--warmup-epochs", "0", "--out", "taught")
     said(capsys, "distill", "--model", "odd", "--data", "folder:photos", *words)
     assert "caution" not in said(capsys, "eval", "--model", "taught", "--data", "folder:photos")
+
+
+def test_a_model_of_the_published_size_is_tested_as_published(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    photographs(Path("photos"), count=20)
+    model = untrained()
+    model.pretrained_cfg |= {
+        **{"test_input_size": (3, 24, 24), "crop_pct": 0.9, "test_crop_pct": 0.95},
+        "crop_mode": "squash",
+    }
+    vp.save(model, "trained")
+    evaluated = ("eval", "--model", "trained", "--data", "folder:photos")
+    assert "crop_share 0.9, crop_mode squash" in said(capsys, *evaluated)["pixels"]
+    larger = timm.create_model(NAME, **{**SIZES, "img_size": 24})
+    larger.pretrained_cfg |= model.pretrained_cfg
+    vp.save(larger, "trained")
+    assert "crop_share 0.95, crop_mode squash" in said(capsys, *evaluated)["pixels"]
+    data = open_data("folder:photos", image_size=16, channels=3)
+    config = ModelConfig(NAME, pretrained=True)
+    assert about_size(config, larger, replace(data, image_size=(24, 24))) == {}
+    assert about_size(config, model, data) == {
+        "size": f"{NAME} is published at 24 x 24 pixels (--model-args img_size=24), and here it "
+        "sees 16 x 16"
+    }
 
 
 def test_a_saved_model_claims_no_weights_of_timm() -> None:

@@ -35,20 +35,27 @@ def main(words: list[str]) -> None:
     from vitprune_fast.cli.display import print_assumptions
     from vitprune_fast.models.open import open_model
     from vitprune_fast.run import actions
-    from vitprune_fast.run.assumptions import about_test_images
-    from vitprune_fast.run.inputs import open_both
+    from vitprune_fast.run.assumptions import about_size, about_test_images
+    from vitprune_fast.run.inputs import check_order, open_both
     from vitprune_fast.run.profile import applied
+    from vitprune_fast.run.published import published
 
     opened = open_both(
         options.model, options.data, 0, options.device, options.threads, options.dtype
     )
+    known = published(options.model, opened.model, opened.data)
+    size = about_size(options.model, opened.model, opened.data)
     unknown = about_test_images(options.model, opened.data) if options.split == "test" else {}
-    print_assumptions({**opened.assumptions, **unknown})
+    print_assumptions({**opened.assumptions, **size, **unknown})
     teachers = [open_model(ModelConfig(name=str(options.teacher)))] if options.teacher else []
+    for teacher in teachers:
+        check_order(teacher, opened.data)
     models = [*teachers, opened.model]
     with applied(opened.setting.profile):
         *_, result = actions.evaluate(models, opened.data, opened.setting, split=options.split)
     print(f"top-1 {result.top1:.2%} ({result.top1_count} of {result.samples})")
     print(f"top-5 {result.top5:.2%} ({result.top5_count} of {result.samples})")
+    if known and options.split == "test":
+        print(f"published top-1 {known.top1:.2%}, top-5 {known.top5:.2%} ({known.source})")
     if teachers:
         print(f"agreement {result.agreement:.2%} ({result.agreement_count} of {result.samples})")

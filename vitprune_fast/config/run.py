@@ -96,9 +96,17 @@ class DataConfig:
     std: Annotated[tuple[float, ...] | None, arg(metavar="NUMBER ...")] = None
     """Per channel, divides; unset: what the weights were trained with."""
     crop_share: Amount = None
-    """Share of the shorter side that testing looks at; unset: the weights' own, or all."""
+    """Share of a photograph that testing looks at, of the side that crop-mode fits (timm's
+    crop_pct); unset: the weights' own, or all."""
+    crop_mode: Literal["center", "squash", "border"] | None = None
+    """How testing fits a photograph: `center` cuts off what the longer side has more, `squash`
+    resizes both sides to the same, `border` fills what the shorter side has less; unset: the
+    weights' own, or center."""
     interpolation: Literal["nearest", "bilinear", "bicubic", "lanczos"] | None = None
     """How photographs are resized; unset: the weights' own, or bicubic."""
+    validation: Annotated[float | None, arg(metavar="N|SHARE")] = None
+    """Images of photographs held back from training to choose by: a share below 1 of every class,
+    or how many in all; unset: 10 %, and in large sets 10 images a class, 5,000 in all at least."""
     max_bad: Annotated[float, arg(metavar="SHARE")] = 0.01
     """Largest share of unreadable images that may be set aside; above it the run stops."""
     workers: Count = None

@@ -17,6 +17,7 @@ from vitprune_fast.batches import Batch
 from vitprune_fast.data.augment import Affine, Augment, RandomCrop
 from vitprune_fast.data.cache import Cache
 from vitprune_fast.data.digits import SPLIT_ORIGINS, Digits
+from vitprune_fast.data.evaluation_view import CROP_MODES
 from vitprune_fast.data.folder import Folder
 from vitprune_fast.data.hub import Hub
 from vitprune_fast.data.images import Images, Normalisation, Source, check_normalisation
@@ -57,12 +58,14 @@ class ImageData:
         channels: 1 or 3.
         mean: per channel, of pixels in ``[0, 1]``.
         std: per channel.
-        crop_share: share of the shorter side that the centre window of evaluation covers.
+        crop_share: share of a photograph that evaluation shows, of the side that its mode fits.
+        crop_mode: how evaluation fits a photograph, ``center``, ``squash`` or ``border``.
         interpolation: how images are resized: ``nearest``, ``bilinear``, ``bicubic``, ``lanczos``,
             or ``none`` where they are not.
-        origins: where ``mean``, ``std``, ``crop_share`` and ``interpolation`` come from, and which
-            folder or share became ``train``, ``validation`` and ``test``, in words.
+        origins: where ``mean``, ``std``, ``crop_share``, ``crop_mode`` and ``interpolation`` come
+            from, and which folder or share became ``train``, ``validation`` and ``test``, in words.
         augmentation: what training on this data uses unless told otherwise.
+        own_splits: those that the data set brings; the others are cut out of them.
         split_hashes: SHA-256 of each split's ids, labels and names.
         set_aside: the images that could not be read when they were needed, so far.
     """
@@ -74,12 +77,14 @@ class ImageData:
     mean: tuple[float, ...]
     std: tuple[float, ...]
     crop_share: float
+    crop_mode: str
     interpolation: str
     origins: Mapping[str, str] = field(repr=False)
     augmentation: Augment
     source: Source = field(repr=False)
     split_ids: dict[str, Tensor] = field(repr=False)
     set_aside: SetAside = field(repr=False)
+    own_splits: frozenset[str] = frozenset()
     cache: Cache = field(default_factory=Cache, repr=False)
 
     def split(self, name: str) -> Images:
@@ -107,9 +112,11 @@ def open_data(
     image_size: int | tuple[int, int],
     channels: int,
     seed: int = SPLIT_SEED,
+    validation: float | None = None,
     mean: tuple[float, ...] | None = None,
     std: tuple[float, ...] | None = None,
     crop_share: float | None = None,
+    crop_mode: str | None = None,
     interpolation: str | None = None,
     max_bad: float = 0.01,
 ) -> ImageData:
@@ -124,16 +131,22 @@ def open_data(
             a folder of them whose names tell the split. ``hfds:NAME`` is a data set of the Hugging
             Face hub, or a folder written by its ``save_to_disk``, with columns ``image`` or ``img``
             and ``label`` or ``fine_label``. Splits that are not there are cut from the others: test
-            takes 20 % of a flat folder, validation 10 %. A single held-out part is the test split,
-            whatever its name.
+            takes 20 % of a flat folder, and validation as below. A single held-out part is the test
+            split, whatever its name.
         image_size: height and width of the model's input, in pixels.
         channels: 3, or 1 for grey.
         seed: of the splits cut from a folder; those of the digits are committed.
+        validation: images of photographs that are cut out for validation, of each class in
+            proportion: a share below 1, or how many in all. Default: 10 %, where 10 images of a
+            class are enough, or as many of each as make 5,000 in all where that is more.
         mean: per channel of pixels in ``[0, 1]``; default: the training part's for the digits,
             ImageNet's for photographs.
         std: per channel, as above.
-        crop_share: share of the shorter side that evaluation's centre window covers, ``(0, 1]``;
-            for photographs only; default: 1.
+        crop_share: share of a photograph that evaluation shows, timm's ``crop_pct``, at least 0.01;
+            above 1 a border is seen; for photographs only; default: 1. See ``evaluation_view``.
+        crop_mode: ``center`` (the default) cuts off what the longer side has more, ``squash``
+            resizes both sides to the same, ``border`` fills what the shorter side has less with the
+            mean; for photographs only.
         interpolation: how photographs are resized: ``nearest``, ``bilinear``, ``bicubic`` (the
             default) or ``lanczos``.
         max_bad: largest share of all images that may turn out to be unreadable.
@@ -141,7 +154,8 @@ def open_data(
     Raises:
         InvalidInput: the spec is unknown, or the folder is missing, empty, has one class, an empty
             class, images outside classes, too few images for three splits, images that its own
-            tables do not list, or lacks what they list.
+            tables do not list, or lacks what they list; or an argument is outside of its range or
+            means nothing for such data.
         DamagedFile: scikit-learn's digits are not those of the committed splits, or an archive or
             a table is truncated, damaged, or holds links or names that leave it.
         BackendUnavailable: the package that a spec needs is not installed.
@@ -152,17 +166,28 @@ def open_data(
         raise InvalidInput(f"open_data: image_size must be at least 1 pixel, got {image_size}")
     if channels not in (1, 3):
         raise InvalidInput(f"open_data: channels must be 1 or 3, got {channels}")
-    if crop_share is not None and not 0 < crop_share <= 1:
-        raise InvalidInput(f"open_data: crop_share must be in (0, 1], got {crop_share}")
-    if interpolation not in (None, *INTERPOLATIONS):
+    if crop_share is not None and not crop_share >= 0.01:
+        raise InvalidInput(f"open_data: crop_share must be at least 0.01, got {crop_share}")
+    for name, value, known in (
+        ("crop_mode", crop_mode, CROP_MODES),
+        ("interpolation", interpolation, INTERPOLATIONS),
+    ):
+        if value not in (None, *known):
+            raise InvalidInput(f"open_data: {name} must be {', '.join(known)}, got {value!r}")
+    if validation is not None and not (
+        0 < validation < 1 or (validation >= 1 and float(validation).is_integer())
+    ):
         raise InvalidInput(
-            f"open_data: interpolation must be {', '.join(INTERPOLATIONS)}, got {interpolation!r}"
+            "open_data: validation must be a share in (0, 1) or a whole number of images, got "
+            f"{validation:g}"
         )
+    check_normalisation(mean or (0.0,) * channels, std or (1.0,) * channels, channels)
     kind, _, path = spec.partition(":")
     statistics = {
         "mean": mean,
         "std": std,
         "crop_share": crop_share,
+        "crop_mode": crop_mode,
         "interpolation": interpolation,
     }
     given = {name: value for name, value in statistics.items() if value is not None}
@@ -172,27 +197,43 @@ def open_data(
                 f"open_data: {name} must be unset for the digits, which are no photographs, got "
                 f"{given[name]}"
             )
+        if validation is not None:
+            raise InvalidInput(
+                "open_data: validation must be unset for the digits, whose splits are committed, "
+                f"got {validation:g}"
+            )
         source = Digits(size, channels)
         train = source.images[source.splits["train"]].double()
         default_mean = tuple(train.mean((0, 2, 3)).tolist())
         default_std = tuple(train.std((0, 2, 3)).tolist())
         augmentation: Augment = Affine()
         defaults, split_origins = "of the training images", SPLIT_ORIGINS
-        crop_share, interpolation = 1.0, source.interpolation
-        otherwise = "the digits are shown whole"
+        crop_share, crop_mode, interpolation = 1.0, "center", source.interpolation
+        own_splits, otherwise = frozenset(), "the digits are shown whole"
     elif kind in PHOTOGRAPHS and path:
-        crop_share, interpolation = crop_share or 1.0, interpolation or "bicubic"
-        reader, root = PHOTOGRAPHS[kind], Path(path)
-        if reader is Folder:
-            reader, root = recognised(root)
-        source = reader(root, size, channels, seed, crop_share, interpolation)
-        split_origins = source.split_origins
-        defaults, otherwise = "of ImageNet, the default", "the default"
         luma = torch.tensor([0.299, 0.587, 0.114])
         default_mean, default_std = IMAGENET_MEAN, IMAGENET_STD
         if channels == 1:
             default_mean = (float(luma @ torch.tensor(IMAGENET_MEAN)),)
             default_std = (float(luma @ torch.tensor(IMAGENET_STD)),)
+        crop_share, crop_mode = crop_share or 1.0, crop_mode or "center"
+        interpolation = interpolation or "bicubic"
+        reader, root = PHOTOGRAPHS[kind], Path(path)
+        if reader is Folder:
+            reader, root = recognised(root)
+        source = reader(
+            root,
+            size,
+            channels,
+            seed=seed,
+            validation=validation,
+            crop_share=crop_share,
+            crop_mode=crop_mode,
+            fill=tuple(round(255 * value) for value in mean or default_mean),
+            interpolation=interpolation,
+        )
+        split_origins, own_splits = source.split_origins, source.own_splits
+        defaults, otherwise = "of ImageNet, the default", "the default"
         augmentation = RandomCrop()
     else:
         raise InvalidInput(
@@ -200,7 +241,6 @@ def open_data(
             f"`hfds:NAME`, got {spec!r}"
         )
     mean, std = mean or default_mean, std or default_std
-    check_normalisation(mean, std, channels)
     data = ImageData(
         name=spec,
         classes=source.classes,
@@ -209,10 +249,11 @@ def open_data(
         mean=tuple(mean),
         std=tuple(std),
         crop_share=crop_share,
+        crop_mode=crop_mode,
         interpolation=interpolation,
         origins={
             **dict.fromkeys(("mean", "std"), defaults),
-            **dict.fromkeys(("crop_share", "interpolation"), otherwise),
+            **dict.fromkeys(("crop_share", "crop_mode", "interpolation"), otherwise),
             **dict.fromkeys(given, "given"),
             **split_origins,
         },
@@ -220,6 +261,7 @@ def open_data(
         source=source,
         split_ids={name: source.splits[name] for name in ("train", "validation", "test")},
         set_aside=SetAside(sum(map(len, source.splits.values())), max_bad),
+        own_splits=own_splits,
     )
     _check_splits(data)
     return data

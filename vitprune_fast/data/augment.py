@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from PIL import Image
 from timm.data import auto_augment
 
+from vitprune_fast.data.view import View
 from vitprune_fast.errors import InvalidInput
 from vitprune_fast.randomness import seeded
 
@@ -91,28 +92,20 @@ class RandomCrop:
         return 6 if self.policy or self.jitter else 5
 
     def view(
-        self,
-        image: Image.Image,
-        size: tuple[int, int],
-        resampling: Image.Resampling,
-        uniforms: np.ndarray,
-    ) -> Image.Image:
-        """A window of a photograph in the model's size, changed and mirrored.
+        self, photograph: tuple[int, int], size: tuple[int, int], uniforms: np.ndarray
+    ) -> tuple[View, bool]:
+        """What is shown of a photograph, and whether that is mirrored after :meth:`changed`.
 
         Args:
-            image: the photograph.
-            size: (height, width) in pixels.
-            resampling: how it is resized.
+            photograph: (width, height) in pixels.
+            size: (height, width) of the model's input in pixels.
             uniforms: ``(draws,)`` numbers in ``[0, 1)``, on which alone the view depends.
         """
         height, width = size
-        window, mirrored = self.window(uniforms, *image.size)
+        window, mirrored = self.window(uniforms, *photograph)
         if self.simple:
-            view = _simple_crop(image, size, resampling, *uniforms[2:4].tolist())
-        else:
-            view = image.resize((width, height), resampling, box=window)
-        view = self.changed(view, uniforms)
-        return view.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if mirrored else view
+            return _simple_crop(photograph, size, *uniforms[2:4].tolist()), mirrored
+        return View(window, (width, height), (0, 0, width, height)), mirrored
 
     def window(
         self, uniforms: np.ndarray, width: int, height: int
@@ -126,10 +119,16 @@ class RandomCrop:
         left, top = x * (width - wide), y * (height - high)
         return (left, top, left + wide, top + high), flip < self.flip
 
-    def changed(self, image: Image.Image, uniforms: np.ndarray) -> Image.Image:
-        """Apply policy and jitter to a window, by the last of its sample's numbers."""
+    def changed(self, pixels: np.ndarray, uniforms: np.ndarray) -> np.ndarray:
+        """Apply policy and jitter to a window, by the last of its sample's numbers.
+
+        Args:
+            pixels: ``(H, W, C)`` uint8, C 1 or 3.
+            uniforms: as above.
+        """
         if not (self.policy or self.jitter):
-            return image
+            return pixels
+        image = Image.fromarray(pixels.squeeze(2) if pixels.shape[2] == 1 else pixels)
         # they draw from the global generators of Python, numpy and torch
         with seeded(int(uniforms[5] * 2**53), "policy"):
             changed = image.convert("RGB")
@@ -139,21 +138,17 @@ class RandomCrop:
                 from torchvision.transforms import ColorJitter
 
                 changed = ColorJitter(self.jitter, self.jitter, self.jitter)(changed)
-            return changed.convert(image.mode)
+            return np.asarray(changed.convert(image.mode)).reshape(pixels.shape)
 
 
-def _simple_crop(
-    image: Image.Image, size: tuple[int, int], resampling: Image.Resampling, x: float, y: float
-) -> Image.Image:
+def _simple_crop(photograph: tuple[int, int], size: tuple[int, int], x: float, y: float) -> View:
     height, width = size
-    share = max(width / image.width, height / image.height)
-    wide, high = (max(round(image.width * share), width), max(round(image.height * share), height))
-    pixels = np.asarray(image.resize((wide, high), resampling))
-    pads = [(_BORDER, _BORDER)] * 2 + [(0, 0)] * (pixels.ndim - 2)
-    pixels = np.pad(pixels, pads, mode="reflect")
-    left = int(x * (wide + 2 * _BORDER - width + 1))
-    top = int(y * (high + 2 * _BORDER - height + 1))
-    return Image.fromarray(pixels[top : top + height, left : left + width])
+    share = max(width / photograph[0], height / photograph[1])
+    whole = zip(photograph, (width, height), strict=True)
+    wide, high = (max(round(side * share), least) for side, least in whole)
+    left = int(x * (wide + 2 * _BORDER - width + 1)) - _BORDER
+    top = int(y * (high + 2 * _BORDER - height + 1)) - _BORDER
+    return View((0, 0, *photograph), (wide, high), (left, top, width, height))
 
 
 @cache

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,17 +11,17 @@ from typing import BinaryIO
 
 import numpy as np
 import torch
-from PIL import Image
 
 from vitprune_fast.data.augment import Affine, Augment, RandomCrop
 from vitprune_fast.data.decode import decode
+from vitprune_fast.data.evaluation_view import evaluation_view
 from vitprune_fast.data.images import Read
 from vitprune_fast.data.names import Names
-from vitprune_fast.data.resize import INTERPOLATIONS
-from vitprune_fast.data.splits import stratified
+from vitprune_fast.data.resize import show
+from vitprune_fast.data.splits import in_words, stratified, validation_counts
 from vitprune_fast.errors import DamagedFile, InvalidInput
 
-SHARES = {"test": 0.2, "validation": 0.1}
+TEST_SHARE = 0.2
 _HELD_OUT = {**dict.fromkeys(("val", "valid", "validation"), "validation"), "test": "test"}
 PARTS = ("train", *_HELD_OUT)
 
@@ -50,12 +51,18 @@ class Photographs(ABC):
         image_size: (height, width) of the model's input in pixels.
         channels: 3, or 1 for grey.
         seed: of the splits that the data set does not bring.
-        crop_share: share of the shorter side that the centre window of evaluation covers.
+        validation: how much is cut out for that split, see ``open_data``.
+        crop_share: as for ``evaluation_view``.
+        crop_mode: as there.
+        fill: per channel, what evaluation shows around a photograph that leaves a border.
         interpolation: how images are resized, one of ``INTERPOLATIONS``.
+
+    Attributes:
+        own_splits: those that the data set brings, and which are not cut out of others.
 
     Raises:
         InvalidInput: nothing is there, or no classes, one class, an empty one, or one that the
-            training part lacks.
+            training part lacks; or ``validation`` is given and cannot be had.
         DamagedFile: an archive cannot be trusted.
     """
 
@@ -64,22 +71,30 @@ class Photographs(ABC):
         root: Path,
         image_size: tuple[int, int],
         channels: int,
+        *,
         seed: int,
+        validation: float | None,
         crop_share: float,
+        crop_mode: str,
+        fill: tuple[int, ...],
         interpolation: str,
     ) -> None:
         self.root = root
         self.image_size = image_size
         self.channels = channels
         self.seed = seed
+        self.validation = validation
         self.crop_share = crop_share
-        self.resampling = INTERPOLATIONS[interpolation]
+        self.crop_mode = crop_mode
+        self.fill = fill
+        self.interpolation = interpolation
         # relative to the root
         self.names = Names()
         self.labels = torch.empty(0, dtype=torch.int64)
         self.classes: tuple[str, ...] = ()
         # split -> which folder or share it is, for people
         self.split_origins: dict[str, str] = {}
+        self.own_splits: frozenset[str] = frozenset()
         self.splits = {
             split: torch.as_tensor(samples) for split, samples in self._cut(self._parts()).items()
         }
@@ -106,7 +121,7 @@ class Photographs(ABC):
             except DamagedFile as error:
                 bad[row] = str(error).partition(f"{self.path(sample)}: ")[2] or str(error)
             else:
-                pixels[row] = np.asarray(view).reshape(pixels.shape[1:])
+                pixels[row] = view
         read = torch.from_numpy(pixels)
         if isinstance(augment, Affine):
             read = augment(read.permute(0, 3, 1, 2).float() / 255, draws)
@@ -117,22 +132,21 @@ class Photographs(ABC):
         return decode(lambda: self.open(sample), self.path(sample), channels=self.channels)
 
     def _view(self, pixels: np.ndarray, augment: Augment | None, draw: np.ndarray) -> np.ndarray:
-        """Cut a window and resize it to the model's input: random, or the centre to evaluate."""
-        image = Image.fromarray(pixels[:, :, 0] if self.channels == 1 else pixels)
-        if isinstance(augment, RandomCrop):
-            return np.asarray(augment.view(image, self.image_size, self.resampling, draw))
-        height, width = self.image_size
-        # the largest window of the input's shape, shrunk by crop_share
-        share = min(image.width / width, image.height / height) * self.crop_share
-        wide, high = width * share, height * share
-        left, top = (image.width - wide) / 2, (image.height - high) / 2
-        window = (left, top, left + wide, top + high)
-        return np.asarray(image.resize((width, height), self.resampling, box=window))
+        """Show a photograph in the size of the model's input: at random, or as evaluation does."""
+        size = pixels.shape[1], pixels.shape[0]
+        if not isinstance(augment, RandomCrop):
+            view = evaluation_view(
+                size, self.image_size, self.crop_share, self.crop_mode, self.fill
+            )
+            return show(pixels, view, self.interpolation)
+        view, mirrored = augment.view(size, self.image_size, draw)
+        shown = augment.changed(show(pixels, view, self.interpolation), draw)
+        return shown[:, ::-1] if mirrored else shown
 
     def _cut(self, parts: Mapping[str, Part]) -> dict[str, Sequence[int]]:
         if "train" not in parts:
             (only,) = parts.values()
-            return self._derived(self._add(only), SHARES, only.where)
+            return self._derived(self._add(only), ("test", "validation"), only.where)
         several = [name for name in parts if _HELD_OUT.get(name) == "validation"]
         if len(several) > 1:
             raise InvalidInput(
@@ -146,19 +160,37 @@ class Photographs(ABC):
                 split, origin = "test", f"{part.where}, the only part held out"
             splits[split] = self._add(part)
             self.split_origins[split] = origin
-        missing = {split: share for split, share in SHARES.items() if split not in splits}
+        if self.validation is not None and "validation" in splits:
+            raise InvalidInput(
+                f"open_data: validation must be unset for {self.root}, which has a validation part "
+                f"of its own, got {self.validation:g}"
+            )
+        self.own_splits = frozenset(splits)
+        missing = [split for split in ("test", "validation") if split not in splits]
         return {**splits, **self._derived(splits["train"], missing, parts["train"].where)}
 
     def _derived(
-        self, samples: Sequence[int], shares: Mapping[str, float], where: str
+        self, samples: Sequence[int], missing: Sequence[str], where: str
     ) -> dict[str, Sequence[int]]:
-        """Cut ``shares`` out of ``samples``; names and a fixed seed decide, see ``stratified``."""
-        for split, share in shares.items():
-            self.split_origins[split] = f"{share:.0%} of {where}"
-        self.split_origins["train"] = f"the rest of {where}" if shares else where
+        """Cut splits out of ``samples``; names and a fixed seed decide, see ``stratified``."""
         names = [self.names[sample] for sample in samples]
         labels = self.labels[torch.as_tensor(samples)].tolist()
-        chosen = stratified(names, labels, shares, self.seed)
+        sizes = Counter(labels)
+        amounts: dict[str, float | Mapping[int, int]] = {}
+        for split in missing:
+            if split == "test":
+                amounts[split], words = TEST_SHARE, in_words(TEST_SHARE)
+            else:
+                amounts[split], words = validation_counts(sizes, self.validation)
+            self.split_origins[split] = f"{words} of {where}"
+        self.split_origins["train"] = f"the rest of {where}" if missing else where
+        chosen = stratified(names, labels, amounts, self.seed)
+        wanted = self.validation or 0
+        if 1 <= wanted != len(chosen["validation"]):
+            raise InvalidInput(
+                f"open_data: validation must leave every class of {where} an image to train on, "
+                f"got {wanted:g} of its {len(samples):,} images; take fewer"
+            )
         return {split: [samples[index] for index in part] for split, part in chosen.items()}
 
     def _add(self, part: Part) -> range:

@@ -1,10 +1,12 @@
 """A window of a resized photograph, with the bits of Pillow, computed without what is around it.
 
-This is no op of ``ops``: it has no gradient and no dtype to choose, runs where images are loaded
-and nowhere else, and must not follow a backend that was forced for the ops of the model.
+`resize_window` is no op of ``ops``: it has no gradient and no dtype to choose, runs where images
+are loaded and nowhere else, and must not follow a backend that was forced for the model's ops.
 """
 
 from __future__ import annotations
+
+import math
 
 import numpy as np
 import PIL
@@ -14,6 +16,8 @@ from torch import Tensor
 
 from vitprune_fast._checks import require, require_input
 from vitprune_fast._extension import OBSTACLE
+from vitprune_fast.data.decode import MAX_PIXELS
+from vitprune_fast.data.view import View
 
 INTERPOLATIONS = {
     name: Image.Resampling[name.upper()] for name in ("nearest", "bilinear", "bicubic", "lanczos")
@@ -21,6 +25,59 @@ INTERPOLATIONS = {
 _OP = "resize_window"
 # from 13 on, Pillow resizes the columns first of an image that loses much more height than width
 _MAY_START_WITH_COLUMNS = int(PIL.__version__.partition(".")[0]) >= 13
+
+
+def show(pixels: np.ndarray, view: View, resampling: str) -> np.ndarray:
+    """What a view shows of a photograph.
+
+    Args:
+        pixels: of the upright photograph, ``(H, W, C)`` uint8, C 1 or 3.
+        view: whose border is mirrored or has a value per channel.
+        resampling: one of ``INTERPOLATIONS``.
+
+    Returns:
+        ``(height, width, C)`` uint8, of the size of the window. Of a photograph that would have
+        over 67 million pixels once it is resized, such as one a thousand times as wide as high, the
+        window is resized alone, which rounds differently.
+    """
+    left, top, width, height = view.window
+    columns, rows = np.arange(left, left + width), np.arange(top, top + height)
+    if view.border == "mirror":
+        columns, rows = _mirrored(columns, view.resized[0]), _mirrored(rows, view.resized[1])
+    x, y = (max(int(places.min()), 0) for places in (columns, rows))
+    right, bottom = (
+        min(int(places.max()) + 1, end)
+        for places, end in zip((columns, rows), view.resized, strict=True)
+    )
+    part = _part(pixels, view, (x, y, right - x, bottom - y), resampling)
+    if part.shape[:2] == (height, width) and (columns[0], rows[0]) == (x, y) == (left, top):
+        return part
+    if view.border == "mirror":
+        return part[(rows - y)[:, None], columns - x]
+    whole = np.empty((height, width, pixels.shape[2]), np.uint8)
+    whole[:] = view.border
+    whole[y - top : bottom - top, x - left : right - left] = part
+    return whole
+
+
+def _mirrored(places: np.ndarray, size: int) -> np.ndarray:
+    """Where mirrors at the first and the last of ``size`` places show places outside of them."""
+    period = max(2 * (size - 1), 1)
+    return np.minimum(places % period, period - places % period) if size > 1 else 0 * places
+
+
+def _part(
+    pixels: np.ndarray, view: View, part: tuple[int, int, int, int], resampling: str
+) -> np.ndarray:
+    """(left, top, width, height) of the resized box."""
+    box, resized = view.box, view.resized
+    if math.prod(resized) > MAX_PIXELS:
+        x, y, right, bottom = box
+        across, down = (right - x) / resized[0], (bottom - y) / resized[1]
+        left, top = x + part[0] * across, y + part[1] * down
+        box = (left, top, min(left + part[2] * across, right), min(top + part[3] * down, bottom))
+        resized, part = part[2:], (0, 0, *part[2:])
+    return resize_window(torch.from_numpy(pixels), box, resized, part, resampling).numpy()
 
 
 def resize_window(

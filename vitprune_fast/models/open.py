@@ -11,12 +11,14 @@ from typing import Any
 
 import timm
 import torch
+from timm.data import ImageNetInfo, infer_imagenet_subset
 from torch import Tensor, nn
 
 from vitprune_fast import files
 from vitprune_fast.config.model import ModelConfig
 from vitprune_fast.errors import DamagedFile, InvalidInput
 from vitprune_fast.saved_models import load
+from vitprune_fast.stated import stated_config
 
 
 def skeleton(config: ModelConfig, classes: int | None = None) -> nn.Module:
@@ -95,7 +97,20 @@ def _create(config: ModelConfig, **extra: Any) -> nn.Module:
     guess = f"timm's for {name}, which the checkpoint need not share"
     notes = {"random": {"weights": "random"}, "checkpoint": {"pixels": guess}}
     model.caveats = notes.get(config.origin, {})
+    if config.origin == "pretrained":
+        _name_classes(model)
     return model
+
+
+def _name_classes(model: Any) -> None:
+    """Note what the outputs of timm's weights are called, which for ImageNet timm knows by number.
+
+    A head of another size is a fresh one.
+    """
+    stated = stated_config(model)
+    subset = infer_imagenet_subset(stated)
+    if subset and stated["num_classes"] == model.num_classes and not stated.get("label_names"):
+        model.pretrained_cfg = {**stated, "label_names": ImageNetInfo(subset).label_names()}
 
 
 def read_checkpoint(path: Path) -> dict[str, Tensor]:

@@ -15,9 +15,16 @@ from vitprune_fast.config.run import (
     SweepConfig,
 )
 from vitprune_fast.config.search import SearchConfig
-from vitprune_fast.data import INTERPOLATIONS, ImageData
+from vitprune_fast.data import CROP_MODES, INTERPOLATIONS, ImageData
+from vitprune_fast.data.class_order import told_alike
 from vitprune_fast.run.step import Step
-from vitprune_fast.stated import caveats, stated_config
+from vitprune_fast.stated import (
+    built_for,
+    caveats,
+    class_names,
+    published_size,
+    stated_config,
+)
 
 SPLITS = ("train", "validation", "test")
 
@@ -51,13 +58,30 @@ def about_data(data: ImageData) -> dict[str, str]:
     return {"splits": "; ".join(splits), "pixels": "; ".join(pixels)}
 
 
+def about_classes(model: Any, data: ImageData) -> dict[str, str]:
+    """Says so where a head names its classes, but not as the data does."""
+    head = class_names(model)
+    if head is None or told_classes(model, data) is not None:
+        return {}
+    return {
+        "classes": f"the model's head calls them otherwise ({head[0]}, ...) than the data does "
+        f"({data.classes[0]}, ...), so whether their order is the same is not known"
+    }
+
+
+def told_classes(model: Any, data: ImageData) -> tuple[Sequence[str], Sequence[str]] | None:
+    """Names of the head's classes and of the data's that can be compared label by label."""
+    head = class_names(model)
+    return None if head is None else told_alike(head, data.classes)
+
+
 def not_followed(model: Any, weights: ModelConfig, data: ImageData) -> dict[str, str]:
     """Says so where a trained model wants its images prepared in a way that we do not support."""
     if weights.origin == "random" or data.name == "digits":
         return {}
     stated = stated_config(model)
     ours = {
-        "crop_mode": ("center", {"center"}),
+        "crop_mode": (data.crop_mode, CROP_MODES),
         "interpolation": (data.interpolation, INTERPOLATIONS),
     }
     odd = [
@@ -66,6 +90,20 @@ def not_followed(model: Any, weights: ModelConfig, data: ImageData) -> dict[str,
         if stated.get(name) is not None and stated[name] not in possible
     ]
     return {"caution": f"the model asks for {' and '.join(odd)}"} if odd else {}
+
+
+def about_size(config: ModelConfig, model: Any, data: ImageData) -> dict[str, str]:
+    """Says so where the accuracy that timm's weights are known for is of images of another size."""
+    size = published_size(model)
+    if config.origin != "pretrained" or size in (None, data.image_size):
+        return {}
+    height, width = size
+    asked = f"{height}" if height == width else f"[{height},{width}]"
+    fix = f" (--model-args img_size={asked})" if built_for(model) else ""
+    return {
+        "size": f"{config.name} is published at {height} x {width} pixels{fix}, and here it sees "
+        f"{data.image_size[0]} x {data.image_size[1]}"
+    }
 
 
 def about_test_images(config: ModelConfig, data: ImageData) -> dict[str, str]:
@@ -128,7 +166,9 @@ def of_run(config: RunConfig, steps: Sequence[Step], data: ImageData, model: Any
         # weights that come from nowhere are trained by the run before anything else
         **(about_weights(config.model, config.seed, model) if config.has_weights else {}),
         **about_data(data),
+        **about_classes(model, data),
         **not_followed(model, config.model, data),
+        **about_size(config.model, model, data),
         **about_test_images(config.model, data),
         **(
             about_search(config.search)
@@ -166,6 +206,7 @@ def pixel_statistics(data: ImageData) -> dict[str, Any]:
         "mean": list(data.mean),
         "std": list(data.std),
         "crop_share": data.crop_share,
+        "crop_mode": data.crop_mode,
         "interpolation": data.interpolation,
     }
 

@@ -11,16 +11,29 @@ from torch import nn
 from vitprune_fast.batches import classes_of
 from vitprune_fast.config.model import ModelConfig, StudentConfig
 from vitprune_fast.config.run import DataConfig, RunConfig
-from vitprune_fast.data import INTERPOLATIONS, ImageData, open_data
+from vitprune_fast.data import CROP_MODES, INTERPOLATIONS, ImageData, open_data
 from vitprune_fast.distill.teachers import must_learn
 from vitprune_fast.errors import InvalidInput
 from vitprune_fast.models.open import open_model, skeleton
 from vitprune_fast.precision import Precision
 from vitprune_fast.randomness import seeded
 from vitprune_fast.run.actions import Setting
-from vitprune_fast.run.assumptions import about_data, about_weights, not_followed
+from vitprune_fast.run.assumptions import (
+    about_classes,
+    about_data,
+    about_weights,
+    not_followed,
+    told_classes,
+)
 from vitprune_fast.run.profile import choose_profile
-from vitprune_fast.stated import built_for, caveats, patch_size, stated_config
+from vitprune_fast.stated import (
+    built_for,
+    caveats,
+    name_classes,
+    patch_size,
+    published_size,
+    stated_config,
+)
 from vitprune_fast.structure import describe
 
 
@@ -45,6 +58,7 @@ _STATISTICS = {
     "mean": "mean",
     "std": "std",
     "crop_share": "crop_pct",
+    "crop_mode": "crop_mode",
     "interpolation": "interpolation",
 }
 """How pixels become a model's input: our names and timm's."""
@@ -59,7 +73,8 @@ def open_model_data(config: DataConfig, model: Any, weights: ModelConfig) -> Ima
         weights: where the model comes from.
     """
     channels, height, width = describe(model).input_size
-    own = {} if weights.origin == "random" else _own_statistics(model, channels)
+    random = weights.origin == "random"
+    own = {} if random else _own_statistics(model, (channels, height, width))
     given = {name: getattr(config, name) for name in _STATISTICS}
     known = {name: value for name, value in own.items() if given[name] is None}
     # the digits are shown whole and as they are
@@ -70,6 +85,7 @@ def open_model_data(config: DataConfig, model: Any, weights: ModelConfig) -> Ima
         image_size=(height, width),
         channels=channels,
         max_bad=config.max_bad,
+        validation=config.validation,
         **{**given, **known},
     )
     stated_by = "of the saved model" if weights.origin == "saved" else f"timm's for {weights.name}"
@@ -77,19 +93,23 @@ def open_model_data(config: DataConfig, model: Any, weights: ModelConfig) -> Ima
     return replace(data, origins={**data.origins, **dict.fromkeys(known, origin)})
 
 
-def _own_statistics(model: Any, channels: int) -> dict[str, Any]:
-    """What a trained model says of its own input, as far as we support it."""
+def _own_statistics(model: Any, shape: tuple[int, int, int]) -> dict[str, Any]:
+    """What a trained model says of its own input of this (C, H, W), as far as we support it."""
     stated = stated_config(model)
+    if published_size(model) == shape[1:]:
+        stated |= {"crop_pct": stated.get("test_crop_pct") or stated.get("crop_pct")}
     own = {name: stated[key] for name, key in _STATISTICS.items() if stated.get(key) is not None}
     for name in ("mean", "std"):
         if name in own:
             own[name] = tuple(own[name])
     # a configuration made for colour says nothing about grey images
-    if {len(own.get("mean", ())), len(own.get("std", ()))} != {channels}:
-        own = {name: value for name, value in own.items() if name not in ("mean", "std")}
-    if own.get("interpolation") not in INTERPOLATIONS:
-        own.pop("interpolation", None)
-    return own
+    of_channels = {len(own.get("mean", ())), len(own.get("std", ()))} == {shape[0]}
+    follows = {
+        **{"mean": of_channels, "std": of_channels},
+        "crop_mode": own.get("crop_mode") in CROP_MODES,
+        "interpolation": own.get("interpolation") in INTERPOLATIONS,
+    }
+    return {name: value for name, value in own.items() if follows.get(name, True)}
 
 
 def remember_normalisation(model: Any, data: ImageData, *, trained: bool) -> None:
@@ -99,19 +119,20 @@ def remember_normalisation(model: Any, data: ImageData, *, trained: bool) -> Non
     was given is no guess.
     """
     stated = stated_config(model)
-    stated.pop("interpolation", None)
+    replaced = ("interpolation", "test_input_size", "test_crop_pct")
     model.pretrained_cfg = {
-        **stated,
+        **{name: value for name, value in stated.items() if name not in replaced},
         "input_size": (data.channels, *data.image_size),
         "mean": data.mean,
         "std": data.std,
         "crop_pct": data.crop_share,
-        "crop_mode": "center",
+        "crop_mode": data.crop_mode,
         "num_classes": len(data.classes),
         **({"interpolation": data.interpolation} if data.interpolation in INTERPOLATIONS else {}),
     }
     kept = caveats(model)
     if trained:
+        name_classes(model, data.classes)
         kept = {}
     elif data.origins["mean"] == "given":
         kept.pop("pixels", None)
@@ -119,7 +140,10 @@ def remember_normalisation(model: Any, data: ImageData, *, trained: bool) -> Non
 
 
 def check_fit(model: Any, data: ImageData) -> None:
-    """Refuses a head or a patch size that does not fit the data (InvalidInput)."""
+    """Refuses a head or a patch size that does not fit the data (InvalidInput).
+
+    A head that names its classes must have those of the data, in their order.
+    """
     classes = len(data.classes)
     if classes_of(model) != classes:
         raise InvalidInput(
@@ -127,6 +151,7 @@ def check_fit(model: Any, data: ImageData) -> None:
             f"{classes_of(model)}; build it with num_classes={classes}, or teach it those "
             "of the data (--train-dense with --pretrained, or distill)"
         )
+    check_order(model, data)
     # models of other libraries take images of one size, of which they say no patch
     (height, width), patch = data.image_size, patch_size(model) or (1, 1)
     if height < patch[0] or width < patch[1]:
@@ -134,6 +159,20 @@ def check_fit(model: Any, data: ImageData) -> None:
             f"data: images must be at least one patch, {patch[0]} x {patch[1]} pixels, got "
             f"{height} x {width}; give the model a larger img_size"
         )
+
+
+def check_order(model: Any, data: ImageData) -> None:
+    """Refuses classes in another order than the head's, as far as both can be told (InvalidInput).
+
+    Outputs and labels are matched by their numbers, so right answers would count as wrong.
+    """
+    for label, (ours, own) in enumerate(zip(*(told_classes(model, data) or ((), ())), strict=True)):
+        if ours != own:
+            raise InvalidInput(
+                f"data: classes must be in the order of the model's head, got {own!r} where the "
+                f"head has {ours!r} (label {label}); take the data that it was trained on, or name "
+                "the classes so that they sort like that"
+            )
 
 
 def trains_dense(config: RunConfig, data: ImageData) -> bool:
@@ -192,6 +231,7 @@ def open_both(
     assumptions = {
         **about_weights(model_config, seed, model),
         **about_data(data),
+        **about_classes(model, data),
         **not_followed(model, model_config, data),
     }
     return Opened(model, data, Setting(seed, profile, data_config), assumptions)

@@ -32,6 +32,7 @@ from vitprune_fast.precision import resolve
 from vitprune_fast.randomness import derive_seed, seeded
 from vitprune_fast.run import actions
 from vitprune_fast.run.actions import OnEvent, Setting
+from vitprune_fast.run.inputs import check_order
 from vitprune_fast.run.step import RunStopped
 from vitprune_fast.scoring.scores import Scores
 from vitprune_fast.structure import describe
@@ -294,7 +295,7 @@ def open_teacher(
     name = teachers.names[number]
     own = DistillConfig(epochs=teachers.epochs, lr=teachers.lr, alpha=0, dtype=config.dtype)
     with seeded(setting.seed, "teacher", number):
-        return resolve_teacher(
+        teacher = resolve_teacher(
             name,
             dense if name == "self" and dense is not None else student,
             pretrained=teachers.pretrained,
@@ -309,3 +310,6 @@ def open_teacher(
             compile=teachers.compile,
             weight=teachers.weights[number] if teachers.weights else 1.0,
         )
+    if config.learns_logits:
+        check_order(teacher.model, data)
+    return teacher

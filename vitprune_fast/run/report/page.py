@@ -163,6 +163,8 @@ def weights_text(weights: dict[str, Any]) -> str:
         "pretrained": f"downloaded by timm for {weights['source']}",
     }
     learnt = ", then trained by this run on the train split" if weights.get("tuned") else ""
+    if known := weights.get("published"):
+        learnt += f"; published top-1 {known['top1']:.2%} ({known['source']})"
     return words[weights["origin"]] + learnt
 
 

@@ -12,6 +12,7 @@ from vitprune_fast.run.comparison import arrow
 from vitprune_fast.run.inputs import trains_dense
 from vitprune_fast.run.job import Job
 from vitprune_fast.run.profile import versions
+from vitprune_fast.run.published import published
 from vitprune_fast.run.step import Facts, Step
 from vitprune_fast.structure import describe
 
@@ -55,6 +56,7 @@ def evaluate(job: Job, *, summary_file: str, before: str, after: str, **between:
     first, last = describe(loaded["before"]), describe(loaded["after"])
     done = job.steps[: job.steps.index(job.step)]
     tuned = job.config.has_weights and trains_dense(job.config, job.data)
+    known = published(job.config.model, job.skeleton, job.data)
     facts = {step.name: job.facts(step.name) for step in done}
     whole = {
         **summary.rows(loaded, found, dict(zip(timed, times, strict=True)), memory, stored),
@@ -71,6 +73,7 @@ def evaluate(job: Job, *, summary_file: str, before: str, after: str, **between:
             "origin": job.config.model.origin if job.config.has_weights else "trained here",
             "source": _first(facts, "source", job.config.model.name),
             **({"tuned": True} if tuned else {}),
+            **({"published": asdict(known)} if known else {}),
         },
         "assumptions": assumptions.of_run(job.config, job.steps, job.data, job.skeleton),
         "split_hashes": dict(job.data.split_hashes),

@@ -224,6 +224,8 @@ _KEPT = (
     "interpolation",
     "crop_pct",
     "crop_mode",
+    "test_input_size",
+    "test_crop_pct",
     "first_conv",
     "classifier",
     "label_names",
