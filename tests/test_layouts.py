@@ -161,7 +161,7 @@ def test_labels_number_the_sorted_wnids(make: Callable[[Path], Path], tmp_path: 
     assert data.classes == SORTED
     source: Any = data.source
     for sample, label in enumerate(source.labels.tolist()):
-        red = source.image(sample).getpixel((0, 0))[0]
+        red = source.image(sample)[0, 0, 0]
         assert red == 60 * label, source.names[sample]
     assert len(source.names) == len({*source.names}) and unreadable(data) == []
     for split in SPLITS:

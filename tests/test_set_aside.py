@@ -242,15 +242,24 @@ def test_an_unreadable_image_is_named_where_it_was_asked_for(photos: Path) -> No
 
 
 def test_a_reader_that_the_system_ends_is_said(photos: Path) -> None:
-    loader = Loader(_open(photos).split("train"), 2, workers=2)
+    loader, before = Loader(_open(photos).split("train"), 1, workers=2), {*processes()}
     batches = iter(loader)
     next(batches)
-    for child in multiprocessing.active_children():
-        os.kill(child.pid or 0, signal.SIGKILL)
+    started = {*processes()} - before
+    assert len(started) == 2
+    os.kill(started.pop(), signal.SIGKILL)
     with pytest.raises(StageFailed, match="data: processes that read images must live, got one"):
         list(batches)
-    # and it can be started again
+    # and they can be started again
+    loader.close()
     assert sum(len(ids) for _, _, ids in loader) == len(loader.images)
+    loader.close()
+    assert {*processes()} <= before
+
+
+def processes() -> list[int]:
+    """Those that this one has started."""
+    return [each.pid or 0 for each in multiprocessing.active_children()]
 
 
 def test_a_folder_that_cannot_be_listed_is_an_error(photos: Path) -> None:

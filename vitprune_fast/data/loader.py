@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import math
-import weakref
+import multiprocessing
+import os
+import signal
+import threading
+from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
-from typing import Any
+from itertools import islice
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
 
 from vitprune_fast.batches import Batch, readable
 from vitprune_fast.data.augment import Augment
@@ -179,10 +184,7 @@ class Loader:
         if not self.workers or not keys:
             return map(self._batches.__getitem__, keys)
         if self._pool is None:
-            self._pool = _Pool(self._batches, min(self.workers, len(self)), self.seed)
-        elif self._pool.busy:
-            # two iterations at once: the second has processes of its own
-            return _Pool(self._batches, min(self.workers, len(keys)), self.seed).fetch(keys)
+            self._pool = _Pool(self._batches, min(self.workers, len(self)))
         return self._pool.fetch(keys)
 
 
@@ -230,7 +232,7 @@ class Order:
 
 
 @dataclass
-class _Batches(Dataset):
+class _Batches:
     """Reads batches by epoch and number; what a loader process gets."""
 
     reader: Reader
@@ -258,69 +260,65 @@ class _Batches(Dataset):
 class _Pool:
     """Processes that read batches by their keys, epoch after epoch.
 
+    torch's own loader would start them anew for every epoch, or take one iteration at a time; and
+    where the system ends one of its processes, it raises wherever the caller's code is just then.
+
     Args:
-        batches: what each process gets.
+        batches: what each process gets, once.
         workers: how many.
-        seed: torch draws one for the processes, which nothing here reads, from it.
     """
 
-    def __init__(self, batches: _Batches, workers: int, seed: int) -> None:
-        self._keys: list[Key] = []
-        # whether an iteration goes on
-        self.busy = False
-        self._loader = DataLoader(
-            batches,
-            batch_size=None,
-            sampler=_Latest(self),
-            num_workers=workers,
-            persistent_workers=True,
-            # without it a seed for the workers is taken from the global generator
-            generator=generator(seed, "workers"),
-        )
+    def __init__(self, batches: _Batches, workers: int) -> None:
+        self._ahead = 2 * workers
+        self._processes = ProcessPoolExecutor(workers, initializer=_begin, initargs=(batches,))
 
-    @property
-    def keys(self) -> list[Key]:
-        """Of the batches that are read now."""
-        return self._keys
-
-    def fetch(self, keys: list[Key]) -> Iterator[Read | VitpruneError]:
+    def fetch(self, keys: Iterable[Key]) -> Iterator[Read | VitpruneError]:
         """What was read of batches, in their order.
 
         Raises:
             StageFailed: a process was ended from outside.
         """
-        self._keys, self.busy = keys, True
+        rest, coming = iter(keys), deque[Future]()
         try:
-            yield from self._loader
-        except RuntimeError as error:
-            if "DataLoader worker" not in str(error):
-                raise
-            self.close()
+            coming.extend(self._processes.submit(_read, key) for key in islice(rest, self._ahead))
+            while coming:
+                read = coming.popleft().result()
+                coming.extend(self._processes.submit(_read, key) for key in islice(rest, 1))
+                yield read
+        except BrokenProcessPool:
             raise StageFailed(
-                "data: processes that read images must live, got one that the system ended, "
-                "perhaps for want of memory; give fewer --workers, or 0 to read in this process "
-                f"({str(error).partition('.')[0]})"
+                "data: processes that read images must live, got one that was ended from outside, "
+                "perhaps for want of memory; give fewer --workers, or 0 to read in this process"
             ) from None
         finally:
-            self.busy = False
+            for future in coming:
+                future.cancel()
 
     def close(self) -> None:
         """End the processes."""
-        # torch ends them when nobody holds their iterator any more, which an error may do for long
-        iterator: Any = self._loader._iterator
-        if iterator is not None:
-            iterator._shutdown_workers()
-        self._loader._iterator = None
+        self._processes.shutdown(cancel_futures=True)
 
 
-class _Latest:
-    """The keys of a pool, which its processes ask for anew in every iteration."""
+# of a process of a pool
+_batches: _Batches
 
-    def __init__(self, pool: _Pool) -> None:
-        self._pool = weakref.proxy(pool)
 
-    def __iter__(self) -> Iterator[Key]:
-        return iter(self._pool.keys)
+def _begin(batches: _Batches) -> None:
+    global _batches
+    _batches = batches
+    torch.set_num_threads(1)
+    # Ctrl-C is for the process that owns the pool
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=_end_with_owner, daemon=True).start()
 
-    def __len__(self) -> int:
-        return len(self._pool.keys)
+
+def _end_with_owner() -> None:
+    """End this process when the one that owns the pool is no more, however that ended."""
+    owner = multiprocessing.parent_process()
+    if owner is not None:
+        owner.join()
+        os._exit(1)
+
+
+def _read(key: Key) -> Read | VitpruneError:
+    return _batches[key]

@@ -105,6 +105,7 @@ def applied(profile: Profile) -> Iterator[None]:
 def versions() -> dict[str, str]:
     """Versions that decide the bits of a run."""
     import numpy
+    import PIL
     import timm
     import torch
 
@@ -113,5 +114,6 @@ def versions() -> dict[str, str]:
         "torch": str(torch.__version__),
         "timm": timm.__version__,
         "numpy": numpy.__version__,
+        "pillow": PIL.__version__,
         "python": platform.python_version(),
     }
