@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -12,11 +13,12 @@ import torch
 import transformers
 from timm.data import ImageNetInfo
 
-from tests.small import NAME, SMALL
+from tests.small import NAME, SMALL, photographs
 from vitprune_fast import load, save
+from vitprune_fast.cli.main import main
 from vitprune_fast.config.model import ModelConfig
 from vitprune_fast.data import ImageData, open_data
-from vitprune_fast.data.class_order import told_alike
+from vitprune_fast.data.class_order import compared
 from vitprune_fast.errors import InvalidInput
 from vitprune_fast.models.open import open_model
 from vitprune_fast.run.assumptions import about_classes
@@ -42,6 +44,9 @@ WORDS = (
         pytest.param(WORDS, IDS[::-1], False, id="that-in-another-order"),
         pytest.param(("0", "1", "10"), ("0", "10", "1"), False, id="numbers-as-text"),
         pytest.param(IDS, ("Schleie", "Goldfisch", "Hai"), None, id="other-words"),
+        pytest.param(IDS, ("Schleie", *WORDS[1:]), True, id="most-of-what-ids-stand-for"),
+        pytest.param(IDS, ("Schleie", *WORDS[:0:-1]), False, id="most-in-another-order"),
+        pytest.param(IDS, (*WORDS[:1], "Goldfisch", "Hai"), None, id="a-part-of-it"),
         pytest.param(("n00000000", *IDS[1:]), ("x", *WORDS[1:]), None, id="an-unknown-id"),
         pytest.param(("0", "1", "2"), ("1", "2", "3"), None, id="numbers-from-one"),
         pytest.param(IDS, IDS[:2], None, id="of-another-head"),
@@ -50,8 +55,8 @@ WORDS = (
 def test_only_what_surely_differs_is_told_apart(
     head: Sequence[str], classes: Sequence[str], alike: bool | None
 ) -> None:
-    told = told_alike(head, classes)
-    assert (None if told is None else [*told[0]] == [*told[1]]) is alike
+    pairs = compared(head, classes)
+    assert (None if pairs is None else all(a == b for _, a, b in pairs)) is alike
 
 
 def data_of(*classes: str) -> Any:
@@ -79,7 +84,7 @@ def digits(size: int = 8) -> ImageData:
     return open_data("digits", image_size=size, channels=3)
 
 
-def test_a_model_remembers_the_classes_it_learnt(tmp_path: Any) -> None:
+def test_a_model_remembers_the_classes_it_learnt(tmp_path: Path) -> None:
     model, data = timm.create_model(NAME, **SMALL, num_classes=10), digits(16)
     remember_normalisation(model, data, trained=False)
     assert class_names(model) is None
@@ -91,7 +96,7 @@ def test_a_model_remembers_the_classes_it_learnt(tmp_path: Any) -> None:
             check_order(opened, data_of(*data.classes[::-1]))
 
 
-def test_names_of_transformers_are_read_and_written(tmp_path: Any) -> None:
+def test_names_of_transformers_are_read_and_written(tmp_path: Path) -> None:
     sizes: Any = {"hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 3}
     sizes |= {"intermediate_size": 48, "image_size": 16, "patch_size": 8, "num_labels": 10}
     model: Any = transformers.ViTForImageClassification(transformers.ViTConfig(**sizes))
@@ -130,3 +135,25 @@ def test_names_that_are_none_are_not_read() -> None:
         model = small()
         model.pretrained_cfg |= {"label_names": names}
         assert class_names(model) is None
+
+
+def test_every_verb_refuses_another_order(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    photographs(Path("photos"))
+    for name, classes in (("right", ("ant", "bee")), ("wrong", ("bee", "ant"))):
+        model = timm.create_model(NAME, **SMALL, num_classes=2)
+        name_classes(model, classes)
+        save(model, name)
+    data = ("--data", "folder:photos")
+    teaching = ("--epochs", "1", "--warmup-epochs", "0")
+    for words in (
+        ("eval", "--model", "wrong", *data),
+        ("eval", "--model", "right", "--teacher", "wrong", *data),
+        ("distill", "--model", "right", "--teacher", "wrong", *data, *teaching, "--out", "out"),
+        ("run", "--model", "wrong", *data, "--out", "out"),
+    ):
+        assert main([*words]) != 0
+        assert "got 'ant' where the head has 'bee' (label 0)" in capsys.readouterr().err
+    assert main(["eval", "--model", "right", *data]) == 0

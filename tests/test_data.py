@@ -31,6 +31,7 @@ from vitprune_fast.data import (
 )
 from vitprune_fast.data.archive import natural_key
 from vitprune_fast.data.decode import decode
+from vitprune_fast.data.folder import Folder
 from vitprune_fast.data.resize import show
 from vitprune_fast.data.splits import stratified, validation_counts
 from vitprune_fast.errors import DamagedFile, InvalidInput

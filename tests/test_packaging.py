@@ -71,7 +71,8 @@ def test_wheel_holds_the_whole_package_and_no_tests(pure):
     assert "vitprune_fast/kernels/taylor_score.py" in names
     assert expected_modules() <= names
     stubs = {f"vitprune_fast/{name}" for name in ("py.typed", "_host.pyi", "__init__.pyi")}
-    assert stubs <= names
+    tables = {"vitprune_fast/data/imagenet_top1.csv", "vitprune_fast/splits/digits.json"}
+    assert stubs | tables <= names
     assert not [name for name in names if "test_" in name or name.endswith("conftest.py")]
     assert {name.partition("/")[0].partition("-")[0] for name in names} == {"vitprune_fast"}
     assert wheel.name.endswith("-py3-none-any.whl")

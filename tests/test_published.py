@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import html
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -18,13 +19,14 @@ from vitprune_fast import describe
 from vitprune_fast.cli.main import main
 from vitprune_fast.config.model import ModelConfig
 from vitprune_fast.data.published import TABLE, published_accuracy
+from vitprune_fast.files import read_json
 from vitprune_fast.models.open import open_model
 from vitprune_fast.run.published import published
 
 NAME = "test_vit.r160_in1k"
 IMAGENET = tuple(ImageNetInfo().label_names())
-LINE = (
-    "published top-1 40.98%, top-5 67.38% (timm's results-imagenet.csv at 4e5207c, 160 px, "
+FIGURES = (
+    "top-1 40.98%, top-5 67.38% (timm's results-imagenet.csv at 4e5207c, 160 px, "
     "crop_share 0.95, bicubic)"
 )
 
@@ -100,17 +102,23 @@ def test_a_figure_is_of_timm_s_weights_on_imagenet(changes: dict[str, Any], know
 
 
 @pytest.mark.usefixtures("_own_weights")
-def test_eval_prints_it_beside_what_it_measured(
+def test_it_stands_beside_what_was_measured(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
     photographs(Path("photos"), "train", classes=IMAGENET, count=2)
     photographs(Path("photos"), "val", classes=IMAGENET[:5], count=1)
-    words = ["eval", "--model", NAME, "--pretrained", "--data", "folder:photos", "--validation"]
-    assert main([*words, "200", "--batch-size", "250"]) == 0
+    words = ["--model", NAME, "--pretrained", "--data", "folder:photos", "--validation", "50"]
+    assert main(["eval", *words]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert lines[-1] == LINE and lines[-3].startswith("top-1 ")
+    assert lines[-1] == f"published {FIGURES}" and lines[-3].startswith("top-1 ")
     splits = next(line for line in lines if line.startswith("splits"))
-    assert "validation: 200 images of photos/train (200)" in splits
-    assert main([*words, "200", "--split", "validation"]) == 0
+    assert "validation: 50 images of photos/train (50)" in splits
+    assert main(["eval", *words, "--split", "validation"]) == 0
     assert "published" not in capsys.readouterr().out
+    few = ["--score-samples", "2", "--no-compensate", "--latency-seconds", "0.01"]
+    assert main(["run", "--recipe", "one-shot", *words, *few, "--out", "run"]) == 0
+    summary = read_json("run/summary.json")
+    assert summary["weights"]["published"]["top1"] == 0.40982
+    assert "weights" not in summary["assumptions"]
+    assert f"published {FIGURES}" in html.unescape(Path("run/report.html").read_text())

@@ -56,6 +56,6 @@ def main(words: list[str]) -> None:
     print(f"top-1 {result.top1:.2%} ({result.top1_count} of {result.samples})")
     print(f"top-5 {result.top5:.2%} ({result.top5_count} of {result.samples})")
     if known and options.split == "test":
-        print(f"published top-1 {known.top1:.2%}, top-5 {known.top5:.2%} ({known.source})")
+        print(f"published {known}")
     if teachers:
         print(f"agreement {result.agreement:.2%} ({result.agreement_count} of {result.samples})")

@@ -1,4 +1,4 @@
-"""The view that evaluation takes of a photograph, equal to timm's."""
+"""What evaluation shows of a photograph: timm's view."""
 
 from __future__ import annotations
 
@@ -19,13 +19,14 @@ def evaluation_view(
     """What the model is shown of a photograph to measure its accuracy.
 
     The photograph is resized to a scale of ``floor(image_size / crop_share)`` pixels, of which the
-    centre is shown: the evaluation of ``timm.data.create_transform(is_training=False)``, pixel by
-    pixel.
+    centre is shown: what ``timm.data.create_transform(is_training=False)`` does. Rendered by
+    :func:`resize.show` the pixels are timm's, bit for bit; what timm would resize to no pixel keeps one.
 
     Args:
         photograph: (width, height) in pixels.
         image_size: (height, width) of the model's input in pixels.
-        crop_share: share of the scale that is seen, above 0: timm's ``crop_pct``.
+        crop_share: share of the scale that is seen, above 0: timm's ``crop_pct``. Above 1 the image
+            is smaller than what is seen, with a black border unless the mode is ``border``.
         crop_mode: ``center`` fits the shorter side to the scale, and what is longer is cut off.
             ``squash`` resizes both sides to it, whatever the photograph's proportions. ``border``
             fits the longer side, and fills the border with ``fill``.

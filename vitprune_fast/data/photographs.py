@@ -189,7 +189,7 @@ class Photographs(ABC):
         if 1 <= wanted != len(chosen["validation"]):
             raise InvalidInput(
                 f"open_data: validation must leave every class of {where} an image to train on, "
-                f"got {wanted:g} of its {len(samples):,} images; take fewer"
+                f"got {wanted:,.0f} of its {len(samples):,} images; take fewer"
             )
         return {split: [samples[index] for index in part] for split, part in chosen.items()}
 

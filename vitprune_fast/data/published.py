@@ -24,6 +24,10 @@ class Accuracy:
     top5: float
     source: str
 
+    def __str__(self) -> str:
+        """Both figures and where they are from, in one line."""
+        return f"top-1 {self.top1:.2%}, top-5 {self.top5:.2%} ({self.source})"
+
 
 def published_accuracy(name: str, image_size: tuple[int, int]) -> Accuracy | None:
     """The published accuracy of timm's weights with images of one size; None where there is none.

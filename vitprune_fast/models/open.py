@@ -6,6 +6,7 @@ import difflib
 import mmap
 import warnings
 import zipfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,8 @@ from vitprune_fast.stated import stated_config
 def skeleton(config: ModelConfig, classes: int | None = None) -> nn.Module:
     """The model without memory for its weights: enough to read sizes and check the family.
 
+    Nothing is downloaded for it; what it says of its images and classes is what it says with them.
+
     Args:
         config: as for ``open_model``.
         classes: as there.
@@ -35,8 +38,8 @@ def skeleton(config: ModelConfig, classes: int | None = None) -> nn.Module:
         return open_model(config)
     with torch.device("meta"):
         if config.checkpoint is None and classes is not None:
-            return _create(config, **{"num_classes": classes, **config.args})
-        return _create(config, **_head_of_checkpoint(config))
+            return _create(config, {"num_classes": classes, **config.args}, filled=False)
+        return _create(config, _head_of_checkpoint(config), filled=False)
 
 
 def open_model(config: ModelConfig, classes: int | None = None) -> nn.Module:
@@ -60,8 +63,8 @@ def open_model(config: ModelConfig, classes: int | None = None) -> nn.Module:
         return load(config.name).eval()
     if config.checkpoint is None:
         unset = classes is not None and "num_classes" not in config.args
-        return _create(config, **({"num_classes": classes} if unset else {})).eval()
-    model = _create(config, **_head_of_checkpoint(config))
+        return _create(config, {"num_classes": classes} if unset else {}).eval()
+    model = _create(config, _head_of_checkpoint(config))
     load_weights(model, read_checkpoint(config.checkpoint), config.checkpoint)
     return model.eval()
 
@@ -75,7 +78,7 @@ def _head_of_checkpoint(config: ModelConfig) -> dict[str, int]:
     return {"num_classes": len(heads[0])} if heads else {}
 
 
-def _create(config: ModelConfig, **extra: Any) -> nn.Module:
+def _create(config: ModelConfig, extra: Mapping[str, Any], *, filled: bool = True) -> nn.Module:
     name = config.name
     # "vit_tiny_patch16_224.augreg_in21k": the tag after the dot picks pretrained weights
     if not timm.is_model(name.partition(".")[0]):
@@ -86,7 +89,8 @@ def _create(config: ModelConfig, **extra: Any) -> nn.Module:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            model: Any = timm.create_model(name, pretrained=config.pretrained, **arguments)
+            pretrained = config.pretrained and filled
+            model: Any = timm.create_model(name, pretrained=pretrained, **arguments)
     except InvalidInput:
         raise
     except Exception as error:

@@ -16,7 +16,7 @@ from vitprune_fast.config.run import (
 )
 from vitprune_fast.config.search import SearchConfig
 from vitprune_fast.data import CROP_MODES, INTERPOLATIONS, ImageData
-from vitprune_fast.data.class_order import told_alike
+from vitprune_fast.data.class_order import compared
 from vitprune_fast.run.step import Step
 from vitprune_fast.stated import (
     built_for,
@@ -61,7 +61,7 @@ def about_data(data: ImageData) -> dict[str, str]:
 def about_classes(model: Any, data: ImageData) -> dict[str, str]:
     """Says so where a head names its classes, but not as the data does."""
     head = class_names(model)
-    if head is None or told_classes(model, data) is not None:
+    if head is None or compared_classes(model, data) is not None:
         return {}
     return {
         "classes": f"the model's head calls them otherwise ({head[0]}, ...) than the data does "
@@ -69,10 +69,10 @@ def about_classes(model: Any, data: ImageData) -> dict[str, str]:
     }
 
 
-def told_classes(model: Any, data: ImageData) -> tuple[Sequence[str], Sequence[str]] | None:
-    """Names of the head's classes and of the data's that can be compared label by label."""
+def compared_classes(model: Any, data: ImageData) -> list[tuple[int, str, str]] | None:
+    """Label, the head's name and the data's; None where a head has none or others."""
     head = class_names(model)
-    return None if head is None else told_alike(head, data.classes)
+    return None if head is None else compared(head, data.classes)
 
 
 def not_followed(model: Any, weights: ModelConfig, data: ImageData) -> dict[str, str]:

@@ -9,7 +9,7 @@ import shutil
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -77,8 +77,7 @@ def execute(
         with _claimed(owned, processes), applied(profile):
             data = data or open_model_data(config.data, dense, config.model)
             if trains_dense(config, data):
-                unfilled = replace(config.model, pretrained=False)
-                dense = skeleton(unfilled, len(data.classes))
+                dense = skeleton(config.model, len(data.classes))
             else:
                 check_fit(dense, data)
             check_plans(config, steps, dense)
@@ -153,7 +152,7 @@ def check_inputs(config: RunConfig, data: ImageData | None = None) -> nn.Module:
     # images that were opened by the caller lie somewhere too
     root = getattr(data and data.source, "root", None)
     refuse_overwriting("run", config, {"out": config.out}, more={"data": root}, resumes=True)
-    model = skeleton(replace(config.model, pretrained=False))
+    model = skeleton(config.model)
     check_savable(model)
     # the teacher of a fresh student need not have the units that are cut by default
     if not config.student.name:

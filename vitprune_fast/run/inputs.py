@@ -22,8 +22,8 @@ from vitprune_fast.run.assumptions import (
     about_classes,
     about_data,
     about_weights,
+    compared_classes,
     not_followed,
-    told_classes,
 )
 from vitprune_fast.run.profile import choose_profile
 from vitprune_fast.stated import (
@@ -166,10 +166,10 @@ def check_order(model: Any, data: ImageData) -> None:
 
     Outputs and labels are matched by their numbers, so right answers would count as wrong.
     """
-    for label, (ours, own) in enumerate(zip(*(told_classes(model, data) or ((), ())), strict=True)):
-        if ours != own:
+    for label, ours, other in compared_classes(model, data) or ():
+        if ours != other:
             raise InvalidInput(
-                f"data: classes must be in the order of the model's head, got {own!r} where the "
+                f"data: classes must be in the order of the model's head, got {other!r} where the "
                 f"head has {ours!r} (label {label}); take the data that it was trained on, or name "
                 "the classes so that they sort like that"
             )

@@ -7,7 +7,7 @@ from typing import Any
 from vitprune_fast.config.model import ModelConfig
 from vitprune_fast.data import ImageData
 from vitprune_fast.data.published import Accuracy, published_accuracy
-from vitprune_fast.run.assumptions import told_classes
+from vitprune_fast.run.assumptions import compared_classes
 from vitprune_fast.stated import stated_config
 
 
@@ -18,8 +18,8 @@ def published(config: ModelConfig, model: Any, data: ImageData) -> Accuracy | No
     test split is none that ImageNet-1k brings, or where no figure is known at this size.
     """
     as_built = config.origin == "pretrained" and config.args.keys() <= {"img_size"}
-    alike = told_classes(model, data)
-    is_imagenet = len(data.classes) == 1000 and alike and [*alike[0]] == [*alike[1]]
+    pairs = compared_classes(model, data)
+    is_imagenet = bool(pairs) and all(ours == other for _, ours, other in pairs)
     if not (as_built and is_imagenet and "test" in data.own_splits):
         return None
     stated = stated_config(model)

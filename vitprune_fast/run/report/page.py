@@ -13,6 +13,7 @@ from typing import Any
 import jinja2
 
 from vitprune_fast import files
+from vitprune_fast.data.published import Accuracy
 from vitprune_fast.errors import DamagedFile, RunFolderError
 from vitprune_fast.planning import Plan
 from vitprune_fast.planning.waiting import load_warning
@@ -164,7 +165,7 @@ def weights_text(weights: dict[str, Any]) -> str:
     }
     learnt = ", then trained by this run on the train split" if weights.get("tuned") else ""
     if known := weights.get("published"):
-        learnt += f"; published top-1 {known['top1']:.2%} ({known['source']})"
+        learnt += f"; published {Accuracy(**known)}"
     return words[weights["origin"]] + learnt
 
 
