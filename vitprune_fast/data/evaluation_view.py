@@ -19,8 +19,8 @@ def evaluation_view(
     """What the model is shown of a photograph to measure its accuracy.
 
     The photograph is resized to a scale of ``floor(image_size / crop_share)`` pixels, of which the
-    centre is shown: what ``timm.data.create_transform(is_training=False)`` does. Rendered by
-    :func:`resize.show` the pixels are timm's, bit for bit; what timm would resize to no pixel keeps one.
+    centre is shown: what ``timm.data.create_transform(is_training=False)`` does. What
+    `resize.show` makes of it is timm's, bit for bit; what timm would resize to no pixel keeps one.
 
     Args:
         photograph: (width, height) in pixels.
