@@ -491,6 +491,13 @@ def test_a_simple_crop_shows_the_resized_photograph_and_its_mirrored_border() ->
     assert small[0].shape == (16, 16, 3) and grey[0].shape == (16, 16, 1)
 
 
+def test_a_policy_may_ask_for_pixels_of_no_bits() -> None:
+    image = np.random.default_rng(1).integers(64, 192, (16, 16, 3), np.uint8)
+    # at the largest magnitude posterizing keeps none; Pillow refuses that since version 13
+    views = _views(image, 200, policy="rand-m10-inc1")
+    assert any((view == 0).all() for view in views)
+
+
 def test_three_augment_makes_a_third_each_grey_solarised_or_blurred() -> None:
     image = np.random.default_rng(1).integers(0, 128, (16, 16, 3), np.uint8)
     plain = _views(image, 300, policy="", scale=1.0, ratio=1.0, flip=0.0)[0]

@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
+from typing import Any
 
 import numpy as np
 import torch
@@ -167,12 +168,22 @@ def _policy(words: str) -> Callable[[Image.Image], Image.Image]:
     }
     maker = makers.get(kind, auto_augment.auto_augment_transform)
     try:
-        return maker(words, hparams)
+        transform = maker(words, hparams)
     except (AssertionError, KeyError, ValueError, TypeError) as error:
         raise InvalidInput(
             f"RandomCrop: policy must be words of timm's auto_augment, e.g. rand-m9-mstd0.5-inc1, "
             f"got {words!r}: {error}"
         ) from None
+    lists = getattr(transform, "policy", None) or [getattr(transform, "ops", [])]
+    for op in (op for each in lists for op in each):
+        if getattr(op, "aug_fn", None) is auto_augment.posterize:
+            op.aug_fn = _posterized
+    return transform
+
+
+def _posterized(image: Image.Image, bits: int, **_: Any) -> Image.Image:
+    """timm's op, which may ask for no bits: black. Pillow refuses that since version 13."""
+    return auto_augment.posterize(image, bits) if bits > 0 else Image.new(image.mode, image.size)
 
 
 Augment = Affine | RandomCrop
