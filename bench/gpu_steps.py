@@ -61,6 +61,7 @@ PROFILE = (
 PROFILED = ("attention_score", "gated_unit", "norm_score", "gather_all")
 # those that do not need packages which such a machine may lack
 GPU_FILES = (
+    "tests/test_transfer.py",
     "tests/scoring/test_gpu.py",
     "tests/planning/test_latency.py",
     "tests/planning/test_memory.py",

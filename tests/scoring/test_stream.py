@@ -8,10 +8,12 @@ from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 from torch import Tensor, nn
 
 from tests.processes import outcomes, together
 from vitprune_fast import sealed
+from vitprune_fast.data import Loader, open_data
 from vitprune_fast.errors import NotEnoughMemory, RunFolderError
 from vitprune_fast.files import read_metadata, read_tensors, write_tensors
 from vitprune_fast.scoring import Scores, ScoringStopped, score
@@ -252,3 +254,54 @@ def test_a_failing_process_ends_all_of_them(tmp_path: Path) -> None:
     assert not one and not other
     assert "every process must succeed, got a failure in rank 1" in first
     assert "ArithmeticError: here" in second
+
+
+@pytest.mark.parametrize("micro_batch", [None, 4])
+def test_batches_that_are_read_one_by_one_give_the_bits_of_those_that_come(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, micro_batch: int | None
+) -> None:
+    monkeypatch.setattr(sealed, "EVERY_S", 0.0)
+    data = open_data("digits", image_size=8, channels=1)
+    loader = Loader(data.split("validation").some(torch.arange(31)), 7)
+    model = random_vit(img_size=8, in_chans=1, patch_size=4, num_classes=10)
+    options: dict[str, Any] = {"criterion": "fisher", "units": "all", "per_sample": True}
+    options["micro_batch"] = micro_batch
+    whole = score(model, [*loader], **options)
+    same_bits(score(model, loader, **options), whole)
+    stops = iter([False, False, True])
+    path = tmp_path / "sums.safetensors"
+    with pytest.raises(ScoringStopped):
+        score(model, loader, checkpoint=path, stop=lambda: next(stops), **options)
+    read: list[int] = []
+    honest = Loader.read
+
+    def noted(self: Loader, epoch: int, numbers: Any, device: Any = None) -> Any:
+        read.extend(numbers)
+        return honest(self, epoch, numbers)
+
+    monkeypatch.setattr(Loader, "read", noted)
+    same_bits(score(model, loader, checkpoint=path, **options), whole)
+    # of 31 samples in batches of 7, cut into 4 and 3: three pieces are the first batch and a half
+    assert read == ([3, 4] if micro_batch is None else [1, 2, 3, 4])
+
+
+def test_an_image_that_cannot_be_read_keeps_its_place_and_gives_no_score(tmp_path: Path) -> None:
+    for label in "ab":
+        (tmp_path / label).mkdir()
+        for number in range(20):
+            pixels = torch.randint(256, (16, 16, 3), generator=torch.manual_seed(number))
+            Image.fromarray(pixels.byte().numpy()).save(tmp_path / label / f"{number}.png")
+    data = open_data(f"folder:{tmp_path}", image_size=16, channels=3, max_bad=0.1)
+    loader = Loader(data.split("train"), 6)
+    model = random_vit(num_classes=2)
+    options: dict[str, Any] = {"criterion": "fisher", "units": "all", "per_sample": True}
+    whole = score(model, loader, **options)
+    name = data.source.names[int(data.split_ids["train"][8])]
+    (tmp_path / name).write_bytes(b"")
+    scores = score(model, Loader(data.split("train"), 6), **options)
+    assert (scores.samples, scores.skipped) == (whole.samples - 1, 1)
+    assert [each.name for each in data.set_aside] == [name]
+    rest = torch.arange(whole.samples) != 8
+    for axis in whole:
+        # the labels that are drawn for the others are those of their places
+        assert torch.equal(whole.per_sample[axis][rest], scores.per_sample[axis])
