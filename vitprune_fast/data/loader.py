@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import multiprocessing
 import weakref
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -268,6 +269,9 @@ class _Pool:
         self._keys: list[Key] = []
         # whether an iteration goes on
         self.busy = False
+        if multiprocessing.get_start_method() == "forkserver":
+            # its processes are copies of one that has imported all they need
+            multiprocessing.set_forkserver_preload(["__main__", __name__])
         self._loader = DataLoader(
             batches,
             batch_size=None,
