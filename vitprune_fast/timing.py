@@ -9,10 +9,13 @@ from __future__ import annotations
 import random
 import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
+
+Name = TypeVar("Name", bound=Hashable)
 
 
 def measure(
@@ -48,8 +51,8 @@ def measure(
 
 
 def in_turns(
-    forms: Mapping[str, Callable[[], float]], rounds: int, *, warm_up: bool = True
-) -> dict[str, list[float]]:
+    forms: Mapping[Name, Callable[[], float]], rounds: int, *, warm_up: bool = True
+) -> dict[Name, list[float]]:
     """The seconds that each form says of itself, in every round in another order.
 
     Args:
@@ -57,7 +60,7 @@ def in_turns(
         rounds: how often each is heard.
         warm_up: whether all of them run once unheard before the first round.
     """
-    times: dict[str, list[float]] = {name: [] for name in forms}
+    times: dict[Name, list[float]] = {name: [] for name in forms}
     for form in forms.values() if warm_up else ():
         form()
     # whoever comes after a form that left the caches full of something else pays for it

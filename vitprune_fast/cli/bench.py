@@ -16,7 +16,8 @@ from vitprune_fast.config.run import Computed, Threads
 class Bench:
     """Measure a model, alone or against another: parameters, MACs, latency, images per second.
 
-    `vitprune-fast bench scoring` races the scoring instead.
+    `vitprune-fast bench scoring` races the scoring instead, and `vitprune-fast bench data` measures
+    how fast photographs are read.
     """
 
     model: Annotated[ModelConfig, arg(name="")] = field(default_factory=required_model)
@@ -38,6 +39,10 @@ def main(words: list[str]) -> None:
         from vitprune_fast.cli import bench_scoring
 
         return bench_scoring.main(words[1:])
+    if words[:1] == ["data"]:
+        from vitprune_fast.cli import bench_data
+
+        return bench_data.main(words[1:])
     options = parse("bench", words, lambda chosen: Bench())
     import vitprune_fast as vp
     from vitprune_fast.cli.display import print_assumptions, print_table

@@ -269,6 +269,9 @@ class _Pool:
     """
 
     def __init__(self, batches: _Batches, workers: int) -> None:
+        if multiprocessing.get_start_method() == "forkserver":
+            # its processes are copies of one that has imported all they need
+            multiprocessing.set_forkserver_preload(["__main__", __name__])
         self._ahead = 2 * workers
         self._processes = ProcessPoolExecutor(workers, initializer=_begin, initargs=(batches,))
 
