@@ -132,14 +132,16 @@ class RandomCrop:
         image = Image.fromarray(pixels.squeeze(2) if pixels.shape[2] == 1 else pixels)
         # they draw from the global generators of Python, numpy and torch
         with seeded(int(uniforms[5] * 2**53), "policy"):
-            changed = image.convert("RGB")
+            changed = image if image.mode == "RGB" else image.convert("RGB")
             if self.policy:
                 changed = _policy(self.policy)(changed)
             if self.jitter:
                 from torchvision.transforms import ColorJitter
 
                 changed = ColorJitter(self.jitter, self.jitter, self.jitter)(changed)
-            return np.asarray(changed.convert(image.mode)).reshape(pixels.shape)
+            if image.mode == "L":
+                changed = changed.convert("L")
+            return np.asarray(changed).reshape(pixels.shape)
 
 
 def _simple_crop(photograph: tuple[int, int], size: tuple[int, int], x: float, y: float) -> View:
