@@ -256,7 +256,7 @@ def smaller(
     if config.sweep.compensate:
         into = {"swept": f"swept{end}", "fits": f"sweep{end}.json"}
         read = {"model": model, "plan": plan, **({"behind": behind} if behind else {})}
-        made.append(Step(f"sweep{end}", do.sweep, read, into))
+        made.append(Step(f"sweep{end}", do.sweep, read, into, shared=True))
         models[f"swept{end}"] = f"swept{end}"
     return made, models
 

@@ -52,7 +52,7 @@ class Job:
         ranks: the processes that do the run together.
         board: gets the curves too, or None.
         step: the current one.
-        proofs: what trainings of the step were checked for, until `keep` records it.
+        proofs: what the step was checked for before its model, until `keep` records it.
     """
 
     config: RunConfig
@@ -276,7 +276,11 @@ class Job:
                 return work(*arguments, **options)
             except CheckpointRefused as error:
                 self.note(f"{what} starts over: {error}")
-                checkpoint.unlink(missing_ok=True)
+                # all have read it before it goes, and it is gone before any looks again
+                self.ranks.wait()
+                if self.ranks.is_first:
+                    checkpoint.unlink(missing_ok=True)
+                self.ranks.wait()
                 return work(*arguments, **options)
         except (ScoringStopped, SearchStopped, SweepStopped):
             raise RunStopped from None
