@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -11,6 +13,18 @@ from torch import Tensor
 from torch import distributed as dist
 
 from vitprune_fast.errors import StageFailed
+
+_ALONE = ContextVar("alone", default=False)
+
+
+@contextmanager
+def alone() -> Iterator[None]:
+    """Inside, this process works as if there were no others, which wait for it somewhere."""
+    before = _ALONE.set(True)
+    try:
+        yield
+    finally:
+        _ALONE.reset(before)
 
 
 class Ranks:
@@ -29,8 +43,8 @@ class Ranks:
 
     @classmethod
     def current(cls, group: Any = None) -> Ranks:
-        """The processes of an initialised group; this one alone where there is none."""
-        if not (dist.is_available() and dist.is_initialized()):
+        """The processes of an initialised group; this one where there is none, or it is alone."""
+        if _ALONE.get() or not (dist.is_available() and dist.is_initialized()):
             return cls()
         return cls(dist.get_rank(group), dist.get_world_size(group), group)
 

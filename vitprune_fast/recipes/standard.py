@@ -270,7 +270,7 @@ def cut(model: str, plan: str, into: str, end: str = "", settings: Settings | No
 def judged(models: dict[str, str]) -> list[Step]:
     """Evaluates models by the rows they get in the summary, and draws the report."""
     return [
-        Step("evaluate", do.evaluate, models, {"summary_file": SUMMARY}),
+        Step("evaluate", do.evaluate, models, {"summary_file": SUMMARY}, shared=True),
         Step("report", do.report, {"summary": SUMMARY}, {"page": REPORT}),
     ]
 
