@@ -25,7 +25,7 @@ ORDER = (
     *("modules", "reference", "kernels", "ops", "modeling_pruned", "structure", "saved_models"),
     *("models", "evaluation", "data", "scoring", "planning", "surgery", "check", "testing"),
     *("search", "gates", "integrations", "distill", "run", "recipes", "doctor"),
-    *("vitprune_fast", "cli"),
+    *("vitprune_fast", "cli", "__main__"),
 )
 
 

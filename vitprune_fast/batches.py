@@ -14,6 +14,8 @@ from vitprune_fast.stated import misfit
 
 # images, labels, ids
 Batch = tuple[Tensor, Tensor, Tensor]
+# number of a batch, or places of samples in the order of an epoch
+Which = int | Sequence[int]
 
 
 @runtime_checkable
@@ -22,8 +24,8 @@ class Numbered(Protocol):
 
     def __len__(self) -> int: ...
 
-    def read(self, epoch: int, numbers: Sequence[int], device: torch.device) -> Iterator[Batch]:
-        """Some batches of an epoch, and no others.
+    def read(self, epoch: int, numbers: Sequence[Which], device: torch.device) -> Iterator[Batch]:
+        """Some batches of an epoch, or its samples at some places, and no others.
 
         Yields:
             Images ``(B, C, H, W)`` on the device, labels ``(B,)`` and ids ``(B,)`` int64 on the

@@ -70,7 +70,7 @@ class Evaluation:
 
 def evaluate(
     model: nn.Module,
-    batches: Iterable[Sequence[Any]],
+    batches: Iterable[Sequence[Any]] | Numbered,
     teacher: nn.Module | None = None,
     *,
     dtype: Precision | torch.dtype | None = None,
@@ -115,7 +115,7 @@ def evaluate(
 def evaluate_beside(
     dense: nn.Module,
     others: Sequence[nn.Module],
-    batches: Iterable[Sequence[Any]],
+    batches: Iterable[Sequence[Any]] | Numbered,
     *,
     dtype: Precision | torch.dtype | None = None,
     ranks: Ranks | None = None,

@@ -3,12 +3,28 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch import distributed as dist
+
+from vitprune_fast.errors import StageFailed
+
+_ALONE = ContextVar("alone", default=False)
+
+
+@contextmanager
+def alone() -> Iterator[None]:
+    """Inside, this process works as if there were no others, which wait for it somewhere."""
+    before = _ALONE.set(True)
+    try:
+        yield
+    finally:
+        _ALONE.reset(before)
 
 
 class Ranks:
@@ -27,8 +43,8 @@ class Ranks:
 
     @classmethod
     def current(cls, group: Any = None) -> Ranks:
-        """The processes of an initialised group; this one alone where there is none."""
-        if not (dist.is_available() and dist.is_initialized()):
+        """The processes of an initialised group; this one where there is none, or it is alone."""
+        if _ALONE.get() or not (dist.is_available() and dist.is_initialized()):
             return cls()
         return cls(dist.get_rank(group), dist.get_world_size(group), group)
 
@@ -67,15 +83,41 @@ class Ranks:
         found = zip(self.gather(padded), sizes, strict=True)
         return [bytes(part[:size].tolist()).decode() for part, size in found]
 
+    def wait(self) -> None:
+        """Until all processes have called."""
+        self.texts("")
+
+    def any(self, flag: bool) -> bool:
+        """Whether it is so in any process; all of them call."""
+        return "1" in self.texts(str(int(flag)))
+
+    def agree(self, found: Any, rule: str, fix: str) -> None:
+        """Make sure that all processes found the same; all of them call.
+
+        Args:
+            found: by this one; what is compared is its text.
+            rule: the error sentence up to what was got.
+            fix: what to do.
+
+        Raises:
+            StageFailed: another process found something else; every process raises.
+        """
+        every = self.texts(str(found))
+        for rank, other in enumerate(every):
+            if other != every[0]:
+                raise StageFailed(
+                    f"{rule}, got {every[0]} in process 0 and {other} in process {rank}; {fix}"
+                )
+
     def sent_by(
         self, rank: int, tensors: Sequence[Tensor] | None, device: torch.device
     ) -> tuple[Tensor, ...]:
-        """Tensors of one process, the first of them on a device and the others on the CPU.
+        """Tensors of one process.
 
         Args:
             rank: whose.
             tensors: there; None elsewhere. All processes call.
-            device: of the first.
+            device: where they are wanted.
         """
         if self.world == 1:
             assert tensors is not None
@@ -88,7 +130,7 @@ class Ranks:
             if tensors is not None:
                 part.copy_(tensors[number])
             dist.broadcast(part, group=self._group, group_src=rank)
-            parts.append(part.to("cpu" if number else device))
+            parts.append(part.to(device))
         return tuple(parts)
 
     @property

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from vitprune_fast.surgery.sweep import least_squares
-from vitprune_fast.surgery.sweep.least_squares import Products, fit
+from vitprune_fast.surgery.sweep.least_squares import Products, fit, means
 
 
 def data(
@@ -29,7 +29,8 @@ def data(
 def products_of(a: Tensor, y: Tensor, pieces: int = 3) -> Products:
     products = Products()
     for piece in zip(a.chunk(pieces), y.chunk(pieces), strict=True):
-        products.add(*piece)
+        products.origin = products.origin or means(*piece)
+        products.add(products.of(*piece))
     return products
 
 

@@ -12,13 +12,15 @@ from torch import Tensor
 
 import vitprune_fast as vp
 from tests.plans import KINDS, draw_plan
+from tests.processes import together
 from tests.surgery.test_moments import heads_and_neurons
 from vitprune_fast import sealed
-from vitprune_fast.errors import InvalidInput, RunFolderError, UnsupportedArchitecture
+from vitprune_fast.errors import InvalidInput, RunFolderError, StageFailed, UnsupportedArchitecture
 from vitprune_fast.planning import Plan
 from vitprune_fast.sealed import CheckpointRefused
 from vitprune_fast.structure import describe
 from vitprune_fast.surgery import SweepReport, SweepStopped, prune
+from vitprune_fast.surgery.sweep.least_squares import Products
 from vitprune_fast.surgery.sweep.samples import Samples
 from vitprune_fast.surgery.sweep.streamed import Streamed
 from vitprune_fast.testing import VITS, random_images, random_vit
@@ -338,14 +340,14 @@ def test_forward_passes_in_16_bits_make_up_for_redundant_units_too(
     before = {n: t.clone() for n, t in model.state_dict().items()}
     images = images_of(model, 400)
     seen = []
-    add = Samples.add
+    of = Products.of
 
-    def watched(self: Samples, rows: Tensor, y: Tensor, *, held_out: bool) -> None:
+    def watched(self: Products, rows: Tensor, y: Tensor) -> tuple[Tensor, ...]:
         assert not torch.is_autocast_enabled("cpu") and y.dtype in (torch.float32, dtype)
         seen.append(rows.dtype)
-        add(self, rows, y, held_out=held_out)
+        return of(self, rows, y)
 
-    monkeypatch.setattr(Samples, "add", watched)
+    monkeypatch.setattr(Products, "of", watched)
     dtype = getattr(torch, name)
     small, report = prune(model, plan, calibration=images, report=True, dtype=name)
     # norms read the stream and put out what they read; branches put out what was computed
@@ -526,3 +528,51 @@ def test_a_report_is_plain_values() -> None:
     content = report.to_dict()
     assert content["images"] == 30 and content["held_out"] == 3
     assert content["fits"][0].keys() >= {"place", "part", "before", "after", "held_out", "ridge"}
+
+
+def share(rank: int, images: Tensor, folder: Path) -> None:
+    """Sweep with the others, stopped by one of them, and save what this process gets."""
+    model, path = random_vit(dtype=torch.float32), folder / "sweep.safetensors"
+    plan, asked = heads_and_neurons(model), []
+
+    def stop() -> bool:
+        asked.append(None)
+        return rank == 1 and len(asked) == 2
+
+    go: dict[str, Any] = {"calibration": images, "report": True, "checkpoint": path}
+    with pytest.raises(SweepStopped):
+        prune(model, plan, **go, stop=stop)
+    small, report = prune(model, plan, **go, on_event=asked.append)
+    # two of seven places were done
+    assert len(asked) == 2 + 5
+    torch.save((small.state_dict(), report), folder / f"{rank}.pt")
+
+
+# the third of three has no batch of its own
+@pytest.mark.parametrize("world, count", [(2, 150), (3, 40)])
+def test_processes_share_the_images_and_get_the_same_bits(
+    world: int, count: int, tmp_path: Path
+) -> None:
+    model = random_vit(dtype=torch.float32)
+    images = images_of(model, count)
+    want, report = swept(model, heads_and_neurons(model), images)
+    together(world, share, images, tmp_path, store=tmp_path / "store")
+    assert not (tmp_path / "sweep.safetensors").exists()
+    for rank in range(world):
+        got, found = torch.load(tmp_path / f"{rank}.pt", weights_only=False)
+        assert found == report
+        assert all(torch.equal(got[n], t) for n, t in want.state_dict().items())
+
+
+def refused(rank: int, images: Tensor) -> str:
+    model = random_vit(dtype=torch.float32)
+    with pytest.raises(StageFailed) as found:
+        prune(model, heads_and_neurons(model), calibration=images[: 64 << rank])
+    return str(found.value)
+
+
+def test_processes_with_other_images_are_refused(tmp_path: Path) -> None:
+    images = images_of(random_vit(dtype=torch.float32), 128)
+    said = together(2, refused, images, store=tmp_path / "store")
+    rule = "prune: calibration must give as many batches of 64 images in every process, got "
+    assert {*said} == {f"{rule}2 in process 0 and 3 in process 1; give all of them the same images"}

@@ -17,7 +17,7 @@ from itertools import islice
 import torch
 from torch import Tensor
 
-from vitprune_fast.batches import Batch, readable
+from vitprune_fast.batches import Batch, Which, readable
 from vitprune_fast.data.augment import Augment
 from vitprune_fast.data.images import Images, Read, Reader
 from vitprune_fast.errors import InvalidInput, StageFailed, VitpruneError
@@ -27,8 +27,8 @@ from vitprune_fast.transfer import ahead
 
 CPU = torch.device("cpu")
 
-# epoch and number of a batch
-Key = tuple[int, int]
+# epoch and batch
+Key = tuple[int, Which]
 
 
 class Loader:
@@ -119,17 +119,17 @@ class Loader:
             yield readable(batch)
 
     def read(
-        self, epoch: int, numbers: Sequence[int], device: torch.device = CPU
+        self, epoch: int, numbers: Sequence[Which], device: torch.device = CPU
     ) -> Iterator[Batch]:
         """Yield some batches of an epoch, and read no others; see :class:`batches.Numbered`."""
-        cached = [n for n in numbers if self.keep and self.images.cache.holds(self._ids(epoch, n))]
-        there = {*cached}
-        missing = iter(self._fetched([(epoch, n) for n in numbers if n not in there]))
+        there = [self.keep and self.images.cache.holds(self._ids(epoch, n)) for n in numbers]
+        keys = [(epoch, n) for n, held in zip(numbers, there, strict=True) if not held]
+        missing = iter(self._fetched(keys))
 
         def pixels() -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-            for number in numbers:
+            for number, held in zip(numbers, there, strict=True):
                 ids = self._ids(epoch, number)
-                if number in there:
+                if held:
                     shown, found = self.images.cache.take(ids)
                 else:
                     shown, found = self._received(ids, next(missing))
@@ -165,7 +165,7 @@ class Loader:
             self._pool.close()
             self._pool = None
 
-    def _ids(self, epoch: int, number: int) -> Tensor:
+    def _ids(self, epoch: int, number: Which) -> Tensor:
         return self._batches.of(epoch, number)[0]
 
     def _received(self, ids: Tensor, read: Read | VitpruneError) -> tuple[Tensor, Tensor]:
@@ -221,8 +221,10 @@ class Order:
             self._rows = epoch, rows
         return self._rows[1]
 
-    def part(self, number: int) -> slice:
+    def part(self, number: Which) -> slice | list[int]:
         """Places of a batch in the order of an epoch."""
+        if not isinstance(number, int):
+            return [*number]
         size, turns = self.batch_size, self.processes
         first = number // turns * turns * size
         if self.repeats == 1 or first + turns * size > self.images:
@@ -239,7 +241,7 @@ class _Batches:
     ids: Tensor
     order: Order
 
-    def of(self, epoch: int, number: int) -> tuple[Tensor, Tensor | None]:
+    def of(self, epoch: int, number: Which) -> tuple[Tensor, Tensor | None]:
         """Ids of the samples of a batch, and which copy each is where there are several."""
         part = self.order.part(number)
         copies = None

@@ -151,7 +151,7 @@ class Stream:
         for k in range(last + 1):
             batch = next(read) if self._ranks.owns(k) else None
             images, labels, ids = self._ranks.sent_by(k % self._ranks.world, batch, device)
-            yield readable((images, labels, ids))
+            yield readable((images, labels.cpu(), ids.cpu()))
 
 
 def _numbered(train: Any, seed: int, epoch: int, start: int) -> Iterator[tuple[int, Any]]:

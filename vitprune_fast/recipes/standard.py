@@ -256,7 +256,7 @@ def smaller(
     if config.sweep.compensate:
         into = {"swept": f"swept{end}", "fits": f"sweep{end}.json"}
         read = {"model": model, "plan": plan, **({"behind": behind} if behind else {})}
-        made.append(Step(f"sweep{end}", do.sweep, read, into))
+        made.append(Step(f"sweep{end}", do.sweep, read, into, shared=True))
         models[f"swept{end}"] = f"swept{end}"
     return made, models
 
@@ -270,7 +270,7 @@ def cut(model: str, plan: str, into: str, end: str = "", settings: Settings | No
 def judged(models: dict[str, str]) -> list[Step]:
     """Evaluates models by the rows they get in the summary, and draws the report."""
     return [
-        Step("evaluate", do.evaluate, models, {"summary_file": SUMMARY}),
+        Step("evaluate", do.evaluate, models, {"summary_file": SUMMARY}, shared=True),
         Step("report", do.report, {"summary": SUMMARY}, {"page": REPORT}),
     ]
 

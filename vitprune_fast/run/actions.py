@@ -359,10 +359,15 @@ def probe_images(data: ImageData, count: int = 8) -> Tensor:
 def evaluate(
     models: Sequence[nn.Module], data: ImageData, setting: Setting, *, split: str = "test"
 ) -> list[Any]:
-    """`Evaluation` of each model on a split that is read once; agreement is with the first."""
+    """`Evaluation` of each model on a split that is read once; agreement is with the first.
+
+    Processes share the split, and all call.
+    """
     dense, *others = (model.to(setting.profile.device) for model in models)
     with closing(_fixed(data.split(split), setting, keep=False)) as loader:
-        return evaluation.evaluate_beside(dense, others, loader, dtype=setting.profile.dtype)
+        return evaluation.evaluate_beside(
+            dense, others, loader, dtype=setting.profile.dtype, ranks=Ranks.current()
+        )
 
 
 def measure(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+import json
 import platform
 import shutil
 import sys
@@ -24,6 +25,7 @@ from vitprune_fast.data import ImageData
 from vitprune_fast.errors import InfeasibleBudget, InvalidInput, StageFailed
 from vitprune_fast.models.open import skeleton
 from vitprune_fast.planning.constraints import Constraints
+from vitprune_fast.ranks import Ranks
 from vitprune_fast.run import actions, assumptions, checks
 from vitprune_fast.run import steps as do
 from vitprune_fast.run.actions import OnEvent
@@ -83,6 +85,7 @@ def execute(
             check_plans(config, steps, dense)
             check_student(config, steps, dense, data)
             check_splits(data)
+            check_same_images(data, processes.ranks)
             resumed = processes.by_first(
                 lambda: _begin(
                     folder,
@@ -116,10 +119,10 @@ def execute(
                     metrics,
                     tell,
                     stop or (lambda: False),
-                    processes.ranks,
+                    processes,
                     board,
                 )
-                do_steps(job, processes, resumed=resumed)
+                do_steps(job, resumed=resumed)
         result = processes.by_first(lambda: files.read_json(folder / SUMMARY))
     seconds = time.perf_counter() - started
     page = str(folder / REPORT)
@@ -250,6 +253,18 @@ def check_splits(data: ImageData) -> None:
             )
 
 
+def check_same_images(data: ImageData, ranks: Ranks) -> None:
+    """Refuses processes that were given different images, in all of them."""
+    first, *others = [json.loads(text) for text in ranks.texts(json.dumps(data.split_hashes))]
+    for rank, hashes in enumerate(others, 1):
+        for split in first:
+            if hashes[split] != first[split]:
+                raise InvalidInput(
+                    "data: every process must see the same images, got another "
+                    f"{split} split in process {rank}; give a folder that all of them read"
+                )
+
+
 def identity_of(
     config: RunConfig, steps: tuple[Step, ...], data: ImageData, profile: Profile, world: int
 ) -> dict[str, Any]:
@@ -284,25 +299,37 @@ def identity_of(
     }
 
 
-def do_steps(job: Job, processes: Together, *, resumed: bool) -> None:
+def do_steps(job: Job, *, resumed: bool) -> None:
     """Does every step that is not finished; after a damaged output, its step and all later ones."""
-    whole = job.config
+    whole, by_first = job.config, job.processes.by_first
     for position, step in enumerate(job.steps):
         job.step, job.config = step, from_plain(dict(step.settings), whole)
-        if processes.by_first(lambda at=position, r=resumed: r and _is_kept(job, at)):
-            continue
-        resumed = False
-        if processes.by_first(job.stop):
-            raise RunStopped
-        if job.ranks.is_first:
-            later = [each.name for each in job.steps[position:]]
-            job.folder.forget(later)
-            job.metrics.cut(later[1:])
-        _do(job, processes)
+        resumed = by_first(lambda at=position, r=resumed: r and _is_kept(job, at))
+        if not resumed:
+            if by_first(job.stop):
+                raise RunStopped
+            if job.ranks.is_first:
+                later = [each.name for each in job.steps[position:]]
+                job.folder.forget(later)
+                job.metrics.cut(later[1:])
+            _do(job)
+        if "plan" in step.outputs:
+            _check_plan(job, step.outputs["plan"])
 
 
-def _do(job: Job, processes: Together) -> None:
+def _check_plan(job: Job, name: str) -> None:
+    """Refuses processes that would go on with different plans, in all of them."""
+    path = job.folder / name
+    job.ranks.agree(
+        files.sha256(path) if path.is_file() else "none",
+        f"run: step {job.step.name} must leave the same {name} for every process",
+        "give a folder to --out that all of them read",
+    )
+
+
+def _do(job: Job) -> None:
     """Does the current step, and writes its record."""
+    processes = job.processes
     step, event = job.step, {"event": "stage", "stage": job.step.name}
     job.on_event({**event, "state": "start"})
     started = time.perf_counter()
@@ -311,6 +338,7 @@ def _do(job: Job, processes: Together) -> None:
         return step.function(job, **step.inputs, **step.outputs) or {}
 
     facts = work() if step.shared else processes.by_first(work)
+    job.data.set_aside.share(job.ranks)
     actions.synchronise(job.profile.device)
     seconds = time.perf_counter() - started
     record = {**facts, "seconds": seconds}

@@ -24,6 +24,7 @@ from vitprune_fast.run.folder import Metrics, RunFolder, read_metrics
 from vitprune_fast.run.profile import Profile
 from vitprune_fast.run.step import RunStopped, Step
 from vitprune_fast.run.tensorboard import Board
+from vitprune_fast.run.together import Together
 from vitprune_fast.saved_models import load, save
 from vitprune_fast.scoring import ScoringStopped
 from vitprune_fast.sealed import CheckpointRefused, fingerprint
@@ -49,10 +50,10 @@ class Job:
         metrics: the curves.
         on_event: called with every event.
         stop: asked after every step of a training, and between steps of the run.
-        ranks: the processes that do the run together.
+        processes: that do the run together.
         board: gets the curves too, or None.
         step: the current one.
-        proofs: what trainings of the step were checked for, until `keep` records it.
+        proofs: what the step was checked for before its model, until `keep` records it.
     """
 
     config: RunConfig
@@ -65,11 +66,16 @@ class Job:
     metrics: Metrics
     on_event: OnEvent
     stop: Callable[[], bool]
-    ranks: Ranks
+    processes: Together
     board: Board | None = None
     step: Step = field(init=False)
     cut_back: set[str] = field(default_factory=set)
     proofs: list[checks.Check] = field(default_factory=list)
+
+    @property
+    def ranks(self) -> Ranks:
+        """This process among those of the run."""
+        return self.processes.ranks
 
     @property
     def setting(self) -> Setting:
@@ -276,7 +282,12 @@ class Job:
                 return work(*arguments, **options)
             except CheckpointRefused as error:
                 self.note(f"{what} starts over: {error}")
-                checkpoint.unlink(missing_ok=True)
+                # all have read it before it goes, and it is gone before any looks again
+                ranks = Ranks.current()
+                ranks.wait()
+                if ranks.is_first:
+                    checkpoint.unlink(missing_ok=True)
+                ranks.wait()
                 return work(*arguments, **options)
         except (ScoringStopped, SearchStopped, SweepStopped):
             raise RunStopped from None

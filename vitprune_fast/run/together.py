@@ -14,10 +14,10 @@ import torch
 from torch import distributed as dist
 
 from vitprune_fast import errors
-from vitprune_fast.ranks import Ranks
+from vitprune_fast.ranks import Ranks, alone
 from vitprune_fast.run.step import RunStopped
 
-# one process may refit or evaluate a large model while the others wait
+# the first may time large models while the others wait; of one that is gone they hear at once
 _PATIENCE = timedelta(days=7)
 
 
@@ -37,9 +37,10 @@ class Together:
         """What `work` returns in the first process, or the error that it raises there.
 
         Args:
-            work: is called in the first process only, and returns what JSON can hold.
+            work: is called in the first process only, which shares nothing meanwhile, and returns
+                what JSON can hold.
         """
-        if self.ranks.world == 1:
+        if Ranks.current().world == 1:
             return work()
         if not self.ranks.is_first:
             kind, value = json.loads(self._said(None))
@@ -50,7 +51,8 @@ class Together:
             known = getattr(errors, kind, None)
             raise errors.VitpruneError(f"{kind}: {value}") if known is None else known(value)
         try:
-            value = work()
+            with alone():
+                value = work()
             said = json.dumps(("value", value))
         except BaseException as error:
             self._said(json.dumps((type(error).__name__, str(error))))
@@ -71,7 +73,11 @@ class Together:
 
 @contextlib.contextmanager
 def together() -> Iterator[Together]:
-    """The processes that `torchrun` or the caller started; one alone is a run of one process."""
+    """The processes that `torchrun` or the caller started; one alone is a run of one process.
+
+    Raises:
+        StageFailed: another process ended before the body did.
+    """
     started = int(os.environ.get("WORLD_SIZE", "1")) > 1 and not dist.is_initialized()
     if started:
         dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
@@ -81,9 +87,24 @@ def together() -> Iterator[Together]:
         if ranks.world > 1:
             group = dist.new_group(backend="gloo", timeout=_PATIENCE)
         yield Together(ranks, group)
+    except RuntimeError as error:
+        if not _is_of_the_others(error):
+            raise
+        raise errors.StageFailed(
+            "run: every process must live to the end, got one that is gone; see what it said "
+            "itself, and give the same command to go on"
+        ) from None
     finally:
         if started:
             dist.destroy_process_group()
+
+
+def _is_of_the_others(error: RuntimeError) -> bool:
+    """Whether it is what a backend says when a process does not answer any more."""
+    if not dist.is_available() or not dist.is_initialized():
+        return False
+    # gloo has no class of its own
+    return isinstance(error, dist.DistBackendError) or "gloo/transport" in str(error)
 
 
 def own_device(device: str) -> str:

@@ -62,22 +62,6 @@ def exchange(
     return ordered
 
 
-def agree_on_done(ranks: Ranks, done: int) -> None:
-    """Make sure that the checkpoint of every process holds as many micro-batches.
-
-    Raises:
-        StageFailed: they differ.
-    """
-    if ranks.world == 1:
-        return
-    found = [int(number) for number in ranks.gather(torch.tensor([done], device=ranks.device))]
-    if len(set(found)) > 1:
-        raise StageFailed(
-            "score: checkpoint must hold as many micro-batches in every process, got "
-            f"{found}; give a file that all of them can read, or delete it to start over"
-        )
-
-
 def _padded(value: Tensor | None, shape: tuple[int, ...], device: torch.device) -> Tensor:
     """fp64 zeros of ``shape`` that begin with ``value``: what is exchanged has one size."""
     padded = torch.zeros(shape, dtype=torch.float64, device=device)

@@ -20,7 +20,7 @@ from ..batches import Numbered, checked, unpack
 from ..errors import NotEnoughMemory
 from ..precision import device_of
 from ..ranks import Ranks
-from .exchange import agree_on_done, exchange
+from .exchange import exchange
 from .resume import Checkpoint
 from .scores import Accumulator, Partial, Rows
 
@@ -86,7 +86,11 @@ def run(
     done = 0
     if checkpoint is not None:
         done = checkpoint.load(accumulator)
-        agree_on_done(ranks, done)
+        ranks.agree(
+            done,
+            "score: checkpoint must hold as many micro-batches in every process",
+            "give a file that all of them can read, or delete it to start over",
+        )
     stream = micro_batches(model, batches, micro_batch, ranks, done)
     if checkpoint is not None:
         stream = checkpoint.skip(stream, done)

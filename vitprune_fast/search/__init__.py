@@ -118,9 +118,11 @@ def search(
             call goes on from it, and it is gone at the end.
         on_event: told of every candidate: ``{"event": "search", "step": its number, "steps": most,
             "candidate": what it is tried for, "share": of the MACs, "top1": ...}``.
-        stop: asked after every candidate, where this process works alone; True ends the search.
+        stop: asked after every candidate; True ends the search, in one of several processes that
+            of all.
 
-    Where torch.distributed is initialised, all processes call, and get the same.
+    Where torch.distributed is initialised, all processes call, and get the same. They share the
+    batches of a ``data.Loader``; of another ``validation`` each evaluates all.
 
     Returns:
         The plan, its ratios, cost and accuracy, and the table of all candidates. The same inputs
@@ -183,6 +185,7 @@ def search(
         with masked_by(model, structure, plan):
             return scorer(model)
 
+    ranks = Ranks.current()
     known = Evaluations(
         None if checkpoint is None else Path(checkpoint),
         {
@@ -203,7 +206,7 @@ def search(
         _most(config, len(units)),
         on_event,
         None if scorer is None else rescore,
-        stop if Ranks.current().world == 1 else None,
+        lambda: ranks.any(stop is not None and stop()),
     )
     whole = predict_cost(structure)
     limit = None if macs is None else Budget(macs=macs).limits(whole)["macs"]

@@ -1,7 +1,8 @@
 """Measures candidates: a model behind masks, on batches; each once, also over several calls.
 
-Where several processes search, each evaluates all images, and what the first one found holds: they
-have to go on with the same candidates, whatever their devices round differently.
+Where several processes search, they share batches with numbers, and of others each evaluates all.
+What the first one found holds: they have to go on with the same candidates, whatever their devices
+round differently.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..batches import checked
+from ..batches import Batch, Numbered, Which, checked, unpack
 from ..errors import InvalidInput
 from ..evaluation import evaluate
 from ..files import parse_json
@@ -36,7 +37,8 @@ class OnBatches:
     Args:
         model: comes back as it was.
         structure: of it.
-        batches: (images (B, C, H, W), labels: B integers, ...), the same in every iteration.
+        batches: (images (B, C, H, W), labels: B integers, ...), the same in every iteration; all
+            processes call, and share those with numbers, such as those of a `data.Loader`.
         dtype: that it computes in.
         images: how many; None takes all.
     """
@@ -51,13 +53,19 @@ class OnBatches:
     ):
         self._model, self._structure, self._batches = model, structure, batches
         self._dtype: Precision | torch.dtype | None = dtype
-        self._images = images
+        self._images, self._ranks = images, Ranks.current()
+        self._noted = None
+        if isinstance(batches, Numbered):
+            self._noted = _Noted(batches if images is None else batches.first(images), model)
 
     def __call__(self, plan: Plan) -> Measured:
         """What the model does behind the masks of a plan."""
         digest = hashlib.blake2b(digest_size=16)
         with masked_by(self._model, self._structure, plan):
-            found = evaluate(self._model, self._first(digest), dtype=self._dtype)
+            batches = self._first(digest) if self._noted is None else self._noted
+            found = evaluate(self._model, batches, dtype=self._dtype, ranks=self._ranks)
+        if self._noted is not None:
+            self._noted.note(digest, self._ranks)
         return Measured(found.top1, found.samples, found.loss, digest.hexdigest())
 
     def _first(self, digest: Any) -> Iterator[tuple[Tensor, Tensor]]:
@@ -74,6 +82,40 @@ class OnBatches:
                 return
         if not seen:
             raise InvalidInput("search: validation must hold at least one image, got none")
+
+
+class _Noted:
+    """Batches with numbers, of which it is noted what this process read last."""
+
+    def __init__(self, batches: Numbered, model: nn.Module):
+        self._batches, self._model = batches, model
+        self._seen: list[str] = []
+
+    def __len__(self) -> int:
+        return len(self._batches)
+
+    def read(self, epoch: int, numbers: Sequence[Which], device: torch.device) -> Iterator[Batch]:
+        self._seen = []
+        for batch in self._batches.read(epoch, numbers, device):
+            images, _ = unpack("search", batch, self._model)
+            self._seen.append(hashlib.blake2b(as_bytes(images[:1])).hexdigest())
+            yield batch
+
+    def note(self, digest: Any, ranks: Ranks) -> None:
+        """Have a digest note all labels, and the first image of each batch of all processes."""
+        every = [iter(json.loads(text)) for text in ranks.texts(json.dumps(self._seen))]
+        for number in range(len(self)):
+            digest.update(as_bytes(self.labels(0, number)))
+            digest.update(next(every[number % ranks.world]).encode())
+
+    def labels(self, epoch: int, number: int) -> Tensor:
+        return self._batches.labels(epoch, number)
+
+    def first(self, count: int) -> Numbered:
+        return self._batches.first(count)
+
+    def share(self, ranks: Ranks) -> None:
+        self._batches.share(ranks)
 
 
 def other_images() -> InvalidInput:

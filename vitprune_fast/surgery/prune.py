@@ -17,6 +17,7 @@ from ..modeling_pruned import Constant, HalfBlock, refresh_sizes
 from ..modules.behaviour import check_behaviour
 from ..planning.plan import Plan
 from ..precision import Precision, device_of, resolve
+from ..ranks import Ranks
 from ..structure import Structure, describe, families
 from ..structure.paths import get, put
 from ..structure.reading import Reading
@@ -104,7 +105,9 @@ def prune(
             them, or sequences that begin with such a batch; labels are not read. A thousand images
             are enough for most; below 512 the result is worse. The two streams of all of them are
             held in memory (two times images x tokens x width numbers), and up to 512 MB of what
-            one branch puts out. Without a branch left, nothing is refitted.
+            one branch puts out. Without a branch left, nothing is refitted. Where torch.distributed
+            is initialised, its processes share the images, and all get the same model; each must be
+            given the same, and of a ``data.Loader`` reads its own alone.
         report: also return what the sweep did.
         checkpoint: a file in which the sweep keeps what it fitted, every half minute; a call that
             finds it goes on from there to the same bits. Gone when the sweep is done. That of the
@@ -129,6 +132,7 @@ def prune(
         UnsupportedArchitecture: the model has no layout, or q/k dims go under a q/k norm without
             weight, where the softmax scale has no place, or its forward pass does more than its
             branches, which a sweep cannot follow.
+        StageFailed: another process has other images, or another checkpoint.
         SweepStopped: ``stop`` said so.
         CheckpointRefused: ``checkpoint`` is damaged, or of another model, plan or images.
     """
@@ -170,7 +174,7 @@ def prune(
         if ema is not None:
             second = None if file is None else file.with_name(f"{file.name}.ema")
             sweep(averaged, cuts[1], *work, second, **both)
-            if file is not None:
+            if file is not None and Ranks.current().is_first:
                 file.unlink()
     results += [swept] if report else []
     return tuple(results) if len(results) > 1 else cuts[0].model

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
+from torch import nn
+
+from vitprune_fast.evaluation import Evaluation
 from vitprune_fast.planning import peak_memory_bytes
 from vitprune_fast.run import actions, assumptions, checks, summary
 from vitprune_fast.run.comparison import arrow
@@ -22,6 +25,8 @@ _SKIPPED = {"skipped_steps": "training steps", "skipped": "scored images"}
 def evaluate(job: Job, *, summary_file: str, before: str, after: str, **between: str) -> Facts:
     """Writes the summary: a row for each model, by role, and the facts of the steps so far.
 
+    Processes share the test images; the first alone measures latencies, while the others wait.
+
     Args:
         job: the run.
         summary_file: what is written.
@@ -36,6 +41,31 @@ def evaluate(job: Job, *, summary_file: str, before: str, after: str, **between:
     unread = sum(image.split == "test" for image in job.data.set_aside)
     proofs = summary.seen_whole(found, len(job.data.split("test")) - unread)
     proved = checks.require(job.step.name, proofs)
+
+    def write() -> Facts:
+        whole = _summary(job, names, loaded, found, proved)
+        job.write(summary_file, whole)
+        return {"checks": proved, "text": f"top-1 {arrow(whole)}"}
+
+    return job.processes.by_first(write)
+
+
+def _summary(
+    job: Job,
+    names: Mapping[str, str],
+    loaded: Mapping[str, nn.Module],
+    found: Mapping[str, Evaluation],
+    proved: list[dict[str, Any]],
+) -> dict[str, Any]:
+    """What is written.
+
+    Args:
+        job: the run.
+        names: row -> folder of the model.
+        loaded: row -> model.
+        found: row -> what was counted.
+        proved: what was checked of that.
+    """
     timed = summary.to_time(loaded)
     times = actions.measure(
         [loaded[row] for row in timed],
@@ -58,7 +88,7 @@ def evaluate(job: Job, *, summary_file: str, before: str, after: str, **between:
     tuned = job.config.has_weights and trains_dense(job.config, job.data)
     known = published(job.config.model, job.skeleton, job.data)
     facts = {step.name: job.facts(step.name) for step in done}
-    whole = {
+    return {
         **summary.rows(loaded, found, dict(zip(timed, times, strict=True)), memory, stored),
         "depth": [first.depth, last.depth],
         "ratios": summary.ratios(first, last),
@@ -96,8 +126,6 @@ def evaluate(job: Job, *, summary_file: str, before: str, after: str, **between:
             for check in each.get("checks", [])
         ],
     }
-    job.write(summary_file, whole)
-    return {"checks": proved, "text": f"top-1 {arrow(whole)}"}
 
 
 def _maker(steps: Sequence[Step], name: str) -> str:

@@ -17,6 +17,7 @@ from ...batches import logits_of
 from ...errors import InvalidInput, UnsupportedArchitecture, VitpruneError
 from ...modules.modes import evaluating, uncompiled
 from ...precision import device_of, dtype_of, is_half, name_of
+from ...ranks import Ranks
 from ...sealed import check_place, fingerprint
 from ...structure import Structure, families
 from ...structure.reading import Reading
@@ -58,15 +59,16 @@ def sweep(
         structure: of the dense model.
         reading: of the plan.
         calibration: batches of images.
-        checkpoint: a file to go on from.
+        checkpoint: a file to go on from, which all processes read and the first writes.
         dtype: that forward passes compute in, where it is one of 16 bits.
         on_event: told after every place.
-        stop: asked after every place.
+        stop: asked after every place; of several processes one that says so ends all.
         keep: leave the checkpoint when the sweep is done.
 
     Raises:
         InvalidInput: the batches are none, or give activations that are not finite.
         UnsupportedArchitecture: a model does not compute what the table says.
+        StageFailed: other processes have other images, or another checkpoint.
         SweepStopped: ``stop`` said so.
         CheckpointRefused: the checkpoint is damaged, or of another sweep.
     """
@@ -89,12 +91,12 @@ def sweep(
             return _warned(
                 SweepReport(odd=("plan leaves no branch to refit: this is the plain cut",))
             )
-        streams = Streams(calibration, dense, small)
+        streams = Streams(calibration, dense, small, ranks := Ranks.current())
         report = _warned(
             SweepReport(
                 streams.images,
-                streams.count(held_out=True)[0],
-                streams.count(held_out=False)[1],
+                streams.count(held_out=True),
+                streams.tokens(),
                 odd=streams.odd,
                 dtype=computed,
             )
@@ -107,8 +109,8 @@ def sweep(
         _check_forward(Streamed(model, modules, structure), structure.stream[1:], streams.example)
         _check_forward(Streamed(cut.model, cut.modules, structure), writes, streams.example)
         identity = _identity(model, structure, reading, f"{streams.digest} {computed}")
-        progress = Progress(checkpoint, identity, fitter.tensors)
-        _run(fitter, progress, on_event, stop)
+        progress = Progress(checkpoint, identity, fitter.tensors, ranks)
+        _run(fitter, progress, ranks, on_event, stop)
         progress.end(keep=keep)
     return _warned(replace(report, fits=tuple(map(Fit.from_dict, progress.rows))), len(report.odd))
 
@@ -116,6 +118,7 @@ def sweep(
 def _run(
     fitter: Fitter,
     progress: Progress,
+    ranks: Ranks,
     on_event: OnEvent | None,
     stop: Callable[[], bool] | None,
 ) -> None:
@@ -123,7 +126,7 @@ def _run(
     steps = len(fitter.places) + 1
 
     def finish(place: str, fits: list[Fit]) -> None:
-        stopping = stop is not None and stop()
+        stopping = ranks.any(stop is not None and stop())
         rows = [one.to_dict() for one in fits]
         progress.finish_place(rows, fitter.changed, stopping=stopping)
         if on_event is not None:

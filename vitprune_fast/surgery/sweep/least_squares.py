@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -22,28 +23,33 @@ class Products:
     """Sums over rows of a ``(rows, K)`` and y ``(rows, C)``: all that a least-squares fit needs.
 
     Products are taken in float32 at least (in TF32 where torch is told so), within one call of
-    ``add``, of entries from which the mean of the first call is taken off; sums of calls are in
-    float64, in the order of the calls.
+    ``of``, of entries from which the origin is taken off; sums of calls of ``add`` are in float64,
+    in the order of the calls.
+
+    Attributes:
+        origin: of a ``(K,)`` and of y ``(C,)``; set once, before the first products.
     """
 
     def __init__(self) -> None:
         self.rows = 0
         self._sums: list[Tensor] = []
-        self._origin: tuple[Tensor, Tensor] | None = None
+        self.origin: tuple[Tensor, ...] | None = None
 
-    def add(self, a: Tensor, y: Tensor) -> None:
-        """Add rows; leading dimensions are flattened."""
-        a, y = (t.flatten(0, -2).to(torch.promote_types(t.dtype, torch.float32)) for t in (a, y))
-        if self._origin is None:
-            self._origin = a.mean(0), y.mean(0)
-        a, y = (t - origin for t, origin in zip((a, y), self._origin, strict=True))
-        parts = (_gram(a), y.T @ a, a.sum(0), y.sum(0), y.square().sum(0))
+    def of(self, a: Tensor, y: Tensor) -> tuple[Tensor, ...]:
+        """The number of some rows, and their products; leading dimensions are flattened."""
+        assert self.origin is not None
+        a, y = (t - mean for t, mean in zip(_rows(a, y), self.origin, strict=True))
+        return torch.tensor(len(a)), _gram(a), y.T @ a, a.sum(0), y.sum(0), y.square().sum(0)
+
+    def add(self, found: Sequence[Tensor]) -> None:
+        """Add what :meth:`of` found."""
+        rows, *parts = found
         if not self.rows:
             self._sums = [part.double() for part in parts]
         else:
             for total, part in zip(self._sums, parts, strict=True):
                 total += part
-        self.rows += len(a)
+        self.rows += int(rows)
 
     @property
     def inputs(self) -> int:
@@ -63,10 +69,10 @@ class Products:
 
     def second(self, *, centred: bool = True) -> Second:
         """Covariances, or mean products as they are."""
-        assert self._origin is not None
+        assert self.origin is not None
         gram, cross, a, y, square = (total / self.rows for total in self._sums)
         gram, cross, square = gram - a.outer(a), cross - y.outer(a), square - y.square()
-        a, y = (mean + origin.double() for mean, origin in zip((a, y), self._origin, strict=True))
+        a, y = (mean + origin.double() for mean, origin in zip((a, y), self.origin, strict=True))
         if centred:
             return Second(gram, cross, square.clamp(min=0), a, y)
         zeros = torch.zeros_like(a), torch.zeros_like(y)
@@ -226,6 +232,16 @@ def fit(
         if error < was:
             return Fitted(new, shift, chosen, before, seen.error(new, shift, new_product), error)
     return Fitted(weight, bias, None, before, before, was)
+
+
+def means(a: Tensor, y: Tensor) -> tuple[Tensor, ...]:
+    """Of rows: what the origin of products should be near."""
+    return tuple(t.mean(0) for t in _rows(a, y))
+
+
+def _rows(*tensors: Tensor) -> list[Tensor]:
+    """Leading dimensions flattened, in float32 at least."""
+    return [t.flatten(0, -2).to(torch.promote_types(t.dtype, torch.float32)) for t in tensors]
 
 
 def _gram(a: Tensor) -> Tensor:

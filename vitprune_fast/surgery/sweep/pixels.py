@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -21,19 +23,16 @@ class PixelRange:
         self._sums: Tensor | None = None
         self._low, self._high = torch.empty(0), torch.empty(0)
 
-    def add(self, images: Tensor) -> None:
-        """Images ``(B, C, H, W)``, normalised as the model gets them."""
-        if not images.numel():
-            return
-        pixels = images.detach().float().cpu().transpose(0, 1).flatten(1)
-        sums = torch.stack([pixels.double().sum(1), pixels.double().square().sum(1)])
-        low, high = pixels.amin(1), pixels.amax(1)
+    def add(self, found: list[Any]) -> None:
+        """What :func:`seen_of` says of some images."""
+        count, *values = found
+        sums, low, high = (torch.tensor(value, dtype=torch.float64) for value in values)
         if self._sums is None:
             self._sums, self._low, self._high = sums, low, high
         else:
             self._sums += sums
             self._low, self._high = self._low.minimum(low), self._high.maximum(high)
-        self._count += pixels.shape[1]
+        self._count += count
 
     def oddity(self, model: nn.Module) -> str:
         """What speaks against the normalisation that the model states; empty where nothing does."""
@@ -45,7 +44,7 @@ class PixelRange:
             return ""
         average, square = self._sums / self._count
         spread = (square - average.square()).clamp(min=0).sqrt() * std
-        low, high = self._low.double() * std + mean, self._high.double() * std + mean
+        low, high = self._low * std + mean, self._high * std + mean
         if bool((low < -_OUTSIDE).any() or (high > 1 + _OUTSIDE).any()):
             seen = (
                 f"pixels from {float(low.min()):.2f} to {float(high.max()):.2f} instead of 0 to 1"
@@ -58,6 +57,18 @@ class PixelRange:
             f"calibration should be normalised as the model states (mean {_shown(mean)}, "
             f"std {_shown(std)}), which would make {seen}"
         )
+
+
+def seen_of(images: Tensor) -> list[Any]:
+    """Number, sums and sums of squares, smallest and largest by channel, as plain values.
+
+    Args:
+        images: ``(B, C, H, W)``, B at least 1, normalised as the model gets them.
+    """
+    pixels = images.detach().float().cpu().transpose(0, 1).flatten(1)
+    sums = torch.stack([pixels.double().sum(1), pixels.double().square().sum(1)])
+    low, high = pixels.aminmax(dim=1)
+    return [pixels.shape[1], sums.tolist(), low.tolist(), high.tolist()]
 
 
 def _shown(values: Tensor) -> str:

@@ -16,7 +16,7 @@ from ...structure.paths import get
 from ...structure.reading import Reading
 from ...structure.table import Write
 from ..moments import Cut
-from .images import Streams
+from .images import Batch, Streams
 from .least_squares import Fitted, fit
 from .report import Fit
 from .samples import Kept, Samples
@@ -124,10 +124,7 @@ class Fitter:
 
     def _streams_agree(self) -> bool:
         """Whether nothing came before that makes a difference; once it did, it always does."""
-        self._agree = self._agree and all(
-            batch.dense.shape == batch.small.shape and torch.equal(batch.dense, batch.small)
-            for batch in self._batches
-        )
+        self._agree = self._agree and self._streams.agree()
         return self._agree
 
     def _is_whole(self, write: Write) -> bool:
@@ -148,10 +145,12 @@ class Fitter:
         biases = [f"{name.removesuffix('weight')}bias" for name in names]
         samples = self._samples("reader", self._batches[0].small.shape[-1])
         some = samples.some
-        for batch in self._batches:
+
+        def rows(batch: Batch) -> tuple[Tensor, Tensor]:
             read = self._small.reading(write, some(batch.small))
-            wanted = self._dense.reading(write, some(batch.dense))
-            samples.add(read, wanted, held_out=batch.held_out)
+            return read, self._dense.reading(write, some(batch.dense))
+
+        samples.add(self._streams, rows)
         kept = self._channels(write, samples.outputs)
         start = torch.eye(samples.outputs, dtype=torch.float64, device=self._device)[:, kept]
         tied = self._tied(*names, *biases)
@@ -178,7 +177,8 @@ class Fitter:
         columns = 0 if constant else self._small.module(write.projection).in_features
         samples = self._samples("writer", columns)
         some, kept_features = samples.some, Kept()
-        for batch in self._batches:
+
+        def rows(batch: Batch) -> tuple[Tensor, Tensor]:
             kept = self._channels(write, batch.dense.shape[-1])
             output = self._dense.output(write, batch.dense, batch.image)
             stream = batch.dense + self._dense.scaled(write, output)
@@ -190,8 +190,10 @@ class Fitter:
             read = target[:, :0]
             if not constant:
                 read = self._small.features(write, batch.small, batch.image)
-            samples.add(read if constant else some(read), target, held_out=batch.held_out)
             kept_features.append(read)
+            return read if constant else some(read), target
+
+        samples.add(self._streams, rows)
         found, reason = self._fit_projection(write, samples, constant=constant)
         for batch, features in zip(self._batches, kept_features, strict=True):
             if constant or features is None:
@@ -249,13 +251,15 @@ class Fitter:
 
     def _fit_classifier(self, path: str) -> Fit:
         """Fit a classifier to its own answers on the dense stream."""
-        images = sum(len(batch.dense) for batch in self._batches if not batch.held_out)
+        images = self._streams.count(held_out=False)
         samples = Samples("classifier", images, self._batches[0].small.shape[-1])
-        for batch in self._batches:
+
+        def rows(batch: Batch) -> tuple[Tensor, Tensor]:
             _, dense = self._dense.finish(batch.dense, batch.image, [path])
             _, small = self._small.finish(batch.small, batch.image, [path])
-            read, answers = samples.some(small[path][0]), samples.some(dense[path][1])
-            samples.add(read, answers, held_out=batch.held_out)
+            return samples.some(small[path][0]), samples.some(dense[path][1])
+
+        samples.add(self._streams, rows)
         weight_name, bias_name = f"{path}.weight", f"{path}.bias"
         has_bias = bias_name in self._structure.tensors
         names = [weight_name] + [bias_name] * has_bias
@@ -276,8 +280,7 @@ class Fitter:
 
     def _samples(self, part: str, columns: int) -> Samples:
         """For the tokens that the streams have at this place."""
-        tokens = self._streams.count(held_out=False)[1]
-        return Samples(part, tokens, columns, self._batches[0].dense.shape[1])
+        return Samples(part, self._streams.tokens(), columns, self._batches[0].dense.shape[1])
 
     def _put(self, name: str, value: Tensor) -> None:
         self.tensors[name].copy_(value)

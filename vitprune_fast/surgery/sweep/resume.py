@@ -10,6 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from ...files import parse_json
+from ...ranks import Ranks
 from ...sealed import Sealed
 
 
@@ -22,6 +23,7 @@ class Progress:
         path: a safetensors file, gone when the sweep is done; None keeps nothing.
         identity: what decides the fits; a file of another identity is refused.
         tensors: name -> tensor of the model; those that were fitted are put into them.
+        ranks: the processes that share the sweep; all of them read the file, the first writes it.
 
     Attributes:
         done: how many places are fitted.
@@ -30,9 +32,12 @@ class Progress:
     Raises:
         RunFolderError: no file can be put there.
         CheckpointRefused: the file is damaged, or of another sweep.
+        StageFailed: other processes read another file.
     """
 
-    def __init__(self, path: Path | None, identity: str, tensors: Mapping[str, Tensor]):
+    def __init__(
+        self, path: Path | None, identity: str, tensors: Mapping[str, Tensor], ranks: Ranks
+    ):
         self.rows: list[dict[str, Any]] = []
         self.done = 0
         self._tensors = tensors
@@ -42,6 +47,13 @@ class Progress:
             parts = "model, plan, images or dtype"
             self._file = Sealed(path, "prune", "the fits of a sweep", identity, parts)
             self._load(self._file)
+        ranks.agree(
+            self.done,
+            "prune: checkpoint must hold as many places in every process",
+            "give a file that all of them can read, or delete it to start over",
+        )
+        if not ranks.is_first:
+            self._file = None
 
     def _load(self, file: Sealed) -> None:
         found = file.read()

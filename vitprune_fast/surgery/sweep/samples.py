@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 from torch import Tensor
 
-from .least_squares import Fitted, Products
+from .images import Batch, Streams
+from .least_squares import Fitted, Products, means
 from .report import Fit
 
 # where the ridge of a fit starts, as a share of the mean variance of what is read
@@ -37,9 +39,29 @@ class Samples:
         """The rows that are used, of ``(..., C)``: every so many."""
         return values.flatten(0, -2)[:: self._every]
 
-    def add(self, rows: Tensor, y: Tensor, *, held_out: bool) -> None:
-        """What is read ``(rows, K)`` and what should come of it ``(rows, C)``."""
-        (self.held_out if held_out else self.fitted).add(rows, y)
+    def add(self, streams: Streams, rows_of: Callable[[Batch], tuple[Tensor, Tensor]]) -> None:
+        """Add the rows of all batches of all processes, in the order of the images.
+
+        Args:
+            streams: of the images; all processes call.
+            rows_of: what is read ``(rows, K)`` of a batch, and what should come of it ``(rows,
+                C)``; called with every batch of this process, in order.
+        """
+        ranks, device = streams.ranks, streams.batches[0].dense.device
+        for own, numbers in streams.rounds():
+            rows = None if own is None else rows_of(own)
+            kinds = {number: streams.held_out[number] for number in numbers}
+            sums = {n: self.held_out if kind else self.fitted for n, kind in kinds.items()}
+            for number, products in sums.items():
+                if products.origin is None:
+                    origin = means(*rows) if rows and ranks.owns(number) else None
+                    products.origin = ranks.sent_by(number % ranks.world, origin, device)
+            found = None
+            if own is not None and rows is not None and own.number in sums:
+                found = sums[own.number].of(*rows)
+            for number, products in sums.items():
+                mine = found if ranks.owns(number) else None
+                products.add(ranks.sent_by(number % ranks.world, mine, device))
 
     @property
     def outputs(self) -> int:
