@@ -190,7 +190,9 @@ def test_splits_of_shards_come_from_their_names(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("kind", ["tar", "wds"])
 @pytest.mark.parametrize("workers", [0, 2])
-def test_what_cannot_be_read_is_found_and_nothing_else(tmp_path: Path, kind: str, workers: int) -> None:
+def test_what_cannot_be_read_is_found_and_nothing_else(
+    tmp_path: Path, kind: str, workers: int
+) -> None:
     good = _jpeg(0)
     bad = {"cut": good[:-100], "empty": b"", "text": b"no image"}
     if kind == "tar":
