@@ -114,7 +114,7 @@ def test_models_come_back_as_they_were(fails: bool) -> None:
 @pytest.mark.parametrize(
     ("batches", "teacher", "sentence"),
     [
-        ([], None, "batches must hold at least one sample, got none"),
+        ([], None, "batches must hold at least one sample that can be read, got none"),
         (
             [(_images(torch.eye(3)), torch.tensor([0, 1, 3]))],
             None,

@@ -440,7 +440,7 @@ REFUSED: dict[Callable[[Path], Path], list[tuple[Callable[[Path], Any], str]]] =
             _rename(TABLE, WNIDS[0], "n1"),
             "annotations.txt must hold nothing that is not listed in .*/wnids.txt, got n1;",
         ),
-        (_append(TABLE, "val_3.JPEG\tn01443537"), "every name once, got val_3.JPEG again"),
+        (_append(TABLE, "val_3.JPEG\tn01443537"), "every name once, got val_3.JPEG 2 times"),
         (_append(TABLE, "val_99.JPEG"), "every line of .* must have 2 columns, got 'val_99.JPEG'"),
         (_write("wnids.txt", b"\xff\xfe"), "wnids.txt must be a readable table, got 'utf-8'"),
     ],

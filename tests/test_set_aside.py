@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
 import multiprocessing
@@ -9,6 +10,7 @@ import os
 import signal
 import struct
 import tempfile
+import tracemalloc
 import zlib
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
@@ -26,7 +28,7 @@ from tests.unreadable import unreadable
 from vitprune_fast.config.run import DataConfig
 from vitprune_fast.data import BadImage, Batch, ImageData, Loader, open_data
 from vitprune_fast.data.folder import Folder
-from vitprune_fast.errors import DamagedFile, InvalidInput, StageFailed
+from vitprune_fast.errors import DamagedFile, InvalidInput, StageFailed, VitpruneError
 from vitprune_fast.recipes.start import run
 
 SPLITS = ("train", "validation", "test")
@@ -222,6 +224,51 @@ def test_what_is_kept_is_read_once_also_what_cannot_be_read(
     assert sum(len(ids) for _, _, ids in again) == 19
 
 
+def test_a_batch_of_which_nothing_can_be_read_is_kept_too(photos: Path) -> None:
+    data = open_data(f"folder:{photos}", image_size=16, channels=3, max_bad=0.1)
+    images = data.split("train").some(torch.arange(3))
+    (photos / data.source.names[int(images.ids[1])]).write_bytes(b"")
+    loader = Loader(images, 1, keep=True)
+    for _ in range(2):
+        assert [len(ids) for _, _, ids in loader] == [1, 0, 1]
+
+
+def test_a_file_may_have_anything_behind_its_image(photos: Path) -> None:
+    before = next(iter(Loader(_open(photos).split("train"), 1)))[0]
+    with open(photos / _open(photos).source.names[0], "r+b") as file:
+        file.truncate(3 << 29)
+    tracemalloc.start()
+    after = next(iter(Loader(_open(photos).split("train"), 1)))[0]
+    assert torch.equal(before, after) and tracemalloc.get_traced_memory()[1] < 1 << 29
+    tracemalloc.stop()
+
+
+@pytest.mark.parametrize("name", ["train.csv", "wnids.txt", "ILSVRC2012_devkit_t12/data/meta.mat"])
+def test_nobody_waits_for_a_table_that_is_a_pipe(photos: Path, name: str) -> None:
+    (photos / name).parent.mkdir(parents=True, exist_ok=True)
+    os.mkfifo(photos / name)
+    with contextlib.suppress(VitpruneError):
+        _open(photos)
+
+
+def test_what_was_repaired_is_an_image_again(photos: Path, tmp_path: Path) -> None:
+    config = replace(
+        TINY,
+        out=tmp_path / "run",
+        data=DataConfig(source=f"folder:{photos}", batch_size=16, max_bad=0.0, workers=0),
+    )
+    path = photos / "eel" / "7.jpg"
+    content = path.read_bytes()
+    path.write_bytes(b"")
+    with pytest.raises(StageFailed, match=r"at most 0\.00% .* got 1: eel/7.jpg .*; repair"):
+        run(config)
+    with pytest.raises(StageFailed, match=r"got 1: eel/7\.jpg"):
+        run(config)
+    path.write_bytes(content)
+    run(config)
+    assert json.loads((config.out / "set_aside.json").read_text()) == {"images": []}
+
+
 def test_too_many_bad_images_end_the_reading(photos: Path) -> None:
     (photos / "cat" / "text.jpg").write_text("no")
     with pytest.raises(StageFailed, match=r"at most 1\.00% of 61 images .* got 1: cat/text.jpg"):
@@ -250,8 +297,7 @@ def test_a_reader_that_the_system_ends_is_said(photos: Path) -> None:
     os.kill(started.pop(), signal.SIGKILL)
     with pytest.raises(StageFailed, match="data: processes that read images must live, got one"):
         list(batches)
-    # and they can be started again
-    loader.close()
+    # others are started for the next
     assert sum(len(ids) for _, _, ids in loader) == len(loader.images)
     loader.close()
     assert {*processes()} <= before
@@ -297,7 +343,7 @@ def test_the_run_counts_what_it_set_aside(photos: Path, tmp_path: Path) -> None:
     assert summary["set_aside"]["unreadable images"] == 2
     listed = json.loads((config.out / "set_aside.json").read_text())["images"]
     assert [image["name"] for image in listed] == ["cat/text.jpg", "eel/empty.jpg"]
-    assert all("cannot identify image file" in image["reason"] for image in listed)
+    assert all(image["reason"] == "no image of a known kind" for image in listed)
     page = (config.out / "report.html").read_text()
     assert "2 unreadable images" in page or "unreadable images: 2" in page
 

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
+from vitprune_fast.data.images import Normalisation
 from vitprune_fast.transfer import ahead
 
 CPU, GPU = "cpu", pytest.param("cuda", marks=pytest.mark.gpu)
@@ -26,3 +27,15 @@ def test_batches_keep_their_order_and_their_bytes(name: str) -> None:
         # a GPU has the next one copied while this one is worked on
         assert len(asked) == min(number + 1 + (name == "cuda"), 5)
     assert asked == [*range(5)] and list(ahead(iter(()), device)) == []
+
+
+@pytest.mark.parametrize("name", [CPU, GPU])
+def test_pixels_become_the_same_numbers_everywhere(name: str) -> None:
+    pixels = torch.arange(256, dtype=torch.uint8)[None, :, None, None].expand(1, 256, 2, 3)
+    mean, std = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+    found = Normalisation(mean, std)(pixels.to(name)).cpu()
+    for channel in range(3):
+        # each step rounded to single precision
+        white = torch.arange(256) / torch.tensor(255.0)
+        wanted = (white - torch.tensor(mean[channel])) / torch.tensor(std[channel])
+        assert torch.equal(found[0, channel], wanted[:, None].expand(256, 2))

@@ -211,7 +211,9 @@ class _Counts:
         counts = [sum(column) for column in zip(*(part[0] for part in parts), strict=True)]
         samples, top1, top5, agreement, nonfinite = counts
         if samples == 0:
-            raise InvalidInput("evaluate: batches must hold at least one sample, got none")
+            raise InvalidInput(
+                "evaluate: batches must hold at least one sample that can be read, got none"
+            )
         return Evaluation(
             samples=samples,
             top1_count=top1,

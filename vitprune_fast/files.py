@@ -8,6 +8,7 @@ Readers have limits and raise ``DamagedFile``; nothing is ever unpickled.
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import json
 import math
@@ -17,7 +18,7 @@ import stat
 import threading
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import safetensors.torch
 import torch
@@ -190,6 +191,24 @@ def write_json(path: PathLike, value: Any) -> None:
     # numbers of one list share a line; a raw line break never lies inside a JSON string
     text = _NUMBER_LIST.sub(lambda match: "[" + " ".join(match[1].split()) + "]", text)
     write_text(path, text + "\n")
+
+
+def open_regular(path: PathLike) -> BinaryIO:
+    """Open a file of strangers to read it; nobody waits for a pipe or a device.
+
+    Raises:
+        OSError: it cannot be opened, or is no regular file.
+    """
+    return open(path, "rb", opener=_opened_if_regular)
+
+
+def _opened_if_regular(path: str, flags: int) -> int:
+    # a pipe would have its reader wait for a writer
+    handle = os.open(path, flags | getattr(os, "O_NONBLOCK", 0))
+    if not stat.S_ISREG(os.fstat(handle).st_mode):
+        os.close(handle)
+        raise OSError(errno.EINVAL, "no regular file", path)
+    return handle
 
 
 def read_json(path: PathLike) -> Any:

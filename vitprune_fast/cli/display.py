@@ -12,6 +12,7 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn
 from rich.table import Table
 
 from vitprune_fast.config.distill import LOSSES
+from vitprune_fast.data import ImageData
 from vitprune_fast.planning.waiting import load_warning
 from vitprune_fast.registry import names
 from vitprune_fast.run.assumptions import line
@@ -141,6 +142,12 @@ def print_assumptions(assumptions: Mapping[str, str]) -> None:
     """A line for each thing a verb takes for granted."""
     for topic, text in assumptions.items():
         print(line(topic, text))
+
+
+def print_set_aside(data: ImageData) -> None:
+    """A line about the images that could not be read, where there are some."""
+    if data.set_aside:
+        print(line("left out", f"unreadable images, {data.set_aside}"))
 
 
 class Pace:

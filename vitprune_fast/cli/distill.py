@@ -41,7 +41,7 @@ def main(words: list[str]) -> None:
     """Distils the model and saves it."""
     options = parse("distill", words, lambda chosen: Distill(), outputs=_outputs)
     import vitprune_fast as vp
-    from vitprune_fast.cli.display import Display, print_assumptions
+    from vitprune_fast.cli.display import Display, print_assumptions, print_set_aside
     from vitprune_fast.cli.signals import stoppable
     from vitprune_fast.files import probe_folder
     from vitprune_fast.run.assumptions import about_share
@@ -81,6 +81,7 @@ def main(words: list[str]) -> None:
         )
     remember_normalisation(taught, opened.data, trained=True)
     vp.save(taught, options.out)
+    print_set_aside(opened.data)
     print(options.out)
 
 

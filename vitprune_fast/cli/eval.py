@@ -32,7 +32,7 @@ class Eval:
 def main(words: list[str]) -> None:
     """Evaluates the model and prints the counts."""
     options = parse("eval", words, lambda chosen: Eval())
-    from vitprune_fast.cli.display import print_assumptions
+    from vitprune_fast.cli.display import print_assumptions, print_set_aside
     from vitprune_fast.models.open import open_model
     from vitprune_fast.run import actions
     from vitprune_fast.run.assumptions import about_size, about_test_images
@@ -53,6 +53,7 @@ def main(words: list[str]) -> None:
     models = [*teachers, opened.model]
     with applied(opened.setting.profile):
         *_, result = actions.evaluate(models, opened.data, opened.setting, split=options.split)
+    print_set_aside(opened.data)
     print(f"top-1 {result.top1:.2%} ({result.top1_count} of {result.samples})")
     print(f"top-5 {result.top5:.2%} ({result.top5_count} of {result.samples})")
     if known and options.split == "test":

@@ -48,7 +48,7 @@ def main(words: list[str]) -> None:
     """Prunes, proves the cut on random images, refits what stays, and saves the result."""
     options = parse("prune", words, lambda chosen: Prune(), outputs=_outputs)
     import vitprune_fast as vp
-    from vitprune_fast.cli.display import print_assumptions
+    from vitprune_fast.cli.display import print_assumptions, print_set_aside
     from vitprune_fast.run import checks
     from vitprune_fast.run.assumptions import about_weights
     from vitprune_fast.run.inputs import open_both, open_weights, remember_normalisation
@@ -87,6 +87,7 @@ def main(words: list[str]) -> None:
             print("plain cut: give --data to refit what stays")
         if opened:
             remember_normalisation(pruned, opened.data, trained=False)
+            print_set_aside(opened.data)
         vp.save(pruned, options.out)
         before, after = vp.cost(model), vp.cost(pruned)
     print(

@@ -38,7 +38,13 @@ def main(words: list[str]) -> None:
     """Scores the model and saves the scores."""
     options = parse("score", words, lambda chosen: Score(), outputs=_outputs)
     from vitprune_fast import files
-    from vitprune_fast.cli.display import Display, print_assumptions, print_table, rate_text
+    from vitprune_fast.cli.display import (
+        Display,
+        print_assumptions,
+        print_set_aside,
+        print_table,
+        rate_text,
+    )
     from vitprune_fast.cli.signals import stoppable
     from vitprune_fast.errors import InvalidInput
     from vitprune_fast.run import actions
@@ -82,6 +88,7 @@ def main(words: list[str]) -> None:
     if caveats(model).get("weights") == "random":
         scores = replace(scores, provenance={**scores.provenance, "weights": "random"})
     scores.save(options.out)
+    print_set_aside(opened.data)
     rate = f", {rate_text(scores.samples / seconds)}" if scores.samples else ""
     aside = f", {scores.skipped:,} set aside" if scores.skipped else ""
     print(

@@ -51,7 +51,7 @@ def main(words: list[str]) -> None:
     """Searches, prints every candidate, and saves what was chosen."""
     options = parse("search", words, lambda chosen: Search(), outputs=_outputs)
     from vitprune_fast import files
-    from vitprune_fast.cli.display import Display, print_assumptions, print_table
+    from vitprune_fast.cli.display import Display, print_assumptions, print_set_aside, print_table
     from vitprune_fast.run import actions
     from vitprune_fast.run.inputs import open_both
     from vitprune_fast.run.profile import applied
@@ -104,6 +104,7 @@ def main(words: list[str]) -> None:
         },
     )
     _draw(found, options.out / "search.png")
+    print_set_aside(opened.data)
     ratios = ", ".join(f"{ratio:.1%} ({kind})" for kind, ratio in result.ratios.items())
     print(
         f"{options.out}: without {ratios} {result.macs:,} of {result.baseline.macs:,} MACs, "

@@ -107,7 +107,7 @@ class DataConfig:
     validation: Annotated[float | None, arg(metavar="N|SHARE")] = None
     """Images of photographs held back from training to choose by: a share below 1 of every class,
     or how many in all; unset: 10 %, and in large sets 10 images a class, 5,000 in all at least."""
-    max_bad: Annotated[float, arg(metavar="SHARE")] = 0.01
+    max_bad: Annotated[Share, arg(metavar="SHARE")] = 0.01
     """Largest share of unreadable images that may be set aside; above it the run stops."""
     workers: Count = None
     """Processes that read images; unset: chosen. Any number gives the same stream."""

@@ -5,7 +5,7 @@ Scoring and training read train, choices read validation, only the before/after 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -20,7 +20,7 @@ from vitprune_fast.data.digits import SPLIT_ORIGINS, Digits
 from vitprune_fast.data.evaluation_view import CROP_MODES
 from vitprune_fast.data.folder import Folder
 from vitprune_fast.data.hub import Hub
-from vitprune_fast.data.images import Images, Normalisation, Source, check_normalisation
+from vitprune_fast.data.images import Images, Normalisation, Reader, Source, check_normalisation
 from vitprune_fast.data.layouts import recognised
 from vitprune_fast.data.loader import Loader
 from vitprune_fast.data.resize import INTERPOLATIONS
@@ -96,6 +96,16 @@ class ImageData:
         normalisation = Normalisation(self.mean, self.std)
         ids = self.split_ids[name]
         return Images(self.source, name, ids, normalisation, self.set_aside, self.cache)
+
+    def still_bad(self, images: Iterable[BadImage]) -> list[BadImage]:
+        """Those of some images that cannot be read now either."""
+        listed = [each for each in images if each.split in self.split_ids]
+        found = []
+        for each in listed:
+            ids = torch.tensor([each.id])
+            if bool(torch.isin(ids, self.split_ids[each.split])):
+                found += self.split(each.split).named(ids, Reader(self.source)(ids).bad)
+        return found
 
     @cached_property
     def split_hashes(self) -> dict[str, str]:

@@ -18,13 +18,13 @@ from typing import Any, BinaryIO, NamedTuple
 
 from timm.data.readers.img_extensions import get_img_extensions
 
+from vitprune_fast.data.decode import MAX_IMAGE_BYTES
 from vitprune_fast.data.photographs import Photographs
 from vitprune_fast.errors import DamagedFile, InvalidInput
 
 # a long name or an extended header is data the tar reader takes into memory
 MAX_HEADER_BYTES = 1 << 20
 MAX_NAME = 4096
-MAX_IMAGE_BYTES = 1 << 28
 _HEADERS = (
     tarfile.XHDTYPE,
     tarfile.XGLTYPE,

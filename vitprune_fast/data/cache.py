@@ -18,8 +18,8 @@ class Cache:
 
     def __init__(self, max_bytes: int = MAX_BYTES) -> None:
         self._room = max_bytes
-        # what could not be read is not read again either
-        self._views: dict[int, Tensor | None] = {}
+        # a view, and whether it could be read: what could not is not tried again
+        self._views: dict[int, tuple[Tensor, bool]] = {}
 
     def holds(self, ids: Tensor) -> bool:
         """Whether all of these samples ``(B,)`` are there."""
@@ -27,24 +27,23 @@ class Cache:
 
     def take(self, ids: Tensor) -> tuple[Tensor, Tensor]:
         """Their pixels ``(B, H, W, C)``, and their ids, -1 where one could not be read."""
-        views = [self._views[sample] for sample in ids.tolist()]
-        some = next((view for view in views if view is not None), torch.empty(0))
-        pixels = torch.stack([torch.zeros_like(some) if view is None else view for view in views])
-        readable = torch.tensor([view is not None for view in views])
-        return pixels, torch.where(readable, ids, -1)
+        views, readable = zip(*(self._views[sample] for sample in ids.tolist()), strict=True)
+        return torch.stack(views), torch.where(torch.tensor(readable), ids, -1)
 
-    def put(self, ids: Tensor, pixels: Tensor, read: Tensor) -> None:
-        """Keep what was read, while there is room.
+    def put(self, ids: Tensor, pixels: Tensor, found: Tensor) -> None:
+        """Keep views, while there is room.
 
         Args:
             ids: of the samples ``(B,)``.
-            pixels: ``(B, H, W, C)`` uint8.
-            read: as :meth:`take` gives the ids.
+            pixels: ``(B, H, W, C)`` uint8; of another dtype they are not kept.
+            found: as :meth:`take` gives the ids.
         """
-        if pixels.dtype != torch.uint8 or pixels.nbytes > self._room:
+        new = [row for row, sample in enumerate(ids.tolist()) if sample not in self._views]
+        # a copy of their own, so that no shared memory of a loader process is held
+        kept = pixels[new]
+        if not new or pixels.dtype != torch.uint8 or kept.nbytes > self._room:
             return
-        self._room -= pixels.nbytes
-        # a copy of its own, so that no shared memory of a loader process is held
-        pixels = pixels.clone()
-        for sample, view, found in zip(ids.tolist(), pixels, read.tolist(), strict=True):
-            self._views.setdefault(sample, view if found >= 0 else None)
+        self._room -= kept.nbytes
+        readable = (found[new] >= 0).tolist()
+        views = zip(kept, readable, strict=True)
+        self._views.update(zip(ids[new].tolist(), views, strict=True))

@@ -7,9 +7,9 @@ from collections.abc import Callable
 from typing import BinaryIO
 
 import numpy as np
-from PIL import ExifTags, Image, ImageOps
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
-from vitprune_fast.errors import DamagedFile
+from vitprune_fast.errors import DamagedFile, NotEnoughMemory
 
 try:
     import simplejpeg
@@ -18,6 +18,21 @@ except ImportError:
 
 # a file of a few kilobytes can claim gigapixels
 MAX_PIXELS = 1 << 26
+# no photograph has more; a file may have anything behind its image
+MAX_IMAGE_BYTES = 1 << 28
+
+
+class Unreadable(DamagedFile):
+    """An image that cannot be read.
+
+    Args:
+        name: what an error message calls it.
+        reason: why, the same whenever it is tried.
+    """
+
+    def __init__(self, name: str, reason: str) -> None:
+        super().__init__(f"decode: image must be readable, got {name}: {reason}")
+        self.reason = reason
 
 
 def decode(open_file: Callable[[], BinaryIO], name: str, *, channels: int = 3) -> np.ndarray:
@@ -36,7 +51,8 @@ def decode(open_file: Callable[[], BinaryIO], name: str, *, channels: int = 3) -
         ``(H, W, channels)`` uint8, contiguous and writable.
 
     Raises:
-        DamagedFile: missing, not readable, truncated, not an image, or over 67 million pixels.
+        Unreadable: missing, not readable, truncated, not an image, or over 67 million pixels.
+        NotEnoughMemory: it may be as it should.
     """
     try:
         with open_file() as file, warnings.catch_warnings():
@@ -52,9 +68,17 @@ def decode(open_file: Callable[[], BinaryIO], name: str, *, channels: int = 3) -
                 upright = ImageOps.exif_transpose(image)
                 pixels = np.array(_eight_bits(upright, "L" if channels == 1 else "RGB"))
             return pixels.reshape(*pixels.shape[:2], channels)
+    except MemoryError:
+        raise NotEnoughMemory(
+            f"decode: memory must hold the image, got out of memory at {name}; free some, or give "
+            "fewer --workers"
+        ) from None
+    except UnidentifiedImageError:
+        # the library's own words have the address of the file object
+        raise Unreadable(name, "no image of a known kind") from None
     except Exception as error:  # decoders raise anything: OSError, SyntaxError, struct.error ...
         reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
-        raise DamagedFile(f"decode: image must be readable, got {name}: {reason}") from None
+        raise Unreadable(name, reason) from None
 
 
 def _plain_jpeg(image: Image.Image, file: BinaryIO, channels: int) -> np.ndarray | None:
@@ -70,12 +94,16 @@ def _plain_jpeg(image: Image.Image, file: BinaryIO, channels: int) -> np.ndarray
     if image.getexif().get(ExifTags.Base.Orientation, 1) != 1:
         return None
     file.seek(0)
-    data = file.read()
+    data = file.read(MAX_IMAGE_BYTES + 1)
+    if len(data) > MAX_IMAGE_BYTES:
+        return None
     try:
         # nothing is allocated for a size that Pillow does not see
         if simplejpeg.decode_jpeg_header(data)[:2] != (image.height, image.width):
             return None
         return simplejpeg.decode_jpeg(data, "RGB" if channels == 3 else "GRAY", strict=True)
+    except MemoryError:
+        raise
     except Exception:  # whatever it is, Pillow says whether it matters
         return None
 

@@ -11,6 +11,7 @@ from timm.data.readers.img_extensions import get_img_extensions
 from vitprune_fast.data.archive import natural_key
 from vitprune_fast.data.photographs import PARTS, Part, Photographs
 from vitprune_fast.errors import InvalidInput
+from vitprune_fast.files import open_regular
 
 
 class Folder(Photographs):
@@ -18,8 +19,7 @@ class Folder(Photographs):
 
     def open(self, sample: int) -> BinaryIO:
         """Open the file of one image."""
-        # a pipe would have its reader wait for a writer
-        return open(self.path(sample), "rb", opener=_at_once)
+        return open_regular(self.path(sample))
 
     def path(self, sample: int) -> str:
         """Where an image lies."""
@@ -75,10 +75,6 @@ class Folder(Photographs):
         number = {each: n for n, each in enumerate(sorted({*class_of.values()}, key=natural_key))}
         labels = [number[class_of[name[: name.rfind(os.sep) + 1]]] for name in names]
         return Part(str(folder), tuple(number), names, labels)
-
-
-def _at_once(path: str, flags: int) -> int:
-    return os.open(path, flags | getattr(os, "O_NONBLOCK", 0))
 
 
 def _refuse_circles(place: str, inner: list[str], top: Path) -> None:

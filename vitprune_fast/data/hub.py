@@ -9,11 +9,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from vitprune_fast.data.archive import MAX_IMAGE_BYTES
+from vitprune_fast.data.decode import MAX_IMAGE_BYTES
 from vitprune_fast.data.photographs import PARTS, Part, Photographs
 from vitprune_fast.data.shards import MAX_CLASSES
 from vitprune_fast.errors import BackendUnavailable, DamagedFile, InvalidInput, VitpruneError
-from vitprune_fast.files import inside, read_json
+from vitprune_fast.files import inside, open_regular, read_json
 
 # what timm's reader takes unless told otherwise, and what CIFAR calls them
 IMAGE, LABEL = ("image", "img"), ("label", "fine_label")
@@ -51,7 +51,7 @@ class Hub(Photographs):
         place = os.path.realpath(path)
         if not any(Path(place).is_relative_to(top) for top in self._tops()):
             raise ValueError(f"the row has no bytes, and its path {path!r} leaves the data set")
-        return open(place, "rb")
+        return open_regular(place)
 
     def path(self, sample: int) -> str:
         """The data set and the name of the row."""

@@ -13,9 +13,10 @@ from torch import Tensor
 
 from vitprune_fast.data.augment import Augment
 from vitprune_fast.data.cache import Cache
+from vitprune_fast.data.decode import Unreadable
 from vitprune_fast.data.names import Names
 from vitprune_fast.data.set_aside import BadImage, SetAside
-from vitprune_fast.errors import DamagedFile, InvalidInput
+from vitprune_fast.errors import InvalidInput
 from vitprune_fast.randomness import derive_seed, uniforms
 
 
@@ -64,7 +65,9 @@ class Normalisation:
         one bias would not give.
         """
         if pixels.dtype == torch.uint8:
-            pixels = pixels.permute(0, 3, 1, 2).contiguous().float().div_(255)
+            # by a number a GPU would multiply with its rounded inverse
+            white = torch.tensor(255.0, device=pixels.device)
+            pixels = pixels.permute(0, 3, 1, 2).contiguous().float().div_(white)
         mean, std = (
             torch.tensor(values, device=pixels.device).view(-1, 1, 1)
             for values in (self.mean, self.std)
@@ -150,12 +153,12 @@ class Images:
             Normalised images ``(B, C, H, W)`` fp32, labels ``(B,)`` int64, ids ``(B,)`` int64.
 
         Raises:
-            DamagedFile: one of them cannot be read.
+            Unreadable: one of them cannot be, a kind of DamagedFile.
         """
         ids = self.ids[rows]
         pixels, bad = Reader(self.source, seed, augment)(ids, epoch, copies)
         for found in self.named(ids, bad):
-            raise DamagedFile(f"decode: image must be readable, got {found.name}: {found.reason}")
+            raise Unreadable(found.name, found.reason)
         return self.normalisation(pixels), self.source.labels[ids], ids
 
     def named(self, ids: Tensor, bad: Mapping[int, str]) -> list[BadImage]:

@@ -124,7 +124,7 @@ class Loader:
         """Yield some batches of an epoch, and read no others; see :class:`batches.Numbered`."""
         there = [self.keep and self.images.cache.holds(self._ids(epoch, n)) for n in numbers]
         keys = [(epoch, n) for n, held in zip(numbers, there, strict=True) if not held]
-        missing = iter(self._fetched(keys))
+        missing = self._fetched(keys)
 
         def pixels() -> Iterator[tuple[Tensor, Tensor, Tensor]]:
             for number, held in zip(numbers, there, strict=True):
@@ -148,8 +148,7 @@ class Loader:
     def first(self, count: int) -> Loader:
         """The first samples of epoch 0 alone, in the same batches, as they are without augment."""
         rows = self._batches.order.rows(0)[:count]
-        options = {"workers": self.workers, "keep": self.augment is None}
-        return Loader(self.images.some(rows), self.batch_size, **options)
+        return Loader(self.images.some(rows), self.batch_size, keep=self.augment is None)
 
     def share(self, ranks: Ranks) -> None:
         """Make the images that any process could not read known to all; all of them call.
@@ -179,13 +178,19 @@ class Loader:
             self.images.cache.put(ids, read.pixels, found)
         return read.pixels, found
 
-    def _fetched(self, keys: list[Key]) -> Iterable[Read | VitpruneError]:
+    def _fetched(self, keys: list[Key]) -> Iterator[Read | VitpruneError]:
         """What was read of batches, by processes of the pool where there are some."""
         if not self.workers or not keys:
-            return map(self._batches.__getitem__, keys)
+            yield from map(self._batches.__getitem__, keys)
+            return
         if self._pool is None:
             self._pool = _Pool(self._batches, min(self.workers, len(self)))
-        return self._pool.fetch(keys)
+        try:
+            yield from self._pool.fetch(keys)
+        except StageFailed:
+            # the next iteration starts others
+            self.close()
+            raise
 
 
 @dataclass
@@ -219,6 +224,7 @@ class Order:
             if self.repeats > 1:
                 rows = rows.repeat_interleave(self.repeats)[: self.images]
             self._rows = epoch, rows
+            return rows
         return self._rows[1]
 
     def part(self, number: Which) -> slice | list[int]:
@@ -274,7 +280,7 @@ class _Pool:
         if multiprocessing.get_start_method() == "forkserver":
             # its processes are copies of one that has imported all they need
             multiprocessing.set_forkserver_preload(["__main__", __name__])
-        self._ahead = 2 * workers
+        self._ahead, self._started = 2 * workers, False
         self._processes = ProcessPoolExecutor(workers, initializer=_begin, initargs=(batches,))
 
     def fetch(self, keys: Iterable[Key]) -> Iterator[Read | VitpruneError]:
@@ -288,9 +294,15 @@ class _Pool:
             coming.extend(self._processes.submit(_read, key) for key in islice(rest, self._ahead))
             while coming:
                 read = coming.popleft().result()
+                self._started = True
                 coming.extend(self._processes.submit(_read, key) for key in islice(rest, 1))
                 yield read
         except BrokenProcessPool:
+            if not self._started:
+                raise StageFailed(
+                    "data: processes that read images must start, got none that did; a script "
+                    "needs `if __name__ == '__main__':` before what it does, or workers=0"
+                ) from None
             raise StageFailed(
                 "data: processes that read images must live, got one that was ended from outside, "
                 "perhaps for want of memory; give fewer --workers, or 0 to read in this process"

@@ -13,13 +13,13 @@ import numpy as np
 import torch
 
 from vitprune_fast.data.augment import Affine, Augment, RandomCrop
-from vitprune_fast.data.decode import decode
+from vitprune_fast.data.decode import Unreadable, decode
 from vitprune_fast.data.evaluation_view import evaluation_view
 from vitprune_fast.data.images import Read
 from vitprune_fast.data.names import Names
 from vitprune_fast.data.resize import show
 from vitprune_fast.data.splits import in_words, stratified, validation_counts
-from vitprune_fast.errors import DamagedFile, InvalidInput
+from vitprune_fast.errors import InvalidInput
 
 TEST_SHARE = 0.2
 _HELD_OUT = {**dict.fromkeys(("val", "valid", "validation"), "validation"), "test": "test"}
@@ -118,8 +118,8 @@ class Photographs(ABC):
         for row, (sample, draw) in enumerate(zip(ids.tolist(), draws, strict=True)):
             try:
                 view = self._view(self.image(sample), augment, draw)
-            except DamagedFile as error:
-                bad[row] = str(error).partition(f"{self.path(sample)}: ")[2] or str(error)
+            except Unreadable as error:
+                bad[row] = error.reason
             else:
                 pixels[row] = view
         read = torch.from_numpy(pixels)

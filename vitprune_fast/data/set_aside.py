@@ -47,21 +47,14 @@ class SetAside(Sequence[BadImage]):
         """Count images that were met now.
 
         Raises:
-            StageFailed: there are too many.
+            StageFailed: there are too many; where several processes read, :meth:`share` says so.
         """
         new = {bad.id: bad for bad in found if bad.id not in self._found}
-        if not new:
-            return
-        self._found = dict(sorted({**self._found, **new}.items()))
-        self.on_change()
-        if len(self._found) > self._max_bad * self._images:
-            first = [*self._found.values()][:3]
-            shown = "; ".join(f"{each.name} ({each.reason})" for each in first)
-            raise StageFailed(
-                f"data: at most {self._max_bad:.2%} of {self._images} images may be unreadable, "
-                f"got {len(self._found)}: {shown}{' ...' if len(self._found) > 3 else ''}; repair "
-                "or remove them, or raise max_bad"
-            )
+        if new:
+            self._found = dict(sorted({**self._found, **new}.items()))
+            self.on_change()
+        if Ranks.current().world == 1:
+            self._judge()
 
     def share(self, ranks: Ranks) -> None:
         """Make those that any process has met known to all; all of them call.
@@ -69,10 +62,21 @@ class SetAside(Sequence[BadImage]):
         Raises:
             StageFailed: together there are too many.
         """
-        if ranks.world == 1:
-            return
         texts = ranks.texts(json.dumps([asdict(each) for each in self]))
         self.add(BadImage(**each) for text in texts for each in json.loads(text))
+        self._judge()
+
+    def __str__(self) -> str:
+        """How many, and the first of them by name, on one line."""
+        first = "; ".join(f"{each.name} ({each.reason})" for each in self[:3])
+        return " ".join(f"{len(self)}: {first}{' ...' if len(self) > 3 else ''}".split())
+
+    def _judge(self) -> None:
+        if len(self) > self._max_bad * self._images:
+            raise StageFailed(
+                f"data: at most {self._max_bad:.2%} of {self._images} images may be unreadable, "
+                f"got {self}; repair or remove them, or raise max_bad"
+            )
 
     def __len__(self) -> int:
         return len(self._found)

@@ -353,7 +353,12 @@ def sweep(
 
 def probe_images(data: ImageData, count: int = 8) -> Tensor:
     """A few training images (count, C, H, W) on which a step checks its own result."""
-    return next(Loader(data.split("train"), count).epoch(0))[0]
+    found: list[Tensor] = []
+    for images, *_ in Loader(data.split("train"), count):
+        found.append(images)
+        if sum(map(len, found)) >= count:
+            break
+    return torch.cat(found)[:count]
 
 
 def evaluate(

@@ -83,13 +83,14 @@ class Job:
         return Setting(self.config.seed, self.profile, self.config.data)
 
     def __post_init__(self) -> None:
-        """Take up what an earlier attempt found unreadable, and write down what this one does."""
+        """Take up what an earlier attempt could not read, and write down what this one cannot."""
         aside, path = self.data.set_aside, self.folder / SET_ASIDE
-        if path.is_file():
-            aside.add(BadImage(**image) for image in files.read_json(path)["images"])
+        listed = files.read_json(path)["images"] if path.is_file() else None
+        # one that was repaired meanwhile is an image like the others
+        aside.add(self.data.still_bad(BadImage(**image) for image in listed or ()))
         if self.ranks.is_first:
             aside.on_change = lambda: self._list(aside)
-            if not path.is_file():
+            if listed != [asdict(image) for image in aside]:
                 self._list(aside)
 
     def _list(self, aside: Sequence[BadImage]) -> None:

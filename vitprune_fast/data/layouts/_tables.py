@@ -9,6 +9,7 @@ from pathlib import Path
 
 from vitprune_fast.data.archive import is_image, natural_key
 from vitprune_fast.errors import DamagedFile, InvalidInput
+from vitprune_fast.files import open_regular
 
 # ten times the largest, the boxes of ImageNet's validation images
 MAX_TABLE_BYTES = 1 << 26
@@ -22,7 +23,7 @@ def rows(table: Path, separator: str | None, columns: int) -> Iterator[list[str]
             of a line is missing or empty.
     """
     try:
-        with open(table, "rb") as file:
+        with open_regular(table) as file:
             content = file.read(MAX_TABLE_BYTES + 1)
         if len(content) > MAX_TABLE_BYTES:
             raise ValueError(f"more than {MAX_TABLE_BYTES} bytes")
@@ -63,9 +64,7 @@ def check_same(
         folder: the folder, for people.
         table: the table, for people.
     """
-    for name, times in Counter(listed).most_common(1):
-        if times > 1:
-            raise DamagedFile(f"open_data: {table} must list every name once, got {name} again")
+    check_once(listed, table)
     check_listed(there, listed, folder, table)
     missing = sorted({*listed} - {*there}, key=natural_key)
     if missing:
@@ -73,6 +72,16 @@ def check_same(
             f"open_data: {folder} must hold everything listed in {table}, got no {missing[0]}"
             f"{others(missing)}; unpack the data set again, or take what is missing out of the list"
         )
+
+
+def check_once(names: Collection[str], where: Path | str) -> None:
+    """Refuse a table or a folder that has a name twice."""
+    for name, times in Counter(names).most_common(1):
+        if times > 1:
+            raise DamagedFile(
+                f"open_data: {where} must have every name once, got {name} {times} times; remove "
+                "what is wrong"
+            )
 
 
 def check_listed(

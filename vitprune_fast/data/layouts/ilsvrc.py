@@ -20,9 +20,10 @@ from typing import Any
 
 from vitprune_fast.data.folder import Folder
 from vitprune_fast.data.layouts import Layout
-from vitprune_fast.data.layouts._tables import check_listed, images_in, others, rows
+from vitprune_fast.data.layouts._tables import check_listed, check_once, images_in, others, rows
 from vitprune_fast.data.photographs import PARTS, Part
 from vitprune_fast.errors import BackendUnavailable, DamagedFile, InvalidInput
+from vitprune_fast.files import open_regular
 
 KAGGLE_TREE, KAGGLE_TABLE = Path("ILSVRC/Data/CLS-LOC"), "LOC_val_solution.csv"
 DEVKIT = "ILSVRC2012_devkit_t12"
@@ -93,7 +94,8 @@ class Ilsvrc(Folder):
     def _flat(self, name: str, names: list[str], train: Part) -> Part:
         """A part without class folders."""
         folder = self.root / name
-        if sorted_ones := [each.name for each in folder.iterdir() if each.is_dir()]:
+        inner = [each.name for each in folder.iterdir() if each.is_dir()]
+        if sorted_ones := [each for each in inner if not each.startswith(".")]:
             raise InvalidInput(
                 f"open_data: {folder} must hold images or class folders, got both, "
                 f"{names[0]}{others(names)} and {sorted_ones[0]}{others(sorted_ones)}; sort all of "
@@ -102,6 +104,7 @@ class Ilsvrc(Folder):
         wnid_of, table = self._labels(folder)
         # copies of another size often have another suffix
         stems = [os.path.splitext(image)[0] for image in names]
+        check_once(stems, folder)
         check_listed(stems, wnid_of, folder, table)
         number = {wnid: label for label, wnid in enumerate(train.classes)}
         lost = sorted({wnid_of[stem] for stem in stems} - {*number})
@@ -124,6 +127,7 @@ class Ilsvrc(Folder):
         for place in places:
             if (table := place / KAGGLE_TABLE).is_file():
                 listed = list(rows(table, ",", 2))[1:]
+                check_once([row[0] for row in listed], table)
                 return {row[0]: row[1].partition(" ")[0] for row in listed}, table
             if (place / DEVKIT).is_dir():
                 table = place / DEVKIT / "data" / GROUND_TRUTH
@@ -157,9 +161,10 @@ def _wnids(meta: Path) -> dict[str, str]:
             f"put {KAGGLE_TABLE} next to {DEVKIT}"
         ) from None
     try:
-        if os.path.getsize(meta) > MAX_META_BYTES:
-            raise ValueError(f"more than {MAX_META_BYTES} bytes")
-        synsets: Any = loadmat(meta, squeeze_me=True, variable_names=["synsets"])["synsets"]
+        with open_regular(meta) as file:
+            if os.fstat(file.fileno()).st_size > MAX_META_BYTES:
+                raise ValueError(f"more than {MAX_META_BYTES} bytes")
+            synsets: Any = loadmat(file, squeeze_me=True, variable_names=["synsets"])["synsets"]
         found = {
             str(int(each["ILSVRC2012_ID"])): str(each["WNID"])
             for each in synsets

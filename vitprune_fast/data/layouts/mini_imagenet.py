@@ -22,10 +22,11 @@ from vitprune_fast.data.layouts._tables import check_same, images_in, rows
 from vitprune_fast.data.photographs import Part
 from vitprune_fast.data.splits import stratified
 from vitprune_fast.errors import InvalidInput
+from vitprune_fast.files import open_regular
 
 TABLES = ("train.csv", "val.csv", "test.csv")
 # the first two lines of a table
-_BEGINS = re.compile(rb"(\xef\xbb\xbf)?filename,label\s+[^,\n]+,n\d{8}\s")
+_BEGINS = re.compile(rb"(\xef\xbb\xbf)?filename\s*,\s*label\s+[^,\n]+,n\d{8}\s")
 TEST_SHARE = 1 / 6
 PICKLES = "mini-imagenet-cache-*.pkl"
 
@@ -42,7 +43,7 @@ def _tables(place: Path) -> list[Path]:
     """Those that are there, by what they begin with."""
     found = []
     for table in (place / name for name in TABLES):
-        with suppress(OSError), open(table, "rb") as file:
+        with suppress(OSError), open_regular(table) as file:
             if _BEGINS.match(file.read(1000)):
                 found.append(table)
     return found
