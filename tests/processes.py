@@ -79,6 +79,8 @@ def _work(
     from torch import distributed as dist
 
     os.environ.update(setting)
+    # as in a process that a launcher starts; else what it starts itself would import all again
+    multiprocessing.set_start_method(None, force=True)
     torch.set_num_threads(1)
     try:
         if store is not None:

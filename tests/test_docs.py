@@ -24,6 +24,7 @@ PAGES = {
     "data-sets.md": 0,
     "learn-gates.md": 4,
     "make-up-for-what-goes.md": 3,
+    "many-processes.md": 0,
     "search-ratios.md": 3,
     "score-with-torch-pruning.md": 3,
     "teach-what-is-left.md": 4,

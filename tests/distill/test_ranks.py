@@ -16,15 +16,15 @@ from vitprune_fast.files import read_tensors, write_tensors
 from vitprune_fast.testing import random_images, random_vit
 
 WORLD = 2
-KINDS = ("plain", "masks", "gates")
+KINDS = ("plain", "cut", "masks", "gates")
 
 
 def train(kind: str, accumulate: int, name: str, checkpoints: str | None) -> DistillResult:
-    """A short distillation with hidden states, saved as tensors."""
+    """A short distillation with hidden states, saved as tensors; of a cut, before it and after."""
     model = random_vit(drop_path_rate=0.2, proj_drop_rate=0.1)
     images = random_images(model, 36)
     data = list(zip(images.split(4), (torch.arange(36) % 5).split(4), strict=True))
-    data = data[: 8 if kind != "plain" else 9]
+    data = data[: 8 if kind not in ("plain", "cut") else 9]
     config = DistillConfig(
         epochs=2, warmup_epochs=0, accumulate=accumulate, loss=("soft", "hidden"), mixup=0.4
     )
@@ -35,7 +35,11 @@ def train(kind: str, accumulate: int, name: str, checkpoints: str | None) -> Dis
         more["masks"] = MaskSchedule(0.6, "linear", end=0.9, every=2, samples=8)
     teacher = random_vit(seed=1, embed_dim=36)
     # a last batch that does not go round is left out
-    result = distill(model, teacher, data[:8], data, config, checkpoint_dir=checkpoints, **more)
+    rest: Any = (teacher, data[:8], data, config)
+    result = distill(model, *rest, checkpoint_dir=checkpoints, **more)
+    if kind == "cut":
+        model = vp.prune(model, vp.Plan.of(vp.describe(model), {"blocks.1.attn.heads": [0, 2]}))
+        distill(model, *rest)
     tensors = {n: t.detach() for n, t in model.named_parameters()}
     if kind == "gates":
         tensors |= {f"gates.{n}": t for n, t in more["gates"].state_dict().items() if t.ndim}

@@ -10,10 +10,14 @@ from typing import Any
 
 import pytest
 
-from tests.processes import outcomes
+from tests.processes import outcomes, together
 from tests.run.conftest import TINY, undrawn
-from tests.run.same import assert_same_run
-from vitprune_fast.errors import RunFolderError
+from tests.run.same import assert_same_run, files_of, is_bitwise
+from tests.small import NAME, SMALL, photographs
+from vitprune_fast import files
+from vitprune_fast.config.model import ModelConfig
+from vitprune_fast.config.run import DataConfig
+from vitprune_fast.errors import InvalidInput, RunFolderError, StageFailed
 from vitprune_fast.recipes.start import RunStopped, run
 from vitprune_fast.run.report import figures
 
@@ -37,6 +41,70 @@ def start(out: Path, port: int, *, seed: int = 0, end: str = "never") -> list[tu
     """What came of it in each of two processes."""
     address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     return outcomes(2, share, out, seed, end, environment=address)
+
+
+def one_shot(rank: int, out: Path, dense: str) -> dict[str, Any]:
+    """What a run that trains nothing says of the model that it leaves."""
+    figures.drawn = undrawn
+    model = ModelConfig(dense)
+    config = replace(TINY, out=out, model=model, train_dense=False, recipe="one-shot")
+    after = run(config)["after"]
+    return {name: after[name] for name in after if "latency" not in name and "per_s" not in name}
+
+
+@pytest.mark.slow
+def test_a_run_without_training_leaves_the_same_for_any_number(
+    finished: Path, tmp_path: Path
+) -> None:
+    found = []
+    for world in (1, 2, 4):
+        out, store = tmp_path / f"run{world}", tmp_path / f"store{world}"
+        found += together(world, one_shot, out, str(finished / "dense"), store=store)
+    assert found == [found[0]] * 7
+    one = tmp_path / "run1"
+    for name in filter(is_bitwise, files_of(one)):
+        for other in (tmp_path / "run2", tmp_path / "run4"):
+            assert (other / name).read_bytes() == (one / name).read_bytes(), name
+
+
+def refused(rank: int, top: Path) -> str:
+    """What a process is told that sees other images, or another folder for the run."""
+    data = DataConfig(f"folder:{top / str(rank)}", batch_size=8)
+    model = ModelConfig(NAME, {**SMALL, "num_classes": 2})
+    with pytest.raises(InvalidInput) as images:
+        run(replace(TINY, out=top / "run", data=data, model=model))
+    return str(images.value)
+
+
+def test_processes_that_see_other_images_are_refused(tmp_path: Path) -> None:
+    for rank in range(2):
+        photographs(tmp_path / str(rank), "train", "val", "test", count=4)
+    odd = tmp_path / "1" / "val" / "ant"
+    (odd / "3.png").rename(odd / "4.png")
+    said = together(2, refused, tmp_path, store=tmp_path / "store")
+    assert {*said} == {
+        "data: every process must see the same images, got another validation split in process 1; "
+        "give a folder that all of them read"
+    }
+
+
+def with_another_plan(rank: int, out: Path, dense: str) -> str:
+    """What a process is told where the second reads another plan than the first wrote."""
+    real = files.sha256
+    if rank:
+        files.sha256 = lambda path: "another" if str(path).endswith("plan.json") else real(path)
+    with pytest.raises(StageFailed) as plan:
+        one_shot(rank, out, dense)
+    return str(plan.value)
+
+
+@pytest.mark.slow
+def test_processes_that_see_another_plan_are_refused(finished: Path, tmp_path: Path) -> None:
+    words = tmp_path / "run", str(finished / "dense")
+    said = together(2, with_another_plan, *words, store=tmp_path / "store")
+    assert len({*said}) == 1
+    rule = "run: step plan must leave the same plan.json for every process, got "
+    assert said[0].startswith(rule) and "another in process 1; give a folder to --out" in said[0]
 
 
 @pytest.fixture(scope="module")

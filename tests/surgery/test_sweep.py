@@ -549,7 +549,9 @@ def share(rank: int, images: Tensor, folder: Path) -> None:
 
 
 # the third of three has no batch of its own
-@pytest.mark.parametrize("world, count", [(2, 150), (3, 40)])
+@pytest.mark.parametrize(
+    ("world", "count"), [pytest.param(2, 150, marks=pytest.mark.slow), (3, 40)]
+)
 def test_processes_share_the_images_and_get_the_same_bits(
     world: int, count: int, tmp_path: Path
 ) -> None:

@@ -28,8 +28,8 @@ def run(
 ) -> dict[str, Any]:
     """Makes a model smaller by the steps of a recipe, in a folder that a killed run resumes from.
 
-    Where torch.distributed is initialised, or `torchrun` starts the processes, they share scoring
-    and training; the first one owns the folder and does all else.
+    Where torch.distributed is initialised, or `torchrun` starts the processes, they share scoring,
+    search, sweep, training and evaluation; the first one owns the folder and does all else.
 
     Args:
         config: the settings, or the name of a preset.

@@ -37,8 +37,8 @@ class Step:
         inputs: role -> file or folder in the run folder, made by an earlier step.
         outputs: role -> file or folder that is there when the step is done.
         settings: where the configuration differs in this step, as in its YAML file.
-        shared: called in every process of a run with several, instead of in the first alone; what
-            it writes through the ``Job`` is written by the first.
+        shared: called in every process of a run with several, instead of in the first alone, which
+            shares nothing then; what it writes through the ``Job`` is written by the first.
     """
 
     name: str
