@@ -100,6 +100,7 @@ setup(
             "*.pyi",
             "splits/*.json",
             "distill/*.json",
+            "run/*.json",
             "run/report/*.j2",
         ]
     },

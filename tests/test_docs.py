@@ -21,6 +21,7 @@ DOCS = Path(__file__).parent.parent / "docs"
 PAGES = {
     "architecture.md": 0,
     "choose-what-goes.md": 3,
+    "feed-the-device.md": 0,
     "learn-gates.md": 4,
     "make-up-for-what-goes.md": 3,
     "search-ratios.md": 3,
