@@ -27,6 +27,8 @@ from vitprune_fast.data import ImageData, Loader, RandomCrop, open_data
 
 DISTINCT, CLASSES, SIDE, BATCH = 2000, 20, 32, 64
 VALIDATIONS, LOOKS = 10, 200
+# of a process, as /proc calls it
+COUNTED = ("Pss_Anon", "Pss_Shmem")
 # what memory may grow by once it is warm, as a share
 WARM, GROWTH = 0.2, 0.05
 
@@ -138,14 +140,16 @@ def _children() -> list[int]:
 
 
 def _resident(processes: list[int]) -> float:
-    """MiB that are in memory, what processes share counted in each."""
-    pages = 0
+    """MiB in memory, what these processes share counted once, and files that others map not."""
+    total = 0
     for process in processes:
         try:
-            pages += int(Path(f"/proc/{process}/statm").read_text().split()[1])
+            text = Path(f"/proc/{process}/smaps_rollup").read_text()
         except OSError:
             continue
-    return pages * os.sysconf("SC_PAGE_SIZE") / 2**20
+        # in KiB
+        total += sum(int(text.partition(f"\n{kind}:")[2].split()[0]) for kind in COUNTED)
+    return total / 2**10
 
 
 def main() -> int:

@@ -140,9 +140,9 @@ class Machine:
             "device": f"{self.used:.0%} of the {self.flops / 1e12:,.0f} TFLOP/s that the maker of "
             f"an {self.device} states for 16 bits without sparsity: an assumption, as no time of "
             "a GPU is committed yet",
-            "reading": f"{self.cores} cores for each GPU, an assumption, of as many images/s as "
-            f"one was measured to read of photographs of 500 x 375 pixels ({rates}; "
-            f"{self.measured})",
+            "reading": f"{self.cores} cores for each GPU (--workers {self.cores}), an assumption, "
+            "of as many images/s as one was measured to read of photographs of 500 x 375 pixels "
+            f"({rates}; {self.measured})",
             "work": "a training step is three forwards of the student and one of each teacher, "
             "scoring a forward and a backward to the inputs, and a sweep "
             f"{SWEEP_FORWARDS:g} forwards; what is slower of device and reading counts; the "
