@@ -21,19 +21,21 @@ def images(tmp_path_factory: pytest.TempPathFactory):
     return data_path.opened(folder)
 
 
-@pytest.mark.parametrize("path", ["training", "RandAugment"])
-def test_libraries_alone_show_the_windows_that_we_do(images, path: str) -> None:
-    augment = data_path.augments()[path]
-    read = data_path.as_read(images, augment)().numpy()
-    out = {
-        form: data_path.made(form, images, augment)().numpy()
-        for form in (data_path.PILLOW, data_path.TORCHVISION)
-    }
-    assert data_path.agreement(out[data_path.PILLOW], read) == "same bits"
-    # other rounding of windows to pixels, and no other windows
-    shuffled = np.abs(read.astype(float) - read[::-1]).mean()
-    apart = np.abs(out[data_path.TORCHVISION].astype(float) - read).mean()
-    assert 0 < apart < shuffled / 4
+def test_libraries_alone_show_the_same_window(images) -> None:
+    content = Path(images.source.path(0)).read_bytes()
+    seen: list[tuple[int, int]] = []
+
+    def window(width: int, height: int) -> tuple[float, float, float, float]:
+        seen.append((width, height))
+        return 20.4, 30.6, 300.2, 250.0
+
+    one, other = (view(content, window) for view in (data_path.by_pillow, data_path.by_torchvision))
+    assert one.shape == other.shape == (224, 224, 3) and seen == [(500, 375)] * 2
+    # windows of whole pixels, and no other windows
+    apart = np.abs(one.astype(float) - other).mean()
+    assert 0 < apart < np.abs(one.astype(float) - one[::-1]).mean() / 4
+    assert data_path.agreement(one, one.copy()) == "same bits"
+    assert data_path.agreement(one, one ^ 1) == "1.00 levels apart"
 
 
 def test_both_forms_of_ours_hold_the_same_pixels(images) -> None:
