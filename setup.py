@@ -101,6 +101,7 @@ setup(
             "data/*.csv",
             "splits/*.json",
             "distill/*.json",
+            "run/*.json",
             "run/report/*.j2",
         ]
     },

@@ -1,4 +1,4 @@
-"""Turn bench/results/*.json into the tables of bench/results/README.md and of the README.
+"""Turn bench/results/*.json into the tables of its README, of the README and of a page in docs.
 
 python bench/table.py [--add DIR ...]
 
@@ -11,6 +11,7 @@ import argparse
 import json
 import re
 import sys
+import textwrap
 from collections.abc import Iterable
 from pathlib import Path
 from statistics import fmean
@@ -23,9 +24,12 @@ from bench import lines as found_lines  # noqa: E402
 
 RESULTS = ROOT / "bench" / "results"
 README = ROOT / "README.md"
+FEEDING = ROOT / "docs" / "feed-the-device.md"
+# what a run that is only estimated takes for granted
+RATES = ROOT / "vitprune_fast" / "run" / "rates.json"
 MARKS = {
     name: (f"<!-- {name}:begin -->", f"<!-- {name}:end -->")
-    for name in ("kernels", "scoring", "training", "criteria", "plans", "compensation")
+    for name in ("kernels", "scoring", "training", "criteria", "plans", "compensation", "data")
 }
 INTRODUCTION = """# Measured results
 
@@ -178,6 +182,7 @@ def page() -> str:
         ("default_plan", default_plan),
         ("kinds", kinds),
         ("masked_evaluation", masked_evaluation),
+        ("data", data_section),
     ):
         parts += [made(json.loads(path.read_text())) for path in newest_files(name)]
     return "\n".join([INTRODUCTION, *parts])
@@ -457,6 +462,73 @@ def host_times(content: dict) -> str:
     return "\n".join([*lines, ""])
 
 
+def data_section(content: dict) -> str:
+    """Reading photographs, as a section of the page."""
+    return "\n".join(["## Photographs from file to batch\n", data(content), ""])
+
+
+def data(content: dict) -> str:
+    """What reading photographs takes: before, now and by libraries; part by part; and the index."""
+    paths, parts, index = content["paths"], content["ms_per_image"], content["index"]
+    lines = [
+        f"| ms per image, times the commit before | {' | '.join(paths)} |",
+        f"|---|{'--:|' * len(paths)}",
+    ]
+    for form in next(iter(paths.values())):
+        cells = []
+        for found in paths.values():
+            agrees = found[form].get("agrees")
+            note = f", {agrees}" if agrees else ""
+            cells.append(f"{found[form]['ms']:.2f}, {found[form]['times']:.2f}x{note}")
+        lines.append(f"| {form} | {' | '.join(cells)} |")
+    about = (
+        f"`{content['command']}` with {content['before']} as the commit before, commit "
+        f"{content['commit']}, {content['date']}, torch {content['versions']['torch']}, "
+        f"{content['device']}{load_note(content)}. {content['photographs'].capitalize()}; "
+        f"processor time of one thread, least of {content['rounds']} rounds in turns. The commit "
+        "before and now are one call that gives normalised fp32; the others give eight bits, which "
+        "the device normalises. Levels are of 255."
+    )
+    lines += [
+        "",
+        textwrap.fill(about, 100, break_long_words=False, break_on_hyphens=False),
+        "",
+        f"| part, ms per image | {' | '.join(parts)} |",
+        f"|---|{'--:|' * len(parts)}",
+    ]
+    for part in max(parts.values(), key=len):
+        cells = [f"{found[part]:.2f}" if part in found else "" for found in parts.values()]
+        lines.append(f"| {part} | {' | '.join(cells)} |")
+    rates = content["images_per_s_per_core"]
+    lines += [
+        f"| **images per second and core** | {' | '.join(f'**{r:,}**' for r in rates.values())} |",
+        "",
+        "| index | MiB | as a list, MiB | first start s | later starts s |",
+        "|---|--:|--:|--:|--:|",
+    ]
+    for method in ("fork", "forkserver"):
+        found = index[method]
+        keys = ("names_mib", "list_mib", "first_start_s", "start_s")
+        cells = " | ".join(str(found[key]) for key in keys)
+        lines.append(f"| {index['names']:,} names, {method} | {cells} |")
+    lines += [
+        "",
+        "A start is that of two loader processes until their first batch; the first of a fork "
+        "server\nimports torch.",
+    ]
+    return "\n".join(lines)
+
+
+def rates(content: dict, file: str) -> str:
+    """What a core reads, as the package takes it along."""
+    found = {
+        "source": f"bench/results/{file}",
+        "processor": content["device"],
+        "images_per_s_per_core": content["images_per_s_per_core"],
+    }
+    return json.dumps(found, indent=1) + "\n"
+
+
 def combinations(rows: list[dict]) -> dict[tuple[str, str], dict]:
     """What is kept under every (criterion, normalisation), the best first.
 
@@ -584,12 +656,12 @@ def plan_notes(rows: list[dict]) -> str:
 
 
 def filled(readme: str, rows: str, marks: str = "kernels") -> str:
-    """The README's text with the table between its marks replaced."""
+    """A page's text with the table between its marks replaced."""
     begin, end = MARKS[marks]
     pattern = re.compile(f"({re.escape(begin)}\n).*?({re.escape(end)})", re.DOTALL)
     text, count = pattern.subn(lambda match: f"{match[1]}{rows}\n{match[2]}", readme)
     if count != 1:
-        raise SystemExit(f"error: README must have {begin} and {end} once, found {count}")
+        raise SystemExit(f"error: the page must have {begin} and {end} once, found {count}")
     return text
 
 
@@ -606,13 +678,23 @@ def added(folders: list[Path]) -> Path:
 
 
 def main() -> None:
-    """Write both."""
+    """Write all of them."""
     parser = argparse.ArgumentParser("table.py", description=__doc__)
     parser.add_argument("--add", nargs="+", type=Path, metavar="DIR", help="folders of `make gpu`")
     if folders := parser.parse_args().add:
         print(added(folders))
     (RESULTS / "README.md").write_text(page())
     README.write_text(readme(README.read_text()))
+    FEEDING.write_text(feeding(FEEDING.read_text()))
+    for path in newest_files("data"):
+        RATES.write_text(rates(json.loads(path.read_text()), path.name))
+
+
+def feeding(text: str) -> str:
+    """The page about reading photographs, with the newest tables."""
+    for path in newest_files("data"):
+        text = filled(text, data(json.loads(path.read_text())), "data")
+    return text
 
 
 def readme(text: str) -> str:

@@ -22,6 +22,7 @@ PAGES = {
     "architecture.md": 0,
     "choose-what-goes.md": 3,
     "data-sets.md": 0,
+    "feed-the-device.md": 0,
     "learn-gates.md": 4,
     "make-up-for-what-goes.md": 3,
     "many-processes.md": 0,

@@ -49,6 +49,14 @@ def test_readme_shows_the_newest_results() -> None:
     assert "| `gather_all` |" in text and "| `taylor_score` |" in text
 
 
+def test_the_page_about_data_and_dry_runs_have_the_newest_results() -> None:
+    """`python bench/table.py` puts this right."""
+    text = table.FEEDING.read_text()
+    assert table.feeding(text) == text and "| the commit before |" in text
+    (path,) = table.newest_files("data")
+    assert table.RATES.read_text() == table.rates(json.loads(path.read_text()), path.name)
+
+
 def test_readme_takes_the_newest_gpu_and_a_cpu_only_without_one() -> None:
     cpu, old = results(record("a", "b", "vitprune", 1.0)), results(record("a", "b", "x", 1, "cuda"))
     new = results(record("a", "b", "x", 2.0, "cuda"))
@@ -159,6 +167,30 @@ def test_host_times_are_a_section_of_the_page(
     lines = table.page().splitlines()
     assert "## Host time of a call" in lines
     assert "| `scored_norm` | 58.2 | 140.0 | 20.5 |" in lines
+
+
+def test_reading_photographs_is_compared_before_and_now() -> None:
+    forms = {
+        "the commit before": {"ms": 3.0, "times": 1.0, "agrees": "same bits"},
+        "now": {"ms": 1.2, "times": 2.5},
+    }
+    start = {"list_mib": 130.0, "names_mib": 60.0, "first_start_s": 3.2, "start_s": 0.1}
+    content = results(
+        before="fed",
+        photographs="crops",
+        rounds=9,
+        paths={"training": forms, "evaluation": forms},
+        ms_per_image={"training": {"decode": 0.7, "policy": 0.9}, "evaluation": {"decode": 0.7}},
+        images_per_s_per_core={"training": 800, "evaluation": 1100},
+        index={"names": 1281167, "fork": start, "forkserver": start},
+    )
+    lines = table.data(content).splitlines()
+    assert lines[2] == ("| the commit before | 3.00, 1.00x, same bits | 3.00, 1.00x, same bits |")
+    assert lines[3] == "| now | 1.20, 2.50x | 1.20, 2.50x |"
+    assert "| policy | 0.90 |  |" in lines
+    assert "| **images per second and core** | **800** | **1,100** |" in lines
+    assert "| 1,281,167 names, fork | 60.0 | 130.0 | 3.2 | 0.1 |" in lines
+    assert json.loads(table.rates(content, "a.json"))["images_per_s_per_core"]["training"] == 800
 
 
 @pytest.mark.parametrize(

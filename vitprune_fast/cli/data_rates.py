@@ -41,6 +41,7 @@ PATHS: dict[str, RandomCrop | None] = {
 
 READ, DECODE, VIEW, POLICY, BATCH = "read file", "decode", "crop, resize", "policy", "to a batch"
 TOGETHER, HAND_OVER, NORMALISE = "all of these", "hand-over", "normalise"
+PARTS = (READ, DECODE, VIEW, POLICY, BATCH, TOGETHER, HAND_OVER, NORMALISE)
 
 FORWARD, SCORE, DISTIL = "forward", "scoring", "distilling"
 TAKEN_BY = {"training": DISTIL, "RandAugment": DISTIL, "evaluation": FORWARD}
@@ -194,7 +195,8 @@ def parts(
     least = {form: min(seconds) / len(ids) for form, seconds in taken.items()}
     found = {}
     for path in PATHS:
-        own = {part: least[of, part] for of, part in least if of in ("", path)}
+        known = {part: least[of, part] for of, part in least if of in ("", path)}
+        own = {part: known[part] for part in PARTS if part in known}
         if POLICY in own:
             # measured together with the view that it changes
             own[POLICY] -= own[VIEW]
@@ -300,10 +302,9 @@ def limit(delivered: dict[str, dict[int, float]], taken: dict[str, float]) -> st
 
 def rows(found: dict[str, dict[str, float]]) -> Sequence[Sequence[str]]:
     """Milliseconds of every part in every path."""
-    order = (READ, DECODE, VIEW, POLICY, BATCH, TOGETHER, HAND_OVER, NORMALISE)
     return [
         (part, *(f"{1e3 * path[part]:.3f}" if part in path else "" for path in found.values()))
-        for part in order
+        for part in PARTS
     ]
 
 

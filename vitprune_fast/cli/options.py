@@ -18,6 +18,7 @@ from vitprune_fast.config.yamlfile import from_plain, read_yaml, to_yaml
 from vitprune_fast.run.outputs import refuse_overwriting
 
 T = TypeVar("T")
+Flags = TypeVar("Flags", bound="FileFlags")
 
 
 @dataclass(frozen=True)
@@ -38,6 +39,15 @@ class PresetFlags(FileFlags):
     """Settings to start from: `digits`, `smoke` (the same in less than a minute), `images`,
     `cifar`, `tiny-imagenet`, `mini-imagenet` or `imagenet`, or a variant that the recipe has;
     unset: `images` when --data names other images, else `digits`."""
+
+
+@dataclass(frozen=True)
+class RunFlags(PresetFlags):
+    """Where the options come from, and whether anything is done."""
+
+    dry_run: bool = False
+    """Print what the run would read and compute, and how long that takes on an assumed GPU, and do
+    nothing else."""
 
 
 def required_model() -> ModelConfig:
@@ -95,7 +105,18 @@ def parse(
     flags: type[FileFlags] = FileFlags,
     outputs: Callable[[T], Mapping[str, Path | None]] = lambda options: {},
 ) -> T:
-    """The options of a verb.
+    """The options of a verb; see :func:`parse_both`."""
+    return parse_both(verb, words, default, flags, outputs)[0]
+
+
+def parse_both(
+    verb: str,
+    words: Sequence[str],
+    default: Callable[[argparse.Namespace], T],
+    flags: type[Flags],
+    outputs: Callable[[T], Mapping[str, Path | None]] = lambda options: {},
+) -> tuple[T, Flags]:
+    """The options of a verb, and what was said of them.
 
     Args:
         verb: for the usage line.
@@ -145,4 +166,4 @@ def parse(
         more={"config": parsed.files.config},
         resumes=verb == "run",
     )
-    return parsed.options
+    return parsed.options, parsed.files

@@ -68,23 +68,11 @@ def execute(
         device = own_device(config.device)
         profile = choose_profile(device, threads, config.data.workers, config.dtype)
         tell({"event": "profile", "profile": str(profile)})
-        steps = tuple(recipe.steps(config))
-        check_steps(recipe.name, steps)
-        for step in steps:
-            # settings that do not go together are refused now, not when the step is done
-            from_plain(dict(step.settings), config)
-        dense = check_inputs(config, data)
-        check_read(config, steps)
+        steps, dense = checked(config, recipe, data)
         owned = folder.claim() if first else contextlib.nullcontext()
         with _claimed(owned, processes), applied(profile):
             data = data or open_model_data(config.data, dense, config.model)
-            if trains_dense(config, data):
-                dense = skeleton(config.model, len(data.classes))
-            else:
-                check_fit(dense, data)
-            check_plans(config, steps, dense)
-            check_student(config, steps, dense, data)
-            check_splits(data)
+            dense = fitted(config, steps, dense, data)
             check_same_images(data, processes.ranks)
             resumed = processes.by_first(
                 lambda: _begin(
@@ -129,6 +117,42 @@ def execute(
     model = str(folder / result["models"]["after"])
     tell({"event": "end", "seconds": seconds, "summary": result, "report": page, "model": model})
     return result
+
+
+def checked(
+    config: RunConfig, recipe: Recipe, data: ImageData | None = None
+) -> tuple[tuple[Step, ...], nn.Module]:
+    """The steps of a recipe, and the dense model without its weights.
+
+    Raises:
+        InvalidInput: they cannot succeed, whatever the data is.
+    """
+    steps = tuple(recipe.steps(config))
+    check_steps(recipe.name, steps)
+    for step in steps:
+        # settings that do not go together are refused now, not when the step is done
+        from_plain(dict(step.settings), config)
+    dense = check_inputs(config, data)
+    check_read(config, steps)
+    return steps, dense
+
+
+def fitted(
+    config: RunConfig, steps: Sequence[Step], dense: nn.Module, data: ImageData
+) -> nn.Module:
+    """The dense model with a head for the data, which it may have to learn first.
+
+    Raises:
+        InvalidInput: model, data, budgets and student do not go together.
+    """
+    if trains_dense(config, data):
+        dense = skeleton(config.model, len(data.classes))
+    else:
+        check_fit(dense, data)
+    check_plans(config, steps, dense)
+    check_student(config, steps, dense, data)
+    check_splits(data)
+    return dense
 
 
 @contextlib.contextmanager

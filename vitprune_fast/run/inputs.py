@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Protocol
 
 import timm
 from torch import nn
@@ -52,6 +53,17 @@ class Opened:
     data: ImageData
     setting: Setting
     assumptions: dict[str, str]
+
+
+class Shown(Protocol):
+    """What a model has to know of a data set."""
+
+    @property
+    def classes(self) -> Sequence[Any]: ...
+    @property
+    def channels(self) -> int: ...
+    @property
+    def image_size(self) -> tuple[int, int]: ...
 
 
 _STATISTICS = {
@@ -175,7 +187,7 @@ def check_order(model: Any, data: ImageData) -> None:
             )
 
 
-def trains_dense(config: RunConfig, data: ImageData) -> bool:
+def trains_dense(config: RunConfig, data: Shown) -> bool:
     """Whether the dense model learns the data in the run before it is cut.
 
     It does without weights, and with those of its name in timm that know other classes.
@@ -194,7 +206,7 @@ def open_weights(
         return open_model(config, classes)
 
 
-def student_config(config: StudentConfig, data: ImageData) -> ModelConfig:
+def student_config(config: StudentConfig, data: Shown) -> ModelConfig:
     """A fresh student with classes and channels of the data, and its image size where it has one.
 
     Raises:

@@ -203,7 +203,7 @@ def search(
         plan_options or {},
         known,
         on_all,
-        _most(config, len(units)),
+        most_evaluations(config, len(units)),
         on_event,
         None if scorer is None else rescore,
         lambda: ranks.any(stop is not None and stop()),
@@ -221,8 +221,12 @@ def search(
     return result
 
 
-def _most(config: SearchConfig, kinds: int) -> int:
-    """Evaluations that may be made; refuses fewer than the mode has a use for."""
+def most_evaluations(config: SearchConfig, kinds: int) -> int:
+    """Evaluations that a search over so many kinds may make.
+
+    Raises:
+        InvalidInput: fewer are asked for than the mode has a use for.
+    """
     cut = 1 + math.ceil(math.log2(config.round_cut / config.step))
     least, usual = {
         "grid": (len(config.values) ** kinds, 0),
