@@ -26,9 +26,10 @@ SLOW = ScoreConfig(samples=1000, batch_size=1)
 CONFIG = replace(TINY, data=replace(TINY.data, batch_size=64), dense=LONG, score=SLOW)
 
 
-def start(folder: Path) -> subprocess.Popen[bytes]:
+def start(folder: Path, workers: int = 2) -> subprocess.Popen[bytes]:
+    """Of so many processes, each of which has so many that read images."""
     launcher = ["torch.distributed.run", "--standalone", f"--nproc-per-node={WORLD}"]
-    words = [*launcher, "-m", "vitprune_fast", *command(CONFIG, folder)]
+    words = [*launcher, "-m", "vitprune_fast", *command(CONFIG, folder), "--workers", str(workers)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     log = (folder.parent / f"{folder.name}.log").open("ab")
     return subprocess.Popen([sys.executable, "-m", *words], env=environment, stdout=log, stderr=log)
@@ -45,9 +46,9 @@ def processes_of(launcher: int) -> dict[int, int]:
     return found
 
 
-def kill(folder: Path, rank: int, there: Callable[[], bool]) -> None:
+def kill(folder: Path, workers: int, rank: int, there: Callable[[], bool]) -> None:
     """Starts the run, kills one of its processes when something is there, and waits for the end."""
-    launcher = start(folder)
+    launcher = start(folder, workers)
     while not there():
         assert launcher.poll() is None, folder.with_suffix(".log").read_text()
         time.sleep(0.001)
@@ -66,13 +67,13 @@ def test_a_killed_process_ends_the_others_and_the_command_goes_on(tmp_path: Path
     assert start(whole).wait() == 0, whole.with_suffix(".log").read_text()
     stages = folder / "stages"
     deaths = {
-        "dense": (1, lambda: any(folder.glob("checkpoints/dense/step-*.json"))),
-        "score": (0, lambda: (stages / "dense.json").exists()),
-        "sweep": (1, lambda: (stages / "prune.json").exists()),
-        "distill": (0, lambda: any(folder.glob("checkpoints/distill/step-*.json"))),
+        "dense": (2, 1, lambda: any(folder.glob("checkpoints/dense/step-*.json"))),
+        "score": (4, 0, lambda: (stages / "dense.json").exists()),
+        "sweep": (2, 1, lambda: (stages / "prune.json").exists()),
+        "distill": (0, 0, lambda: any(folder.glob("checkpoints/distill/step-*.json"))),
     }
-    for step, (rank, there) in deaths.items():
-        kill(folder, rank, there)
+    for step, death in deaths.items():
+        kill(folder, *death)
         assert not (stages / f"{step}.json").exists(), f"{step} was over when the kill came"
     assert start(folder).wait() == 0, folder.with_suffix(".log").read_text()
     assert_same_run(whole, folder)

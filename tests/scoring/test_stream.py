@@ -247,6 +247,32 @@ def test_processes_share_the_work_and_all_get_the_same_bits(tmp_path: Path, worl
         same_bits(alone, Scores.load(tmp_path / f"scores{rank}.safetensors"))
 
 
+def stopped_once(rank: int, folder: Path) -> None:
+    """Score with the others, stopped by the second process in its second round, and go on."""
+    model, asked = random_vit(dtype=torch.float32), []
+
+    def stop() -> bool:
+        asked.append(None)
+        return rank == 1 and len(asked) == 2
+
+    with pytest.raises(ScoringStopped):
+        score(model, stream(model), micro_batch=2, checkpoint=folder / "sums", stop=stop)
+    done: list[Any] = []
+    scores = score(
+        model, stream(model), micro_batch=2, checkpoint=folder / "sums", on_event=done.append
+    )
+    assert done[0]["step"] == 3 * 4 and len(asked) == 2
+    scores.save(folder / f"scores{rank}.safetensors")
+
+
+def test_one_process_that_is_asked_to_stop_stops_all(tmp_path: Path) -> None:
+    model = random_vit(dtype=torch.float32)
+    together(2, stopped_once, tmp_path, store=tmp_path / "store")
+    for rank in range(2):
+        found = Scores.load(tmp_path / f"scores{rank}.safetensors")
+        same_bits(score(model, stream(model), micro_batch=2), found)
+
+
 def test_a_failing_process_ends_all_of_them(tmp_path: Path) -> None:
     found = outcomes(2, shared, tmp_path, True, store=tmp_path / "store")
     (one, first), (other, second) = found

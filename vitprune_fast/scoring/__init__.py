@@ -109,8 +109,8 @@ def score(
         checkpoint: a file that keeps the sums twice a minute; the same call goes on from it, and it
             is gone at the end.
         on_event: told ``{"event": "step", "step": samples done, "images_per_s": ...}``.
-        stop: asked after every micro-batch, unless processes share the work; True writes the
-            checkpoint and raises ScoringStopped.
+        stop: asked after every micro-batch; True writes the checkpoint and raises ScoringStopped,
+            in all processes where it is said in one.
 
     Returns:
         Scores in fp32. Per sample in fp32 (fp64 in fp64 models), summed over the samples of a

@@ -71,7 +71,8 @@ def run(
         ranks: the processes that share the work; None is this one alone.
         checkpoint: where the sums are kept from time to time, and taken up again.
         on_event: told ``{"event": "step", "step": samples done, "images_per_s": ...}``.
-        stop: asked after every micro-batch, where this process works alone; True ends the run.
+        stop: asked after every micro-batch; True ends the run, in one of several processes that of
+            all.
         on_overflow: told how many samples of a micro-batch have finite images and scores that are
             not; what it raises ends the run. Every micro-batch waits for the device then.
 
@@ -124,8 +125,8 @@ def run(
         pace.tell(pieces[-1].first + lengths[-1])
         if checkpoint is not None and ranks.is_first:
             checkpoint.keep(accumulator, pieces)
-        if stop is not None and ranks.world == 1 and stop():
-            if checkpoint is not None:
+        if ranks.any(stop is not None and stop()):
+            if checkpoint is not None and ranks.is_first:
                 checkpoint.write(accumulator)
             raise ScoringStopped
     if checkpoint is not None and ranks.is_first:
