@@ -312,6 +312,7 @@ def measured(before: Path, rounds: int, images: int, names: int) -> dict[str, An
         parts = rates.parts(opened(folder), torch.device("cpu"), rounds)
     return {
         "photographs": what,
+        "decoders": rates.decoders(),
         "rounds": rounds,
         "before": git(before, "rev-parse", "--short", "HEAD"),
         "paths": paths,

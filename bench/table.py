@@ -484,7 +484,8 @@ def data(content: dict) -> str:
     about = (
         f"`{content['command']}` with {content['before']} as the commit before, commit "
         f"{content['commit']}, {content['date']}, torch {content['versions']['torch']}, "
-        f"{content['device']}{load_note(content)}. {content['photographs'].capitalize()}; "
+        f"{content['decoders']}, {content['device']}{load_note(content)}. "
+        f"{content['photographs'].capitalize()}; "
         f"processor time of one thread, least of {content['rounds']} rounds in turns. The commit "
         "before and now are one call that gives normalised fp32; the others give eight bits, which "
         "the device normalises. Levels are of 255."

@@ -178,6 +178,7 @@ def test_reading_photographs_is_compared_before_and_now() -> None:
     content = results(
         before="fed",
         photographs="crops",
+        decoders="pillow 9",
         rounds=9,
         paths={"training": forms, "evaluation": forms},
         ms_per_image={"training": {"decode": 0.7, "policy": 0.9}, "evaluation": {"decode": 0.7}},

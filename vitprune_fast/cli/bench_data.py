@@ -93,8 +93,9 @@ def measured(options: BenchData, folder: Path) -> dict[str, Any]:
     )
     images, device = rates.sample(data), torch.device(profile.device)
     print(f"images    {what}")
-    print(f"read by   {processor()}, {available_cores()} cores, {size[0]} x {size[1]} pixels")
-    print(f"taken by  {profile.hardware}, {profile.dtype}, {config.name}")
+    print(f"read by   {processor()}, {available_cores()} cores, {rates.decoders()}")
+    shown = f"{size[0]} x {size[1]} pixels"
+    print(f"taken by  {profile.hardware}, {profile.dtype}, {config.name} at {shown}")
     parts = rates.parts(images, device)
     print_table(("ms per image", *parts), rates.rows(parts))
     cores = {path: rates.per_core(found) for path, found in parts.items()}
@@ -144,6 +145,7 @@ def measured(options: BenchData, folder: Path) -> dict[str, Any]:
     return {
         "images": what,
         "processor": processor(),
+        "decoders": rates.decoders(),
         "device": profile.hardware,
         "dtype": profile.dtype,
         "model": config.name,

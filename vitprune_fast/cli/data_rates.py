@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import closing
 from dataclasses import replace
+from importlib.metadata import PackageNotFoundError, version
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -101,6 +102,17 @@ def _texture(random: np.random.Generator) -> np.ndarray:
     light, *colours = (each / each.std() for each in np.fft.irfft2(waves, s=(427, 640)))
     pixels = np.stack([128 + 50 * light + 12 * colour for colour in colours], axis=2)
     return pixels.clip(0, 255).astype(np.uint8)
+
+
+def decoders() -> str:
+    """The libraries that may decode, as they are installed."""
+    found = []
+    for name in ("pillow", "simplejpeg"):
+        try:
+            found.append(f"{name} {version(name)}")
+        except PackageNotFoundError:
+            found.append(f"no {name}")
+    return ", ".join(found)
 
 
 def sample(data: ImageData, count: int = SAMPLED) -> Images:
