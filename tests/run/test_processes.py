@@ -18,6 +18,7 @@ from vitprune_fast import files
 from vitprune_fast.config.model import ModelConfig
 from vitprune_fast.config.run import DataConfig
 from vitprune_fast.errors import InvalidInput, RunFolderError, StageFailed
+from vitprune_fast.recipes.by_name import named
 from vitprune_fast.recipes.start import RunStopped, run
 from vitprune_fast.run.report import figures
 
@@ -43,12 +44,18 @@ def start(out: Path, port: int, *, seed: int = 0, end: str = "never") -> list[tu
     return outcomes(2, share, out, seed, end, environment=address)
 
 
-def one_shot(rank: int, out: Path, dense: str) -> dict[str, Any]:
-    """What a run that trains nothing says of the model that it leaves."""
+def one_shot(rank: int, out: Path, dense: str, shared: bool = True) -> dict[str, Any]:
+    """What a run that trains nothing says of the model that it leaves.
+
+    Without ``shared`` the first process does all steps, as of a list that does not say so.
+    """
     figures.drawn = undrawn
     model = ModelConfig(dense)
-    config = replace(TINY, out=out, model=model, train_dense=False, recipe="one-shot")
-    after = run(config)["after"]
+    config, recipe = replace(TINY, out=out, model=model, train_dense=False), named("one-shot")
+    if not shared:
+        steps = [replace(step, shared=False) for step in recipe.steps(config)]
+        recipe = replace(recipe, steps=lambda config: steps)
+    after = run(config, recipe=recipe)["after"]
     return {name: after[name] for name in after if "latency" not in name and "per_s" not in name}
 
 
@@ -57,14 +64,14 @@ def test_a_run_without_training_leaves_the_same_for_any_number(
     finished: Path, tmp_path: Path
 ) -> None:
     found = []
-    for world in (1, 2, 4):
-        out, store = tmp_path / f"run{world}", tmp_path / f"store{world}"
-        found += together(world, one_shot, out, str(finished / "dense"), store=store)
-    assert found == [found[0]] * 7
-    one = tmp_path / "run1"
-    for name in filter(is_bitwise, files_of(one)):
-        for other in (tmp_path / "run2", tmp_path / "run4"):
-            assert (other / name).read_bytes() == (one / name).read_bytes(), name
+    folders = []
+    for world, shared in ((1, True), (2, True), (4, True), (2, False)):
+        folders.append(tmp_path / f"run-{world}-{shared}")
+        words = folders[-1], str(finished / "dense"), shared
+        found += together(world, one_shot, *words, store=tmp_path / f"store-{world}-{shared}")
+    assert found == [found[0]] * (1 + 2 + 4 + 2)
+    for name in filter(is_bitwise, files_of(folders[0])):
+        assert len({(folder / name).read_bytes() for folder in folders}) == 1, name
 
 
 def refused(rank: int, top: Path) -> str:
