@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import io
 import os
 import subprocess
 import sys
+import tarfile
 from dataclasses import replace
 from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
@@ -75,4 +77,22 @@ def test_what_a_process_is_given_does_not_grow_with_the_images(photographs: Path
         return len(ForkingPickler.dumps(loader._batches))
 
     few, many = given(10), given(20_000)
+    assert abs(many - few) < 100
+
+
+def test_places_in_archives_are_shared_too(photographs: Path, tmp_path: Path) -> None:
+    content = next(photographs.rglob("*.png")).read_bytes()
+
+    def given(count: int) -> int:
+        archive = tmp_path / f"{count:05}.tar"
+        with tarfile.open(archive, "w") as tar:
+            for number in range(count):
+                member = tarfile.TarInfo(f"{'ab'[number % 2]}/{number:05}.png")
+                member.size = len(content)
+                tar.addfile(member, io.BytesIO(content))
+        images = open_data(f"tar:{archive}", image_size=16, channels=3).split("train")
+        assert not images[0][0].isnan().any()
+        return len(ForkingPickler.dumps(images.source))
+
+    few, many = given(24), given(400)
     assert abs(many - few) < 100

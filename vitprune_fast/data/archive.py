@@ -16,6 +16,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
+import numpy as np
+import torch
 from timm.data.readers.img_extensions import get_img_extensions
 
 from vitprune_fast.data.decode import MAX_IMAGE_BYTES
@@ -145,9 +147,15 @@ class Archives(Photographs):
     _places: tuple[array, array, array]
     _archives: list[Path]
 
+    def __init__(self, *given: Any, **more: Any) -> None:
+        super().__init__(*given, **more)
+        # loader processes share a tensor, and copy an array
+        self._rows = torch.from_numpy(np.array(self._places)).T
+        del self._places
+
     def open(self, sample: int) -> BinaryIO:
         """Read the bytes of one image."""
-        archive, offset, size = (column[sample] for column in self._places)
+        archive, offset, size = self._rows[sample].tolist()
         if size > MAX_IMAGE_BYTES:
             raise ValueError(f"{size} bytes, more than {MAX_IMAGE_BYTES}")
         with open(self._archives[archive], "rb") as file:
@@ -156,7 +164,7 @@ class Archives(Photographs):
 
     def path(self, sample: int) -> str:
         """The archive and the name in it."""
-        archive = self._archives[self._places[0][sample]]
+        archive = self._archives[int(self._rows[sample, 0])]
         return f"{archive}:{self.names[sample]}"
 
     def _start(self) -> None:
