@@ -96,3 +96,35 @@ def test_places_in_archives_are_shared_too(photographs: Path, tmp_path: Path) ->
 
     few, many = given(24), given(400)
     assert abs(many - few) < 100
+
+
+LEFT_OPEN = """
+import multiprocessing, sys
+from vitprune_fast.data import Loader, open_data
+
+def read(folder):
+    global loader, batches
+    data = open_data(f"folder:{folder}", image_size=16, channels=3).split("train")
+    loader = Loader(data, 1, workers=2)
+    batches = iter(loader)
+    next(batches)
+
+if __name__ == "__main__":
+    process = multiprocessing.get_context(sys.argv[2]).Process(target=read, args=sys.argv[1:2])
+    process.start()
+    process.join()
+    print(process.exitcode)
+    read(sys.argv[1])
+"""
+
+
+@pytest.mark.parametrize("method", ["fork", "spawn"])
+def test_a_process_ends_with_readers_that_nobody_closed(
+    photographs: Path, tmp_path: Path, method: str
+) -> None:
+    script = tmp_path / "left_open.py"
+    script.write_text(LEFT_OPEN)
+    command = [sys.executable, str(script), str(photographs), method]
+    environ = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
+    done = subprocess.run(command, capture_output=True, text=True, env=environ)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "0\n", ""), done.stderr

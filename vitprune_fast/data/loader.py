@@ -8,11 +8,13 @@ import os
 import signal
 import threading
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from itertools import islice
+from multiprocessing.util import Finalize
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -124,7 +126,7 @@ class Loader:
         """Yield some batches of an epoch, and read no others; see :class:`batches.Numbered`."""
         there = [self.keep and self.images.cache.holds(self._ids(epoch, n)) for n in numbers]
         keys = [(epoch, n) for n, held in zip(numbers, there, strict=True) if not held]
-        missing = self._fetched(keys)
+        missing = iter(self._fetched(keys))
 
         def pixels() -> Iterator[tuple[Tensor, Tensor, Tensor]]:
             for number, held in zip(numbers, there, strict=True):
@@ -181,16 +183,10 @@ class Loader:
     def _fetched(self, keys: list[Key]) -> Iterator[Read | VitpruneError]:
         """What was read of batches, by processes of the pool where there are some."""
         if not self.workers or not keys:
-            yield from map(self._batches.__getitem__, keys)
-            return
-        if self._pool is None:
+            return map(self._batches.__getitem__, keys)
+        if self._pool is None or self._pool.broken:
             self._pool = _Pool(self._batches, min(self.workers, len(self)))
-        try:
-            yield from self._pool.fetch(keys)
-        except StageFailed:
-            # the next iteration starts others
-            self.close()
-            raise
+        return self._pool.fetch(keys)
 
 
 @dataclass
@@ -281,7 +277,12 @@ class _Pool:
             # its processes are copies of one that has imported all they need
             multiprocessing.set_forkserver_preload(["__main__", __name__])
         self._ahead, self._started = 2 * workers, False
+        # whether one of them was ended from outside
+        self.broken = False
         self._processes = ProcessPoolExecutor(workers, initializer=_begin, initargs=(batches,))
+        # before the queues to them, which a process of multiprocessing closes when it ends
+        end = self._processes.shutdown
+        self._end = Finalize(self, end, kwargs={"cancel_futures": True}, exitpriority=100)
 
     def fetch(self, keys: Iterable[Key]) -> Iterator[Read | VitpruneError]:
         """What was read of batches, in their order.
@@ -291,13 +292,26 @@ class _Pool:
         """
         rest, coming = iter(keys), deque[Future]()
         try:
-            coming.extend(self._processes.submit(_read, key) for key in islice(rest, self._ahead))
+            coming.extend(map(self._asked, islice(rest, self._ahead)))
             while coming:
-                read = coming.popleft().result()
+                read = self._of(coming.popleft().result)
+                coming.extend(map(self._asked, islice(rest, 1)))
                 self._started = True
-                coming.extend(self._processes.submit(_read, key) for key in islice(rest, 1))
                 yield read
+        finally:
+            for future in coming:
+                future.cancel()
+
+    def _asked(self, key: Key) -> Future:
+        """A batch on its way."""
+        return self._of(lambda: self._processes.submit(_read, key))
+
+    def _of(self, call: Callable[[], Any]) -> Any:
+        """What a call to the processes gives."""
+        try:
+            return call()
         except BrokenProcessPool:
+            self.broken = True
             if not self._started:
                 raise StageFailed(
                     "data: processes that read images must start, got none that did; a script "
@@ -307,13 +321,10 @@ class _Pool:
                 "data: processes that read images must live, got one that was ended from outside, "
                 "perhaps for want of memory; give fewer --workers, or 0 to read in this process"
             ) from None
-        finally:
-            for future in coming:
-                future.cancel()
 
     def close(self) -> None:
         """End the processes."""
-        self._processes.shutdown(cancel_futures=True)
+        self._end()
 
 
 # of a process of a pool
