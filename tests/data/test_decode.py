@@ -173,3 +173,19 @@ def test_a_size_that_pillow_does_not_see_is_not_allocated(
     huge = PLAIN["7 x 9"][:at] + (9000).to_bytes(2, "big") * 2 + PLAIN["7 x 9"][at + 4 :]
     said = "decode: image must be readable, got x.jpg: 9000 x 9000 pixels, more than 67108864"
     assert _outcome(huge, 3) == said
+
+
+def test_room_that_is_used_again_changes_nothing() -> None:
+    room, shared = np.empty(64 * 48 * 3, np.uint8), []
+    for width, height in ((64, 48), (20, 30), (65, 48), (64, 48)):
+        pixels = np.random.default_rng(width).integers(0, 256, (height, width, 3), np.uint8)
+        buffer = io.BytesIO()
+        Image.fromarray(pixels).save(buffer, "jpeg")
+        plain, found = (
+            decode(lambda b=buffer: io.BytesIO(b.getvalue()), "x", room=each)
+            for each in (None, room)
+        )
+        assert np.array_equal(found, plain)
+        shared.append(np.shares_memory(found, room))
+    # what does not fit has memory of its own
+    assert shared == [True, True, False, True]

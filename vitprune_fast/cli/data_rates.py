@@ -165,7 +165,7 @@ def parts(
     read = Reader(source)(images.ids)
     # reads as a data set does whose photographs cost nothing
     bare = copy.copy(source)
-    bare.image, bare._view = lambda number: None, lambda *_: read.pixels[0].numpy()
+    bare.image, bare._view = lambda *_: None, lambda *_: read.pixels[0].numpy()
     queue: Any = torch.multiprocessing.SimpleQueue()
     shown = read.pixels.to(device)
 

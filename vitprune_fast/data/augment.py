@@ -141,7 +141,7 @@ class RandomCrop:
                 changed = ColorJitter(self.jitter, self.jitter, self.jitter)(changed)
             if image.mode == "L":
                 changed = changed.convert("L")
-            return np.asarray(changed).reshape(pixels.shape)
+            return np.array(changed).reshape(pixels.shape)
 
 
 def _simple_crop(photograph: tuple[int, int], size: tuple[int, int], x: float, y: float) -> View:

@@ -35,7 +35,13 @@ class Unreadable(DamagedFile):
         self.reason = reason
 
 
-def decode(open_file: Callable[[], BinaryIO], name: str, *, channels: int = 3) -> np.ndarray:
+def decode(
+    open_file: Callable[[], BinaryIO],
+    name: str,
+    *,
+    channels: int = 3,
+    room: np.ndarray | None = None,
+) -> np.ndarray:
     """Decode the first frame of an image, turned upright as its EXIF data says.
 
     CMYK, palettes and transparency become RGB; 16-bit grey keeps its eight high bits. Pillow reads
@@ -46,6 +52,8 @@ def decode(open_file: Callable[[], BinaryIO], name: str, *, channels: int = 3) -
         open_file: opens the file; what it raises counts as the image's fault.
         name: what an error message calls the image.
         channels: 3 gives RGB, 1 gives grey.
+        room: flat uint8; pixels may lie in it, where they fit. Memory that is used again costs no
+            page faults, a fifth of the time of a photograph.
 
     Returns:
         ``(H, W, channels)`` uint8, contiguous and writable.
@@ -62,7 +70,7 @@ def decode(open_file: Callable[[], BinaryIO], name: str, *, channels: int = 3) -
             width, height = image.size
             if width * height > MAX_PIXELS:
                 raise ValueError(f"{width} x {height} pixels, more than {MAX_PIXELS}")
-            pixels = _plain_jpeg(image, file, channels)
+            pixels = _plain_jpeg(image, file, channels, room)
             if pixels is None:
                 image.load()
                 upright = ImageOps.exif_transpose(image)
@@ -81,7 +89,9 @@ def decode(open_file: Callable[[], BinaryIO], name: str, *, channels: int = 3) -
         raise Unreadable(name, reason) from None
 
 
-def _plain_jpeg(image: Image.Image, file: BinaryIO, channels: int) -> np.ndarray | None:
+def _plain_jpeg(
+    image: Image.Image, file: BinaryIO, channels: int, room: np.ndarray | None
+) -> np.ndarray | None:
     """Pixels as Pillow would give them, or None where Pillow has to do it.
 
     That is whatever is no JPEG, is to be turned, needs colours made from others, or is not as
@@ -101,7 +111,9 @@ def _plain_jpeg(image: Image.Image, file: BinaryIO, channels: int) -> np.ndarray
         # nothing is allocated for a size that Pillow does not see
         if simplejpeg.decode_jpeg_header(data)[:2] != (image.height, image.width):
             return None
-        return simplejpeg.decode_jpeg(data, "RGB" if channels == 3 else "GRAY", strict=True)
+        fits = room is not None and room.size >= image.width * image.height * channels
+        colours = "RGB" if channels == 3 else "GRAY"
+        return simplejpeg.decode_jpeg(data, colours, strict=True, buffer=room if fits else None)
     except MemoryError:
         raise
     except Exception:  # whatever it is, Pillow says whether it matters

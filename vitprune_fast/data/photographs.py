@@ -24,6 +24,8 @@ from vitprune_fast.errors import InvalidInput
 TEST_SHARE = 0.2
 _HELD_OUT = {**dict.fromkeys(("val", "valid", "validation"), "validation"), "test": "test"}
 PARTS = ("train", *_HELD_OUT)
+# bytes: most photographs fit
+_ROOM = 1 << 22
 
 
 @dataclass(frozen=True)
@@ -114,10 +116,10 @@ class Photographs(ABC):
     def read(self, ids: torch.Tensor, augment: Augment | None, draws: np.ndarray) -> Read:
         """Return ``(B, H, W, C)`` uint8, or ``(B, C, H, W)`` fp32 that ``Affine`` moved."""
         pixels = np.zeros((len(ids), *self.image_size, self.channels), np.uint8)
-        bad = {}
+        bad, room = {}, np.empty(_ROOM, np.uint8)
         for row, (sample, draw) in enumerate(zip(ids.tolist(), draws, strict=True)):
             try:
-                view = self._view(self.image(sample), augment, draw)
+                view = self._view(self.image(sample, room), augment, draw)
             except Unreadable as error:
                 bad[row] = error.reason
             else:
@@ -127,9 +129,10 @@ class Photographs(ABC):
             read = augment(read.permute(0, 3, 1, 2).float() / 255, draws)
         return Read(read, bad)
 
-    def image(self, sample: int) -> np.ndarray:
+    def image(self, sample: int, room: np.ndarray | None = None) -> np.ndarray:
         """Decode one whole image: ``(H, W, C)`` uint8, see ``decode``."""
-        return decode(lambda: self.open(sample), self.path(sample), channels=self.channels)
+        path, channels = self.path(sample), self.channels
+        return decode(lambda: self.open(sample), path, channels=channels, room=room)
 
     def _view(self, pixels: np.ndarray, augment: Augment | None, draw: np.ndarray) -> np.ndarray:
         """Show a photograph in the size of the model's input: at random, or as evaluation does."""
@@ -141,7 +144,8 @@ class Photographs(ABC):
             return show(pixels, view, self.interpolation)
         view, mirrored = augment.view(size, self.image_size, draw)
         shown = augment.changed(show(pixels, view, self.interpolation), draw)
-        return shown[:, ::-1] if mirrored else shown
+        # numpy would copy pixel by pixel
+        return torch.from_numpy(shown).flip(1).numpy() if mirrored else shown
 
     def _cut(self, parts: Mapping[str, Part]) -> dict[str, Sequence[int]]:
         if "train" not in parts:
