@@ -152,9 +152,7 @@ def made(form: str, images: Any, augment: Any) -> Callable[[], Tensor]:
 
 def work(form: str, folder: Path) -> None:
     """Do what comes in: `keep PATH FILE` writes what comes out, `time PATH` prints seconds."""
-    from bench.harness import keep_freed_memory
-
-    keep_freed_memory()
+    # memory comes as it does to a loader process: new pages cost what they cost
     torch.set_num_threads(1)
     images = opened(folder)
     calls = {path: made(form, images, augment) for path, augment in augments().items()}
