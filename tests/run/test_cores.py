@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from vitprune_fast.errors import InvalidInput
-from vitprune_fast.run.cores import available_cores, default_threads
+from vitprune_fast.run.cores import available_cores, default_threads, workers_for_a_gpu
 from vitprune_fast.run.profile import applied, choose_profile
 
 
@@ -165,3 +165,11 @@ def test_applied_sets_the_threads_and_puts_them_back() -> None:
         assert torch.get_num_threads() == before + 1
         raise KeyError
     assert torch.get_num_threads() == before
+
+
+@pytest.mark.parametrize(
+    ("cores", "processes", "workers"),
+    [(1, 1, 1), (16, 1, 15), (128, 8, 15), (128, 1, 16), (4, 8, 1)],
+)
+def test_processes_that_read_share_the_cores(cores: int, processes: int, workers: int) -> None:
+    assert workers_for_a_gpu(cores, processes) == workers

