@@ -24,7 +24,7 @@ test-slow: $(VENV)/.package oldest
 
 # 200,000 images through a loader: memory stays flat, no file or process is left
 soak: $(VENV)/.package
-	OMP_NUM_THREADS=1 $(BIN)/python -m tests.soak
+	OMP_NUM_THREADS=1 $(BIN)/python -m bench.soak
 
 # the lower bounds of pyproject.toml, installed beside .venv: quick tests, and every kernel compiled
 oldest: $(VENV)/.package

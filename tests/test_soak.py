@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
-from tests import soak
+from bench import soak
 from vitprune_fast.data import open_data
 
 

@@ -10,11 +10,8 @@ import torch
 from vitprune_fast.data.images import Normalisation
 from vitprune_fast.transfer import ahead
 
-CPU, GPU = "cpu", pytest.param("cuda", marks=pytest.mark.gpu)
 
-
-@pytest.mark.parametrize("name", [CPU, GPU])
-def test_batches_keep_their_order_and_their_bytes(name: str) -> None:
+def look_at_batches(name: str) -> None:
     device, asked = torch.device(name), []
 
     def batches() -> Iterator[tuple[torch.Tensor, int]]:
@@ -29,8 +26,7 @@ def test_batches_keep_their_order_and_their_bytes(name: str) -> None:
     assert asked == [*range(5)] and list(ahead(iter(()), device)) == []
 
 
-@pytest.mark.parametrize("name", [CPU, GPU])
-def test_pixels_become_the_same_numbers_everywhere(name: str) -> None:
+def look_at_pixels(name: str) -> None:
     pixels = torch.arange(256, dtype=torch.uint8)[None, :, None, None].expand(1, 256, 2, 3)
     mean, std = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
     found = Normalisation(mean, std)(pixels.to(name)).cpu()
@@ -39,3 +35,21 @@ def test_pixels_become_the_same_numbers_everywhere(name: str) -> None:
         white = torch.arange(256) / torch.tensor(255.0)
         wanted = (white - torch.tensor(mean[channel])) / torch.tensor(std[channel])
         assert torch.equal(found[0, channel], wanted[:, None].expand(256, 2))
+
+
+def test_batches_keep_their_order_and_their_bytes() -> None:
+    look_at_batches("cpu")
+
+
+def test_pixels_become_these_numbers() -> None:
+    look_at_pixels("cpu")
+
+
+@pytest.mark.gpu
+def test_batches_keep_their_order_and_their_bytes_on_a_gpu() -> None:
+    look_at_batches("cuda")
+
+
+@pytest.mark.gpu
+def test_pixels_become_the_same_numbers_on_a_gpu() -> None:
+    look_at_pixels("cuda")

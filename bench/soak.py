@@ -1,6 +1,6 @@
 """One epoch over 200,000 photographs with validations in between: memory stays, nothing is left.
 
-python -m tests.soak [--images N] [--workers N]     (make soak)
+python -m bench.soak [--images N] [--workers N]     (make soak)
 
 The photographs are tiny, and links to a few distinct files: what grows with an image that was read
 grows with a small one too. Looks at /proc, so it runs on Linux.
@@ -98,7 +98,7 @@ def write(folder: Path, images: int) -> None:
 
 def soak(data: ImageData, workers: int) -> Report:
     """One epoch of training, looked at all the way."""
-    started, files = time.perf_counter(), _open_files()
+    started, files, others = time.perf_counter(), _open_files(), {*_children()}
     train = Loader(
         data.split("train"), BATCH, shuffle=True, augment=RandomCrop(), seed=0, workers=workers
     )
@@ -111,14 +111,12 @@ def soak(data: ImageData, workers: int) -> Report:
             if number % between == 0:
                 validated += sum(len(shown) for shown, _, _ in validation)
             if number % every == 0:
-                memory.append(_resident([os.getpid(), *_children()]))
+                memory.append(_resident([os.getpid(), *({*_children()} - others)]))
     # what a caller no longer holds is gone
     del train, validation
     gc.collect()
-    seconds = time.perf_counter() - started
-    return Report(
-        (seen, validated), seconds, tuple(memory), (files, _open_files()), len(_children())
-    )
+    seconds, left = time.perf_counter() - started, len({*_children()} - others)
+    return Report((seen, validated), seconds, tuple(memory), (files, _open_files()), left)
 
 
 def _open_files() -> int:
