@@ -195,7 +195,8 @@ def test_pixels_are_those_of_the_files(tmp_path: Path) -> None:
     upright.save(buffer, "jpeg", exif=exif)
     images = [{"bytes": buffer.getvalue(), "path": None}] * 24
     data = _saved(tmp_path / "set", _table(images=images))
-    assert data.source.image(0).shape == (8, 20, 3)  # type: ignore[attr-defined]
+    source: Any = data.source
+    assert source.image(0).shape == (8, 20, 3)
 
 
 def test_bad_images_are_set_aside(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -217,8 +218,9 @@ def test_bad_images_are_set_aside(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert "truncated" in found[3].reason
     assert found[8].reason == "the row has no image"
     assert "leaves the data set" in found[9].reason
+    source: Any = data.source
     with pytest.raises(DamagedFile, match=r"someone/photos:train/3: "):
-        data.source.image(3)  # type: ignore[attr-defined]
+        source.image(3)
 
 
 # refusals

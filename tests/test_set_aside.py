@@ -126,7 +126,8 @@ def _open(root: Path) -> ImageData:
 
 def _drop_rights() -> None:
     # a folder for sockets that may be there already is only for who made it
-    multiprocessing.current_process()._config.pop("tempdir", None)  # type: ignore[attr-defined]
+    process: Any = multiprocessing.current_process()
+    process._config.pop("tempdir", None)
     os.setgroups([])
     os.setgid(NOBODY)
     os.setuid(NOBODY)

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor
-
-Batch = TypeVar("Batch", bound=tuple)
 
 
 def sent(tensor: Tensor, device: torch.device) -> Tensor:
@@ -26,7 +24,7 @@ def pins(device: torch.device) -> bool:
     return device.type == "cuda"
 
 
-def ahead(batches: Iterator[Batch], device: torch.device) -> Iterator[Batch]:
+def ahead(batches: Iterator[tuple[Any, ...]], device: torch.device) -> Iterator[tuple[Any, ...]]:
     """Batches whose first tensor is on a device; a GPU copies the next while one is worked on.
 
     Args:
@@ -35,7 +33,7 @@ def ahead(batches: Iterator[Batch], device: torch.device) -> Iterator[Batch]:
     """
     if not pins(device):
         for first, *rest in batches:
-            yield (first.to(device), *rest)  # type: ignore[misc]
+            yield (first.to(device), *rest)
         return
     aside = torch.cuda.Stream(device)
 
@@ -52,4 +50,4 @@ def ahead(batches: Iterator[Batch], device: torch.device) -> Iterator[Batch]:
         # its memory may be given away when whoever works on it is done, not before
         batch[0].record_stream(current)
         coming = started()
-        yield batch  # type: ignore[misc]
+        yield batch

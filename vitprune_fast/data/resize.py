@@ -41,6 +41,8 @@ def show(pixels: np.ndarray, view: View, resampling: str) -> np.ndarray:
         window is resized alone, which rounds differently.
     """
     left, top, width, height = view.window
+    if 0 <= left <= view.resized[0] - width and 0 <= top <= view.resized[1] - height:
+        return _part(pixels, view, view.window, resampling)
     columns, rows = np.arange(left, left + width), np.arange(top, top + height)
     if view.border == "mirror":
         columns, rows = _mirrored(columns, view.resized[0]), _mirrored(rows, view.resized[1])
@@ -50,8 +52,6 @@ def show(pixels: np.ndarray, view: View, resampling: str) -> np.ndarray:
         for places, end in zip((columns, rows), view.resized, strict=True)
     )
     part = _part(pixels, view, (x, y, right - x, bottom - y), resampling)
-    if part.shape[:2] == (height, width) and (columns[0], rows[0]) == (x, y) == (left, top):
-        return part
     if view.border == "mirror":
         return part[(rows - y)[:, None], columns - x]
     whole = np.empty((height, width, pixels.shape[2]), np.uint8)

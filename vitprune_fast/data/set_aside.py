@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
+from typing import Any
 
 from vitprune_fast.errors import StageFailed
 from vitprune_fast.ranks import Ranks
@@ -81,8 +82,8 @@ class SetAside(Sequence[BadImage]):
     def __len__(self) -> int:
         return len(self._found)
 
-    # ids are no places
-    def __getitem__(self, index):  # type: ignore[override]
+    def __getitem__(self, index: Any) -> Any:
+        # ids are no places
         return [*self._found.values()][index]
 
     def __iter__(self) -> Iterator[BadImage]:
