@@ -150,8 +150,11 @@ def as_input(model: nn.Module, images: Tensor) -> Tensor:
 
 
 def logits_of(output: Any) -> Any:
-    """What a model says of its images: what it returns, or the ``.logits`` of that."""
-    return getattr(output, "logits", output)
+    """What a model says of its images: what it returns, or the ``.logits`` of that.
+
+    Of a backbone of transformers, which has none, the last hidden states of all tokens.
+    """
+    return getattr(output, "logits", getattr(output, "last_hidden_state", output))
 
 
 def classes_of(model: nn.Module) -> Any:

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import timm
 import torch
+from integrations import huggingface, test_torchvision
 from torch import Tensor, nn
 from torch.utils.checkpoint import set_checkpoint_early_stop
 
@@ -131,6 +132,44 @@ def test_a_trunk_without_the_prefix_tokens_that_the_model_states(size: tuple[int
         model(torch.randn(2, 3, *size))
     assert model.num_prefix_tokens == 1
     assert hidden.prefix_tokens == [0] and hidden.qkv_prefix_tokens == [0]
+
+
+@pytest.mark.parametrize(
+    ("name", "prefix"), [("vit", 1), ("deit-teacher", 2), ("dinov2-registers", 5)]
+)
+def test_states_of_transformers_are_its_hidden_states(name: str, prefix: int) -> None:
+    model, (images, _) = huggingface.model_of(name), huggingface.batch_of()
+    with HiddenStates(model, (0, 1), features=True) as hidden, torch.no_grad():
+        want = model(images, output_hidden_states=True)
+    assert hidden.prefix_tokens == [prefix, prefix]
+    for state, wanted in zip(hidden.states, want.hidden_states[1:], strict=True):
+        assert torch.equal(state, wanted)
+    features = hidden.features
+    assert features is not None
+    if name != "deit-teacher":
+        assert torch.equal(model.classifier(features), want.logits)
+
+
+@pytest.mark.parametrize(
+    ("name", "pooled"), [("vit-pooler", True), ("vit-backbone", False), ("dinov2-backbone", True)]
+)
+def test_features_of_a_backbone_of_transformers_are_what_it_pools(name: str, pooled: bool) -> None:
+    model, (images, _) = huggingface.model_of(name), huggingface.batch_of()
+    with HiddenStates(model, (-1,), features=True) as hidden, torch.no_grad():
+        output = model(images)
+    want = output.pooler_output if pooled else output.last_hidden_state[:, 0]
+    assert hidden.features is not None and torch.equal(hidden.features, want)
+    assert hidden.states[0].shape == output.last_hidden_state.shape
+
+
+def test_states_of_a_torchvision_vit_are_what_its_layers_return() -> None:
+    model = test_torchvision.model_of()
+    images = torch.randn(2, 3, 16, 16, dtype=torch.float64)
+    with HiddenStates(model, (0, -1), features=True) as hidden, torch.no_grad():
+        logits = model(images)
+        assert torch.equal(model.heads(model.encoder.ln(hidden.states[1])[:, 0]), logits)
+    assert hidden.prefix_tokens == [1, 1]
+    assert hidden.features is not None and torch.equal(model.heads(hidden.features), logits)
 
 
 def test_dropped_patches_leave_the_stated_prefix() -> None:

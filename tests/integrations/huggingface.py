@@ -12,12 +12,16 @@ from transformers import (
     DeiTConfig,
     DeiTForImageClassification,
     DeiTForImageClassificationWithTeacher,
+    DeiTModel,
     Dinov2Config,
     Dinov2ForImageClassification,
+    Dinov2Model,
     Dinov2WithRegistersConfig,
     Dinov2WithRegistersForImageClassification,
+    Dinov2WithRegistersModel,
     ViTConfig,
     ViTForImageClassification,
+    ViTModel,
 )
 
 from vitprune_fast.testing import randomise
@@ -47,9 +51,19 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
     ),
 }
 
+BACKBONES: dict[str, Callable[[], nn.Module]] = {
+    "vit-pooler": lambda: ViTModel(ViTConfig(**MLP)),
+    "vit-backbone": lambda: ViTModel(ViTConfig(**MLP), add_pooling_layer=False),
+    "deit-backbone": lambda: DeiTModel(DeiTConfig(**MLP)),
+    "dinov2-backbone": lambda: Dinov2Model(Dinov2Config(**SMALL)),
+    "dinov2-registers-backbone": lambda: Dinov2WithRegistersModel(
+        Dinov2WithRegistersConfig(**SMALL, num_register_tokens=4)
+    ),
+}
+
 
 def model_of(name: str = "vit", dtype: torch.dtype = torch.float64) -> Any:
-    return randomise(MODELS[name]().to(dtype).eval(), 0)
+    return randomise((MODELS | BACKBONES)[name]().to(dtype).eval(), 0)
 
 
 def batch_of(size: int = 4, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor]:

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from integrations.huggingface import MODELS, batch_of, layers_of, model_of
+from integrations.huggingface import BACKBONES, MODELS, batch_of, layers_of, model_of
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -50,6 +50,22 @@ def test_pruned_equals_masked_and_comes_back_from_files(
     pruned, got = assert_prunes(model, images, kind, f"{name} {kind}")
     vp.save(pruned, tmp_path)
     assert torch.equal(says(vp.load(tmp_path), images), got)
+
+
+@pytest.mark.parametrize("name", BACKBONES)
+def test_a_backbone_is_pruned_and_comes_back_from_files(name: str, tmp_path: Path) -> None:
+    model, (images, _) = model_of(name), batch_of(2)
+    report = vp.check_structure(model)
+    assert report.ok, report
+    structure = vp.describe(model)
+    for kind in ("embed", "mixture"):
+        pruned = vp.prune(model, draw_plan(structure, kind, random.Random(0)))
+        vp.save(pruned, tmp_path / kind)
+        got, want = vp.load(tmp_path / kind)(images), pruned(images)
+        assert torch.equal(got.last_hidden_state, want.last_hidden_state)
+        assert (want.pooler_output is None) == (got.pooler_output is None)
+        if want.pooler_output is not None:
+            assert torch.equal(got.pooler_output, want.pooler_output)
 
 
 @pytest.mark.parametrize("name", MODELS)

@@ -15,6 +15,7 @@ from timm.utils import unwrap_model
 from torch import Tensor, nn
 
 from vitprune_fast.errors import InvalidInput
+from vitprune_fast.structure import families
 
 _CONTAINERS = ("blocks", "stages", "layers")
 # ResNet counts its stages layer1, layer2, ...; RegNet s1, s2, ...
@@ -43,16 +44,18 @@ class HiddenStates:
     enter before its first forward and stay in for the whole run.
 
     Args:
-        model: what will be called: a timm model, also inside ``torch.compile``, DDP or FSDP2.
+        model: what will be called: a timm model or one of a known family, also inside
+            ``torch.compile``, DDP or FSDP2.
         blocks: numbers of blocks, negative ones from the end, in any order.
         features: whether to record what the classifier reads, as ``forward_head(pre_logits=True)``
             gives it: pooled, normalised, dropped out; the mean over the two heads of a distilled
-            DeiT.
+            DeiT. Of a backbone without a classifier what it puts out: one of transformers its
+            pooled output, or the class token where it does not pool.
         qkv: numbers of blocks whose packed queries, keys and values are recorded too.
 
     Raises:
         InvalidInput: the model has no blocks that follow one another, not so many, or no classifier
-            to read before.
+            that is known to read features.
     """
 
     def __init__(
@@ -69,6 +72,7 @@ class HiddenStates:
         self._qkv_names = [
             _packed_qkv(self._inner, names[number]) for number in block_numbers(qkv, len(names))
         ]
+        self._reads_features = features
         self._classifiers = _classifiers(self._inner) if features else ()
         self._handles: list[Any] = []
         self._outputs: dict[str, Any] = {}
@@ -142,12 +146,12 @@ class HiddenStates:
         Raises:
             InvalidInput: the last forward did not pass the classifier, or the model does not pool.
         """
-        if not self._classifiers:
+        if not self._reads_features:
             return None
-        if len(self._pooled) != len(self._classifiers):
+        if len(self._pooled) != max(1, len(self._classifiers)):
             raise _not_passed("its classifier")
         found = list(self._pooled.values())
-        if any(math.prod(pooled.shape[2:]) != 1 for pooled in found):
+        if any(pooled.ndim < 2 or math.prod(pooled.shape[2:]) != 1 for pooled in found):
             raise InvalidInput(
                 f"HiddenStates: features must be pooled to (B, D), got {tuple(found[0].shape)}; "
                 "give the model a global_pool"
@@ -164,7 +168,9 @@ class HiddenStates:
         self._training, self._with_grad = module.training, torch.is_grad_enabled()
         self._open = True
 
-    def _stop(self, _module: nn.Module, _args: Any, _output: Any) -> None:
+    def _stop(self, _module: nn.Module, _args: Any, output: Any) -> None:
+        if self._reads_features and not self._classifiers:
+            self._pooled[0] = _pooled(output)
         self._open = False
 
     def _keep(self, name: str) -> Callable[[nn.Module, Any, Any], None]:
@@ -222,7 +228,8 @@ class HiddenStates:
 
     def _prefix_among(self, tokens: int) -> int:
         """Those of ``tokens``, by the model's patch embedding, or where the rest is a picture."""
-        prefix = int(getattr(self._inner, "num_prefix_tokens", 0) or 0)
+        stated = getattr(self._inner, "num_prefix_tokens", None)
+        prefix = int(stated or 0)
         drop = getattr(self._inner, "patch_drop", None)
         drops = self._training and drop is not None and not isinstance(drop, nn.Identity)
         if self._image_size is None or drops:
@@ -232,6 +239,12 @@ class HiddenStates:
             # the trunk of a CaiT has none of the prefix tokens that the model states
             return 0 if tokens == math.prod(embed.dynamic_feat_size(self._image_size)) else prefix
         rows, columns = self._image_size
+        if stated is None and families.find(self._inner):
+            # a ViT of another library says nothing of it: convolutions make its patches
+            for conv in self._inner.modules():
+                if isinstance(conv, nn.Conv2d):
+                    rows, columns = rows // conv.stride[0], columns // conv.stride[1]
+            return tokens - rows * columns
         for patches in (tokens - prefix, tokens):
             height = round((patches * rows / columns) ** 0.5)
             width = round((patches * columns / rows) ** 0.5)
@@ -245,7 +258,7 @@ def block_names(model: nn.Module) -> list[str]:
     """Module paths of a model's blocks, first to last, as ``HiddenStates`` numbers them.
 
     Args:
-        model: a timm model, wrapped or not.
+        model: a timm model or one of a known family, wrapped or not.
 
     Returns:
         Blocks of a model of one width; stages of a hierarchical model or a CNN.
@@ -263,6 +276,8 @@ def block_names(model: nn.Module) -> list[str]:
         container = getattr(inner, name, None)
         if isinstance(container, (nn.Sequential, nn.ModuleList)) and len(container):
             return [f"{name}.{index}" for index in range(len(container))]
+    if family := families.find(inner):
+        return family.block_paths(inner)
     numbered = [name for name, _ in inner.named_children() if _NUMBERED.fullmatch(name)]
     if numbered:
         return numbered
@@ -310,13 +325,25 @@ def block_numbers(blocks: Sequence[int], count: int) -> list[int]:
 
 
 def _classifiers(model: Any) -> tuple[nn.Module, ...]:
-    if not hasattr(model, "get_classifier"):
+    """What reads pooled features; nothing in a backbone."""
+    if hasattr(model, "get_classifier"):
+        found = model.get_classifier()
+        return tuple(found) if isinstance(found, (tuple, list)) else (found,)
+    family = families.find(model)
+    if family is None:
         raise InvalidInput(
             "HiddenStates: model must have a get_classifier() to read features before it, got "
             f"{type(model).__name__}"
         )
-    found = model.get_classifier()
-    return tuple(found) if isinstance(found, (tuple, list)) else (found,)
+    return tuple(map(model.get_submodule, family.classifiers(model)))
+
+
+def _pooled(output: Any) -> Any:
+    """What a backbone says of whole images."""
+    pooled = getattr(output, "pooler_output", None)
+    if pooled is None and hasattr(output, "last_hidden_state"):
+        return output.last_hidden_state[:, 0]
+    return output if pooled is None else pooled
 
 
 def _not_passed(what: str) -> InvalidInput:

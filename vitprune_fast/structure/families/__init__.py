@@ -26,6 +26,10 @@ A class as an argument is ``{"class": qualified name, ...}``, followed by its ow
 Shape = tuple[int | None, int | None, int | None]
 
 
+def _no_classifiers(_model: Any) -> Iterable[str]:
+    return ()
+
+
 def _no_renumbering(model: Any, moved: Mapping[str, str]) -> None:
     """Most models say nowhere else which blocks they have."""
 
@@ -71,6 +75,8 @@ class Family:
         configs: ``model -> (config, made)``: what ``config.json`` says in the library's
             words, the most portable first, with what the library makes of it. The last has None
             for that: ``modeling_pruned.py`` opens it.
+        classifiers: ``model -> paths`` of the modules that read pooled features, where the model
+            has no ``get_classifier()`` that hands them over; a backbone has none.
     """
 
     describe: Callable[[Any, tuple[int, int] | None], Structure]
@@ -84,6 +90,7 @@ class Family:
     opened: Callable[[Any, Structure], AbstractContextManager[Structure]] = _open_already
     renumbered: Callable[[Any, Mapping[str, str]], None] = _no_renumbering
     configs: Callable[[Any], Iterable[tuple[dict[str, Any], nn.Module | None]]] = _own_config
+    classifiers: Callable[[Any], Iterable[str]] = _no_classifiers
 
     def block_paths(self, model: nn.Module) -> list[str]:
         """The paths of the blocks of a model, in order."""
@@ -101,11 +108,16 @@ _FAMILIES: dict[str, str | Family] = {
     "timm.models.cait.Cait": "timm_cait",
     "timm.models.pvt_v2.PyramidVisionTransformerV2": "timm_pvt_v2",
     "transformers.models.vit.modeling_vit.ViTForImageClassification": "hf_vit",
+    "transformers.models.vit.modeling_vit.ViTModel": "hf_vit",
     "transformers.models.deit.modeling_deit.DeiTForImageClassification": "hf_deit",
     "transformers.models.deit.modeling_deit.DeiTForImageClassificationWithTeacher": "hf_deit",
+    "transformers.models.deit.modeling_deit.DeiTModel": "hf_deit",
     "transformers.models.dinov2.modeling_dinov2.Dinov2ForImageClassification": "hf_dinov2",
+    "transformers.models.dinov2.modeling_dinov2.Dinov2Model": "hf_dinov2",
     "transformers.models.dinov2_with_registers.modeling_dinov2_with_registers"
     ".Dinov2WithRegistersForImageClassification": "hf_dinov2",
+    "transformers.models.dinov2_with_registers.modeling_dinov2_with_registers"
+    ".Dinov2WithRegistersModel": "hf_dinov2",
     "torchvision.models.vision_transformer.VisionTransformer": "torchvision_vit",
 }
 # registered classes by their qualified names, which a saved model may name

@@ -1,4 +1,4 @@
-"""transformers' ViTForImageClassification, and what its relatives have in common with it.
+"""transformers' ViT with a classifier and without, and what its relatives have in common with it.
 
 Read it next to ``transformers/models/vit/modeling_vit.py``: every line states a fact of that file.
 Versions before 5.9 (ViT, DeiT) and 5.18 (DINOv2) gave parts other names; which ones hold is read
@@ -29,7 +29,7 @@ from .branches import describe_block as describe_parts
 
 @dataclass(frozen=True)
 class Names:
-    """Where a classifier keeps its parts; paths of norms, gains and what drops are below a block.
+    """Where a model keeps its parts; paths of norms, gains and what drops are below a block.
 
     Args:
         norms: before the attention and before the MLP.
@@ -75,7 +75,7 @@ _MLPS = (
 
 
 def describe(names: Names, model: Any, image: tuple[int, int] | None) -> Structure:
-    """The table of a classifier for images of (height, width); None is the size of its config."""
+    """The table of a model for images of (height, width); None is the size of its config."""
     channels, *size = images(model)
     height, width = image or size
     if [height, width] != size and not names.resizes:
@@ -83,8 +83,8 @@ def describe(names: Names, model: Any, image: tuple[int, int] | None) -> Structu
             f"describe: input_size must be that of the config, {size[0]} x {size[1]}, "
             f"got {height} x {width}"
         )
-    base = model.base_model_prefix
-    embeddings = f"{base}.embeddings"
+    base = _base(model)
+    embeddings = f"{base}embeddings"
     patch = get(model, f"{embeddings}.patch_embeddings.projection").stride
     patches = (height // patch[0]) * (width // patch[1])
     if not patches:
@@ -112,11 +112,12 @@ def describe(names: Names, model: Any, image: tuple[int, int] | None) -> Structu
     t.stem(embed, *filter(t.has, covering))
     for path in _blocks(model):
         _describe_block(t, path, names, embed, tokens)
-    t.norm(f"{base}.layernorm", embed)
-    for name in names.classifiers:
+    t.norm(f"{base}layernorm", embed)
+    # a backbone has no classifier, but may have a pooler, whose outputs stay
+    for name in (*names.classifiers, "pooler.dense"):
         read = embed + embed if names.reads == 2 else embed
         t.linear(name, getattr(get(model, name), "out_features", 0), read, 1)
-    t.reader(embed, base, f"{base}.layernorm")
+    t.reader(embed, base.rstrip("."), f"{base}layernorm")
     t.branch_axes()
     return t.finish()
 
@@ -129,14 +130,20 @@ def _blocks(model: Any) -> list[str]:
 
 def blocks(model: Any) -> tuple[str, ...]:
     """Path of what holds the blocks."""
-    base = model.base_model_prefix
-    return (f"{base}.{_names(model, base, _BLOCKS)[0]}",)
+    base = _base(model)
+    return (f"{base}{_names(model, base.rstrip('.'), _BLOCKS)[0]}",)
+
+
+def _base(model: Any) -> str:
+    """What stands before the names of a backbone's parts: its own, or nothing in a bare one."""
+    prefix = model.base_model_prefix
+    return f"{prefix}." if hasattr(model, prefix) else ""
 
 
 def _names(model: nn.Module, path: str, rows: Sequence[tuple[str, ...]]) -> tuple[str, ...]:
     """The row of names that the module at ``path`` has."""
     for row in rows:
-        if all(get(model, f"{path}.{name}") is not None for name in row):
+        if all(get(model, f"{path}.{name}".lstrip(".")) is not None for name in row):
             return row
     wanted = "; or ".join(", ".join(row) for row in rows)
     raise UnsupportedArchitecture(
@@ -213,7 +220,8 @@ def construct(model: Any) -> ConstructorCall:
     config = {"class": qualified(type(model.config)), **said}
     if model.config._attn_implementation == "eager":
         config["attn_implementation"] = "eager"
-    return {"class": qualified(type(model)), "args": {"config": config}}
+    bare = {"add_pooling_layer": False} if getattr(model, "pooler", model) is None else {}
+    return {"class": qualified(type(model)), "args": {"config": config, **bare}}
 
 
 def images(model: Any) -> tuple[int, int, int]:
@@ -248,7 +256,7 @@ def restate(model: Any) -> None:
                 f"prune: transformers must be 5.18 or later for a {type(model).__name__} (5.9 for "
                 f"ViT and DeiT), got one whose {path} adds the stream inside its parts"
             )
-    width = get(model, f"{model.base_model_prefix}.layernorm").normalized_shape[0]
+    width = get(model, f"{_base(model)}layernorm").normalized_shape[0]
     attentions = [get(model, f"{path}.attention") for path in paths]
     attentions = [core for core in attentions if hasattr(core, "head_dim")]
     outputs = [get(model, f"{path}.{_MLPS[0][-1]}") for path in paths]
@@ -287,7 +295,7 @@ def configs(model: Any) -> Iterator[tuple[dict[str, Any], nn.Module | None]]:
 
 
 def family_of(names: Names, *config_classes: str) -> Family:
-    """A family of classifiers with these names, and the configs that may be given to them."""
+    """A family of models with these names, and the configs that may be given to them."""
     return Family(
         partial(describe, names),
         construct,
@@ -299,6 +307,7 @@ def family_of(names: Names, *config_classes: str) -> Family:
         fitting=fitting,
         renumbered=lambda model, moved: restate(model),
         configs=configs,
+        classifiers=lambda model: [name for name in names.classifiers if get(model, name)],
     )
 
 

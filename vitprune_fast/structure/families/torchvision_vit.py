@@ -291,4 +291,5 @@ FAMILY = Family(
     pairs=("self_attention",),
     fitting=fitting,
     opened=opened,
+    classifiers=lambda _: ("heads",),
 )
