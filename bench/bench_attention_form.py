@@ -21,8 +21,8 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from bench import study
-from bench.harness import check_same, keep_freed_memory
 from vitprune_fast import ops
+from vitprune_fast.benches.harness import check_same, keep_freed_memory
 from vitprune_fast.timing import in_turns, measure
 
 ROUNDS = 10

@@ -12,7 +12,7 @@ import torch
 from torch.nn.functional import cross_entropy
 
 import vitprune_fast as vp
-from bench.place import Place
+from vitprune_fast.benches.place import Place
 from vitprune_fast.timing import measure
 
 ROUNDS = 3

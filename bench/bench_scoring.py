@@ -13,7 +13,7 @@ from bench.conftest import note_memory
 from bench.peak_memory import peak, peak_of
 from bench.scoring_peers import COMPILED, GATES, GRAPHED, HESSIAN, PEERS, peers
 from vitprune_fast import describe, score
-from vitprune_fast.cli.scoring_race import (
+from vitprune_fast.benches.scoring import (
     ALL_KINDS,
     BARE,
     FISHER,

@@ -1,60 +1,6 @@
-"""taylor_score against plain torch: one layer of a ViT-B, neurons and heads."""
+"""The races of `vitprune_fast.benches.ops.taylor_score` as tests."""
 
-from __future__ import annotations
+from bench.raced import as_tests
+from vitprune_fast.benches.ops.taylor_score import cases
 
-import pytest
-import torch
-
-from bench.place import CPU, Place
-from bench.shapes import VIT_BASE
-from vitprune_fast import ops
-
-UNITS = ("neurons", "heads")
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-
-
-def forms(activation, gradient, group_size: int, place: Place) -> dict:
-    """Ours, and what one would write without us, accumulating in fp32 as ours does."""
-
-    def product_then_sum():
-        product = activation.float() * gradient.float()
-        return product.sum(1).unflatten(1, (-1, group_size)).sum(2)
-
-    def einsum():
-        a, g = (x.float().unflatten(2, (-1, group_size)) for x in (activation, gradient))
-        return torch.einsum("bnuk,bnuk->bu", a, g)
-
-    def ours():
-        return ops.taylor_score(activation, gradient, group_size, backend=place.backend)
-
-    if place.compiled:
-        return {"vitprune": ours, "torch.compile": torch.compile(product_then_sum)}
-    return {"vitprune": ours, "(a * g).sum": product_then_sum, "einsum": einsum}
-
-
-def run(race, place: Place, units: str, batch: int, dtype: str) -> None:
-    """One race of a layer's neurons or heads."""
-    sizes, element = place.shape(VIT_BASE), place.dtype(DTYPES[dtype])
-    columns, group = (sizes.hidden, 1) if units == "neurons" else (sizes.width, sizes.head_dim)
-    shape = (place.batch(batch), sizes.tokens, columns)
-    activation, gradient = (torch.randn(shape, device=place.device).to(element) for _ in range(2))
-    race(
-        "taylor_score",
-        f"ViT-B {units} {shape}, {dtype}",
-        forms(activation, gradient, group, place),
-        device=place.device,
-        bytes_moved=2 * activation.nbytes,
-    )
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("units", UNITS)
-def bench_taylor_score_cpu(race, units, dtype):
-    run(race, CPU, units, 4, dtype)
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("units", UNITS)
-def bench_taylor_score_gpu(race, gpu, units, dtype):
-    run(race, gpu, units, 256, dtype)
+bench_taylor_score_cpu, bench_taylor_score_gpu = as_tests(cases)

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from bench.op_names import OpNames
-from bench.shapes import VIT_BASE, Shape
 from vitprune_fast import ops
+from vitprune_fast.benches.shapes import VIT_BASE, Shape
 from vitprune_fast.ops import Backend
 
 

@@ -1,22 +1,13 @@
-"""Races between forms of one op: interleaved, checked equal first, written as JSON.
+"""Benches as tests: what races find, written as JSON.
 
-On a CPU: time of one thread on the processor, so that a busy machine does not count. On a GPU: time
-on the stream of calls that are replayed from a graph, and by itself what the host needs for one
-call. What is stated is the minimum; median and spread show the noise. The limit is a plain copy
-that moves as many bytes, raced against the forms in the same process. Where pytest-benchmark is
-installed, each form is one of its entries (``bench/entries.py``).
+Where pytest-benchmark is installed, each form is one of its entries (``bench/entries.py``).
 """
 
 from __future__ import annotations
 
-import datetime
-import os
-import platform
 import shlex
-import statistics
 import subprocess
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,30 +16,19 @@ import torch
 
 from bench import lines, report_lines
 from bench.entries import Entries, WithBenchmark, WithoutBenchmark
-from bench.harness import (
-    Within,
-    check_same,
-    host_seconds,
-    in_a_graph,
-    keep_freed_memory,
-    tensors,
-)
-from bench.place import Place, on_gpu
-from vitprune_fast._version import __version__
+from vitprune_fast.benches.harness import keep_freed_memory
+from vitprune_fast.benches.place import Place, on_gpu
+from vitprune_fast.benches.race import CLOCKS, Race
+from vitprune_fast.benches.results import facts, step_race
 from vitprune_fast.doctor import doctor
-from vitprune_fast.timing import Entry, in_turns, measure, spread
+from vitprune_fast.timing import Entry
 
-ROUNDS = {"cpu": 30, "cuda": 12}
-# one measurement repeats the call until it takes about this long
-MEASUREMENT_S = 4e-3
-# what measures, by device, as entries of pytest-benchmark name their timer
-CLOCKS = {"cpu": "thread_time", "cuda": "cuda_events"}
-# the limit, which is raced as the forms are
-COPY = "a plain copy of as many bytes"
 HERE = Path(__file__).parent
 # what was found so far, by the names of lists in a results file
 FOUND = pytest.StashKey[dict[str, list]]()
 Record = Callable[..., None]
+# of a form of whole steps, for pytest-benchmark
+FACTS = ("times_ours", "images_per_s", "spread", "of_limit", "note")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -95,21 +75,6 @@ def commit() -> str:
         return "unknown"
 
 
-def facts(device: str) -> dict:
-    """What a results file says of the machine and the code."""
-    report = doctor()
-    return {
-        "date": f"{datetime.datetime.now(datetime.timezone.utc):%Y-%m-%d}",
-        "commit": commit(),
-        "device": report.devices["cuda:0" if device == "cuda" else "cpu"],
-        "instructions": report.native.get("built with cpu_instructions", "unknown"),
-        "versions": {**report.versions, "vitprune_fast": __version__},
-        "system": platform.system(),
-        # above the number of cores the caches were shared with others
-        "load_average": round(os.getloadavg()[0], 1),
-    }
-
-
 def note(config: pytest.Config, kind: str, finding: dict) -> None:
     """Keep one finding at once, so that an interrupted run keeps its results.
 
@@ -126,7 +91,7 @@ def note(config: pytest.Config, kind: str, finding: dict) -> None:
     if not path and (config.getoption("--tiny") or config.getoption("benchmark_disable", False)):
         # says nothing about speed: the committed results stay
         return
-    found = facts(finding["device"])
+    found = facts(finding["device"], commit())
     month = found["date"][:7].replace("-", "")
     path = path or HERE / "results" / f"{month}_{device_name(finding['device'])}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -145,13 +110,10 @@ def note_race(request: pytest.FixtureRequest, entries: Entries) -> Record:
 
     def record(case: str, device: str, found: list[Entry], kind: str = "scoring") -> None:
         case += compiled_note(request.config)
-        forms = [asdict(entry) for entry in found]
-        for form in forms:
-            facts = {name: form[name] for name in ("times_ours", "images_per_s", "spread")}
-            facts |= {"of_limit": form["of_limit"], "note": form["note"], "device": device}
-            taken = form.pop("taken")
-            entries.add(form["name"], f"{kind}, {case}", taken, facts, CLOCKS[device])
-        note(request.config, kind, {"case": case, "device": device, "entries": forms})
+        for entry in found:
+            facts = {name: getattr(entry, name) for name in FACTS} | {"device": device}
+            entries.add(entry.name, f"{kind}, {case}", entry.taken, facts, CLOCKS[device])
+        note(request.config, kind, step_race(case, device, found))
 
     return record
 
@@ -183,121 +145,14 @@ def only_timed(entries: Entries) -> None:
         pytest.skip("nothing is timed (--benchmark-disable), and here is nothing to check")
 
 
-@dataclass(frozen=True)
-class Timed:
-    """What is timed for a form.
-
-    Args:
-        call: runs the form ``calls`` times.
-        calls: above 1 for graphs.
-        clock: what measures it.
-        facts: what a record says of it.
-    """
-
-    call: Callable[[], object]
-    calls: int
-    clock: str
-    facts: dict[str, Any]
-
-
-def timed(call: Callable[[], object], device: str) -> Timed:
-    """The call itself, or on a GPU a graph of calls where they can be captured."""
-    if device != "cuda":
-        return Timed(call, 1, CLOCKS[device], {})
-    facts: dict[str, Any] = {"host_us": round(host_seconds(call) * 1e6, 1)}
-    try:
-        replay, calls = in_a_graph(call)
-        return Timed(replay, calls, "graph_replays", {**facts, "timed": "replays of a graph"})
-    except RuntimeError as error:
-        torch.cuda.synchronize()
-        print(f"cannot be captured: {str(error).splitlines()[0]}")
-        return Timed(call, 1, CLOCKS[device], {**facts, "timed": "calls of the host"})
-
-
 @pytest.fixture
-def race(request: pytest.FixtureRequest, entries: Entries):
-    """Function that checks, times and records the forms of one op; the first is ours.
-
-    With ``exact`` the results must be equal, else within the rounding of their dtype, or of the one
-    that they are ``computed`` in. A form that has another result is recorded as one that disagrees,
-    and not timed; when no other form is like ours, nothing is timed and the race fails.
-    """
-    tiny = request.config.getoption("--tiny")
-
-    def agreeing(op: str, case: str, forms: dict[str, Callable], device: str, within: Within):
-        """The forms with our result; what the others have is recorded."""
-        (name, ours), *others = forms.items()
-        wanted = tensors(ours())
-        found, complaints = {name: ours}, []
-        for name, other in others:
-            try:
-                label = f"{op}: form {name!r} of case {case!r}"
-                check_same(label, wanted, tensors(other()), within)
-            except AssertionError as error:
-                record = {"op": op, "case": case, "form": name, "device": device}
-                note(request.config, "record", {**record, "disagrees": str(error)})
-                complaints.append(str(error))
-            else:
-                found[name] = other
-        if complaints and len(found) == 1:
-            raise AssertionError("\n".join(complaints))
-        return found
-
-    def run(
-        op: str,
-        case: str,
-        forms: dict[str, Callable],
-        *,
-        device: str,
-        bytes_moved: int,
-        exact: bool = False,
-        computed: torch.dtype | None = None,
-        rounds: int | None = None,
-    ):
-        torch.set_num_threads(1)
-        case += compiled_note(request.config)
-        forms = agreeing(op, case, forms, device, 0.0 if exact else computed)
-        if not entries.timed:
-            return
-        # read and written once each, like the bytes that the op has to move
-        source = torch.zeros(bytes_moved // 2, dtype=torch.uint8, device=device)
-        target = torch.zeros_like(source)
-        raced = {name: timed(call, device) for name, call in forms.items()}
-        raced[COPY] = timed(lambda: target.copy_(source), device)
-
-        def turn(form: Timed) -> Callable[[], float]:
-            seconds = max(measure(form.call, device, 1 if tiny else 3), 1e-7)
-            repeats = 1 if tiny else max(1, int(MEASUREMENT_S / seconds))
-            return lambda: measure(form.call, device, repeats) / form.calls
-
-        turns = {name: turn(form) for name, form in raced.items()}
-        # the first measurements of each were those that told how often to repeat it
-        times = in_turns(turns, 2 if tiny else rounds or ROUNDS[device], warm_up=False)
-        limit = min(times.pop(COPY))
-        best_of_ours = min(times[next(iter(forms))])
-        for name, taken in times.items():
-            best, form = min(taken), raced[name]
-            facts = {
-                "spread": round(spread(taken), 3),
-                "gb_per_s": round(bytes_moved / best / 1e9, 1),
-                "of_copy": round(limit / best, 3),
-                "times_ours": round(best / best_of_ours, 2),
-                **form.facts,
-            }
-            record = {
-                "op": op,
-                "case": case,
-                "form": name,
-                "device": device,
-                "min_us": round(best * 1e6, 2),
-                "median_us": round(statistics.median(taken) * 1e6, 2),
-                "rounds": len(taken),
-                **facts,
-            }
-            note(request.config, "record", record)
-            facts["device"] = device
-            entries.add(name, f"{op}, {case}", taken, facts, form.clock, forms[name])
-
-    threads = torch.get_num_threads()
-    yield run
-    torch.set_num_threads(threads)
+def race(request: pytest.FixtureRequest, entries: Entries) -> Race:
+    """What checks, times and records the forms of one op."""
+    config: Any = request.config
+    return Race(
+        lambda record: note(config, "record", record),
+        entries.add,
+        tiny=config.getoption("--tiny"),
+        suffix=compiled_note(config),
+        times=entries.timed,
+    )

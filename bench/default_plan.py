@@ -30,8 +30,8 @@ from torch import Tensor, nn
 import vitprune_fast as vp
 from bench import study
 from bench.dense_models import LEARNT, NAMES, WORK, dense, photographs, prepared
-from bench.harness import keep_freed_memory
 from bench.table import chosen, combinations
+from vitprune_fast.benches.harness import keep_freed_memory
 from vitprune_fast.data import Loader
 from vitprune_fast.planning.latency import latencies
 from vitprune_fast.randomness import generator

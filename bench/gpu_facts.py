@@ -53,9 +53,10 @@ def of_torch() -> dict:
     """Versions, devices, native code, and which form of every op runs."""
     import torch
 
-    from bench.conftest import facts
+    from bench.conftest import commit
+    from vitprune_fast.benches.results import facts
 
-    return facts("cuda" if torch.cuda.is_available() else "cpu")
+    return facts("cuda" if torch.cuda.is_available() else "cpu", commit())
 
 
 def main(path: Path) -> None:

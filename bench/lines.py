@@ -8,17 +8,11 @@ import re
 from pathlib import Path
 from typing import Any
 
+from vitprune_fast.benches.results import LISTS
+
 MISSING = "not installed"
 # how a step may end without a fault
 GOOD = ("passed", "nothing to run", MISSING)
-# what a results file holds as lists, by the kind of a line
-LISTS = {
-    "record": "records",
-    "scoring": "scoring",
-    "training": "training",
-    "memory": "memory",
-    "stages": "stages",
-}
 
 
 def append(path: Path, kind: str, finding: dict[str, Any]) -> None:

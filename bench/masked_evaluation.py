@@ -14,7 +14,7 @@ import torch
 import vitprune_fast as vp
 from bench import study
 from bench.bench_masked_step import half
-from bench.harness import keep_freed_memory
+from vitprune_fast.benches.harness import keep_freed_memory
 from vitprune_fast.search.evaluations import OnBatches
 from vitprune_fast.timing import in_turns, measure, spread
 

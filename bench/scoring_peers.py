@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from vitprune_fast import describe
-from vitprune_fast.cli.scoring_race import Form, streamed
+from vitprune_fast.benches.scoring import Form, streamed
 from vitprune_fast.timing import measure
 
 GRAPHED = "vitprune_fast: heads, neurons, replayed as a CUDA graph"

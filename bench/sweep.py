@@ -19,7 +19,7 @@ import torch
 
 import vitprune_fast as vp
 from bench import study
-from bench.harness import keep_freed_memory
+from vitprune_fast.benches.harness import keep_freed_memory
 from vitprune_fast.testing import randomise
 
 CASES = {

@@ -1,4 +1,4 @@
-"""Turn bench/results/*.json into the tables of its README, of the README and of a page in docs.
+"""Turn bench/results/*.json into the tables of its page, and the figures of the README and of docs.
 
 python bench/table.py [--add DIR ...]
 
@@ -20,6 +20,7 @@ ROOT = Path(__file__).resolve().parent.parent
 if str(ROOT) not in sys.path:
     sys.path.insert(0, str(ROOT))
 
+from bench import front  # noqa: E402
 from bench import lines as found_lines  # noqa: E402
 
 RESULTS = ROOT / "bench" / "results"
@@ -29,7 +30,7 @@ FEEDING = ROOT / "docs" / "feed-the-device.md"
 RATES = ROOT / "vitprune_fast" / "run" / "rates.json"
 MARKS = {
     name: (f"<!-- {name}:begin -->", f"<!-- {name}:end -->")
-    for name in ("kernels", "scoring", "training", "criteria", "plans", "compensation", "data")
+    for name in ("headline", "support", "claims", "data")
 }
 INTRODUCTION = """# Measured results
 
@@ -171,15 +172,20 @@ def newest_files(name: str) -> list[Path]:
 
 
 def page() -> str:
-    """The README of the results: a table for every file with timings, and what plans keep."""
+    """The page of the results: a section for every file."""
+    timed = contents()
     made = (table, races, training_races, stages)
-    parts = [part for content in contents() for make in made if (part := make(content))]
+    parts = [kernels(newest(timed))] if timed else []
+    parts += [part for content in timed for make in made if (part := make(content))]
     for name, made in (
+        ("digits", digits),
         ("attention_form", attention),
         ("threads", threads),
         ("sweep", sweeps),
         ("host_time", host_times),
+        ("criteria", criteria),
         ("default_plan", default_plan),
+        ("compensation", compensation),
         ("kinds", kinds),
         ("masked_evaluation", masked_evaluation),
         ("data", data_section),
@@ -211,8 +217,9 @@ def span(values: list[float], unit: str, digits: int) -> str:
 
 
 def kernels(content: dict) -> str:
-    """The table of the README: one line per op, from one results file."""
+    """One line per op, from one results file, as a section of the page."""
     lines = [
+        "## Every op in one line\n",
         "| op | example | ours | fastest other form | faster than it | of copy speed |",
         "|---|---|--:|--:|--:|--:|",
     ]
@@ -239,27 +246,49 @@ def kernels(content: dict) -> str:
     lines += [
         "",
         "One line per op, with its first case as the example; the last two columns span all cases, "
-        "the lost ones too. Each case is in `bench/results/README.md`.",
+        "the lost ones too.",
         "",
         f"{where}: {facts(content)}",
+        "",
     ]
     return "\n".join(lines)
 
 
-def scoring(content: dict) -> str:
-    """The other table of the README: whole scoring steps, from one results file."""
-    return "\n".join([races(content), f"{content['device']}: {facts(content)}"])
-
-
-def training(content: dict) -> str:
-    """Whole training steps, from one results file."""
-    return "\n".join([training_races(content), f"{content['device']}: {facts(content)}"])
+def digits(content: dict) -> str:
+    """The default job, seed by seed, as a section of the page."""
+    runs = content["runs"]
+    profile, versions = runs[0]["profile"], runs[0]["versions"]
+    lines = [
+        "## The default job, seed by seed\n",
+        "| seed | top-1 dense | cut | swept | distilled | agreement | MACs | params "
+        "| latency b1 | images/s b64 |",
+        "|---|--:|--:|--:|--:|--:|--:|--:|---|---|",
+    ]
+    for run in runs:
+        before, after = run["before"], run["after"]
+        top1s = [f"{run[step]['top1']:.2%}" for step in front.STEPS]
+        lines.append(
+            f"| {run['seed']} | {' | '.join(top1s)} | {after['agreement']:.2%} "
+            f"| {after['macs'] / before['macs']:.1%} | {after['params'] / before['params']:.1%} "
+            f"| {before['latency_ms']:.2f} → {after['latency_ms']:.2f} ms "
+            f"| {before['images_per_s']:,.0f} → {after['images_per_s']:,.0f} |"
+        )
+    lines += [
+        "",
+        f"Real 8x8 digit images, {runs[0]['after']['samples']} of them for the test; {len(runs)} "
+        f"seeds fixed in advance. {profile['hardware']}, {profile['threads']} "
+        f"thread{'s' if profile['threads'] != 1 else ''}, {profile['dtype']}, torch "
+        f"{versions['torch']}, timm {versions['timm']}. `{content['command']}`.",
+        "",
+    ]
+    return "\n".join(lines)
 
 
 def criteria(content: dict) -> str:
-    """A table of the README: how every criterion ranks units, compared with leaving them out."""
+    """How every criterion ranks units, compared with leaving them out, as a section of the page."""
     kinds = list(content["criteria"][0]["loss"])
     lines = [
+        "## How criteria rank units\n",
         f"| criterion | seconds | {' | '.join(kinds)} |",
         f"|---|--:|{'--:|' * len(kinds)}",
     ]
@@ -278,41 +307,15 @@ def criteria(content: dict) -> str:
         f"{content['model']}. The exact scores took {loss} and {kl} s of one thread. "
         f"`{content['command']}`, commit {content['commit']}, {content['date']}, "
         f"torch {content['versions']['torch']}.",
-    ]
-    return "\n".join(lines)
-
-
-def plans(content: dict) -> str:
-    """A table of the README: what the best plans keep of photographs, cut and swept."""
-    names = {"cifar10": "CIFAR-10", "cifar100": "CIFAR-100"}
-    best = chosen(content["rows"])
-    if best is None:
-        return ""
-    found = combinations(content["rows"])[best]
-    budgets = sorted({macs for model, macs in found["swept"] if model in names}, reverse=True)
-    lines = [
-        f"| ViT-S/14, share of the MACs | {' | '.join(f'{macs:.0%}' for macs in budgets)} |",
-        f"|---|{'--:|' * len(budgets)}",
-    ]
-    for model, title in names.items():
-        for state in ("cut", "swept"):
-            cells = [found[state].get((model, macs)) for macs in budgets]
-            shares = [
-                f"{100 * c['share']:.1f} ± {196 * c['share_se']:.1f}" if c else "-" for c in cells
-            ]
-            lines.append(f"| {title}, {state} | {' | '.join(shares)} |")
-    lines += [
         "",
-        "Share of the dense top-1 on 2,000 test images, in per cent, with its 95 % interval; "
-        f"units chosen by {best[0]}, {best[1]}, the default. `{content['command']}`, commit "
-        f"{content['commit']}, {content['date']}, torch {content['versions']['torch']}.",
     ]
     return "\n".join(lines)
 
 
 def compensation(content: dict) -> str:
-    """A table of the README: what is left of a model that is not trained any more."""
+    """What is left of a model that is not trained any more, as a section of the page."""
     lines = [
+        "## What the sweep keeps of the digits\n",
         "| MACs | cut | swept | error after a branch, cut / fitted |",
         "|--:|--:|--:|--:|",
     ]
@@ -326,6 +329,7 @@ def compensation(content: dict) -> str:
         "of the stream as a share of what the branch has to write, the median over the branches. "
         f"`{content['command']}`, commit {content['commit']}, {content['date']}, "
         f"torch {content['versions']['torch']}.",
+        "",
     ]
     return "\n".join(lines)
 
@@ -656,11 +660,11 @@ def plan_notes(rows: list[dict]) -> str:
     )
 
 
-def filled(readme: str, rows: str, marks: str = "kernels") -> str:
-    """A page's text with the table between its marks replaced."""
+def filled(page: str, rows: str, marks: str) -> str:
+    """A page's text with what stands between its marks replaced."""
     begin, end = MARKS[marks]
     pattern = re.compile(f"({re.escape(begin)}\n).*?({re.escape(end)})", re.DOTALL)
-    text, count = pattern.subn(lambda match: f"{match[1]}{rows}\n{match[2]}", readme)
+    text, count = pattern.subn(lambda match: f"{match[1]}{rows}\n{match[2]}", page)
     if count != 1:
         raise SystemExit(f"error: the page must have {begin} and {end} once, found {count}")
     return text
@@ -699,21 +703,10 @@ def feeding(text: str) -> str:
 
 
 def readme(text: str) -> str:
-    """The README with its tables as the committed results say."""
-    latest = newest(contents())
-    text = filled(text, kernels(latest))
-    if latest.get("scoring"):
-        text = filled(text, scoring(latest), "scoring")
-    if latest.get("training"):
-        text = filled(text, training(latest), "training")
-    for name, made, file in (
-        ("criteria", criteria, "criteria"),
-        ("plans", plans, "default_plan"),
-        ("compensation", compensation, "compensation"),
-    ):
-        for path in newest_files(file):
-            text = filled(text, made(json.loads(path.read_text())), name)
-    return text
+    """The README with its figures as the committed results say."""
+    text = filled(text, front.headline(front.newest("digits")), "headline")
+    text = filled(text, front.support(json.loads(front.SUPPORT.read_text())), "support")
+    return filled(text, front.claims(newest(contents())), "claims")
 
 
 if __name__ == "__main__":

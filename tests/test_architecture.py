@@ -16,15 +16,27 @@ PAGE = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
 # what every room may import
 GROUND = (
     *("errors", "_version", "_toolkit", "_host", "_extension", "wide", "_checks", "randomness"),
-    *("stated", "registry", "hardware", "files", "sealed", "transfer", "precision", "ranks"),
-    *("batches", "timing", "config"),
+    *(
+        "_when_imported",
+        "stated",
+        "bare",
+        "registry",
+        "hardware",
+        "files",
+        "sealed",
+        "transfer",
+        "precision",
+        "ranks",
+    ),
+    *("batches", "target_loss", "timing", "config"),
 )
 # the flow: a room imports rooms that stand before it, and none that stands after it
 ORDER = (
     *GROUND,
-    *("modules", "reference", "kernels", "ops", "modeling_pruned", "structure", "saved_models"),
-    *("models", "evaluation", "data", "scoring", "planning", "surgery", "check", "testing"),
-    *("search", "gates", "integrations", "distill", "run", "recipes", "doctor"),
+    *("modules", "reference", "kernels", "ops", "modeling_pruned", "structure", "model_card"),
+    *("saved_models", "models", "evaluation", "data", "scoring", "planning", "surgery", "check"),
+    *("testing", "search", "gates", "export", "integrations", "distill", "run", "recipes"),
+    *("doctor", "benches"),
     *("vitprune_fast", "cli", "__main__"),
 )
 

@@ -137,20 +137,6 @@ def test_the_teacher_may_have_another_dtype() -> None:
     assert found.agreement == 1.0
 
 
-def test_scores_need_gradients() -> None:
-    model, batches = _vit(), [(IMAGES, [1, 4])]
-    with (
-        torch.inference_mode(),
-        pytest.raises(InvalidInput, match="must be computed outside"),
-    ):
-        vp.score(model, batches)
-    with torch.inference_mode():
-        assert vp.score(model, criterion="magnitude").criterion == "magnitude"
-    with torch.no_grad():
-        found = vp.score(model, batches)["blocks.0.mlp.neurons"]
-    assert torch.equal(found, _score(model, batches))
-
-
 def test_distill_needs_something_to_train() -> None:
     with pytest.raises(InvalidInput, match="student must have a parameter that requires a grad"):
         distill(_vit().requires_grad_(False), None, [(IMAGES, [0, 1])], None, CONFIG)

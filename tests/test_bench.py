@@ -16,9 +16,9 @@ import torch
 
 from bench import conftest as bench_conftest
 from bench import lines
-from bench.harness import calls_in_a_graph, check_same
-from bench.place import CPU, on_gpu
-from bench.shapes import VIT_BASE
+from vitprune_fast.benches.harness import calls_in_a_graph, check_same
+from vitprune_fast.benches.place import CPU, on_gpu
+from vitprune_fast.benches.shapes import VIT_BASE
 
 ROOT = Path(__file__).parent.parent
 # a form takes as many seconds as it says, and every reading of the clock a tick

@@ -7,6 +7,7 @@ import math
 import os
 import random
 import shutil
+import tarfile
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -21,6 +22,7 @@ from PIL import Image
 from timm.data.readers.reader_image_folder import ReaderImageFolder
 from timm.utils.misc import natural_key as natural_key_of_timm
 
+from tests.small import photographs
 from vitprune_fast.data import (
     Affine,
     ImageData,
@@ -30,7 +32,7 @@ from vitprune_fast.data import (
     open_data,
 )
 from vitprune_fast.data.archive import natural_key
-from vitprune_fast.data.decode import decode
+from vitprune_fast.data.decode import Unreadable, decode
 from vitprune_fast.data.folder import Folder
 from vitprune_fast.data.resize import show
 from vitprune_fast.data.splits import stratified, validation_counts
@@ -220,7 +222,9 @@ def test_split_hashes_change_with_names_and_labels(photos: Path) -> None:
 
 
 def test_split_rejects_unknown_names(digit_data: ImageData) -> None:
-    with pytest.raises(InvalidInput, match="split: name must be one of train, validation, test"):
+    with pytest.raises(
+        InvalidInput, match="open_data: name of a split must be one of train, validation, test"
+    ):
         digit_data.split("val")
 
 
@@ -638,6 +642,10 @@ def test_class_folders_are_listed_in_one_walk_as_timm_lists_them(
 def _grey_gradient(mode: str) -> Image.Image:
     ramp = np.linspace(0, 255, 16).astype(np.uint8)
     grey = Image.fromarray(np.tile(ramp, (16, 1)))
+    if mode == "I;12":
+        return Image.fromarray(
+            ((np.tile(ramp, (16, 1)).astype(int) * 4095 + 254) // 255).astype(np.uint16)
+        )
     if mode == "I;16":
         return Image.fromarray(np.tile(ramp, (16, 1)).astype(np.uint16) * 257)
     if mode == "P":
@@ -653,6 +661,10 @@ def _grey_gradient(mode: str) -> Image.Image:
         ("RGBA", "png", 0),
         ("LA", "png", 0),
         ("I;16", "png", 0),
+        ("I;16", "tif", 0),
+        ("I;12", "png", 0),
+        ("I;12", "tif", 0),
+        ("RGB", "tiff", 0),
         ("P", "png", 1),
         ("CMYK", "jpg", 6),
         ("L", "jpg", 6),
@@ -667,6 +679,50 @@ def test_image_kinds_decode_to_the_same_picture(
     wanted = np.asarray(_grey_gradient("L"), dtype=int)
     assert found.shape == (16, 16, channels) and found.dtype == np.uint8
     assert np.abs(found - wanted[:, :, None]).max() <= tolerance
+
+
+def test_pixels_without_a_known_range_are_unreadable(tmp_path: Path) -> None:
+    for pixels in (np.full((4, 4), 70000, np.int32), np.full((4, 4), -1, np.int32)):
+        Image.fromarray(pixels).save(tmp_path / "x.tif")
+        with pytest.raises(Unreadable, match="more than 16 bits hold"):
+            _decode(tmp_path / "x.tif")
+
+
+def test_tif_folders_are_read_and_files_of_macos_are_not(tmp_path: Path) -> None:
+    photographs(tmp_path, classes=("ant", "bee"))
+    for path in list(tmp_path.rglob("*.png")):
+        Image.open(path).save(path.with_suffix(".TIF" if path.stem == "1" else ".tif"))
+        path.unlink()
+        (path.parent / f"._{path.stem}.tif").write_bytes(b"\0\5\26\7")
+    data = open_data(f"folder:{tmp_path}", image_size=16, channels=3)
+    assert sum(len(ids) for ids in data.split_ids.values()) == 20
+    loader = Loader(data.split("train"), 4)
+    assert sum(len(batch[0]) for batch in loader) == len(data.split("train"))
+    assert not data.set_aside
+    # in an archive as well
+    with tarfile.open(tmp_path / "x.tar", "w") as tar:
+        for name in ("ant", "bee"):
+            tar.add(tmp_path / name, name)
+    packed = open_data(f"tar:{tmp_path / 'x.tar'}", image_size=16, channels=3)
+    assert sum(len(ids) for ids in packed.split_ids.values()) == 20
+
+
+def test_what_is_found_in_place_of_images_is_named(tmp_path: Path) -> None:
+    photographs(tmp_path, classes=("ant", "bee"))
+    (tmp_path / "cat").mkdir()
+    for name in ("a.bmp", "b.BMP", "c.txt", "README"):
+        (tmp_path / "cat" / name).touch()
+    found = r" but \.bmp, \.txt, names without one \(accepted: \.jpeg, .*\.tiff\)"
+    with pytest.raises(InvalidInput, match=rf"got none in .*cat{found}; fill it"):
+        open_data(f"folder:{tmp_path}", image_size=16, channels=3)
+    for name in ("ant", "bee"):
+        shutil.rmtree(tmp_path / name)
+    with pytest.raises(InvalidInput, match=found):
+        open_data(f"folder:{tmp_path}", image_size=16, channels=3)
+    with tarfile.open(tmp_path / "x.tar", "w") as tar:
+        tar.add(tmp_path / "cat", "cat")
+    with pytest.raises(InvalidInput, match=f"must hold images in class folders, got none{found}"):
+        open_data(f"tar:{tmp_path / 'x.tar'}", image_size=16, channels=3)
 
 
 def test_exif_orientation_is_applied(tmp_path: Path) -> None:
@@ -745,7 +801,7 @@ def _nothing(root: Path) -> None:
     [
         (_nothing, "the data folder must exist, got"),
         (_file, "the data folder must exist, got"),
-        (_empty, r"must hold images \(.jpg, .jpeg, .png\) in class folders, got none"),
+        (_empty, r"must hold images in class folders, got none"),
         (_loose_images, "every image must lie in a class folder"),
         (_one_class, r"must hold at least two classes \(a folder each\), got \['only'\]"),
         (_empty_class, "every class folder must hold images, got none in .*void"),

@@ -11,7 +11,7 @@ import timm
 import torch
 
 import vitprune_fast as vp
-from bench import default_plan, table
+from bench import default_plan, front, table
 from bench.default_plan import CASES, GRID, TODAY, Photographs, jobs
 from tests.small import NAME, SMALL
 
@@ -82,28 +82,10 @@ def test_the_table_says_what_was_kept_and_what_was_not_measured() -> None:
     assert lines[-1] == f"| fisher, lamp | {last}"
 
 
-def test_the_readme_shows_what_the_best_keep_of_photographs() -> None:
-    rows = [
-        row(A, "digits.0", result(1.0), result(1.0)),
-        row(A, "cifar10", result(0.5), result(0.98)),
-        {**row(A, "cifar10", result(0.1), result(0.9)), "macs": 0.3},
-        {**row(A, "cifar100", result(0.05), result(0.8)), "macs": 0.3},
-    ]
-    content = {"command": "c", "commit": "abc", "date": "d", "versions": {"torch": "2.15"}}
-    lines = table.plans({**content, "rows": rows}).splitlines()
-    assert lines[0] == "| ViT-S/14, share of the MACs | 50% | 30% |"
-    assert lines[2:6] == [
-        "| CIFAR-10, cut | 50.0 ± 2.0 | 10.0 ± 2.0 |",
-        "| CIFAR-10, swept | 98.0 ± 2.0 | 90.0 ± 2.0 |",
-        "| CIFAR-100, cut | - | 5.0 ± 2.0 |",
-        "| CIFAR-100, swept | - | 80.0 ± 2.0 |",
-    ]
-    assert "chosen by fisher, none, the default" in lines[-1]
-
-
 def test_the_defaults_are_what_the_committed_results_say() -> None:
     rows = json.loads(table.newest_files("default_plan")[0].read_text())["rows"]
     best = table.chosen(rows)
+    assert best == front.DEFAULT
     torch.manual_seed(0)
     model = timm.create_model(NAME, num_classes=2, **SMALL).eval()
     batches = [(torch.randn(4, 3, 16, 16), torch.tensor([0, 1, 0, 1]))]

@@ -20,6 +20,9 @@ THROUGH = {
     "tensorboard": ("vitprune_fast/run/tensorboard.py", "torch.utils.tensorboard"),
     # a model of it is known by the home of its class
     "transformers": ("vitprune_fast/structure/families/__init__.py", '"transformers.models.'),
+    # torch's exporter writes with these
+    "onnx": ("vitprune_fast/export/onnx.py", 'needed("onnx", "onnx"'),
+    "onnxscript": ("vitprune_fast/export/onnx.py", '"onnxscript"'),
 }
 
 

@@ -29,16 +29,26 @@ PAGES = {
     "search-ratios.md": 3,
     "score-with-torch-pruning.md": 3,
     "teach-what-is-left.md": 4,
-    "score-a-hugging-face-vit.md": 2,
+    "score-a-hugging-face-vit.md": 3,
     "score-a-torchvision-vit.md": 2,
     "score-for-torch-nn-prune.md": 2,
     "use-the-ops-alone.md": 4,
+    "use-the-result.md": 8,
     **{
         f"recipes/{name}.md": 0
         for name in (
             *("README", "auto-ratio", "fast", "kd-cnn", "manifold", "unified", "width-depth"),
         )
     },
+}
+
+
+# what a reader sees: scores that are not 0, gates that closed, ratios above 0
+SHOWS = {
+    "learn-gates.md": r"'head': \(6, 9\), 'neuron': \(1152, 2304\)\}\n5\d% of the multiply",
+    "score-a-torchvision-vit.md": r"tensor\(\[ *[1-9]",
+    "score-for-torch-nn-prune.md": r"^[1-9]\d* neurons of the first block are silent",
+    "search-ratios.md": r"chosen +\d+\.\d% +[1-9]\d\.\d%",
 }
 
 
@@ -76,7 +86,10 @@ def test_commands_of_recipes_are_accepted(command: str, capsys: pytest.CaptureFi
 
 @pytest.mark.parametrize("page", PAGES)
 def test_every_block_runs_as_written(
-    page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    page: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.chdir(tmp_path)
     codes = blocks(page)
@@ -88,6 +101,7 @@ def test_every_block_runs_as_written(
         for number, code in enumerate(codes, 1):
             exec(compile(code, f"{page}, block {number}", "exec"), names)
     assert not list(tmp_path.iterdir())
+    assert re.search(SHOWS.get(page, ""), capsys.readouterr().out)
 
 
 def test_every_op_that_is_named_exists() -> None:
@@ -96,7 +110,8 @@ def test_every_op_that_is_named_exists() -> None:
     assert len(named) == 6 and not named - {*ops.__all__}
 
 
-@pytest.mark.parametrize("page", PAGES)
+# what is run by tests/test_readme.py is held to the same form
+@pytest.mark.parametrize("page", [*PAGES, "the-command-line.md", "measure-on-a-gpu.md"])
 def test_links_and_lines(page: str) -> None:
     text = (DOCS / page).read_text(encoding="utf-8")
     for target in re.findall(r"\]\((?!https:)([^)#]+)\)", text):

@@ -40,7 +40,7 @@ def test_a_failed_write_keeps_the_old_file(
     files.write_json(path, {"a": 1})
     with monkeypatch.context() as patch:
         _failing(call, OSError(code, os.strerror(code)), patch)
-        with pytest.raises(RunFolderError, match=f"value.json: {os.strerror(code)}"):
+        with pytest.raises(RunFolderError, match=f"value.json must be .*: {os.strerror(code)}"):
             files.write_json(path, {"a": 2})
     assert os.listdir(tmp_path) == ["value.json"]
     assert files.read_json(path) == {"a": 1}
@@ -99,7 +99,7 @@ def test_order_is_flush_rename_flush_folder(
 
 
 def test_missing_folder_is_a_typed_error(tmp_path: Path) -> None:
-    with pytest.raises(RunFolderError, match="write_bytes: path must be writable"):
+    with pytest.raises(RunFolderError, match=r"file .* must be writable"):
         files.write_bytes(tmp_path / "no" / "value", b"")
 
 
@@ -145,7 +145,7 @@ def test_number_lists_share_a_line(tmp_path: Path) -> None:
     "value", [float("nan"), float("inf"), {"a": {1, 2}}, torch.zeros(1)], ids=repr
 )
 def test_write_json_rejects_what_json_cannot_hold(tmp_path: Path, value: object) -> None:
-    with pytest.raises(InvalidInput, match="write_json: value must be plain finite JSON"):
+    with pytest.raises(InvalidInput, match="must be plain finite JSON data, got"):
         files.write_json(tmp_path / "value.json", value)
     assert not os.listdir(tmp_path)
 
@@ -315,7 +315,7 @@ def test_read_tensors_rejects_bad_headers(tmp_path: Path, content: bytes) -> Non
     path = tmp_path / "value.safetensors"
     path.write_bytes(content)
     for read in (files.read_tensors, files.read_metadata):
-        with pytest.raises(DamagedFile, match=r"read_tensors: .*value.safetensors"):
+        with pytest.raises(DamagedFile, match=r"file .*value.safetensors must"):
             read(path)
 
 
@@ -439,3 +439,22 @@ def test_a_write_that_never_returns_leaves_the_old_file(
     with pytest.raises(_Killed):
         files.write_bytes(tmp_path / "value", b"new")
     assert (tmp_path / "value").read_bytes() == b"old"
+
+
+def test_what_is_no_regular_file_is_never_replaced(tmp_path: Path) -> None:
+    """Such as a device; a pipe stands for it."""
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "link").symlink_to(tmp_path / "pipe")
+    for name in ("pipe", "link"):
+        with pytest.raises(RunFolderError, match="regular file, got a device"):
+            files.write_bytes(tmp_path / name, b"new")
+    assert (tmp_path / "pipe").is_fifo()
+    assert (tmp_path / "link").is_symlink()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["link", "pipe"]
+
+
+def test_a_refusal_is_said_once(tmp_path: Path) -> None:
+    (tmp_path / "x.safetensors").write_bytes(b"PK\x03\x04" + bytes(100))
+    with pytest.raises(DamagedFile) as refused:
+        files.read_tensors(tmp_path / "x.safetensors")
+    assert str(refused.value).count("must be safetensors") == 1

@@ -297,7 +297,7 @@ def _nothing(path: Path) -> None:
         (_unlabelled_row, DamagedFile, "every label of .* must be a number from 0"),
         (_truncated, DamagedFile, "that the datasets package opens"),
         (_no_files, DamagedFile, "must list its data files"),
-        (_climbing, DamagedFile, "a file name must stay in"),
+        (_climbing, DamagedFile, "must hold all files that are named in it"),
         (_wrong_offsets, DamagedFile, "the column image of .* must be whole"),
         (_one_class, InvalidInput, "must hold at least two classes"),
         (_nothing, InvalidInput, "must be a folder or a hub name"),

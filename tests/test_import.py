@@ -76,7 +76,7 @@ for name in vp.__all__:
     assert callable(value) or name in ("gates", "ops"), name
 assert vp.distill.__module__ == "vitprune_fast.distill.loop"
 assert vp.run.__module__ == "vitprune_fast.recipes.start"
-assert set(vp.__all__) <= set(dir(vp))
+assert {name for name in dir(vp) if not name.startswith("__")} == set(vp.__all__)
 """
     result = run_fresh(script)
     assert result.returncode == 0, result.stderr

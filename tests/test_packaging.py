@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import subprocess
@@ -11,6 +12,8 @@ import zipfile
 from pathlib import Path
 
 import pytest
+
+from bench import table
 
 ROOT = Path(__file__).parent.parent
 SOURCES = ["csrc", "kernels", "vitprune_fast", "tests", "setup.py", "pyproject.toml", "MANIFEST.in"]
@@ -122,6 +125,39 @@ assert "not built" in str(doctor())
     assert result.returncode == 0, result.stderr
     said = [line for line in result.stderr.splitlines() if "plain torch form" in line]
     assert len(said) == 1 and said[0].startswith("WARNING"), result.stderr
+
+
+def test_an_installed_wheel_benches_without_pytest_and_the_repository(pure, tmp_path):
+    """What it writes has the keys of what benches here write, and makes the same tables."""
+    zipfile.ZipFile(pure[1]).extractall(tmp_path)
+    script = """
+import sys
+sys.modules.update(dict.fromkeys(("pytest", "pytest_benchmark", "bench", "tests")))
+from vitprune_fast.cli.main import main
+status = main(["bench", "kernels", "--quick", "--device", "cpu", "--out", "kernels.json"])
+sizes = ["img_size=32", "embed_dim=48", "depth=2", "num_heads=3", "num_classes=10"]
+model = ["--model", "vit_tiny_patch16_224", "--model-args", *sizes, "--device", "cpu"]
+few = ["--batch-size", "2", "--rounds", "1", "--out", "scoring.json"]
+sys.exit(status + main(["bench", "scoring", *model, *few]))
+"""
+    result = run([sys.executable, "-c", script], tmp_path)
+    assert result.returncode == 0, result.stderr
+    kernels, scoring = (
+        json.loads((tmp_path / f"{name}.json").read_text()) for name in ("kernels", "scoring")
+    )
+    committed = table.newest(table.contents())
+    assert committed.keys() == kernels.keys() == scoring.keys()
+    for made, name in ((kernels, "records"), (scoring, "scoring")):
+        (known, *_), (found, *_) = committed[name], made[name]
+        assert known.keys() == found.keys()
+    assert (
+        committed["scoring"][0]["entries"][0].keys() == scoring["scoring"][0]["entries"][0].keys()
+    )
+    assert {r["op"] for r in kernels["records"]} == {r["op"] for r in committed["records"]}
+    line = table.kernels(kernels).splitlines()[4]
+    assert line.startswith("| `attention_score` | ViT-Ti heads (2, 5, 4, 16), fp32")
+    assert table.table(kernels).count("| gather_all |") > 10
+    assert "| vit_tiny_patch16_224, batch 2, float32 | vitprune_fast" in table.races(scoring)
 
 
 @pytest.mark.slow

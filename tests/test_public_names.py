@@ -31,7 +31,8 @@ BUILT = {
     "peak_memory_bytes": "model batch_size input_size device",
     "evaluate": "model batches",
     "planning.latency.latencies": "models batch_size seconds",
-    "save": "model folder",
+    "save": "model folder results",
+    "export": "model format path",
     "load": "folder",
     "modeling_pruned.load": "folder",
     "open_data": "spec image_size channels",
@@ -55,12 +56,11 @@ PROMISED = {
     "Budget": "latency_ms memory batch_size dtype",
     "shrink": "model images budget",
     "heal": "model",
-    "export": "model format path",
 }
-PROMISED_VERBS = ("shrink", "export")
+PROMISED_VERBS = ("shrink",)
 BUILT_VERBS = [
     *("run", "describe", "score", "plan", "search", "prune", "distill"),
-    *("eval", "bench", "report", "doctor"),
+    *("eval", "bench", "export", "report", "doctor"),
 ]
 
 

@@ -117,7 +117,15 @@ def test_it_stands_beside_what_was_measured(
     assert main(["eval", *words, "--split", "validation"]) == 0
     assert "published" not in capsys.readouterr().out
     few = ["--score-samples", "2", "--no-compensate", "--latency-seconds", "0.01"]
-    assert main(["run", "--recipe", "one-shot", *words, *few, "--out", "run"]) == 0
+    command = ["run", "--recipe", "one-shot", *words, *few, "--out", "run"]
+    # these weights know nothing, and 50 images show it before anything is done with them
+    assert main(command) == 2
+    error = capsys.readouterr().err
+    assert "right of the validation images, no more than chance" in error, error
+    assert main([*command, "--allow-chance"]) == 0
+    said = capsys.readouterr().out
+    assert "of 50) (published, of the test split: 40.98%)" in said, said
+    assert said.index("validation top-1") < said.index("score ")
     summary = read_json("run/summary.json")
     assert summary["weights"]["published"]["top1"] == 0.40982
     assert "weights" not in summary["assumptions"]

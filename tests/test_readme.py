@@ -1,8 +1,7 @@
-"""The README is run: its snippets, each of its commands, and the script behind its table."""
+"""The README and the page of the command line are run: every snippet and every command."""
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import re
 import shlex
@@ -10,7 +9,6 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
@@ -19,13 +17,14 @@ import torch
 from PIL import Image
 
 from vitprune_fast import files
-from vitprune_fast.cli.main import main
+from vitprune_fast.cli.main import VERBS, main
 from vitprune_fast.config.run import RunConfig
 from vitprune_fast.recipes import presets
 
 ROOT = Path(__file__).parents[1]
 TEXT = (ROOT / "README.md").read_text(encoding="utf-8")
-BLOCKS = re.findall(r"```(\w+)\n(.*?)```", TEXT, re.DOTALL)
+PAGE = (ROOT / "docs" / "the-command-line.md").read_text(encoding="utf-8")
+BLOCKS = re.findall(r"```(\w+)\n(.*?)```", TEXT + PAGE, re.DOTALL)
 SNIPPETS = [code for language, code in BLOCKS if language == "python"]
 COMMANDS = [
     line.partition(" #")[0].strip()
@@ -34,6 +33,8 @@ COMMANDS = [
     for line in code.splitlines()
     if line.strip()
 ]
+# a figure: a number with what it counts behind it
+FIGURE = re.compile(r"\d[\d.,]*\s?(?:%|x\b|ms\b|s\b|MiB|GB|points|images|times)")
 # what makes the long commands short here; everything else runs as it is written
 SHORTER = {
     "run --out": (
@@ -42,52 +43,51 @@ SHORTER = {
         *("--distill.epochs", "1", "--distill.warmup-epochs", "0", "--latency-seconds", "0.01"),
     ),
     "run --model": ("--distill.epochs", "1", "--latency-seconds", "0.01"),
+    "distill --model pruned": ("--epochs", "1", "--warmup-epochs", "0"),
+    "distill --model runs": (*("--epochs", "1", "--warmup-epochs", "0", "--gate-epochs", "1"),),
     "bench --model": ("--seconds", "0.05"),
     "bench scoring": ("--rounds", "1", "--batch-size", "2"),
 }
 
 
-def script() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("digits_seeds", ROOT / "bench/digits_seeds.py")
-    assert spec and spec.loader
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-def test_sections_come_in_the_order_a_reader_wants() -> None:
+def test_it_is_short_and_in_the_order_a_reader_wants() -> None:
+    assert len(TEXT.splitlines()) <= 150
     headings = re.findall(r"^## (.*)$", TEXT, re.MULTILINE)
     assert headings == [
-        *("Measured", "Install", "Example", "Support", "How it works", "Limits", "Cite")
+        *("Install", "Prune your checkpoint", "Use the result", "Choose", "Support and limits"),
+        *("How it works", "Results", "Cite"),
     ]
 
 
-def test_table_is_the_one_made_from_the_committed_results() -> None:
-    digits = script()
-    results = files.read_json(digits.newest_results())
-    assert results["seeds"] == list(digits.SEEDS) == [run["seed"] for run in results["runs"]]
-    assert digits.filled(TEXT, digits.table(results)) == TEXT
+def test_every_figure_is_made_of_committed_results() -> None:
+    """What stands between marks is (tests/test_results.py); nothing else is a figure."""
+    made = r"<!-- (\w+):begin -->.*?<!-- \1:end -->|```.*?```"
+    written = re.sub(made, "", TEXT, flags=re.DOTALL)
+    assert written.count("<!--") == 0 and not FIGURE.findall(written)
+    assert FIGURE.findall("keeps 97.6 % at 2.5x") == ["97.6 %", "2.5x"]
 
 
-def test_table_script_refuses_a_readme_without_its_marks() -> None:
-    with pytest.raises(SystemExit, match="once, found 0"):
-        script().filled("no marks", "rows")
+def test_every_link_leads_somewhere() -> None:
+    for target in re.findall(r"\]\(([^)#]+)[^)]*\)", TEXT):
+        assert (ROOT / target).exists(), target
 
 
-def test_quick_start_runs_and_is_short(tmp_path: Path) -> None:
-    snippet = SNIPPETS[0]
-    lines = [line for line in snippet.splitlines() if line and "import" not in line]
-    assert len(lines) <= 10
+def test_quick_start_runs_and_is_short(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    lines = [line for line in SNIPPETS[0].splitlines() if line and "import" not in line]
+    assert len(lines) <= 15
+    # what comes after it goes on with what it left
     done = subprocess.run(
-        [sys.executable, "-c", snippet],
+        [sys.executable, "-c", SNIPPETS[0] + SNIPPETS[1]],
         cwd=tmp_path,
         capture_output=True,
         text=True,
         env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
     )
     assert done.returncode == 0, done.stderr
-    before, after = map(int, done.stdout.split("->"))
+    costs, *_ = done.stdout.splitlines()
+    before, after = map(int, costs.split("->"))
     assert after <= before / 2
+    assert (tmp_path / "small.pt2").exists()
 
 
 @pytest.mark.slow
@@ -102,16 +102,16 @@ def test_python_job_runs_as_written(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         return replace(job, dense=replace(job.dense, **few), distill=replace(job.distill, **few))
 
     monkeypatch.setattr(presets, "preset", short)
-    exec(compile(SNIPPETS[1], "README.md", "exec"), {})
+    exec(compile(SNIPPETS[2], "the-command-line.md", "exec"), {})
     assert (tmp_path / "runs/digits-seed1/summary.json").exists()
 
 
 def test_every_command_is_covered() -> None:
-    """What is run below is what the README shows; the two make targets are run by CI itself."""
+    """What is run below is what the pages show; the two make targets are run by CI itself."""
     assert [c for c in COMMANDS if c.startswith("make ")] == ["make prune", "make test"]
     verbs = [shlex.split(c)[1] for c in COMMANDS if c.startswith("vitprune-fast ")]
     assert len(verbs) + 2 == len(COMMANDS)
-    assert {"run", "describe", "score", "plan", "prune", "distill", "eval", "bench"} <= {*verbs}
+    assert {*VERBS} <= {*verbs}
 
 
 @pytest.mark.slow

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from bench import table
+from bench import pictures, table
 from bench.evidence import arms, page
 from vitprune_fast.config.yamlfile import from_plain
 from vitprune_fast.recipes.by_name import named
@@ -42,11 +42,26 @@ def test_the_page_of_the_recipes_is_made_from_the_committed_file() -> None:
         assert (page.FOLDER / page.PLOT.format(share=share)).stat().st_size > 10_000
 
 
+def test_the_picture_of_the_readme_has_the_committed_numbers() -> None:
+    """`python -m bench.pictures` puts this right."""
+    found = pictures.accuracy(page.newest())
+    text = pictures.ACCURACY.read_text(encoding="utf-8")
+    assert pictures.numbers(text) == found
+    assert len(found["arms"]) == 6 and all(len(each) == 2 for each in found["arms"].values())
+    # what is drawn is what is told
+    for arm, points in found["arms"].items():
+        assert f">{pictures.ARMS[arm]}</text>" in text
+        assert all(half < 3 < 90 < mean for mean, half in points.values())
+    other = {**found, "commit": "<&>"}
+    assert pictures.numbers(pictures.drawn(other)) == other
+    assert all(0 < path.stat().st_size < 300_000 for path in pictures.FOLDER.iterdir())
+
+
 def test_readme_shows_the_newest_results() -> None:
     """`python bench/table.py` puts this right."""
     text = table.README.read_text()
     assert table.readme(text) == text
-    assert "| `gather_all` |" in text and "| `taylor_score` |" in text
+    assert "| distilled |" in text and "one backward a sample" in text
 
 
 def test_the_page_about_data_and_dry_runs_have_the_newest_results() -> None:
@@ -57,7 +72,7 @@ def test_the_page_about_data_and_dry_runs_have_the_newest_results() -> None:
     assert table.RATES.read_text() == table.rates(json.loads(path.read_text()), path.name)
 
 
-def test_readme_takes_the_newest_gpu_and_a_cpu_only_without_one() -> None:
+def test_the_line_of_every_op_takes_the_newest_gpu_and_a_cpu_only_without_one() -> None:
     cpu, old = results(record("a", "b", "vitprune", 1.0)), results(record("a", "b", "x", 1, "cuda"))
     new = results(record("a", "b", "x", 2.0, "cuda"))
     assert table.newest([cpu, new, old]) is new
@@ -78,7 +93,7 @@ def test_a_line_spans_all_cases_and_the_fastest_other_form() -> None:
         record("c", "one", "vitprune", 3.0),
         record("c", "one", "torch", 9.0),
     )
-    lines = table.kernels(content).splitlines()[2:4]
+    lines = table.kernels(content).splitlines()[4:6]
     assert lines[0] == "| `a` | big | 10 us | 20 us (fast) | 0.5 to 2.0 x | 50 to 80 % |"
     assert lines[1] == "| `c` | one | 3 us | 9 us (torch) | 3.0 x | - |"
 
@@ -120,14 +135,14 @@ def test_a_race_of_training_steps_has_a_table_of_its_own() -> None:
 
 def test_readme_without_its_marks_is_refused() -> None:
     with pytest.raises(SystemExit, match="once, found 0"):
-        table.filled("no marks", "rows")
+        table.filled("no marks", "rows", "headline")
 
 
 def test_compensation_is_a_line_per_budget() -> None:
     row = {"macs": 0.5, "cut": 0.8, "swept": 0.918, "before": 0.55, "after": 0.4}
     content = results(compensation=[row], model="m", dense=0.9866, tokens=1000)
     lines = table.compensation(content).splitlines()
-    assert lines[2] == "| 50% | 80.00% | 91.80% | 55% / 40% |"
+    assert lines[4] == "| 50% | 80.00% | 91.80% | 55% / 40% |"
     assert "which has 98.66% whole" in lines[-1]
 
 

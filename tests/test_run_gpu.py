@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -100,7 +101,11 @@ def test_all_files_of_all_steps_exist_and_every_bench_for_a_gpu_is_in_one():
     files = {word for word in words if word.startswith(("tests/", "bench/"))}
     assert all((ROOT / file).exists() for file in files)
     texts = {path.name: path.read_text() for path in (ROOT / "bench").glob("bench_*.py")}
-    marked = {f"bench/{name}" for name, text in texts.items() if "mark.gpu" in text}
+    for name, text in texts.items():
+        for op in re.findall(r"from vitprune_fast\.benches\.ops\.(\w+) import", text):
+            texts[name] += (ROOT / f"vitprune_fast/benches/ops/{op}.py").read_text()
+    gpu = ("mark.gpu", "as_tests(")
+    marked = {f"bench/{name}" for name, text in texts.items() if any(word in text for word in gpu)}
     assert len(marked) > 10 and marked <= files
     names = [each.name for part in (1, 2) for each in steps(part, native=False)]
     both = {"facts", "native code", "facts, native code built"}

@@ -203,6 +203,8 @@ def test_missing_folders_and_files_are_named(tmp_path: Path) -> None:
     with pytest.raises(DamagedFile, match=r"vp.save wrote, .* without manifest.json; save or copy"):
         load(tmp_path)
     save(random_vit(dtype=torch.float32), tmp_path / "model")
+    with pytest.raises(DamagedFile, match=r"without manifest.json; of a run take .*model$"):
+        load(tmp_path)
     (tmp_path / "model" / "model.safetensors").unlink()
     with pytest.raises(DamagedFile, match=r"model\.safetensors"):
         load(tmp_path / "model")
@@ -217,7 +219,7 @@ def _without(model: Any, *paths: str) -> None:
 # what users do to a model, and describe accepts
 CHANGES: dict[str, Any] = {
     "head without bias": lambda m: _without(m, "head.bias"),
-    "no head": lambda m: setattr(m, "head", nn.Identity()),
+    "no head": lambda m: (setattr(m, "head", nn.Identity()), setattr(m, "num_classes", 0)),
     "patches without bias": lambda m: _without(m, "patch_embed.proj.bias"),
     "a norm without bias": lambda m: _without(m, "blocks.1.norm1.bias"),
     "a norm of its own": lambda m: setattr(
@@ -340,17 +342,19 @@ def test_a_place_that_cannot_be_written_is_one_sentence(
     model, taken = random_vit(dtype=torch.float32, depth=1), tmp_path / "file"
     taken.write_text("mine")
     for folder in (taken, taken / "deeper" / "model"):
-        with pytest.raises(RunFolderError, match=f"got {folder}: {taken} is no folder"):
+        with pytest.raises(
+            RunFolderError, match=f"folder {folder} must be .* got {taken}, which is no"
+        ):
             save(model, folder)
     (tmp_path / "link").symlink_to(tmp_path / "gone")
-    with pytest.raises(RunFolderError, match="link is no folder"):
+    with pytest.raises(RunFolderError, match="link, which is no folder"):
         save(model, tmp_path / "link")
     # a name that no file system takes shows only when the folder is made
-    with pytest.raises(RunFolderError, match="make_folder: path must be a folder"):
+    with pytest.raises(RunFolderError, match=r"folder .* must be a folder"):
         save(model, tmp_path / ("x" * 300))
     with monkeypatch.context() as patch:
         patch.setattr("os.access", lambda *_: False)
-        with pytest.raises(RunFolderError, match=f"{tmp_path} is read-only"):
+        with pytest.raises(RunFolderError, match=f"{tmp_path}, which is read-only"):
             save(model, tmp_path / "new" / "model")
     assert taken.read_text() == "mine" and not (tmp_path / "new").exists()
 

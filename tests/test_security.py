@@ -200,9 +200,9 @@ def test_checkpoints_are_bounded(tmp_path: Path, make: Callable[[Path], None], s
 def test_the_zip_that_torch_writes_is_read(tmp_path: Path) -> None:
     model = random_vit(dtype=torch.float32)
     torch.save(model.state_dict(), tmp_path / "x.pth")
-    from vitprune_fast.models.open import read_checkpoint
+    from vitprune_fast.models.checkpoint import read_checkpoint
 
-    assert read_checkpoint(tmp_path / "x.pth").keys() == model.state_dict().keys()
+    assert read_checkpoint(tmp_path / "x.pth")[""].keys() == model.state_dict().keys()
 
 
 # safetensors

@@ -287,7 +287,7 @@ def test_an_unreadable_image_is_named_where_it_was_asked_for(photos: Path) -> No
     with pytest.raises(DamagedFile) as caught:
         data.split("validation")[1]
     message = str(caught.value)
-    assert message.startswith("decode: image must be readable, got ")
+    assert message.startswith("open_data: image must be readable, got ")
     assert data.source.names[sample] in message and "\n" not in message
 
 

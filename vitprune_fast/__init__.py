@@ -16,6 +16,7 @@ from types import ModuleType
 from typing import Any
 
 from ._version import __version__ as __version__
+from ._when_imported import when_imported
 
 _STUB = ast.parse(pkgutil.get_data(__name__, "__init__.pyi") or "")
 # public name -> the module it lives in; "" where it is a module itself
@@ -50,7 +51,10 @@ class _Package(ModuleType):
             super().__setattr__(name, value)
 
     def __dir__(self) -> list[str]:
-        return sorted({*super().__dir__(), *self.__all__})
+        own = (name for name in super().__dir__() if name.startswith("__"))
+        return sorted({*own, *self.__all__})
 
 
 sys.modules[__name__].__class__ = _Package
+# timm then opens every folder that we saved
+when_imported("timm", lambda: import_module(f"{__name__}.models.entrypoints"))

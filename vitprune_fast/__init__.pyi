@@ -23,6 +23,8 @@ from .errors import UnsupportedArchitecture as UnsupportedArchitecture
 from .errors import VitpruneError as VitpruneError
 from .evaluation import Evaluation as Evaluation
 from .evaluation import evaluate as evaluate
+from .export import Exported as Exported
+from .export import export as export
 from .planning import Budget as Budget
 from .planning import Cost as Cost
 from .planning import Latency as Latency

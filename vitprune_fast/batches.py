@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
+from torch.utils.data.distributed import DistributedSampler
 
+from vitprune_fast.bare import head_width, stated_classes
 from vitprune_fast.errors import InvalidInput
 from vitprune_fast.ranks import Ranks
 from vitprune_fast.stated import misfit
 
 # images, labels, ids
 Batch = tuple[Tensor, Tensor, Tensor]
+# what is read beside the images: numbers of classes; whatever a loss compares with the outputs, one
+# row per image; or nothing, where batches may be images alone
+Targets = Literal["labels", "any", "none"]
 # number of a batch, or places of samples in the order of an epoch
 Which = int | Sequence[int]
 
@@ -56,7 +62,12 @@ def readable(batch: Batch) -> Batch:
 
 
 def own(
-    function: str, batches: Any, ranks: Ranks, device: torch.device, *models: nn.Module | None
+    function: str,
+    batches: Any,
+    ranks: Ranks,
+    device: torch.device,
+    *models: nn.Module | None,
+    targets: Targets = "labels",
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """The images and labels of this process' batches; of batches without numbers, all.
 
@@ -66,12 +77,13 @@ def own(
         ranks: the processes that share them.
         device: where images are wanted; those of batches without numbers come where they are.
         models: that will see the images; None is nobody.
+        targets: what is read beside the images.
 
     Raises:
         InvalidInput: as :func:`checked`.
     """
     if not isinstance(batches, Numbered):
-        yield from checked(function, batches, *models)
+        yield from checked(function, batches, *models, targets=targets)
         return
     for batch in batches.read(0, ranks.share_of(len(batches)), device):
         images, labels = unpack(function, readable(batch), *models)
@@ -80,46 +92,65 @@ def own(
 
 
 def checked(
-    function: str, batches: Iterable[Any], *models: nn.Module | None
+    function: str,
+    batches: Iterable[Any],
+    *models: nn.Module | None,
+    targets: Targets = "labels",
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """The images and labels of every batch, checked before a model sees them.
 
     Args:
         function: the caller's name, for the error sentence.
-        batches: yields (images, labels, ...).
+        batches: yields (images, labels, ...); without targets also images, or is a tensor of them.
         models: that will see the images; None is nobody.
+        targets: what is read beside the images.
 
     Yields:
-        Images as they came, and labels ``(B,)`` int64.
+        As :func:`unpack` returns.
 
     Raises:
         InvalidInput: as :func:`unpack`, or ``batches`` cannot be iterated.
     """
-    for batch in _iterated(function, "batches", batches, "(images, labels)"):
-        yield unpack(function, batch, *models)
+    if targets == "none" and isinstance(batches, Tensor):
+        batches = [batches]
+    what = "images" if targets == "none" else "(images, labels)"
+    for batch in _iterated(function, "batches", batches, what):
+        yield unpack(function, batch, *models, targets=targets)
 
 
-def unpack(function: str, batch: Any, *models: nn.Module | None) -> tuple[Tensor, Tensor]:
+def unpack(
+    function: str, batch: Any, *models: nn.Module | None, targets: Targets = "labels"
+) -> tuple[Tensor, Tensor]:
     """The images and labels of one batch that may carry more.
 
     Args:
         function: the caller's name, for the error sentence.
         batch: (images ``(B, C, H, W)`` floating, labels: B integers in a list or tensor, ...).
         models: that will see the images; None is nobody.
+        targets: what is read beside the images. ``any``: labels, or numbers ``(B, ...)``; ``none``:
+            the batch may be images alone.
 
     Returns:
-        Images as they came, and labels ``(B,)`` int64.
+        Images as they came, and labels ``(B,)`` int64, or targets as they came; zeros for images
+        alone. Neither is a tensor of inference mode, of which autograd can keep nothing.
 
     Raises:
         InvalidInput: the batch is something else, or a model that states the size of its images
             takes others.
     """
+    if targets == "none":
+        alone = isinstance(batch, Sequence) and not isinstance(batch, str) and len(batch) == 1
+        if isinstance(batch, Tensor) or alone:
+            images = _images(function, batch[0] if alone else batch, *models)
+            return images, torch.zeros(len(images), dtype=torch.int64)
     if isinstance(batch, str) or not isinstance(batch, Sequence) or len(batch) < 2:
         shown = type(batch).__name__
         if isinstance(batch, Sequence) and not isinstance(batch, str):
             shown += f" of length {len(batch)}"
         raise InvalidInput(f"{function}: batches must yield (images, labels) pairs, got {shown}")
     images = _images(function, batch[0], *models)
+    if targets == "any":
+        return images, _targets(function, batch[1], len(images))
     return images, _labels(function, batch[1], len(images))
 
 
@@ -143,6 +174,68 @@ def unlabelled(function: str, argument: str, batches: Any, *models: nn.Module) -
         yield _images(function, batch[0] if pair else batch, *models)
 
 
+def check_whole(function: str, batches: Any, ranks: Ranks) -> None:
+    """Refuse batches that give a process its own part, where the processes share them.
+
+    Args:
+        function: the caller's name, for the error sentence.
+        batches: as :func:`own` takes them.
+        ranks: the processes.
+
+    Raises:
+        InvalidInput: a sampler of torch gives each process a part of its own.
+    """
+    samplers = (batches, *(getattr(batches, name, None) for name in ("sampler", "batch_sampler")))
+    samplers = (*samplers, getattr(samplers[-1], "sampler", None))
+    if ranks.world > 1 and any(isinstance(each, DistributedSampler) for each in samplers):
+        raise InvalidInput(
+            f"{function}: batches must be the whole stream in every process, which share them, "
+            "got a DistributedSampler, by which each sees its own part; leave the sampler out"
+        )
+
+
+def alike(
+    function: str, batches: Any, found: Iterator[tuple[Tensor, Tensor]], ranks: Ranks
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """What was found, after all processes said that theirs begins alike and is as long.
+
+    Args:
+        function: the caller's name, for the error sentence.
+        batches: that it was found in, with a length or without.
+        found: images and targets, of which the first are compared.
+        ranks: the processes; all of them call.
+
+    Raises:
+        StageFailed: they are not the same.
+    """
+    if ranks.world == 1:
+        yield from found
+        return
+    error, first, seen = None, None, "an error"
+    try:
+        first = next(found, None)
+        digest = hashlib.blake2b(digest_size=8)
+        for tensor in first or ():
+            raw = tensor.detach().cpu().contiguous().view(torch.uint8)
+            digest.update(raw.numpy().tobytes())
+        count = len(batches) if hasattr(batches, "__len__") else "some"
+        seen = f"{count} batches that begin with {digest.hexdigest()}"
+    # the others have to know, or they would wait for this process for ever
+    except Exception as caught:
+        error = caught
+    if error is not None:
+        ranks.texts(seen)
+        raise error
+    ranks.agree(
+        seen,
+        f"{function}: batches must be the same in every process, which share them",
+        "give each of them the whole stream, in one order",
+    )
+    if first is not None:
+        yield first
+    yield from found
+
+
 def as_input(model: nn.Module, images: Tensor) -> Tensor:
     """Images on the device and in the floating dtype of the model's parameters."""
     weight = next((p for p in model.parameters() if p.is_floating_point()), None)
@@ -157,36 +250,33 @@ def logits_of(output: Any) -> Any:
     return getattr(output, "logits", getattr(output, "last_hidden_state", output))
 
 
-def classes_of(model: nn.Module) -> Any:
-    """How many classes a model says it tells apart; None where it does not say."""
-    return getattr(model, "num_classes", getattr(model, "num_labels", None))
+def features_of(output: Any) -> Any:
+    """What a model without a classifier says of its images: what it returns, or what it pooled.
 
-
-def check_single_label(function: str, model: nn.Module) -> None:
-    """Refuse a model that was made for labels of another kind than one class per image.
-
-    Args:
-        function: the caller's name, for the error sentence.
-        model: of any library; one of transformers says it in ``config.problem_type``.
-
-    Raises:
-        InvalidInput: as said.
+    The outputs of transformers' models hold several things: pooled features come before tokens.
     """
-    kind = getattr(getattr(model, "config", None), "problem_type", None)
-    if kind not in (None, "single_label_classification"):
-        raise InvalidInput(
-            f"{function}: model must tell one class per image, by whose cross-entropy it is "
-            f"measured, got problem_type={kind!r}"
-        )
+    for name in ("logits", "pooler_output", "last_hidden_state"):
+        if getattr(output, name, None) is not None:
+            return getattr(output, name)
+    return output
 
 
-def check_logits(function: str, logits: Tensor, labels: Tensor) -> None:
+def classes_of(model: nn.Module) -> Any:
+    """How many classes a model tells apart, by its head, or as it says; None where neither does."""
+    width = head_width(model)
+    return stated_classes(model) if width is None else width
+
+
+def check_logits(
+    function: str, logits: Tensor, labels: Tensor, model: nn.Module | None = None
+) -> None:
     """Refuse logits that are not one row per label, and labels they have no class for.
 
     Args:
         function: the caller's name, for the error sentence.
         logits: what the model returned.
         labels: ``(B,)`` int64.
+        model: that returned them, and may say that they are of other classes, or features.
 
     Raises:
         InvalidInput: as said.
@@ -196,7 +286,32 @@ def check_logits(function: str, logits: Tensor, labels: Tensor) -> None:
             f"{function}: model must give logits ({len(labels)}, classes), got {_shown(logits)}; "
             "a timm model without pooling needs global_pool='token' or 'avg'"
         )
+    classes = None if model is None else classes_of(model)
+    if isinstance(classes, int) and classes != logits.shape[1]:
+        raise InvalidInput(
+            f"{function}: model must give logits of the {classes} classes that it says it has, got "
+            f"{logits.shape[1]}; set its num_classes, or give it a classifier of so many"
+        )
     check_labels(function, labels, logits.shape[1])
+
+
+def check_features(function: str, features: Any, samples: int) -> None:
+    """Refuse features that are not numbers ``(samples, ...)``.
+
+    Args:
+        function: the caller's name, for the error sentence.
+        features: of :func:`features_of`.
+        samples: that went in.
+
+    Raises:
+        InvalidInput: as said.
+    """
+    if isinstance(features, Tensor) and features.ndim > 1 and len(features) == samples:
+        return
+    raise InvalidInput(
+        f"{function}: model must give features ({samples}, ...) for the objective 'features', got "
+        f"{_shown(features)}"
+    )
 
 
 def check_labels(function: str, labels: Tensor, classes: int) -> None:
@@ -237,7 +352,19 @@ def _images(function: str, images: Any, *models: nn.Module | None) -> Tensor:
                 f"{function}: images must be (B, {rule}) like the model takes them, "
                 f"got {tuple(images.shape)}"
             )
-    return images
+    # made in inference mode: autograd keeps a copy of it, and nothing of the tensor itself
+    return images.clone() if images.is_inference() else images
+
+
+def _targets(function: str, given: Any, count: int) -> Tensor:
+    rule = f"{function}: targets must be numbers ({count}, ...), one row per image"
+    try:
+        found = torch.as_tensor(given)
+    except (TypeError, ValueError, RuntimeError, OverflowError) as error:
+        raise InvalidInput(f"{rule}, got {type(given).__name__}: {error}") from None
+    if found.ndim < 1 or len(found) != count or found.is_complex():
+        raise InvalidInput(f"{rule}, got {_shown(found)}")
+    return found.clone() if found.is_inference() else found
 
 
 def _labels(function: str, labels: Any, count: int) -> Tensor:
@@ -250,7 +377,7 @@ def _labels(function: str, labels: Any, count: int) -> Tensor:
     # an empty list has no kind
     if found.shape != (count,) or not (whole or not count):
         raise InvalidInput(f"{rule}, got {_shown(found)}")
-    return found.long()
+    return found.long().clone() if found.is_inference() else found.long()
 
 
 def _shown(value: Any) -> str:

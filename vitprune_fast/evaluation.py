@@ -12,18 +12,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vitprune_fast.batches import (
-    Numbered,
-    as_input,
-    check_logits,
-    check_single_label,
-    logits_of,
-    own,
-)
+from vitprune_fast.bare import bare
+from vitprune_fast.batches import Numbered, as_input, logits_of, own
 from vitprune_fast.errors import InvalidInput
 from vitprune_fast.modules.modes import evaluating
 from vitprune_fast.precision import Precision, computing_in, device_of, resolve
 from vitprune_fast.ranks import Ranks
+from vitprune_fast.target_loss import LossLike, TargetLoss
 
 
 @dataclass(frozen=True)
@@ -35,8 +30,11 @@ class Evaluation:
         top1_count: the label has the largest logit.
         top5_count: the label is among the five largest logits, or among all when there are fewer.
         agreement_count: the largest logit is that of the teacher; None without a teacher.
-        loss_sum: cross-entropy in nats, summed in fp64 over the samples with finite logits.
+        loss_sum: cross-entropy in nats, or the loss that was asked for, summed in fp64 over the
+            samples with finite logits.
         nonfinite_count: samples with a NaN or infinite logit; they count as wrong.
+        by_loss: a loss was asked for: of its targets there is no right answer to count, so that the
+            counts of right ones and of agreement are 0, and their shares NaN.
     """
 
     samples: int
@@ -45,16 +43,17 @@ class Evaluation:
     agreement_count: int | None
     loss_sum: float
     nonfinite_count: int = 0
+    by_loss: bool = False
 
     @property
     def top1(self) -> float:
-        """Share of samples in ``[0, 1]``."""
-        return self.top1_count / self.samples
+        """Share of samples in ``[0, 1]``; NaN where a loss was asked for."""
+        return math.nan if self.by_loss else self.top1_count / self.samples
 
     @property
     def top5(self) -> float:
-        """Share of samples in ``[0, 1]``."""
-        return self.top5_count / self.samples
+        """Share of samples in ``[0, 1]``; NaN where a loss was asked for."""
+        return math.nan if self.by_loss else self.top5_count / self.samples
 
     @property
     def agreement(self) -> float | None:
@@ -63,7 +62,7 @@ class Evaluation:
 
     @property
     def loss(self) -> float | None:
-        """Mean cross-entropy in nats; None when no logits were finite."""
+        """Mean of the loss, cross-entropy in nats; None when no logits were finite."""
         finite = self.samples - self.nonfinite_count
         return self.loss_sum / finite if finite else None
 
@@ -73,16 +72,19 @@ def evaluate(
     batches: Iterable[Sequence[Any]] | Numbered,
     teacher: nn.Module | None = None,
     *,
+    loss: LossLike | None = None,
     dtype: Precision | torch.dtype | None = None,
     ranks: Ranks | None = None,
 ) -> Evaluation:
     """Run a model over labelled images; both models come back in the modes they had.
 
     Args:
-        model: maps images to logits ``(B, C)``.
+        model: maps images to logits ``(B, C)`` of two classes or more.
         batches: (images ``(B, C, H, W)`` floating, labels: B integers in ``[0, C)``, ...); images
             go to the device and dtype of each model's parameters.
         teacher: another model on the same device and classes, to agree with.
+        loss: in place of cross-entropy, as :func:`vitprune_fast.score` takes it; then nothing else
+            is measured, and batches have its targets. Not with a teacher.
         dtype: that both compute in, by copies of their weights (see ``precision.py``): ``auto`` is
             bfloat16 on a GPU that has it and float32 elsewhere; None is as each model is. Logits
             are compared and losses taken in float32 at least.
@@ -96,14 +98,21 @@ def evaluate(
 
     Raises:
         InvalidInput: no samples, a batch or logits of another form, a label outside the classes,
-            another number of classes in the teacher, or an unknown ``dtype``.
+            another number of classes in the teacher, a model without a classifier, or an unknown
+            ``dtype`` or ``loss``.
+        UnsupportedArchitecture: the model holds adapters.
     """
-    counts, device = _Counts(agrees=teacher is not None), device_of(model)
+    inner, target_loss = bare("evaluate", model), TargetLoss.of("evaluate", loss)
+    target_loss.check("evaluate", inner)
+    if loss is not None and teacher is not None:
+        raise InvalidInput("evaluate: teacher must be None with a loss, got both")
+    counts, device = _Counts(inner, target_loss, agrees=teacher is not None), device_of(model)
     ranks = ranks if ranks and isinstance(batches, Numbered) else Ranks()
     computed = resolve("evaluate", dtype, device)
+    # as it was given: a wrapper may be there to run it faster
     with evaluating(model, teacher), computing_in(computed, model, teacher):
-        check_single_label("evaluate", model)
-        for images, labels in own("evaluate", batches, ranks, device, model, teacher):
+        both, targets = (inner, teacher), target_loss.targets
+        for images, labels in own("evaluate", batches, ranks, device, *both, targets=targets):
             logits = _logits(model, images)
             other = None if teacher is None else _logits(teacher, images)
             counts.add(logits, labels, other)
@@ -136,12 +145,16 @@ def evaluate_beside(
     Raises:
         InvalidInput: as ``evaluate``.
     """
-    first, rest = _Counts(agrees=False), [_Counts(agrees=True) for _ in others]
+    loss = TargetLoss.of("evaluate", None)
+    inner = [bare("evaluate", model) for model in (dense, *others)]
+    for each in inner:
+        loss.check("evaluate", each)
+    first, *rest = (_Counts(each, loss, agrees=k > 0) for k, each in enumerate(inner))
     device = device_of(dense)
     ranks = ranks if ranks and isinstance(batches, Numbered) else Ranks()
     computed = resolve("evaluate", dtype, device)
     with evaluating(dense, *others), computing_in(computed, dense, *others):
-        for images, labels in own("evaluate", batches, ranks, device, dense, *others):
+        for images, labels in own("evaluate", batches, ranks, device, *inner):
             wanted = _logits(dense, images)
             first.add(wanted, labels)
             for counts, model in zip(rest, others, strict=True):
@@ -177,20 +190,28 @@ def wilson(count: int, samples: int) -> tuple[float, float]:
 class _Counts:
     """The sums of one model."""
 
-    def __init__(self, *, agrees: bool) -> None:
-        self.agrees = agrees
+    def __init__(self, model: nn.Module, loss: TargetLoss, *, agrees: bool) -> None:
+        self.model, self.loss, self.agrees = model, loss, agrees
         self.samples = self.top1 = self.top5 = self.agreement = self.nonfinite = 0
         self.losses: list[float] = []
 
     def add(self, logits: Tensor, labels: Tensor, other: Tensor | None = None) -> None:
         """Count one batch of logits ``(B, C)``; ``other`` is that of the model to agree with."""
-        check_logits("evaluate", logits, labels)
+        self.loss.check_targets("evaluate", logits, labels, self.model)
+        labels = labels.to(logits.device)
+        if self.loss.name != "ce":
+            each = self.loss.each("evaluate", logits, labels)
+            finite = logits.flatten(1).isfinite().all(1)
+            self.samples += len(each)
+            self.nonfinite += int((~finite).sum())
+            self.losses += each[finite].tolist()
+            return
         if other is not None and other.shape != logits.shape:
             raise InvalidInput(
                 f"evaluate: teacher must give logits of shape {tuple(logits.shape)}, "
                 f"got {tuple(other.shape)}"
             )
-        logits, labels = logits.float(), labels.to(logits.device)
+        logits = logits.float()
         finite = logits.isfinite().all(1)
         ranked = _ranked(logits)[:, :5]
         hits = (ranked == labels[:, None]) & finite[:, None]
@@ -222,6 +243,7 @@ class _Counts:
             # exact, so that other batches and other processes give the same sum
             loss_sum=math.fsum(loss for part in parts for loss in part[1]),
             nonfinite_count=nonfinite,
+            by_loss=self.loss.name != "ce",
         )
 
 

@@ -16,7 +16,7 @@ import os
 import re
 import stat
 import threading
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -46,9 +46,11 @@ def write_bytes(path: PathLike, data: bytes) -> None:
     """Replace ``path`` by ``data`` in one step; on any failure the old file stays as it was.
 
     Raises:
-        RunFolderError: the folder is missing or read-only, or the disk is full.
+        RunFolderError: the folder is missing or read-only, the disk is full, or ``path`` is a
+            device, a pipe or a socket.
     """
     path = Path(path)
+    check_replaceable(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}-{threading.get_ident()}.tmp")
     try:
         try:
@@ -61,9 +63,29 @@ def write_bytes(path: PathLike, data: bytes) -> None:
         flush_folder(path.parent)
     except OSError as error:
         raise RunFolderError(
-            f"write_bytes: path must be writable, got {path}: {error.strerror or error}; "
+            f"file {path} must be writable, got: {error.strerror or error}; "
             "the earlier content is untouched: free space or fix the permission and start again"
         ) from error
+
+
+def check_replaceable(path: PathLike) -> None:
+    """Refuse a place where a device, a pipe or a socket is: a file put there would remove it.
+
+    Raises:
+        RunFolderError: as said, or the path is none.
+    """
+    try:
+        mode = os.stat(path).st_mode
+    except FileNotFoundError:
+        return
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or str(error)
+        raise RunFolderError(f"file {path} must be writable, got: {reason}") from error
+    if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):
+        raise RunFolderError(
+            f"file {path} must be new or a regular file, got a device, a pipe or a socket; "
+            "take another place"
+        )
 
 
 def _write_and_flush(path: Path, data: bytes) -> None:
@@ -90,7 +112,7 @@ def make_folder(path: PathLike) -> None:
     try:
         Path(path).mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise _no_folder("make_folder", path, error.strerror or str(error)) from error
+        raise _no_folder(path, error.strerror or str(error)) from error
 
 
 def probe_folder(path: PathLike) -> None:
@@ -106,16 +128,16 @@ def probe_folder(path: PathLike) -> None:
         # the part of the path that is there decides about the rest
         there = next(place for place in (path, *path.absolute().parents) if os.path.lexists(place))
         if not there.is_dir():
-            raise _no_folder("probe_folder", path, f"{there} is no folder")
+            raise _no_folder(path, f"{there}, which is no folder")
         if not os.access(there, os.W_OK | os.X_OK):
-            raise _no_folder("probe_folder", path, f"{there} is read-only")
+            raise _no_folder(path, f"{there}, which is read-only")
     except OSError as error:
-        raise _no_folder("probe_folder", path, error.strerror or str(error)) from error
+        raise _no_folder(path, error.strerror or str(error)) from error
 
 
-def _no_folder(function: str, path: PathLike, reason: str) -> RunFolderError:
+def _no_folder(path: PathLike, reason: str) -> RunFolderError:
     return RunFolderError(
-        f"{function}: path must be a folder that can be created or written, got {path}: {reason}; "
+        f"folder {path} must be a folder that can be created or written, got {reason}; "
         "take another or fix the permission"
     )
 
@@ -146,7 +168,7 @@ def append_line(path: PathLike, line: str) -> None:
             flush_folder(path.parent)
     except OSError as error:
         raise RunFolderError(
-            f"append_line: path must be writable, got {path}: {error.strerror or error}; "
+            f"file {path} must be writable, got: {error.strerror or error}; "
             "the earlier lines are untouched: free space or fix the permission and start again"
         ) from error
 
@@ -185,9 +207,7 @@ def write_json(path: PathLike, value: Any) -> None:
     try:
         text = json.dumps(value, indent=2, allow_nan=False)
     except (TypeError, ValueError) as error:
-        raise InvalidInput(
-            f"write_json: value must be plain finite JSON data for {path}, got {error}"
-        ) from error
+        raise InvalidInput(f"file {path} must be plain finite JSON data, got: {error}") from error
     # numbers of one list share a line; a raw line break never lies inside a JSON string
     text = _NUMBER_LIST.sub(lambda match: "[" + " ".join(match[1].split()) + "]", text)
     write_text(path, text + "\n")
@@ -223,18 +243,18 @@ def read_json(path: PathLike) -> Any:
             length.
     """
     path = Path(path)
-    _regular_size(path, "read_json")
+    _regular_size(path)
     try:
         with open(path, "rb") as file:
             data = file.read(MAX_JSON_BYTES + 1)
     except OSError as error:
-        raise _unreadable("read_json", path, error) from error
+        raise _unreadable(path, error) from error
     if len(data) > MAX_JSON_BYTES:
-        raise DamagedFile(f"read_json: {path} must have at most {MAX_JSON_BYTES} bytes, got more")
+        raise DamagedFile(f"file {path} must have at most {MAX_JSON_BYTES} bytes, got more")
     try:
         return parse_json(data)
     except ValueError as error:
-        raise DamagedFile(f"read_json: {path} must be valid JSON, got {error}") from None
+        raise DamagedFile(f"file {path} must be valid JSON, got {error}") from None
 
 
 def parse_json(data: bytes) -> Any:
@@ -345,25 +365,27 @@ def read_metadata(path: PathLike) -> dict[str, str]:
 
 @contextlib.contextmanager
 def _open_tensors(path: Path) -> Iterator[Any]:
-    _regular_size(path, "read_tensors")
+    _regular_size(path)
     try:
         with open(path, "rb") as file:
             start = file.read(8)
         _refuse_pickle(path, start)
         if int.from_bytes(start, "little") > MAX_HEADER_BYTES:
             raise DamagedFile(
-                f"read_tensors: {path} must be safetensors with a header of at most "
+                f"file {path} must be safetensors with a header of at most "
                 f"{MAX_HEADER_BYTES} bytes, got a longer one"
             )
         with safe_open(path, "pt") as tensors:
             yield tensors
     except OSError as error:
-        raise _unreadable("read_tensors", path, error) from error
+        raise _unreadable(path, error) from error
+    except DamagedFile:
+        raise
     # the library's own error, and what torch raises for a shape that cannot be
     except (SafetensorError, KeyError, TypeError, RuntimeError, ValueError) as error:
         reason = str(error).partition("\n")[0]
         raise DamagedFile(
-            f"read_tensors: {path} must be safetensors, got {reason}; copy or download it again"
+            f"file {path} must be safetensors, got {reason}; copy or download it again"
         ) from None
 
 
@@ -376,7 +398,7 @@ def _refuse_pickle(path: Path, start: bytes) -> None:
         kind = "a pickle"
     if kind:
         raise DamagedFile(
-            f"read_tensors: {path} must be safetensors, got {kind}, which can hold code and is "
+            f"file {path} must be safetensors, got {kind}, which can hold code and is "
             "never opened; convert it with safetensors.torch.save_file where you trust it"
         )
 
@@ -384,14 +406,14 @@ def _refuse_pickle(path: Path, start: bytes) -> None:
 def sha256(path: PathLike) -> str:
     """SHA-256 of a regular file as 64 lower-case hexadecimal digits."""
     path = Path(path)
-    _regular_size(path, "sha256")
+    _regular_size(path)
     digest = hashlib.sha256()
     try:
         with open(path, "rb") as file:
             while chunk := file.read(_CHUNK):
                 digest.update(chunk)
     except OSError as error:
-        raise _unreadable("sha256", path, error) from error
+        raise _unreadable(path, error) from error
     return digest.hexdigest()
 
 
@@ -407,7 +429,9 @@ def inside(folder: PathLike, name: str) -> Path:
     except (OSError, ValueError, RuntimeError):
         path = root.parent
     if "\0" in name or len(name) > MAX_NAME or path == root or root not in path.parents:
-        raise DamagedFile(f"inside: a file name must stay in {folder}, got {name[:200]!r}")
+        raise DamagedFile(
+            f"folder {folder} must hold all files that are named in it, got {name[:200]!r}"
+        )
     return path
 
 
@@ -422,12 +446,60 @@ def write_manifest(folder: PathLike, names: Iterable[str]) -> None:
     files = {}
     for name in sorted(names):
         path = inside(root, name)
-        files[name] = {"bytes": _regular_size(path, "write_manifest"), "sha256": sha256(path)}
+        files[name] = {"bytes": _regular_size(path), "sha256": sha256(path)}
     write_json(root / MANIFEST, {"format": 1, "files": files})
 
 
-def check_manifest(folder: PathLike) -> list[str]:
+def replace_sealed(folder: PathLike, name: str, text: str) -> None:
+    """Put a text file in the place of one of a sealed folder, which is whole at every moment.
+
+    No other file is read: what the manifest says of them stays.
+
+    Args:
+        folder: with a ``manifest.json``.
+        name: of the file, relative to ``folder``; need not be there yet.
+        text: what it will hold.
+
+    Raises:
+        DamagedFile: the manifest is missing or none.
+    """
+    root = Path(folder)
+    listed = _listed(root)
+    others = {other: entry for other, entry in listed.items() if other != name}
+    # a file that no manifest lists is nobody's damage
+    write_json(root / MANIFEST, {"format": 1, "files": others})
+    write_text(root / name, text)
+    entry = {"bytes": (root / name).stat().st_size, "sha256": sha256(root / name)}
+    write_json(
+        root / MANIFEST, {"format": 1, "files": dict(sorted({**others, name: entry}.items()))}
+    )
+
+
+def is_as_listed(folder: PathLike, name: str) -> bool:
+    """Whether ``manifest.json`` lists a file that is still as it was written."""
+    try:
+        entry = _listed(Path(folder)).get(name)
+        return isinstance(entry, dict) and entry.get("sha256") == sha256(inside(folder, name))
+    except DamagedFile:
+        return False
+
+
+def _listed(root: Path) -> dict[str, Any]:
+    manifest = read_json(root / MANIFEST)
+    files = manifest.get("files") if isinstance(manifest, dict) else None
+    if not isinstance(files, dict) or set(manifest) != {"format", "files"}:
+        raise DamagedFile(f"file {root / MANIFEST} must hold `format` and `files`")
+    if manifest["format"] != 1 or isinstance(manifest["format"], bool):
+        raise DamagedFile(f"file {root / MANIFEST} must have format 1, got {manifest['format']!r}")
+    return files
+
+
+def check_manifest(folder: PathLike, but: Collection[str] = ()) -> list[str]:
     """Compare every file with ``manifest.json``.
+
+    Args:
+        folder: the folder.
+        but: names of files that may be missing or changed.
 
     Returns:
         The names the manifest lists; files it does not list are not looked at.
@@ -437,42 +509,37 @@ def check_manifest(folder: PathLike) -> list[str]:
             twice.
     """
     root = Path(folder)
-    manifest = read_json(root / MANIFEST)
-    files = manifest.get("files") if isinstance(manifest, dict) else None
-    if not isinstance(files, dict) or set(manifest) != {"format", "files"}:
-        raise DamagedFile(f"check_manifest: {root / MANIFEST} must hold `format` and `files`")
-    if manifest["format"] != 1 or isinstance(manifest["format"], bool):
-        raise DamagedFile(
-            f"check_manifest: {root / MANIFEST} must have format 1, got {manifest['format']!r}"
-        )
+    files = _listed(root)
     seen: set[Path] = set()
     for name, wanted in files.items():
         path = inside(root, name)
         # else a thousand spellings of one large file would keep us busy
         if path in seen:
-            raise DamagedFile(f"check_manifest: {root / MANIFEST} must list {path} once")
+            raise DamagedFile(f"file {root / MANIFEST} must list {path} once")
         seen.add(path)
-        size = _regular_size(path, "check_manifest")
+        if name in but:
+            continue
+        size = _regular_size(path)
         found = {"bytes": size, "sha256": sha256(path)}
         if wanted != found:
             raise DamagedFile(
-                f"check_manifest: {path} must have the sha256 and size of {MANIFEST}, "
+                f"file {path} must have the sha256 and size of {MANIFEST}, "
                 f"got {found}; copy or download the folder again"
             )
     return list(files)
 
 
-def _regular_size(path: Path, function: str) -> int:
+def _regular_size(path: Path) -> int:
     try:
         status = os.stat(path)
     except (OSError, ValueError) as error:
-        raise _unreadable(function, path, error) from error
+        raise _unreadable(path, error) from error
     # a pipe or a device would block or never end
     if not stat.S_ISREG(status.st_mode):
-        raise DamagedFile(f"{function}: {path} must be a regular file")
+        raise DamagedFile(f"file {path} must be a regular file")
     return status.st_size
 
 
-def _unreadable(function: str, path: Path, error: Exception) -> DamagedFile:
+def _unreadable(path: Path, error: Exception) -> DamagedFile:
     reason = getattr(error, "strerror", None) or str(error)
-    return DamagedFile(f"{function}: {path} must be a readable file, got: {reason}")
+    return DamagedFile(f"file {path} must be a readable file, got: {reason}")

@@ -69,6 +69,16 @@ def uniforms(seed: int, sample_ids: np.ndarray, count: int) -> np.ndarray:
     return (bits >> np.uint64(11)).astype(np.float64) * 2.0**-53
 
 
+def normals(seed: int, sample_ids: np.ndarray, count: int) -> torch.Tensor:
+    """Standard normal numbers, ``(B, count)`` fp64, by the inverse of the normal distribution.
+
+    Args and what a row depends on: as :func:`uniforms`.
+    """
+    # into (0, 1), where the inverse is finite
+    inside = uniforms(seed, sample_ids, count) * (1 - 2.0**-53) + 2.0**-54
+    return torch.special.ndtri(torch.from_numpy(inside))
+
+
 def _mix(x: np.ndarray) -> np.ndarray:
     """SplitMix64's finaliser; unsigned 64-bit arithmetic wraps around as it should."""
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)

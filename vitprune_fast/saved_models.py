@@ -5,6 +5,7 @@ A saved model is a folder:
     model.safetensors    weights
     config.json          how to build it: a config of its library, with our entry "vitprune_fast"
     modeling_pruned.py   builds it with its library alone, where this cannot do so by itself
+    README.md            the model card
     manifest.json        sha256 of every file, written last
 """
 
@@ -24,27 +25,31 @@ from torch import Tensor, nn
 from torch.nn.modules import module as registration
 
 from . import modeling_pruned
+from .bare import bare
 from .errors import DamagedFile, InvalidInput, UnsupportedArchitecture
 from .files import (
     MANIFEST,
     check_manifest,
+    is_as_listed,
     make_folder,
     probe_folder,
     read_json,
     read_tensors,
+    replace_sealed,
     write_json,
     write_manifest,
     write_tensors,
     write_text,
 )
+from .model_card import CARD, Results, card, check_results
 from .modeling_pruned import VERSION, HalfBlock, is_plain, set_plain, state
 from .modules.behaviour import check_behaviour
-from .stated import caveats
+from .stated import caveats, derived_from
 from .structure import describe, families
 from .structure.families import Family, qualified
 from .structure.paths import get, put
 
-MAX_CAVEAT = 1 << 10
+MAX_NOTE = 1 << 10
 # a line of text can ask for a size or for any number of modules: at least so much is allowed, and
 # more only to a file that holds more
 MAX_SIZE = 1 << 14
@@ -53,8 +58,12 @@ PARTS_PER_TENSOR = 40
 # how a model runs here and now, not what it is; the others have entries of their own
 _RUNTIME_ATTRIBUTES = {
     *("training", "fused_attn", "grad_checkpointing", "gradient_checkpointing", "weight_init_mode"),
+    # where transformers found it
+    "name_or_path",
 }
-_APART = {"pretrained_cfg", "default_cfg", "caveats"}
+# what is told of a model beside how it is built
+_NOTES = {"caveats": caveats, "derived_from": derived_from}
+_APART = {"pretrained_cfg", "default_cfg", *_NOTES}
 # classes that modeling_pruned.py brings along
 _OURS = {"Constant": modeling_pruned.Constant, **modeling_pruned.STAND_INS}
 # whatever a wrong description makes constructors do, the answer is one typed error
@@ -70,7 +79,7 @@ _BUILDING = (
 )
 
 
-def save(model: nn.Module, folder: str | Path) -> None:
+def save(model: nn.Module, folder: str | Path, results: Results | None = None) -> None:
     """Write a model so that it can be opened again without pickle and, where it can, without us.
 
     A model with one size for all blocks that timm's own constructor can express opens with
@@ -78,34 +87,75 @@ def save(model: nn.Module, folder: str | Path) -> None:
     ``checkpoint_path="<folder>/model.safetensors"`` in place of ``pretrained``); any other carries
     ``modeling_pruned.py``, which needs no more than the model's library. Files are replaced
     atomically, the manifest last. Tied parameters are tied again by :func:`load`; timm opens them
-    as equal ones.
+    as equal ones. ``README.md`` says what the model is and how it opens; one that is not as we
+    wrote it is somebody's own, and stays.
 
     Args:
         model: a supported model, pruned or not.
         folder: created if absent; a model saved there is replaced.
+        results: columns of the card, such as ``before`` and ``after``: each a mapping from figures
+            (``model_card.FIGURES``: params, macs, file_bytes, top1 and top5 as fractions,
+            latency_ms, ...) to numbers, as far as they are known. The last one is of ``model``,
+            whose size and cost are filled in.
 
     Raises:
-        InvalidInput: the folder holds a ``config.json`` of something else, or the model computes by
-            more than its classes: it has hooks or exchanged forwards.
+        InvalidInput: the folder holds a ``config.json`` of something else, the model computes by
+            more than its classes (it has hooks or exchanged forwards), or ``results`` hold a figure
+            that no card has.
         RunFolderError: the folder cannot be created or written.
         UnsupportedArchitecture: a part of the model cannot be written down as plain values.
     """
-    folder = Path(folder)
+    write(model, folder, results or {})
+
+
+def write(
+    model: nn.Module, folder: str | Path, results: Results, more: Mapping[str, Any] | None = None
+) -> None:
+    """As :func:`save`, with further JSON files by name that the library of the model reads."""
+    folder, model = Path(folder), bare("save", model)
     check_folder(folder)
+    check_results("save", results)
     spec, config, is_alone = _written(model)
     make_folder(folder)
-    names = ["config.json", "model.safetensors"]
+    names = ["config.json", "model.safetensors", *(more or {})]
+    has_card = not os.path.lexists(folder / CARD) or is_as_listed(folder, CARD)
     tensors = {name: t.detach().cpu().contiguous() for name, t in state(model).items()}
     # the file format takes no two names of one memory
     tensors |= {name: tensors[name].clone() for name in spec.get("ties", {})}
     write_tensors(folder / "model.safetensors", tensors, {"format": "pt"})
-    write_json(folder / "config.json", config)
+    for name, value in {**(more or {}), "config.json": config}.items():
+        write_json(folder / name, value)
     if is_alone:
         (folder / "modeling_pruned.py").unlink(missing_ok=True)
     else:
         names.append("modeling_pruned.py")
         write_text(folder / "modeling_pruned.py", inspect.getsource(modeling_pruned))
+    if has_card:
+        names.append(CARD)
+        write_text(folder / CARD, _card(model, folder, results, is_alone))
     write_manifest(folder, names)
+
+
+def replace_card(model: nn.Module, folder: str | Path, results: Results) -> None:
+    """Write the card of a saved model again, with what is known by now.
+
+    Args:
+        model: as it was saved.
+        folder: with it; one without a card, or with one that is not as we wrote it, stays.
+        results: as for :func:`save`.
+
+    Raises:
+        InvalidInput: ``results`` hold a figure that no card has.
+    """
+    folder = Path(folder)
+    check_results("save", results)
+    if is_as_listed(folder, CARD):
+        is_alone = not (folder / "modeling_pruned.py").exists()
+        replace_sealed(folder, CARD, _card(model, folder, results, is_alone))
+
+
+def _card(model: nn.Module, folder: Path, results: Results, opens_alone: bool) -> str:
+    return card(model, results, (folder / "model.safetensors").stat().st_size, opens_alone)
 
 
 def check_savable(model: nn.Module) -> None:
@@ -120,7 +170,7 @@ def check_savable(model: nn.Module) -> None:
         InvalidInput: it computes by more than its classes, which no file would hold.
         UnsupportedArchitecture: a part of it cannot be written down as plain values.
     """
-    _written(model)
+    _written(bare("save", model))
 
 
 def check_folder(folder: str | Path) -> None:
@@ -150,6 +200,7 @@ def check_folder(folder: str | Path) -> None:
         )
 
 
+@torch.inference_mode(False)
 def load(folder: str | Path) -> nn.Module:
     """Open a model written by :func:`save`.
 
@@ -171,11 +222,18 @@ def load(folder: str | Path) -> nn.Module:
             f"load: folder must be a saved model, got {folder}, which is no folder{remedy}"
         )
     if os.access(folder, os.X_OK) and not os.path.lexists(folder / MANIFEST):
-        raise DamagedFile(
-            f"load: folder must be one that vp.save wrote, got {folder} without {MANIFEST}; save "
-            "or copy it again; what another library wrote, open with that and vp.save it"
+        inside = [each for each in ("model", "swept") if (folder / each / MANIFEST).is_file()]
+        remedy = (
+            f"of a run take {folder / inside[0]}"
+            if inside
+            else "save or copy it again; what another library wrote, open with that and vp.save it"
         )
-    check_manifest(folder)
+        raise DamagedFile(
+            f"load: folder must be one that vp.save wrote, got {folder} without {MANIFEST}; "
+            f"{remedy}"
+        )
+    # people write into cards, and what hosts them does too
+    check_manifest(folder, but=(CARD,))
     config = read_json(folder / "config.json")
     tensors = read_tensors(folder / "model.safetensors")
     spec = config.get("vitprune_fast") if isinstance(config, dict) else None
@@ -197,7 +255,8 @@ def load(folder: str | Path) -> nn.Module:
         ) from error
     _tie(model, spec.get("ties", {}), folder / "config.json")
     model.pretrained_cfg = model.default_cfg = config.get("pretrained_cfg", {})
-    _note_caveats(model, spec.get("caveats", {}), folder / "config.json")
+    for name in _NOTES:
+        _note(model, name, spec.get(name, {}), folder / "config.json")
     return model.eval()
 
 
@@ -266,17 +325,17 @@ def _few_parts(most: int) -> Iterator[None]:
             hook.remove()
 
 
-def _note_caveats(model: Any, notes: Any, source: Path) -> None:
-    """Give the model its caveats again.
+def _note(model: Any, name: str, notes: Any, source: Path) -> None:
+    """Give the model its notes again.
 
     Raises:
         DamagedFile: they are no short texts.
     """
     texts = [*notes, *notes.values()] if isinstance(notes, dict) else [None]
-    if not all(isinstance(text, str) and len(text) < MAX_CAVEAT for text in texts):
-        raise DamagedFile(f"load: {source} must hold caveats as short texts, got {notes!r:.80}")
+    if not all(isinstance(text, str) and len(text) < MAX_NOTE for text in texts):
+        raise DamagedFile(f"load: {source} must hold {name} as short texts, got {notes!r:.80}")
     if notes:
-        model.caveats = notes
+        setattr(model, name, notes)
 
 
 def _tie(model: nn.Module, ties: Any, source: Path) -> None:
@@ -303,7 +362,7 @@ def _written(model: Any) -> tuple[dict[str, Any], dict[str, Any], bool]:
     spec, family = spec_of(model), families.of(model)
     check_behaviour(model, "save", written=True)
     for config, made in family.configs(model):
-        if made is None or _opens_alone(made, model):
+        if made is None or _misfit(made, model) is None:
             config = {**config, "vitprune_fast": spec}
             try:
                 json.dumps(config, allow_nan=False)
@@ -315,12 +374,23 @@ def _written(model: Any) -> tuple[dict[str, Any], dict[str, Any], bool]:
     raise AssertionError("a family's last config is for modeling_pruned.py")
 
 
-def _opens_alone(made: nn.Module, model: nn.Module) -> bool:
-    """Whether what a library makes takes the tensors and is the same, drop path apart."""
+def why_not_alone(model: Any) -> str | None:
+    """Why a model's own library cannot open what is saved of it; None where it can."""
+    misfits = [
+        _misfit(made, model) for _, made in families.of(model).configs(model) if made is not None
+    ]
+    if None in misfits:
+        return None
+    return misfits[0] if misfits else f"{families.qualified(type(model))} opens from no folder"
+
+
+def _misfit(made: nn.Module, model: nn.Module) -> str | None:
+    """In what a model is not what a library makes, drop path apart; None where it is the same."""
     try:
-        return not _differences(made, model, ignore="drop_path")
-    except UnsupportedArchitecture:
-        return False
+        different = _differences(made, model, ignore="drop_path")
+    except UnsupportedArchitecture as error:
+        return str(error).removeprefix("save: ")
+    return next((f"{name} is {value!r:.80}" for name, value in different.items()), None)
 
 
 def spec_of(model: Any) -> dict[str, Any]:
@@ -348,8 +418,8 @@ def spec_of(model: Any) -> dict[str, Any]:
     if left := _differences(rebuilt, model):
         path, value = next(iter(left.items()))
         raise UnsupportedArchitecture(f"save: {path} must be a plain value, got {value!r:.80}")
-    notes = {"ties": ties, "caveats": caveats(model)}
-    absent = {name for name in ("deleted", "ties", "caveats") if not (spec | notes)[name]}
+    notes = {"ties": ties, **{name: told(model) for name, told in _NOTES.items()}}
+    absent = {name for name in ("deleted", *notes) if not (spec | notes)[name]}
     return {name: what for name, what in (spec | notes).items() if name not in absent}
 
 

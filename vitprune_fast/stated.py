@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from torch import nn
@@ -20,15 +22,35 @@ def stated_config(model: Any) -> dict[str, Any]:
 def caveats(model: Any) -> dict[str, str]:
     """Notes about a model that are saved and loaded with it.
 
-    ``weights``: they are random. ``pixels``: where statistics come from that are a guess.
+    ``weights``: they are random. ``head``: its weights are. ``checkpoint``, ``lora``: what was done
+    to trained weights so that they fit. ``pixels``: where statistics come from that are a guess.
     """
     return dict(getattr(model, "caveats", {}))
 
 
+def derived_from(model: Any) -> dict[str, str]:
+    """Where the weights of a model were taken from, which is saved and loaded with it.
+
+    ``weights``: their name on the hub, or an address; ``license``: of these. Empty where nobody
+    noted it: that a configuration of timm names weights does not say that a model has them.
+    """
+    noted = getattr(model, "derived_from", None)
+    if noted is not None:
+        return dict(noted)
+    # transformers notes it in from_pretrained, for a folder as well
+    name = str(getattr(getattr(model, "config", None), "_name_or_path", "") or "")
+    of_hub = re.fullmatch(r"[\w.-]+/[\w.-]+", name) and not Path(name).exists()
+    return {"weights": name} if of_hub else {}
+
+
 def patch_size(model: Any) -> tuple[int, int] | None:
     """(height, width) of a patch in pixels; None where nothing says so."""
-    patch = getattr(getattr(model, "patch_embed", None), "patch_size", None)
-    return None if patch is None else _pair(patch)
+    # of timm; torchvision; transformers
+    for part in (getattr(model, "patch_embed", None), model, getattr(model, "config", None)):
+        patch = getattr(part, "patch_size", None)
+        if patch is not None:
+            return _pair(patch)
+    return None
 
 
 def image_channels(model: Any) -> int | None:

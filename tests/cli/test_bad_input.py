@@ -10,6 +10,7 @@ import timm
 import torch
 
 from tests import small
+from tests.refused import is_one_sentence
 from tests.small import NAME, SMALL, words
 from vitprune_fast import files
 from vitprune_fast.cli.main import main
@@ -34,7 +35,7 @@ def sentence(
     def run(*words: object) -> str:
         assert main([str(word) for word in words]) == 2
         err = capsys.readouterr().err
-        assert err.startswith("error: ") and err.count("\n") == 1
+        assert is_one_sentence(err)
         return err
 
     return run
@@ -155,19 +156,14 @@ def test_folder_that_holds_no_run(sentence: Callable[..., str], tmp_path: Path) 
 
 
 def test_no_gpu(sentence: Callable[..., str]) -> None:
-    if torch.cuda.is_available():
-        with pytest.raises(SystemExit):
-            main(["run", "--device"])
-    else:
+    if not torch.cuda.is_available():
         assert "torch sees no GPU" in sentence("run", "--device", "cuda")
     assert "device must be auto, cpu or cuda" in sentence("run", "--device", "tpu")
 
 
 def test_a_pair_that_is_no_yaml_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit) as stop:
-        main(["describe", "--model", NAME, "--model-args", "img_size=["])
-    assert stop.value.code == 2
-    assert "YAML value after img_size=" in " ".join(capsys.readouterr().err.split())
+    assert main(["describe", "--model", NAME, "--model-args", "img_size=["]) == 2
+    assert "YAML value after img_size=" in capsys.readouterr().err
 
 
 def test_scores_that_cannot_be_written_are_not_computed(

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 import vitprune_fast as vp
+from tests.refused import is_one_sentence
 from vitprune_fast.cli.main import main
 
 SHORT = ("--data", "digits", "--epochs", "2", "--warmup-epochs", "0", "--batch-size", "64")
@@ -69,6 +70,43 @@ def test_gates_choose_what_goes(kind: str, dense: Path, tmp_path: Path) -> None:
     assert distilled(dense, tmp_path / "out", *words) > 0.4
     share = vp.cost(vp.load(tmp_path / "out")).macs / vp.cost(vp.load(dense)).macs
     assert 0.4 < share <= 0.6
+
+
+def test_what_was_stopped_goes_on_beside_its_output_and_tells_its_accuracy(
+    dense: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    from vitprune_fast.cli.display import Display
+
+    events, bars = [], []
+    hear = Display.__call__
+    monkeypatch.setattr(Display, "_show_bar", lambda self, name: bars.append(name))
+    monkeypatch.setattr(Display, "__call__", lambda self, e: (events.append(e), hear(self, e)))
+    command = ["distill", "--model", str(dense), *SHORT, "--teacher", "self"]
+    command += ["--out", str(tmp_path / "out")]
+    with monkeypatch.context() as broken:
+        broken.setattr(vp, "save", lambda *_: (_ for _ in ()).throw(vp.DamagedFile("no: room")))
+        assert main(command) == 2
+    assert (tmp_path / "out.partial" / "distill").is_dir() and not (tmp_path / "out").exists()
+    # with a bar that knows how far it is, of steps and of epochs
+    assert bars == ["distill"]
+    steps = [event for event in events if event["event"] == "step"]
+    assert steps and all(event["epochs"] == 2 for event in steps)
+    capsys.readouterr()
+    assert main([*command, "--lr", "1e-5"]) == 2
+    assert "or remove it to start over" in capsys.readouterr().err
+    assert main(command) == 0
+    said = capsys.readouterr().out
+    assert "distill   resumes at step" in said
+    assert not (tmp_path / "out.partial").exists()
+    from vitprune_fast.data import Loader, open_data
+
+    data = open_data("digits", image_size=8, channels=1)
+    found = vp.evaluate(vp.load(tmp_path / "out"), Loader(data.split("validation"), 256))
+    last = f"out: validation top-1 {found.top1:.2%} ({found.top1_count} of {found.samples})"
+    assert said.splitlines()[-1].endswith(last)
 
 
 def test_a_signal_writes_a_checkpoint_and_the_command_goes_on(dense: Path, tmp_path: Path) -> None:
@@ -130,7 +168,7 @@ def test_what_cannot_be_is_one_sentence(
     command = ["distill", "--model", str(dense), *SHORT, "--out", str(tmp_path / "out"), *words]
     assert main(command) == 2
     error = capsys.readouterr().err
-    assert sentence in error and error.count("\n") == 1, error
+    assert sentence in error and is_one_sentence(error), error
     assert not (tmp_path / "out").exists()
 
 

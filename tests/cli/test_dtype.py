@@ -12,6 +12,7 @@ import timm
 import torch
 
 import vitprune_fast as vp
+from tests.refused import is_one_sentence
 from vitprune_fast.cli.main import main
 from vitprune_fast.distill.training_checkpoints import read_newest
 from vitprune_fast.evaluation import evaluate_beside
@@ -176,11 +177,9 @@ def test_auto_on_a_cpu_is_a_run_in_fp32(tmp_path: Path, capsys: pytest.CaptureFi
 def test_another_name_is_refused_by_every_verb(
     verb: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    with pytest.raises(SystemExit) as ended:
-        main([verb, "--dtype", "bf16"])
-    assert ended.value.code == 2
-    error = " ".join(re.sub(r"[│╭╮╰╯─]", " ", capsys.readouterr().err).split())
-    assert "bf16" in error and "auto" in error and "bfloat16" in error
+    assert main([verb, "--dtype", "bf16"]) == 2
+    error = capsys.readouterr().err
+    assert "--dtype must be one of auto, bfloat16, float16, float32, got 'bf16'" in error
 
 
 @pytest.mark.parametrize(
@@ -195,4 +194,4 @@ def test_a_file_with_another_name_is_one_sentence(
     (tmp_path / "c.yaml").write_text(text)
     assert main(["run", "--config", str(tmp_path / "c.yaml")]) == 2
     error = capsys.readouterr().err
-    assert sentence in error and error.count("\n") == 1
+    assert sentence in error and is_one_sentence(error)

@@ -10,6 +10,7 @@ import pytest
 import yaml
 
 from vitprune_fast.cli.main import VERBS, main
+from vitprune_fast.cli.usage import as_typed
 from vitprune_fast.config.yamlfile import to_plain
 from vitprune_fast.recipes.presets import preset
 
@@ -31,6 +32,36 @@ def test_help_explains_every_option(verb: str, capsys: pytest.CaptureFixture[str
     # an option whose help is its default only has lost its docstring
     bare = [line for line in text.splitlines() if line.strip().startswith("--(default")]
     assert not bare
+
+
+def shown(capsys: pytest.CaptureFixture[str], *words: str) -> str:
+    with pytest.raises(SystemExit):
+        main([*words, "--help"])
+    return " ".join(capsys.readouterr().out.split())
+
+
+def test_help_begins_with_what_is_required(capsys: pytest.CaptureFixture[str]) -> None:
+    for verb, flags in {"plan": "--scores, --model", "distill": "--model, --data"}.items():
+        text = shown(capsys, verb)
+        assert f"Required: {flags}. " in text
+        assert text.index("Required: ") < text.index("options ")
+    assert "Required: " not in shown(capsys, "run")
+
+
+def test_help_has_the_defaults_of_the_preset(capsys: pytest.CaptureFixture[str]) -> None:
+    assert "--batch-size N Images per step. (default: 32)" in shown(capsys, "run").replace("│ ", "")
+    other = shown(capsys, "run", "--preset", "cifar").replace("│ ", "")
+    assert "--batch-size N Images per step. (default: 128)" in other
+
+
+@pytest.mark.parametrize("verb", ["score", "eval", "prune", "search"])
+def test_what_trains_nothing_has_no_options_of_training(
+    verb: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text = shown(capsys, verb)
+    assert "--max-bad" in text
+    for flag in ("--augment", "--policy", "--crop-scale", "--color-jitter", "--repeats"):
+        assert flag not in text and flag in shown(capsys, "distill")
 
 
 def test_parsing_needs_nothing_heavy() -> None:
@@ -88,9 +119,69 @@ def test_a_program_that_has_loaded_torch_keeps_its_environment(
     assert "GOMP_SPINCOUNT" not in os.environ
 
 
-def test_unknown_verb_shows_near_ones(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["prunes"]) == 2
-    assert "no verb 'prunes'; did you mean prune" in capsys.readouterr().err
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        ("prunes", "vitprune-fast: no verb 'prunes'; did you mean prune or run?"),
+        (
+            "run --distil.epochs 3",
+            "run: options must be known, got --distil.epochs; did you mean --distill.epochs or "
+            "--distill.eps or --distill.warmup-epochs?",
+        ),
+        # what a part has is named with the part
+        (
+            "run --epochs=3",
+            "run: options must be known, got --epochs; did you mean --dense.epochs or "
+            "--distill.epochs or --gate-epochs?",
+        ),
+        (
+            "run --budget 0.5",
+            "run: options must be known, got --budget; did you mean --macs or --params or --keep?",
+        ),
+        ("doctor --zzz", "doctor: options must be known, got --zzz"),
+        ("run 3", "run: words must be options and their values, got 3 without an option"),
+        ("plan", "plan: --scores FILE and --model NAME|DIR must be given, got none"),
+        (
+            "plan --scors x --model y",
+            "plan: options must be known, got --scors; did you mean --scores or --macs?",
+        ),
+        ("describe --model", "describe: --model must have a value, got none"),
+        ("run --seed x", "run: --seed must be a whole number, got 'x'"),
+        ("run --seed=1.5", "run: --seed must be a whole number, got '1.5'"),
+        ("run --distill.lr x", "run: --distill.lr must be a number, got 'x'"),
+        ("run --macs half", "run: --macs must be SHARE|NUMBER, got 'half'"),
+        ("run --model-args depth", "run: --model-args must look like KEY=VALUE, got 'depth'"),
+        (
+            "run --crop resizd",
+            "run: --crop must be one of resized, simple, got 'resizd'; did you mean resized?",
+        ),
+    ],
+)
+def test_a_usage_error_is_a_sentence_and_where_to_look(
+    words: str, sentence: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    verb = words.split()[0] + " "
+    assert main(words.split()) == 2
+    asked = "" if verb == "prunes " else verb
+    out, err = capsys.readouterr()
+    assert (out, err) == ("", f"error: {sentence}\nsee vitprune-fast {asked}--help\n")
+
+
+@pytest.mark.parametrize(
+    ("sentence", "typed"),
+    [
+        ("run: out must not be an input", "run: out must not be an input"),
+        ("open_data: the folder must exist", "--data: the folder must exist"),
+        ("model: checkpoint must be a file", "--model: checkpoint must be a file"),
+        ("describe: model must be a ViT", "run: model must be a ViT"),
+        ("Plan.load: file must be a plan", "run: file must be a plan"),
+        ("file a.json: it must be JSON", "file a.json: it must be JSON"),
+        ("vitprune-fast: it", "vitprune-fast: it"),
+        ("a sentence", "a sentence"),
+    ],
+)
+def test_errors_begin_with_what_was_typed(sentence: str, typed: str) -> None:
+    assert as_typed(sentence, "run") == typed
 
 
 def printed(capsys: pytest.CaptureFixture[str], *words: str) -> str:

@@ -11,6 +11,7 @@ import pytest
 import timm
 
 import vitprune_fast as vp
+from tests.refused import is_one_sentence
 from tests.small import NAME, SMALL, photographs
 from vitprune_fast.cli.main import VERBS, main
 from vitprune_fast.config.model import ModelConfig
@@ -68,7 +69,7 @@ def refusal(words: str, made: Path, capsys: pytest.CaptureFixture[str]) -> str:
     assert main(words.split()) == 2
     assert contents(made) == before
     error = capsys.readouterr().err
-    assert error.startswith("error: ") and error.count("\n") == 1
+    assert is_one_sentence(error)
     return error
 
 

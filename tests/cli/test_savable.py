@@ -45,5 +45,5 @@ def test_verbs_that_save_ask_first(
     verb, *rest = words
     assert main([verb, *MODEL, *SIZES, *rest, "--out", "out"]) != 0
     said = " ".join(capsys.readouterr().err.split())
-    assert "save: VisionTransformer must be what its constructor makes, got ValueError" in said
+    assert f"{verb}: VisionTransformer must be what its constructor makes, got ValueError" in said
     assert not Path("out", "model.safetensors").exists()

@@ -167,8 +167,8 @@ def test_units_options_and_scoring_can_be_chosen(search: Any, trained: Path) -> 
         (("--mode", "equal-macs", "--macs", "0.001"), "search: macs must be at least "),
         (("--tolerance", "0.001"), " images for a tolerance of 0.001 at a top-1 of "),
         (("--evaluations", "1"), "search: evaluations must be at least 3 for iterative"),
-        (("--units", "heads"), "score: units must be among head, qk_dim"),
-        (("--protect", "block.0"), "plan: protect must match "),
+        (("--units", "heads"), "search: units must be among head, qk_dim"),
+        (("--protect", "block.0"), "search: protect must match "),
     ],
     ids=["tolerance", "no-cost", "small-cost", "few-images", "evaluations", "kind", "pattern"],
 )
@@ -183,7 +183,7 @@ def test_bad_input_is_one_sentence(
 def test_where_the_result_goes_is_looked_at_first(search: Any, tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     code, _, err = search("--model", "nowhere", out="file")
-    assert code == 2 and "file is no folder" in err
+    assert code == 2 and "got: file, which is no folder" in err
 
 
 @pytest.mark.slow

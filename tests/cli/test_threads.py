@@ -25,6 +25,7 @@ COMMANDS = {
     "prune": "prune --model dense --plan p.json --data digits --calibration-images 50",
     "distill": "distill --model dense --teacher self --data digits --epochs 1 --warmup-epochs 0",
     "eval": "eval --model dense --data digits --split validation",
+    "export": "export --model dense --to pt2 --out dense.pt2",
     "bench": "bench --model dense --batch-sizes 1 --seconds 0.01",
     "report": "report run",
     "search": "search --model dense --data digits --score-samples 8 --mode equal-macs --macs 0.8 "

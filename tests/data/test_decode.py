@@ -171,7 +171,7 @@ def test_a_size_that_pillow_does_not_see_is_not_allocated(
     # of a header that says so itself nothing is decoded
     at = PLAIN["7 x 9"].index(b"\xff\xc0") + 5
     huge = PLAIN["7 x 9"][:at] + (9000).to_bytes(2, "big") * 2 + PLAIN["7 x 9"][at + 4 :]
-    said = "decode: image must be readable, got x.jpg: 9000 x 9000 pixels, more than 67108864"
+    said = "open_data: image must be readable, got x.jpg: 9000 x 9000 pixels, more than 67108864"
     assert _outcome(huge, 3) == said
 
 

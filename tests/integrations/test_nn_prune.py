@@ -156,10 +156,22 @@ def test_weights_of_transformers(name: str) -> None:
         assert torch.equal(rows, neurons.repeat(each)[:, None].expand(-1, 24))
 
 
+def test_a_model_with_masks_is_refused_until_they_are_removed() -> None:
+    model, scores = scored()
+    fc1 = model.blocks[0].mlp.fc1
+    prune.l1_unstructured(fc1, "weight", amount=0.5)
+    with pytest.raises(UnsupportedArchitecture, match=r"fc1\.weight_orig; call .*prune\.remove"):
+        importance_scores(model, scores)
+    prune.remove(fc1, "weight")
+    assert importance_scores(model, scores)
+
+
 def test_what_does_not_fit_is_refused() -> None:
     model, scores = scored()
-    with pytest.raises(InvalidInput, match=r"those of the model, got an axis 'blocks\.0"):
+    with pytest.raises(InvalidInput, match=r"this model, got 3 scores for 'blocks\.0.* no units"):
         importance_scores(randomise(VisionTransformer(16, 8, 1, 3, 24, 40), 0), scores)
+    with pytest.raises(InvalidInput, match=r"got 3 scores for .*heads', which has 2 units"):
+        importance_scores(random_vit(num_heads=2), scores)
     with pytest.raises(UnsupportedArchitecture):
         importance_scores(nn.Linear(2, 2), scores)
     branches = vp.Scores({"attn_branches": torch.ones(3)}, "taylor", "abs", 4)

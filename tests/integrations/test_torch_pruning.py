@@ -384,7 +384,15 @@ def test_halves_of_a_packed_glu_are_left_alone() -> None:
     [
         ({}, "either batches or scores must be given, got neither"),
         ({"batches": [], "scores": vp.Scores({}, "taylor", "abs", 1)}, "got both"),
-        ({"scores": vp.Scores({"x": torch.ones(1)}, "taylor", "abs", 1)}, "an axis 'x'"),
+        (
+            {"scores": vp.Scores({"x": torch.ones(1)}, "taylor", "abs", 1)},
+            "1 scores for 'x', which has no",
+        ),
+        (
+            {"scores": vp.Scores({"blocks.0.attn.heads": torch.ones(9)}, "taylor", "abs", 1)},
+            "must belong to this model, got 9 scores for 'blocks.0.attn.heads', which has 3 units",
+        ),
+        ({"batches": [], "criterion": "kl"}, r"must be 'taylor', got 'kl'; give scores=vp\.score"),
         ({"batches": [], "normalizer": "lamp"}, "normalizer must be None, 'mean' or a callable"),
         ({"batches": [], "units": ("heads",)}, "units must be among"),
     ],

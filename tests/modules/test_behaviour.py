@@ -65,7 +65,7 @@ VERBS: dict[str, Callable[[Any, Path], Any]] = {
     "SoftCompaction": make_soft,
     "save": save,
     "distill": train_a_part,
-    "resolve_teacher": teach_itself,
+    "distill self": teach_itself,
     "Teacher": teach_in_16_bits,
 }
 

@@ -445,6 +445,42 @@ def test_poisoned_test_images_change_nothing_but_the_table(finished: Path, tiny:
     assert summary_without_times(finished) != summary_without_times(tiny.out)
 
 
+def test_the_card_of_what_is_handed_back_has_the_rows_of_the_summary(finished: Path) -> None:
+    summary = json.loads((finished / "summary.json").read_text())
+    card = (finished / "model" / "README.md").read_text()
+    lines = (line.strip("| ").split(" | ") for line in card.splitlines() if line.startswith("|"))
+    rows = {name: cells for name, *cells in lines if len(cells) == 2}
+    for name, figure, text in (
+        ("parameters", "params", "{:,}"),
+        ("MACs per image", "macs", "{:,}"),
+        ("bytes of weights", "file_bytes", "{:,}"),
+        ("top-1", "top1", "{:.2%}"),
+        ("latency of one image, ms", "latency_ms", "{:.3f}"),
+        ("peak memory for one image, bytes", "peak_memory_bytes", "{:,}"),
+    ):
+        wanted = [text.format(summary[row][figure]) for row in ("before", "after")]
+        assert rows[name] == wanted, name
+    # the folder is as whole as before, and those on the way have cards of their own
+    assert vp.load(finished / "model") and (finished / "pruned" / "README.md").is_file()
+
+
+def test_a_card_that_was_changed_costs_no_training(copied: RunConfig) -> None:
+    (copied.out / "model" / "README.md").write_text("mine")
+    recorder = Recorder()
+    run(copied, on_event=recorder)
+    assert recorder.stages("kept") == list(STAGES)
+    assert (copied.out / "model" / "README.md").read_text() == "mine"
+
+
+@pytest.mark.parametrize("name", ["manifest.json", "config.json"])
+def test_a_folder_that_is_not_as_sealed_is_made_again(name: str, copied: RunConfig) -> None:
+    path = copied.out / "pruned" / name
+    path.write_bytes(path.read_bytes().replace(b"sha256", b"sha257").replace(b"class", b"klass"))
+    recorder = Recorder()
+    run(copied, on_event=recorder)
+    assert "prune" in recorder.stages("done") and vp.load(copied.out / "pruned")
+
+
 def stopped_in_scoring(config: RunConfig) -> Path:
     """The sums that a run leaves which was asked to stop after the first images scored."""
     recorder = Recorder()

@@ -250,9 +250,7 @@ def test_a_model_that_tells_no_classes_apart_is_refused(classes: int) -> None:
     batch = random_images(model, 3), [0, 0, 0]
     criteria: Any = ("taylor", "fisher", "loss", "kl")
     for criterion in criteria:
-        with pytest.raises(
-            InvalidInput, match=rf"at least 2 classes .*{criterion}.* got {classes}"
-        ):
+        with pytest.raises(InvalidInput, match=f"at least 2 classes, got {classes or 'none'}; "):
             score(model, [batch], criterion)
     assert score(model, [batch], "activation").samples == 3
     assert len(score(model, criterion="magnitude"))

@@ -314,7 +314,7 @@ def test_labels_of_another_kind_are_refused() -> None:
         lambda: vp.evaluate(model, batches),
         lambda: vp.distill(model, None, batches, None, DistillConfig(epochs=1)),
     ):
-        with pytest.raises(InvalidInput, match="model must tell one class per image"):
+        with pytest.raises(InvalidInput, match=r"loss must be 'bce' or a function .*multi_label"):
             verb()
     # needs no loss
     assert vp.score(model, batches, "activation")
@@ -336,7 +336,9 @@ def test_layers_that_compute_by_more_than_their_weight_are_refused() -> None:
     model = model_of()
     attention = layers_of(model)[0].attention
     attention.q_proj = _Adapted(attention.q_proj)
-    with pytest.raises(UnsupportedArchitecture, match=r"_Adapted; call merge_and_unload\(\)$"):
+    with pytest.raises(
+        UnsupportedArchitecture, match=r"_Adapted at .*q_proj; pass what merge_and_unload\("
+    ):
         vp.describe(model)
 
 
@@ -351,16 +353,6 @@ def test_parts_of_others_are_refused() -> None:
         UnsupportedArchitecture, match=r"\.1 must be made of parts of .*_Attention$"
     ):
         vp.describe(model)
-
-
-def test_wrapped_models_are_named_with_the_remedy() -> None:
-    wrappers: list[tuple[Any, str]] = [
-        (nn.DataParallel(model_of()), "pass model.module"),
-        (torch.compile(model_of()), "pass model._orig_mod"),
-    ]
-    for wrapped, remedy in wrappers:
-        with pytest.raises(UnsupportedArchitecture, match=f"; {remedy}$"):
-            vp.describe(wrapped)
 
 
 def test_only_dinov2_takes_images_of_another_size() -> None:

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable
 import torch
 from torch import Tensor, nn
 
+from ..bare import bare
 from ..errors import InvalidInput
 from ..modules.behaviour import check_behaviour
 from ..structure import Structure, describe, families
@@ -23,6 +24,7 @@ from .subject import Subject, sentence
 __all__ = ["Check", "StructureReport", "check_structure"]
 
 
+@torch.inference_mode(False)
 def check_structure(
     model: nn.Module,
     structure: Structure | None = None,
@@ -84,6 +86,7 @@ def check_structure(
         raise InvalidInput(f"check_structure: plans must be a whole number >= 1, got {plans!r}")
     if type(seed) is not int:
         raise InvalidInput(f"check_structure: seed must be a whole number, got {seed!r}")
+    model = bare("check_structure", model)
     check_behaviour(model, "check_structure")
     if images is not None and not (
         isinstance(images, Tensor) and images.ndim == 4 and images.is_floating_point()

@@ -23,6 +23,7 @@ from ..planning.plan import Plan
 from ..scoring.taylor import PathChoice, scorer
 from ..structure import UNIT_KINDS, Axis, Structure, families
 from ..structure.paths import get, put
+from ..target_loss import TargetLoss
 from .declared import Fault
 from .subject import TOLERANCE, Subject, sentence
 
@@ -113,7 +114,7 @@ def _scores(
 ) -> Mapping[str, Tensor]:
     with (
         families.opened(subject.model, subject.structure) as seen,
-        scorer(subject.model, seen, axes, path=path) as ready,
+        scorer(subject.model, seen, axes, path=path, loss=_LOSS) as ready,
     ):
         (rows,) = ready(subject.images, labels, 0)
     return rows
@@ -121,6 +122,10 @@ def _scores(
 
 def _losses(logits: Tensor, labels: Tensor) -> Tensor:
     return F.cross_entropy(logits, labels, reduction="none")
+
+
+# of any outputs, those of a model without a classifier included
+_LOSS = TargetLoss("check_structure", _losses)
 
 
 def _derivative(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from importlib import import_module
 from typing import Annotated
 
 from tyro.conf import arg
@@ -16,8 +17,8 @@ from vitprune_fast.config.run import Computed, Threads
 class Bench:
     """Measure a model, alone or against another: parameters, MACs, latency, images per second.
 
-    `vitprune-fast bench scoring` races the scoring instead, and `vitprune-fast bench data` measures
-    how fast photographs are read.
+    `vitprune-fast bench kernels` races the ops instead, `vitprune-fast bench scoring` the scoring,
+    and `vitprune-fast bench data` measures how fast photographs are read.
     """
 
     model: Annotated[ModelConfig, arg(name="")] = field(default_factory=required_model)
@@ -35,14 +36,8 @@ class Bench:
 
 def main(words: list[str]) -> None:
     """Times the model and prints a table."""
-    if words[:1] == ["scoring"]:
-        from vitprune_fast.cli import bench_scoring
-
-        return bench_scoring.main(words[1:])
-    if words[:1] == ["data"]:
-        from vitprune_fast.cli import bench_data
-
-        return bench_data.main(words[1:])
+    if words and words[0] in ("kernels", "scoring", "data"):
+        return import_module(f"vitprune_fast.cli.bench_{words[0]}").main(words[1:])
     options = parse("bench", words, lambda chosen: Bench())
     import vitprune_fast as vp
     from vitprune_fast.cli.display import print_assumptions, print_table

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import shlex
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Annotated, Any
 
 from tyro.conf import arg
@@ -29,16 +31,21 @@ class BenchScoring:
     dtype: Computed = "auto"
     device: Annotated[str, arg(metavar="auto|cpu|cuda")] = "auto"
     """Where to compute."""
+    out: Annotated[Path | None, arg(metavar="FILE")] = None
+    """Also write what was found here, as the files of bench/results in the repository are."""
 
 
 def main(words: list[str]) -> None:
     """Runs the race and prints a table."""
-    options = parse("bench scoring", words, lambda chosen: BenchScoring())
+    options = parse(
+        "bench scoring", words, lambda chosen: BenchScoring(), outputs=lambda own: {"out": own.out}
+    )
     import torch
 
     from vitprune_fast.batches import classes_of
+    from vitprune_fast.benches.results import Results, step_race
+    from vitprune_fast.benches.scoring import race
     from vitprune_fast.cli.display import print_table
-    from vitprune_fast.cli.scoring_race import race
     from vitprune_fast.errors import InvalidInput, NotEnoughMemory
     from vitprune_fast.models.open import open_model
     from vitprune_fast.randomness import generator
@@ -64,6 +71,9 @@ def main(words: list[str]) -> None:
         raise NotEnoughMemory(
             f"bench: batch_size must be one that fits into memory, got {options.batch_size}"
         ) from None
+    case = f"{options.model.name}, batch {options.batch_size}, {profile.dtype}"
+    command = shlex.join(["vitprune-fast", "bench", "scoring", *words])
+    Results(options.out, command).add("scoring", step_race(case, device, entries))
     print_table(
         ("form", "ms", "spread", "images/s", "times ours", "of limit"),
         [

@@ -16,7 +16,7 @@ from vitprune_fast.data import ImageData
 from vitprune_fast.planning.waiting import load_warning
 from vitprune_fast.registry import names
 from vitprune_fast.run.assumptions import line
-from vitprune_fast.run.comparison import arrow, comparison, steps
+from vitprune_fast.run.comparison import COSTS, STEPS, arrow, costs, steps
 
 _PARTS = ("ce", "bce", *names(LOSSES))
 LINE_EVERY_S = 10.0
@@ -107,11 +107,9 @@ class Display:
     def _on_end(self, event: dict[str, Any]) -> None:
         summary = event["summary"]
         self.console.print()
-        rows = comparison(summary["before"], summary["after"])
-        print_table(("", "before", "after", "change"), rows, self.console)
+        print_table(COSTS, costs(summary["before"], summary["after"]), self.console)
         self.console.print()
-        headings = ("model", "top-1", "correct", "95% interval", "agreement")
-        print_table(headings, steps(summary), self.console)
+        print_table(STEPS, steps(summary), self.console)
         warning = load_warning(summary["before"]["latency_waited"])
         if warning:
             self.console.print(f"\n{line('latency', warning)}", markup=False)

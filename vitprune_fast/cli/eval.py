@@ -8,9 +8,9 @@ from typing import Annotated, Literal
 
 from tyro.conf import arg
 
-from vitprune_fast.cli.options import parse, required_data, required_model
+from vitprune_fast.cli.options import parse, required_images, required_model
 from vitprune_fast.config.model import ModelConfig
-from vitprune_fast.config.run import Computed, DataConfig, Threads
+from vitprune_fast.config.run import Computed, ShownConfig, Threads
 
 
 @dataclass(frozen=True)
@@ -18,7 +18,7 @@ class Eval:
     """Count how often a model is right on a data set."""
 
     model: Annotated[ModelConfig, arg(name="")] = field(default_factory=required_model)
-    data: Annotated[DataConfig, arg(name="")] = field(default_factory=required_data)
+    data: Annotated[ShownConfig, arg(name="")] = field(default_factory=required_images)
     split: Literal["test", "validation", "train"] = "test"
     """Which part of the data."""
     teacher: Annotated[Path | None, arg(metavar="DIR")] = None

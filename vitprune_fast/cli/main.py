@@ -11,6 +11,7 @@ from importlib import import_module
 
 from vitprune_fast._version import __version__
 from vitprune_fast.cli.signals import Interrupted, listen
+from vitprune_fast.cli.usage import UsageError, as_typed
 from vitprune_fast.errors import VitpruneError
 
 VERBS = {
@@ -23,6 +24,7 @@ VERBS = {
     "distill": "teach a pruned model with its dense teacher",
     "eval": "top-1, top-5 and agreement on a data set",
     "bench": "parameters, MACs and latency of a model",
+    "export": "write a model as ONNX, pt2, or for transformers or timm, and check it",
     "report": "write the report of a run folder again",
     "doctor": "versions, devices, compilers and the backend every op takes",
 }
@@ -42,12 +44,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     if verb not in VERBS:
         near = difflib.get_close_matches(verb, VERBS, n=2)
         hint = f"did you mean {' or '.join(near)}?" if near else f"known: {', '.join(VERBS)}"
-        return _fail(f"vitprune-fast: no verb {verb!r}; {hint}")
+        return _fail(f"vitprune-fast: no verb {verb!r}; {hint}", "see vitprune-fast --help")
     try:
         listen()
         import_module(f"vitprune_fast.cli.{verb}").main(words)
+    except UsageError as error:
+        return _fail(str(error), f"see vitprune-fast {verb} --help")
     except VitpruneError as error:
-        return _fail(str(error))
+        return _fail(as_typed(str(error), verb))
     except Interrupted as stop:
         # these resume wherever they were, also when they were ended at once
         resumes = verb in ("run", "search") or stop.resumes
@@ -76,8 +80,8 @@ def _let_waiting_threads_sleep() -> None:
         os.environ.setdefault("KMP_BLOCKTIME", "1")
 
 
-def _fail(sentence: str) -> int:
-    print(f"error: {' '.join(sentence.split())}", file=sys.stderr)
+def _fail(*sentences: str) -> int:
+    print(f"error: {' '.join(sentences[0].split())}", *sentences[1:], sep="\n", file=sys.stderr)
     return 2
 
 

@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import argparse
 import inspect
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, make_dataclass, replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, is_dataclass, make_dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
 import tyro
 from tyro.conf import arg
 
+from vitprune_fast.cli.usage import UsageError, as_typed, read_words
 from vitprune_fast.config.model import ModelConfig
-from vitprune_fast.config.run import DataConfig
+from vitprune_fast.config.rules import flags
+from vitprune_fast.config.run import DataConfig, ShownConfig
 from vitprune_fast.config.yamlfile import from_plain, read_yaml, to_yaml
+from vitprune_fast.errors import InvalidInput
 from vitprune_fast.run.outputs import refuse_overwriting
 
 T = TypeVar("T")
@@ -56,13 +59,18 @@ def required_model() -> ModelConfig:
 
 
 def required_data() -> DataConfig:
-    """The data options of a verb that cannot do without data."""
+    """The data options of a verb that trains."""
     return DataConfig(source=tyro.MISSING)
 
 
-def optional_data() -> DataConfig:
-    """The data options of a verb that can do without data; without a source there is none."""
-    return DataConfig(source="")
+def required_images() -> ShownConfig:
+    """The data options of a verb that looks at images as they are, and needs some."""
+    return ShownConfig(source=tyro.MISSING)
+
+
+def optional_images() -> ShownConfig:
+    """The same of a verb that can do without; without a source there are none."""
+    return ShownConfig(source="")
 
 
 def partial_of(out: Path) -> Path:
@@ -98,22 +106,32 @@ def _makes_room(options: T, asked: Mapping[str, Any]) -> T:
     return options
 
 
+def _required(options: Any) -> Iterator[str]:
+    """Flags without which a verb does nothing."""
+    for name, flag in flags(type(options)).items():
+        value = getattr(options, name)
+        if value is tyro.MISSING:
+            yield flag
+        elif is_dataclass(value):
+            yield from _required(value)
+
+
 def parse(
     verb: str,
     words: Sequence[str],
     default: Callable[[argparse.Namespace], T],
-    flags: type[FileFlags] = FileFlags,
+    taken: type[FileFlags] = FileFlags,
     outputs: Callable[[T], Mapping[str, Path | None]] = lambda options: {},
 ) -> T:
     """The options of a verb; see :func:`parse_both`."""
-    return parse_both(verb, words, default, flags, outputs)[0]
+    return parse_both(verb, words, default, taken, outputs)[0]
 
 
 def parse_both(
     verb: str,
     words: Sequence[str],
     default: Callable[[argparse.Namespace], T],
-    flags: type[Flags],
+    taken: type[Flags],
     outputs: Callable[[T], Mapping[str, Path | None]] = lambda options: {},
 ) -> tuple[T, Flags]:
     """The options of a verb, and what was said of them.
@@ -123,7 +141,7 @@ def parse_both(
         words: the command line after the verb.
         default: gives the default options; it sees the words that choose them (`config`,
             `preset`, `recipe`, `data`, `model`; None where not given) and, as `in_file`, the file.
-        flags: which of the choosing words this verb takes.
+        taken: which of the choosing words this verb takes.
         outputs: option -> what the verb will write.
 
     Raises:
@@ -146,16 +164,25 @@ def parse_both(
         "Options",
         [
             ("options", Annotated[type(options), arg(name="")], field(default=options)),
-            ("files", Annotated[flags, arg(name="")], field(default=flags())),
+            ("files", Annotated[taken, arg(name="")], field(default=taken())),
         ],
         frozen=True,
     )
-    parsed: Any = tyro.cli(
-        wrapper,
-        args=list(words),
-        prog=f"vitprune-fast {verb}",
-        description=inspect.getdoc(type(options)),
-    )
+
+    def read(typed: Sequence[str]) -> Any:
+        required = ", ".join(_required(options))
+        description = inspect.getdoc(type(options)) or ""
+        description += f"\n\nRequired: {required}." if required else ""
+        prog = f"vitprune-fast {verb}"
+        return tyro.cli(wrapper, args=list(typed), prog=prog, description=description)
+
+    try:
+        parsed = read_words(verb, words, read)
+    except UsageError:
+        raise
+    except InvalidInput as error:
+        # a setting out of its range
+        raise UsageError(as_typed(str(error), verb)) from None
     if parsed.files.print_config:
         print(to_yaml(parsed.options), end="")
         raise SystemExit(0)

@@ -20,9 +20,9 @@ class Plan:
 
     scores: Annotated[Path, arg(metavar="FILE")] = tyro.MISSING
     """Scores written by `vitprune-fast score`."""
+    model: Annotated[ModelConfig, arg(name="")] = field(default_factory=required_model)
     out: Annotated[Path, arg(metavar="FILE")] = Path("plan.json")
     """Where the plan goes (JSON)."""
-    model: Annotated[ModelConfig, arg(name="")] = field(default_factory=required_model)
     plan: Annotated[PlanConfig, arg(name="")] = field(default_factory=PlanConfig)
     threads: Threads = None
 

@@ -9,9 +9,9 @@ from typing import Annotated, Any
 
 from tyro.conf import arg
 
-from vitprune_fast.cli.options import optional_data, parse, partial_of, required_model
+from vitprune_fast.cli.options import optional_images, parse, partial_of, required_model
 from vitprune_fast.config.model import ModelConfig
-from vitprune_fast.config.run import DataConfig, PlanConfig, SweepConfig, Threads
+from vitprune_fast.config.run import PlanConfig, ShownConfig, SweepConfig, Threads
 from vitprune_fast.errors import InvalidInput
 from vitprune_fast.precision import Precision
 
@@ -23,6 +23,7 @@ class Prune:
     With --data, what stays is then refitted on training images so that it makes up for what went.
     """
 
+    model: Annotated[ModelConfig, arg(name="")] = field(default_factory=required_model)
     plan: Annotated[Path | None, arg(metavar="FILE")] = None
     """Plan written by `vitprune-fast plan`."""
     scores: Annotated[Path | None, arg(metavar="FILE")] = None
@@ -30,8 +31,7 @@ class Prune:
     budget: Annotated[PlanConfig, arg(name="")] = field(default_factory=PlanConfig)
     out: Annotated[Path, arg(metavar="DIR")] = Path("pruned")
     """Folder for the pruned model."""
-    model: Annotated[ModelConfig, arg(name="")] = field(default_factory=required_model)
-    data: Annotated[DataConfig, arg(name="")] = field(default_factory=optional_data)
+    data: Annotated[ShownConfig, arg(name="")] = field(default_factory=optional_images)
     sweep: Annotated[SweepConfig, arg(name="")] = field(default_factory=SweepConfig)
     seed: Annotated[int, arg(metavar="N")] = 0
     """Chooses the training images, and draws weights that come from nowhere else, as `score` does.
@@ -103,7 +103,7 @@ def _outputs(options: Prune) -> dict[str, Path | None]:
 
 def _check_data(options: Prune) -> None:
     """Refuses options about images where none are named: nothing is ignored in silence."""
-    unset = optional_data()
+    unset = optional_images()
     given = [
         each.name.replace("_", "-")
         for each in fields(unset)

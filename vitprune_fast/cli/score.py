@@ -9,9 +9,9 @@ from typing import Annotated, Any
 
 from tyro.conf import arg
 
-from vitprune_fast.cli.options import parse, partial_of, required_data, required_model
+from vitprune_fast.cli.options import parse, partial_of, required_images, required_model
 from vitprune_fast.config.model import ModelConfig
-from vitprune_fast.config.run import Computed, DataConfig, ScoreConfig, Threads
+from vitprune_fast.config.run import Computed, ScoreConfig, ShownConfig, Threads
 
 
 @dataclass(frozen=True)
@@ -21,10 +21,10 @@ class Score:
     A stopped scoring goes on where it was: the same command takes its sums up again.
     """
 
+    model: Annotated[ModelConfig, arg(name="")] = field(default_factory=required_model)
+    data: Annotated[ShownConfig, arg(name="")] = field(default_factory=required_images)
     out: Annotated[Path, arg(metavar="FILE")] = Path("scores.safetensors")
     """Where the scores go (safetensors, one vector per axis)."""
-    model: Annotated[ModelConfig, arg(name="")] = field(default_factory=required_model)
-    data: Annotated[DataConfig, arg(name="")] = field(default_factory=required_data)
     score: Annotated[ScoreConfig, arg(name="")] = field(default_factory=ScoreConfig)
     seed: Annotated[int, arg(metavar="N")] = 0
     """Chooses which training images are scored."""
@@ -65,6 +65,7 @@ def main(words: list[str]) -> None:
         options.device,
         options.threads,
         options.dtype,
+        labels=options.score.objective == "logits",
     )
     model = opened.model
     print_assumptions(opened.assumptions)

@@ -11,13 +11,13 @@ from typing import Annotated, Any
 
 from tyro.conf import arg
 
-from vitprune_fast.cli.options import parse, partial_of, required_data, required_model
+from vitprune_fast.cli.options import parse, partial_of, required_images, required_model
 from vitprune_fast.config.model import ModelConfig
 from vitprune_fast.config.run import (
     Computed,
     ConstraintConfig,
-    DataConfig,
     ScoreConfig,
+    ShownConfig,
     Threads,
 )
 from vitprune_fast.config.search import SearchConfig
@@ -32,10 +32,10 @@ class Search:
     scored, and test images are not read. The same command goes on with a search that was stopped.
     """
 
+    model: Annotated[ModelConfig, arg(name="")] = field(default_factory=required_model)
+    data: Annotated[ShownConfig, arg(name="")] = field(default_factory=required_images)
     out: Annotated[Path, arg(metavar="DIR")] = Path("search")
     """Folder for plan.json, search.json (all candidates) and search.png."""
-    model: Annotated[ModelConfig, arg(name="")] = field(default_factory=required_model)
-    data: Annotated[DataConfig, arg(name="")] = field(default_factory=required_data)
     search: Annotated[SearchConfig, arg(name="")] = field(default_factory=SearchConfig)
     plan: Annotated[ConstraintConfig, arg(name="")] = field(default_factory=ConstraintConfig)
     score: Annotated[ScoreConfig, arg(name="")] = field(default_factory=ScoreConfig)

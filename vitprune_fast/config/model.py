@@ -46,12 +46,15 @@ Pairs = Annotated[
 class ModelConfig:
     """Which model, and where its weights come from."""
 
-    name: Annotated[str, arg(name="model")] = "vit_tiny_patch16_224"
+    name: Annotated[str, arg(name="model", metavar="NAME|DIR")] = "vit_tiny_patch16_224"
     """Model name of timm, or a folder written by `prune`, `distill` or `run`."""
     args: Annotated[Pairs, arg(name="model-args")] = field(default_factory=dict)
     """Arguments for the timm constructor, e.g. img_size=32 patch_size=4 embed_dim=192."""
     checkpoint: Annotated[Path | None, arg(metavar="FILE")] = None
     """Trained weights: .safetensors, or a torch file (read with weights_only, never unpickled)."""
+    merge_lora: Annotated[Path | None, arg(metavar="DIR")] = None
+    """Adds the LoRA in a folder of peft (adapter_config.json, adapter_model.safetensors) to the
+    weights of the model."""
     pretrained: bool = False
     """Download timm's own weights for this model."""
 

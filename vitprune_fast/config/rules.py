@@ -49,6 +49,11 @@ def check(where: str, settings: Any) -> None:
             raise InvalidInput(f"{where}: {shown} must be {words}, got {reprlib.repr(value)}")
 
 
+def flags(kind: type) -> dict[str, str]:
+    """Field of a dataclass -> its flag, with dashes."""
+    return {name: f"--{flag.replace('_', '-')}" for name, (flag, *_) in _rules(kind).items()}
+
+
 def _holds(rule: Rule, value: Any) -> bool:
     try:
         return rule.holds(value)

@@ -62,8 +62,8 @@ Allocation = Annotated[
 
 
 @dataclass(frozen=True)
-class DataConfig:
-    """Which images, and how they are read."""
+class ShownConfig:
+    """Which images, and how they are read to be looked at as they are."""
 
     source: Annotated[
         str,
@@ -74,23 +74,7 @@ class DataConfig:
     `wds:PATH` (webdataset shards) or `hfds:NAME` (a data set of the Hugging Face hub, or the path
     of a saved one)."""
     batch_size: Annotated[int, arg(metavar="N")] = 64
-    """Images per training step."""
-    augment: bool = True
-    """Vary training images at random (digits: small affine maps; photographs: crops, flips)."""
-    policy: str = ""
-    """Further changes of photographs in timm's words, e.g. rand-m9-mstd0.5-inc1 (RandAugment of
-    DeiT) or 3a (3-Augment of DeiT III: grey, solarised or blurred)."""
-    crop: Literal["resized", "simple"] = "resized"
-    """Training windows of photographs: `resized`, of any size from crop-scale on; `simple`, as
-    large as the photograph allows (DeiT III)."""
-    crop_scale: Annotated[PositiveShare, arg(metavar="SHARE")] = 0.35
-    """Smallest share of a photograph's area that a resized window has (DeiT and UP-ViT: 0.08)."""
-    color_jitter: Share = 0.0
-    """Largest change of the brightness, contrast and saturation of photographs, as a share (DeiT
-    III: 0.3; DeiT's 0.4 is off together with its RandAugment)."""
-    repeats: Annotated[int, arg(metavar="N")] = 1
-    """Augmented copies of an image in a row, each for another process where there are several;
-    epochs stay as long (DeiT has 3)."""
+    """Images per step."""
     mean: Annotated[tuple[float, ...] | None, arg(metavar="NUMBER ...")] = None
     """Per channel, subtracted from pixels in 0..1; unset: what the weights were trained with."""
     std: Annotated[tuple[float, ...] | None, arg(metavar="NUMBER ...")] = None
@@ -117,6 +101,28 @@ class DataConfig:
 
 
 @dataclass(frozen=True)
+class DataConfig(ShownConfig):
+    """Which images, how they are read, and how training varies them."""
+
+    augment: bool = True
+    """Vary training images at random (digits: small affine maps; photographs: crops, flips)."""
+    policy: str = ""
+    """Further changes of photographs in timm's words, e.g. rand-m9-mstd0.5-inc1 (RandAugment of
+    DeiT) or 3a (3-Augment of DeiT III: grey, solarised or blurred)."""
+    crop: Literal["resized", "simple"] = "resized"
+    """Training windows of photographs: `resized`, of any size from crop-scale on; `simple`, as
+    large as the photograph allows (DeiT III)."""
+    crop_scale: Annotated[PositiveShare, arg(metavar="SHARE")] = 0.35
+    """Smallest share of a photograph's area that a resized window has (DeiT and UP-ViT: 0.08)."""
+    color_jitter: Share = 0.0
+    """Largest change of the brightness, contrast and saturation of photographs, as a share (DeiT
+    III: 0.3; DeiT's 0.4 is off together with its RandAugment)."""
+    repeats: Annotated[int, arg(metavar="N")] = 1
+    """Augmented copies of an image in a row, each for another process where there are several;
+    epochs stay as long (DeiT has 3)."""
+
+
+@dataclass(frozen=True)
 class ScoreConfig:
     """How the importance of units is measured."""
 
@@ -128,10 +134,16 @@ class ScoreConfig:
     `all`; unset: those that a plan cuts, heads and neurons if nothing else is said."""
     samples: Annotated[PositiveInt, arg(metavar="N", name="score-samples")] = 1024
     """Training images to score on (all of them when there are fewer)."""
+    loss: Literal["ce", "bce"] = "ce"
+    """What labels are held against, by `taylor` and `loss`: `ce`, cross-entropy; `bce`, binary
+    cross-entropy of every class by itself."""
+    objective: Annotated[Literal["logits", "features"], arg(name="score-objective")] = "logits"
+    """`features` scores a model without a classifier, by `fisher`, `kl` or `taylor`; no label is
+    read."""
     batch_size: Annotated[PositiveInt, arg(metavar="N", name="score-batch-size")] = 64
     """Images per scoring step; halved where memory does not hold so many."""
     draws: Annotated[PositiveInt, arg(metavar="N")] = 1
-    """Labels drawn per image, for `fisher`."""
+    """Labels or features drawn per image, for `fisher` and `features`."""
     candidates: Annotated[PositiveInt, arg(metavar="N")] = 32
     """Units left out at once, for `loss` and `kl`."""
     loss_scale: Annotated[float | None, arg(metavar="FACTOR")] = None
@@ -556,6 +568,8 @@ class RunConfig:
     """Print only the result and errors."""
     allow_config_change: bool = False
     """Resume although the configuration differs; the change is recorded, finished steps stay."""
+    allow_chance: bool = False
+    """Go on with a dense model that validation images show to be no better than chance."""
 
     @property
     def scoring(self) -> ScoreConfig:

@@ -91,7 +91,8 @@ class ImageData:
         """Return the ``train``, ``validation`` or ``test`` images."""
         if name not in self.split_ids:
             raise InvalidInput(
-                f"split: name must be one of {', '.join(self.split_ids)}, got {name!r}"
+                f"open_data: name of a split must be one of {', '.join(self.split_ids)}, got "
+                f"{name!r}"
             )
         normalisation = Normalisation(self.mean, self.std)
         ids = self.split_ids[name]

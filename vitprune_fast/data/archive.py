@@ -12,7 +12,7 @@ import os
 import re
 import tarfile
 from array import array
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
@@ -27,6 +27,8 @@ from vitprune_fast.errors import DamagedFile, InvalidInput
 # a long name or an extended header is data the tar reader takes into memory
 MAX_HEADER_BYTES = 1 << 20
 MAX_NAME = 4096
+SUFFIXES = {*get_img_extensions(as_set=True), ".tif", ".tiff"}
+"""How names of images end: as timm's readers have it, and TIFF."""
 _HEADERS = (
     tarfile.XHDTYPE,
     tarfile.XGLTYPE,
@@ -122,8 +124,18 @@ def _safe_name(name: str) -> str:
 
 
 def is_image(name: str) -> bool:
-    """Whether the name ends like an image."""
-    return os.path.splitext(name)[1].lower() in get_img_extensions(as_set=True)
+    """Whether the name ends like an image, and is not what macOS writes beside one on a disk."""
+    file = os.path.basename(name)
+    return os.path.splitext(file)[1].lower() in SUFFIXES and not file.startswith("._")
+
+
+def instead_of_images(names: Iterable[str], where: str = "") -> str:
+    """What an error says was found where none of the names is that of an image."""
+    found = sorted({os.path.splitext(name)[1].lower() or "names without one" for name in names})
+    if not found:
+        return f"none{where}"
+    kinds = ", ".join(found[:4]) + (", ..." if len(found) > 4 else "")
+    return f"none{where} but {kinds} (accepted: {', '.join(sorted(SUFFIXES))})"
 
 
 def natural_key(name: str) -> str:

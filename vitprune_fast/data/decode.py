@@ -31,7 +31,7 @@ class Unreadable(DamagedFile):
     """
 
     def __init__(self, name: str, reason: str) -> None:
-        super().__init__(f"decode: image must be readable, got {name}: {reason}")
+        super().__init__(f"open_data: image must be readable, got {name}: {reason}")
         self.reason = reason
 
 
@@ -44,9 +44,11 @@ def decode(
 ) -> np.ndarray:
     """Decode the first frame of an image, turned upright as its EXIF data says.
 
-    CMYK, palettes and transparency become RGB; 16-bit grey keeps its eight high bits. Pillow reads
-    every header, and alone decides what is bad. The pixels of plain JPEGs come from simplejpeg
-    where it is installed: the same bits in less time, as it is the same libjpeg-turbo.
+    CMYK, palettes and transparency become RGB. Grey of more than eight bits keeps the eight high
+    ones: of twelve where no pixel needs more, as cameras and scanners fill 16-bit files, else of
+    16. Pillow reads every header, and alone decides what is bad. The pixels of plain JPEGs come
+    from simplejpeg where it is installed: the same bits in less time, as it is the same
+    libjpeg-turbo.
 
     Args:
         open_file: opens the file; what it raises counts as the image's fault.
@@ -78,8 +80,8 @@ def decode(
             return pixels.reshape(*pixels.shape[:2], channels)
     except MemoryError:
         raise NotEnoughMemory(
-            f"decode: memory must hold the image, got out of memory at {name}; free some, or give "
-            "fewer --workers"
+            f"open_data: memory must hold the image, got out of memory at {name}; free some, or "
+            "give fewer --workers"
         ) from None
     except UnidentifiedImageError:
         # the library's own words have the address of the file object
@@ -123,8 +125,12 @@ def _plain_jpeg(
 def _eight_bits(image: Image.Image, mode: str) -> Image.Image:
     if image.mode.startswith("I"):
         # convert() would clip everything above 255 to white
-        wide = np.clip(np.asarray(image, dtype=np.int64), 0, 65535)
-        return Image.fromarray((wide // 257).astype(np.uint8)).convert(mode)
+        wide = np.asarray(image, dtype=np.int64)
+        least, most = int(wide.min()), int(wide.max())
+        if least < 0 or most > 0xFFFF:
+            raise ValueError(f"pixels from {least} to {most}, more than 16 bits hold")
+        white = 0xFFF if most <= 0xFFF else 0xFFFF
+        return Image.fromarray((wide * 255 // white).astype(np.uint8)).convert(mode)
     if image.mode == "F":
         raise ValueError("floating-point pixels, which have no fixed range")
     if image.mode == "P" and "transparency" in image.info:

@@ -6,9 +6,7 @@ import os
 from pathlib import Path
 from typing import BinaryIO
 
-from timm.data.readers.img_extensions import get_img_extensions
-
-from vitprune_fast.data.archive import natural_key
+from vitprune_fast.data.archive import instead_of_images, is_image, natural_key
 from vitprune_fast.data.photographs import PARTS, Part, Photographs
 from vitprune_fast.errors import InvalidInput
 from vitprune_fast.files import open_regular
@@ -44,32 +42,35 @@ class Folder(Photographs):
             by_top: name a class after the folder right below ``folder``, not after the one that
                 holds the image.
         """
-        suffixes = get_img_extensions(as_set=True)
         prefix = os.path.join(self.root, "")
         names: list[str] = []
         class_of: dict[str, str] = {}
         tops: set[str] = set()
         filled: set[str] = set()
+        others: dict[str, set[str]] = {}
         for place, inner, files in os.walk(folder, followlinks=True, onerror=_refuse_unreadable):
             _refuse_circles(place, inner, folder)
             below = Path(place).relative_to(folder).parts
             if not below:
                 tops = {each for each in inner if not each.startswith(".")}
-            images = [each for each in files if os.path.splitext(each)[1].lower() in suffixes]
-            if images:
+            images = [each for each in files if is_image(each)]
+            if not images:
+                shown = (each for each in files if not each.startswith("."))
+                others.setdefault((*below, "")[0], set()).update(shown)
+            else:
                 short = os.path.join(place, "").removeprefix(prefix)
                 class_of[short] = below[0 if by_top else -1] if below else ""
                 filled |= {*below[:1]}
                 names += [short + image for image in images]
         for empty in sorted(tops - filled):
             raise InvalidInput(
-                f"open_data: every class folder must hold images, got none in {folder / empty}; "
-                "fill it or remove it"
+                f"open_data: every class folder must hold images, got "
+                f"{instead_of_images(others[empty], f' in {folder / empty}')}; fill it or remove it"
             )
         if not names:
             raise InvalidInput(
-                f"open_data: {folder} must hold images (.jpg, .jpeg, .png) in class folders, "
-                "got none"
+                f"open_data: {folder} must hold images in class folders, got "
+                f"{instead_of_images(set().union(*others.values()))}"
             )
         names.sort(key=natural_key)
         number = {each: n for n, each in enumerate(sorted({*class_of.values()}, key=natural_key))}

@@ -5,7 +5,14 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from vitprune_fast.data.archive import Archives, Member, is_image, members, natural_key
+from vitprune_fast.data.archive import (
+    Archives,
+    Member,
+    instead_of_images,
+    is_image,
+    members,
+    natural_key,
+)
 from vitprune_fast.data.photographs import PARTS, Part
 from vitprune_fast.errors import InvalidInput
 
@@ -48,18 +55,17 @@ class Tar(Archives):
         """The images of an archive and the names of its folders."""
         self._archives.append(archive)
         found = list(members(archive))
-        return (
-            [each for each in found if not each.is_folder and is_image(each.name)],
-            [each.name for each in found if each.is_folder],
-        )
+        images = [each for each in found if not each.is_folder and is_image(each.name)]
+        if not images:
+            others = (each.name for each in found if not each.is_folder)
+            raise InvalidInput(
+                f"open_data: {archive} must hold images in class folders, got "
+                f"{instead_of_images(others)}"
+            )
+        return images, [each.name for each in found if each.is_folder]
 
     def _part(self, images: list[Member], folders: list[str], prefix: str, shown: str = "") -> Part:
         where = f"{self._archives[-1]}{':' + prefix if prefix else ''}"
-        if not images:
-            raise InvalidInput(
-                f"open_data: {where} must hold images (.jpg, .jpeg, .png) in class folders, "
-                "got none"
-            )
         _check_folders(images, folders, where)
         images = sorted(images, key=lambda image: natural_key(image.name))
         classes = [os.path.basename(os.path.dirname(image.name[len(prefix) :])) for image in images]

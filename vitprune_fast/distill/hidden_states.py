@@ -11,9 +11,10 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from timm.utils import unwrap_model
 from torch import Tensor, nn
 
+from vitprune_fast.bare import heads_of, inside
+from vitprune_fast.batches import features_of
 from vitprune_fast.errors import InvalidInput
 from vitprune_fast.structure import families
 
@@ -66,7 +67,7 @@ class HiddenStates:
         qkv: Sequence[int] = (),
     ) -> None:
         self._model = model
-        self._inner: Any = unwrap_model(model)
+        self._inner: Any = inside(model)
         names = block_names(model) if blocks or qkv else []
         self._names = [names[number] for number in block_numbers(blocks, len(names))]
         self._qkv_names = [
@@ -170,7 +171,7 @@ class HiddenStates:
 
     def _stop(self, _module: nn.Module, _args: Any, output: Any) -> None:
         if self._reads_features and not self._classifiers:
-            self._pooled[0] = _pooled(output)
+            self._pooled[0] = pooled_of(output)
         self._open = False
 
     def _keep(self, name: str) -> Callable[[nn.Module, Any, Any], None]:
@@ -266,7 +267,7 @@ def block_names(model: nn.Module) -> list[str]:
     Raises:
         InvalidInput: there is nothing like that, or the tokens between blocks are out of order.
     """
-    inner: Any = unwrap_model(model)
+    inner: Any = inside(model)
     if hasattr(inner, "reroll"):
         raise InvalidInput(
             "HiddenStates: model must keep its tokens in the order of the image, got "
@@ -326,24 +327,19 @@ def block_numbers(blocks: Sequence[int], count: int) -> list[int]:
 
 def _classifiers(model: Any) -> tuple[nn.Module, ...]:
     """What reads pooled features; nothing in a backbone."""
-    if hasattr(model, "get_classifier"):
-        found = model.get_classifier()
-        return tuple(found) if isinstance(found, (tuple, list)) else (found,)
-    family = families.find(model)
-    if family is None:
+    found = heads_of(model)
+    if not found and families.find(model) is None:
         raise InvalidInput(
-            "HiddenStates: model must have a get_classifier() to read features before it, got "
-            f"{type(model).__name__}"
+            "HiddenStates: model must have a get_classifier(), a classifier or heads to read "
+            f"features before, got {type(model).__name__}"
         )
-    return tuple(map(model.get_submodule, family.classifiers(model)))
+    return found
 
 
-def _pooled(output: Any) -> Any:
-    """What a backbone says of whole images."""
-    pooled = getattr(output, "pooler_output", None)
-    if pooled is None and hasattr(output, "last_hidden_state"):
-        return output.last_hidden_state[:, 0]
-    return output if pooled is None else pooled
+def pooled_of(output: Any) -> Any:
+    """What a model says of whole images: logits; a backbone what it pools, or its class token."""
+    found = features_of(output)
+    return found if found is output or found.ndim == 2 else found[:, 0]
 
 
 def _not_passed(what: str) -> InvalidInput:

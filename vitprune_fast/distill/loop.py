@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import nullcontext
@@ -12,13 +13,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vitprune_fast.batches import check_single_label
+from vitprune_fast.bare import bare
+from vitprune_fast.batches import Numbered, as_input, check_whole, classes_of, own
 from vitprune_fast.config.distill import DistillConfig
 from vitprune_fast.distill.masks import MaskSchedule
 from vitprune_fast.distill.optim import as_trained, is_fused, learning_rate
 from vitprune_fast.distill.progress import Event
-from vitprune_fast.distill.rate import IMAGES, start_rate, state_of
-from vitprune_fast.distill.state import Batches, TrainingState
+from vitprune_fast.distill.rate import IMAGES, State, size_of, start_rate, state_of
+from vitprune_fast.distill.state import Batches, Learnt, TrainingState
 from vitprune_fast.distill.stream import MicroBatch
 from vitprune_fast.distill.tally import Outcome
 from vitprune_fast.distill.teachers import Teacher, TeacherSet
@@ -27,11 +29,13 @@ from vitprune_fast.errors import InvalidInput, StageFailed
 from vitprune_fast.evaluation import evaluate, standard_error
 from vitprune_fast.gates import BudgetLoss, Gates
 from vitprune_fast.modules.behaviour import check_behaviour
-from vitprune_fast.modules.modes import keeping_modes
+from vitprune_fast.modules.modes import check_recordable, evaluating, keeping_modes
 from vitprune_fast.planning import Plan
 from vitprune_fast.precision import computing_in, device_of, is_half, resolved_name
 from vitprune_fast.randomness import derive_seed, seeded
+from vitprune_fast.ranks import Ranks
 from vitprune_fast.surgery import prune
+from vitprune_fast.target_loss import LossLike, TargetLoss
 
 Teachers = nn.Module | Teacher | TeacherSet | Sequence[nn.Module]
 
@@ -44,7 +48,8 @@ class DistillResult:
     """The result of a training.
 
     Attributes:
-        model: the student that was given, trained in place; with ``ema`` it holds the average.
+        model: the student that was given, trained in place, without a wrapper around it; with
+            ``ema`` it holds the average.
         history: one entry per epoch: epoch, step, lr, loss, ce, kd and every loss by its name
             (None without a teacher), skipped, and with validation images val_top1, val_loss,
             val_agreement.
@@ -59,6 +64,8 @@ class DistillResult:
         start: what was found before the first step: where ``lr`` is unset peak_lr, and distance,
             reach and size, which it was chosen by (see ``rate.State``); unless ``keep="last"``
             val_top1, val_loss and val_agreement of the student as it was given.
+        best_loss: where top-1 says nothing (a target_loss, or a student without a classifier), the
+            least validation loss, by which best_epoch was chosen; else None.
     """
 
     model: nn.Module
@@ -69,8 +76,10 @@ class DistillResult:
     finished: bool = True
     plan: Plan | None = None
     start: Event = field(default_factory=dict)
+    best_loss: float | None = None
 
 
+@torch.inference_mode(False)
 def distill(
     student: nn.Module,
     teacher: Teachers | None,
@@ -78,6 +87,7 @@ def distill(
     val: Batches | None,
     config: DistillConfig,
     *,
+    target_loss: LossLike | None = None,
     gates: Gates | None = None,
     gate_budget: BudgetLoss | None = None,
     masks: MaskSchedule | None = None,
@@ -109,7 +119,9 @@ def distill(
     share ``val`` as well; another ``val`` every one of them reads whole.
 
     Args:
-        student: maps images to logits ``(B, C)``; its modes come back as they were.
+        student: maps images to logits ``(B, C)``; its modes come back as they were. One without a
+            classifier learns by losses of features and states alone, and reads no labels; where
+            validation decides, it goes by the least of those losses.
         teacher: as above, or a ``Teacher`` with its own normalisation and size, or several of them;
             evaluated without gradients and left as it was. A plain module sees the images as the
             student does. None trains on labels alone.
@@ -121,6 +133,10 @@ def distill(
             it than what was given (with ``masks`` that change: than the first epoch that ended with
             the last ones), or by one standard error at most.
         config: the settings.
+        target_loss: in place of the loss of labels: ``"bce"``, ``"mse"`` or a function of (outputs,
+            targets) to one loss per sample, as :func:`vitprune_fast.score` takes it; batches then
+            have its targets. Validation measures its mean, by which ``keep="best"`` goes. Other
+            losses are weighed against it as against that of labels.
         gates: attached to the student by ``gates.attach``; they learn too, with their penalty.
         gate_budget: holds the gates' multiply-accumulates down.
         masks: train on the live part of the student, which the schedule makes smaller.
@@ -136,15 +152,21 @@ def distill(
             at the next read.
 
     Raises:
-        InvalidInput: no training batches or none of that form, nothing to train or in float16,
+        InvalidInput: no training batches or none of that form, a student without a classifier of
+            two classes or more that is to learn labels, nothing to train or in float16,
             ``keep`` other than ``"last"`` without ``val`` or with gates, gates with masks or with
             ``ema``, masks of a student that computes by more than its classes, or outputs that do
             not fit each other.
-        RunFolderError: the checkpoint is of another config or model, or cannot be written.
-        StageFailed: more than ``max_bad_steps`` steps in a row were not finite, found at a
-            read.
+        RunFolderError: the checkpoint is of another config, loss or model, or cannot be written.
+        UnsupportedArchitecture: the student holds adapters.
+        StageFailed: other processes have other batches; or more than ``max_bad_steps`` steps in a
+            row were not finite, found at a read.
     """
-    check_single_label("distill", student)
+    student = bare("distill", student)
+    check_recordable("distill", student)
+    teachers = _as_set(teacher) if config.needs_teacher else None
+    learnt = _learnt(student, teachers, config, target_loss)
+    check_whole("distill", train, Ranks.current())
     if config.chooses and val is None:
         raise InvalidInput("distill: val must be given to keep the best epoch, got None")
     if masks is not None and gates is not None:
@@ -160,18 +182,56 @@ def distill(
         )
     # another machine may mean another dtype by `auto`, and would end with other bits
     config = replace(config, dtype=resolved_name("distill", config.dtype, device_of(student)))
-    teachers = _as_set(teacher) if config.needs_teacher else None
     with (
         keeping_modes(student),
         as_trained(student, config, two_heads=teachers is not None and config.learns_logits),
     ):
-        run = _Run(student, teachers, train, val, config, gates, gate_budget, masks)
+        run = _Run(student, teachers, train, val, config, learnt, gates, gate_budget, masks)
         run.folder = None if checkpoint_dir is None else Path(checkpoint_dir)
         run.on_event, run.stop = on_event, stop or (lambda: False)
         try:
             return run.go()
         finally:
             run.task.stop_running()
+
+
+def _learnt(
+    student: nn.Module,
+    teachers: TeacherSet | None,
+    config: DistillConfig,
+    target_loss: LossLike | None,
+) -> Learnt:
+    """What the student learns beside its teachers.
+
+    Raises:
+        InvalidInput: its outputs, the settings and the loss do not go together.
+    """
+    if target_loss is not None:
+        own_loss = TargetLoss.of("distill", target_loss, argument="target_loss")
+        own_loss.check("distill", student, argument="target_loss")
+        for name in ("label_smoothing", "bce_threshold", "mixup", "cutmix"):
+            if getattr(config, name):
+                raise InvalidInput(
+                    f"distill: {name} must be unset with a target_loss, which reads the targets as "
+                    f"they are, got {getattr(config, name)}"
+                )
+        if config.keep == "one-se":
+            raise InvalidInput(
+                "distill: keep must be `last` or `best` with a target_loss, got `one-se`, which "
+                "counts right answers"
+            )
+        return Learnt(own_loss, by_loss=True)
+    inside_alone = teachers is not None and config.looks_inside and not config.learns_logits
+    if classes_of(student) == 0 and inside_alone and config.label_loss == "ce":
+        if config.mixes or config.keep == "one-se":
+            raise InvalidInput(
+                "distill: mixup and cutmix must be 0 and keep `last` or `best` for a student "
+                f"without a classifier, got {config.mixup}, {config.cutmix} and `{config.keep}`"
+            )
+        return Learnt(None, by_loss=True)
+    of_labels = TargetLoss.of("distill", "bce" if config.label_loss == "bce" else None)
+    of_labels.check("distill", student, argument="target_loss")
+    return Learnt(of_labels, by_loss=False)
 
 
 def _as_set(teacher: Teachers | None) -> TeacherSet | None:
@@ -225,13 +285,18 @@ class _Run(TrainingState):
 
     def _rate(self) -> Event:
         """The peak learning rate that suits the student, and what that was seen from."""
-        state = state_of(
-            self.student,
-            self._agrees_with(),
-            self.stream.samples(0, IMAGES),
-            seed=self.config.seed,
-            autocast=self.task.autocast,
-        )
+        if self.learnt.own is not None:
+            # not in nats: only the weights say what there is to lose
+            state = State(math.nan, math.nan, size_of(self.student))
+        else:
+            state = state_of(
+                self.student,
+                self._agrees_with(),
+                self.stream.samples(0, IMAGES),
+                seed=self.config.seed,
+                autocast=self.task.autocast,
+                features=self.learnt.loss is None,
+            )
         # the same on all processes, also where they are not the same machines
         (peak,) = self.task.average_values([start_rate(state)])
         found = {"peak_lr": peak, **vars(state)}
@@ -433,16 +498,59 @@ class _Run(TrainingState):
         student, dtype = self._evaluated(), getattr(torch, self.config.dtype)
         # the teacher answers in its own
         with computing_in(dtype if is_half(dtype) else None, student):
+            if self.learnt.by_loss:
+                return self._measured(epoch, student, self.val)
             seen = evaluate(student, self.val, self._agrees_with(), ranks=self.ranks)
         noise = 0.0
         if self.config.keep == "one-se":
             right = max(seen.top1, self.progress.best_top1 or 0.0) * seen.samples
             # as if one more had been right and one more wrong: none wrong is no proof of no noise
             noise = standard_error((right + 1) / (seen.samples + 2), seen.samples)
-        if self.progress.note_best(epoch, seen.top1, noise) and self.config.chooses:
+        if self.progress.note_best(epoch, seen.top1, noise):
+            self._keep_best()
+        return {"val_top1": seen.top1, "val_loss": seen.loss, "val_agreement": seen.agreement}
+
+    def _keep_best(self) -> None:
+        """Keep the weights as they are now, if the best come back."""
+        if self.config.chooses:
             kept = self.student if self.average is None else self.average.module
             self.best = {n: t.clone() for n, t in kept.state_dict().items()}
-        return {"val_top1": seen.top1, "val_loss": seen.loss, "val_agreement": seen.agreement}
+
+    def _measured(self, epoch: int | None, student: nn.Module, val: Batches) -> Event:
+        """The mean of the loss that is learnt from targets, or of all that is learnt from teachers.
+
+        The least of them is the best.
+        """
+        loss = self.learnt.loss
+        if loss is not None:
+            given: Any = loss.function if loss.is_own else loss.name
+            mean = evaluate(student, val, loss=given, ranks=self.ranks).loss
+        else:
+            mean = self._mean_of_terms(student, val)
+        least = math.inf if mean is None or math.isnan(mean) else mean
+        if self.progress.note_least(epoch, least):
+            self._keep_best()
+        return {"val_top1": None, "val_loss": mean, "val_agreement": None}
+
+    @torch.no_grad()
+    def _mean_of_terms(self, student: nn.Module, val: Batches) -> float:
+        """What the student lacks of its teachers, with the weights of the end of the run."""
+        objective, total, count = self.task.objective, 0.0, 0
+        generator = torch.Generator().manual_seed(derive_seed(self.config.seed, "validation"))
+        ranks = self.ranks if isinstance(val, Numbered) else Ranks()
+        device = device_of(student)
+        with evaluating(student), objective.watching(student) as watch:
+            for images, _ in own("distill", val, ranks, device, student, targets="none"):
+                said = watch.output(student(as_input(student, images)))
+                mean, _ = objective(said, None, objective.ask(images), 1.0, generator)
+                total, count = total + mean.item() * len(images), count + len(images)
+        if isinstance(val, Numbered):
+            val.share(ranks)
+        parts = [json.loads(text) for text in ranks.texts(json.dumps([total, count]))]
+        samples = sum(part[1] for part in parts)
+        if not samples:
+            raise InvalidInput("distill: val must hold at least one image, got none")
+        return math.fsum(part[0] for part in parts) / samples
 
     def _evaluated(self) -> nn.Module:
         """What would be used if training ended here: averaged, and of the live part alone."""
@@ -452,9 +560,12 @@ class _Run(TrainingState):
         return prune(whole, self.masked.plan)
 
     def _agrees_with(self) -> nn.Module | None:
-        """The first teacher of the student's classes, as a module that gives logits."""
+        """The first teacher of the student's classes, as a module that gives logits.
+
+        A student without a classifier is compared with what its teacher pools.
+        """
         for teacher in self.teachers or ():
-            if self.config.learns_logits:
+            if self.config.learns_logits or self.learnt.loss is None:
                 return teacher.as_classifier()
         return None
 
@@ -477,6 +588,7 @@ class _Run(TrainingState):
             finished,
             None if self.masked is None else self.masked.plan,
             progress.start,
+            progress.best_loss,
         )
 
 

@@ -11,11 +11,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from timm.utils import unwrap_model
 from torch import Tensor, nn
 
 from vitprune_fast import ops
-from vitprune_fast.batches import as_input, logits_of
+from vitprune_fast.bare import inside
+from vitprune_fast.batches import as_input, features_of
 from vitprune_fast.config.distill import DistillConfig, loss_class
 from vitprune_fast.distill.hidden_states import HiddenStates
 from vitprune_fast.distill.labels import binary_cross_entropy, cross_entropy
@@ -27,6 +27,7 @@ from vitprune_fast.modules.modes import evaluating
 from vitprune_fast.randomness import seeded
 from vitprune_fast.stated import image_shape
 from vitprune_fast.structure import families
+from vitprune_fast.target_loss import TargetLoss
 
 
 @dataclass(frozen=True)
@@ -69,6 +70,8 @@ class Objective(nn.Module):
         teachers: asked once per batch, whatever the number of losses; None is none.
         images: two images ``(2, C, H, W)`` as the student takes them, of any content: one forward
             of student and teachers gives the widths, and shows whether all can be compared.
+        labels: whether labels or other targets are learnt.
+        own: in place of the loss of labels that the config says.
 
     Raises:
         InvalidInput: a loss names a teacher that is not there, blocks that are not there, or things
@@ -76,10 +79,16 @@ class Objective(nn.Module):
     """
 
     def __init__(
-        self, config: DistillConfig, student: nn.Module, teachers: TeacherSet | None, images: Tensor
+        self,
+        config: DistillConfig,
+        student: nn.Module,
+        teachers: TeacherSet | None,
+        images: Tensor,
+        labels: bool = True,
+        own: TargetLoss | None = None,
     ) -> None:
         super().__init__()
-        self.config = config
+        self.config, self.labels, self.own = config, labels, own
         self._teachers = (teachers,)  # in a tuple: its parameters are not this module's
         self.terms: list[Term] = []
         self._reads = Reads()
@@ -110,7 +119,7 @@ class Objective(nn.Module):
     def forward(
         self,
         student: StudentOutput,
-        labels: Tensor,
+        labels: Tensor | None,
         answers: Mapping[str, Seen],
         done: float,
         generator: torch.Generator,
@@ -119,17 +128,18 @@ class Objective(nn.Module):
 
         Args:
             student: of this batch.
-            labels: ``(B,)`` int64 or shares ``(B, C)``.
+            labels: ``(B,)`` int64 or shares ``(B, C)``, or targets of its own loss; not read where
+                no labels are learnt.
             answers: of :meth:`ask`.
             done: share of the run that is over, for weights that change.
             generator: of the CPU, for losses that look at a sample.
 
         Returns:
-            A scalar; and ``ce`` (or ``bce``), every loss by its name and, with a logit loss,
-            ``kd``, their weighted sum.
+            A scalar; and ``ce`` (or ``bce``, or ``target`` of its own loss), every loss by its name
+            and, with a logit loss, ``kd``, their weighted sum.
         """
         config, one = self.config, self._one_soft(student)
-        if one is not None:
+        if one is not None and labels is not None:
             weight = self._weight(one, done)
             found = ops.kd_cross_entropy(
                 student.class_BC,
@@ -144,8 +154,10 @@ class Objective(nn.Module):
             loss = found.loss
             parts = {"ce": found.ce, one.name: found.kd, "kd": weight * found.kd}
         else:
-            loss = self._of_labels(student.class_BC, labels)
-            parts = {config.label_loss: loss}
+            loss, parts = student.class_BC.new_zeros((), dtype=torch.float32), {}
+            if labels is not None and self.labels:
+                loss = self._of_labels(student.class_BC, labels)
+                parts = {config.label_loss if self.own is None else "target": loss}
             on_logits = [term for term in self.terms if term.loss.on_logits]
             kd = loss.new_zeros(())
             for term in on_logits:
@@ -171,6 +183,8 @@ class Objective(nn.Module):
 
     def _of_labels(self, class_BC: Tensor, labels: Tensor) -> Tensor:
         config = self.config
+        if self.own is not None:
+            return self.own.each("distill", class_BC, labels, argument="target_loss").mean()
         if config.label_loss == "ce":
             return cross_entropy(class_BC, labels, config.label_smoothing)
         return binary_cross_entropy(class_BC, labels, config.label_smoothing, config.bce_threshold)
@@ -184,7 +198,7 @@ class Objective(nn.Module):
         """The logit loss that one launch computes together with the labels' loss and gradient."""
         several = [term for term in self.terms if term.loss.on_logits]
         both = student.class_BC is student.seen.logits_BC and student.class_BC.is_cuda
-        both = both and self.config.label_loss == "ce"
+        both = both and self.config.label_loss == "ce" and self.labels and self.own is None
         one = both and len(several) == 1 and isinstance(several[0].loss, Soft)
         return several[0] if one else None
 
@@ -204,8 +218,8 @@ class Objective(nn.Module):
             if maps is not None:
                 dtype = torch.promote_types(weight.dtype, torch.float32)
                 self.projectors[_key(term)] = maps.to(weight.device, dtype)
-        labels = torch.zeros(len(images), dtype=torch.int64, device=output.class_BC.device)
-        self(output, labels, answers, 0.0, generator)
+        for term in self.terms:
+            self._value(term, output, answers, generator)
 
 
 def _terms(config: DistillConfig, student: nn.Module, teachers: TeacherSet) -> list[Term]:
@@ -242,7 +256,7 @@ class _Watch:
     def output(self, outputs: Any) -> StudentOutput:
         """Combine what the model returned with what was recorded."""
         said: Any = outputs
-        class_BC = taught_BC = logits_of(outputs)
+        class_BC = taught_BC = features_of(outputs)
         if isinstance(outputs, (tuple, list)) and len(outputs) == 2:
             class_BC, taught_BC = outputs
         elif self.two_heads and hasattr(said, "distillation_logits"):
@@ -261,7 +275,7 @@ def images_like(model: nn.Module) -> Tensor:
     Raises:
         InvalidInput: it states none.
     """
-    inner: Any = unwrap_model(model)
+    inner: Any = inside(model)
     channels, height, width = (
         known or stated
         for known, stated in zip(families.stated_shape(inner), image_shape(inner), strict=True)

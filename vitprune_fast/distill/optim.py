@@ -9,9 +9,9 @@ from typing import Any
 
 import torch
 from timm.layers import DropPath
-from timm.utils import unwrap_model
 from torch import nn
 
+from vitprune_fast.bare import inside
 from vitprune_fast.config.distill import DistillConfig
 from vitprune_fast.distill.hidden_states import block_names
 from vitprune_fast.errors import InvalidInput
@@ -85,7 +85,7 @@ def _blocks_above(student: nn.Module) -> dict[int, int]:
     after them (final norm, heads) the highest. What lies between two goes with the first of them.
     """
     # a compiled module has other names
-    model = unwrap_model(student)
+    model = inside(student)
     try:
         blocks = _blocks_of(model) if families.find(model) else block_names(model)
     except InvalidInput:

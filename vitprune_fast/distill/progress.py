@@ -21,6 +21,7 @@ class Progress:
         best_epoch: the earliest epoch of the best validation top-1; None while it is that of the
             start, or there is none.
         best_top1: that top-1.
+        best_loss: the least validation loss, where that decides.
         history: an entry per epoch.
         epoch_sums: of the parts of the loss over this epoch's steps that were not skipped.
         epoch_steps: how many these are.
@@ -33,6 +34,7 @@ class Progress:
     start: Event = field(default_factory=dict)
     best_epoch: int | None = None
     best_top1: float | None = None
+    best_loss: float | None = None
     history: list[Event] = field(default_factory=list)
     epoch_sums: dict[str, float] = field(default_factory=dict)
     epoch_steps: int = 0
@@ -78,6 +80,13 @@ class Progress:
             return True
         return noise > 0 and best - noise <= top1
 
+    def note_least(self, epoch: int | None, loss: float) -> bool:
+        """As :meth:`note_best`, by a loss, of which less is better."""
+        if self.best_loss is not None and loss >= self.best_loss:
+            return False
+        self.best_epoch, self.best_loss = epoch, loss
+        return True
+
     def forget_best(self) -> None:
         """Let any epoch be the best of those to come."""
-        self.best_epoch = self.best_top1 = None
+        self.best_epoch = self.best_top1 = self.best_loss = None

@@ -19,7 +19,8 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn import functional as F
 
-from vitprune_fast.batches import as_input, check_labels, logits_of
+from vitprune_fast.batches import as_input, check_labels, check_logits, logits_of
+from vitprune_fast.distill.hidden_states import pooled_of
 from vitprune_fast.modules.modes import evaluating
 from vitprune_fast.randomness import seeded
 
@@ -61,7 +62,7 @@ class State:
 
     Attributes:
         distance: nats per image, at least 0: divergence of the student from the teacher, or
-            cross-entropy of the labels.
+            cross-entropy of the labels; NaN where there is nothing to compare.
         reach: size of a step of random sign of every weight that changes the student's outputs by
             as many nats; above 0.
         size: root mean square of the weights of its matrices; None for a student whose norms say
@@ -94,20 +95,24 @@ def state_of(
     *,
     seed: int,
     autocast: Callable[[], AbstractContextManager],
+    features: bool = False,
 ) -> State:
     """Measure the state of a student, which is left as it was.
 
     Args:
-        student: maps images to logits ``(B, C)``.
+        student: maps images to logits ``(B, C)``, or to features.
         teacher: as above; None learns from labels.
         batches: images ``(B, C, H, W)`` and labels ``(B,)``; those whose logits are not finite are
             left out.
         seed: of the step's signs. Same inputs, same bits.
         autocast: where the student computes.
+        features: whether outputs are features, which stand for normal distributions of variance 1.
+            Those of a student that has lost some cannot be compared: its distance is not finite.
 
     Raises:
         InvalidInput: labels to learn from have no class.
     """
+    apart = _distances if features else _divergences
     with evaluating(student, teacher), seeded(seed, "rate"):
         named = {n: p for n, p in student.named_parameters() if p.requires_grad}
         signs = {n: torch.randn(p.shape).sign().to(p) for n, p in named.items()}
@@ -119,7 +124,12 @@ def state_of(
                     functional_call(student, moved, (as_input(student, images),))
                     for images, _ in batches
                 ]
-            return [logits_of(output).double().log_softmax(1) for output in outputs]
+            if features:
+                return [pooled_of(output).double() for output in outputs]
+            found = [logits_of(output) for output in outputs]
+            for logits, (_, labels) in zip(found, batches, strict=True):
+                check_logits("distill", logits, torch.zeros_like(labels), student)
+            return [logits.double().log_softmax(1) for logits in found]
 
         now = said(0.0)
         if teacher is None:
@@ -130,21 +140,29 @@ def state_of(
                 for logits, (_, labels) in zip(now, batches, strict=True)
             ]
         else:
-            taught = [logits_of(teacher(as_input(teacher, images))) for images, _ in batches]
-            learnt = _divergences([t.to(now[0]).log_softmax(1) for t in taught], now)
+            taught = [teacher(as_input(teacher, images)) for images, _ in batches]
+            if features:
+                wanted = [pooled_of(each).to(now[0]) for each in taught]
+            else:
+                wanted = [logits_of(each).to(now[0]).log_softmax(1) for each in taught]
+            if wanted[0].shape != now[0].shape:
+                return State(math.nan, math.nan, size_of(student))
+            learnt = apart(wanted, now)
         distance = _mean(learnt)
         # rounding may take a divergence of next to nothing below zero; NaN stays
         distance = 0.0 if distance < 0 else distance
         reach = LARGEST
         for _ in range(_ROUNDS):
-            changed = _mean(_divergences(now, said(reach)))
+            changed = _mean(apart(now, said(reach)))
             # without a finite output left: shorter
             factor = 0.1 if math.isnan(changed) else math.sqrt(distance / max(changed, 1e-30))
             reach = min(max(reach * factor, _LEAST_STEP), _LARGEST_STEP)
-    return State(distance, reach, _size(student))
+    return State(distance, reach, size_of(student))
 
 
-def _size(student: nn.Module) -> float | None:
+@torch.no_grad()
+def size_of(student: nn.Module) -> float | None:
+    """``State.size`` of a student."""
     scales = [p for n, p in student.named_parameters() if n.endswith("weight") and p.ndim == 1]
     if scales and all((scale == 1).all() for scale in scales):
         return None
@@ -156,6 +174,11 @@ def _size(student: nn.Module) -> float | None:
 def _divergences(ours: list[Tensor], others: list[Tensor]) -> list[Tensor]:
     """Of others from ours, nats per image."""
     return [(p.exp() * (p - q)).sum(1) for p, q in zip(ours, others, strict=True)]
+
+
+def _distances(ours: list[Tensor], others: list[Tensor]) -> list[Tensor]:
+    """The same of normal distributions of variance 1 with these means."""
+    return [(p - q).square().sum(1) / 2 for p, q in zip(ours, others, strict=True)]
 
 
 def _mean(parts: list[Tensor]) -> float:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from vitprune_fast.batches import Targets
 from vitprune_fast.config.distill import DistillConfig
 from vitprune_fast.distill.average import Average, EpochAverage
 from vitprune_fast.distill.masks import MaskedStudent, MaskSchedule
@@ -32,8 +33,35 @@ from vitprune_fast.errors import InvalidInput, RunFolderError
 from vitprune_fast.gates import BudgetLoss, Gates, kinds
 from vitprune_fast.planning import Plan
 from vitprune_fast.ranks import Ranks
+from vitprune_fast.target_loss import TargetLoss
 
-Batches = Iterable[Sequence[Any]]
+# (images, labels, ...), or images alone where no labels are learnt
+Batches = Iterable[Any]
+
+
+@dataclass(frozen=True)
+class Learnt:
+    """What is learnt beside teachers.
+
+    Attributes:
+        loss: of labels or other targets; None learns from teachers alone, and reads no labels.
+        by_loss: validation measures the loss, because top-1 says nothing.
+    """
+
+    loss: TargetLoss | None
+    by_loss: bool
+
+    @property
+    def own(self) -> TargetLoss | None:
+        """The loss that was given in place of that of the config."""
+        return self.loss if self.by_loss else None
+
+    @property
+    def targets(self) -> Targets:
+        """What is read of a batch."""
+        if self.loss is None:
+            return "none"
+        return self.loss.targets if self.by_loss else "labels"
 
 
 class TrainingState:
@@ -45,6 +73,7 @@ class TrainingState:
         train: batches with a length.
         val: batches that epochs are judged on, or None.
         config: the settings, with a resolved dtype.
+        learnt: beside what teachers say.
         gates: attached to the student, or None.
         gate_budget: of the gates, or None.
         masks: how the live part shrinks, or None.
@@ -72,21 +101,25 @@ class TrainingState:
         train: Batches,
         val: Batches | None,
         config: DistillConfig,
+        learnt: Learnt,
         gates: Gates | None,
         gate_budget: BudgetLoss | None,
         masks: MaskSchedule | None,
     ) -> None:
         self.student, self.teachers = student, teachers
-        self.val, self.config = val, config
+        self.val, self.config, self.learnt = val, config, learnt
         self.gates = gates
         self.progress = Progress()
         self.ranks = Ranks.current()
-        self.stream = Stream(train, student, config, self.ranks)
+        self.stream = Stream(train, student, config, self.ranks, learnt.targets)
+        self.stream.check_alike()
         self.named = {n: p for n, p in student.named_parameters() if p.requires_grad}
         _check_parameters(self.named, alone=gates is None)
         compares_insides = teachers is not None and config.looks_inside
         pictures = images_like(student) if compares_insides else torch.empty(0)
-        objective = Objective(config, student, teachers, pictures)
+        objective = Objective(
+            config, student, teachers, pictures, learnt.loss is not None, learnt.own
+        )
         self.task = DistillTask(student, objective, config, gates, gate_budget)
         self.optimizer = make_optimizer(student, self.named, self._other_groups(), config)
         kind = Average if config.ema_every == "step" else EpochAverage
@@ -237,7 +270,7 @@ class TrainingState:
         if changed:
             raise RunFolderError(
                 f"distill: config and data must be those of the checkpoint in {self.folder}, "
-                f"got others ({changed}); take another checkpoint_dir"
+                f"got others ({changed}); take another checkpoint_dir, or remove it to start over"
             )
 
     def _arguments(self) -> dict[str, Any]:
@@ -247,6 +280,7 @@ class TrainingState:
             "steps per epoch": self.stream.steps_per_epoch,
             "masks": self.masked is not None,
             "gates": self.gates is not None,
+            "target_loss": None if self.learnt.own is None else self.learnt.own.name,
         }
         given |= {f"teacher {name}": weights for name, weights in self.teacher_weights.items()}
         given["teachers"] = list(self.teacher_weights)

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vitprune_fast.batches import Batch, Numbered, classes_of, readable, unpack
+from vitprune_fast.batches import Batch, Numbered, Targets, alike, classes_of, readable, unpack
 from vitprune_fast.config.distill import DistillConfig
 from vitprune_fast.distill.mixing import Mixing
 from vitprune_fast.errors import InvalidInput
@@ -33,6 +33,7 @@ class Stream:
         student: takes the images.
         config: how many micro-batches make a step, and what is mixed and erased.
         ranks: the processes that share them.
+        targets: what is read beside the images.
 
     Attributes:
         train: as given.
@@ -50,8 +51,10 @@ class Stream:
         student: nn.Module,
         config: DistillConfig,
         ranks: Ranks,
+        targets: Targets = "labels",
     ) -> None:
         self.train, self._student, self._config, self._ranks = train, student, config, ranks
+        self._targets: Targets = targets
         batches = len(train) if hasattr(train, "__len__") else 0
         self._per_epoch = batches // ranks.world
         self.steps_per_epoch = math.ceil(self._per_epoch / config.accumulate)
@@ -63,13 +66,24 @@ class Stream:
         self.steps = self.steps_per_epoch * config.epochs
         self._mixing = _mixing(student, config)
 
+    def check_alike(self) -> None:
+        """Refuse a plain iterable that gives another process other batches; all of them call.
+
+        Raises:
+            StageFailed: as said.
+        """
+        if self._ranks.world > 1 and not isinstance(self.train, Numbered):
+            batches = _numbered(self.train, self._config.seed, 0, 0)
+            seen = (self._unpacked(batch) for _, batch in batches)
+            next(alike("distill", self.train, seen, self._ranks), None)
+
     @cached_property
     def images_per_step(self) -> int:
         """Images of a whole step, of all processes; a plain iterable is read for its first."""
         size = getattr(self.train, "batch_size", None)
         if size is None:
             _, first = next(_numbered(self.train, self._config.seed, 0, 0))
-            size = len(unpack("distill", first, self._student)[0])
+            size = len(self._unpacked(first)[0])
         return size * self._config.accumulate * self._ranks.world
 
     def epoch(self, epoch: int, first_step: int) -> Iterator[list[MicroBatch]]:
@@ -98,7 +112,7 @@ class Stream:
             found = (batch for _, batch in _numbered(self.train, self._config.seed, epoch, 0))
         batches: list[tuple[Tensor, Tensor]] = []
         for batch in found:
-            images, labels = unpack("distill", batch, self._student)
+            images, labels = self._unpacked(batch)
             batches.append((images[:count], labels[:count]))
             count -= len(images)
             if count <= 0:
@@ -125,17 +139,18 @@ class Stream:
             for number, batch in zip(numbers, read, strict=True):
                 # of a batch that cannot be read at all the step is left out and counted
                 some = bool((batch[2] >= 0).any())
-                images, labels = unpack(
-                    "distill", readable(batch) if some else batch, self._student
-                )
+                images, labels = self._unpacked(readable(batch) if some else batch)
                 yield epoch * count + number, images, labels
             return
         for number, batch in _numbered(self.train, self._config.seed, epoch, first * world):
             if number >= count:
                 return
             if self._ranks.owns(number):
-                images, labels = unpack("distill", batch, self._student)
+                images, labels = self._unpacked(batch)
                 yield epoch * count + number, images, labels
+
+    def _unpacked(self, batch: Any) -> tuple[Tensor, Tensor]:
+        return unpack("distill", batch, self._student, targets=self._targets)
 
     def share(self) -> None:
         """Make the images that any process could not read known to all; all of them call."""
@@ -182,7 +197,7 @@ def _mixing(student: nn.Module, config: DistillConfig) -> Mixing | None:
     if not config.mixes and not config.erase:
         return None
     classes = classes_of(student)
-    if classes is None and config.mixes:
+    if not classes and config.mixes:
         raise InvalidInput(
             "distill: mixup and cutmix must be 0 for a student without num_classes, got "
             f"{config.mixup} and {config.cutmix}"

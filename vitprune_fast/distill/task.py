@@ -11,6 +11,7 @@ import torch
 from timm.task.task import TrainingTask
 from torch import Tensor, nn
 
+from vitprune_fast.bare import inside
 from vitprune_fast.batches import as_input, check_labels, check_logits
 from vitprune_fast.config.distill import DistillConfig
 from vitprune_fast.distill.objective import Objective
@@ -152,9 +153,16 @@ class DistillTask(TrainingTask):
         with self.autocast():
             said = self._watch.output(runner(as_input(runner, input)))
         logits = said.class_BC
+        objective = self.objective
+        if not objective.labels or objective.own is not None:
+            if objective.own is not None:
+                objective.own.check_targets("distill", logits, target, self.trainable_module)
+            target = sent(target, logits.device)
+            loss, parts = objective(said, target, answers, self.done, self.generator)
+            return self._with_penalties(loss, logits, parts)
         labels = target if target.ndim == 1 else labels
         late = labels is not None and (labels.device.type != "cpu" or self._ranks.world > 1)
-        _check(logits, target, None if late else labels)
+        _check(logits, target, None if late else labels, self.trainable_module)
         target = sent(target, logits.device)
         wrong = None
         if labels is not None and late:
@@ -165,6 +173,11 @@ class DistillTask(TrainingTask):
         if wrong is not None:
             loss = loss.where(wrong == 0, math.nan)
             parts = {**parts, "wrong_labels": wrong}
+        return self._with_penalties(loss, logits, parts)
+
+    def _with_penalties(
+        self, loss: Tensor, logits: Tensor, parts: dict[str, Tensor]
+    ) -> dict[str, Tensor]:
         for name in ("gates", "gate_budget"):
             if name in self.extras:
                 module: Any = self.extras[name]
@@ -237,20 +250,14 @@ class DistillTask(TrainingTask):
         from vitprune_fast.planning.cost import count_macs
 
         runner, one = self._runner[0], images[:1]
-        module = getattr(runner, "module", runner)
-        module = getattr(module, "_orig_mod", module)
+        module = inside(runner)
         with evaluating(module):
             student = count_macs(lambda: module(as_input(module, one)))
             return student, count_macs(lambda: self.objective.ask(one))
 
 
-def _check(logits: Tensor, target: Tensor, labels: Tensor | None) -> None:
+def _check(logits: Tensor, target: Tensor, labels: Tensor | None, student: nn.Module) -> None:
     """Refuse what is wrong, as far as that shows without waiting for a device or a process."""
-    check_logits("distill", logits, torch.zeros(len(target), dtype=torch.int64))
-    if target.ndim == 2 and target.shape[1] != logits.shape[1]:
-        raise InvalidInput(
-            f"distill: student must give {target.shape[1]} classes as its num_classes says, got "
-            f"{logits.shape[1]}"
-        )
+    check_logits("distill", logits, torch.zeros(len(target), dtype=torch.int64), student)
     if labels is not None:
         check_labels("distill", labels, logits.shape[1])

@@ -15,10 +15,11 @@ from typing import Any
 import timm
 import torch
 import torch.nn.functional as F
-from timm.utils import unwrap_model
 from torch import Tensor, nn
 
-from vitprune_fast.batches import as_input, classes_of, logits_of
+from vitprune_fast.bare import inside
+from vitprune_fast.batches import as_input, classes_of
+from vitprune_fast.distill.hidden_states import pooled_of
 from vitprune_fast.distill.image_conversion import Conversion
 from vitprune_fast.distill.losses._base import Reads, Seen
 from vitprune_fast.errors import InvalidInput
@@ -92,7 +93,7 @@ class Teacher(nn.Module):
             raise InvalidInput(f"Teacher: model must be a module, got {type(model).__name__}")
         if not (math.isfinite(weight) and weight >= 0):
             raise InvalidInput(f"Teacher: weight must be finite and at least 0, got {weight}")
-        inner: Any = unwrap_model(model)
+        inner: Any = inside(model)
         self.channels_last = channels_last
         self.model = _converted(model, dtype, channels_last)
         # our own copy stays in evaluation mode, so that its modes need not be set in every step
@@ -146,7 +147,7 @@ class Teacher(nn.Module):
         if self.channels_last:
             x = x.contiguous(memory_format=torch.channels_last)
         with evaluating(*self._borrowed), self._hidden or nullcontext():
-            logits = logits_of(self._runner[0](x))
+            logits = pooled_of(self._runner[0](x))
         if not isinstance(logits, Tensor) or logits.ndim != 2 or len(logits) != len(x):
             shown = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
             raise InvalidInput(
@@ -166,16 +167,16 @@ class Teacher(nn.Module):
             InvalidInput: the student is the teacher or shares parameters with it, or one of them
                 has other classes.
         """
-        inner: Any = unwrap_model(student)
+        inner: Any = inside(student)
         learning = {id(parameter) for parameter in inner.parameters()}
-        if inner is unwrap_model(self.model) or any(
+        if inner is inside(self.model) or any(
             id(parameter) in learning for parameter in self.model.parameters()
         ):
             raise InvalidInput(
                 f"Teacher: {self.name} must be another model than the student, got one that shares "
                 "its weights and would chase itself; give copy.deepcopy(model)"
             )
-        own, wanted = classes_of(unwrap_model(self.model)), classes_of(inner)
+        own, wanted = classes_of(inside(self.model)), classes_of(inner)
         if logits and None not in (own, wanted) and own != wanted:
             raise InvalidInput(
                 f"Teacher: {self.name} must have {wanted} classes like the student, got {own}; "
@@ -281,19 +282,19 @@ def resolve_teacher(
     ):
         shown = type(source).__name__ if isinstance(source, nn.Module) else source
         raise InvalidInput(
-            f"resolve_teacher: checkpoint must go with a model of timm, got it with {shown}, "
+            f"distill: teacher-checkpoint must go with a model of timm, got it with {shown}, "
             "which has its weights"
         )
     if isinstance(source, Teacher):
         if options:
             raise InvalidInput(
-                f"resolve_teacher: options must be given to the Teacher itself, got {options}"
+                f"distill: options of a teacher must be given to the Teacher itself, got {options}"
             )
         teacher = source
     elif isinstance(source, nn.Module):
         teacher = Teacher(source, **options)
     else:
-        inner = unwrap_model(student)
+        inner = inside(student)
         teacher = _named(str(source), inner, pretrained, checkpoint, size, train, options)
     teacher.check_student(student, logits=logits)
     return teacher
@@ -316,7 +317,7 @@ def _named(
     same = {"mean": options.get("student_mean"), "std": options.get("student_std")}
     classes, learns = classes_of(student), False
     if name == "self":
-        check_behaviour(student, "resolve_teacher")
+        check_behaviour(student, "distill")
         model, options = copy.deepcopy(student), {**same, **options}
     elif Path(name).is_dir():
         model = open_model(ModelConfig(name=name))
@@ -384,7 +385,7 @@ def _converted(model: nn.Module, dtype: torch.dtype | None, channels_last: bool)
             "Teacher: dtype and channels_last must be left alone for a sharded model, whose copy "
             f"would be another shard, got {dtype}; shard it with a MixedPrecisionPolicy"
         )
-    check_behaviour(unwrap_model(model), "Teacher")
-    copied = copy.deepcopy(unwrap_model(model)).requires_grad_(False).eval()
+    check_behaviour(inside(model), "Teacher")
+    copied = copy.deepcopy(inside(model)).requires_grad_(False).eval()
     copied = copied if dtype is None else copied.to(dtype)
     return copied.to(memory_format=torch.channels_last) if channels_last else copied

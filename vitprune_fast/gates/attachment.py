@@ -9,6 +9,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from ..bare import bare
 from ..errors import InvalidInput
 from ..planning.plan import Plan
 from ..structure import Axis, Structure, describe
@@ -17,6 +18,7 @@ from . import hooks, kinds
 from .module import GATED_UNITS, Gates, Kind, PerKind, keep_shares, per_kind
 
 
+@torch.inference_mode(False)
 def attach(
     model: nn.Module,
     units: Sequence[str] = ("head", "neuron"),
@@ -88,6 +90,7 @@ def attach(
         raise InvalidInput(
             f"{op}: units must be a list of kinds among {', '.join(GATED_UNITS)}, got {units!r}"
         )
+    model = bare(op, model)
     structure = describe(model) if structure is None else structure
     axes = [a for a in structure.axes.values() if a.kind in units and a.name in structure.taps]
     if not axes:
@@ -118,6 +121,7 @@ def detach(model: nn.Module) -> Gates:
     Raises:
         InvalidInput: the model has no gates.
     """
+    model = bare("gates.detach", model)
     gates = hooks.gates_on(model)
     if gates is None:
         raise InvalidInput("gates.detach: model must have gates attached, got one without")

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..bare import bare
 from ..errors import InvalidInput
 from ..planning import Plan, plan
 from ..planning.budget import Budget
@@ -64,7 +65,8 @@ def to_plan(
             raise InvalidInput(
                 f"gates.to_plan: {next(iter(options))} must come with a budget, got none"
             )
-        structure = model if isinstance(model, Structure) else describe(model)
+        known = isinstance(model, Structure)
+        structure = model if known else describe(bare("gates.to_plan", model))
         return _above(gates, threshold, min_units).check(structure)
     ranked = {name: _ranking(gates, name).float().cpu() for name in gates.axes}
     scores = Scores(ranked, "gates", "mean", 0)
@@ -105,6 +107,7 @@ def _best(ranking: Tensor, axis: Axis, count: int) -> Tensor:
     return torch.zeros_like(rows, dtype=torch.bool).scatter_(1, order, True).flatten()
 
 
+@torch.inference_mode(False)
 def fold(model: nn.Module, gates: Gates) -> None:
     """Write the gate values into the weights of ``model``, in place, and take the gates out.
 
@@ -120,6 +123,7 @@ def fold(model: nn.Module, gates: Gates) -> None:
         InvalidInput: gates of another model, of which one is NaN or Inf, or other gates are
             attached; nothing was changed then.
     """
+    model = bare("gates.fold", model)
     attached = hooks.gates_on(model)
     if attached is not None and attached is not gates:
         raise InvalidInput("gates.fold: model must have these gates or none, got others attached")
@@ -129,6 +133,7 @@ def fold(model: nn.Module, gates: Gates) -> None:
         gates.detach(model)
 
 
+@torch.inference_mode(False)
 def silence(model: nn.Module, plan: Plan) -> None:
     """Write into the weights, in place, that units which a plan leaves out contribute nothing.
 
@@ -140,6 +145,7 @@ def silence(model: nn.Module, plan: Plan) -> None:
         model: that the plan was made for.
         plan: says which units stay.
     """
+    model = bare("gates.silence", model)
     values = {}
     for axis in (axis for kind in GATED_UNITS for axis in describe(model).units(kind)):
         if len(plan[axis.name]) < axis.size:

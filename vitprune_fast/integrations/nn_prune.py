@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from ..bare import bare
 from ..errors import InvalidInput
 from ..scoring import Scores
 from ..structure import Structure, describe
@@ -38,12 +39,9 @@ def importance_scores(
         InvalidInput: scores of another model, or of units that own no weights.
         UnsupportedArchitecture: the model has no layout.
     """
+    model = bare("importance_scores", model)
     structure = describe(model) if structure is None else structure
-    if unknown := [name for name in scores if name not in structure.axes]:
-        raise InvalidInput(
-            "importance_scores: scores must be those of the model, "
-            f"got an axis {unknown[0]!r} that it does not have"
-        )
+    scores.check_of("importance_scores", structure)
     axes = [structure.axes[name] for name in scores]
     found: dict[tuple[nn.Module, str], Tensor] = {}
     for path, weight in model.named_parameters():

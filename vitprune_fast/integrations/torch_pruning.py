@@ -17,6 +17,7 @@ import torch
 from timm.models.vision_transformer import Attention
 from torch import Tensor, nn
 
+from ..bare import bare
 from ..errors import BackendUnavailable, InvalidInput, UnsupportedArchitecture
 from ..modeling_pruned import SlimPackedAttention
 from ..scoring import Scores, score
@@ -72,8 +73,14 @@ class _ScoredImportance(tp.importance.Importance):
                 f"{type(self).__name__}: normalizer must be None, 'mean' or a callable, "
                 f"got {normalizer!r}"
             )
-        self.model = model
+        self.model = bare(type(self).__name__, model)
         self.normalizer = normalizer
+        if "criterion" in options:
+            raise InvalidInput(
+                f"{type(self).__name__}: criterion must be {self.criterion!r}, got "
+                f"{options['criterion']!r}; give scores=vp.score(model, ..., "
+                f"{options['criterion']!r})"
+            )
         self.options = options
         self.rescore(batches, scores=scores, structure=structure)
 
@@ -106,11 +113,7 @@ class _ScoredImportance(tp.importance.Importance):
         if scores is None:
             options = {"reduction": self.reduction, "structure": structure, **self.options}
             scores = score(self.model, batches, criterion=self.criterion, **options)
-        if unknown := [name for name in scores if name not in self.structure.axes]:
-            raise InvalidInput(
-                f"{type(self).__name__}: scores must be those of the model, "
-                f"got an axis {unknown[0]!r} that it does not have"
-            )
+        scores.check_of(type(self).__name__, self.structure)
         self.scores = scores
         self._columns = _Columns(self.model, self.structure)
 
@@ -311,6 +314,7 @@ def repair(model: nn.Module, pruner: Any) -> nn.Module:
         UnsupportedArchitecture: an attention of another kind was pruned, or has nowhere to put the
             factor.
     """
+    model = bare("repair", model)
     modules = dict(model.named_modules())
     attentions = {path: m for path, m in modules.items() if _kind_of(m) is not None}
     known = {get(m, name) for m in attentions.values() for name in _kind_of(m).rows}

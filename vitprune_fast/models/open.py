@@ -3,23 +3,25 @@
 from __future__ import annotations
 
 import difflib
-import mmap
 import warnings
-import zipfile
 from collections.abc import Mapping
+from contextlib import nullcontext
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import timm
 import torch
 from timm.data import ImageNetInfo, infer_imagenet_subset
-from torch import Tensor, nn
+from torch import nn
 
-from vitprune_fast import files
 from vitprune_fast.config.model import ModelConfig
-from vitprune_fast.errors import DamagedFile, InvalidInput
+from vitprune_fast.errors import InvalidInput
+from vitprune_fast.models.checkpoint import Fitted, fit, read_checkpoint
+from vitprune_fast.models.lora import Adapter, read_adapter
+from vitprune_fast.models.trained_as import pixels, trained_as
 from vitprune_fast.saved_models import load
-from vitprune_fast.stated import stated_config
+from vitprune_fast.stated import caveats, stated_config
 
 
 def skeleton(config: ModelConfig, classes: int | None = None) -> nn.Module:
@@ -36,22 +38,22 @@ def skeleton(config: ModelConfig, classes: int | None = None) -> nn.Module:
     """
     if config.origin == "saved":
         return open_model(config)
-    with torch.device("meta"):
-        if config.checkpoint is None and classes is not None:
-            return _create(config, {"num_classes": classes, **config.args}, filled=False)
-        return _create(config, _head_of_checkpoint(config), filled=False)
+    return _Parts.read(config, classes).create(filled=False)
 
 
 def open_model(config: ModelConfig, classes: int | None = None) -> nn.Module:
     """The model with its weights, in evaluation mode, on the CPU.
 
+    What had to be done to a checkpoint stands in the model's ``caveats``.
+
     Args:
         config: a name of timm with arguments, or a folder made by `vp.save`.
-        classes: size of the head for a model whose weights are not given. A checkpoint's own head
-            decides otherwise, and ``num_classes`` among the arguments before both.
+        classes: size of the head. One of another size in the checkpoint stays unused, and the
+            model's is new; unset, the checkpoint's own decides. ``num_classes`` among the arguments
+            comes before both.
 
     Raises:
-        InvalidInput: unknown model, bad arguments, or a checkpoint of another shape.
+        InvalidInput: unknown model, bad arguments, or a checkpoint or LoRA of another shape.
         DamagedFile: the checkpoint is no tensor file (pickled code is never executed).
     """
     if config.origin == "saved":
@@ -60,34 +62,104 @@ def open_model(config: ModelConfig, classes: int | None = None) -> nn.Module:
                 f"model: the folder {config.name} holds its own weights and sizes; "
                 "drop --model-args, --checkpoint and --pretrained"
             )
-        return load(config.name).eval()
-    if config.checkpoint is None:
-        unset = classes is not None and "num_classes" not in config.args
-        return _create(config, {"num_classes": classes} if unset else {}).eval()
-    model = _create(config, _head_of_checkpoint(config))
-    load_weights(model, read_checkpoint(config.checkpoint), config.checkpoint)
+        model: Any = load(config.name)
+        if config.merge_lora is not None:
+            read_adapter(config.merge_lora).merge(model)
+            model.caveats = {**caveats(model), "lora": _merged(config.merge_lora)}
+        return model.eval()
+    parts = _Parts.read(config, classes)
+    model = parts.create()
+    if parts.weights is not None:
+        model.load_state_dict(parts.weights.tensors, strict=False)
+    if parts.adapter is not None:
+        parts.adapter.merge(model)
     return model.eval()
 
 
-def _head_of_checkpoint(config: ModelConfig) -> dict[str, int]:
-    """The number of classes the checkpoint was trained for, unless the arguments say one."""
-    if config.checkpoint is None or "num_classes" in config.args:
-        return {}
-    tensors = read_checkpoint(config.checkpoint)
-    heads = [tensors[n] for n in ("head.weight", "module.head.weight") if n in tensors]
-    return {"num_classes": len(heads[0])} if heads else {}
+@dataclass(frozen=True)
+class _Parts:
+    """What a model of timm is made of.
+
+    Attributes:
+        config: names it.
+        extra: further arguments of its constructor.
+        weights: of the checkpoint, by the model's names; None without one.
+        adapter: to be added to them; None without one.
+        notes: caveats that come of them.
+        shown: how images were shown to it, as its file says.
+    """
+
+    config: ModelConfig
+    extra: Mapping[str, Any]
+    weights: Fitted | None
+    adapter: Adapter | None
+    notes: Mapping[str, str]
+    shown: Mapping[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def read(cls, config: ModelConfig, classes: int | None) -> _Parts:
+        """Reads the files and chooses the size of the head."""
+        if config.merge_lora is not None and config.origin == "random":
+            raise InvalidInput(
+                f"model: merge-lora must come with the weights that it was trained on, got none "
+                f"for {config.name}; give --pretrained or --checkpoint FILE"
+            )
+        adapter = read_adapter(config.merge_lora) if config.merge_lora is not None else None
+        source, weights, notes = config.checkpoint, None, {}
+        if source is not None:
+            weights = fit(_create(config, {}, filled=False), read_checkpoint(source), source)
+        if adapter is not None:
+            notes["lora"] = _merged(adapter.folder)
+        asked = config.args.get("num_classes", classes)
+        brought = adapter and adapter.classes("head")
+        own = brought or (weights and weights.classes)
+        size = own if asked is None else asked
+        extra = {} if size is None else {"num_classes": size}
+        if weights is None or source is None:
+            return cls(config, extra, None, adapter, notes)
+        changes = [*weights.changes]
+        if weights.classes not in (None, size):
+            if "num_classes" in config.args and not brought:
+                raise InvalidInput(
+                    f"model: checkpoint {source} was trained for {own} classes, but {size} are "
+                    "needed; give data or a checkpoint with the same classes"
+                )
+            changes.append(f"its head of {weights.classes} classes is left out")
+            weights = weights.headless()
+        if weights.classes is None and not brought:
+            notes["head"] = "random"
+        if changes:
+            notes["checkpoint"] = f"{source}: {'; '.join(changes)}"[:1000]
+        shown = pixels(trained_as(source))
+        if shown:
+            rest = f"the rest timm's for {config.name}, which the checkpoint need not share"
+            notes["pixels"] = f"{', '.join(shown)} of the checkpoint's arguments, {rest}"
+        return cls(config, extra, weights, adapter, notes, shown)
+
+    def create(self, *, filled: bool = True) -> Any:
+        """The model with timm's weights or fresh ones, or without memory for them."""
+        model: Any = _create(self.config, self.extra, filled=filled)
+        model.caveats = {**caveats(model), **self.notes}
+        if self.shown:
+            tested = {"test_crop_pct": self.shown["crop_pct"]} if "crop_pct" in self.shown else {}
+            model.pretrained_cfg = {**stated_config(model), **self.shown, **tested}
+        return model
+
+
+def _merged(folder: Path) -> str:
+    return f"{folder} is added to the weights"
 
 
 def _create(config: ModelConfig, extra: Mapping[str, Any], *, filled: bool = True) -> nn.Module:
     name = config.name
     # "vit_tiny_patch16_224.augreg_in21k": the tag after the dot picks pretrained weights
     if not timm.is_model(name.partition(".")[0]):
-        near = difflib.get_close_matches(name, timm.list_models(), n=4, cutoff=0.5)
+        near = _near(name)
         hint = f"; did you mean {', '.join(near)}?" if near else "; see timm.list_models()"
         raise InvalidInput(f"model: {name!r} is neither a model of timm nor a folder{hint}")
     arguments = {**config.args, **extra}
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), nullcontext() if filled else torch.device("meta"):
             warnings.simplefilter("ignore")
             pretrained = config.pretrained and filled
             model: Any = timm.create_model(name, pretrained=pretrained, **arguments)
@@ -103,7 +175,31 @@ def _create(config: ModelConfig, extra: Mapping[str, Any], *, filled: bool = Tru
     model.caveats = notes.get(config.origin, {})
     if config.origin == "pretrained":
         _name_classes(model)
+        model.derived_from = _home_of_weights(model)
     return model
+
+
+def _near(name: str) -> list[str]:
+    """Names of timm that may be meant, also where only the beginning of one was typed."""
+
+    def distance(other: str) -> tuple[float, int, int]:
+        ratio = difflib.SequenceMatcher(None, other[: len(name)], name).ratio()
+        # of equally near ones, names that begin alike
+        apart = [mine != theirs for mine, theirs in zip(name, other, strict=False)]
+        return -ratio, -[*apart, True].index(True), len(other)
+
+    near = {other: distance(other) for other in timm.list_models() if name}
+    return sorted((each for each in near if near[each][0] <= -0.6), key=near.__getitem__)[:4]
+
+
+def _home_of_weights(model: Any) -> dict[str, str]:
+    """Where timm took the weights from, and under which license, as far as it says so."""
+    stated = stated_config(model)
+    home = {
+        "weights": stated.get("hf_hub_id") or stated.get("url"),
+        "license": stated.get("license"),
+    }
+    return {name: text for name, text in home.items() if isinstance(text, str) and text}
 
 
 def _name_classes(model: Any) -> None:
@@ -115,97 +211,3 @@ def _name_classes(model: Any) -> None:
     subset = infer_imagenet_subset(stated)
     if subset and stated["num_classes"] == model.num_classes and not stated.get("label_names"):
         model.pretrained_cfg = {**stated, "label_names": ImageNetInfo(subset).label_names()}
-
-
-def read_checkpoint(path: Path) -> dict[str, Tensor]:
-    """The named tensors of a checkpoint: safetensors, or a torch file read with weights_only.
-
-    Raises:
-        InvalidInput: the file is missing.
-        DamagedFile: the file holds pickled code (never executed), no tensors, or is damaged.
-    """
-    path = Path(path)
-    if not path.is_file():
-        raise InvalidInput(f"model: checkpoint must be a file, got {path} (no such file)")
-    if path.suffix == ".safetensors":
-        return files.read_tensors(path)
-    _refuse_bombs(path)
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:
-        # the unpickler refuses with many types; all of them mean the same to the user
-        raise DamagedFile(
-            f"model: checkpoint {path} is no plain tensor file ({type(error).__name__}); nothing "
-            "in it was executed: convert it to .safetensors where you trust it"
-        ) from None
-    for key in ("state_dict_ema", "model_ema", "state_dict", "model"):
-        if isinstance(content, dict) and isinstance(content.get(key), dict):
-            content = content[key]
-            break
-    tensors = (
-        {k: v for k, v in content.items() if isinstance(v, Tensor)}
-        if (isinstance(content, dict))
-        else {}
-    )
-    if not tensors:
-        raise DamagedFile(f"model: checkpoint {path} must hold named tensors, found none")
-    return tensors
-
-
-def _refuse_bombs(path: Path) -> None:
-    """Refuse a torch file that asks for more memory than it has bytes.
-
-    torch.save never compresses, and never writes a ``bytearray``, the one thing that torch's reader
-    makes in any size a number asks for.
-    """
-    try:
-        with (
-            open(path, "rb") as file,
-            mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content,
-        ):
-            bomb = content.find(b"bytearray") >= 0
-            if content[:4] == b"PK\x03\x04":
-                with zipfile.ZipFile(file) as archive:
-                    entries = archive.infolist()
-                bomb |= any(entry.compress_type != zipfile.ZIP_STORED for entry in entries)
-                bomb |= sum(entry.file_size for entry in entries) > len(content)
-    except Exception as error:
-        # zipfile raises anything from BadZipFile to struct.error
-        raise DamagedFile(
-            f"model: checkpoint {path} must be a whole file, got {error}; download it again"
-        ) from None
-    if bomb:
-        raise DamagedFile(
-            f"model: checkpoint {path} must not unpack to more than its size; "
-            "save it again with torch.save or as .safetensors"
-        )
-
-
-def load_weights(model: nn.Module, tensors: dict[str, Tensor], source: Path) -> None:
-    """Copies a checkpoint into the model; names and shapes must agree exactly.
-
-    Raises:
-        InvalidInput: the first missing, unknown or differently shaped tensor, and how many more.
-    """
-    tensors = {name.removeprefix("module."): tensor for name, tensor in tensors.items()}
-    wanted = model.state_dict()
-    head = next((n for n in ("head.weight", "head.l.weight") if n in wanted and n in tensors), None)
-    if head and wanted[head].shape[0] != tensors[head].shape[0]:
-        raise InvalidInput(
-            f"model: checkpoint {source} was trained for {tensors[head].shape[0]} classes, but "
-            f"{wanted[head].shape[0]} are needed; give data or a checkpoint with the same classes"
-        )
-    problems = [
-        f"{name} must be {tuple(wanted[name].shape)}, got {tuple(tensors[name].shape)}"
-        for name in wanted
-        if name in tensors and wanted[name].shape != tensors[name].shape
-    ]
-    problems += [f"{name} is missing" for name in wanted if name not in tensors]
-    problems += [f"{name} is unknown" for name in tensors if name not in wanted]
-    if problems:
-        more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
-        raise InvalidInput(
-            f"model: checkpoint {source} does not fit the model: {problems[0]}{more}; "
-            "check --model and --model-args"
-        )
-    model.load_state_dict(tensors)

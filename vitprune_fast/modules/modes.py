@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..errors import InvalidInput
+
 
 @contextmanager
 def evaluating(*models: nn.Module | None) -> Iterator[None]:
@@ -57,6 +59,19 @@ def compiled(model: nn.Module, backend: bool | str = True) -> Any:
     if "isolate_recompiles" in inspect.signature(torch.compile).parameters:
         options["isolate_recompiles"] = True
     return torch.compile(model, **options)
+
+
+def check_recordable(verb: str, model: nn.Module) -> None:
+    """Refuse a model whose tensors autograd can keep nothing of.
+
+    Raises:
+        InvalidInput: one was made inside ``torch.inference_mode()``.
+    """
+    if any(tensor.is_inference() for tensor in (*model.parameters(), *model.buffers())):
+        raise InvalidInput(
+            f"{verb}: model must be built outside torch.inference_mode(), whose tensors take part "
+            "in no gradient, got one built inside; copy its state_dict into a new one"
+        )
 
 
 @contextmanager

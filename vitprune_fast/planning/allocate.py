@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from torch import nn
 
+from ..bare import bare
 from ..errors import InfeasibleBudget, InvalidInput
 from ..registry import named, names
 from ..scoring.scores import Scores
@@ -99,7 +100,7 @@ def plan(
             other, a pattern matches nothing, or the scores belong to another model or are not
             finite.
     """
-    structure = model if isinstance(model, Structure) else describe(model)
+    structure = model if isinstance(model, Structure) else describe(bare("plan", model))
     budget = Budget.of(budget)
     try:
         allocate = named(FOLDER, allocation, "allocate")
@@ -179,13 +180,8 @@ def _rankings(
     structure: Structure, scores: Scores, constraints: Constraints
 ) -> dict[str, np.ndarray]:
     """What ranks the units of every scored group, by the name of its first axis."""
+    scores.check_of("plan", structure)
     for name, value in scores.items():
-        axis = structure.axes.get(name)
-        if axis is None or len(value) != axis.size:
-            raise InvalidInput(
-                f"plan: scores must belong to this model, got {len(value)} scores for {name!r}, "
-                f"which has {axis.size if axis else 'no'} units"
-            )
         if not value.isfinite().all():
             raise InvalidInput(f"plan: scores must be finite, got NaN or Inf in {name!r}")
     if not len(scores):

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_pre_hook
 from torch.utils.flop_counter import FlopCounterMode, flop_registry, sdpa_flop_count
 
+from ..bare import bare
 from ..errors import InvalidInput
 from ..modules.modes import attention_in_parts, evaluating
 from ..ops.gated_attention import registered_op
@@ -46,6 +47,7 @@ def cost(model: nn.Module, input_size: int | tuple[int, ...] | None = None) -> C
         Its Cost. Multiply-accumulates are half the FLOPs that PyTorch's flop counter sees, which
         counts matrix products, convolutions and attention. Nothing random is drawn.
     """
+    model = bare("cost", model)
     size = describe(model, input_size).input_size
     reference = next(model.parameters())
     image = torch.zeros(1, *size, device=reference.device, dtype=reference.dtype)

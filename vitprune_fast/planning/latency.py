@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from vitprune_fast.bare import bare
 from vitprune_fast.errors import InvalidInput
 from vitprune_fast.modules.modes import evaluating
 from vitprune_fast.planning.waiting import TOLERATED, Waits, load_warning
@@ -144,7 +145,7 @@ def latencies(
     if min_runs < 1:
         raise InvalidInput(f"latency: min_runs must be at least 1, got {min_runs}")
     if not models:
-        raise InvalidInput("latencies: models must hold at least one model, got none")
+        raise InvalidInput("latency: models must hold at least one model, got none")
     homes = [device_of(model) for model in models]
     targets = [home if device is None else torch.device(device) for home in homes]
     dtypes = [resolve("latency", dtype, target) for target in targets]
@@ -199,6 +200,7 @@ def image_shape(
     Raises:
         InvalidInput: the input size cannot be told.
     """
+    model = bare(function, model)
     said = families.stated_shape(model)
     config = stated_config(model).get("input_size") or (3,)
     size: Any = input_size or (config[1:] if None in said else said[1:])

@@ -186,6 +186,8 @@ def score(
             criterion=config.criterion,
             units=config.units or ("head", "neuron"),
             reduction=config.reduction,
+            loss=None if config.loss == "ce" else config.loss,
+            objective=config.objective,
             seed=derive_seed(setting.seed, "score labels"),
             draws=config.draws,
             candidates=config.candidates,

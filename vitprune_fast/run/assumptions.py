@@ -30,9 +30,14 @@ SPLITS = ("train", "validation", "test")
 
 
 def about_weights(config: ModelConfig, seed: int, model: Any) -> dict[str, str]:
-    """Says so where the weights of a model are random, or were when it was saved."""
-    if caveats(model).get("weights") != "random":
-        return {}
+    """Says so where weights are random, or were when the model was saved, or were made to fit."""
+    notes = caveats(model)
+    if notes.get("weights") != "random":
+        head = f"the model's head is new and random (seed {seed}), so its answers say nothing yet"
+        return {
+            **{name: notes[name] for name in ("checkpoint", "lora") if name in notes},
+            **({"head": head} if notes.get("head") == "random" else {}),
+        }
     if config.origin == "saved":
         return {"weights": f"{config.name} has random weights, as it was saved"}
     return {

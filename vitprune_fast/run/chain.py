@@ -23,6 +23,7 @@ from vitprune_fast.config.run import RunConfig
 from vitprune_fast.config.yamlfile import from_plain, to_plain, to_yaml
 from vitprune_fast.data import ImageData
 from vitprune_fast.errors import InfeasibleBudget, InvalidInput, StageFailed
+from vitprune_fast.models.lora import ADAPTER_FILES
 from vitprune_fast.models.open import skeleton
 from vitprune_fast.planning.constraints import Constraints
 from vitprune_fast.ranks import Ranks
@@ -43,7 +44,9 @@ from vitprune_fast.scoring import Scores, scored_axes
 from vitprune_fast.structure import DEPTH_KINDS, describe
 
 # fields that say where and how to run, not what to compute
-_NOT_IDENTITY = ("out", "quiet", "tensorboard", "allow_config_change", "latency_seconds")
+_NOT_IDENTITY = (
+    *("out", "quiet", "tensorboard", "allow_config_change", "allow_chance", "latency_seconds"),
+)
 
 
 def execute(
@@ -296,12 +299,17 @@ def identity_of(
     plain = to_plain(config)
     for name in _NOT_IDENTITY:
         plain.pop(name)
-    # any number of loader processes gives the same stream; the others are in the profile
+    # any number of loader processes gives the same stream, and how many unreadable images are
+    # too many changes none of the others; what else is missing is in the profile
     for name in ("device", "dtype", "threads"):
         plain.pop(name)
-    plain["data"].pop("workers")
+    for name in ("workers", "max_bad"):
+        plain["data"].pop(name)
     if config.model.checkpoint:
         plain["model"]["checkpoint"] = f"sha256:{files.sha256(config.model.checkpoint)}"
+    if config.model.merge_lora:
+        parts = (config.model.merge_lora / name for name in ADAPTER_FILES)
+        plain["model"]["merge_lora"] = [f"sha256:{files.sha256(part)}" for part in parts]
     plain["teachers"]["checkpoints"] = {
         name: f"sha256:{files.sha256(Path(file))}"
         for name, file in config.teachers.checkpoints.items()

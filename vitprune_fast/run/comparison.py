@@ -5,9 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 Row = tuple[str, str, str, str]
-"""Heading, before, after, change."""
-Step = tuple[str, str, str, str, str]
-"""Which step, top-1, correct images, 95 % interval, agreement with the dense model."""
+"""Heading, before, after, and after as a share of before."""
+COSTS = ("", "before", "after", "after, as a share of before")
+"""Headings of the table of `costs`."""
+Step = tuple[str, str, str, str, str, str]
+STEPS = ("model", "top-1", "correct", "95% interval", "from dense", "agreement")
+"""Headings of the table of `steps`."""
 
 
 def heading(summary: dict[str, Any], row: str) -> str:
@@ -21,33 +24,29 @@ def heading(summary: dict[str, Any], row: str) -> str:
     return f"{name} in round {number}" if number else name
 
 
-def comparison(before: dict[str, Any], after: dict[str, Any]) -> list[Row]:
-    """Rows of the table from two rows of a summary."""
+def costs(before: dict[str, Any], after: dict[str, Any]) -> list[Row]:
+    """What two models cost, from two rows of a summary; the last cell means the same in each."""
     return [
-        _smaller("parameters", before["params"], after["params"], ",.0f"),
-        _smaller("MACs", before["macs"], after["macs"], ",.0f"),
-        _points("top-1", before["top1"], after["top1"]),
-        _points("top-5", before["top5"], after["top5"]),
-        ("agreement with dense", "", f"{after['agreement']:.2%}", ""),
-        _faster("latency, batch 1 (ms)", before, after, "latency_ms"),
-        _faster("latency, batch 1, p90 (ms)", before, after, "latency_p90_ms"),
-        _faster("latency, batch 64 (ms)", before, after, "latency_ms_batch64"),
-        (
-            "images/s, batch 64",
-            f"{before['images_per_s']:,.0f}",
-            f"{after['images_per_s']:,.0f}",
-            f"{after['images_per_s'] / before['images_per_s']:.2f}x",
+        _row("parameters", before["params"], after["params"], ",.0f"),
+        _row("MACs", before["macs"], after["macs"], ",.0f"),
+        _row("blocks", before["depth"], after["depth"], "d"),
+        *(
+            _row(title, before[key], after[key], ",.2f")
+            for title, key in (
+                ("latency, batch 1 (ms)", "latency_ms"),
+                ("latency, batch 1, p90 (ms)", "latency_p90_ms"),
+                ("latency, batch 64 (ms)", "latency_ms_batch64"),
+            )
         ),
-        _megabytes("peak memory, batch 1 (MB)", before, after, "peak_memory_bytes"),
-    ]
-
-
-def further(before: dict[str, Any], after: dict[str, Any]) -> list[Row]:
-    """More rows of that table, for pages."""
-    return [
-        _megabytes("peak memory, batch 64 (MB)", before, after, "peak_memory_bytes_batch64"),
-        _megabytes("weights file (MB)", before, after, "file_bytes"),
-        _smaller("blocks", before["depth"], after["depth"], "d"),
+        _row("images/s, batch 64", before["images_per_s"], after["images_per_s"], ",.0f"),
+        *(
+            _row(title, before[key] / 1e6, after[key] / 1e6, ",.2f")
+            for title, key in (
+                ("peak memory, batch 1 (MB)", "peak_memory_bytes"),
+                ("peak memory, batch 64 (MB)", "peak_memory_bytes_batch64"),
+                ("weights file (MB)", "file_bytes"),
+            )
+        ),
     ]
 
 
@@ -63,22 +62,16 @@ def steps(summary: dict[str, Any]) -> list[Step]:
                 f"{row['top1']:.2%}",
                 f"{row['top1_count']:,} of {row['samples']:,}",
                 f"{low:.1%} to {high:.1%}",
+                points(summary, name) if name != "before" else "",
                 f"{row['agreement']:.2%}" if "agreement" in row else "",
             )
         )
     return found
 
 
-def between(summary: dict[str, Any]) -> list[Row]:
-    """The accuracy on the way, as rows of the table of before and after."""
-    rows = []
-    for name, title in (("cut", "top-1 right after the cut"), ("swept", "top-1 after the sweep")):
-        row = summary[name]
-        empty = (title, "", "", "")
-        rows.append(
-            empty if row is None else _points(title, summary["before"]["top1"], row["top1"])
-        )
-    return rows
+def points(summary: dict[str, Any], row: str) -> str:
+    """Top-1 of a row less that of the dense model, in percentage points."""
+    return f"{(summary[row]['top1'] - summary['before']['top1']) * 100:+.2f} points"
 
 
 def arrow(summary: dict[str, Any]) -> str:
@@ -86,19 +79,5 @@ def arrow(summary: dict[str, Any]) -> str:
     return " -> ".join(f"{model} {top1}" for model, top1, *_ in steps(summary))
 
 
-def _megabytes(title: str, before: dict[str, Any], after: dict[str, Any], key: str) -> Row:
-    return _smaller(title, before[key] / 1e6, after[key] / 1e6, ",.2f")
-
-
-def _smaller(title: str, before: float, after: float, style: str) -> Row:
+def _row(title: str, before: float, after: float, style: str) -> Row:
     return title, f"{before:{style}}", f"{after:{style}}", f"{after / before:.1%}"
-
-
-def _points(title: str, before: float, after: float) -> Row:
-    return title, f"{before:.2%}", f"{after:.2%}", f"{(after - before) * 100:+.2f} points"
-
-
-def _faster(title: str, before: dict[str, Any], after: dict[str, Any], key: str) -> Row:
-    ratio = before[key] / after[key]
-    change = f"{ratio:.2f}x faster" if ratio >= 1 else f"{1 / ratio:.2f}x slower"
-    return title, f"{before[key]:.2f}", f"{after[key]:.2f}", change

@@ -292,7 +292,7 @@ class _Walk:
     def _dense(self, own: RunConfig, step: Step) -> Found:
         made = self.costs[step.outputs["model"]] = cost(self.dense)
         if not trains_dense(own, self.sizes):
-            return made, []
+            return made, [self._read("validation", self.sizes.images["validation"], made.macs)]
         return made, self._training(own.dense, made.macs, 0)
 
     def _teacher(self, own: RunConfig, step: Step) -> Found:

@@ -26,8 +26,11 @@ from typing import Any
 
 from vitprune_fast import files
 from vitprune_fast.errors import DamagedFile, RunFolderError
+from vitprune_fast.model_card import CARD
 
 SCHEMA = 5
+SEALED = "lists its folder"
+"""In place of the sha256 of a manifest, in a record."""
 
 PATIENCE_S = 1.0
 """Seconds a start waits for the lock of a process that was just killed and is not quite gone."""
@@ -229,7 +232,9 @@ class RunFolder:
                 path = files.inside(self.path, name)
                 if not path.is_file():
                     return f"{name} is missing"
-                if files.sha256(path) != digest:
+                if digest == SEALED:
+                    files.check_manifest(path.parent, but=(CARD,))
+                elif files.sha256(path) != digest:
                     return f"{name} was changed"
         except DamagedFile as error:
             return str(error)
@@ -246,9 +251,11 @@ class RunFolder:
         """Writes the record of a step whose outputs (files or folders) are on disk."""
         (self / "stages").mkdir(exist_ok=True)
         hashes = {
-            str(path.relative_to(self.path)): files.sha256(path)
+            str(path.relative_to(self.path)): _digest(path)
             for name in outputs
             for path in _files_under(self / name)
+            # nothing is made of it, and the evaluation writes it again
+            if path.name != CARD
         }
         record = {"wiring": wiring, "outputs": hashes, "facts": facts}
         files.write_json(self / "stages" / f"{stage}.json", record)
@@ -269,6 +276,11 @@ class RunFolder:
         fresh.rename(self / name)
         files.flush_folder(self.path)
         shutil.rmtree(old, ignore_errors=True)
+
+
+def _digest(path: Path) -> str:
+    """Of a file; a manifest says itself what belongs to it, and lists a card that changes."""
+    return SEALED if path.name == files.MANIFEST else files.sha256(path)
 
 
 def _files_under(path: Path) -> list[Path]:

@@ -9,9 +9,10 @@ from typing import Any, Protocol
 import timm
 from torch import nn
 
+from vitprune_fast.bare import bare
 from vitprune_fast.batches import classes_of
 from vitprune_fast.config.model import ModelConfig, StudentConfig
-from vitprune_fast.config.run import DataConfig, RunConfig
+from vitprune_fast.config.run import DataConfig, RunConfig, ShownConfig
 from vitprune_fast.data import CROP_MODES, INTERPOLATIONS, ImageData, open_data
 from vitprune_fast.distill.teachers import must_learn
 from vitprune_fast.errors import InvalidInput
@@ -76,7 +77,7 @@ _STATISTICS = {
 """How pixels become a model's input: our names and timm's."""
 
 
-def open_model_data(config: DataConfig, model: Any, weights: ModelConfig) -> ImageData:
+def open_model_data(config: ShownConfig, model: Any, weights: ModelConfig) -> ImageData:
     """The data set as the model wants to see it.
 
     Args:
@@ -151,19 +152,21 @@ def remember_normalisation(model: Any, data: ImageData, *, trained: bool) -> Non
     model.caveats = kept
 
 
-def check_fit(model: Any, data: ImageData) -> None:
+def check_fit(model: Any, data: ImageData, *, labels: bool = True) -> None:
     """Refuses a head or a patch size that does not fit the data (InvalidInput).
 
-    A head that names its classes must have those of the data, in their order.
+    A head that names its classes must have those of the data, in their order; without ``labels`` it
+    may have any.
     """
-    classes = len(data.classes)
-    if classes_of(model) != classes:
+    model, classes = bare("model", model), len(data.classes)
+    if labels and classes_of(model) != classes:
         raise InvalidInput(
             f"model: the head must have {classes} classes like {data.name}, got "
             f"{classes_of(model)}; build it with num_classes={classes}, or teach it those "
-            "of the data (--train-dense with --pretrained, or distill)"
+            "of the data (--train-dense with --pretrained or --checkpoint, or distill)"
         )
-    check_order(model, data)
+    if labels:
+        check_order(model, data)
     # models of other libraries take images of one size, of which they say no patch
     (height, width), patch = data.image_size, patch_size(model) or (1, 1)
     if height < patch[0] or width < patch[1]:
@@ -190,12 +193,17 @@ def check_order(model: Any, data: ImageData) -> None:
 def trains_dense(config: RunConfig, data: Shown) -> bool:
     """Whether the dense model learns the data in the run before it is cut.
 
-    It does without weights, and with those of its name in timm that know other classes.
+    It does without weights, and with those of its name in timm or of a checkpoint that know other
+    classes, or none.
     """
     if not config.has_weights:
         return True
-    named = config.train_dense and config.model.origin == "pretrained"
-    return named and must_learn(config.model.name, len(data.classes), pretrained=True)
+    if not config.train_dense or config.model.origin == "saved":
+        return False
+    if config.model.origin == "checkpoint" or config.model.merge_lora is not None:
+        model: Any = skeleton(config.model)
+        return caveats(model).get("head") == "random" or classes_of(model) != len(data.classes)
+    return must_learn(config.model.name, len(data.classes), pretrained=True)
 
 
 def open_weights(
@@ -224,13 +232,24 @@ def student_config(config: StudentConfig, data: Shown) -> ModelConfig:
 
 def open_both(
     model_config: ModelConfig,
-    data_config: DataConfig,
+    data_config: ShownConfig,
     seed: int,
     device: str,
     threads: int | None = None,
     dtype: Precision = "auto",
+    *,
+    labels: bool = True,
 ) -> Opened:
     """The model with its weights, the data read at its input size, and where to compute.
+
+    Args:
+        model_config: which model.
+        data_config: which images.
+        seed: of weights that nothing provides.
+        device: by name.
+        threads: None is chosen.
+        dtype: to compute in.
+        labels: whether labels are read, so that the head must have the classes of the data.
 
     Raises:
         InvalidInput: the head and the data disagree on the number of classes, or either cannot be
@@ -239,11 +258,12 @@ def open_both(
     profile = choose_profile(device, threads, data_config.workers, dtype)
     model = open_weights(model_config, seed)
     data = open_model_data(data_config, model, model_config)
-    check_fit(model, data)
+    check_fit(model, data, labels=labels)
     assumptions = {
         **about_weights(model_config, seed, model),
         **about_data(data),
         **about_classes(model, data),
         **not_followed(model, model_config, data),
     }
-    return Opened(model, data, Setting(seed, profile, data_config), assumptions)
+    images = DataConfig(**vars(data_config))
+    return Opened(model, data, Setting(seed, profile, images), assumptions)

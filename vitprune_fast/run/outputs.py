@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from vitprune_fast.config.model import ModelConfig
-from vitprune_fast.config.run import DataConfig, TeacherConfig
+from vitprune_fast.config.run import ShownConfig, TeacherConfig
 from vitprune_fast.errors import InvalidInput
 
 
@@ -70,7 +70,7 @@ def _inputs(options: Any, skip: Collection[str] = ()) -> Iterator[tuple[str, Pat
         elif isinstance(value, TeacherConfig):
             yield from _existing("teacher", value.names)
             yield from _existing("teacher-checkpoint", value.checkpoints.values())
-        elif isinstance(value, DataConfig):
+        elif isinstance(value, ShownConfig):
             yield from _existing("data", [value.source.partition(":")[2]])
         if dataclasses.is_dataclass(value):
             yield from _inputs(value)

@@ -9,8 +9,10 @@ from torch import nn
 
 from vitprune_fast import planning
 from vitprune_fast.evaluation import wilson
+from vitprune_fast.model_card import FIGURES
 from vitprune_fast.run.checks import Check
 from vitprune_fast.run.step import Facts
+from vitprune_fast.stated import patch_size
 from vitprune_fast.structure import UNIT_KINDS, Structure, describe
 
 BATCH_SIZES = (1, 64)
@@ -64,8 +66,35 @@ def rows(
     return {**dict.fromkeys(ALWAYS), **made}
 
 
+def of_card(rows: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, float]]:
+    """The figures of rows that a model card shows."""
+    return {
+        row: {name: figures[name] for name in FIGURES if name in figures}
+        for row, figures in rows.items()
+    }
+
+
 def _size(model: nn.Module) -> tuple[int, int]:
     return planning.cost(model).params, planning.cost(model).macs
+
+
+def shape(model: nn.Module) -> dict[str, Any]:
+    """What a model is, whatever it is called.
+
+    Returns:
+        ``depth`` (blocks that compute something), ``widths`` (channels, of each stage), ``heads``
+        and ``neurons`` (of all blocks), ``image`` ([channels, height, width]) and ``patch``
+        ([height, width] in pixels, None where nothing says so).
+    """
+    structure, patch = describe(model), patch_size(model)
+    return {
+        "depth": structure.depth,
+        "widths": [axis.size for axis in structure.units("embed")],
+        "heads": _units(structure, "head"),
+        "neurons": _units(structure, "neuron"),
+        "image": list(structure.input_size),
+        "patch": None if patch is None else list(patch),
+    }
 
 
 def ratios(before: Structure, after: Structure) -> dict[str, float]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -90,6 +91,8 @@ class Trainings:
         Raises:
             RunStopped: `stop` said so.
         """
+        stage, started = {"event": "stage", "stage": purpose}, time.perf_counter()
+        self.on_event({**stage, "state": "start"})
         result = actions.train(
             student,
             teacher,
@@ -98,12 +101,15 @@ class Trainings:
             self.setting,
             purpose=purpose,
             checkpoint_dir=None if self.checkpoints is None else self.checkpoints / purpose,
-            on_event=lambda event: self.on_event({**event, "stage": purpose}),
+            on_event=lambda event: self.on_event(
+                {**event, "stage": purpose, "epochs": config.epochs}
+            ),
             stop=self.stop,
             **more,
         )
         if not result.finished:
             raise RunStopped
+        self.on_event({**stage, "state": "done", "seconds": time.perf_counter() - started})
         return result
 
 

@@ -11,13 +11,15 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor, nn
 
-from ..batches import Numbered, check_single_label, checked, classes_of
+from ..bare import bare
+from ..batches import Numbered, Targets, check_whole, checked, classes_of
 from ..errors import InvalidInput
 from ..precision import Precision, computing_in, device_of, is_half, name_of, resolve
 from ..ranks import Ranks
 from ..sealed import fingerprint
 from ..structure import UNIT_KINDS, Axis, Structure, describe, families
 from ..structure.paths import get
+from ..target_loss import LossLike, TargetLoss
 from . import stream
 from .agreement import rank_agreement, split_off
 from .criterion import Asked, Criterion, criterion_named, criterion_names
@@ -28,17 +30,21 @@ from .taylor import LOSS_SCALE, PathChoice
 
 __all__ = ["Scores", "ScoringStopped", "criterion_names", "score"]
 
+Objective = Literal["logits", "features"]
 Reduction = Literal["abs", "square", "signed", "token_abs", "mean", "l1", "l2", "group"]
 
 
+@torch.inference_mode(False)
 def score(
     model: nn.Module,
-    batches: Iterable[Sequence[Any]] | None = None,
+    batches: Iterable[Any] | None = None,
     criterion: str = "taylor",
     units: Sequence[str] | Literal["all"] = ("head", "neuron"),
     reduction: Reduction | None = None,
     per_sample: bool = False,
     *,
+    loss: LossLike | None = None,
+    objective: Objective = "logits",
     micro_batch: int | None = None,
     seed: int = 0,
     draws: int = 1,
@@ -71,8 +77,15 @@ def score(
     * ``activation``: how much a unit puts out, forward only (``scoring/criteria/activation.py``).
     * ``magnitude``: norms of its weights, no data (``scoring/criteria/magnitude.py``).
 
-    Only ``taylor`` and ``loss`` need labels; for the others, what stands in their place is checked
-    for its length alone.
+    Only ``taylor`` and ``loss`` need labels; for the others batches may be images alone, and what
+    stands in the place of labels is checked for its length.
+
+    With ``objective="features"`` the model has no classifier, and its outputs f (pooled features,
+    or all tokens; of transformers' models what they pool, or the last hidden state) stand for the
+    normal distribution N(f, I). ``fisher`` draws targets from it, y = f + e: mean g^2 estimates
+    |df/dgate|^2, twice the second-order term of the KL divergence ``1/2 |f - f_without|^2``, which
+    ``kl`` measures (``scoring/taylor.py`` has the derivation). ``taylor`` takes its reductions of
+    the same g, but ``signed``, whose mean is zero. None of them reads labels.
 
     Dropout and drop path are off. The model comes back exactly as it was, also after an error or an
     interrupt. Where torch.distributed is initialised, its processes share the work and all get the
@@ -81,17 +94,24 @@ def score(
     Args:
         model: a supported model; another one needs ``structure``.
         batches: yields (images (B, C, H, W) floating, labels: B integers, ...); images go to the
-            device and dtype of the model. Not needed for ``magnitude``.
+            device and dtype of the model. Not needed for ``magnitude``. Where no labels are read
+            also images alone, or one tensor of them; with ``loss`` labels may be other targets.
         criterion: see above.
         units: unit kinds to score, or ``"all"`` that the model has.
         reduction: for ``taylor`` and ``magnitude`` (``group``, ``l1``, ``l2``); None is the first
             that the criterion has.
         per_sample: keep g itself, as ``.per_sample[axis]`` (samples, units) fp32.
+        loss: for ``taylor`` and ``loss``, in place of cross-entropy: ``"bce"``, every class by
+            itself (targets (B, C) floating, or labels), and ``"mse"`` (targets of the shape of the
+            outputs) are means over the numbers of a sample; or a function of (outputs (B, ...) in
+            fp32 at least, targets as the batch has them, (B, ...), on their device) to one loss per
+            sample, (B,), each of its own sample alone.
+        objective: ``"features"`` for a model without a classifier.
         micro_batch: samples at once; None takes the batches as they come. What does not fit into
             memory is halved and done again.
-        seed: of the labels drawn for ``fisher``; a label depends on it and on the place of its
-            sample in the stream alone.
-        draws: labels per sample for ``fisher``; g^2 is averaged over them.
+        seed: of the labels or features drawn for ``fisher``; what is drawn depends on it and on the
+            place of its sample in the stream alone.
+        draws: how often it is drawn per sample; g^2 is averaged over them.
         candidates: units left out at once for ``loss`` and ``kl``.
         loss_scale: for float16: the loss is multiplied and the scores divided by it; None is 1024
             where ``dtype`` says float16, whose gradients would underflow, and 1 elsewhere.
@@ -120,12 +140,15 @@ def score(
         largest gradients would be missing.
 
     Raises:
-        InvalidInput: an argument or a batch has a value that cannot be used.
+        InvalidInput: an argument or a batch has a value that cannot be used, the model has no
+            classifier of two classes or more and nothing else is asked for, or batches come from a
+            DistributedSampler.
         NotEnoughMemory: not even one sample fits.
         ScoringStopped: ``stop`` said so.
-        StageFailed: another process failed, or has another checkpoint.
+        StageFailed: another process failed, or has other batches or another checkpoint.
         UnsupportedArchitecture: the model has no layout.
     """
+    model = bare("score", model)
     if structure is None:
         structure = describe(model)
     else:
@@ -134,6 +157,8 @@ def score(
     chosen = _reduction(criterion, kind, reduction)
     if empty := next((name for name, p in model.named_parameters() if p.is_meta), None):
         raise InvalidInput(f"score: model must hold its weights, got {empty} on the meta device")
+    target_loss = TargetLoss.of("score", loss)
+    _check_asked(model, criterion, kind, chosen, target_loss, objective)
     computed = resolve("score", dtype, device_of(model))
     provenance: dict[str, Any] = {"model": structure.family, "torch": torch.__version__}
     if kind.of_weights is not None:
@@ -145,8 +170,6 @@ def score(
         raise InvalidInput(
             f"score: batches must be given for the criterion {criterion!r}, got None"
         )
-    if kind.classes:
-        _check_classes(model, criterion)
     for name, value in (("micro_batch", micro_batch), ("draws", draws), ("candidates", candidates)):
         if not (value is None and name == "micro_batch") and (type(value) is not int or value < 1):
             raise InvalidInput(f"score: {name} must be a whole number >= 1, got {value!r}")
@@ -168,8 +191,15 @@ def score(
             f"score: per_sample must be False for the criterion {criterion!r}, whose scores exist "
             "of all samples together only, got True"
         )
-    if criterion == "fisher":
+    features = objective == "features"
+    targets: Targets = "none" if features or not kind.targets else target_loss.targets
+    if criterion == "fisher" or (features and kind.gradients):
         provenance |= {"seed": seed, "draws": draws}
+    if features:
+        provenance["objective"] = objective
+    if loss is not None:
+        provenance["loss"] = target_loss.name
+    check_whole("score", batches, Ranks.current())
     if computed is not None:
         provenance["dtype"] = name_of(computed)
     axis_sizes = {axis.name: kind.numbers * axis.size for axis in axes}
@@ -181,7 +211,11 @@ def score(
     def measuring(dtype: torch.dtype | None, *, replayed: bool) -> Iterator[stream.ScoreBatch]:
         """The criterion, computed in a dtype."""
         with computing_in(dtype, model), families.opened(model, structure) as seen:
-            asked = Asked(model, seen, axes, chosen, seed, draws, candidates, scale, path, replayed)
+            asked = Asked(
+                *(model, seen, axes, chosen, seed, draws, candidates, scale, path, replayed),
+                target_loss,
+                features,
+            )
             assert kind.measure is not None
             with kind.measure(asked) as ready:
                 yield ready
@@ -199,7 +233,9 @@ def score(
         """How the dtype ranks the units of the first samples compared with float32."""
         nonlocal source
         numbered = isinstance(source, Numbered)
-        first, source = split_off(source if numbered else checked("score", source, model))
+        first, source = split_off(
+            source if numbered else checked("score", source, model, targets=targets)
+        )
         found = [Accumulator(axis_sizes, chosen, combine=kind.combined) for _ in range(2)]
         for sums, each in zip(found, (torch.float32, computed), strict=True):
             with measuring(each, replayed=False) as score_batch:
@@ -209,6 +245,7 @@ def score(
                     model,
                     first,
                     sums,
+                    targets=targets,
                     micro_batch=micro_batch,
                     # others would all see all of the first samples
                     ranks=Ranks.current() if numbered else None,
@@ -237,6 +274,8 @@ def score(
             "loss_scale": scale,
             "path": path,
             "dtype": provenance.get("dtype"),
+            "loss": target_loss.name,
+            "objective": objective,
         }
         kept = Checkpoint(Path(checkpoint), identity)
     if is_half(computed) and kind.gradients:
@@ -248,6 +287,7 @@ def score(
             model,
             source,
             accumulator,
+            targets=targets,
             micro_batch=micro_batch,
             ranks=Ranks.current(),
             checkpoint=kept,
@@ -270,14 +310,40 @@ def _check_structure(model: nn.Module, structure: Structure) -> None:
             )
 
 
-def _check_classes(model: nn.Module, criterion: str) -> None:
-    """Refuse a model with fewer than two classes, whose loss does not depend on its units."""
-    check_single_label("score", model)
-    classes = classes_of(model)
-    if isinstance(classes, int) and classes < 2:
+def _check_asked(
+    model: nn.Module,
+    criterion: str,
+    kind: Criterion,
+    reduction: str,
+    loss: TargetLoss,
+    objective: str,
+) -> None:
+    """Refuse a loss or an objective that the criterion or the model cannot have."""
+    if objective not in get_args(Objective):
+        names = ", ".join(get_args(Objective))
+        raise InvalidInput(f"score: objective must be one of {names}, got {objective!r}")
+    if loss.name != "ce" and not (kind.targets and objective == "logits"):
+        which = [name for name in criterion_names() if criterion_named(name).targets]
+        other = f"the criterion {criterion!r}" if objective == "logits" else "objective='features'"
         raise InvalidInput(
-            f"score: model must have at least 2 classes for the criterion {criterion!r}, got "
-            f"{classes}; give it a classifier, or score by 'activation' or 'magnitude'"
+            f"score: loss must be None for {other}, which reads no targets, got {loss.name}; the "
+            f"criteria {' and '.join(which)} take one"
+        )
+    if objective == "logits":
+        if kind.classes:
+            loss.check("score", model)
+        return
+    if not kind.features or reduction == "signed":
+        which = [name for name in criterion_names() if criterion_named(name).features]
+        raise InvalidInput(
+            f"score: criterion must be one of {', '.join(which)} for objective='features', and "
+            f"its reduction not 'signed', got {criterion!r} and {reduction!r}"
+        )
+    classes = classes_of(model)
+    if isinstance(classes, int) and classes:
+        raise InvalidInput(
+            "score: objective must be 'logits' for a model with a classifier, got 'features' and "
+            f"{classes} classes; take the classifier off, as model.reset_classifier(0) does"
         )
 
 

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..batches import as_input, check_logits, logits_of
+from ..batches import as_input, check_features, check_logits, features_of, logits_of
 from ..errors import InvalidInput
 from ..modules.modes import evaluating
 from ..modules.norms import kept_by, norm_over_kept
@@ -25,6 +25,7 @@ from ..modules.swap import Altered, silence
 from ..structure import Axis, Structure
 from ..structure.paths import get
 from ..structure.places import Place
+from ..target_loss import TargetLoss
 from .scores import MeasureBatch, Rows
 
 
@@ -32,13 +33,16 @@ def leave_one_out(
     model: nn.Module,
     structure: Structure,
     axes: Sequence[Axis],
-    measure: Literal["loss", "kl"],
+    measure: Literal["loss", "kl", "distance"],
     candidates: int = 32,
+    *,
+    loss: TargetLoss | None = None,
 ) -> MeasureBatch:
     """The exact effect of every unit on every sample.
 
-    ``loss``: cross-entropy without the unit minus cross-entropy of the full model; signed, and
+    ``loss``: that of the targets without the unit minus that of the full model; signed, and
     positive where the unit helps. ``kl``: KL(p_full || p_without) in nats, at temperature 1.
+    ``distance``: ``1/2 |f_full - f_without|^2`` of the features, tokens side by side.
 
     Dropout and drop path are off. Between batches and after an error the model is exactly what it
     was. At most ``candidates`` times the batch passes through the network at once; a larger number
@@ -48,13 +52,15 @@ def leave_one_out(
         model: a supported model.
         structure: of the model.
         axes: of the structure, of any unit kind.
-        measure: ``"loss"`` or ``"kl"``.
+        measure: ``"loss"``, ``"kl"`` or ``"distance"``.
         candidates: how many units are tried at once.
+        loss: of ``"loss"``; None is cross-entropy.
 
     Returns:
-        A function from images (B, C, H, W) floating and labels (B,) int64 (None will do for
-        ``kl``) to axis name -> (B, units) fp32 (fp64 in fp64 models); differences are taken in
-        fp64. Row b depends on sample b alone: one that is not finite makes no other row so.
+        A function from images (B, C, H, W) floating, and labels (B,) int64 or what else the loss
+        of ``"loss"`` reads, to axis name -> (B, units) fp32 (fp64 in fp64 models); differences are
+        taken in fp64. Row b depends on sample b alone: one that is not finite makes no other row
+        so.
 
     Raises:
         InvalidInput: an argument has a value that cannot be used; when called, labels or logits.
@@ -64,9 +70,12 @@ def leave_one_out(
         trial for axis in axes for trial in _trials(model, structure, axis, blocks, candidates)
     ]
 
-    def measure_batch(images: Tensor, labels: Tensor | None) -> Rows:
+    chosen = loss or TargetLoss.of("score", None)
+
+    def measure_batch(images: Tensor, targets: Tensor | None) -> Rows:
         with evaluating(model), torch.no_grad():
-            return _score_batch(model, blocks, trials, axes, images, labels, measure)
+            known = None if measure != "loss" else (chosen, targets)
+            return _score_batch(model, blocks, trials, axes, images, known, measure)
 
     return measure_batch
 
@@ -77,51 +86,69 @@ def _score_batch(
     trials: list[Trial],
     axes: Sequence[Axis],
     images: Tensor,
-    labels: Tensor | None,
+    known: tuple[TargetLoss, Tensor | None] | None,
     measure: str,
 ) -> dict[str, Tensor]:
     images = as_input(model, images)
+    read = features_of if measure == "distance" else logits_of
     # what enters every block: less than the stream of a trial with as many candidates as blocks
     entries: dict[str, Tensor] = {}
     with Altered() as altered:
         for path in blocks:
             altered.before(get(model, path), partial(_note, entries, path))
-        full = logits_of(model(images))
+        full = read(model(images))
     if skipped := [path for path in blocks if path not in entries]:
         raise InvalidInput(f"score: model must run all of its blocks, got one without {skipped[0]}")
-    damage = _damage_to(full, labels, measure, len(images))
+    damage = _damage_to(model, full, known, measure, len(images))
     dtype = torch.promote_types(full.dtype, torch.float32)
     scores = {axis.name: full.new_empty((len(images), axis.size), dtype=dtype) for axis in axes}
     for trial in trials:
         stream = None if trial.start is None else entries[blocks[trial.start]]
-        logits = _logits_without(model, blocks, trial, images, stream)
-        logits = logits.view(len(trial.units), *full.shape)
-        scores[trial.axis][:, trial.units] = damage(logits.double()).T.to(dtype)
+        outputs = read(_outputs_without(model, blocks, trial, images, stream))
+        outputs = outputs.view(len(trial.units), *full.shape)
+        scores[trial.axis][:, trial.units] = damage(outputs).T.to(dtype)
     return scores
 
 
 def _damage_to(
-    full: Tensor, labels: Tensor | None, measure: str, samples: int
+    model: nn.Module,
+    full: Any,
+    known: tuple[TargetLoss, Tensor | None] | None,
+    measure: str,
+    samples: int,
 ) -> Callable[[Tensor], Tensor]:
-    """A function from fp64 logits (candidates, samples, classes) to (candidates, samples)."""
-    if labels is None and measure == "loss":
+    """A function from outputs (candidates, samples, ...) to fp64 (candidates, samples)."""
+    if measure == "distance":
+        check_features("score", full, samples)
+        wanted = full.double().flatten(1)
+        return lambda outputs: (outputs.double().flatten(2) - wanted).square().sum(-1) / 2
+    if known is None:
+        check_logits("score", full, torch.zeros(samples, dtype=torch.int64), model)
+        # in fp64, so that the difference of close values costs no accuracy of its own
+        said = full.double().log_softmax(-1)
+
+        def divergence(outputs: Tensor) -> Tensor:
+            logs = outputs.double().log_softmax(-1)
+            each = F.kl_div(logs, said, reduction="none", log_target=True)
+            # rounding may leave a zero just below itself
+            return each.sum(-1).clamp(min=0)
+
+        return divergence
+    loss, targets = known
+    if targets is None:
         raise InvalidInput("score: batches must hold labels for the criterion 'loss', got None")
-    if labels is None:
-        labels = torch.zeros(samples, dtype=torch.int64)
-    check_logits("score", full, labels)
-    # in fp64, so that the difference of close values costs no accuracy of its own
-    known = full.double().log_softmax(-1)
-    if measure == "loss":
-        rows = torch.arange(samples, device=full.device)
-        labels = labels.to(full.device)
-        return lambda logits: known[rows, labels] - logits.log_softmax(-1)[:, rows, labels]
+    loss.check_targets("score", full, targets, model)
+    targets = targets.to(full.device)
 
-    def divergence(logits: Tensor) -> Tensor:
-        each = F.kl_div(logits.log_softmax(-1), known, reduction="none", log_target=True)
-        # rounding may leave a zero just below itself
-        return each.sum(-1).clamp(min=0)
+    def losses(outputs: Tensor) -> Tensor:
+        count = len(outputs)
+        repeated = targets.repeat(count, *(1,) * (targets.ndim - 1))
+        # a function of the user's may have numbers of its own, in the dtype of the model
+        flat = outputs.flatten(0, 1) if loss.is_own else outputs.flatten(0, 1).double()
+        return loss.each("score", flat, repeated).double().view(count, samples)
 
-    return divergence
+    before = losses(full[None])
+    return lambda outputs: losses(outputs) - before
 
 
 @dataclass(frozen=True)
@@ -173,10 +200,10 @@ def _trials(
         yield Trial(axis.name, units, start, places, late, by_grid)
 
 
-def _logits_without(
+def _outputs_without(
     model: nn.Module, blocks: list[str], trial: Trial, images: Tensor, stream: Tensor | None
-) -> Tensor:
-    """(candidates * samples, classes): the logits without each unit, candidate by candidate."""
+) -> Any:
+    """What the model returns without each unit: candidates * samples, candidate by candidate."""
     count, samples = len(trial.units), len(images)
     with Altered() as altered:
         if stream is None or trial.by_grid:
@@ -193,7 +220,7 @@ def _logits_without(
             _select(model, place, lost, altered)
         for path in trial.silent:
             altered.after(get(model, path), silence)
-        return logits_of(model(images))
+        return model(images)
 
 
 @dataclass(frozen=True)

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
 
 from torch import Tensor, nn
 
 from ..registry import named, names
 from ..structure import Axis, Structure
+from ..target_loss import TargetLoss
 from .scores import MeasureBatch
 from .stream import ScoreBatch
 from .taylor import PathChoice, scorer
@@ -32,6 +34,8 @@ class Asked:
         loss_scale: the loss is multiplied by it, and the scores divided.
         path: how gradients of units are taken.
         cuda_graph: whether a step is replayed.
+        loss: what outputs and targets are compared by.
+        features: outputs are features, whose targets are drawn around them.
     """
 
     model: nn.Module
@@ -44,6 +48,8 @@ class Asked:
     loss_scale: float | None = None
     path: PathChoice = "auto"
     cuda_graph: bool = False
+    loss: TargetLoss = field(default_factory=partial(TargetLoss.of, "score", None))
+    features: bool = False
 
 
 Measure = Callable[[Asked], AbstractContextManager[ScoreBatch]]
@@ -62,7 +68,10 @@ class Criterion:
         reductions: how rows can become one number per unit, its own first.
         gradients: whether it differentiates: float16 then needs a loss scale, and 16 bits are
             compared with float32 on the first samples.
-        classes: whether it needs a model that tells classes apart.
+        classes: whether it needs a model that tells classes apart, unless a loss or features are
+            asked for.
+        targets: whether it reads labels or other targets, so that a loss may be given.
+        features: whether it can judge features, by what it draws or by their distance.
         numbers: of a row for each unit: its columns are (numbers, units).
         combine: from the means of the numbers over the samples (numbers, units), fp64, to (units,);
             None where there is one number.
@@ -73,6 +82,8 @@ class Criterion:
     reductions: tuple[str, ...] = ("mean",)
     gradients: bool = False
     classes: bool = True
+    targets: bool = False
+    features: bool = False
     numbers: int = 1
     combine: Callable[[Tensor], Tensor] | None = None
 
@@ -85,18 +96,17 @@ class Criterion:
         return lambda means: combine(means.view(self.numbers, -1))
 
 
-def by_forwards(build: Callable[[Asked], MeasureBatch], *, labels: bool = False) -> Measure:
+def by_forwards(build: Callable[[Asked], MeasureBatch]) -> Measure:
     """The ``measure`` of a criterion that runs forward only, once for every micro-batch.
 
     Args:
-        build: gives the function from images, and labels or None, to rows.
-        labels: whether it reads labels.
+        build: gives the function from images, and what came with them, to rows.
     """
 
     @contextmanager
     def measuring(asked: Asked) -> Iterator[ScoreBatch]:
         measure = build(asked)
-        yield lambda images, given, first: [measure(images, given if labels else None)]
+        yield lambda images, given, first: [measure(images, given)]
 
     return measuring
 
@@ -116,7 +126,9 @@ def by_gradients(*, drawn_labels: bool = False) -> Measure:
             path=asked.path,
             per_token=asked.reduction == "token_abs",
             loss_scale=asked.loss_scale,
-            fisher=(asked.seed, asked.draws) if drawn_labels else None,
+            loss=asked.loss,
+            drawn=(asked.seed, asked.draws) if drawn_labels or asked.features else None,
+            features=asked.features,
             cuda_graph=asked.cuda_graph,
         )
 

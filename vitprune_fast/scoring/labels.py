@@ -1,4 +1,4 @@
-"""Labels drawn from the model's own prediction, for Fisher scores."""
+"""Targets drawn from the model's own prediction, for Fisher scores."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..randomness import derive_seed, uniforms
+from ..randomness import derive_seed, normals, uniforms
 
 
 def label_numbers(seed: int, first: int, count: int, draws: int) -> Tensor:
@@ -24,6 +24,16 @@ def label_numbers(seed: int, first: int, count: int, draws: int) -> Tensor:
     """
     places = np.arange(first, first + count)
     return torch.from_numpy(uniforms(derive_seed(seed, "fisher labels"), places, draws))
+
+
+def feature_numbers(seed: int, first: int, count: int, draws: int, size: int) -> Tensor:
+    """The noise that makes targets of features: ``(count, draws, size)`` fp64, standard normal.
+
+    As :func:`label_numbers`; ``size`` are the numbers of one sample's features.
+    """
+    places = np.arange(first, first + count)
+    drawn = normals(derive_seed(seed, "fisher features"), places, draws * size)
+    return drawn.view(count, draws, size)
 
 
 def draw_labels(logits_BC: Tensor, numbers: Tensor) -> list[Tensor]:

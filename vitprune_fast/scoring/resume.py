@@ -32,7 +32,7 @@ class Checkpoint:
             "score",
             "the sums of a score run",
             json.dumps(dict(identity), sort_keys=True),
-            "model, criterion, units, seed, dtype, path or micro-batch",
+            "model, criterion, loss, units, seed, dtype, path or micro-batch",
         )
         self._facts: dict[str, Any] = {}
         self._expected = ""
@@ -120,5 +120,6 @@ class Checkpoint:
     def _note(self, pieces: Sequence[Any]) -> None:
         for piece in pieces:
             self._seen.update(len(piece.labels).to_bytes(8, "little"))
-            self._seen.update(piece.labels.cpu().numpy().tobytes())
+            # of any dtype, also of one that numpy does not know
+            self._seen.update(piece.labels.cpu().contiguous().view(torch.uint8).numpy().tobytes())
             self._done += 1

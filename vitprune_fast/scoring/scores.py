@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ..errors import DamagedFile, InvalidInput
 from ..files import parse_json, read_metadata, read_tensors, write_tensors
+from ..structure import Structure
 
 FORMAT = "vitprune_fast.scores"
 
@@ -64,6 +65,24 @@ class Scores(Mapping[str, Tensor]):
         """(units,) fp64, larger means keep: the values, or their magnitude where signed."""
         values = self.by_axis[axis].double()
         return values.abs() if self.reduction == "signed" else values
+
+    def check_of(self, caller: str, structure: Structure) -> None:
+        """Refuse these scores for a model that has other units.
+
+        Args:
+            caller: for the error sentence.
+            structure: of the model.
+
+        Raises:
+            InvalidInput: an axis is missing in the model, or of another size there.
+        """
+        for name, values in self.items():
+            axis = structure.axes.get(name)
+            if axis is None or len(values) != axis.size:
+                raise InvalidInput(
+                    f"{caller}: scores must belong to this model, got {len(values)} scores for "
+                    f"{name!r}, which has {axis.size if axis else 'no'} units"
+                )
 
     def save(self, path: str | Path) -> None:
         """Write values and per-sample scores as one safetensors file, atomically."""

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..batches import Numbered, checked, unpack
+from ..batches import Numbered, Targets, alike, checked, unpack
 from ..errors import NotEnoughMemory
 from ..precision import device_of
 from ..ranks import Ranks
@@ -49,6 +49,7 @@ def run(
     batches: Iterable[Sequence[Any]],
     accumulator: Accumulator,
     *,
+    targets: Targets = "labels",
     micro_batch: int | None = None,
     ranks: Ranks | None = None,
     checkpoint: Checkpoint | None = None,
@@ -67,6 +68,7 @@ def run(
         batches: yields (images, labels, ...); every process must be given the same stream; of
             batches with numbers, such as those of a `data.Loader`, it reads its own.
         accumulator: takes the sums.
+        targets: what is read beside the images.
         micro_batch: samples at once; None takes the batches as they come.
         ranks: the processes that share the work; None is this one alone.
         checkpoint: where the sums are kept from time to time, and taken up again.
@@ -92,7 +94,7 @@ def run(
             "score: checkpoint must hold as many micro-batches in every process",
             "give a file that all of them can read, or delete it to start over",
         )
-    stream = micro_batches(model, batches, micro_batch, ranks, done)
+    stream = micro_batches(model, batches, micro_batch, ranks, done, targets)
     if checkpoint is not None:
         stream = checkpoint.skip(stream, done)
     width = sum(accumulator.axes.values())
@@ -139,6 +141,7 @@ def micro_batches(
     size: int | None,
     ranks: Ranks | None = None,
     done: int = 0,
+    targets: Targets = "labels",
 ) -> Iterator[MicroBatch]:
     """The stream in pieces of at most ``size`` samples, cut inside batches only.
 
@@ -147,7 +150,7 @@ def micro_batches(
     """
     ranks = ranks or Ranks()
     if not isinstance(batches, Numbered):
-        found = checked("score", batches, model)
+        found = alike("score", batches, checked("score", batches, model, targets=targets), ranks)
         pairs = ((labels, images) for images, labels in found)
     else:
         pairs = _with_own_images(model, batches, size, ranks, done)

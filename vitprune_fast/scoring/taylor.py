@@ -3,25 +3,32 @@
 With ``g(b, u)`` the derivative of sample b's loss by a gate on unit u at 1 (Michel et al. 2019,
 arXiv:1905.10650, section 4.1; Molchanov et al. 2017, arXiv:1611.06440, section 2.2). No operation
 of a ViT mixes samples, so one backward of the summed loss gives it for every sample.
+
+Features ``f(x)`` stand for the normal distribution ``N(f, I)``, as logits stand for that of a
+class. Of a target ``y = f + e``, ``e ~ N(0, I)``, drawn from it, the loss ``-log p(y) =
+1/2 |y - f|^2 + c`` has ``g = -<df/dgate, e>``. So ``E[g^2] = |df/dgate|^2``: the Fisher information
+of the gate, and the Gauss-Newton diagonal of ``1/2 |f - f_without|^2``, which is the KL divergence
+of the two distributions. What is computed is ``+<df/dgate, e>``, the gradient of ``<f, e>``, which
+is distributed alike.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
-from ..batches import as_input, check_labels, check_logits, logits_of
+from ..batches import as_input, check_features, check_logits, features_of, logits_of
 from ..errors import InvalidInput
-from ..modules.modes import evaluating, uncompiled
+from ..modules.modes import check_recordable, evaluating, uncompiled
 from ..structure import Axis, Structure
+from ..target_loss import TargetLoss
 from .fused import exchanged
 from .graphs import Replayed
-from .labels import draw_labels, label_numbers
+from .labels import draw_labels, feature_numbers, label_numbers
 from .probes import Probes
 from .scores import Rows
 from .sites import Assemble, Site, sites_of
@@ -37,8 +44,8 @@ PER_TOKEN_KINDS = ("head", "qk_dim", "v_dim", "neuron")
 class TaylorScorer:
     """Scores batches of one model; made by :func:`scorer`.
 
-    Called with images, labels and the place of the first sample in the stream, it returns the rows
-    of every label drawn: axis name -> (samples, units).
+    Called with images, labels or other targets, and the place of the first sample in the stream, it
+    returns the rows of every draw: axis name -> (samples, units).
     """
 
     def __init__(
@@ -48,7 +55,9 @@ class TaylorScorer:
         sites: Sequence[Site],
         assemble: dict[str, Assemble],
         loss_scale: float,
-        fisher: tuple[int, int] | None,
+        loss: TargetLoss,
+        drawn: tuple[int, int] | None,
+        features: bool,
         cuda_graph: bool,
     ):
         self._model = model
@@ -56,55 +65,94 @@ class TaylorScorer:
         self._sites = sites
         self._assemble = assemble
         self._loss_scale = loss_scale
-        self._fisher = fisher
-        self._classes: int | None = None
+        self._loss = loss
+        self._drawn = drawn
+        self._features = features
+        # of one sample, by the shape of its image
+        self._shapes: dict[torch.Size, torch.Size] = {}
         self._compute = Replayed(self._rows) if cuda_graph else self._rows
 
-    def __call__(self, images: Tensor, labels: Tensor, first: int) -> Sequence[Rows]:
+    def __call__(self, images: Tensor, targets: Tensor, first: int) -> Sequence[Rows]:
         images = as_input(self._model, images)
-        if self._fisher is not None:
-            seed, draws = self._fisher
-            numbers = label_numbers(seed, first, len(images), draws)
-            return self._compute(images, numbers.to(images.device))
-        if self._classes is not None:
-            # known from the batch before: without a look at the logits nothing waits for a GPU
-            check_labels("score", labels, self._classes)
-        return self._compute(images, labels.to(images.device))
+        shape = self._shapes.get(images.shape[1:])
+        if self._drawn is not None:
+            seed, draws = self._drawn
+            if self._features:
+                shape = shape or self._look(images[:1])
+                targets = feature_numbers(seed, first, len(images), draws, shape.numel())
+            else:
+                targets = label_numbers(seed, first, len(images), draws)
+        elif shape is not None:
+            # without a look at the outputs nothing waits for a GPU
+            outputs = torch.empty((len(images), *shape), device="meta")
+            self._loss.check_targets("score", outputs, targets)
+        return self._compute(images, targets.to(images.device))
 
     def close(self) -> None:
         """Let go of itself: the model and its graphs are freed with their last owner."""
         del self._compute
 
+    def _read(self, images: Tensor) -> Any:
+        output = self._model(images)
+        return features_of(output) if self._features else logits_of(output)
+
+    @uncompiled()
+    @torch.no_grad()
+    def _look(self, image: Tensor) -> torch.Size:
+        """How large the features of one image are."""
+        self._check(image, self._read(image), image)
+        return self._shapes[image.shape[1:]]
+
+    def _check(self, images: Tensor, outputs: Any, targets: Tensor) -> None:
+        """Refuse outputs of another kind, once for all images of a shape."""
+        if images.shape[1:] in self._shapes:
+            return
+        if self._features:
+            check_features("score", outputs, len(images))
+        elif self._drawn is not None:
+            labels = torch.zeros(len(images), dtype=torch.int64)
+            check_logits("score", outputs, labels, self._model)
+        else:
+            self._loss.check_targets("score", outputs, targets, self._model)
+        self._shapes[images.shape[1:]] = outputs.shape[1:]
+
     @uncompiled()
     def _rows(self, images: Tensor, targets: Tensor) -> list[Rows]:
-        """Forward and backward; the targets are labels (B,), or random numbers (B, draws)."""
+        """Forward and backward; targets are those given, or random numbers (B, draws, ...)."""
         self._probes.clear()
-        logits = logits_of(self._model(images))
-        if self._classes is None:
-            labels = targets if self._fisher is None else targets.new_zeros(len(images)).long()
-            check_logits("score", logits, labels)
-            self._classes = logits.shape[1]
-        if logits.dtype in (torch.float16, torch.bfloat16):
-            logits = logits.float()
+        outputs = self._read(images)
+        self._check(images, outputs, targets)
+        if outputs.dtype in (torch.float16, torch.bfloat16):
+            outputs = outputs.float()
         for site in self._sites:
             if site.key not in self._probes:
                 raise InvalidInput(
                     f"score: model must call {site.module} in its forward, as its structure says, "
                     "got one that did not"
                 )
-        if not logits.requires_grad:
+        if not outputs.requires_grad:
             raise InvalidInput(
                 "score: model must have a unit of the asked kinds left, got one without any"
             )
-        if self._fisher is None:
-            return [self._rows_for(logits, targets, last=True)]
-        *some, final = draw_labels(logits, targets)
-        rows = [self._rows_for(logits, labels, last=False) for labels in some]
-        return [*rows, self._rows_for(logits, final, last=True)]
+        *some, final = self._losses(outputs, targets)
+        rows = [self._rows_for(loss, last=False) for loss in some]
+        return [*rows, self._rows_for(final, last=True)]
 
-    def _rows_for(self, logits: Tensor, labels: Tensor, *, last: bool) -> Rows:
-        # summed, so that the score of a sample does not depend on the batch it came in
-        loss = F.cross_entropy(logits, labels, reduction="sum")
+    def _losses(self, outputs: Tensor, targets: Tensor) -> list[Tensor]:
+        """One loss per draw, summed, so that scores do not depend on the batch of a sample."""
+        if self._features:
+            flat = outputs.flatten(1)
+            return [(flat * e.to(flat.dtype)).sum() for e in targets.unbind(1)]
+        every = [targets] if self._drawn is None else draw_labels(outputs, targets)
+        found = [self._loss.each("score", outputs, each).sum() for each in every]
+        if not all(loss.requires_grad for loss in found):
+            raise InvalidInput(
+                "score: loss must be differentiable by the outputs, got one without a gradient "
+                f"from {self._loss.name}"
+            )
+        return found
+
+    def _rows_for(self, loss: Tensor, *, last: bool) -> Rows:
         readings = self._probes.readings(loss * self._loss_scale, retain_graph=not last)
         rows = {name: assemble(readings) for name, assemble in self._assemble.items()}
         if self._loss_scale != 1:
@@ -121,7 +169,9 @@ def scorer(
     path: PathChoice = "auto",
     per_token: bool = False,
     loss_scale: float | None = None,
-    fisher: tuple[int, int] | None = None,
+    loss: TargetLoss | None = None,
+    drawn: tuple[int, int] | None = None,
+    features: bool = False,
     cuda_graph: bool = False,
 ) -> Iterator[TaylorScorer]:
     """A model made ready for scoring: frozen, in evaluation mode, with probes at its units.
@@ -136,23 +186,16 @@ def scorer(
             ``fused`` wherever a module is known.
         per_token: add up magnitudes per token.
         loss_scale: the loss is multiplied and the scores divided by it.
-        fisher: (seed, draws): labels are drawn from the model itself.
+        loss: of outputs and targets; None is cross-entropy.
+        drawn: (seed, draws): targets are drawn from the model itself.
+        features: the model puts out features, and targets are drawn around them.
         cuda_graph: replay the step as a CUDA graph; the model must be on a GPU.
 
     Raises:
         InvalidInput: gradients cannot exist here, an axis cannot be measured, or the model is in
             half precision and no loss scale is given.
     """
-    if torch.is_inference_mode_enabled():
-        raise InvalidInput(
-            "score: criterion must be computed outside torch.inference_mode(), which records "
-            "no gradients even where they are asked for; leave it, torch.no_grad() is fine"
-        )
-    if any(parameter.is_inference() for parameter in model.parameters()):
-        raise InvalidInput(
-            "score: model must be built outside torch.inference_mode(), whose tensors take part in "
-            "no gradient, got one built inside; copy its state_dict into a new one"
-        )
+    check_recordable("score", model)
     if loss_scale is None and any(p.dtype == torch.float16 for p in model.parameters()):
         raise InvalidInput(
             "score: loss_scale must be given for a model in float16, whose gradients underflow, "
@@ -173,7 +216,8 @@ def scorer(
     sites, assemble = sites_of(structure, axes)
     probes = Probes(per_token)
 
-    ready = TaylorScorer(model, probes, sites, assemble, loss_scale or 1.0, fisher, cuda_graph)
+    chosen, scale = loss or TargetLoss.of("score", None), loss_scale or 1.0
+    ready = TaylorScorer(model, probes, sites, assemble, scale, chosen, drawn, features, cuda_graph)
     with closing(ready), scoring_mode(model), torch.enable_grad():
         if path == "taps":
             with hooked(model, sites, probes):

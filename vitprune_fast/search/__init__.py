@@ -12,6 +12,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
+from ..bare import bare
 from ..config.search import SearchConfig
 from ..errors import InfeasibleBudget, InvalidInput
 from ..evaluation import standard_error
@@ -22,6 +23,7 @@ from ..scoring.scores import Scores
 from ..sealed import fingerprint
 from ..structure import Structure, describe
 from ..surgery.mask import masked_by
+from ..target_loss import TargetLoss
 from .candidate import Candidate, Evaluate, Measured
 from .candidates import Candidates, OnEvent, SearchStopped
 from .evaluations import Evaluations, OnBatches
@@ -167,6 +169,8 @@ def search(
         raise InvalidInput(f"search: images must be unset where evaluate is given, got {images}")
     if scorer is not None and isinstance(model, Structure):
         raise InvalidInput("search: model must be given where scorer is, got its Structure")
+    if not isinstance(model, Structure):
+        model = bare("search", model)
     structure = model if isinstance(model, Structure) else describe(model)
     if evaluate is None:
         if isinstance(model, Structure) or validation is None:
@@ -174,6 +178,7 @@ def search(
                 "search: model and validation must be given where evaluate is not, got "
                 f"{type(model).__name__} and {type(validation).__name__}"
             )
+        TargetLoss.of("search", None).check("search", model)
         if isinstance(validation, Iterator):
             validation = list(validation)
         evaluate_all = OnBatches(model, structure, validation, dtype)

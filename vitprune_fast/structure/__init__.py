@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch import nn
 
+from ..bare import bare
 from ..errors import InvalidInput
 from . import families
 from .axes import DEPTH_KINDS, UNIT_KINDS, Axis, Dim, Group
@@ -27,7 +28,8 @@ def describe(model: nn.Module, input_size: int | tuple[int, ...] | None = None) 
     """List what can be removed from ``model``: its axes and the layout of every tensor.
 
     Args:
-        model: a model of a supported family; it is only read.
+        model: a model of a supported family, or DataParallel, DistributedDataParallel or
+            ``torch.compile`` around one, which all steps look through; it is only read.
         input_size: side, (height, width) or (channels, height, width) of the images the cost is
             counted for; None takes the size the model was built for.
 
@@ -36,8 +38,10 @@ def describe(model: nn.Module, input_size: int | tuple[int, ...] | None = None) 
 
     Raises:
         UnsupportedArchitecture: the family, a block or a tensor of the model has no layout here.
-        InvalidInput: ``input_size`` has another form, or smaller images than one patch.
+        InvalidInput: ``input_size`` has another form, or smaller images than one patch; or the head
+            has other classes than the model says.
     """
+    model = bare("describe", model)
     family = families.of(model)
     structure = family.describe(model, None if input_size is None else _image(input_size))
     computing = [write.name for write in structure.writes()]

@@ -62,10 +62,9 @@ class Builder:
         """A Linear or Conv layer applied at ``positions`` places of one sample."""
         layer = get(self.model, path)
         if isinstance(getattr(layer, "weight", None), Tensor) and type(layer) not in _LAYERS:
-            remedy = "; call merge_and_unload()" if hasattr(layer, "base_layer") else ""
             raise UnsupportedArchitecture(
                 f"describe: {path} must be a Linear or Conv2d of torch, which computes by its "
-                f"weight alone, got a {type(layer).__module__}.{type(layer).__name__}{remedy}"
+                f"weight alone, got a {type(layer).__module__}.{type(layer).__name__}"
             )
         self.tensor(f"{path}.weight", out, in_)
         self.tensor(f"{path}.bias", out)
@@ -206,8 +205,12 @@ class Builder:
         buffers = dict(self.model.named_buffers(remove_duplicate=False))
         if missing := sorted((parameters | buffers).keys() - self.structure.tensors.keys()):
             shown = ", ".join(missing[:4]) + (", ..." if len(missing) > 4 else "")
+            masked = any(
+                name.endswith("_mask") and f"{name[:-5]}_orig" in missing for name in missing
+            )
             raise UnsupportedArchitecture(
                 f"describe: {type(self.model).__name__} has parts without a layout: {shown}"
+                + ("; call torch.nn.utils.prune.remove on masked weights first" if masked else "")
             )
         self.structure.buffers = set(buffers)
         self._note_ties(parameters | buffers)

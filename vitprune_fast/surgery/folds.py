@@ -7,12 +7,14 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
+from ..bare import bare
 from ..errors import InvalidInput
 from ..structure import Axis, Structure, describe, families
 from ..structure.paths import get
 from ..structure.table import Rows
 
 
+@torch.inference_mode(False)
 @torch.no_grad()
 def fold_gates(model: nn.Module, gates: Mapping[str, Tensor]) -> None:
     """Multiply gate values of units into the adjacent weights, in place.
@@ -30,6 +32,7 @@ def fold_gates(model: nn.Module, gates: Mapping[str, Tensor]) -> None:
             or are not finite, or an adjacent tensor is tied; nothing was changed then.
         UnsupportedArchitecture: the model has no layout.
     """
+    model = bare("fold_gates", model)
     with families.opened(model, describe(model)) as structure:
         for name, values in gates.items():
             if name not in structure.taps:
@@ -68,6 +71,7 @@ def _fold_gate(model: nn.Module, structure: Structure, axis: Axis, values: Tenso
             tensor[part] *= factor.view(-1, *(1,) * (tensor.ndim - 1))
 
 
+@torch.inference_mode(False)
 @torch.no_grad()
 def fold_attention_biases(model: nn.Module) -> int:
     """Do without the biases of keys and values, in place; the outputs stay, up to rounding.
@@ -91,6 +95,7 @@ def fold_attention_biases(model: nn.Module) -> int:
     Raises:
         UnsupportedArchitecture: the model has no layout.
     """
+    model = bare("fold_attention_biases", model)
     structure, idle = describe(model), 0
     projections = {write.name: write.projection for write in structure.writes()}
     for attention in structure.attentions:

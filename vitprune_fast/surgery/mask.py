@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from ..bare import bare
 from ..modules.norms import kept_by, norm_over_kept
 from ..modules.swap import Altered, silence
 from ..planning.plan import Plan
@@ -37,7 +38,8 @@ def mask(model: nn.Module, plan: Plan) -> Iterator[nn.Module]:
         InvalidInput: the plan belongs to another model, or cuts the axis of a norm with a forward
             of its own.
     """
-    with masked_by(model, describe(model), plan):
+    inner = bare("mask", model)
+    with masked_by(inner, describe(inner), plan):
         yield model
 
 
@@ -47,28 +49,30 @@ def masked_by(model: nn.Module, structure: Structure, plan: Plan) -> Iterator[No
     plan = plan.check(structure)
     reading = Reading(structure, plan)
     with Altered() as altered:
-        for names in _names_of_tensors(structure, plan):
-            tensor = get(model, names[0])
-            masked = tensor.data
-            for axis, size in enumerate(tensor.shape):
-                # what one place of a tied tensor has lost another may still need
-                kept = [reading.kept_positions(structure.tensors[name][axis]) for name in names]
-                lost = np.setdiff1d(np.arange(size), np.concatenate(kept))
-                if len(lost):
-                    positions = torch.from_numpy(lost).to(tensor.device)
-                    masked = masked.index_fill(axis, positions, 0)
-            if masked is not tensor.data:
-                altered.callback(setattr, tensor, "data", tensor.data)
-                tensor.data = masked
-        for path, dim in structure.norms.items():
-            kept = reading.kept_positions(dim)
-            if len(kept) < dim.length():
-                norm = get(model, path)
-                is_kept = torch.zeros(dim.length(), dtype=torch.bool)
-                is_kept[torch.from_numpy(kept)] = True
-                outer = kept_by("mask", path, norm)
-                both = is_kept if outer is None else is_kept & outer
-                altered.exchange(norm, norm_over_kept, norm, both)
+        # what is made now may meet gradients later, whatever the mode of the caller
+        with torch.inference_mode(False), torch.no_grad():
+            for names in _names_of_tensors(structure, plan):
+                tensor = get(model, names[0])
+                masked = tensor.data
+                for axis, size in enumerate(tensor.shape):
+                    # what one place of a tied tensor has lost another may still need
+                    kept = [reading.kept_positions(structure.tensors[name][axis]) for name in names]
+                    lost = np.setdiff1d(np.arange(size), np.concatenate(kept))
+                    if len(lost):
+                        positions = torch.from_numpy(lost).to(tensor.device)
+                        masked = masked.index_fill(axis, positions, 0)
+                if masked is not tensor.data:
+                    altered.callback(setattr, tensor, "data", tensor.data)
+                    tensor.data = masked
+            for path, dim in structure.norms.items():
+                kept = reading.kept_positions(dim)
+                if len(kept) < dim.length():
+                    norm = get(model, path)
+                    is_kept = torch.zeros(dim.length(), dtype=torch.bool)
+                    is_kept[torch.from_numpy(kept)] = True
+                    outer = kept_by("mask", path, norm)
+                    both = is_kept if outer is None else is_kept & outer
+                    altered.exchange(norm, norm_over_kept, norm, both)
         for write in structure.writes():
             if write.name in plan.removed:
                 silent = get(model, write.output)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from ..bare import bare
 from ..errors import InvalidInput, UnsupportedArchitecture
 from ..modeling_pruned import Constant, HalfBlock, refresh_sizes
 from ..modules.behaviour import check_behaviour
@@ -57,6 +58,7 @@ def prune(
     on_event: OnEvent | None = None,
     stop: Callable[[], bool] | None = None,
 ) -> tuple[Any, ...]: ...
+@torch.inference_mode(False)
 @torch.no_grad()
 def prune(
     model: nn.Module,
@@ -136,8 +138,9 @@ def prune(
         SweepStopped: ``stop`` said so.
         CheckpointRefused: ``checkpoint`` is damaged, or of another model, plan or images.
     """
+    model = bare("prune", model)
     computed = resolve("prune", dtype, device_of(model))
-    averaged: Any = getattr(ema, "module", ema)
+    averaged: Any = bare("prune", getattr(ema, "module", ema))
     models: list[nn.Module] = [model] if ema is None else [model, averaged]
     structure = describe(model)
     plan = plan.check(structure)

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import ops
+from ..bare import bare
 from ..errors import InvalidInput
 from ..modules.behaviour import check_behaviour
 from ..planning.plan import Plan
@@ -48,8 +49,10 @@ class SoftCompaction:
             the softmax scale.
     """
 
+    @torch.inference_mode(False)
     @torch.no_grad()
     def __init__(self, model: nn.Module, plan: Plan, dtype: torch.dtype | None = None):
+        model = bare("SoftCompaction", model)
         structure = describe(model)
         check_behaviour(model, "SoftCompaction")
         plan = plan.check(structure)

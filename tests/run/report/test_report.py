@@ -1,16 +1,24 @@
 from __future__ import annotations
 
+import html
 import json
 import re
 import shutil
+import subprocess
+import sys
 from html.parser import HTMLParser
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 
 from vitprune_fast.errors import DamagedFile, RunFolderError
+from vitprune_fast.run.folder import read_metrics
 from vitprune_fast.run.report import figures, write_report
-from vitprune_fast.run.report.page import budget_text, overlaid_curves
+from vitprune_fast.run.report.page import about_latency, budget_text, overlaid_curves, subject
+
+PRE = re.compile(r"<pre>(.*?)</pre>", re.DOTALL)
 
 
 class Page(HTMLParser):
@@ -60,7 +68,7 @@ def test_page_is_self_contained_and_well_formed(folder: Path) -> None:
 def test_page_tells_what_a_stranger_asks(folder: Path) -> None:
     text = " ".join(" ".join(Page((folder / "report.html").read_text()).words).split())
     summary = json.loads((folder / "summary.json").read_text())
-    assert "vit_tiny_patch16_224 on digits, pruned to 50% of the multiply-accumulates" in text
+    assert "pruned to 50% of the multiply-accumulates" in text
     assert "vitprune-fast run --out 'a folder'" in text
     for value in (
         f"{summary['before']['macs']:,}",
@@ -83,6 +91,64 @@ def test_page_tells_what_a_stranger_asks(folder: Path) -> None:
     for step in ("before", "cut", "swept", "after"):
         low, high = summary[step]["top1_interval"]
         assert f"{summary[step]['top1_count']} of 599 {low:.1%} to {high:.1%}" in text
+    assert "One image is 0.17 points." in text
+
+
+def test_the_title_names_what_was_pruned_and_not_another_size(folder: Path) -> None:
+    text = (folder / "report.html").read_text()
+    title = re.search(r"<h1>(.*?)</h1>", text)
+    assert title and title[1].startswith(
+        "A ViT of 2 blocks, width 24, 4 x 4 patches, 8 x 8 pixels on digits"
+    )
+    shape = json.loads((folder / "summary.json").read_text())["shapes"]["before"]
+    named = subject({"name": "deit_tiny_patch16_224", "args": {}}, shape)
+    assert named == "deit_tiny_patch16_224 (2 blocks, width 24, 4 x 4 patches, 8 x 8 pixels)"
+
+
+def test_page_tells_how_to_use_the_model(folder: Path) -> None:
+    """What it says of loading is done here."""
+    text = (folder / "report.html").read_text()
+    ours, without, export = (html.unescape(block) for block in PRE.findall(text)[:3])
+    found: dict[str, Any] = {}
+    exec(ours, found)
+    program = f"{without}\nimport torch\ntorch.manual_seed(0)\n"
+    program += "print(model(torch.rand(2, 1, 8, 8)).argmax(1).tolist())"
+    torch.manual_seed(0)
+    image = torch.rand(2, 1, 8, 8)
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=True
+    )
+    assert done.stdout.strip() == str(found["model"](image).argmax(1).tolist())
+    assert export == f"vitprune-fast export --model {folder / 'model'} --to onnx --out model.onnx"
+    pixels = json.loads((folder / "summary.json").read_text())["data"]["pixels"]
+    assert f"mean {pixels['mean']['value'][0]:.4g}, over the deviation" in text
+    assert f"({pixels['mean']['origin']})" in text
+
+
+@pytest.mark.parametrize(
+    ("single", "words"),
+    [
+        (0.9, ("50% of the MACs take 90% of the time", "alone 1.000 ms", "most of the 80%")),
+        (0.5, ()),
+    ],
+)
+def test_why_one_image_is_not_faster_by_what_the_macs_got_less(
+    single: float, words: tuple[str, ...]
+) -> None:
+    before = {"macs": 100, "latency_ms": 1.0, "latency_ms_batch64": 12.8}
+    after = {"macs": 50, "latency_ms": single, "latency_ms_batch64": 7.68}
+    said = about_latency(before, after)
+    assert bool(said) == bool(words) and all(each in said for each in words)
+
+
+def test_validation_has_the_line_of_the_dense_model(folder: Path) -> None:
+    record = json.loads((folder / "stages" / "dense.json").read_text())
+    last = [e for e in read_metrics(folder / "metrics.jsonl") if e["stage"] == "dense"][-1]
+    assert record["facts"]["validation_top1"] == last["val_top1"]
+    text = (folder / "report.html").read_text()
+    panels = dict(re.findall(r"<figcaption>(.*?)</figcaption>(<svg.*?</svg>)", text, re.DOTALL))
+    lines = {name for name, svg in panels.items() if ">dense model</text>" in svg}
+    assert lines == {"Distillation: validation top-1, %"}
 
 
 def test_page_is_the_same_every_time(folder: Path) -> None:
@@ -135,13 +201,13 @@ def test_picture_of_kept_heads_shows_each_head() -> None:
     ]
     svg = figures.kept_units(axes, "kept heads")
     colours = re.findall(r"fill: (#\w{6})", svg)
-    assert colours.count(figures.KINDS["head"]) == 3
-    assert colours.count(figures.MUTED) == 5
+    assert colours.count(figures.KEPT) == 3
+    assert colours.count(figures.GONE) == 5
 
 
 def test_a_curve_begins_before_the_first_step(monkeypatch: pytest.MonkeyPatch) -> None:
     drawn = {}
-    monkeypatch.setattr(figures, "curves", lambda lines, label, _: drawn.update({label: lines}))
+    monkeypatch.setattr(figures, "curves", lambda lines, label, *_: drawn.update({label: lines}))
     start = {"stage": "distill", "event": "start", "epoch": 0, "step": 0, "val_top1": 0.5}
     epochs = [
         {"stage": "distill", "event": "epoch", "epoch": epoch, "loss": 1.0, "val_top1": 0.75}
@@ -150,6 +216,17 @@ def test_a_curve_begins_before_the_first_step(monkeypatch: pytest.MonkeyPatch) -
     overlaid_curves([("", "black", [start, *epochs])])
     assert drawn["validation top-1, %"] == [("", "black", [0, 1, 2], [50, 75, 75])]
     assert drawn["training loss"] == [("", "black", [1, 2], [1, 1])]
+
+
+def test_one_colour_is_that_of_kept_units_and_a_tick_is_at_100() -> None:
+    for kind in ("head", "neuron", "embed"):
+        axis = {"kind": kind, "block": 0, "size": 2, "units": [1], "scores": [1.0, 2.0]}
+        for svg in (figures.kept_units([axis], "kept"), figures.score_spread([axis], "scores")):
+            assert figures.KEPT in svg and figures.GONE in svg
+    rows = [("dense", 98.0, 97.0, 99.5), ("after", 97.5, 96.0, 99.0)]
+    assert ">100</text>" in figures.intervals(rows, "top-1, %", "top-1")
+    costs = [("MACs", 4, 2, "2"), ("latency", 4, 5, "5")]
+    assert ">100%</text>" in figures.bars(costs, "costs")
 
 
 def test_thinned_scores_keep_the_ends() -> None:

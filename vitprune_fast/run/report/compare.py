@@ -10,7 +10,7 @@ from typing import Any
 
 from vitprune_fast import files
 from vitprune_fast.errors import InvalidInput
-from vitprune_fast.run.comparison import between, comparison, further
+from vitprune_fast.run.comparison import costs, points
 from vitprune_fast.run.folder import RunFolder, leaves, read_metrics
 from vitprune_fast.run.report import figures
 from vitprune_fast.run.report.page import (
@@ -22,6 +22,13 @@ from vitprune_fast.run.report.page import (
     template,
     whole_run_expected,
 )
+
+ACCURACIES = (
+    ("cut", "top-1 right after the cut"),
+    ("swept", "top-1 after the sweep"),
+    ("after", "top-1"),
+)
+"""Row of a summary -> what its accuracy is called."""
 
 
 def write_comparison(folders: Sequence[Path | str], path: Path | str) -> Path:
@@ -74,15 +81,31 @@ def names_of(folders: Sequence[Path]) -> list[str]:
 
 
 def table(summaries: Sequence[dict[str, Any]]) -> list[tuple[str, list[tuple[str, str]]]]:
-    """Rows (heading, one (value after, change from the run's own dense model) per run)."""
+    """Rows (heading, one (value, how it stands to the run's own dense model) per run)."""
     columns = []
     for summary in summaries:
-        ends = summary["before"], summary["after"]
-        columns.append([*comparison(*ends), *further(*ends), *between(summary)])
+        before, after = summary["before"], summary["after"]
+        columns.append(
+            [
+                *(accuracy(summary, *each) for each in ACCURACIES),
+                ("agreement with dense", f"{after['agreement']:.2%}", ""),
+                *(
+                    (title, new, f"{share} of dense")
+                    for title, _, new, share in costs(before, after)
+                ),
+            ]
+        )
     return [
-        (rows[0][0], [(after, change) for _, _, after, change in rows])
+        (rows[0][0], [(value, beside) for _, value, beside in rows])
         for rows in zip(*columns, strict=True)
     ]
+
+
+def accuracy(summary: dict[str, Any], row: str, title: str) -> tuple[str, str, str]:
+    """Heading, top-1 and its difference from the dense model; empty where there is no such row."""
+    if summary[row] is None:
+        return title, "", ""
+    return title, f"{summary[row]['top1']:.2%}", f"{points(summary, row)} from dense"
 
 
 def settings_that_differ(identities: Sequence[dict[str, Any]]) -> list[tuple[str, list[str]]]:

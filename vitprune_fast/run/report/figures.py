@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import math
 import re
 from collections.abc import Callable, Sequence
 from itertools import cycle
@@ -12,15 +13,20 @@ import matplotlib
 
 matplotlib.use("svg")
 from matplotlib.axes import Axes
+from matplotlib.axis import Axis
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, MultipleLocator
+
+from vitprune_fast.structure import DEPTH_KINDS
 
 BEFORE, AFTER, MUTED, INK = "#9aa5b1", "#1f6f8b", "#e4e7eb", "#323f4b"
 LINES = ("#1f6f8b", "#c8553d", "#6b7f2a", "#8e5ea2", "#d69e2e", "#4a5568")
 """Colours of the runs in a comparison, in turn."""
 _UNITS = ("head", "neuron", "qk_dim", "v_dim", "embed", "attn_branch", "mlp_branch", "block")
 KINDS = dict(zip(_UNITS, cycle(LINES), strict=False))
-"""Colours of the unit kinds."""
+"""Colours of the unit kinds that the candidates of a search cut."""
+KEPT, GONE = AFTER, "#b3bcc6"
+"""Colours of units, whatever their kind."""
 _STYLE: Any = {
     "svg.fonttype": "none",
     "font.family": "sans-serif",
@@ -39,21 +45,24 @@ _STYLE: Any = {
 }
 # small panels side by side: on a phone they stack and stay readable
 WIDTH = 4.4
+EVERYWHERE = "all"
+"""What stands for the block of an axis that is none of a block."""
 MOST_POINTS = 300
 """Points of one colour in one block of a score picture; more would only blacken it."""
 
 
-def drawn(title: str, height: float, draw: Callable[[Axes], None]) -> str:
+def drawn(title: str, height: float, draw: Callable[[Axes], None], width: float = WIDTH) -> str:
     """One panel as an `<svg>` element that scales with the page, the same text every time.
 
     Args:
         title: read out instead of the picture.
         height: in inches.
         draw: gets the axes of a styled figure.
+        width: in inches.
     """
     buffer = io.StringIO()
     with matplotlib.rc_context({**_STYLE, "svg.hashsalt": title}):
-        figure = Figure(figsize=(WIDTH, height), layout="constrained")
+        figure = Figure(figsize=(width, height), layout="constrained")
         draw(figure.add_subplot())
         figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
     text = buffer.getvalue()
@@ -88,17 +97,17 @@ def kept_units(axes_facts: Sequence[dict[str, Any]], title: str) -> str:
         for row, axis in enumerate(axes_facts):
             alive = set(axis["units"])
             for unit in range(axis["size"]):
-                colour = KINDS[axis["kind"]] if unit in alive else MUTED
+                colour = KEPT if unit in alive else GONE
                 axes.barh(row, 0.86, left=unit - 0.43, height=0.8, color=colour, linewidth=0)
         axes.set_xlim(-0.6, largest - 0.4)
-        axes.set_xlabel(f"{axes_facts[0]['kind']} number")
+        axes.set_xlabel("block" if axes_facts[0]["kind"] in DEPTH_KINDS else "number")
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
 
     def bars(axes: Axes) -> None:
         rows = range(count)
-        axes.barh(rows, [a["size"] for a in axes_facts], height=0.8, color=MUTED)
+        axes.barh(rows, [a["size"] for a in axes_facts], height=0.8, color=GONE)
         kept = [len(a["units"]) for a in axes_facts]
-        axes.barh(rows, kept, height=0.8, color=KINDS[axes_facts[0]["kind"]])
+        axes.barh(rows, kept, height=0.8, color=KEPT)
         for row, value in zip(rows, kept, strict=True):
             inside = value > 0.2 * largest
             axes.text(
@@ -110,19 +119,17 @@ def kept_units(axes_facts: Sequence[dict[str, Any]], title: str) -> str:
                 color="white" if inside else INK,
                 fontsize=8,
             )
-        axes.set_xlabel(f"{axes_facts[0]['kind']}s kept, of {largest:,}")
+        axes.set_xlabel(f"kept, of {largest:,}")
 
     def draw(axes: Axes) -> None:
         (cells if largest <= 32 else bars)(axes)
-        axes.set_yticks(range(count), [str(axis["block"]) for axis in axes_facts])
-        axes.set_ylabel("block")
-        axes.set_ylim(count - 0.4, -0.6)
+        _a_row_per_block(axes, axes_facts)
 
     return drawn(title, 0.9 + 0.24 * count, draw)
 
 
 def score_spread(axes_facts: Sequence[dict[str, Any]], title: str) -> str:
-    """Per block the scores of one unit kind, kept ones in colour, removed ones grey."""
+    """Per block the scores of one unit kind, in the colours of kept units and of those gone."""
 
     def draw(axes: Axes) -> None:
         size = 36 if max(axis["size"] for axis in axes_facts) <= 32 else 7
@@ -133,7 +140,7 @@ def score_spread(axes_facts: Sequence[dict[str, Any]], title: str) -> str:
                 chosen = _thinned(
                     [s for u, s in enumerate(axis["scores"]) if (u in alive) == keeps]
                 )
-                colour = KINDS[axis["kind"]] if keeps else BEFORE
+                colour = KEPT if keeps else GONE
                 # a fixed zigzag instead of random jitter: the same picture every time
                 shift = [row + ((u * 7) % 11 - 5) / 16 for u in range(len(chosen))]
                 label = ("kept" if keeps else "removed") if row == 0 else None
@@ -152,14 +159,23 @@ def score_spread(axes_facts: Sequence[dict[str, Any]], title: str) -> str:
             axes.xaxis.set_major_locator(LogLocator(numticks=6))
         else:
             axes.xaxis.set_major_locator(MaxNLocator(5))
-        axes.set_yticks(range(len(axes_facts)), [str(axis["block"]) for axis in axes_facts])
-        axes.set_ylim(len(axes_facts) - 0.4, -0.6)
-        axes.set_ylabel("block")
-        axes.set_xlabel(f"score per {axes_facts[0]['kind']} (larger matters more)")
+        _a_row_per_block(axes, axes_facts)
+        axes.set_xlabel("score (larger matters more)")
         axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=2, markerscale=1.2)
         axes.grid(axis="x")
 
     return drawn(title, 1.2 + 0.24 * len(axes_facts), draw)
+
+
+def _a_row_per_block(axes: Axes, axes_facts: Sequence[dict[str, Any]]) -> None:
+    """Names the rows; one that is not of a block has no name."""
+    blocks = [axis["block"] for axis in axes_facts]
+    axes.set_ylim(len(blocks) - 0.4, -0.6)
+    if blocks == [EVERYWHERE]:
+        axes.set_yticks([])
+        return
+    axes.set_yticks(range(len(blocks)), [str(block) for block in blocks])
+    axes.set_ylabel("block")
 
 
 def _thinned(values: list[float]) -> list[float]:
@@ -171,24 +187,38 @@ def _thinned(values: list[float]) -> list[float]:
 
 
 def curves(
-    lines: Sequence[tuple[str, str, list[float], list[float]]], label: str, title: str
+    lines: Sequence[tuple[str, str, list[float], list[float]]],
+    label: str,
+    title: str,
+    levels: Sequence[tuple[str, str, float]] = (),
 ) -> str:
-    """Lines over epochs: (name, colour, epochs, values)."""
+    """Lines over epochs: (name, colour, epochs, values), and levels: (name, colour, value)."""
 
     def draw(axes: Axes) -> None:
         # equal curves lie on each other: a broken line shows the one below it
         for (name, colour, epochs, values), style in zip(lines, cycle(("-", "--", ":", "-."))):
             axes.plot(epochs, values, style, color=colour, linewidth=1.6, label=name)
+        for name, colour, value in levels:
+            axes.axhline(value, color=colour, linewidth=1, linestyle=(0, (6, 3)), label=name)
         axes.set_xlabel("epoch")
         axes.set_ylabel(label)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         if label.endswith("%"):
-            axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+            _in_percent(axes.yaxis)
         axes.grid()
-        if len(lines) > 1:
+        if len(lines) + len(levels) > 1:
             axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=min(len(lines), 3))
 
     return drawn(title, 2.7, draw)
+
+
+def _in_percent(axis: Axis) -> None:
+    """Ticks of shares that are at most 100 %, which is one of them where values come near."""
+    low, high = axis.get_view_interval()
+    if high > 99:
+        axis.set_view_interval(low, 100, ignore=True)
+    axis.set_major_locator(MaxNLocator(5, steps=[1, 2, 2.5, 5, 10]))
+    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
 
 
 def intervals(rows: Sequence[tuple[str, float, float, float]], label: str, title: str) -> str:
@@ -206,7 +236,7 @@ def intervals(rows: Sequence[tuple[str, float, float, float]], label: str, title
         axes.set_ylim(len(rows) - 0.6, -0.7)
         axes.set_xlabel(label)
         axes.margins(x=0.08)
-        axes.xaxis.set_major_locator(MaxNLocator(5))
+        _in_percent(axes.xaxis)
         axes.grid(axis="x")
 
     return drawn(title, 0.8 + 0.45 * len(rows), draw)
@@ -230,7 +260,8 @@ def bars(rows: Sequence[tuple[str, float, float, str]], title: str) -> str:
         axes.set_yticks(range(len(rows)), [row[0] for row in rows])
         axes.set_ylim(len(rows) - 0.5, -0.6)
         axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.0%}"))
-        axes.xaxis.set_major_locator(MaxNLocator(5))
+        # one of them is at 100 %
+        axes.xaxis.set_major_locator(MultipleLocator(0.25 * math.ceil(longest)))
         axes.grid(axis="x")
         axes.legend(loc="lower center", bbox_to_anchor=(0.4, 1.0), ncols=2)
 

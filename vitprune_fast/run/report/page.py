@@ -17,7 +17,7 @@ from vitprune_fast.data.published import Accuracy
 from vitprune_fast.errors import DamagedFile, RunFolderError
 from vitprune_fast.planning import Plan
 from vitprune_fast.planning.waiting import load_warning
-from vitprune_fast.run.comparison import comparison, further, heading, steps
+from vitprune_fast.run.comparison import COSTS, STEPS, costs, heading, steps
 from vitprune_fast.run.folder import RunFolder, read_metrics
 from vitprune_fast.run.report import figures
 from vitprune_fast.run.report.refit import refit_facts
@@ -92,6 +92,11 @@ def render(run: RunFolder) -> str:
     config = record["identity"]["config"]
     return template("page.html.j2").render(
         title=run.path.resolve().name,
+        subject=subject(config["model"], summary["shapes"]["before"]),
+        # as the command names it
+        model_folder=(run.path / summary["models"]["after"]).as_posix(),
+        inputs=inputs_text(summary),
+        about_latency=about_latency(before, after),
         config=config,
         config_yaml=(run / "config.yaml").read_text(encoding="utf-8"),
         budget=budget_text(last_fact(done, "budget") or {}),
@@ -100,9 +105,14 @@ def render(run: RunFolder) -> str:
         summary=summary,
         before=before,
         after=after,
-        rows=[*comparison(before, after), *further(before, after)],
+        cost_headings=COSTS,
+        rows=costs(before, after),
+        step_headings=(*STEPS, "top-5"),
         gone={name_of(kind): share for kind, share in summary["ratios"].items()},
-        steps=steps(summary),
+        steps=[
+            (*step, f"{summary[row]['top5']:.2%}")
+            for step, row in zip(steps(summary), summary["models"], strict=True)
+        ],
         accuracy=accuracy_figure(summary),
         search=search_facts(run, found) if (found := last_fact(done, "search")) else None,
         sweep=refit_facts(run, fits) if (fits := last_fact(done, "fits")) else None,
@@ -113,7 +123,10 @@ def render(run: RunFolder) -> str:
         ),
         scores=score_figures(units),
         most_points=figures.MOST_POINTS,
-        curves=overlaid_curves([("", figures.AFTER, read_metrics(run / "metrics.jsonl"))]),
+        curves=overlaid_curves(
+            [("in training", figures.AFTER, read_metrics(run / "metrics.jsonl"))],
+            dense=done.get("dense", {}).get("validation_top1"),
+        ),
         costs=cost_figure(summary),
         load_warning=load_warning(before["latency_waited"]),
         weights=weights_text(summary["weights"]),
@@ -132,6 +145,7 @@ def template(name: str) -> jinja2.Template:
         undefined=jinja2.StrictUndefined,
     )
     environment.filters["percent"] = lambda value, digits=2: f"{value:.{digits}%}"
+    environment.filters["shell"] = shlex.quote
     environment.filters["count"] = lambda value: f"{value:,}"
     return environment.get_template(name)
 
@@ -153,6 +167,52 @@ def budget_text(budget: dict[str, Any]) -> str:
         else:
             parts.append(f"{value:,.0f} {words[name]}")
     return " and ".join(parts)
+
+
+def subject(model: dict[str, Any], shape: dict[str, Any]) -> str:
+    """What was pruned: its sizes, after its name where the model is of the sizes named so."""
+    sizes = [
+        f"{shape['depth']} block{'s' * (shape['depth'] != 1)}",
+        f"width {' to '.join(map(str, dict.fromkeys((shape['widths'][0], shape['widths'][-1]))))}"
+        if shape["widths"]
+        else "",
+        f"{' x '.join(map(str, shape['patch']))} patches" if shape["patch"] else "",
+        f"{' x '.join(map(str, shape['image'][1:]))} pixels",
+    ]
+    text = ", ".join(filter(None, sizes))
+    return f"A ViT of {text}" if model["args"] else f"{model['name']} ({text})"
+
+
+def inputs_text(summary: dict[str, Any]) -> str:
+    """What the model takes, in words: sizes, pixel statistics, and where these come from."""
+    image, pixels = summary["shapes"]["after"]["image"], summary["data"]["pixels"]
+    mean, std = (
+        " ".join(f"{value:.4g}" for value in pixels[name]["value"]) for name in ("mean", "std")
+    )
+    sources = " and ".join(dict.fromkeys(pixels[name]["origin"] for name in ("mean", "std")))
+    return (
+        f"images as fp32 (B, {', '.join(map(str, image))}), pixels from 0 to 1 less the mean "
+        f"{mean}, over the deviation {std} ({sources})"
+    )
+
+
+def about_latency(before: dict[str, Any], after: dict[str, Any]) -> str:
+    """Why one image does not get faster by what the arithmetic got less; empty where it does."""
+    macs, single, batch = (
+        after[key] / before[key] for key in ("macs", "latency_ms", "latency_ms_batch64")
+    )
+    # what an image costs where many share the cost of a call
+    alone, shared = before["latency_ms"], before["latency_ms_batch64"] / 64
+    apart = alone - shared
+    if single <= macs or apart <= 0:
+        return ""
+    return (
+        f"{macs:.0%} of the MACs take {single:.0%} of the time for one image and {batch:.0%} for "
+        f"a batch of 64. In that batch an image takes the dense model {shared:.3f} ms, alone "
+        f"{alone:.3f} ms: most of the {apart / alone:.0%} between them is what a call costs "
+        "however narrow its layers are (starting operations, reading weights). Fewer blocks or "
+        "more images at a time make that less."
+    )
 
 
 def weights_text(weights: dict[str, Any]) -> str:
@@ -204,7 +264,7 @@ def unit_facts(run: RunFolder, done: dict[str, dict[str, Any]]) -> Units:
         kinds.setdefault(axis["kind"], []).append(
             {
                 "kind": axis["kind"],
-                "block": ".".join(numbers) or "all",
+                "block": ".".join(numbers) or figures.EVERYWHERE,
                 "size": axis["size"],
                 "units": list(plan[name]),
                 "scores": scores[name].tolist() if name in scores else [],
@@ -237,9 +297,14 @@ def score_figures(units: Units) -> list[tuple[str, str]]:
 
 
 def overlaid_curves(
-    runs: Sequence[tuple[str, str, list[dict[str, Any]]]],
+    runs: Sequence[tuple[str, str, list[dict[str, Any]]]], dense: float | None = None
 ) -> list[tuple[str, str]]:
-    """(caption, svg) per training and quantity, a line for each (name, colour, metrics)."""
+    """(caption, svg) per training and quantity, a line for each (name, colour, metrics).
+
+    Args:
+        runs: their lines.
+        dense: validation top-1 of the dense model, a level beside what comes after it.
+    """
     result = []
     trained = dict.fromkeys(str(e.get("stage")) for _, _, lines in runs for e in lines)
     for stage in trained:
@@ -264,7 +329,10 @@ def overlaid_curves(
                     drawn.append((run, colour, list(xs), list(ys)))
             if drawn:
                 caption = f"{title}: {label}"
-                result.append((caption, figures.curves(drawn, label, caption)))
+                levels = []
+                if key == "val_top1" and dense is not None and name != "dense":
+                    levels = [("dense model", figures.BEFORE, dense * scale)]
+                result.append((caption, figures.curves(drawn, label, caption, levels)))
     return result
 
 

@@ -17,6 +17,7 @@ from vitprune_fast.run.job import Job
 from vitprune_fast.run.profile import versions
 from vitprune_fast.run.published import published
 from vitprune_fast.run.step import Facts, Step
+from vitprune_fast.saved_models import replace_card
 from vitprune_fast.structure import describe
 
 _SKIPPED = {"skipped_steps": "training steps", "skipped": "scored images"}
@@ -24,6 +25,8 @@ _SKIPPED = {"skipped_steps": "training steps", "skipped": "scored images"}
 
 def evaluate(job: Job, *, summary_file: str, before: str, after: str, **between: str) -> Facts:
     """Writes the summary: a row for each model, by role, and the facts of the steps so far.
+
+    What the run hands back gets a card with the first and the last row.
 
     Processes share the test images; the first alone measures latencies, while the others wait.
 
@@ -45,6 +48,8 @@ def evaluate(job: Job, *, summary_file: str, before: str, after: str, **between:
     def write() -> Facts:
         whole = _summary(job, names, loaded, found, proved)
         job.write(summary_file, whole)
+        rows = {row: whole[row] for row in ("before", "after")}
+        replace_card(loaded["after"], job.folder / after, summary.of_card(rows))
         return {"checks": proved, "text": f"top-1 {arrow(whole)}"}
 
     return job.processes.by_first(write)
@@ -91,6 +96,7 @@ def _summary(
     return {
         **summary.rows(loaded, found, dict(zip(timed, times, strict=True)), memory, stored),
         "depth": [first.depth, last.depth],
+        "shapes": {row: summary.shape(loaded[row]) for row in ("before", "after")},
         "ratios": summary.ratios(first, last),
         "recipe": job.recipe,
         "steps": [step.name for step in job.steps],

@@ -1,4 +1,7 @@
-"""KL divergence to the model without each unit, measured (Yu and Wu 2021, arXiv:2111.15127)."""
+"""KL divergence to the model without each unit, measured (Yu and Wu 2021, arXiv:2111.15127).
+
+Of features f, which stand for the normal distribution N(f, I), it is ``1/2 |f - f_without|^2``.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +12,9 @@ from ..scores import MeasureBatch
 
 def build(asked: Asked) -> MeasureBatch:
     """Leaves out every unit in turn, ``candidates`` at once."""
-    return leave_one_out(asked.model, asked.structure, asked.axes, "kl", asked.candidates)
+    model, structure, axes = asked.model, asked.structure, asked.axes
+    measure = "distance" if asked.features else "kl"
+    return leave_one_out(model, structure, axes, measure, asked.candidates)
 
 
-CRITERION = Criterion(by_forwards(build))
+CRITERION = Criterion(by_forwards(build), features=True)

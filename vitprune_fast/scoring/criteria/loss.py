@@ -1,4 +1,4 @@
-"""Rise of the cross-entropy without each unit, measured: thousands of times dearer."""
+"""Rise of the loss without each unit, measured: thousands of times dearer."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ from ..scores import MeasureBatch
 
 def build(asked: Asked) -> MeasureBatch:
     """Leaves out every unit in turn, ``candidates`` at once."""
-    return leave_one_out(asked.model, asked.structure, asked.axes, "loss", asked.candidates)
+    model, structure, axes = asked.model, asked.structure, asked.axes
+    return leave_one_out(model, structure, axes, "loss", asked.candidates, loss=asked.loss)
 
 
-CRITERION = Criterion(by_forwards(build, labels=True))
+CRITERION = Criterion(by_forwards(build), targets=True)

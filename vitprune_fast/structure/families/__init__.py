@@ -26,10 +26,6 @@ A class as an argument is ``{"class": qualified name, ...}``, followed by its ow
 Shape = tuple[int | None, int | None, int | None]
 
 
-def _no_classifiers(_model: Any) -> Iterable[str]:
-    return ()
-
-
 def _no_renumbering(model: Any, moved: Mapping[str, str]) -> None:
     """Most models say nowhere else which blocks they have."""
 
@@ -75,8 +71,6 @@ class Family:
         configs: ``model -> (config, made)``: what ``config.json`` says in the library's
             words, the most portable first, with what the library makes of it. The last has None
             for that: ``modeling_pruned.py`` opens it.
-        classifiers: ``model -> paths`` of the modules that read pooled features, where the model
-            has no ``get_classifier()`` that hands them over; a backbone has none.
     """
 
     describe: Callable[[Any, tuple[int, int] | None], Structure]
@@ -90,7 +84,6 @@ class Family:
     opened: Callable[[Any, Structure], AbstractContextManager[Structure]] = _open_already
     renumbered: Callable[[Any, Mapping[str, str]], None] = _no_renumbering
     configs: Callable[[Any], Iterable[tuple[dict[str, Any], nn.Module | None]]] = _own_config
-    classifiers: Callable[[Any], Iterable[str]] = _no_classifiers
 
     def block_paths(self, model: nn.Module) -> list[str]:
         """The paths of the blocks of a model, in order."""
@@ -192,12 +185,7 @@ def opened(model: nn.Module, structure: Structure) -> AbstractContextManager[Str
 
 def _remedy(model: Any) -> str:
     """How to get at the model inside a wrapper; empty where there is none."""
-    if hasattr(model, "merge_and_unload"):
-        return "; pass what its merge_and_unload() hands back"
-    for name in ("module", "_orig_mod"):
-        if isinstance(getattr(model, name, None), nn.Module):
-            return f"; pass model.{name}"
-    return ""
+    return "; pass model.module" if isinstance(getattr(model, "module", None), nn.Module) else ""
 
 
 def _short(name: str) -> str:

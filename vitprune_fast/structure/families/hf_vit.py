@@ -307,7 +307,6 @@ def family_of(names: Names, *config_classes: str) -> Family:
         fitting=fitting,
         renumbered=lambda model, moved: restate(model),
         configs=configs,
-        classifiers=lambda model: [name for name in names.classifiers if get(model, name)],
     )
 
 

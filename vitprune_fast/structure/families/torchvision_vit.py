@@ -90,11 +90,14 @@ def _describe_heads(t: Builder, embed: Axis) -> None:
     if isinstance(heads, nn.Linear):
         t.linear("heads", heads.out_features, embed, 1)
         return
+    if isinstance(heads, nn.Identity):
+        # a backbone
+        return
     names = {name: part for name, part in heads.named_children() if [*part.parameters()]}
     if not isinstance(heads, nn.Sequential) or not names.keys() <= {"pre_logits", "head"}:
         raise UnsupportedArchitecture(
-            "describe: heads must be a Linear, or a Sequential with one named 'head', got "
-            f"{type(heads).__name__} of {', '.join(names) or 'nothing'}"
+            "describe: heads must be a Linear, an Identity, or a Sequential with a Linear named "
+            f"'head', got {type(heads).__name__} of {', '.join(names) or 'no layers'}"
         )
     read: Axis | int = embed
     for name in ("pre_logits", "head"):
@@ -287,9 +290,12 @@ FAMILY = Family(
     images,
     blocks=lambda _: ("encoder.layers",),
     halves=halves,
-    swaps=("torch.nn.modules.normalization.LayerNorm", "torch.nn.modules.linear.Linear"),
+    swaps=(
+        "torch.nn.modules.normalization.LayerNorm",
+        "torch.nn.modules.linear.Linear",
+        "torch.nn.modules.linear.Identity",
+    ),
     pairs=("self_attention",),
     fitting=fitting,
     opened=opened,
-    classifiers=lambda _: ("heads",),
 )

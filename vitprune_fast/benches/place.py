@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from bench.shapes import VIT_SMALLEST, Shape
+from vitprune_fast.benches.shapes import VIT_SMALLEST, Shape
 from vitprune_fast.ops import Backend
 
 TINY_BATCH = 2
@@ -29,6 +29,11 @@ class Place:
     backend: Backend
     tiny: bool = False
     compiled: bool = False
+
+    @property
+    def is_for_a_gpu(self) -> bool:
+        """Whether kernels of a GPU are raced, by the interpreter of Triton too."""
+        return self.device == "cuda" or self.backend == "triton"
 
     def batch(self, size: int) -> int:
         """Number of samples."""

@@ -84,7 +84,7 @@ def race(
         InvalidInput: ``rounds`` is below 1.
     """
     if rounds < 1:
-        raise InvalidInput(f"race: rounds must be at least 1, got {rounds}")
+        raise InvalidInput(f"bench scoring: rounds must be at least 1, got {rounds}")
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -105,7 +105,7 @@ def race(
     ]
 
 
-def bare(model: nn.Module, images: Tensor, labels: Tensor) -> Tensor:
+def plain_step(model: nn.Module, images: Tensor, labels: Tensor) -> Tensor:
     """Forward and input gradients from the first block on, in plain torch; nothing is scored."""
     with scoring_mode(model), torch.enable_grad():
         start: list[Tensor] = []
@@ -207,8 +207,8 @@ def check_agreement(model: nn.Module, images: Tensor, labels: Tensor) -> None:
         error = (got[name] - value).norm() / value.norm()
         if not error <= allowed[name]:
             raise StageFailed(
-                f"race: all forms must give the same scores, got {name} apart by {error:.2e} "
-                f"(allowed {allowed[name]:.0e}); nothing was timed"
+                f"bench scoring: all forms must give the same scores, got {name} apart by "
+                f"{error:.2e} (allowed {allowed[name]:.0e}); nothing was timed"
             )
 
 
@@ -230,7 +230,7 @@ def _forms(model: nn.Module, images: Tensor, labels: Tensor) -> list[Form]:
         scored(OURS, two),
         scored(ALL_KINDS, "all"),
         scored(FISHER, two, "fisher"),
-        peer(BARE, lambda: bare(model, images, labels), arithmetic=True),
+        peer(BARE, lambda: plain_step(model, images, labels), arithmetic=True),
         peer(HOOKS, lambda: hooks(model, images, labels, structure)),
         peer(FULL, lambda: full(model, images, labels)),
     ]

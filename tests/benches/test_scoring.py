@@ -10,8 +10,8 @@ import timm
 import torch
 
 from bench.scoring_peers import hessian_loop, peers, plain_gates
-from vitprune_fast.cli import scoring_race as races
-from vitprune_fast.cli.scoring_race import (
+from vitprune_fast.benches import scoring as races
+from vitprune_fast.benches.scoring import (
     BARE,
     FULL,
     OURS,

@@ -1,0 +1,1 @@
+"""Races of our forms against what one would do without them, the results checked first."""
