@@ -161,7 +161,7 @@ def test_a_model_with_a_classifier_is_none_of_features() -> None:
         score(model, random_images(model, 2))
 
 
-def test_features_of_a_hugging_face_backbone_are_scored_and_cut() -> None:
+def test_features_of_a_hugging_face_model_without_classes_are_scored() -> None:
     from transformers import Dinov2Config, Dinov2ForImageClassification
 
     sizes: dict[str, Any] = {"image_size": 16, "patch_size": 8, "hidden_size": 24}
@@ -171,6 +171,5 @@ def test_features_of_a_hugging_face_backbone_are_scored_and_cut() -> None:
     images = torch.randn(4, 3, 16, 16)
     for criterion in ("taylor", "fisher", "kl"):
         scores = score(model, images, criterion)
-        plan = vp.plan(model, scores, vp.Budget(keep={"neuron": 0.5}))
-        with torch.no_grad():
-            assert vp.prune(model, plan)(images).logits.shape == model(images).logits.shape
+        assert scores.samples == 4
+        assert all((values > 0).any() for values in scores.values())
