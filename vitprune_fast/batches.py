@@ -358,26 +358,29 @@ def _images(function: str, images: Any, *models: nn.Module | None) -> Tensor:
 
 def _targets(function: str, given: Any, count: int) -> Tensor:
     rule = f"{function}: targets must be numbers ({count}, ...), one row per image"
-    try:
-        found = torch.as_tensor(given)
-    except (TypeError, ValueError, RuntimeError, OverflowError) as error:
-        raise InvalidInput(f"{rule}, got {type(given).__name__}: {error}") from None
+    found = _tensor(rule, given)
     if found.ndim < 1 or len(found) != count or found.is_complex():
         raise InvalidInput(f"{rule}, got {_shown(found)}")
-    return found.clone() if found.is_inference() else found
+    return found
 
 
 def _labels(function: str, labels: Any, count: int) -> Tensor:
     rule = f"{function}: labels must be {count} class numbers, one per image"
-    try:
-        found = torch.as_tensor(labels)
-    except (TypeError, ValueError, RuntimeError, OverflowError) as error:
-        raise InvalidInput(f"{rule}, got {type(labels).__name__}: {error}") from None
+    found = _tensor(rule, labels)
     whole = not (found.is_floating_point() or found.is_complex() or found.dtype == torch.bool)
     # an empty list has no kind
     if found.shape != (count,) or not (whole or not count):
         raise InvalidInput(f"{rule}, got {_shown(found)}")
-    return found.long().clone() if found.is_inference() else found.long()
+    return found.long()
+
+
+def _tensor(rule: str, given: Any) -> Tensor:
+    """What was given as a tensor of which autograd can keep something."""
+    try:
+        found = torch.as_tensor(given)
+    except (TypeError, ValueError, RuntimeError, OverflowError) as error:
+        raise InvalidInput(f"{rule}, got {type(given).__name__}: {error}") from None
+    return found.clone() if found.is_inference() else found
 
 
 def _shown(value: Any) -> str:

@@ -75,6 +75,9 @@ class HiddenStates:
         ]
         self._reads_features = features
         self._classifiers = _classifiers(self._inner) if features else ()
+        # a ViT of another package than timm does not say how many patches its convolutions make
+        says = hasattr(self._inner, "num_prefix_tokens") or families.find(self._inner) is None
+        self._strides = [] if says else _strides(self._inner)
         self._handles: list[Any] = []
         self._outputs: dict[str, Any] = {}
         self._pooled: dict[int, Tensor] = {}
@@ -229,8 +232,7 @@ class HiddenStates:
 
     def _prefix_among(self, tokens: int) -> int:
         """Those of ``tokens``, by the model's patch embedding, or where the rest is a picture."""
-        stated = getattr(self._inner, "num_prefix_tokens", None)
-        prefix = int(stated or 0)
+        prefix = int(getattr(self._inner, "num_prefix_tokens", 0) or 0)
         drop = getattr(self._inner, "patch_drop", None)
         drops = self._training and drop is not None and not isinstance(drop, nn.Identity)
         if self._image_size is None or drops:
@@ -240,11 +242,9 @@ class HiddenStates:
             # the trunk of a CaiT has none of the prefix tokens that the model states
             return 0 if tokens == math.prod(embed.dynamic_feat_size(self._image_size)) else prefix
         rows, columns = self._image_size
-        if stated is None and families.find(self._inner):
-            # a ViT of another library says nothing of it: convolutions make its patches
-            for conv in self._inner.modules():
-                if isinstance(conv, nn.Conv2d):
-                    rows, columns = rows // conv.stride[0], columns // conv.stride[1]
+        if self._strides:
+            for down, across in self._strides:
+                rows, columns = rows // down, columns // across
             return tokens - rows * columns
         for patches in (tokens - prefix, tokens):
             height = round((patches * rows / columns) ** 0.5)
@@ -289,6 +289,12 @@ def block_names(model: nn.Module) -> list[str]:
             f"timm's models have, got {type(inner).__name__}"
         )
     return known
+
+
+def _strides(model: nn.Module) -> list[tuple[int, int]]:
+    """Of the convolutions of a model, in order: (down, across)."""
+    convs = (module for module in model.modules() if isinstance(module, nn.Conv2d))
+    return [(conv.stride[0], conv.stride[1]) for conv in convs]
 
 
 def _packed_qkv(model: nn.Module, block: str) -> str:

@@ -95,8 +95,8 @@ class Subject:
         return max(1e-4, 16 * torch.finfo(self.dtype).eps)
 
     @property
-    def library(self) -> str:
-        """The library that the model comes from."""
+    def origin(self) -> str:
+        """The package that the model's class comes from."""
         return families.qualified(type(self.model)).partition(".")[0]
 
     def images(self, batch: int) -> Tensor:
@@ -199,14 +199,15 @@ def needed(format: str, *packages: str) -> None:
 _EXTRAS = {"onnx": "onnx", "hf": "transformers"}
 
 
-def check_library(subject: Subject, format: str, library: str) -> None:
-    """Refuse a model of another library.
+def check_origin(subject: Subject, format: str, wanted: str) -> None:
+    """Refuse a model whose class comes from another package.
 
     Raises:
         UnsupportedArchitecture: as said.
     """
-    if subject.library != library:
+    found = subject.origin
+    if found != wanted:
         raise UnsupportedArchitecture(
-            f"export: model must be of {library} for format {format}, got a "
-            f"{type(subject.model).__name__} of {subject.library}; use onnx, pt2 or vp.save"
+            f"export: model must be of {wanted} for format {format}, got a "
+            f"{type(subject.model).__name__} of {found}; use onnx, pt2 or vp.save"
         )

@@ -15,7 +15,7 @@ from ..files import read_json
 from ..model_card import UNITS
 from ..stated import stated_config
 from ..structure import Structure, describe, families
-from ._subject import Format, Logits, Subject, check_library
+from ._subject import Format, Logits, Subject, check_origin
 
 PROCESSOR = "preprocessor_config.json"
 # numbers of PIL, which configs of processors hold
@@ -24,7 +24,7 @@ _RESAMPLING = {"nearest": 0, "lanczos": 1, "bilinear": 2, "bicubic": 3}
 
 def check(subject: Subject) -> None:
     """Refuse a model that no config describes, by the first thing in which its layers differ."""
-    check_library(subject, "hf", "transformers")
+    check_origin(subject, "hf", "transformers")
     _fold_temperature(subject.model)
     if (why := saved_models.why_not_alone(subject.model)) is None:
         return

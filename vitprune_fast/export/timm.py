@@ -6,7 +6,7 @@ from functools import partial
 from pathlib import Path
 
 from .. import saved_models
-from ._subject import Format, Logits, Subject, check_library
+from ._subject import Format, Logits, Subject, check_origin
 
 
 def write(subject: Subject, path: Path) -> None:
@@ -28,4 +28,4 @@ def opened(path: Path) -> Logits:
     return lambda images: model(images.to(dtype))
 
 
-FORMAT = Format(write, opened, check=partial(check_library, format="timm", library="timm"))
+FORMAT = Format(write, opened, check=partial(check_origin, format="timm", wanted="timm"))
