@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any
@@ -90,6 +90,29 @@ class Ranks:
     def any(self, flag: bool) -> bool:
         """Whether it is so in any process; all of them call."""
         return "1" in self.texts(str(int(flag)))
+
+    def first_does(self, stage: str, work: Callable[[], Any]) -> None:
+        """Have the first process do something that is done for all when this returns; all call.
+
+        Without the wait, another process could look for a file before it is there, or gone.
+
+        Args:
+            stage: what the error sentence begins with.
+            work: called in the first process only; all processes stay in step where it fails.
+
+        Raises:
+            StageFailed: it failed, in the other processes; the first raises its own error.
+        """
+        failed = None
+        if self.is_first:
+            try:
+                work()
+            except Exception as error:
+                failed = error
+        if self.any(failed is not None):
+            raise failed or StageFailed(
+                f"{stage}: every process must succeed, got a failure in process 0; see what it said"
+            )
 
     def agree(self, found: Any, rule: str, fix: str) -> None:
         """Make sure that all processes found the same; all of them call.

@@ -159,8 +159,8 @@ def distill(
             not fit each other.
         RunFolderError: the checkpoint is of another config, loss or model, or cannot be written.
         UnsupportedArchitecture: the student holds adapters.
-        StageFailed: other processes have other batches; or more than ``max_bad_steps`` steps in a
-            row were not finite, found at a read.
+        StageFailed: other processes have other batches or another checkpoint; or more than
+            ``max_bad_steps`` steps in a row were not finite, found at a read.
     """
     student = bare("distill", student)
     check_recordable("distill", student)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -170,9 +170,11 @@ class TrainingState:
             self.on_event({"stage": "distill", "event": event, **place, **values})
 
     def save(self, epoch: int) -> None:
-        """Write a checkpoint, where the training has a folder; one process does."""
-        if self.folder is None or not self.ranks.is_first:
-            return
+        """Write a checkpoint, where the training has a folder; one process does, for all."""
+        if self.folder is not None:
+            self.ranks.first_does("distill", partial(self._save, self.folder, epoch))
+
+    def _save(self, folder: Path, epoch: int) -> None:
         tensors = {f"best.{name}": tensor for name, tensor in self.best.items()}
         for part, module in self._modules().items():
             tensors |= {f"{part}.{name}": tensor for name, tensor in module.state_dict().items()}
@@ -193,7 +195,7 @@ class TrainingState:
         if self.masked is not None:
             state["masks"] = {"plan": self.masked.plan.to_json(), "share": self.masked.share}
         # tied parameters and views share memory, which the file format takes once only
-        write_checkpoint(self.folder, Checkpoint(self.progress.step, state, _unshared(tensors)))
+        write_checkpoint(folder, Checkpoint(self.progress.step, state, _unshared(tensors)))
         self.tell("checkpoint", epoch)
 
     def restore(self) -> None:
@@ -201,11 +203,17 @@ class TrainingState:
 
         Raises:
             RunFolderError: it is of another config, of other data or of another model.
+            StageFailed: other processes found another one.
         """
         if self.folder is None:
             return
         stored = read_newest(
             self.folder, lambda error: self.tell("damaged_checkpoint", 0, reason=str(error))
+        )
+        self.ranks.agree(
+            stored.step if stored else 0,
+            "distill: checkpoint_dir must hold as many steps in every process",
+            "give a folder that all of them can read, or remove it to start over",
         )
         if stored is None:
             return

@@ -11,6 +11,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -340,13 +341,16 @@ def do_steps(job: Job, *, resumed: bool) -> None:
         if not resumed:
             if by_first(job.stop):
                 raise RunStopped
-            if job.ranks.is_first:
-                later = [each.name for each in job.steps[position:]]
-                job.folder.forget(later)
-                job.metrics.cut(later[1:])
+            by_first(partial(_forget, job, [each.name for each in job.steps[position:]]))
             _do(job)
         if "plan" in step.outputs:
             _check_plan(job, step.outputs["plan"])
+
+
+def _forget(job: Job, steps: Sequence[str]) -> None:
+    """Deletes what was recorded of steps that are done again, the first of which may go on."""
+    job.folder.forget(steps)
+    job.metrics.cut(steps[1:])
 
 
 def _check_plan(job: Job, name: str) -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import accumulate, pairwise
 from typing import Any
 
@@ -104,15 +105,15 @@ def run(
         def compute(piece: MicroBatch | None = mine) -> Partial:
             assert piece is not None
             draws = in_parts(score_batch, piece, limit)
-            partial = accumulator.partial(draws)
-            if on_overflow is not None and int(partial.counts[1]):
+            added = accumulator.partial(draws)
+            if on_overflow is not None and int(added.counts[1]):
                 lost = overflown(draws, piece.images)
                 if lost:
                     on_overflow(lost)
-            return partial
+            return added
 
         lengths, left_out = [len(piece.labels) for piece in pieces], 0
-        for partial in exchange(
+        for added in exchange(
             ranks,
             None if mine is None else compute,
             lengths,
@@ -120,19 +121,19 @@ def run(
             width,
             accumulator.rows is not None,
         ):
-            accumulator.add(partial)
-            left_out += int(partial.counts[1])
+            accumulator.add(added)
+            left_out += int(added.counts[1])
         if left_out and isinstance(batches, Numbered):
             batches.share(ranks)
         pace.tell(pieces[-1].first + lengths[-1])
         if checkpoint is not None and ranks.is_first:
             checkpoint.keep(accumulator, pieces)
         if ranks.any(stop is not None and stop()):
-            if checkpoint is not None and ranks.is_first:
-                checkpoint.write(accumulator)
+            if checkpoint is not None:
+                ranks.first_does("score", partial(checkpoint.write, accumulator))
             raise ScoringStopped
-    if checkpoint is not None and ranks.is_first:
-        checkpoint.remove()
+    if checkpoint is not None:
+        ranks.first_does("score", checkpoint.remove)
 
 
 def micro_batches(

@@ -137,6 +137,7 @@ class Evaluations:
     Raises:
         RunFolderError: no file can be put there.
         CheckpointRefused: the file is damaged, or of another search.
+        StageFailed: other processes read another file.
     """
 
     def __init__(self, path: Path | None, identity: dict[str, Any]):
@@ -151,6 +152,11 @@ class Evaluations:
                 "model, dtype or number of images",
             )
             self._load(self._file)
+            self._ranks.agree(
+                len(self._known),
+                "search: checkpoint must hold as many candidates in every process",
+                "give a file that all of them can read, or delete it to start over",
+            )
 
     def _load(self, file: Sealed) -> None:
         found = file.read()
@@ -194,5 +200,5 @@ class Evaluations:
 
     def remove(self) -> None:
         """Delete the file: the search is done."""
-        if self._file is not None and self._ranks.is_first:
-            self._file.remove()
+        if self._file is not None:
+            self._ranks.first_does("search", self._file.remove)

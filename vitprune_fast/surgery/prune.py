@@ -177,8 +177,8 @@ def prune(
         if ema is not None:
             second = None if file is None else file.with_name(f"{file.name}.ema")
             sweep(averaged, cuts[1], *work, second, **both)
-            if file is not None and Ranks.current().is_first:
-                file.unlink()
+            if file is not None:
+                Ranks.current().first_does("prune", file.unlink)
     results += [swept] if report else []
     return tuple(results) if len(results) > 1 else cuts[0].model
 

@@ -42,7 +42,7 @@ class Progress:
         self.done = 0
         self._tensors = tensors
         self._changed: set[str] = set()
-        self._file = None
+        self._file, self._ranks = None, ranks
         if path is not None:
             parts = "model, plan, images or dtype"
             self._file = Sealed(path, "prune", "the fits of a sweep", identity, parts)
@@ -52,8 +52,6 @@ class Progress:
             "prune: checkpoint must hold as many places in every process",
             "give a file that all of them can read, or delete it to start over",
         )
-        if not ranks.is_first:
-            self._file = None
 
     def _load(self, file: Sealed) -> None:
         found = file.read()
@@ -70,11 +68,19 @@ class Progress:
     def finish_place(
         self, rows: list[dict[str, Any]], changed: Iterable[str], *, stopping: bool
     ) -> None:
-        """Take note of a place and of all tensors fitted so far; write when it is time."""
+        """Take note of a place and of all tensors fitted so far; write when it is time.
+
+        Args:
+            rows: the fits of the place.
+            changed: names of all tensors fitted so far.
+            stopping: the sweep ends here, in all processes; it is written before any of them goes.
+        """
         self.rows += rows
         self.done += 1
         self._changed |= set(changed)
-        if self._file is not None and (stopping or self._file.is_due):
+        if stopping:
+            self._ranks.first_does("prune", self._write)
+        elif self._ranks.is_first and self._file is not None and self._file.is_due:
             self._write()
 
     def _write(self) -> None:
@@ -85,7 +91,5 @@ class Progress:
 
     def end(self, *, keep: bool) -> None:
         """The sweep is finished: delete the file, unless another sweep has to finish first."""
-        if keep:
-            self._write()
-        elif self._file is not None:
-            self._file.remove()
+        if self._file is not None:
+            self._ranks.first_does("prune", self._write if keep else self._file.remove)
