@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import UserDict
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -55,13 +56,39 @@ def test_labels_may_be_a_list_or_of_any_integer_dtype(function: str, labels: Any
 
 @every
 @pytest.mark.parametrize(
+    "names", [("pixel_values", "labels"), ("image", "label"), ("img", "label")]
+)
+@pytest.mark.parametrize("kind", [dict, UserDict])
+def test_batches_may_name_what_they_hold(
+    function: str, names: tuple[str, str], kind: Callable[[dict[str, Any]], Any]
+) -> None:
+    consume: Consumer = CONSUMERS[function]
+    wanted = consume(_vit(), [(IMAGES, [1, 4])])
+    found = consume(_vit(), [kind({"id": 3, names[1]: [1, 4], names[0]: IMAGES})])
+    assert torch.equal(wanted, found) if function == "score" else wanted == found
+
+
+def test_batches_that_name_images_alone_do_where_nothing_else_is_read() -> None:
+    model, named = _vit(), [{"pixel_values": IMAGES}]
+    wanted = vp.score(model, [IMAGES], criterion="activation")
+    found = vp.score(model, named, criterion="activation")
+    assert all(torch.equal(wanted[axis], found[axis]) for axis in wanted)
+    half = vp.plan(vp.describe(model), found, vp.Budget(macs=0.6))
+    one, other = (vp.prune(model, half, calibration=each) for each in ([IMAGES] * 9, named * 9))
+    assert torch.equal(one(IMAGES), other(IMAGES))
+
+
+@every
+@pytest.mark.parametrize(
     ("batch", "sentence"),
     [
-        (IMAGES, r"batches must yield \(images, labels\) pairs, got Tensor"),
-        ({"images": IMAGES, "labels": [0, 1]}, "pairs, got dict"),
-        ((IMAGES,), "pairs, got tuple of length 1"),
-        (3, "pairs, got int"),
-        ("ab", "pairs, got str"),
+        (IMAGES, r"batches must yield \(images, labels\) pairs, or name them .*, got Tensor"),
+        ({"x": IMAGES, "labels": [0, 1]}, "pixel_values and labels, got dict with x, labels"),
+        ({"image": IMAGES}, "pixel_values and labels, got dict with image"),
+        ({}, "got dict with nothing"),
+        ((IMAGES,), "labels, got tuple of length 1"),
+        (3, "labels, got int"),
+        ("ab", "labels, got str"),
         ((IMAGES, [0]), r"labels must be 2 class numbers.*got \(1,\)"),
         ((IMAGES, [[0, 1], [1, 0]]), r"labels must be 2 class numbers.*got \(2, 2\)"),
         ((IMAGES, ["cat", "dog"]), "labels must be 2 class numbers.*got list"),

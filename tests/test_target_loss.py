@@ -288,3 +288,27 @@ def test_a_refusal_names_the_argument_of_the_verb() -> None:
     model.reset_classifier(1)
     with pytest.raises(InvalidInput, match="say target_loss='bce'"):
         vp.distill(model, None, data, data, config)
+
+
+def contrastive(outputs: Tensor, targets: Tensor) -> Tensor:
+    """Each sample against all others of its batch."""
+    near = outputs @ outputs.T
+    return F.cross_entropy(near, torch.arange(len(outputs)), reduction="none")
+
+
+def centred(outputs: Tensor, targets: Tensor) -> Tensor:
+    return F.cross_entropy(outputs - outputs.mean(0), targets, reduction="none")
+
+
+@pytest.mark.parametrize("criterion", ["taylor", "loss"])
+@pytest.mark.parametrize("mixing", [contrastive, centred])
+def test_a_loss_that_mixes_samples_has_no_score_of_a_sample(mixing: Any, criterion: str) -> None:
+    model = random_vit(depth=1)
+    images = random_images(model, 3)
+    rule = rf"^score: loss must be of each sample alone, got one of .*{mixing.__name__} that mixes"
+    with pytest.raises(InvalidInput, match=rule):
+        vp.score(model, [(images, TARGETS["labels"])], criterion=criterion, loss=mixing)
+    # a lost sample has no finite derivative, and mixes nothing
+    images[1] = torch.nan
+    found = vp.score(model, [(images, TARGETS["labels"])], criterion=criterion, loss=focal)
+    assert (found.samples, found.skipped) == (2, 1)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, Literal, Protocol, runtime_checkable
 
 import torch
@@ -20,6 +20,8 @@ Batch = tuple[Tensor, Tensor, Tensor]
 # what is read beside the images: numbers of classes; whatever a loss compares with the outputs, one
 # row per image; or nothing, where batches may be images alone
 Targets = Literal["labels", "any", "none"]
+# what images and targets are called where a batch names them: by transformers, and by datasets
+_NAMES = (("pixel_values", "images", "image", "img"), ("labels", "label"))
 # number of a batch, or places of samples in the order of an epoch
 Which = int | Sequence[int]
 
@@ -125,7 +127,8 @@ def unpack(
 
     Args:
         function: the caller's name, for the error sentence.
-        batch: (images ``(B, C, H, W)`` floating, labels: B integers in a list or tensor, ...).
+        batch: (images ``(B, C, H, W)`` floating, labels: B integers in a list or tensor, ...), or
+            a mapping that names them, such as the ``pixel_values`` and ``labels`` of transformers.
         models: that will see the images; None is nobody.
         targets: what is read beside the images. ``any``: labels, or numbers ``(B, ...)``; ``none``:
             the batch may be images alone.
@@ -138,20 +141,19 @@ def unpack(
         InvalidInput: the batch is something else, or a model that states the size of its images
             takes others.
     """
-    if targets == "none":
-        alone = isinstance(batch, Sequence) and not isinstance(batch, str) and len(batch) == 1
-        if isinstance(batch, Tensor) or alone:
-            images = _images(function, batch[0] if alone else batch, *models)
-            return images, torch.zeros(len(images), dtype=torch.int64)
-    if isinstance(batch, str) or not isinstance(batch, Sequence) or len(batch) < 2:
-        shown = type(batch).__name__
-        if isinstance(batch, Sequence) and not isinstance(batch, str):
-            shown += f" of length {len(batch)}"
-        raise InvalidInput(f"{function}: batches must yield (images, labels) pairs, got {shown}")
-    images = _images(function, batch[0], *models)
+    parts = _parts(batch)
+    if targets == "none" and len(parts) == 1:
+        images = _images(function, parts[0], *models)
+        return images, torch.zeros(len(images), dtype=torch.int64)
+    if isinstance(batch, Tensor) or len(parts) < 2:
+        raise InvalidInput(
+            f"{function}: batches must yield (images, labels) pairs, or name them pixel_values and "
+            f"labels, got {_kind(batch)}"
+        )
+    images = _images(function, parts[0], *models)
     if targets == "any":
-        return images, _targets(function, batch[1], len(images))
-    return images, _labels(function, batch[1], len(images))
+        return images, _targets(function, parts[1], len(images))
+    return images, _labels(function, parts[1], len(images))
 
 
 def unlabelled(function: str, argument: str, batches: Any, *models: nn.Module) -> Iterator[Tensor]:
@@ -160,8 +162,8 @@ def unlabelled(function: str, argument: str, batches: Any, *models: nn.Module) -
     Args:
         function: the caller's name, for the error sentence.
         argument: as above, that of ``batches``.
-        batches: yields images ``(B, C, H, W)`` floating, or sequences that begin with them; or one
-            tensor of images.
+        batches: yields images ``(B, C, H, W)`` floating, or sequences that begin with them, or
+            mappings that name them; or one tensor of images.
         models: that will see the images.
 
     Raises:
@@ -170,8 +172,7 @@ def unlabelled(function: str, argument: str, batches: Any, *models: nn.Module) -
     if isinstance(batches, Tensor):
         batches = [batches]
     for batch in _iterated(function, argument, batches, "batches of images"):
-        pair = isinstance(batch, Sequence) and not isinstance(batch, str) and len(batch)
-        yield _images(function, batch[0] if pair else batch, *models)
+        yield _images(function, next(iter(_parts(batch)), batch), *models)
 
 
 def check_whole(function: str, batches: Any, ranks: Ranks) -> None:
@@ -338,6 +339,24 @@ def _iterated(function: str, argument: str, batches: Any, what: str) -> Iterator
         shown = type(batches).__name__
         raise InvalidInput(f"{function}: {argument} must be an iterable of {what}, got {shown}")
     return iter(batches)
+
+
+def _parts(batch: Any) -> Sequence[Any]:
+    """What a batch holds: images, targets and more; nothing where it is no batch."""
+    if isinstance(batch, Tensor):
+        return (batch,)
+    if isinstance(batch, Mapping):
+        found = [[batch[name] for name in names if name in batch][:1] for names in _NAMES]
+        return [*found[0], *found[1]] if found[0] else ()
+    return batch if isinstance(batch, Sequence) and not isinstance(batch, str) else ()
+
+
+def _kind(batch: Any) -> str:
+    if isinstance(batch, Mapping):
+        return f"{type(batch).__name__} with {', '.join(map(str, batch)) or 'nothing'}"
+    shown = type(batch).__name__
+    alone = isinstance(batch, str) or not isinstance(batch, Sequence)
+    return shown if alone else f"{shown} of length {len(batch)}"
 
 
 def _images(function: str, images: Any, *models: nn.Module | None) -> Tensor:

@@ -132,6 +132,32 @@ class TargetLoss:
                 f"{float(targets.max()):g}"
             )
 
+    def check_apart(self, function: str, outputs: Tensor, targets: Tensor) -> None:
+        """Refuse a function whose loss of one sample changes with what is said of another.
+
+        Args:
+            function: the caller's name, for the error sentence.
+            outputs: ``(B, ...)`` floating, of the model; of one sample nothing can be seen.
+            targets: on the same device.
+
+        Raises:
+            InvalidInput: as said.
+        """
+        if not self.is_own or len(outputs) < 2:
+            return
+        with torch.enable_grad():
+            leaf = outputs.detach().requires_grad_()
+            first = self.each(function, leaf, targets)[0]
+            if not first.requires_grad:
+                return
+            (moved,) = torch.autograd.grad(first, leaf)
+        # outputs that are not finite give NaN instead of their zero
+        if moved[1:].nan_to_num(0.0, 0.0, 0.0).any():
+            raise InvalidInput(
+                f"{function}: loss must be of each sample alone, got one of {self.name} that mixes "
+                "the samples of a batch; leave out what is summed or normalised over them"
+            )
+
     def each(
         self, function: str, outputs: Tensor, targets: Tensor, *, argument: str = "loss"
     ) -> Tensor:

@@ -172,7 +172,11 @@ def test_a_usage_error_is_a_sentence_and_where_to_look(
     [
         ("run: out must not be an input", "run: out must not be an input"),
         ("open_data: the folder must exist", "--data: the folder must exist"),
-        ("model: checkpoint must be a file", "--model: checkpoint must be a file"),
+        ("model: no such name", "--model: no such name"),
+        ("model: checkpoint must be a file", "--checkpoint: checkpoint must be a file"),
+        ("model: merge-lora must fit", "--merge-lora: merge-lora must fit"),
+        ("Teacher: checkpoint must fit", "--teacher-checkpoint: checkpoint must fit"),
+        ("Teacher: small must fit", "--teacher: small must fit"),
         ("describe: model must be a ViT", "run: model must be a ViT"),
         ("Plan.load: file must be a plan", "run: file must be a plan"),
         ("file a.json: it must be JSON", "file a.json: it must be JSON"),

@@ -133,6 +133,10 @@ def _near(word: str, known: Sequence[str] | set[str], first: Sequence[str] = ())
 _OPTIONS = {
     **{"open_data": "--data", "data": "--data", "model": "--model", "config": "--config"},
     "Teacher": "--teacher",
+    # models are opened by several options, which name what is theirs
+    "model: checkpoint": "--checkpoint: checkpoint",
+    "model: merge-lora": "--merge-lora: merge-lora",
+    "Teacher: checkpoint": "--teacher-checkpoint: checkpoint",
 }
 
 
@@ -146,4 +150,7 @@ def as_typed(sentence: str, verb: str) -> str:
     name, colon, rest = sentence.partition(": ")
     if not colon or name == verb or not re.fullmatch(r"[A-Za-z_]\w*(\.[a-z_]+)?", name):
         return sentence
+    argument, space, more = rest.partition(" ")
+    if option := _OPTIONS.get(f"{name}: {argument}"):
+        return f"{option}{space}{more}"
     return f"{_OPTIONS.get(name, verb)}: {rest}"

@@ -22,7 +22,7 @@ from vitprune_fast.batches import as_input, classes_of
 from vitprune_fast.distill.hidden_states import pooled_of
 from vitprune_fast.distill.image_conversion import Conversion
 from vitprune_fast.distill.losses._base import Reads, Seen
-from vitprune_fast.errors import InvalidInput
+from vitprune_fast.errors import InvalidInput, VitpruneError
 from vitprune_fast.modules.behaviour import check_behaviour
 from vitprune_fast.modules.modes import compiled, evaluating
 from vitprune_fast.sealed import fingerprint
@@ -295,7 +295,13 @@ def resolve_teacher(
         teacher = Teacher(source, **options)
     else:
         inner = inside(student)
-        teacher = _named(str(source), inner, pretrained, checkpoint, size, train, options)
+        try:
+            teacher = _named(str(source), inner, pretrained, checkpoint, size, train, options)
+        except VitpruneError as error:
+            # of the model that is opened; the student's could be meant
+            if not str(error).startswith("model: "):
+                raise
+            raise type(error)(f"Teacher: {str(error).removeprefix('model: ')}") from None
     teacher.check_student(student, logits=logits)
     return teacher
 

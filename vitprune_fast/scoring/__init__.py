@@ -93,7 +93,8 @@ def score(
 
     Args:
         model: a supported model; another one needs ``structure``.
-        batches: yields (images (B, C, H, W) floating, labels: B integers, ...); images go to the
+        batches: yields (images (B, C, H, W) floating, labels: B integers, ...), or mappings that
+            name them ``pixel_values`` or ``image``, ``labels`` or ``label``; images go to the
             device and dtype of the model. Not needed for ``magnitude``. Where no labels are read
             also images alone, or one tensor of them; with ``loss`` labels may be other targets.
         criterion: see above.

@@ -139,6 +139,7 @@ def _damage_to(
         raise InvalidInput("score: batches must hold labels for the criterion 'loss', got None")
     loss.check_targets("score", full, targets, model)
     targets = targets.to(full.device)
+    loss.check_apart("score", full, targets)
 
     def losses(outputs: Tensor) -> Tensor:
         count = len(outputs)

@@ -114,6 +114,7 @@ class TaylorScorer:
             check_logits("score", outputs, labels, self._model)
         else:
             self._loss.check_targets("score", outputs, targets, self._model)
+            self._loss.check_apart("score", outputs, targets)
         self._shapes[images.shape[1:]] = outputs.shape[1:]
 
     @uncompiled()
