@@ -434,7 +434,7 @@ def test_what_does_not_go_together_is_refused(changes: dict, sentence: str, tmp_
             "bounds must be of axes that are cut, got 'embed'",
         ),
         ({"plan": PlanConfig(macs=0.001)}, "budget must allow at least"),
-        ({"plan": PlanConfig(keep={"embed": 0.5})}, "scores must cover the unit kinds .* 'embed'"),
+        ({"plan": PlanConfig(keep={"embed": 0.5})}, "units must hold the kinds .* without 'embed'"),
         ({"plan": PlanConfig(normalization="foo")}, "normalization must be one of"),
         ({"plan": PlanConfig(protect=("*",))}, "must leave units to cut"),
         ({"recipe": "one-shot", "masks": MaskConfig(0.5)}, "mask-macs must not be given with the"),

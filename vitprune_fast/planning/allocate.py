@@ -126,9 +126,15 @@ def plan(
     rankings = _rankings(structure, scores, constraints)
     ladders = constraints.ladders(structure, rankings)
     if unscored := (budget.keep or {}).keys() - {ladder.axis.kind for ladder in ladders}:
+        kind = min(unscored)
+        if kind not in constraints.units:
+            raise InvalidInput(
+                "plan: units must hold the kinds of the budget, got "
+                f"{', '.join(constraints.units)} without {kind!r}; name it there too, and score it"
+            )
         raise InvalidInput(
-            f"plan: scores must cover the unit kinds of the budget, got none of {min(unscored)!r} "
-            "that may go"
+            f"plan: scores must cover the unit kinds of the budget, got none of {kind!r} that may "
+            "go"
         )
     values = normalised(structure, ladders, normalization, latency_saved, latency_weight)
     counts = [ladder.rungs[0] for ladder in ladders]
