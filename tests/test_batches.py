@@ -90,14 +90,14 @@ def test_batches_that_name_images_alone_do_where_nothing_else_is_read() -> None:
         (3, "labels, got int"),
         ("ab", "labels, got str"),
         ((IMAGES, [0]), r"labels must be 2 class numbers.*got \(1,\)"),
-        ((IMAGES, [[0, 1], [1, 0]]), r"labels must be 2 class numbers.*got \(2, 2\)"),
+        ((IMAGES, [[0, 1], [1, 0]]), r"labels must be 2 .*got \(2, 2\) .*argmax.*loss='bce' for"),
         ((IMAGES, ["cat", "dog"]), "labels must be 2 class numbers.*got list"),
         ((IMAGES, [0.0, 1.0]), "labels must be 2 class numbers.*float32"),
         ((IMAGES, [False, True]), "labels must be 2 class numbers.*bool"),
         ((IMAGES, [0, 5]), r"labels must lie in 0\.\.4 .*got 0\.\.5"),
         ((IMAGES, [-100, 0]), r"labels must lie in 0\.\.4 .*got -100\.\.0"),
         ((IMAGES[0], [0, 1, 2]), r"images must be a floating tensor \(B, C, H, W\)"),
-        ((IMAGES.byte(), [0, 1]), "images must be a floating tensor .*uint8"),
+        ((IMAGES.byte(), [0, 1]), "images must be a floating tensor .*uint8; take images / 255, "),
         ((IMAGES.tolist(), [0, 1]), "images must be a floating tensor .*got list"),
         ((IMAGES[:, :1], [0, 1]), r"images must be \(B, 3, 16, 16\) .*got \(2, 1, 16, 16\)"),
         ((IMAGES[..., :8], [0, 1]), r"images must be \(B, 3, 16, 16\) .*got \(2, 3, 16, 8\)"),
@@ -112,6 +112,9 @@ def test_other_batches_are_refused(function: str, batch: Any, sentence: str) -> 
 def test_what_cannot_be_iterated_is_refused(function: str) -> None:
     with pytest.raises(InvalidInput, match=f"^{function}: batches must be an iterable"):
         CONSUMERS[function](_vit(), 3)
+    whole = {"pixel_values": IMAGES, "labels": [0, 1]}
+    with pytest.raises(InvalidInput, match=f"^{function}: .*pixel_values, labels; a single batch"):
+        CONSUMERS[function](_vit(), whole)
 
 
 @every

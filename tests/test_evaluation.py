@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from dataclasses import replace
 
 import pytest
 import torch
@@ -76,6 +77,15 @@ def test_without_teacher_there_is_no_agreement() -> None:
     assert found.agreement is None and found.agreement_count is None
     # fewer classes than five: every label is among all
     assert found.top1 == found.top5 == 1.0
+
+
+def test_an_evaluation_is_printed_as_shares() -> None:
+    whole = Evaluation(8, top1_count=5, top5_count=7, agreement_count=6, loss_sum=10.0)
+    assert str(whole) == (
+        "Evaluation(8 samples, top-1 62.50%, top-5 87.50%, agreement 75.00%, loss 1.25)"
+    )
+    by_loss = replace(whole, samples=10, agreement_count=None, nonfinite_count=2, by_loss=True)
+    assert str(by_loss) == "Evaluation(10 samples, loss 1.25, 2 not finite)"
 
 
 def test_nonfinite_logits_count_as_wrong() -> None:

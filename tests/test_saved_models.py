@@ -14,12 +14,14 @@ from typing import Any
 import pytest
 import timm
 import torch
+import torchvision
 from safetensors.torch import save_file
 from timm.layers import SwiGLUPacked
 from timm.models.vision_transformer import ResPostBlock, VisionTransformer
 from torch import nn
 
 from tests.plans import KINDS, draw_plan
+from tests.test_bare import small_hf
 from vitprune_fast import modeling_pruned
 from vitprune_fast.errors import DamagedFile, InvalidInput, RunFolderError, UnsupportedArchitecture
 from vitprune_fast.planning import Plan
@@ -39,6 +41,23 @@ def opened_by_timm(folder: Path) -> Any:
     except pickle.UnpicklingError:
         weights = str(folder / "model.safetensors")
         return timm.create_model(name, checkpoint_path=weights).eval()
+
+
+@pytest.mark.parametrize("family", ["transformers", "torchvision"])
+def test_models_of_every_library_keep_how_images_are_prepared(family: str, tmp_path: Path) -> None:
+    sizes: dict[str, Any] = {"hidden_dim": 24, "mlp_dim": 48, "num_layers": 1, "num_heads": 3}
+    model: Any = (
+        small_hf()
+        if family == "transformers"
+        else torchvision.models.VisionTransformer(image_size=16, patch_size=8, **sizes)
+    )
+    said = {"mean": [0.1, 0.2, 0.3], "std": [0.4, 0.5, 0.6], "label_names": list("abcde")}
+    model.pretrained_cfg = {**said, "paper_ids": "of other weights"}
+    save(model, tmp_path)
+    for again in (load(tmp_path), modeling_pruned.load(tmp_path)):
+        assert again.pretrained_cfg == said
+    save(load(tmp_path), tmp_path)
+    assert load(tmp_path).pretrained_cfg == said
 
 
 @pytest.mark.parametrize("kind", ["nothing", *KINDS])

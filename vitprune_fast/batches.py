@@ -22,6 +22,8 @@ Batch = tuple[Tensor, Tensor, Tensor]
 Targets = Literal["labels", "any", "none"]
 # what images and targets are called where a batch names them: by transformers, and by datasets
 _NAMES = (("pixel_values", "images", "image", "img"), ("labels", "label"))
+# functions whose loss= or target_loss= takes targets of other shapes
+_WITH_LOSS = ("score", "evaluate", "distill")
 # number of a batch, or places of samples in the order of an epoch
 Which = int | Sequence[int]
 
@@ -334,6 +336,11 @@ def check_labels(function: str, labels: Tensor, classes: int) -> None:
 
 
 def _iterated(function: str, argument: str, batches: Any, what: str) -> Iterator[Any]:
+    if isinstance(batches, Mapping):
+        raise InvalidInput(
+            f"{function}: {argument} must be an iterable of {what}, got {_kind(batches)}; a single "
+            "batch goes into a list"
+        )
     can = hasattr(batches, "__iter__") or hasattr(batches, "__getitem__")
     if isinstance(batches, str) or not can:
         shown = type(batches).__name__
@@ -361,9 +368,10 @@ def _kind(batch: Any) -> str:
 
 def _images(function: str, images: Any, *models: nn.Module | None) -> Tensor:
     if not isinstance(images, Tensor) or images.ndim != 4 or not images.is_floating_point():
-        raise InvalidInput(
-            f"{function}: images must be a floating tensor (B, C, H, W), got {_shown(images)}"
-        )
+        rule = f"{function}: images must be a floating tensor (B, C, H, W), got {_shown(images)}"
+        pixels = isinstance(images, Tensor) and images.dtype == torch.uint8
+        hint = "; take images / 255, less the mean and by the std that the model was trained with"
+        raise InvalidInput(rule + (hint if pixels else ""))
     for model in models:
         rule = "" if model is None else misfit(model, images.shape[1:])
         if rule:
@@ -389,7 +397,12 @@ def _labels(function: str, labels: Any, count: int) -> Tensor:
     whole = not (found.is_floating_point() or found.is_complex() or found.dtype == torch.bool)
     # an empty list has no kind
     if found.shape != (count,) or not (whole or not count):
-        raise InvalidInput(f"{rule}, got {_shown(found)}")
+        loss = "target_loss" if function == "distill" else "loss"
+        hint = (
+            "; take labels.argmax(1) of one-hot rows, or say {}='bce' for several labels an image"
+        )
+        rows = function in _WITH_LOSS and found.ndim == 2 and len(found) == count
+        raise InvalidInput(f"{rule}, got {_shown(found)}{hint.format(loss) if rows else ''}")
     return found.long()
 
 

@@ -45,6 +45,19 @@ class Evaluation:
     nonfinite_count: int = 0
     by_loss: bool = False
 
+    def __str__(self) -> str:
+        """Shares and the mean loss, as one line."""
+        parts = [f"{self.samples} samples"]
+        if not self.by_loss:
+            parts += [f"top-1 {self.top1:.2%}", f"top-5 {self.top5:.2%}"]
+        if self.agreement is not None:
+            parts.append(f"agreement {self.agreement:.2%}")
+        if self.loss is not None:
+            parts.append(f"loss {self.loss:.4g}")
+        if self.nonfinite_count:
+            parts.append(f"{self.nonfinite_count} not finite")
+        return f"Evaluation({', '.join(parts)})"
+
     @property
     def top1(self) -> float:
         """Share of samples in ``[0, 1]``; NaN where a loss was asked for."""
@@ -105,7 +118,10 @@ def evaluate(
     inner, target_loss = bare("evaluate", model), TargetLoss.of("evaluate", loss)
     target_loss.check("evaluate", inner)
     if loss is not None and teacher is not None:
-        raise InvalidInput("evaluate: teacher must be None with a loss, got both")
+        raise InvalidInput(
+            "evaluate: teacher must be None with a loss, got both; agreement is of largest logits, "
+            "so evaluate the two one by one"
+        )
     counts, device = _Counts(inner, target_loss, agrees=teacher is not None), device_of(model)
     ranks = ranks if ranks and isinstance(batches, Numbered) else Ranks()
     computed = resolve("evaluate", dtype, device)

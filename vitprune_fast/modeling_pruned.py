@@ -496,7 +496,8 @@ def load(folder: str | Path, classes: Iterable[type[nn.Module]] = ()) -> Any:
     # on some processors that alone moves the last bits of a product of matrices.
     tensors = {name: tensor.clone() for name, tensor in mapped.items()}
     model = build(config["vitprune_fast"], tensors, known)
-    model.pretrained_cfg = model.default_cfg = config.get("pretrained_cfg", {})
+    stated = config.get("pretrained_cfg", config["vitprune_fast"].get("pretrained_cfg", {}))
+    model.pretrained_cfg = model.default_cfg = stated
     return model.eval()
 
 

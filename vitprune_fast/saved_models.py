@@ -44,7 +44,7 @@ from .files import (
 from .model_card import CARD, Results, card, check_results
 from .modeling_pruned import VERSION, HalfBlock, is_plain, set_plain, state
 from .modules.behaviour import check_behaviour
-from .stated import caveats, derived_from
+from .stated import caveats, derived_from, prepared
 from .structure import describe, families
 from .structure.families import Family, qualified
 from .structure.paths import get, put
@@ -254,7 +254,9 @@ def load(folder: str | Path) -> nn.Module:
             f"load: {folder} must hold a model and its description, got {error!r:.500}"
         ) from error
     _tie(model, spec.get("ties", {}), folder / "config.json")
-    model.pretrained_cfg = model.default_cfg = config.get("pretrained_cfg", {})
+    model.pretrained_cfg = model.default_cfg = config.get(
+        "pretrained_cfg", spec.get("pretrained_cfg", {})
+    )
     for name in _NOTES:
         _note(model, name, spec.get(name, {}), folder / "config.json")
     return model.eval()
@@ -363,6 +365,9 @@ def _written(model: Any) -> tuple[dict[str, Any], dict[str, Any], bool]:
     check_behaviour(model, "save", written=True)
     for config, made in family.configs(model):
         if made is None or _misfit(made, model) is None:
+            # transformers takes a config with this name in it for one of timm's
+            if "pretrained_cfg" not in config and (shown := prepared(model)):
+                spec = {**spec, "pretrained_cfg": shown}
             config = {**config, "vitprune_fast": spec}
             try:
                 json.dumps(config, allow_nan=False)

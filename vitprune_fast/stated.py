@@ -9,6 +9,19 @@ from typing import Any
 
 from torch import nn
 
+# of timm's pretrained_cfg: how images are prepared, and what the outputs mean
+PREPARED = (
+    "mean",
+    "std",
+    "interpolation",
+    "crop_pct",
+    "crop_mode",
+    "test_input_size",
+    "test_crop_pct",
+    "label_names",
+    "label_descriptions",
+)
+
 
 def stated_config(model: Any) -> dict[str, Any]:
     """The ``pretrained_cfg`` of a model as a mapping: input size, mean, std ...; empty without one.
@@ -17,6 +30,12 @@ def stated_config(model: Any) -> dict[str, Any]:
     """
     known: Any = getattr(model, "pretrained_cfg", None) or {}
     return dict(known.to_dict() if hasattr(known, "to_dict") else known)
+
+
+def prepared(model: Any) -> dict[str, Any]:
+    """What the ``pretrained_cfg`` of any model says of its images and outputs."""
+    known = stated_config(model)
+    return {name: known[name] for name in PREPARED if known.get(name) is not None}
 
 
 def caveats(model: Any) -> dict[str, str]:

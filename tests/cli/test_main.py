@@ -41,7 +41,8 @@ def shown(capsys: pytest.CaptureFixture[str], *words: str) -> str:
 
 
 def test_help_begins_with_what_is_required(capsys: pytest.CaptureFixture[str]) -> None:
-    for verb, flags in {"plan": "--scores, --model", "distill": "--model, --data"}.items():
+    required = {"plan": "--scores, --model", "distill": "--model, --data", "report": "DIR"}
+    for verb, flags in required.items():
         text = shown(capsys, verb)
         assert f"Required: {flags}. " in text
         assert text.index("Required: ") < text.index("options ")
@@ -123,6 +124,8 @@ def test_a_program_that_has_loaded_torch_keeps_its_environment(
     ("words", "sentence"),
     [
         ("prunes", "vitprune-fast: no verb 'prunes'; did you mean prune or run?"),
+        ("compare a b", "vitprune-fast: no verb 'compare'; did you mean report?"),
+        ("report", "report: DIR must be given, a run folder or several, got none"),
         (
             "run --distil.epochs 3",
             "run: options must be known, got --distil.epochs; did you mean --distill.epochs or "
@@ -160,9 +163,9 @@ def test_a_program_that_has_loaded_torch_keeps_its_environment(
 def test_a_usage_error_is_a_sentence_and_where_to_look(
     words: str, sentence: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    verb = words.split()[0] + " "
+    verb = words.split()[0]
     assert main(words.split()) == 2
-    asked = "" if verb == "prunes " else verb
+    asked = f"{verb} " if verb in VERBS else ""
     out, err = capsys.readouterr()
     assert (out, err) == ("", f"error: {sentence}\nsee vitprune-fast {asked}--help\n")
 

@@ -700,6 +700,8 @@ def test_distill_rejects(data: ImageData) -> None:
     config = DistillConfig(epochs=1)
     with pytest.raises(InvalidInput, match="train must have a length of at least one batch"):
         distill(_vit(), None, [], None, config)
+    with pytest.raises(InvalidInput, match=r"got none; of a generator take list\(train\)$"):
+        distill(_vit(), None, (batch for batch in ()), None, config)
     with pytest.raises(InvalidInput, match="val must be given to keep the best epoch"):
         distill(_vit(), None, _train(data), None, DistillConfig(epochs=1, keep="best"))
     with pytest.raises(InvalidInput, match="must have 10 classes like the student, got 7"):

@@ -194,6 +194,7 @@ def test_features_of_other_classes_may_still_teach() -> None:
 @pytest.mark.parametrize(
     ("options", "sentence"),
     [
+        ({"loss": "soft"}, r"loss must be a tuple of names, got 'soft'; say \('soft',\)"),
         ({"loss": ("warm",)}, r"loss must hold names among features, .*, got 'warm'"),
         ({"loss": ("soft", "soft")}, r"loss must name each loss once"),
         (

@@ -470,6 +470,7 @@ def test_bad_images_are_one_sentence() -> None:
     bad: list[tuple[Any, str]] = [
         (5, "calibration must be an iterable of batches of images, got int"),
         ("folder", "calibration must be an iterable of batches of images, got str"),
+        ({"pixel_values": images}, "calibration must be .* a single batch goes into a list"),
         ([images[0]], "images must be a floating tensor"),
         ([(images > 0)], "images must be a floating tensor"),
         (images[..., :8], "images must be .*like the model takes them"),
@@ -494,7 +495,11 @@ def test_two_images_and_few_tokens_say_what_they_are() -> None:
     plan = heads_and_neurons(model)
     _, report = swept(model, plan, images_of(model, 2))
     assert (report.images, report.held_out) == (2, 1)
-    notes = [text for text in report.warnings if "columns, so the ridge is larger" in text]
+    notes = [
+        text
+        for text in report.warnings
+        if "columns, so the ridge is larger; give more images" in text
+    ]
     assert len(notes) >= 1 and notes[-1].startswith("head, classifier: 1 rows for 24 columns")
 
 

@@ -25,9 +25,11 @@ VERBS = {
     "eval": "top-1, top-5 and agreement on a data set",
     "bench": "parameters, MACs and latency of a model",
     "export": "write a model as ONNX, pt2, or for transformers or timm, and check it",
-    "report": "write the report of a run folder again",
+    "report": "write the report of a run folder again, or compare several runs",
     "doctor": "versions, devices, compilers and the backend every op takes",
 }
+# what others call a verb whose name is not like it
+_MEANT = {"compare": "report"}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -42,7 +44,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     verb = words.pop(0)
     if verb not in VERBS:
-        near = difflib.get_close_matches(verb, VERBS, n=2)
+        near = [_MEANT[verb]] if verb in _MEANT else difflib.get_close_matches(verb, VERBS, n=2)
         hint = f"did you mean {' or '.join(near)}?" if near else f"known: {', '.join(VERBS)}"
         return _fail(f"vitprune-fast: no verb {verb!r}; {hint}", "see vitprune-fast --help")
     try:

@@ -7,7 +7,7 @@ import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, is_dataclass, make_dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, TypeVar, get_type_hints
 
 import tyro
 from tyro.conf import arg
@@ -107,11 +107,16 @@ def _makes_room(options: T, asked: Mapping[str, Any]) -> T:
 
 
 def _required(options: Any) -> Iterator[str]:
-    """Flags without which a verb does nothing."""
+    """Words without which a verb does nothing: flags, or what has none and stands alone."""
+    hints = get_type_hints(type(options), include_extras=True)
     for name, flag in flags(type(options)).items():
         value = getattr(options, name)
         if value is tyro.MISSING:
-            yield flag
+            marks = getattr(hints[name], "__metadata__", ())
+            shown = (getattr(mark, "metavar", None) for mark in marks)
+            alone = tyro.conf.Positional in marks
+            word = next((each for each in shown if each), name).removesuffix(" ...")
+            yield word if alone else flag
         elif is_dataclass(value):
             yield from _required(value)
 

@@ -10,6 +10,7 @@ import tyro
 from tyro.conf import Positional, arg
 
 from vitprune_fast.cli.options import parse
+from vitprune_fast.cli.usage import UsageError
 from vitprune_fast.config.run import Threads
 from vitprune_fast.errors import InvalidInput
 
@@ -21,7 +22,7 @@ class Report:
     """Write report.html of a run folder again; with several folders, compare the runs."""
 
     folders: Annotated[Positional[tuple[Path, ...]], arg(metavar="DIR ...")] = tyro.MISSING
-    """Run folders."""
+    """Run folders; the first of several is what the others differ from."""
     out: Annotated[Path | None, arg(metavar="FILE")] = None
     """Where the comparison of several runs is written; unset: comparison.html."""
     threads: Threads = None
@@ -30,6 +31,8 @@ class Report:
 def main(words: list[str]) -> None:
     """Writes the report or the comparison and prints its path."""
     options = parse("report", words, lambda chosen: Report(), outputs=_outputs)
+    if not options.folders:
+        raise UsageError("report: DIR must be given, a run folder or several, got none")
     from vitprune_fast.run.profile import applied, choose_profile
     from vitprune_fast.run.report import write_comparison, write_report
 

@@ -176,6 +176,11 @@ class DistillConfig:
             if not holds:
                 raise InvalidInput(f"DistillConfig: {name} must {rule}, got {getattr(self, name)}")
         known = names(LOSSES)
+        if isinstance(self.loss, str):
+            raise InvalidInput(
+                f"DistillConfig: loss must be a tuple of names, got {self.loss!r}; say "
+                f"({self.loss!r},)"
+            )
         if unknown := [w for w in self.loss if w[:1] == ":" or _kind(w) not in known]:
             raise InvalidInput(
                 f"DistillConfig: loss must hold names among {', '.join(known)}, got {unknown[0]!r}"

@@ -60,9 +60,9 @@ class Stream:
         self.steps_per_epoch = math.ceil(self._per_epoch / config.accumulate)
         if self.steps_per_epoch == 0:
             wanted = f"{ranks.world} batches" if ranks.world > 1 else "one batch"
-            raise InvalidInput(
-                f"distill: train must have a length of at least {wanted}, got {batches or 'none'}"
-            )
+            hint = "" if hasattr(train, "__len__") else "; of a generator take list(train)"
+            got = f"{batches or 'none'}{hint}"
+            raise InvalidInput(f"distill: train must have a length of at least {wanted}, got {got}")
         self.steps = self.steps_per_epoch * config.epochs
         self._mixing = _mixing(student, config)
 

@@ -17,7 +17,7 @@ from torch import nn
 
 from ...errors import InvalidInput, UnsupportedArchitecture
 from ...modeling_pruned import HalfBlock, SlimPackedAttention
-from ...stated import stated_config
+from ...stated import PREPARED, stated_config
 from ..axes import Axis
 from ..builder import Builder
 from ..paths import get
@@ -215,22 +215,9 @@ _ENTRYPOINTS = {
 }
 
 
-# of timm's pretrained_cfg: how images are prepared, and what the outputs mean; not what timm says
-# by name of weights that need not be these (their home, tag, license and paper)
-_KEPT = (
-    "architecture",
-    "mean",
-    "std",
-    "interpolation",
-    "crop_pct",
-    "crop_mode",
-    "test_input_size",
-    "test_crop_pct",
-    "first_conv",
-    "classifier",
-    "label_names",
-    "label_descriptions",
-)
+# of timm's pretrained_cfg; not what timm says by name of weights that need not be these (their
+# home, tag, license and paper)
+_KEPT = ("architecture", "first_conv", "classifier", *PREPARED)
 # drop path follows no rule of timm's after blocks went; it is off in a model opened by timm
 _LEFT_OUT = ("weight_init", "drop_path_rate")
 

@@ -90,7 +90,10 @@ class Samples:
         rows, columns = self.fitted.rows, self.fitted.inputs
         note = ""
         if rows < columns:
-            note = f"{rows} rows for {columns} columns, so the ridge is larger"
+            note = (
+                f"{rows} rows for {columns} columns, so the ridge is larger; give more images to "
+                "have a smaller one"
+            )
         errors = share(found.before), share(found.after), share(found.held_out)
         return Fit(place, self._part, *errors, found.ridge, left_out, note)
 
