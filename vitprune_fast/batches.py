@@ -370,7 +370,7 @@ def _images(function: str, images: Any, *models: nn.Module | None) -> Tensor:
     if not isinstance(images, Tensor) or images.ndim != 4 or not images.is_floating_point():
         rule = f"{function}: images must be a floating tensor (B, C, H, W), got {_shown(images)}"
         pixels = isinstance(images, Tensor) and images.dtype == torch.uint8
-        hint = "; take images / 255, less the mean and by the std that the model was trained with"
+        hint = "; take images / 255, minus the mean and divided by the std of the training"
         raise InvalidInput(rule + (hint if pixels else ""))
     for model in models:
         rule = "" if model is None else misfit(model, images.shape[1:])
