@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import vitprune_fast as vp
+from vitprune_fast.distill.teachers import Teacher
 from vitprune_fast.errors import InvalidInput, RunFolderError
 from vitprune_fast.scoring import ScoringStopped
 from vitprune_fast.sealed import CheckpointRefused
@@ -215,6 +216,32 @@ def test_a_loss_of_ones_own_stands_beside_those_of_a_teacher() -> None:
     (entry,) = vp.distill(model, teacher, batches, None, config, target_loss=focal).history
     assert entry["target"] == pytest.approx(own, rel=1e-5) and entry["ce"] is None
     assert entry["loss"] == pytest.approx(0.75 * own + 0.25 * entry["kd"], rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("loss", "remedy"), [("bce", "take 'soft_sigmoid'"), ("mse", "such as 'features'")]
+)
+def test_losses_by_a_softmax_do_not_stand_beside_several_labels(loss: Any, remedy: str) -> None:
+    model = random_vit(depth=1)
+    data = [(random_images(model, 3), many_hot(3))]
+    for names in (("soft",), ("hidden", "hard"), ("self:soft_deit",)):
+        config = vp.DistillConfig(epochs=1, loss=names)
+        teacher = Teacher(random_vit(depth=1, seed=1), name="self")
+        with pytest.raises(InvalidInput, match=rf"target_loss='{loss}'.*{names[-1]}.*{remedy}"):
+            vp.distill(model, teacher, data, None, config, target_loss=loss)
+
+
+def test_classes_by_themselves_are_taught_by_a_teacher_that_knows_them() -> None:
+    teacher, model = random_vit(depth=1, seed=1), random_vit(depth=1, seed=2)
+    images = random_images(model, 40)
+    with torch.no_grad():
+        data = [(x, (teacher(x) > 0).float()) for x in images.split(8)]
+    config = vp.DistillConfig(epochs=4, warmup_epochs=0, lr=3e-3, loss=("soft_sigmoid",), alpha=1.0)
+    before = vp.evaluate(model, data, loss="bce").loss
+    result = vp.distill(model, teacher, data, None, config, target_loss="bce")
+    assert result.history[-1]["soft_sigmoid"] < result.history[0]["soft_sigmoid"]
+    after = vp.evaluate(model, data, loss="bce").loss
+    assert before is not None and after is not None and after < before
 
 
 def test_a_training_goes_on_with_its_loss_alone(tmp_path: Path) -> None:

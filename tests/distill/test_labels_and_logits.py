@@ -13,6 +13,7 @@ from timm.loss import BinaryCrossEntropy
 from vitprune_fast.distill.labels import binary_cross_entropy, cross_entropy
 from vitprune_fast.distill.losses.hard import hard_kd
 from vitprune_fast.distill.losses.soft import Reduction, soft_kd
+from vitprune_fast.distill.losses.soft_sigmoid import sigmoid_kd
 from vitprune_fast.errors import InvalidInput
 
 _SHAPES = st.tuples(st.integers(1, 5), st.integers(1, 7), st.integers(0, 1000))
@@ -52,6 +53,32 @@ def test_soft_kd_gradient_does_not_depend_on_the_number_of_classes(
     wanted = temperature * difference / shape[0]
     assert student.grad is not None
     assert torch.allclose(student.grad, wanted, rtol=1e-10, atol=1e-13 * temperature)
+
+
+@given(_SHAPES, st.floats(0.5, 20))
+def test_sigmoid_kd_is_the_formula_and_so_is_its_gradient(
+    shape: tuple[int, int, int], temperature: float
+) -> None:
+    student, teacher = _logits(shape, 0).requires_grad_(), _logits(shape, 1)
+    found = sigmoid_kd(student, teacher, temperature)
+    p, q = (teacher / temperature).sigmoid(), (student.detach() / temperature).sigmoid()
+    each = p * (p / q).log() + (1 - p) * ((1 - p) / (1 - q)).log()
+    wanted = temperature**2 * each.mean()
+    # the sum cancels where both are close
+    torch.testing.assert_close(found.detach(), wanted, rtol=1e-9, atol=1e-10 * temperature**2)
+    found.backward()
+    assert student.grad is not None
+    torch.testing.assert_close(
+        student.grad, temperature * (q - p) / p.numel(), rtol=1e-9, atol=1e-13 * temperature
+    )
+
+
+def test_sigmoid_kd_is_finite_where_a_class_is_certain() -> None:
+    student = torch.tensor([[200.0, -200.0]], requires_grad=True)
+    found = sigmoid_kd(student, torch.tensor([[-200.0, 200.0]]))
+    found.backward()
+    assert found.item() == pytest.approx(200.0) and student.grad is not None
+    assert torch.allclose(student.grad, torch.tensor([[0.5, -0.5]]))
 
 
 def test_soft_kd_sends_no_gradient_to_the_teacher() -> None:

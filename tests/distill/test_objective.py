@@ -37,7 +37,7 @@ def evaluated(
 @pytest.mark.parametrize(
     "loss",
     [
-        *("soft", "soft_deit", "soft_sum", "hidden", "features"),
+        *("soft", "soft_deit", "soft_sum", "soft_sigmoid", "hidden", "features"),
         *("manifold", "manifold_intra", "manifold_inter", "manifold_random", "manifold_full"),
     ],
 )

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from vitprune_fast.bare import bare
 from vitprune_fast.batches import Numbered, as_input, check_whole, classes_of, own
-from vitprune_fast.config.distill import DistillConfig
+from vitprune_fast.config.distill import DistillConfig, loss_class
 from vitprune_fast.distill.masks import MaskSchedule
 from vitprune_fast.distill.optim import as_trained, is_fused, learning_rate
 from vitprune_fast.distill.progress import Event
@@ -220,6 +220,8 @@ def _learnt(
                 "distill: keep must be `last` or `best` with a target_loss, got `one-se`, which "
                 "counts right answers"
             )
+        if teachers is not None:
+            _check_suits(own_loss, config)
         return Learnt(own_loss, by_loss=True)
     inside_alone = teachers is not None and config.looks_inside and not config.learns_logits
     if classes_of(student) == 0 and inside_alone and config.label_loss == "ce":
@@ -232,6 +234,22 @@ def _learnt(
     of_labels = TargetLoss.of("distill", "bce" if config.label_loss == "bce" else None)
     of_labels.check("distill", student, argument="target_loss")
     return Learnt(of_labels, by_loss=False)
+
+
+def _check_suits(own: TargetLoss, config: DistillConfig) -> None:
+    """Refuse losses by a softmax beside targets that are not one class among all."""
+    by_softmax = [w for w in config.loss if loss_class(w.rpartition(":")[2]).one_class]
+    if own.is_own or not by_softmax or not config.alpha:
+        return
+    rest = {
+        "bce": "take 'soft_sigmoid', or no target_loss and label_loss='bce' where an image has one "
+        "class",
+        "mse": "take losses of what is inside, such as 'features' or 'hidden'",
+    }[own.name]
+    raise InvalidInput(
+        f"distill: loss must be of what target_loss={own.name!r} teaches, got {by_softmax[0]!r}, "
+        f"which compares one class among all; {rest}"
+    )
 
 
 def _as_set(teacher: Teachers | None) -> TeacherSet | None:

@@ -134,10 +134,12 @@ class Loss(ABC):
     Attributes:
         weight: what the loss is multiplied with where the settings say nothing.
         on_logits: whether it compares logits, so that ``alpha`` weighs it against the labels.
+        one_class: whether it takes logits for those of one class among all, by a softmax.
     """
 
     weight: ClassVar[float] = 1.0
     on_logits: ClassVar[bool] = False
+    one_class: ClassVar[bool] = False
 
     # a loss without settings has nothing to keep of them
     def __init__(self, config: DistillConfig, student: nn.Module, teacher: nn.Module) -> None:

@@ -16,7 +16,7 @@ from vitprune_fast.wide import wide
 class Hard(Loss):
     """See ``hard_kd``."""
 
-    on_logits = True
+    on_logits = one_class = True
 
     def __call__(self, both: Comparison) -> Tensor:
         return hard_kd(*both.logits())

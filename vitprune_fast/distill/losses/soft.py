@@ -22,7 +22,7 @@ Reduction = Literal["batchmean", "numel", "sum"]
 class Soft(Loss):
     """The teacher's probabilities at ``config.temperature``, see ``soft_kd``."""
 
-    on_logits = True
+    on_logits = one_class = True
     reduction: ClassVar[Reduction] = "batchmean"
 
     def __init__(self, config: DistillConfig, student: nn.Module, teacher: nn.Module) -> None:
