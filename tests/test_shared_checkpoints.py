@@ -25,12 +25,12 @@ VERBS = ("score", "prune", "search", "distill")
 STOPPED = (ScoringStopped, SweepStopped, SearchStopped)
 
 
-def work(verb: str, place: Path, after: int | None) -> tuple[int, bool]:
+def work(verb: str, place: Path | None, after: int | None) -> tuple[int, bool]:
     """Do some of the work, or the rest of it.
 
     Args:
         verb: which.
-        place: of the checkpoint.
+        place: of the checkpoint, or None.
         after: how often it is asked whether to stop before it has to; None never has to.
 
     Returns:
@@ -86,10 +86,17 @@ def go_on_alone(rank: int, verb: str, folder: Path) -> None:
     work(verb, place if rank == 0 else folder / "own", None)
 
 
-def fail_to_stop(rank: int, verb: str, place: Path) -> None:
+def begin_alone(rank: int, verb: str, place: Path) -> None:
+    """Name a checkpoint in the first process only, which is the one that writes."""
+    work(verb, place if rank == 0 else None, None)
+
+
+def fail_to_write(rank: int, verb: str, place: Path, after: int | None) -> None:
+    if after is None:
+        sealed.EVERY_S = 0.0
     if rank == 0:
         sealed.write_tensors = training_checkpoints.write_tensors = broken
-    work(verb, place, 2)
+    work(verb, place, after)
 
 
 @pytest.mark.parametrize("verb", VERBS)
@@ -112,10 +119,22 @@ def test_processes_that_read_other_files_are_refused(verb: str, tmp_path: Path) 
         )
 
 
-@pytest.mark.parametrize("verb", ["score", "prune", "distill"])
-def test_what_the_first_process_cannot_write_ends_the_others(verb: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("verb", VERBS)
+def test_a_checkpoint_of_one_process_alone_is_refused(verb: str, tmp_path: Path) -> None:
+    found = outcomes(2, begin_alone, verb, tmp_path / "kept", store=tmp_path / "store")
+    for succeeded, said in found:
+        assert not succeeded
+        rule = rf"StageFailed: {verb}: checkpoint.* got 0 in process 0 and None in process 1"
+        assert re.search(rule, said)
+
+
+@pytest.mark.parametrize("after", [2, None], ids=["to-stop", "on-the-way"])
+@pytest.mark.parametrize("verb", VERBS)
+def test_what_the_first_process_cannot_write_ends_the_others(
+    verb: str, after: int | None, tmp_path: Path
+) -> None:
     (one, first), (other, second) = outcomes(
-        2, fail_to_stop, verb, tmp_path / "kept", store=tmp_path / "store"
+        2, fail_to_write, verb, tmp_path / "kept", after, store=tmp_path / "store"
     )
     assert not one and not other
     assert "no space" in first

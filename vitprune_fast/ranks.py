@@ -89,7 +89,9 @@ class Ranks:
 
     def any(self, flag: bool) -> bool:
         """Whether it is so in any process; all of them call."""
-        return "1" in self.texts(str(int(flag)))
+        if self.world == 1:
+            return flag
+        return any(map(int, self.gather(torch.tensor([int(flag)], device=self.device))))
 
     def first_does(self, stage: str, work: Callable[[], Any]) -> None:
         """Have the first process do something that is done for all when this returns; all call.

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+from torch.distributed import TCPStore
 
 from tests.processes import outcomes, together
 from tests.run.conftest import TINY, undrawn
@@ -38,9 +38,14 @@ def share(rank: int, out: Path, seed: int, end: str) -> tuple[str, int]:
     return str(summary["after"]["top1_count"]), len(events)
 
 
-def start(out: Path, port: int, *, seed: int = 0, end: str = "never") -> list[tuple[bool, Any]]:
-    """What came of it in each of two processes."""
-    address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+def start(out: Path, *, seed: int = 0, end: str = "never") -> list[tuple[bool, Any]]:
+    """What came of it in each of two processes, which meet where this one listens.
+
+    As those of torchrun do: the port is free whatever else runs on the machine.
+    """
+    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store.port)}
+    address |= {"TORCHELASTIC_USE_AGENT_STORE": "True", "TORCHELASTIC_RESTART_COUNT": "0"}
     return outcomes(2, share, out, seed, end, environment=address)
 
 
@@ -117,23 +122,16 @@ def test_processes_that_see_another_plan_are_refused(finished: Path, tmp_path: P
     assert said[0].startswith(rule) and "another in process 1; give a folder to --out" in said[0]
 
 
-@pytest.fixture(scope="module")
-def port() -> int:
-    # apart by the workers of pytest
-    number = os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw")
-    return 29_700 + int(number)
-
-
-def test_two_processes_make_one_run_and_resume_it(port: int, tmp_path: Path) -> None:
-    (_, first), (_, second) = start(tmp_path / "one", port)
+def test_two_processes_make_one_run_and_resume_it(tmp_path: Path) -> None:
+    (_, first), (_, second) = start(tmp_path / "one")
     # the first speaks for both, and both know what came of it
     assert first[1] > 20 and second == (first[0], 0)
     summary = json.loads((tmp_path / "one" / "summary.json").read_text())
     assert first[0] == str(summary["after"]["top1_count"])
     identity = json.loads((tmp_path / "one" / "run.json").read_text())["identity"]
     assert identity["processes"] == 2
-    assert start(tmp_path / "two", port, end="score")[1] == (True, ("stopped", 0))
-    assert start(tmp_path / "two", port)[1] == (True, second)
+    assert start(tmp_path / "two", end="score")[1] == (True, ("stopped", 0))
+    assert start(tmp_path / "two")[1] == (True, second)
     assert_same_run(tmp_path / "one", tmp_path / "two")
     # one process would train with other batches
     with pytest.raises(RunFolderError, match="processes: 2 -> absent"):
@@ -141,7 +139,7 @@ def test_two_processes_make_one_run_and_resume_it(port: int, tmp_path: Path) -> 
 
 
 @pytest.mark.slow
-def test_what_the_first_process_refuses_all_refuse(port: int, tmp_path: Path) -> None:
-    start(tmp_path / "run", port, end="dense")
-    refused = start(tmp_path / "run", port, seed=1)
+def test_what_the_first_process_refuses_all_refuse(tmp_path: Path) -> None:
+    start(tmp_path / "run", end="dense")
+    refused = start(tmp_path / "run", seed=1)
     assert all(not done and "RunFolderError" in said for done, said in refused), refused

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import importlib.util
+import signal
 import sys
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from tests.run.attempts import Attempts, Outcome
+from tests.run.attempts import Attempts, Fault, Outcome
 from tests.run.conftest import TINY, command
 from tests.run.same import assert_same_run
 from vitprune_fast.config.run import RunConfig
@@ -48,13 +49,12 @@ def test_a_killed_run_has_no_point_twice(
     attempts: Attempts, short: tuple[Path, Outcome], tmp_path: Path
 ) -> None:
     words = [*command(TINY, tmp_path / "run"), "--tensorboard"]
-    for stage in ("dense", "dense", "distill", "distill"):
-        attempt = attempts.start(words)
-        # the first epoch is told and written, its checkpoint may be or not
-        assert attempt.wait_for(
-            lambda events, stage=stage: any(e[:2] == ("epoch", stage) for e in events)
-        )
-        attempt.kill()
+    for stage in ("dense", "distill"):
+        # the first epoch is told and written, and then without its checkpoint, or with it
+        for fault in (Fault(1, "before", kinds=("create",)), Fault(1, "after", kinds=("rename",))):
+            outcome = attempts.finish(words, fault=replace(fault, after_step_of=stage))
+            assert outcome.status == -signal.SIGKILL
+            assert [e[1] for e in outcome.events if e[0] == "epoch"][-1] == stage
     outcome = attempts.finish(words)
     assert outcome.status == 0, outcome.err
     assert_curves_are_the_metrics(tmp_path / "run")

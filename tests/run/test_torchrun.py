@@ -17,13 +17,20 @@ from tests.run.attempts import alive
 from tests.run.conftest import TINY, command
 from tests.run.same import assert_same_run
 from vitprune_fast.config.distill import DistillConfig
-from vitprune_fast.config.run import ScoreConfig
+from vitprune_fast.config.run import ScoreConfig, SweepConfig
 
 WORLD = 2
 LONG = DistillConfig(epochs=8, warmup_epochs=1, log_steps=1, checkpoint_steps=3)
-# so many micro-batches that there is time to die between them
+# so many micro-batches, images and steps that there is time to die between them
 SLOW = ScoreConfig(samples=1000, batch_size=1)
-CONFIG = replace(TINY, data=replace(TINY.data, batch_size=64), dense=LONG, score=SLOW)
+CONFIG = replace(
+    TINY,
+    data=replace(TINY.data, batch_size=64),
+    dense=LONG,
+    score=SLOW,
+    sweep=SweepConfig(images=1000),
+    distill=replace(LONG, keep="best"),
+)
 
 
 def start(folder: Path, workers: int = 2) -> subprocess.Popen[bytes]:

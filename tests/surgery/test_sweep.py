@@ -458,6 +458,15 @@ def test_tied_maps_are_left_out_and_named() -> None:
     assert not left_out["blocks.2.attn", "writer"]
 
 
+@pytest.mark.filterwarnings("ignore:prune")
+def test_an_average_that_nothing_is_refitted_of_leaves_no_checkpoint(tmp_path: Path) -> None:
+    model = random_vit(dtype=torch.float32)
+    plan, images = heads_and_neurons(model), images_of(model, 1)
+    averaged = random_vit(dtype=torch.float32)
+    prune(model, plan, ema=averaged, calibration=images, checkpoint=tmp_path / "kept")
+    assert not [*tmp_path.iterdir()]
+
+
 def test_bad_images_are_one_sentence() -> None:
     model = random_vit(dtype=torch.float32)
     plan, images = heads_and_neurons(model), images_of(model, 20)

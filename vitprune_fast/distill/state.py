@@ -205,17 +205,17 @@ class TrainingState:
             RunFolderError: it is of another config, of other data or of another model.
             StageFailed: other processes found another one.
         """
-        if self.folder is None:
-            return
-        stored = read_newest(
-            self.folder, lambda error: self.tell("damaged_checkpoint", 0, reason=str(error))
-        )
+        stored = None
+        if self.folder is not None:
+            stored = read_newest(
+                self.folder, lambda error: self.tell("damaged_checkpoint", 0, reason=str(error))
+            )
         self.ranks.agree(
-            stored.step if stored else 0,
+            None if self.folder is None else stored.step if stored else 0,
             "distill: checkpoint_dir must hold as many steps in every process",
             "give a folder that all of them can read, or remove it to start over",
         )
-        if stored is None:
+        if self.folder is None or stored is None:
             return
         self._check_same(stored.state)
         parts: dict[str, dict[str, Tensor]] = {}

@@ -87,14 +87,12 @@ def run(
     ranks = ranks or Ranks()
     pace = _Pace(on_event)
     limit = [micro_batch or 0]
-    done = 0
-    if checkpoint is not None:
-        done = checkpoint.load(accumulator)
-        ranks.agree(
-            done,
-            "score: checkpoint must hold as many micro-batches in every process",
-            "give a file that all of them can read, or delete it to start over",
-        )
+    done = 0 if checkpoint is None else checkpoint.load(accumulator)
+    ranks.agree(
+        None if checkpoint is None else done,
+        "score: checkpoint must hold as many micro-batches in every process",
+        "give a file that all of them can read, or delete it to start over",
+    )
     stream = micro_batches(model, batches, micro_batch, ranks, done, targets)
     if checkpoint is not None:
         stream = checkpoint.skip(stream, done)
@@ -126,8 +124,8 @@ def run(
         if left_out and isinstance(batches, Numbered):
             batches.share(ranks)
         pace.tell(pieces[-1].first + lengths[-1])
-        if checkpoint is not None and ranks.is_first:
-            checkpoint.keep(accumulator, pieces)
+        if checkpoint is not None:
+            ranks.first_does("score", partial(checkpoint.keep, accumulator, pieces))
         if ranks.any(stop is not None and stop()):
             if checkpoint is not None:
                 ranks.first_does("score", partial(checkpoint.write, accumulator))

@@ -12,6 +12,7 @@ import json
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -152,11 +153,11 @@ class Evaluations:
                 "model, dtype or number of images",
             )
             self._load(self._file)
-            self._ranks.agree(
-                len(self._known),
-                "search: checkpoint must hold as many candidates in every process",
-                "give a file that all of them can read, or delete it to start over",
-            )
+        self._ranks.agree(
+            None if path is None else len(self._known),
+            "search: checkpoint must hold as many candidates in every process",
+            "give a file that all of them can read, or delete it to start over",
+        )
 
     def _load(self, file: Sealed) -> None:
         found = file.read()
@@ -184,9 +185,10 @@ class Evaluations:
             if before.seen != found.seen:
                 raise other_images()
             # of the unpruned model alone a search that is refused would leave a file
-            if self._file is not None and self._ranks.is_first and not plan.keeps_everything:
+            if self._file is not None and not plan.keeps_everything:
                 rows = {key: asdict(measured) for key, measured in self._known.items()}
-                self._file.write({}, {"measured": json.dumps(rows)})
+                words = {"measured": json.dumps(rows)}
+                self._ranks.first_does("search", partial(self._file.write, {}, words))
         return self._as_first(self._known[key])
 
     def _as_first(self, found: Measured) -> Measured:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, TypeVar, overload
 
@@ -178,7 +179,8 @@ def prune(
             second = None if file is None else file.with_name(f"{file.name}.ema")
             sweep(averaged, cuts[1], *work, second, **both)
             if file is not None:
-                Ranks.current().first_does("prune", file.unlink)
+                # of a sweep that refits nothing there is none
+                Ranks.current().first_does("prune", partial(file.unlink, missing_ok=True))
     results += [swept] if report else []
     return tuple(results) if len(results) > 1 else cuts[0].model
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -48,7 +49,7 @@ class Progress:
             self._file = Sealed(path, "prune", "the fits of a sweep", identity, parts)
             self._load(self._file)
         ranks.agree(
-            self.done,
+            None if path is None else self.done,
             "prune: checkpoint must hold as many places in every process",
             "give a file that all of them can read, or delete it to start over",
         )
@@ -78,13 +79,10 @@ class Progress:
         self.rows += rows
         self.done += 1
         self._changed |= set(changed)
-        if stopping:
-            self._ranks.first_does("prune", self._write)
-        elif self._ranks.is_first and self._file is not None and self._file.is_due:
-            self._write()
+        self._ranks.first_does("prune", partial(self._write, now=stopping))
 
-    def _write(self) -> None:
-        if self._file is not None:
+    def _write(self, *, now: bool = True) -> None:
+        if self._file is not None and (now or self._file.is_due):
             state = json.dumps({"done": self.done, "rows": self.rows})
             values = {name: self._tensors[name] for name in self._changed}
             self._file.write(values, {"state": state})
