@@ -135,6 +135,18 @@ def test_a_verb_looks_through_what_wraps_a_model(
         assert found == wanted
 
 
+@pytest.mark.parametrize("verb", VERBS)
+def test_what_is_no_module_is_refused_with_how_to_open_it(verb: str, tmp_path: Path) -> None:
+    def ask(given: Any) -> Any:
+        if verb == "search":
+            return vp.search(given, vp.score(random_vit(), batches()), batches(), mode="fixed")
+        return VERBS[verb](given, tmp_path)
+
+    for given, kind in (("vit_small", "str 'vit_small'"), (random_vit().state_dict(), "Dict")):
+        with pytest.raises(InvalidInput, match=rf"^[\w.]+: model must be a .*Module, got .*{kind}"):
+            ask(given)
+
+
 def test_averages_of_weights_are_looked_through() -> None:
     model = random_vit()
     wrapped = AveragedModel(model)

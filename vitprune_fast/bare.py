@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 from torch import nn
@@ -40,11 +41,10 @@ def bare(verb: str, model: Any) -> Any:
 
     Raises:
         UnsupportedArchitecture: it holds adapters, whose part is in no weight of the model.
-        InvalidInput: its head has other classes than it says.
+        InvalidInput: it is no module, or its head has other classes than it says.
     """
     model = inside(model)
-    if not isinstance(model, nn.Module):
-        return model
+    check_module(verb, model)
     if (found := adapter_of(model)) is not None:
         path, kind = found
         raise UnsupportedArchitecture(
@@ -61,6 +61,24 @@ def bare(verb: str, model: Any) -> Any:
             f"{f'one of {real}' if real else 'none'} and {name}={stated}; {_remedy(model, real)}"
         )
     return model
+
+
+def check_module(verb: str, model: Any) -> None:
+    """Refuse what is no module, such as the name of a model or its weights.
+
+    Args:
+        verb: the caller's name, for the error sentence.
+        model: of any class.
+
+    Raises:
+        InvalidInput: as said.
+    """
+    if not isinstance(model, nn.Module):
+        given = f" {model!r:.60}" if isinstance(model, (str, Path)) else ""
+        raise InvalidInput(
+            f"{verb}: model must be a torch.nn.Module, got {type(model).__name__}{given}; open it "
+            "first, as vp.load(FOLDER) or timm.create_model(NAME) do"
+        )
 
 
 def adapter_of(model: nn.Module) -> tuple[str, str] | None:

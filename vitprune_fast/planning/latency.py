@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from vitprune_fast.bare import bare
+from vitprune_fast.bare import bare, check_module
 from vitprune_fast.errors import InvalidInput
 from vitprune_fast.modules.modes import evaluating
 from vitprune_fast.planning.waiting import TOLERATED, Waits, load_warning
@@ -146,6 +146,8 @@ def latencies(
         raise InvalidInput(f"latency: min_runs must be at least 1, got {min_runs}")
     if not models:
         raise InvalidInput("latency: models must hold at least one model, got none")
+    for model in models:
+        check_module("latency", model)
     homes = [device_of(model) for model in models]
     targets = [home if device is None else torch.device(device) for home in homes]
     dtypes = [resolve("latency", dtype, target) for target in targets]

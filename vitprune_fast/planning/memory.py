@@ -12,6 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakIdKeyDictionary
 
+from vitprune_fast.bare import check_module
 from vitprune_fast.errors import InvalidInput
 from vitprune_fast.modules.modes import attention_in_parts, evaluating
 from vitprune_fast.planning.latency import image_shape
@@ -58,6 +59,7 @@ def peak_memory_bytes(
     function = "peak_memory_bytes"
     if batch_size < 1:
         raise InvalidInput(f"{function}: batch_size must be at least 1, got {batch_size}")
+    check_module(function, model)
     home = device_of(model)
     target = home if device is None else torch.device(device)
     computed = resolve(function, dtype, target)

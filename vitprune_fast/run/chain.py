@@ -93,12 +93,8 @@ def execute(
             )
             for topic, text in assumptions.of_run(config, steps, data, dense).items():
                 tell({"event": "assumption", "topic": topic, "text": text})
-            if first:
-                files.write_text(folder / "config.yaml", to_yaml(config))
             metrics = Metrics(folder / "metrics.jsonl")
-            if first and config.allow_config_change:
-                told = {line["stage"] for line in read_metrics(metrics.path)}
-                metrics.cut(sorted(told - {step.name for step in steps}))
+            processes.by_first(partial(_write_down, config, folder, metrics, steps))
             with contextlib.closing(board) if board else contextlib.nullcontext():
                 job = Job(
                     config,
@@ -345,6 +341,16 @@ def do_steps(job: Job, *, resumed: bool) -> None:
             _do(job)
         if "plan" in step.outputs:
             _check_plan(job, step.outputs["plan"])
+
+
+def _write_down(
+    config: RunConfig, folder: RunFolder, metrics: Metrics, steps: Sequence[Step]
+) -> None:
+    """Keeps what was asked for, and of the curves those of its steps."""
+    files.write_text(folder / "config.yaml", to_yaml(config))
+    if config.allow_config_change:
+        told = {line["stage"] for line in read_metrics(metrics.path)}
+        metrics.cut(sorted(told - {step.name for step in steps}))
 
 
 def _forget(job: Job, steps: Sequence[str]) -> None:

@@ -141,7 +141,7 @@ def prune(
     """
     model = bare("prune", model)
     computed = resolve("prune", dtype, device_of(model))
-    averaged: Any = bare("prune", getattr(ema, "module", ema))
+    averaged: Any = None if ema is None else bare("prune", getattr(ema, "module", ema))
     models: list[nn.Module] = [model] if ema is None else [model, averaged]
     structure = describe(model)
     plan = plan.check(structure)
