@@ -288,6 +288,8 @@ def test_scores_of_another_model_are_refused() -> None:
         plan(STRUCTURE, broken, Budget(macs=0.5))
     with pytest.raises(InvalidInput, match="cover the unit kinds"):
         plan(STRUCTURE, random_scores(STRUCTURE, kinds=("neuron",)), Budget(keep={"head": 0.5}))
+    with pytest.raises(InfeasibleBudget, match=r"got 50 macs \(.*; 50 % is written 0\.5;"):
+        plan(STRUCTURE, SCORES, 50)
     with pytest.raises(InvalidInput, match=r"units must hold .* head, neuron without 'embed'"):
         plan(STRUCTURE, SCORES, Budget(keep={"head": 0.5, "embed": 0.5}))
 

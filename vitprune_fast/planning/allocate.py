@@ -265,10 +265,12 @@ def _infeasible(
     def shown(cost: int) -> str:
         return f"{cost:,} {measure} ({cost / getattr(whole, measure):.3f} of the model)"
 
+    limit = problem.limits[measure]
+    percent = f"; {limit} % is written {limit / 100:g}" if limit <= 100 else ""
     without_keep = {"keep": least(constraints, {})} if keep else {}
     return InfeasibleBudget(
         f"plan: budget must allow at least {shown(smallest[measure])}, the smallest plan, got "
-        f"{shown(problem.limits[measure])}; {_binding(structure, constraints, least, without_keep)}"
+        f"{shown(limit)}{percent}; {_binding(structure, constraints, least, without_keep)}"
     )
 
 
