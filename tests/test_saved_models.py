@@ -175,6 +175,8 @@ def _change(*keys: Any, to: Any) -> Any:
         lambda c: c.clear(),
         lambda c: c["vitprune_fast"]["args"].clear(),
         lambda c: c["vitprune_fast"]["args"].pop("depth"),
+        lambda c: c.update(pretrained_cfg="a name"),
+        lambda c: (c.pop("pretrained_cfg"), c["vitprune_fast"].update(pretrained_cfg=[1])),
         _change("version", to=99),
         _change("class", to="os.system"),
         _change("class", to="timm.models.resnet.ResNet"),

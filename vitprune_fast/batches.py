@@ -22,8 +22,8 @@ Batch = tuple[Tensor, Tensor, Tensor]
 Targets = Literal["labels", "any", "none"]
 # what images and targets are called where a batch names them: by transformers, and by datasets
 _NAMES = (("pixel_values", "images", "image", "img"), ("labels", "label"))
-# functions whose loss= or target_loss= takes targets of other shapes
-_WITH_LOSS = ("score", "evaluate", "distill")
+# what functions call a loss of other targets than labels
+_LOSSES = {"score": "loss", "evaluate": "loss", "distill": "target_loss"}
 # number of a batch, or places of samples in the order of an epoch
 Which = int | Sequence[int]
 
@@ -368,10 +368,12 @@ def _kind(batch: Any) -> str:
 
 def _images(function: str, images: Any, *models: nn.Module | None) -> Tensor:
     if not isinstance(images, Tensor) or images.ndim != 4 or not images.is_floating_point():
-        rule = f"{function}: images must be a floating tensor (B, C, H, W), got {_shown(images)}"
-        pixels = isinstance(images, Tensor) and images.dtype == torch.uint8
-        hint = "; take images / 255, minus the mean and divided by the std of the training"
-        raise InvalidInput(rule + (hint if pixels else ""))
+        hint = ""
+        if isinstance(images, Tensor) and images.dtype == torch.uint8:
+            hint = "; take images / 255, minus the mean and divided by the std of the training"
+        raise InvalidInput(
+            f"{function}: images must be a floating tensor (B, C, H, W), got {_shown(images)}{hint}"
+        )
     for model in models:
         rule = "" if model is None else misfit(model, images.shape[1:])
         if rule:
@@ -397,12 +399,13 @@ def _labels(function: str, labels: Any, count: int) -> Tensor:
     whole = not (found.is_floating_point() or found.is_complex() or found.dtype == torch.bool)
     # an empty list has no kind
     if found.shape != (count,) or not (whole or not count):
-        loss = "target_loss" if function == "distill" else "loss"
-        hint = (
-            "; take labels.argmax(1) of one-hot rows, or say {}='bce' for several labels an image"
-        )
-        rows = function in _WITH_LOSS and found.ndim == 2 and len(found) == count
-        raise InvalidInput(f"{rule}, got {_shown(found)}{hint.format(loss) if rows else ''}")
+        hint = ""
+        if function in _LOSSES and found.ndim == 2 and len(found) == count:
+            hint = (
+                f"; take labels.argmax(1) of one-hot rows, or say {_LOSSES[function]}='bce' for "
+                "several labels an image"
+            )
+        raise InvalidInput(f"{rule}, got {_shown(found)}{hint}")
     return found.long()
 
 

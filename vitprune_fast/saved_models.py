@@ -254,9 +254,13 @@ def load(folder: str | Path) -> nn.Module:
             f"load: {folder} must hold a model and its description, got {error!r:.500}"
         ) from error
     _tie(model, spec.get("ties", {}), folder / "config.json")
-    model.pretrained_cfg = model.default_cfg = config.get(
-        "pretrained_cfg", spec.get("pretrained_cfg", {})
-    )
+    stated = config.get("pretrained_cfg", spec.get("pretrained_cfg", {}))
+    if not isinstance(stated, dict):
+        raise DamagedFile(
+            f"load: {folder / 'config.json'} must hold pretrained_cfg as named values, got "
+            f"{stated!r:.80}"
+        )
+    model.pretrained_cfg = model.default_cfg = stated
     for name in _NOTES:
         _note(model, name, spec.get(name, {}), folder / "config.json")
     return model.eval()
