@@ -10,7 +10,6 @@ import shutil
 import tarfile
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -39,6 +38,7 @@ from vitprune_fast.data.splits import stratified, validation_counts
 from vitprune_fast.errors import DamagedFile, InvalidInput
 from vitprune_fast.files import read_json
 from vitprune_fast.run.inputs import check_fit
+from vitprune_fast.testing import random_vit
 
 SPLITS = ("train", "validation", "test")
 DIGIT_SHARES = {"test": 1 / 3, "validation": 1 / 10}
@@ -857,8 +857,7 @@ def test_open_data_rejects(spec: str, options: dict, sentence: str) -> None:
 
 def test_a_model_that_does_not_fit_is_refused(digit_data: ImageData) -> None:
     def model(classes: int, patch: int) -> Any:
-        embed = SimpleNamespace(patch_size=(patch, patch))
-        return SimpleNamespace(num_classes=classes, patch_embed=embed)
+        return random_vit(img_size=16, patch_size=patch, num_classes=classes)
 
     check_fit(model(10, 8), digit_data)
     with pytest.raises(InvalidInput, match="must have 10 classes like digits, got 1000"):
