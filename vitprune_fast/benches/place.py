@@ -39,6 +39,11 @@ class Place:
         """Number of samples."""
         return TINY_BATCH if self.tiny else size
 
+    @property
+    def samples(self) -> int:
+        """Number of samples, where no race asks for another: what fills a GPU, or a few."""
+        return self.batch(256 if self.is_for_a_gpu else 4)
+
     def shape(self, shape: Shape) -> Shape:
         """Sizes of a model."""
         return VIT_SMALLEST if self.tiny else shape

@@ -38,8 +38,8 @@ def forms(qkv, grad, backend: ops.Backend):
     return {"vitprune": scored, "SDPA, (o * do).sum": sdpa}
 
 
-def run(race, place: Place, model: str, batch: int, dtype: str) -> None:
-    shape, batch = place.shape(MODELS[model]), place.batch(batch)
+def run(race, place: Place, model: str, dtype: str) -> None:
+    shape, batch = place.shape(MODELS[model]), place.samples
     sizes = (batch, shape.tokens, shape.heads, shape.head_dim)
     element = place.dtype(DTYPES[dtype])
     qkv = torch.randn(batch, shape.tokens, 3, *sizes[2:], device=place.device).to(element)
@@ -56,9 +56,8 @@ def run(race, place: Place, model: str, batch: int, dtype: str) -> None:
 
 def cases(place: Place) -> dict[str, Callable]:
     """By the names of the cases, what runs a race of each."""
-    batch = 256 if place.is_for_a_gpu else 4
     return {
-        f"{model}-{dtype}": partial(run, place=place, model=model, batch=batch, dtype=dtype)
+        f"{model}-{dtype}": partial(run, place=place, model=model, dtype=dtype)
         for model in MODELS
         for dtype in DTYPES
     }

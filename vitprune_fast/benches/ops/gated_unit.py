@@ -20,9 +20,9 @@ gelu_backward = torch.ops.aten.gelu_backward
 class Layer:
     """Inputs of one layer, and the name of its case."""
 
-    def __init__(self, place: Place, batch: int, dtype: torch.dtype, glu: bool) -> None:
+    def __init__(self, place: Place, dtype: torch.dtype, glu: bool) -> None:
         sizes, dtype = place.shape(VIT_BASE_SWIGLU if glu else VIT_BASE), place.dtype(dtype)
-        shape = (place.batch(batch), sizes.tokens, sizes.hidden)
+        shape = (place.samples, sizes.tokens, sizes.hidden)
         self.place, self.glu = place, glu
         self.x = torch.randn(*shape[:2], (1 + glu) * shape[2], device=place.device).to(dtype)
         self.grad = torch.randn(shape, device=place.device).to(dtype)
@@ -105,10 +105,9 @@ def gated(race, layer: Layer) -> None:
 
 def cases(place: Place) -> dict[str, Callable]:
     """By the names of the cases, what runs a race of each."""
-    batch = 256 if place.is_for_a_gpu else 4
 
     def case(run: Callable, dtype: str, glu: bool) -> Callable:
-        return lambda race: run(race, Layer(place, batch, DTYPES[dtype], glu))
+        return lambda race: run(race, Layer(place, DTYPES[dtype], glu))
 
     return {
         f"{dtype}-{run.__name__}-{'glu' if glu else 'plain'}": case(run, dtype, glu)

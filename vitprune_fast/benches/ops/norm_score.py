@@ -52,10 +52,10 @@ def forms(shape: tuple[int, int, int], dtype: torch.dtype, place: Place) -> dict
     }
 
 
-def run(race, place: Place, batch: int, dtype: str) -> None:
+def run(race, place: Place, dtype: str) -> None:
     """One race of a LayerNorm."""
     sizes, element = place.shape(VIT_BASE), place.dtype(DTYPES[dtype])
-    shape = (place.batch(batch), sizes.tokens, sizes.width)
+    shape = (place.samples, sizes.tokens, sizes.width)
     race(
         "norm_score",
         f"ViT-B LayerNorm {shape}, {dtype}",
@@ -67,5 +67,4 @@ def run(race, place: Place, batch: int, dtype: str) -> None:
 
 def cases(place: Place) -> dict[str, Callable]:
     """By the names of the cases, what runs a race of each."""
-    batch = 256 if place.is_for_a_gpu else 4
-    return {dtype: partial(run, place=place, batch=batch, dtype=dtype) for dtype in DTYPES}
+    return {dtype: partial(run, place=place, dtype=dtype) for dtype in DTYPES}

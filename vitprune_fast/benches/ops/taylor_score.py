@@ -34,11 +34,11 @@ def forms(activation, gradient, group_size: int, place: Place) -> dict:
     return {"vitprune": ours, "(a * g).sum": product_then_sum, "einsum": einsum}
 
 
-def run(race, place: Place, units: str, batch: int, dtype: str) -> None:
+def run(race, place: Place, units: str, dtype: str) -> None:
     """One race of a layer's neurons or heads."""
     sizes, element = place.shape(VIT_BASE), place.dtype(DTYPES[dtype])
     columns, group = (sizes.hidden, 1) if units == "neurons" else (sizes.width, sizes.head_dim)
-    shape = (place.batch(batch), sizes.tokens, columns)
+    shape = (place.samples, sizes.tokens, columns)
     activation, gradient = (torch.randn(shape, device=place.device).to(element) for _ in range(2))
     race(
         "taylor_score",
@@ -51,9 +51,8 @@ def run(race, place: Place, units: str, batch: int, dtype: str) -> None:
 
 def cases(place: Place) -> dict[str, Callable]:
     """By the names of the cases, what runs a race of each."""
-    batch = 256 if place.is_for_a_gpu else 4
     return {
-        f"{units}-{dtype}": partial(run, place=place, units=units, batch=batch, dtype=dtype)
+        f"{units}-{dtype}": partial(run, place=place, units=units, dtype=dtype)
         for units in UNITS
         for dtype in DTYPES
     }
